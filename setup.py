@@ -1,0 +1,51 @@
+"""Package layout: `ccmim_fast` (the trainer), `ccmim_kernels` (the ops, usable alone) and the YAML presets.
+
+There is no `kernels/__init__.py`: an import package named `kernels` would shadow Hugging Face's package of that name.
+"""
+
+from setuptools import find_packages, setup
+
+# Lower bounds are what the code needs; the exact versions CI runs are in requirements.txt.
+INSTALL_REQUIRES = [
+    "torch>=2.7.1",
+    "torchvision>=0.22.1",
+    "timm>=1.0.15",
+    "numpy>=1.26",
+    "pillow>=10",
+    "jsonargparse>=4.40",
+    "pyyaml>=6",
+    "rich>=13",
+    "tensorboard>=2.16",
+    "matplotlib>=3.8",
+    "jinja2>=3.1",
+    "scikit-learn>=1.4",
+    "scikit-image>=0.22",
+    "safetensors>=0.4",
+]
+
+EXTRAS = {
+    # NVIDIA apex is no extra: the package index's `apex` is an unrelated web toolkit; build NVIDIA's from its source.
+    "cuda13": ["nvidia-dali-cuda130>=2.0", "xformers>=0.0.33"],
+    "cuda12": ["nvidia-dali-cuda120>=1.50", "xformers>=0.0.31"],
+    # The last releases that carry code for compute capability 6.x (GTX 1080 Ti).
+    "pascal": ["torch==2.7.1", "torchvision==0.22.1", "xformers==0.0.31.post1", "nvidia-dali-cuda120>=1.50"],
+    "dev": ["pytest>=8", "ruff>=0.11"],
+}
+
+setup(
+    name="ccmim_fast",
+    version="0.1.0",
+    description="A fast trainer for masked image modelling with ccMIM (ICLR 2023)",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[
+        *find_packages(include=["ccmim_fast", "ccmim_fast.*"]),
+        *find_packages("kernels", include=["ccmim_kernels", "ccmim_kernels.*"]),
+        "ccmim_fast.configs",
+    ],
+    package_dir={"ccmim_kernels": "kernels/ccmim_kernels", "ccmim_fast.configs": "configs"},
+    package_data={"ccmim_fast.configs": ["*.yaml"], "ccmim_fast.report": ["*.html"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["ccmim = ccmim_fast.cli:main"]},
+)
