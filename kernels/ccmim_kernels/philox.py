@@ -70,7 +70,9 @@ def keyed_uniform(seed: int, epoch: int, ids_B: Tensor, patches: int, stream: in
     patch_L = torch.arange(patches, device=ids_B.device)
     id_B1 = ids_B.to(torch.int64)[:, None]
     epoch_1 = torch.full((1, 1), epoch, dtype=torch.int64, device=ids_B.device)
-    bits_BL, *_ = philox_4x32(stream_key(seed, stream), patch_L[None], id_B1 & _MASK32, (id_B1 >> 32) & _MASK32, epoch_1)
+    bits_BL, *_ = philox_4x32(
+        stream_key(seed, stream), patch_L[None], id_B1 & _MASK32, (id_B1 >> 32) & _MASK32, epoch_1
+    )
     return to_unit(bits_BL)
 
 

@@ -1,0 +1,154 @@
+"""ccMIM: score, divide, encode both sets, reconstruct one from the other. Returns tensors, never a loss.
+
+With `strategy="random"` and `contrast="none"` this is MAE.
+"""
+
+# B batch, H height, W width, C channels, L patches, K visible, M masked, P values per patch, E embedding dim, D width
+
+from typing import NamedTuple
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ccmim_fast.models.decoder import Decoder
+from ccmim_fast.models.encoder import embed, encode, encode_cls, grid_of, patch_size_of, prefix_tokens
+from ccmim_fast.models.heads import build_predictor, build_projector
+from ccmim_fast.models.scores import Score, check_scores, score
+from ccmim_kernels import Divided, Partition, divide_tokens, gather_tokens
+
+
+class Output(NamedTuple):
+    """What one forward pass gives.
+
+    Attributes:
+        pred_BMP: [B, M, P] predicted targets of the masked patches, rows in the order of `partition.ids_masked_BM`.
+        partition: which patches are visible and masked.
+        visible_BE: [B, E] hV (for `align`: p(hV)), or None without a contrastive loss.
+        masked_BE: [B, E] hM, no gradient, or None likewise.
+        logits_BL: [B, L] log-scores up to a constant per row, or None where nothing was scored.
+    """
+
+    pred_BMP: Tensor
+    partition: Partition
+    visible_BE: Tensor | None
+    masked_BE: Tensor | None
+    logits_BL: Tensor | None
+
+
+class CCMIM(nn.Module):
+    """The whole model.
+
+    Args:
+        encoder: from `build_encoder`; its parameters keep timm's names under `encoder.`.
+        decoder: from `Decoder`.
+        mean, std: per channel on a 0..1 scale.
+        seed: keys the masks.
+        mask_ratio: share of patches masked; the number visible is int(L * (1 - ratio)), as in MAE.
+        strategy, noise, block_min: of the division, see `ccmim_kernels.sample_partition`.
+        temperature: T of s^(1/T).
+        source, block, normalise: of the scores, see `models.scores.score`.
+        contrast: `nce`, `align`, `moco` or `none`; `none` computes no masked branch.
+        head_dim: E.
+        sync_bn: BatchNorm statistics over all ranks.
+    """
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        decoder: Decoder,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        seed: int,
+        mask_ratio: float,
+        strategy: str,
+        noise: str,
+        block_min: int,
+        temperature: float,
+        source: str,
+        block: int,
+        normalise: str,
+        contrast: str,
+        head_dim: int,
+        sync_bn: bool,
+    ):
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.scored = strategy.startswith("importance")
+        if self.scored:
+            check_scores(encoder, source, block)
+        self.contrast = contrast
+        if contrast != "none":
+            self.projector = build_projector(encoder.embed_dim, head_dim, sync_bn=sync_bn)
+        if contrast == "align":
+            self.predictor = build_predictor(head_dim, sync_bn=sync_bn)
+        self.register_buffer("mean_C", torch.tensor(mean), persistent=False)
+        self.register_buffer("std_C", torch.tensor(std), persistent=False)
+
+        self.patch = patch_size_of(encoder)
+        self.grid = grid_of(encoder)
+        self.keep = int(self.grid[0] * self.grid[1] * (1 - mask_ratio))
+        self.scoring = {"source": source, "block": block, "normalise": normalise}
+        self.sampling = {
+            "grid": self.grid,
+            "keep": self.keep,
+            "seed": seed,
+            "strategy": strategy,
+            "noise": noise,
+            "temperature": temperature,
+            "block_min": block_min,
+        }
+
+    def forward(self, images_BHWC: Tensor, ids_B: Tensor, epoch: int, partition: Partition | None = None) -> Output:
+        """One pass over a batch.
+
+        Args:
+            images_BHWC: [B, H, W, C] uint8.
+            ids_B: [B] int64 sample ids; with `epoch` they key the masks.
+            epoch: 0 .. 2**32 - 1.
+            partition: take this division instead of sampling one.
+        """
+        x_BLD = embed(self.encoder, images_BHWC, self.mean_C, self.std_C)
+        divided = self.divide(x_BLD, ids_B, epoch) if partition is None else self._take(x_BLD, partition)
+        encoded_BTD = encode(self.encoder, divided.visible)
+        # Registers stay in the encoder: the decoder sees [CLS] and patches, as in MAE.
+        registers = self.encoder.num_prefix_tokens - 1
+        decoder_input = (
+            torch.cat([encoded_BTD[:, :1], encoded_BTD[:, 1 + registers :]], 1) if registers else encoded_BTD
+        )
+        pred_BMP = self.decoder(decoder_input, divided.partition)
+        visible_BE, masked_BE = self._embeddings(encoded_BTD[:, 0], divided.masked)
+        return Output(pred_BMP, divided.partition, visible_BE, masked_BE, divided.logits)
+
+    def divide(self, x_BLD: Tensor, ids_B: Tensor, epoch: int) -> Divided:
+        """Score the embedded patches and split them into visible and masked tokens (Eq. 4, section 3.2)."""
+        scores = score(self.encoder, x_BLD, **self.scoring) if self.scored else Score(None, None)
+        return divide_tokens(
+            x_BLD,
+            prefix_tokens(self.encoder),
+            ids_B,
+            epoch=epoch,
+            logits_BL=scores.logits_BL,
+            direction_D=scores.direction_D,
+            eps=getattr(self.encoder.blocks[0].norm1, "eps", 1e-6),
+            with_masked=self.contrast != "none",
+            **self.sampling,
+        )
+
+    def _take(self, x_BLD: Tensor, partition: Partition) -> Divided:
+        prefix_PD = prefix_tokens(self.encoder)
+        masked = None
+        if self.contrast != "none":
+            masked = gather_tokens(x_BLD.detach(), partition.ids_masked_BM, prefix_PD.detach())
+        return Divided(gather_tokens(x_BLD, partition.ids_visible_BK, prefix_PD), masked, partition, None)
+
+    def _embeddings(self, visible_BD: Tensor, masked_BTD: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """hV and SG(hM) of Eq. 7 and 8. The masked branch runs without gradient: it is the teacher."""
+        if masked_BTD is None:
+            return None, None
+        with torch.no_grad():
+            masked_BE = self.projector(encode_cls(self.encoder, masked_BTD))
+        visible_BE = self.projector(visible_BD)
+        return (self.predictor(visible_BE) if self.contrast == "align" else visible_BE), masked_BE

@@ -1,0 +1,160 @@
+"""The encoder is a timm VisionTransformer, unchanged; this file builds it and runs its parts.
+
+Nothing wraps the module, so its weights keep timm's names and load into timm as they are.
+"""
+
+# B batch, H height, W width, C channels, L patches, P prefix tokens, T tokens, D width, A pixels of a patch * C
+
+from collections.abc import Callable
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ccmim_fast.errors import ConfigError
+from ccmim_fast.models.blocks import block_for, is_plain
+from ccmim_fast.models.positions import sincos_positions
+from ccmim_kernels import patchify
+
+
+def build_encoder(
+    arch: str,
+    *,
+    image_size: tuple[int, int],
+    channels: int,
+    patch_size: int = 0,
+    embed_dim: int = 0,
+    depth: int = 0,
+    num_heads: int = 0,
+    drop_path: float = 0.0,
+) -> VisionTransformer:
+    """A timm VisionTransformer with a [CLS] token, fixed sine-cosine positions, MAE's initial weights and no head.
+
+    Args:
+        arch: timm's name of a model whose class is VisionTransformer.
+        image_size: height, width in pixels.
+        patch_size, embed_dim, depth, num_heads: in place of the architecture's own where not 0.
+
+    Raises:
+        ConfigError: an unknown name, another class of model, or sizes that do not fit each other.
+    """
+    sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+    try:
+        vit = timm.create_model(
+            arch,
+            pretrained=False,
+            num_classes=0,
+            img_size=image_size,
+            in_chans=channels,
+            class_token=True,
+            global_pool="token",
+            drop_path_rate=drop_path,
+            **{key: value for key, value in sizes.items() if value},
+        )
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        raise ConfigError(f"model.arch={arch}: timm cannot build it with these sizes: {error}") from None
+    if type(vit) is not VisionTransformer:
+        raise ConfigError(f"model.arch={arch} is a {type(vit).__name__}, expected a timm VisionTransformer")
+    _check_sizes(vit, arch, image_size)
+    _fix_positions(vit)
+    initialise(vit)
+    return vit
+
+
+def _check_sizes(vit: VisionTransformer, arch: str, image_size: tuple[int, int]) -> None:
+    patch = patch_size_of(vit)
+    for side in image_size:
+        if side % patch:
+            valid = max(patch, round(side / patch) * patch)
+            raise ConfigError(f"data.image_size={side}: must be a multiple of {arch}'s patch {patch}; nearest: {valid}")
+    heads = vit.blocks[0].attn.num_heads
+    if vit.embed_dim % heads or vit.embed_dim % 4:
+        raise ConfigError(f"model.embed_dim={vit.embed_dim} must be a multiple of 4 and of model.num_heads={heads}")
+
+
+def _fix_positions(vit: VisionTransformer) -> None:
+    if vit.pos_embed is None:
+        raise ConfigError("model.arch: a ViT without positions cannot reconstruct patches")
+    prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches
+    table = sincos_positions(vit.embed_dim, grid_of(vit), prefix)
+    vit.pos_embed = nn.Parameter(table[None], requires_grad=False)
+
+
+def initialise(module: nn.Module) -> None:
+    """MAE's initial weights: Xavier-uniform for linear layers and the patch projection, N(0, 0.02) for tokens."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.Conv2d):
+            # As if it were the linear layer it is, over a flattened patch.
+            nn.init.xavier_uniform_(part.weight.view(part.weight.shape[0], -1))
+    for name in ("cls_token", "reg_token", "mask_token"):
+        if getattr(module, name, None) is not None:
+            nn.init.normal_(getattr(module, name), std=0.02)
+
+
+def patch_size_of(vit: VisionTransformer) -> int:
+    return vit.patch_embed.patch_size[0]
+
+
+def grid_of(vit: VisionTransformer) -> tuple[int, int]:
+    """Rows and columns of patches."""
+    return tuple(vit.patch_embed.grid_size)
+
+
+def embed(vit: VisionTransformer, images_BHWC: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
+    """Patch embedding with positions: uint8 [B, H, W, C] -> [B, L, D].
+
+    The normalisation (u / 255 - mean) / std is folded into the projection's weight and bias, so no float image is made.
+    """
+    projection = vit.patch_embed.proj
+    scale_C = 1 / (255 * std_C)
+    # Convolution weights are [D, C, p, q]; patches are flattened as (p, q, C).
+    weight_DA = (projection.weight * scale_C[:, None, None]).permute(0, 2, 3, 1).flatten(1)
+    bias_D = -(projection.weight.sum((2, 3)) @ (mean_C / std_C))
+    if projection.bias is not None:
+        bias_D = bias_D + projection.bias
+    patches_BLA = patchify(images_BHWC, patch_size_of(vit)).to(weight_DA.dtype)
+    x_BLD = vit.patch_embed.norm(F.linear(patches_BLA, weight_DA, bias_D))
+    return x_BLD + vit.pos_embed[:, -x_BLD.shape[1] :]
+
+
+def prefix_tokens(vit: VisionTransformer) -> Tensor:
+    """[P, D]: [CLS], then registers, with their positions where the model has them."""
+    prefix_1PD = vit.cls_token if vit.reg_token is None else torch.cat([vit.cls_token, vit.reg_token], dim=1)
+    if not vit.no_embed_class:
+        prefix_1PD = prefix_1PD + vit.pos_embed[:, : prefix_1PD.shape[1]]
+    return prefix_1PD[0]
+
+
+def encode(vit: VisionTransformer, x_BTD: Tensor) -> Tensor:
+    """All blocks and the final norm: [B, T, D] tokens, prefix first, -> [B, T, D]."""
+    return vit.norm(vit.blocks(vit.norm_pre(x_BTD)))
+
+
+def encode_cls(vit: VisionTransformer, x_BTD: Tensor) -> Tensor:
+    """[CLS] after all blocks and the final norm, [B, D]: the last block is computed for [CLS] alone.
+
+    Equal to `encode(vit, x)[:, 0]`.
+    """
+    x_BTD = vit.norm_pre(x_BTD)
+    *others, last = vit.blocks
+    for block in others:
+        x_BTD = block(x_BTD)
+    x_BTD = block_for(last, x_BTD[:, :1], x_BTD) if is_plain(last) else last(x_BTD)
+    return vit.norm(x_BTD[:, 0])
+
+
+def tokens_of(vit: VisionTransformer, mean_C: Tensor, std_C: Tensor) -> Callable[[Tensor], Tensor]:
+    """The frozen encoder as a function: uint8 images [B, H, W, C] -> final tokens [B, P + L, D] of the whole image."""
+
+    def run(images_BHWC: Tensor) -> Tensor:
+        x_BLD = embed(vit, images_BHWC, mean_C, std_C)
+        prefix_BPD = prefix_tokens(vit).to(x_BLD.dtype).expand(len(x_BLD), -1, -1)
+        return encode(vit, torch.cat([prefix_BPD, x_BLD], dim=1))
+
+    return run

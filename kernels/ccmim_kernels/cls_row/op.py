@@ -1,0 +1,41 @@
+"""Public function of the op: argument checks, then the implementation."""
+
+# B batch, T tokens, P prefix tokens, L patches (T = P + L), N heads, H head dim
+
+from torch import Tensor
+
+from ccmim_kernels.cls_row import reference
+
+KINDS = ("logits", "softmax")
+
+
+def cls_row(q_BNH: Tensor, k_BTNH: Tensor, *, prefix: int, kind: str, scale: float) -> Tensor:
+    """The row of an attention map that belongs to [CLS], averaged over heads, patches only.
+
+    - `kind="logits"`: E_h[q_0 K_{1:}^T * scale], the argument of Eq. 4's softmax.
+    - `kind="softmax"`: E_h[softmax(q_0 K^T * scale)]_{1:}, the softmax over all tokens, per head; rows of several
+      blocks are averaged by the caller. They sum to less than one: the rest is what [CLS] gives the prefix tokens.
+
+    Args:
+        q_BNH: [B, N, H] float, queries of [CLS].
+        k_BTNH: [B, T, N, H] float, keys of all tokens, prefix first.
+        prefix: number of prefix tokens, 1 .. T - 1.
+        scale: usually H ** -0.5.
+
+    Returns:
+        [B, T - prefix]; float32, or float64 from float64.
+
+    Raises:
+        ValueError: an unknown kind, or shapes that do not fit.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
+    B, T, N, H = k_BTNH.shape
+    if tuple(q_BNH.shape) != (B, N, H):
+        raise ValueError(f"queries are {list(q_BNH.shape)}, keys want [{B}, {N}, {H}]")
+    if not 1 <= prefix < T:
+        raise ValueError(f"prefix={prefix} must be in 1..{T - 1}")
+    wide = q_BNH.dtype if q_BNH.dtype.itemsize == 8 else None
+    if wide is None:
+        q_BNH, k_BTNH = q_BNH.float(), k_BTNH.float()
+    return reference.cls_row(q_BNH, k_BTNH, prefix, kind, scale)

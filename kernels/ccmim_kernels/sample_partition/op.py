@@ -1,0 +1,84 @@
+"""Public function of the op: argument checks, then the implementation."""
+
+# B batch, L patches
+
+from torch import Tensor
+
+from ccmim_kernels.partition import Partition
+from ccmim_kernels.sample_partition import reference
+
+STRATEGIES = ("random", "block", "importance", "importance_sampling")
+NOISES = ("gumbel", "uniform")
+
+
+def check_partition_arguments(strategy: str, noise: str, keep: int, patches: int, temperature: float) -> None:
+    """Raise ValueError unless the arguments shared by all dividing ops are possible."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy={strategy!r} must be one of {', '.join(STRATEGIES)}")
+    if noise not in NOISES:
+        raise ValueError(f"noise={noise!r} must be one of {', '.join(NOISES)}")
+    if not 1 <= keep < patches:
+        raise ValueError(f"keep={keep} must be in 1..{patches - 1}")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be greater than 0")
+
+
+def sample_partition(
+    logits_BL: Tensor | None,
+    ids_B: Tensor,
+    *,
+    keep: int,
+    grid: tuple[int, int],
+    seed: int,
+    epoch: int,
+    strategy: str = "importance_sampling",
+    noise: str = "gumbel",
+    temperature: float = 1.0,
+    block_min: int = 16,
+) -> Partition:
+    """Divide each image's patches into `keep` visible and L - keep masked ones (paper, section 3.2 and Table 5).
+
+    Every strategy is one key per patch; the largest keys are masked, equal keys by patch index:
+
+    - `random`: keys ~ U(0, 1) (MAE).
+    - `block`: block-wise masking (BEiT), blocks of at least `block_min` patches.
+    - `importance`: keys = log s, the largest scores are masked.
+    - `importance_sampling`: keys = log s / T + Gumbel noise, that is, sampling without replacement in proportion to
+      s^(1/T) (Gumbel top-k). With `noise="uniform"` keys = log s / T - U(0, 1), as in the authors' code.
+
+    The noise is a function of (seed, epoch, sample id, patch): a mask does not depend on the batch it comes in.
+
+    Args:
+        logits_BL: [B, L] float, log s up to a constant per row (Eq. 4 before its softmax); None for `random`, `block`.
+        ids_B: [B] int64 sample ids.
+        keep: number of visible patches, 1 .. L - 1.
+        grid: rows and columns of patches, rows * columns = L.
+        seed, epoch: 0 .. 2**32 - 1.
+
+    Returns:
+        A `Partition`. Nothing of it has a gradient.
+
+    Raises:
+        ValueError: an argument out of its range; the message names it and its limit.
+    """
+    patches = grid[0] * grid[1]
+    check_partition_arguments(strategy, noise, keep, patches, temperature)
+    if strategy.startswith("importance"):
+        if logits_BL is None:
+            raise ValueError(f"strategy={strategy} needs logits")
+        if tuple(logits_BL.shape) != (len(ids_B), patches):
+            raise ValueError(f"logits are {list(logits_BL.shape)}, expected [{len(ids_B)}, {patches}]")
+        logits_BL = logits_BL.detach()
+    return reference.sample_partition(
+        logits_BL,
+        ids_B,
+        patches=patches,
+        keep=keep,
+        seed=seed,
+        epoch=epoch,
+        strategy=strategy,
+        noise=noise,
+        temperature=temperature,
+        grid=grid,
+        block_min=block_min,
+    )
