@@ -119,7 +119,12 @@ class CCMIM(nn.Module):
             torch.cat([encoded_BTD[:, :1], encoded_BTD[:, 1 + registers :]], 1) if registers else encoded_BTD
         )
         pred_BMP = self.decoder(decoder_input, divided.partition)
-        visible_BE, masked_BE = self._embeddings(encoded_BTD[:, 0], divided.masked)
+        visible_BE, masked_BE = None, None
+        if self.contrast != "none":
+            visible_BE = self.projector(encoded_BTD[:, 0])
+            masked_BE = self.encode_masked(divided.masked)
+        if self.contrast == "align":
+            visible_BE = self.predictor(visible_BE)
         return Output(pred_BMP, divided.partition, visible_BE, masked_BE, divided.logits)
 
     def divide(self, x_BLD: Tensor, ids_B: Tensor, epoch: int) -> Divided:
@@ -144,11 +149,7 @@ class CCMIM(nn.Module):
             masked = gather_tokens(x_BLD.detach(), partition.ids_masked_BM, prefix_PD.detach())
         return Divided(gather_tokens(x_BLD, partition.ids_visible_BK, prefix_PD), masked, partition, None)
 
-    def _embeddings(self, visible_BD: Tensor, masked_BTD: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """hV and SG(hM) of Eq. 7 and 8. The masked branch runs without gradient: it is the teacher."""
-        if masked_BTD is None:
-            return None, None
-        with torch.no_grad():
-            masked_BE = self.projector(encode_cls(self.encoder, masked_BTD))
-        visible_BE = self.projector(visible_BD)
-        return (self.predictor(visible_BE) if self.contrast == "align" else visible_BE), masked_BE
+    @torch.no_grad()
+    def encode_masked(self, masked_BTD: Tensor) -> Tensor:
+        """SG(hM) [B, E] of Eq. 7 and 8: the teacher runs without gradient and saves no activation."""
+        return self.projector(encode_cls(self.encoder, masked_BTD))

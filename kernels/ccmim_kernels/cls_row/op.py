@@ -2,6 +2,7 @@
 
 # B batch, T tokens, P prefix tokens, L patches (T = P + L), N heads, H head dim
 
+import torch
 from torch import Tensor
 
 from ccmim_kernels.cls_row import reference
@@ -35,7 +36,8 @@ def cls_row(q_BNH: Tensor, k_BTNH: Tensor, *, prefix: int, kind: str, scale: flo
         raise ValueError(f"queries are {list(q_BNH.shape)}, keys want [{B}, {N}, {H}]")
     if not 1 <= prefix < T:
         raise ValueError(f"prefix={prefix} must be in 1..{T - 1}")
-    wide = q_BNH.dtype if q_BNH.dtype.itemsize == 8 else None
-    if wide is None:
+    if k_BTNH.dtype != torch.float64:
         q_BNH, k_BTNH = q_BNH.float(), k_BTNH.float()
-    return reference.cls_row(q_BNH, k_BTNH, prefix, kind, scale)
+    # Scores stay float32 under autocast too.
+    with torch.autocast(k_BTNH.device.type, enabled=False):
+        return reference.cls_row(q_BNH, k_BTNH, prefix, kind, scale)

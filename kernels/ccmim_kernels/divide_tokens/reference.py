@@ -13,7 +13,10 @@ from ccmim_kernels.sample_partition.reference import sample_partition
 
 def folded_logits(tokens_BLD: Tensor, direction_D: Tensor, eps: float) -> Tensor:
     """LN(x_i) . v for every token, the LayerNorm without weight and bias: those are folded into v."""
-    return F.layer_norm(tokens_BLD, tokens_BLD.shape[-1:], eps=eps) @ direction_D
+    dtype = torch.promote_types(tokens_BLD.dtype, direction_D.dtype)
+    # Scores stay float32 under autocast too.
+    with torch.autocast(tokens_BLD.device.type, enabled=False):
+        return F.layer_norm(tokens_BLD.to(dtype), tokens_BLD.shape[-1:], eps=eps) @ direction_D.to(dtype)
 
 
 def divide_tokens(

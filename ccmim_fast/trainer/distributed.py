@@ -1,0 +1,58 @@
+"""One process or many: rank, world size and device, from torchrun's environment."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from ccmim_fast.errors import EnvironmentError
+
+
+class Session(NamedTuple):
+    """This process's place: `rank` of `world_size`, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def session(device: str) -> Iterator[Session]:
+    """Join the process group that torchrun announces (NCCL on CUDA, gloo on CPU), or run alone.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`; auto takes CUDA where there is a GPU.
+
+    Raises:
+        EnvironmentError: `cuda` without a GPU.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentError("train.device=cuda: no CUDA device is visible; use train.device=cpu")
+    kind = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
+    if "WORLD_SIZE" not in os.environ:
+        yield Session(0, 1, torch.device(kind))
+        return
+    local = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=local if kind == "cuda" else None)
+    try:
+        yield Session(dist.get_rank(), dist.get_world_size(), local)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values

@@ -1,0 +1,194 @@
+"""The run: for each batch, step, log; for each epoch, save and look."""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ccmim_fast.checkpoints import io
+from ccmim_fast.checkpoints.state import capture, restore
+from ccmim_fast.config.schema import Config
+from ccmim_fast.config.validate import validate
+from ccmim_fast.data.batch import Batch
+from ccmim_fast.data.loader import build_loader, build_source
+from ccmim_fast.models.build import build_model
+from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.optim.adamw import build_adamw
+from ccmim_fast.optim.schedule import lr_at, scaled_lr
+from ccmim_fast.trainer.distributed import Session, mean_over_ranks, session
+from ccmim_fast.trainer.metrics import Metrics, ProgressLine
+from ccmim_fast.trainer.precision import choose_precision
+from ccmim_fast.trainer.run_folder import describe_run, open_run_folder
+from ccmim_fast.trainer.step import StepResult, TrainStep
+from ccmim_fast.trainer.throughput import Meter
+
+# Called after an epoch (and once before the first, as epoch 0) with the epoch number and the model in eval mode.
+AfterEpoch = Callable[[int, CCMIM], None]
+
+
+def fit(config: Config, after_epoch: AfterEpoch | None = None) -> Path:
+    """Pretrain as `config` says; returns the run's folder.
+
+    Raises:
+        CcmimError: a user's error, with its exit code.
+    """
+    with session(config.train.device) as here:
+        validate(config, here.world_size)
+        trainer = Trainer(config, here, after_epoch)
+        try:
+            trainer.run()
+        finally:
+            trainer.close()
+    return Path(config.run.dir)
+
+
+class Trainer:
+    """Everything a run owns. Built in the order in which a mistake is cheapest to find: folder, images, model."""
+
+    def __init__(self, config: Config, here: Session, after_epoch: AfterEpoch | None = None):
+        self.config, self.here, self.after_epoch = config, here, after_epoch
+        self.folder = open_run_folder(config) if here.is_main else Path(config.run.dir)
+        self.precision = choose_precision(config.train.precision, here.device)
+        self.source = build_source(config.data, config.seed)
+        self.loader = build_loader(
+            self.source,
+            config.data,
+            config.seed,
+            global_batch=config.train.batch_size,
+            accumulate=config.train.accumulate,
+            rank=here.rank,
+            world_size=here.world_size,
+            device=here.device,
+        )
+        torch.manual_seed(config.seed)
+        self.model = build_model(config).to(here.device).train()
+        self.lr = scaled_lr(config.optim.base_lr, config.train.batch_size)
+        optimizer = build_adamw(
+            self.model, lr=self.lr, weight_decay=config.optim.weight_decay, betas=config.optim.betas
+        )
+        self.step_fn = TrainStep(
+            self.model, _wrapped(self.model, here), optimizer, self.precision, config, _ema(self.model, config)
+        )
+        self.step = self._resume()
+        self.meter = Meter(config.train.batch_size, here, self.precision.dtype)
+        self.metrics = None
+        if here.is_main:
+            describe_run(self.folder, config, here.device)
+            self.metrics = Metrics(self.folder, tensorboard=config.run.tensorboard, resume_step=self.step)
+        self.progress = ProgressLine(self.total_steps, self.step, here.is_main)
+
+    @property
+    def total_steps(self) -> int:
+        whole = self.config.train.epochs * self.loader.steps_per_epoch
+        return min(whole, self.config.train.max_steps) if self.config.train.max_steps else whole
+
+    def run(self) -> None:
+        if self.step == 0:
+            self._look(0)
+        while self.step < self.total_steps:
+            epoch, start = divmod(self.step, self.loader.steps_per_epoch)
+            for batches in self._steps(epoch, start):
+                result = self._train(batches, epoch)
+                self._log(result)
+            self._save(epoch + 1)
+            self._look(epoch + 1)
+
+    def close(self) -> None:
+        self.progress.close()
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def _steps(self, epoch: int, start: int) -> Iterator[list[Batch]]:
+        """The remaining steps of an epoch, each a list of micro-batches; the wait for data is metered."""
+        wanted = self.total_steps - self.step
+        grouped = _groups(self.loader.epoch(epoch, start_step=start), self.config.train.accumulate)
+        return self.meter.waiting(islice(grouped, wanted))
+
+    def _train(self, batches: list[Batch], epoch: int) -> StepResult:
+        if self.config.model.drop_path > 0:
+            # Stochastic depth draws from the global generator: keyed by step and rank, so that a resumed run repeats.
+            torch.manual_seed((self.config.seed << 40) + self.step * self.here.world_size + self.here.rank)
+        lr = lr_at(
+            self.step / self.loader.steps_per_epoch,
+            peak=self.lr,
+            floor=self.config.optim.min_lr,
+            warmup=self.config.optim.warmup_epochs,
+            epochs=self.config.train.epochs,
+        )
+        with self.meter.stepping():
+            result = self.step_fn(batches, epoch, lr)
+        self.step += 1
+        return result
+
+    def _log(self, result: StepResult) -> None:
+        """The only place in the loop that reads from the device."""
+        if self.step % self.config.run.log_every and self.step != self.total_steps:
+            return
+        loss, recons, contrast, grad_norm = mean_over_ranks(torch.stack(result)).tolist()
+        figures = {
+            "epoch": self.step / self.loader.steps_per_epoch,
+            "loss": loss,
+            "recons": recons,
+            "contrast": contrast if self.config.contrast.loss != "none" else None,
+            "grad_norm": grad_norm if self.config.optim.clip_grad else None,
+            "lr": self.step_fn.optimizer.param_groups[0]["lr"],
+            **self.meter.read(self.total_steps - self.step),
+        }
+        if self.metrics is not None:
+            self.metrics.write("train", self.step, **figures)
+        self.progress.update(self.step, figures)
+
+    def _save(self, epoch: int) -> None:
+        finished = self.step >= self.total_steps
+        if self.here.is_main and (finished or epoch % self.config.run.save_every == 0):
+            state = capture(
+                self.model, self.step_fn.optimizer, self.step_fn.scaler, self.step_fn.ema, self.step, self.config
+            )
+            io.save(self.folder / "checkpoints", self.step, state, keep=self.config.run.keep)
+
+    def _look(self, epoch: int) -> None:
+        if self.after_epoch is not None and self.here.is_main:
+            self.model.eval()
+            self.after_epoch(epoch, self.model)
+            self.model.train()
+        self.meter.pause()
+
+    def _resume(self) -> int:
+        resume = self.config.run.resume
+        if resume == "never":
+            return 0
+        if resume == "auto":
+            found = io.newest(self.folder / "checkpoints")
+            for problem in found.problems:
+                print(problem, flush=True)
+            state = found.state
+        else:
+            state = io.load(Path(resume))
+        if state is None:
+            return 0
+        step_fn = self.step_fn
+        return restore(state, self.model, step_fn.optimizer, step_fn.scaler, step_fn.ema)
+
+
+def _wrapped(model: CCMIM, here: Session) -> nn.Module:
+    if here.world_size == 1:
+        return model
+    devices = [here.device.index] if here.device.type == "cuda" else None
+    # BatchNorm's running statistics are equal on all ranks already; broadcasting them would cost a collective a step.
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+def _ema(model: CCMIM, config: Config) -> AveragedModel | None:
+    if not config.optim.ema_decay:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema_decay))
+
+
+def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    batches = iter(batches)
+    while group := list(islice(batches, size)):
+        yield group

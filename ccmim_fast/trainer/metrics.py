@@ -1,0 +1,109 @@
+"""Where figures go: metrics.jsonl always, TensorBoard where asked, and a progress line for whoever is watching."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+
+class Metrics:
+    """Writes one JSON object a line to `folder`/metrics.jsonl, and the same figures to TensorBoard.
+
+    Lines of an interrupted run past the step it resumes from are dropped, so that every step is told once.
+
+    Args:
+        folder: the run's folder.
+        tensorboard: write event files too; where that fails the run goes on without.
+        resume_step: first step that will be written anew; 0 starts an empty file.
+    """
+
+    def __init__(self, folder: Path, *, tensorboard: bool, resume_step: int = 0):
+        self.path = folder / "metrics.jsonl"
+        kept = _lines_before(self.path, resume_step) if resume_step else []
+        self.path.write_text("".join(kept))
+        self._file = self.path.open("a", buffering=1)
+        self._board = _open_board(folder, resume_step) if tensorboard else None
+
+    def write(self, kind: str, step: int, **figures: Any) -> None:
+        """One record; figures that are not finite are written as null, as JSON has no NaN."""
+        safe = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
+        self._file.write(json.dumps({"kind": kind, "step": step, **safe}) + "\n")
+        if self._board is not None:
+            for name, value in safe.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _lines_before(path: Path, step: int) -> list[str]:
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            # The last line of a killed run may be cut.
+            continue
+    return kept
+
+
+def _open_board(folder: Path, resume_step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step or None)
+    except (ImportError, OSError) as error:
+        Console(stderr=True).print(f"TensorBoard is off: {error}", highlight=False)
+        return None
+
+
+class ProgressLine:
+    """A live line on a terminal, a plain line per log step elsewhere; silent on ranks other than 0.
+
+    Args:
+        total_steps: optimizer steps of the whole run.
+        done: steps already taken.
+        shown: False: print nothing.
+    """
+
+    def __init__(self, total_steps: int, done: int, shown: bool):
+        self._console = Console()
+        self._live = shown and self._console.is_terminal
+        self._plain = shown and not self._live
+        self._progress = Progress(BarColumn(24), TextColumn("{task.description}"), console=self._console)
+        self._task = self._progress.add_task("starting", total=total_steps, completed=done)
+        self._total = total_steps
+        if self._live:
+            self._progress.start()
+
+    def update(self, step: int, figures: dict[str, float]) -> None:
+        line = _line(step, self._total, figures)
+        if self._live:
+            self._progress.update(self._task, completed=step, description=line)
+        elif self._plain:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        if self._live:
+            self._progress.stop()
+
+
+def _line(step: int, total: int, f: dict[str, float]) -> str:
+    parts = [f"epoch {f['epoch']:.2f}", f"step {step}/{total}", f"loss {f['loss']:.4f}", f"recons {f['recons']:.4f}"]
+    if f.get("contrast") is not None:
+        parts.append(f"contrast {f['contrast']:.4f}")
+    parts += [f"lr {f['lr']:.2e}", f"{f['images_per_second']:.0f} img/s", f"data wait {f['data_wait']:.0%}"]
+    if f.get("mfu") is not None:
+        parts.append(f"MFU {f['mfu']:.0%}")
+    minutes, seconds = divmod(int(f["eta_seconds"]), 60)
+    hours, minutes = divmod(minutes, 60)
+    return " · ".join([*parts, f"ETA {hours}:{minutes:02d}:{seconds:02d}"])

@@ -1,0 +1,96 @@
+"""One optimizer step. Nothing here waits for the device: losses and norms come back as tensors."""
+
+# B batch
+
+import contextlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from ccmim_fast.config.schema import Config
+from ccmim_fast.data.batch import Batch
+from ccmim_fast.losses.total import total_loss
+from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.trainer.precision import Precision
+
+
+class StepResult(NamedTuple):
+    """Means over the micro-batches of this rank: float32 scalars on the device, without gradient.
+
+    `contrast` is zero where the run has none; `grad_norm` is before clipping, zero where nothing is clipped.
+    """
+
+    total: Tensor
+    recons: Tensor
+    contrast: Tensor
+    grad_norm: Tensor
+
+
+class TrainStep:
+    """Forward, backward, clip, update, average.
+
+    Args:
+        model: the bare model, whose weights are trained.
+        wrapped: the same model as it is called (DDP or bare).
+        optimizer: over the model's parameters.
+        precision: autocast and scaling.
+        config: of the run.
+        ema: averaged weights, or None.
+    """
+
+    def __init__(
+        self,
+        model: CCMIM,
+        wrapped: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        precision: Precision,
+        config: Config,
+        ema: AveragedModel | None = None,
+    ):
+        self.model, self.wrapped, self.optimizer, self.precision = model, wrapped, optimizer, precision
+        self.config, self.ema = config, ema
+        self.scaler = torch.amp.GradScaler(model.mean_C.device.type, enabled=precision.scaled)
+
+    def __call__(self, batches: Sequence[Batch], epoch: int, lr: float) -> StepResult:
+        """Train on the micro-batches of one step at the given learning rate; `epoch` keys the masks."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        sums = torch.zeros(3, device=batches[0].images_BHWC.device)
+        for index, batch in enumerate(batches):
+            with self._gradients_summed_over_ranks(last=index == len(batches) - 1):
+                losses = self._forward(batch, epoch)
+                self.scaler.scale(losses.total / len(batches)).backward()
+            parts = [losses.total, losses.recons]
+            if losses.contrast is not None:
+                parts.append(losses.contrast)
+            sums[: len(parts)] += torch.stack(parts).detach()
+        grad_norm = self._update()
+        return StepResult(*(sums / len(batches)), grad_norm)
+
+    def _forward(self, batch: Batch, epoch: int):
+        with self.precision.autocast(batch.images_BHWC.device):
+            output = self.wrapped(batch.images_BHWC, batch.ids_B, epoch)
+        # Outside autocast: losses are float32 whatever the forward pass ran in.
+        return total_loss(self.model, output, batch.images_BHWC, self.config)
+
+    def _gradients_summed_over_ranks(self, last: bool):
+        """DDP reduces gradients with the last micro-batch only."""
+        if isinstance(self.wrapped, DistributedDataParallel) and not last:
+            return self.wrapped.no_sync()
+        return contextlib.nullcontext()
+
+    def _update(self) -> Tensor:
+        grad_norm = torch.zeros((), device=self.model.mean_C.device)
+        if self.config.optim.clip_grad > 0:
+            self.scaler.unscale_(self.optimizer)
+            grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        return grad_norm

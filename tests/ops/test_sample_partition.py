@@ -1,0 +1,167 @@
+"""Dividing strategies against loops, exact probabilities, and the promise that a mask depends on its key alone."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from ccmim_kernels import partition_from_mask, sample_partition
+from ccmim_kernels.philox import STREAM_BLOCK, keyed_uniform, philox_4x32, stream_key, to_unit
+from ccmim_kernels.sample_partition.reference import BLOCKS, block_keys
+
+STRATEGIES = ["random", "block", "importance", "importance_sampling"]
+
+
+def divide(logits, ids, keep, grid, **options):
+    options = {"seed": 0, "epoch": 0, **options}
+    return sample_partition(logits, ids, keep=keep, grid=grid, **options)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("grid", "keep"), [((14, 14), 49), ((8, 8), 16), ((3, 5), 1), ((3, 5), 14), ((1, 2), 1)])
+def test_is_a_partition(strategy, grid, keep):
+    patches = grid[0] * grid[1]
+    part = divide(torch.randn(5, patches), torch.arange(5), keep, grid, strategy=strategy)
+    for b in range(5):
+        visible, masked = part.ids_visible_BK[b].tolist(), part.ids_masked_BM[b].tolist()
+        assert len(visible) == keep
+        assert sorted(visible) == visible
+        assert sorted(masked) == masked
+        assert sorted(visible + masked) == list(range(patches))
+        assert [(visible + masked)[r] for r in part.ids_restore_BL[b]] == list(range(patches))
+        assert part.mask_BL[b].nonzero()[:, 0].tolist() == masked
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_mask_does_not_depend_on_the_batch(strategy):
+    logits, ids = torch.randn(12, 49), torch.arange(12) * 1000
+    whole = divide(logits, ids, 12, (7, 7), strategy=strategy, epoch=3, seed=5).mask_BL
+    order = torch.randperm(12)
+    again = divide(logits[order], ids[order], 12, (7, 7), strategy=strategy, epoch=3, seed=5).mask_BL
+    assert torch.equal(again, whole[order])
+    single = [
+        divide(logits[i : i + 1], ids[i : i + 1], 12, (7, 7), strategy=strategy, epoch=3, seed=5) for i in range(12)
+    ]
+    assert torch.equal(torch.cat([s.mask_BL for s in single]), whole)
+
+
+@pytest.mark.parametrize("strategy", ["random", "block", "importance_sampling"])
+def test_seed_and_epoch_change_the_mask(strategy):
+    logits, ids = torch.zeros(8, 64), torch.arange(8)
+    base = divide(logits, ids, 16, (8, 8), strategy=strategy).mask_BL
+    assert not torch.equal(divide(logits, ids, 16, (8, 8), strategy=strategy, epoch=1).mask_BL, base)
+    assert not torch.equal(divide(logits, ids, 16, (8, 8), strategy=strategy, seed=1).mask_BL, base)
+
+
+def test_importance_masks_the_largest_and_ties_go_by_index():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 3.0, 0.0, 2.0]])
+    part = divide(logits, torch.tensor([0]), 3, (2, 3), strategy="importance")
+    assert part.ids_masked_BM.tolist() == [[1, 2, 3]]
+
+
+def test_logits_matter_only_up_to_a_constant():
+    logits = torch.randn(4, 16)
+    a = divide(logits, torch.arange(4), 4, (4, 4))
+    b = divide(logits + 8, torch.arange(4), 4, (4, 4))
+    assert torch.equal(a.mask_BL, b.mask_BL)
+
+
+def successive_sampling(weights, masked):
+    """Exact probability of each masked set: draw `masked` items one after the other without replacement."""
+    total = {}
+    for order in itertools.permutations(range(len(weights)), masked):
+        left, probability = sum(weights), 1.0
+        for item in order:
+            probability *= weights[item] / left
+            left -= weights[item]
+        total[frozenset(order)] = total.get(frozenset(order), 0.0) + probability
+    return total
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_gumbel_top_k_is_successive_sampling(temperature):
+    """Chi-square over all 20 masked sets of 3 out of 6; the 99.9 % quantile for 19 degrees of freedom is 43.82."""
+    scores = torch.tensor([0.30, 0.05, 0.20, 0.10, 0.25, 0.10])
+    draws = 20_000
+    part = divide(scores.log().expand(draws, 6), torch.arange(draws), 3, (2, 3), temperature=temperature)
+    expected = successive_sampling([s ** (1 / temperature) for s in scores.tolist()], 3)
+    seen = dict.fromkeys(expected, 0)
+    for row in part.ids_masked_BM.tolist():
+        seen[frozenset(row)] += 1
+    statistic = sum((seen[k] - draws * p) ** 2 / (draws * p) for k, p in expected.items())
+    assert len(expected) == 20
+    assert statistic < 43.82
+
+
+def test_uniform_noise_is_the_authors_formula():
+    logits, ids = torch.randn(6, 16, dtype=torch.float64), torch.arange(6)
+    part = divide(logits, ids, 4, (4, 4), noise="uniform", seed=9, epoch=2)
+    noise = keyed_uniform(9, 2, ids, 16)
+    for b in range(6):
+        # Scores divided by softmax(noise): the same order as log s - u.
+        ratio = (logits[b].softmax(0) / noise[b].softmax(0)).tolist()
+        largest = sorted(range(16), key=lambda i: -ratio[i])[:12]
+        assert sorted(largest) == part.ids_masked_BM[b].tolist()
+
+
+def rectangles(sample, seed, epoch, masked, grid, block_min):
+    """The blocks of one image, drawn one after the other as the docstring of `block_keys` says."""
+    rows, columns = grid
+    smallest = min(block_min, masked)
+    for r in range(BLOCKS):
+        words = philox_4x32(
+            stream_key(seed, STREAM_BLOCK), *(torch.tensor(c) for c in (r, sample & 0xFFFFFFFF, sample >> 32, epoch))
+        )
+        area_u, aspect_u, row_u, column_u = (to_unit(w).item() for w in words)
+        area = smallest + area_u * (masked - smallest)
+        aspect = math.exp((2 * aspect_u - 1) * math.log(1 / 0.3))
+        height = min(max(round(math.sqrt(area * aspect)), math.ceil(area / columns)), rows)
+        width = min(math.ceil(area / height), columns)
+        yield math.floor(row_u * (rows - height + 1)), math.floor(column_u * (columns - width + 1)), height, width
+
+
+@pytest.mark.parametrize(("grid", "keep"), [((14, 14), 49), ((8, 8), 16), ((4, 12), 30)])
+def test_block_masking_against_loops(grid, keep):
+    rows, columns = grid
+    masked = rows * columns - keep
+    part = divide(None, torch.arange(20), keep, grid, strategy="block", seed=3, epoch=1, block_min=16)
+    for b in range(20):
+        taken = []
+        for top, left, height, width in rectangles(b, 3, 1, masked, grid, 16):
+            assert height * width >= min(16, masked)
+            inside = [y * columns + x for y in range(top, top + height) for x in range(left, left + width)]
+            taken += [i for i in sorted(inside) if i not in taken]
+        taken += [i for i in range(rows * columns) if i not in taken]
+        assert sorted(taken[:masked]) == part.ids_masked_BM[b].tolist()
+
+
+def test_block_keys_cover_without_the_filler():
+    """At MAE's size the rectangles alone reach the count in practically every image."""
+    keys = block_keys(torch.arange(500), 0, 0, 147, (14, 14), 16)
+    assert ((keys > -BLOCKS).sum(1) >= 147).all()
+
+
+def test_partition_from_mask_round_trip():
+    mask = torch.rand(3, 20).argsort(1) < 15
+    part = partition_from_mask(mask, keep=5)
+    assert torch.equal(part.mask_BL, mask)
+    assert [sorted(r) for r in part.ids_visible_BK.tolist()] == [(~m).nonzero()[:, 0].tolist() for m in mask]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 0}, r"keep=0 must be in 1\.\.15"),
+        ({"keep": 16}, r"keep=16 must be in 1\.\.15"),
+        ({"strategy": "best"}, "strategy='best' must be one of random, block"),
+        ({"noise": "normal"}, "noise='normal' must be one of gumbel, uniform"),
+        ({"temperature": 0.0}, "temperature=0.0 must be greater than 0"),
+        ({"logits": None}, "strategy=importance_sampling needs logits"),
+        ({"logits": torch.zeros(2, 9)}, r"logits are \[2, 9\], expected \[2, 16\]"),
+    ],
+)
+def test_errors_name_value_and_limit(options, message):
+    options = {"logits": torch.zeros(2, 16), "keep": 4, **options}
+    with pytest.raises(ValueError, match=message):
+        divide(options.pop("logits"), torch.arange(2), options.pop("keep"), (4, 4), **options)
