@@ -5,6 +5,7 @@ Nothing wraps the module, so its weights keep timm's names and load into timm as
 
 # B batch, H height, W width, C channels, L patches, P prefix tokens, T tokens, D width, A pixels of a patch * C
 
+import math
 from collections.abc import Callable
 
 import timm
@@ -41,6 +42,7 @@ def build_encoder(
         ConfigError: an unknown name, another class of model, or sizes that do not fit each other.
     """
     sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+    _check_width(arch, embed_dim, num_heads)
     try:
         vit = timm.create_model(
             arch,
@@ -55,12 +57,27 @@ def build_encoder(
         )
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise ConfigError(f"model.arch={arch}: timm cannot build it with these sizes: {error}") from None
-    if type(vit) is not VisionTransformer:
-        raise ConfigError(f"model.arch={arch} is a {type(vit).__name__}, expected a timm VisionTransformer")
     _check_sizes(vit, arch, image_size)
     _fix_positions(vit)
     initialise(vit)
     return vit
+
+
+def _check_width(arch: str, embed_dim: int, num_heads: int) -> None:
+    """The width must be a multiple of the heads, and of 4 (sine and cosine of two axes)."""
+    with torch.device("meta"):
+        own = timm.create_model(arch, pretrained=False)
+    if type(own) is not VisionTransformer:
+        raise ConfigError(f"model.arch={arch} is a {type(own).__name__}, expected a timm VisionTransformer")
+    width = embed_dim or own.embed_dim
+    heads = num_heads or getattr(getattr(own.blocks[0], "attn", None), "num_heads", 1)
+    if width % heads and num_heads:
+        nearest = min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - heads))
+        raise ConfigError(f"model.num_heads={heads} must divide the width {width}; nearest: {nearest}")
+    unit = math.lcm(heads, 4)
+    if width % unit:
+        nearest = max(unit, round(width / unit) * unit)
+        raise ConfigError(f"model.embed_dim={width} must be a multiple of {unit} ({heads} heads); nearest: {nearest}")
 
 
 def _check_sizes(vit: VisionTransformer, arch: str, image_size: tuple[int, int]) -> None:
@@ -69,9 +86,6 @@ def _check_sizes(vit: VisionTransformer, arch: str, image_size: tuple[int, int])
         if side % patch:
             valid = max(patch, round(side / patch) * patch)
             raise ConfigError(f"data.image_size={side}: must be a multiple of {arch}'s patch {patch}; nearest: {valid}")
-    heads = vit.blocks[0].attn.num_heads
-    if vit.embed_dim % heads or vit.embed_dim % 4:
-        raise ConfigError(f"model.embed_dim={vit.embed_dim} must be a multiple of 4 and of model.num_heads={heads}")
 
 
 def _fix_positions(vit: VisionTransformer) -> None:

@@ -22,10 +22,11 @@ class GlobalBatchNorm(nn.BatchNorm1d):
         self.sync = sync
 
     def forward(self, x_BE: Tensor) -> Tensor:
+        # Under autocast the rows come in half precision; statistics keep the module's own (float32).
+        x_BE = x_BE.to(self.running_mean.dtype)
         world = dist.get_world_size() if self.sync and dist.is_initialized() else 1
         if not self.training or world == 1:
-            return super().forward(x_BE.float())
-        x_BE = x_BE.float()
+            return super().forward(x_BE)
         mean_E = _mean_over_ranks(x_BE.mean(0), world)
         # Centred before squaring: E[x^2] - E[x]^2 cancels in float32.
         var_E = _mean_over_ranks((x_BE - mean_E).square().mean(0), world)

@@ -1,0 +1,230 @@
+"""Both loaders carry out the same plan, go on where they stopped, and name what they cannot read."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ccmim_fast.config.schema import DataConfig
+from ccmim_fast.data import dali_loader
+from ccmim_fast.data.dali_loader import DaliLoader
+from ccmim_fast.data.index import FolderSource, scan_folder
+from ccmim_fast.data.loader import build_loader, build_source
+from ccmim_fast.data.photos import PhotosSource
+from ccmim_fast.data.shapes import ShapesSource
+from ccmim_fast.data.torch_loader import TorchLoader, crop_and_resize, evaluation_batches
+from ccmim_fast.errors import ConfigError, DataError, EnvironmentError
+
+needs_dali = pytest.mark.skipif(not dali_loader.is_installed(), reason="DALI is not installed")
+both = pytest.mark.parametrize("kind", ["torch", pytest.param("dali", marks=needs_dali)])
+SIZE = (40, 48)
+
+
+@pytest.fixture(scope="module")
+def source(photo_folder):
+    return scan_folder(str(photo_folder))
+
+
+def make_loader(source, kind, global_batch=8, seed=0, device="cpu", image_size=SIZE, workers=2, **division):
+    data = DataConfig(loader=kind, image_size=image_size, workers=workers, flip=True, channels=source.channels)
+    return build_loader(source, data, seed, global_batch, device=device, **division)
+
+
+def images_by_id(batches):
+    return {int(i): image.clone() for batch in batches for i, image in zip(batch.ids_B, batch.images_BHWC)}
+
+
+@both
+def test_batches_are_as_promised(source, kind):
+    loader = make_loader(source, kind)
+    assert loader.steps_per_epoch == 2
+    batches = list(loader.epoch(0))
+    assert len(batches) == 2
+    for batch in batches:
+        assert batch.images_BHWC.shape == (8, *SIZE, 3)
+        assert batch.images_BHWC.dtype == torch.uint8
+        assert batch.images_BHWC.is_contiguous()
+        assert batch.ids_B.dtype == batch.labels_B.dtype == torch.int64
+        assert batch.labels_B.tolist() == source.labels_N[batch.ids_B].tolist()
+    assert len({*batches[0].ids_B.tolist(), *batches[1].ids_B.tolist()}) == 16
+
+
+@both
+def test_an_epoch_goes_on_at_a_step(source, kind):
+    loader = make_loader(source, kind, global_batch=4, accumulate=2)
+    whole, rest = list(loader.epoch(3)), list(loader.epoch(3, start_step=3))
+    assert len(whole) == 10
+    assert len(rest) == 4
+    for batch, expected in zip(rest, whole[6:]):
+        assert all(torch.equal(part, other) for part, other in zip(batch, expected))
+    assert list(loader.epoch(3, start_step=5)) == []
+    assert not torch.equal(next(iter(loader.epoch(4))).ids_B, whole[0].ids_B)
+
+
+@both
+def test_pixels_do_not_depend_on_the_division(source, kind):
+    expected = images_by_id(make_loader(source, kind, global_batch=12).epoch(1))
+    assert len(expected) == 12
+    for accumulate, world_size in ((2, 1), (1, 3), (2, 2)):
+        found = {}
+        for rank in range(world_size):
+            loader = make_loader(source, kind, 12, accumulate=accumulate, rank=rank, world_size=world_size)
+            found |= images_by_id(loader.epoch(1))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[i], expected[i]) for i in expected)
+
+
+@both
+def test_a_batch_is_not_overwritten_by_the_next(source, kind):
+    loader = make_loader(source, kind, global_batch=2)
+    kept, copies = [], []
+    for batch in loader.epoch(0):
+        kept.append(batch.images_BHWC)
+        copies.append(batch.images_BHWC.clone())
+    assert len(kept) == 11
+    assert all(torch.equal(image, copy) for image, copy in zip(kept, copies))
+
+
+@both
+def test_an_epoch_can_be_left_half_way(source, kind):
+    loader = make_loader(source, kind, global_batch=2)
+    expected = list(loader.epoch(0))
+    left, other = loader.epoch(0), loader.epoch(0)
+    for index in range(3):
+        assert torch.equal(next(left).images_BHWC, expected[index].images_BHWC)
+        assert torch.equal(next(other).images_BHWC, expected[index].images_BHWC)
+    left.close()
+    assert torch.equal(next(other).images_BHWC, expected[3].images_BHWC)
+
+
+@needs_dali
+@pytest.mark.parametrize("made", [None, ShapesSource, PhotosSource])
+def test_loaders_agree(source, made):
+    images = source if made is None else made(0, 20, (64, 80))
+    expected, found = (images_by_id(make_loader(images, kind, 20, seed=5).epoch(2)) for kind in ("torch", "dali"))
+    assert expected.keys() == found.keys()
+    for index, image in expected.items():
+        difference = (image.int() - found[index].int()).abs().float()
+        # Pillow rounds between its two passes, DALI does not: more than one level apart only at hard edges.
+        assert difference.mean() < 0.6, index
+        assert difference.max() < 24, index
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@both
+def test_batches_on_the_gpu_are_the_same(source, kind):
+    expected = images_by_id(make_loader(source, "torch", 20).epoch(0))
+    found = images_by_id(make_loader(source, kind, 20, device="cuda").epoch(0))
+    for index, image in expected.items():
+        assert found[index].is_cuda
+        assert (image.int() - found[index].cpu().int()).abs().float().mean() <= 2  # faults.md, row 3
+
+
+def test_torch_loader_cuts_resizes_and_mirrors(source):
+    plan = make_loader(source, "torch", 22)._plan
+    (batch,), (micro,) = list(make_loader(source, "torch", 22).epoch(0)), list(plan.micro_batches(0))
+    assert {*micro.flips_B.tolist()} == {True, False}
+    for image, index, (y, x, height, width), flipped in zip(batch.images_BHWC, *micro, strict=True):
+        whole = Image.fromarray(source.decode(index))
+        expected = whole.crop((x, y, x + width, y + height)).resize(SIZE[::-1], Image.Resampling.BICUBIC)
+        if flipped:
+            expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        assert (image.numpy() == np.asarray(expected)).all()
+
+
+def test_any_number_of_channels_is_resized_alike():
+    image = np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8)
+    box = np.array([3, 2, 20, 15])
+    expected = crop_and_resize(image, box, True, SIZE)
+    five = crop_and_resize(image[..., [0, 1, 2, 1, 0]], box, True, SIZE)
+    assert (five == expected[..., [0, 1, 2, 1, 0]]).all()
+    assert (crop_and_resize(image[..., 1:2], box, True, SIZE) == expected[..., 1:2]).all()
+
+
+@both
+@pytest.mark.parametrize("size", [(1, 1), (5000, 1), (1, 5000)])
+def test_extreme_sizes_load(tmp_path, kind, size):
+    for index in range(3):
+        Image.fromarray(np.full((*size, 3), 50 * index, dtype=np.uint8)).save(tmp_path / f"{index}.jpg")
+    (batch,) = list(make_loader(scan_folder(str(tmp_path)), kind, 3).epoch(0))
+    assert (batch.images_BHWC == batch.images_BHWC[:, :1, :1, :1]).all()
+    assert (batch.images_BHWC[:, 0, 0, 0].int() - 50 * batch.ids_B).abs().max() <= 1
+    assert batch.labels_B is None
+
+
+@both
+@pytest.mark.parametrize("fault", ["cut", "gone", "smaller", "png"])
+def test_a_file_that_goes_bad_is_named(tmp_path, photograph, kind, fault):
+    for index in range(8):
+        photograph.save(tmp_path / f"{index}.{'png' if fault == 'png' else 'jpg'}")
+    source = scan_folder(str(tmp_path))
+    bad = tmp_path / source.paths[5]
+    if fault == "gone":
+        bad.unlink()
+    elif fault == "smaller":
+        photograph.resize((60, 40)).save(bad)
+    else:
+        bad.write_bytes(bad.read_bytes()[: 4000 if fault == "cut" else 60000])
+    loader = make_loader(source, kind, 2)
+    batches = loader.epoch(0)
+    with pytest.raises(DataError, match=r"5\.(jpg|png)'") as error:
+        list(batches)
+    assert "\n" not in str(error.value)
+    assert "'4.jpg'" not in str(error.value)
+    Image.new("RGB", photograph.size).save(bad)
+    assert len(list(loader.epoch(0))) == 4  # the loader itself is still good
+
+
+def test_evaluation_shows_every_image_whole_and_once(source):
+    batches = list(evaluation_batches(source, SIZE, 5, torch.device("cpu")))
+    assert [len(batch.ids_B) for batch in batches] == [5, 5, 5, 5, 2]
+    assert torch.cat([batch.ids_B for batch in batches]).tolist() == list(range(22))
+    assert torch.cat([batch.labels_B for batch in batches]).tolist() == source.labels_N.tolist()
+    images = torch.cat([batch.images_BHWC for batch in batches])
+    for index in (0, 21):
+        expected = Image.fromarray(source.decode(index)).resize(SIZE[::-1], Image.Resampling.BICUBIC)
+        assert (images[index].numpy() == np.asarray(expected)).all()
+
+
+def test_sources_are_built_from_the_configuration(photo_folder, tmp_path):
+    folder = build_source(DataConfig(root=str(photo_folder), channels=1), seed=0)
+    assert isinstance(folder, FolderSource)
+    assert folder.decode(0).shape[2] == 1
+    shapes = build_source(DataConfig("shapes", str(tmp_path), image_size=SIZE, samples=6, classes=3), seed=1)
+    assert (shapes.decode(2) == ShapesSource(1, 6, SIZE, 3).decode(2)).all()
+    photos = build_source(DataConfig("photos", image_size=SIZE, samples=6), seed=1)
+    assert (photos.decode(2) == PhotosSource(1, 6, SIZE).decode(2)).all()
+    with pytest.raises(ConfigError, match=r"channels=4 must be 3 for data\.source=shapes"):
+        build_source(DataConfig("shapes", channels=4), seed=0)
+    with pytest.raises(DataError, match=r"no folder ''; set data\.root"):
+        build_source(DataConfig(), seed=0)
+
+
+def test_auto_is_dali_for_files_where_it_is_installed(source, monkeypatch):
+    made = ShapesSource(0, 20, SIZE)
+    assert isinstance(make_loader(made, "auto"), TorchLoader)
+    monkeypatch.setattr(dali_loader, "is_installed", lambda: False)
+    assert isinstance(make_loader(source, "auto"), TorchLoader)
+    if "nvidia.dali" in sys.modules or dali_loader.importlib.util.find_spec("nvidia"):
+        monkeypatch.setattr(dali_loader, "is_installed", lambda: True)
+        assert isinstance(make_loader(source, "auto"), DaliLoader)
+
+
+def test_faults_of_the_configuration_are_one_line(source, monkeypatch):
+    with pytest.raises(DataError, match=r"22 images are fewer than train\.batch_size=32"):
+        make_loader(source, "torch", 32)
+    monkeypatch.setitem(sys.modules, "nvidia.dali.plugin.pytorch", None)
+    with pytest.raises(EnvironmentError, match=r"data\.loader=dali needs DALI .*pip install ccmim_fast\[cuda13\]"):
+        make_loader(source, "dali")
+
+
+def test_dali_refuses_other_channel_counts(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((6, 7, 5), dtype=np.uint8))
+    five = scan_folder(str(tmp_path), channels=5)
+    with pytest.raises(ConfigError, match=r"reads 1 or 3 channels, not 5; set data\.loader=torch"):
+        make_loader(five, "dali", 1)
+    (batch,) = list(make_loader(five, "auto", 1).epoch(0))
+    assert batch.images_BHWC.shape == (1, *SIZE, 5)

@@ -1,0 +1,116 @@
+"""Eq. 4 and the all-block scores against loops that read the weights themselves."""
+
+import math
+
+import pytest
+import torch
+from tiny import images, tiny_model
+
+from ccmim_fast.errors import ConfigError
+from ccmim_fast.models.encoder import build_encoder, embed, prefix_tokens
+from ccmim_fast.models.scores import can_fold, check_scores, score
+from ccmim_kernels import divide_tokens
+
+
+def eq4_by_loops(block, tokens_TD):
+    """softmax_i( mean_h( q_0^h . k_i^h / sqrt(H) ) ) for the tokens of one image, [CLS] first."""
+    normed = block.norm1(tokens_TD)
+    heads, width = block.attn.num_heads, tokens_TD.shape[1]
+    head_dim = width // heads
+    weight, bias = block.attn.qkv.weight, block.attn.qkv.bias
+    q0 = weight[:width] @ normed[0] + bias[:width]
+    logits = []
+    for token in normed[1:]:
+        k = weight[width : 2 * width] @ token + bias[width : 2 * width]
+        per_head = [
+            sum(q0[h * head_dim + d] * k[h * head_dim + d] for d in range(head_dim)) / math.sqrt(head_dim)
+            for h in range(heads)
+        ]
+        logits.append(sum(per_head) / heads)
+    return torch.stack(logits).softmax(0)
+
+
+@pytest.fixture
+def embedded():
+    model, _ = tiny_model()
+    model.requires_grad_(False)
+    x = embed(model.encoder, images(2), model.mean_C, model.std_C)
+    tokens = torch.cat([prefix_tokens(model.encoder).expand(2, -1, -1), x], dim=1)
+    return model.encoder, x, tokens
+
+
+@pytest.mark.parametrize("heads", [1, 3, 6])
+def test_first_block_folded_equals_loops(heads):
+    model, _ = tiny_model(model={"num_heads": heads})
+    vit = model.encoder.requires_grad_(False)
+    x = embed(vit, images(2), model.mean_C, model.std_C)
+    tokens = torch.cat([prefix_tokens(vit).expand(2, -1, -1), x], dim=1)
+    assert can_fold(vit)
+    direction = score(vit, x, "first", 0, "renorm").direction_D
+    logits = divide_tokens(
+        x, prefix_tokens(vit), torch.arange(2), direction_D=direction, keep=6, grid=(4, 6), seed=0, epoch=0
+    ).logits
+    for b in range(2):
+        torch.testing.assert_close(logits[b].softmax(0), eq4_by_loops(vit.blocks[0], tokens[b]))
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_one_block_equals_loops(embedded, block):
+    vit, x, tokens = embedded
+    logits = score(vit, x, "block", block, "renorm").logits_BL
+    for earlier in vit.blocks[:block]:
+        tokens = earlier(tokens)
+    for b in range(2):
+        torch.testing.assert_close(logits[b].softmax(0), eq4_by_loops(vit.blocks[block], tokens[b]))
+
+
+def cls_rows_by_full_attention(vit, tokens):
+    """Per block, the mean over heads of the [CLS] row of the whole attention map, patches only: list of [B, L]."""
+    rows = []
+    for block in vit.blocks:
+        normed = block.norm1(tokens)
+        B, T, D = normed.shape
+        heads = block.attn.num_heads
+        q, k, _ = block.attn.qkv(normed).reshape(B, T, 3, heads, D // heads).permute(2, 0, 3, 1, 4)
+        attention = (q @ k.transpose(-1, -2) / math.sqrt(D // heads)).softmax(-1)
+        rows.append(attention.mean(1)[:, 0, 1:])
+        tokens = block(tokens)
+    return rows
+
+
+def test_all_blocks_renormalised(embedded):
+    vit, x, tokens = embedded
+    mean = sum(cls_rows_by_full_attention(vit, tokens)) / len(vit.blocks)
+    logits = score(vit, x, "all", 0, "renorm").logits_BL
+    torch.testing.assert_close(logits.softmax(1), mean / mean.sum(1, keepdim=True))
+
+
+def test_all_blocks_softmax_again_as_in_the_authors_code(embedded):
+    vit, x, tokens = embedded
+    total = sum(cls_rows_by_full_attention(vit, tokens))
+    logits = score(vit, x, "all", 0, "softmax").logits_BL
+    torch.testing.assert_close(logits.softmax(1), total.softmax(1))
+
+
+def test_models_that_cannot_be_folded_take_the_general_way():
+    vit = build_encoder("vit_base_patch16_clip_224", image_size=(32, 32), channels=3, depth=2)
+    assert not can_fold(vit)
+    x = torch.randn(2, 4, vit.embed_dim)
+    out = score(vit, x, "first", 0, "renorm")
+    assert torch.equal(out.logits_BL, score(vit, x, "block", 0, "renorm").logits_BL)
+
+
+def test_scores_have_no_gradient(embedded):
+    vit, x, _ = embedded
+    vit.requires_grad_(True)
+    for source in ("first", "block", "all"):
+        out = score(vit, x.clone().requires_grad_(), source, 1, "renorm")
+        assert not any(t.requires_grad for t in out if t is not None)
+
+
+def test_errors():
+    with pytest.raises(ConfigError, match="ParallelThingsBlock has no attention map"):
+        tiny_model(model={"arch": "vit_small_patch16_18x2_224", "num_heads": 0, "embed_dim": 0})
+    model, _ = tiny_model()
+    with pytest.raises(ConfigError, match=r"score.block=3 must be in 0\.\.2"):
+        check_scores(model.encoder, "block", 3)

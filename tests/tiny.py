@@ -1,0 +1,40 @@
+"""The smallest model that still has every part: what most tests run."""
+
+import dataclasses
+
+import torch
+
+from ccmim_fast.config.schema import Config, DataConfig, DecoderConfig, HeadsConfig, ModelConfig
+from ccmim_fast.models.build import build_model
+from ccmim_fast.models.ccmim import CCMIM
+
+TINY = Config(
+    data=DataConfig(image_size=(32, 48)),
+    model=ModelConfig(arch="vit_tiny_patch16_224", patch_size=8, embed_dim=48, depth=3, num_heads=3),
+    decoder=DecoderConfig(depth=2, dim=32, num_heads=4),
+    heads=HeadsConfig(dim=16),
+)
+
+
+def tiny_config(**sections) -> Config:
+    """`TINY` with some fields of some sections replaced: `tiny_config(mask={"ratio": 0.5})`."""
+    replaced = {
+        name: dataclasses.replace(getattr(TINY, name), **fields) if isinstance(fields, dict) else fields
+        for name, fields in sections.items()
+    }
+    return dataclasses.replace(TINY, **replaced)
+
+
+def tiny_model(dtype: torch.dtype = torch.float64, **sections) -> tuple[CCMIM, Config]:
+    """A model with random biases and norms (initial ones are zero and one, and would hide mistakes)."""
+    config = tiny_config(**sections)
+    model = build_model(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn_like(parameter)
+    return model, config
+
+
+def images(count: int = 4, size: tuple[int, int] = (32, 48), channels: int = 3) -> torch.Tensor:
+    return torch.randint(0, 256, (count, *size, channels), dtype=torch.uint8)
