@@ -107,6 +107,8 @@ def test_page_parses_and_shows_every_part(tmp_path, runs):
     assert "chance is 16.7%" in page.text
     assert "21.0% (Untrained), 44.0% (MAE), 61.3% (ccMIM)" in page.text
     assert "images 4000" in page.text
+    assert page.text.count(" image visible reconstruction") == len(EPOCHS)
+    assert page.text.count(" image score visible reconstruction") == len(EPOCHS)
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
 
@@ -163,9 +165,10 @@ def test_table(tmp_path, runs):
 
 
 def test_numbers_that_are_not_finite_are_shown_and_never_best(tmp_path):
-    methods = {"a": {"recons": float("nan")}, "b": {"recons": 0.5}, "c": {"recons": 0.4}}
+    methods = {"a": {"recons": float("nan"), "leakage": 0.0}, "b": {"recons": 0.5}, "c": {"recons": 0.4}}
     text = report(tmp_path, [], {"methods": methods})
     assert ">nan<" in text
+    assert ">0.00<" in text
     assert 'class="best">0.400<' in text
 
 

@@ -103,14 +103,16 @@ def test_bicubic_is_smooth_and_stays_in_the_map():
     assert (smooth[24, 60] == colormaps["magma"](0, bytes=True)[:3]).all()
 
 
-def test_visible_set_equals_a_loop_and_leaves_its_input():
-    snapshot = made()
-    image, mask = snapshot.images_BHWC[0], snapshot.mask_BL[0]
+@pytest.mark.parametrize("grid", [(3, 4), (6, 2), (24, 32)])
+def test_visible_set_equals_a_loop_and_leaves_its_input(grid):
+    image = made().images_BHWC[0]
+    mask = RNG.random(grid[0] * grid[1]) < 0.5
     before = image.copy()
-    picture = visible_set(image, mask, (3, 4))
+    picture = visible_set(image, mask, grid)
     for y in range(24):
         for x in range(32):
-            expected = [GRAY] * 3 if mask[(y // 8) * 4 + x // 8] else before[y, x].tolist()
+            patch = y * grid[0] // 24 * grid[1] + x * grid[1] // 32
+            expected = [GRAY] * 3 if mask[patch] else before[y, x].tolist()
             assert picture[y, x].tolist() == expected
     assert picture.dtype == np.uint8
     assert (image == before).all()
@@ -123,7 +125,7 @@ def test_grid_of(height, width, patch, grid):
     assert grid_of(made(1, height, width, patch)) == grid
 
 
-@pytest.mark.parametrize("patches", [11, 48 * 64, 2])
+@pytest.mark.parametrize("patches", [11, 20, 48 * 64, 2])
 def test_grid_of_patches_that_do_not_fit(patches):
     snapshot = made()._replace(mask_BL=np.zeros((3, patches), dtype=bool))
     with pytest.raises(ValueError, match=f"{patches} patches do not tile 24 x 32"):

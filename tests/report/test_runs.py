@@ -44,7 +44,7 @@ def test_reads_what_is_there(tmp_path):
     [
         ("config.yaml", "a: [1"),
         ("config.yaml", "- 1"),
-        ("config.yaml", "!!python/object/apply:os.getcwd []"),
+        ("config.yaml", "!!python/object/apply:dict [{a: 1}]"),
         ("environment.json", '{"a":'),
     ],
 )

@@ -1,0 +1,79 @@
+"""Where scores and masks fall, against the known place of the object."""
+
+# B images, H height, W width, L patches (row by row), P patch side
+
+import torch
+from torch import Tensor
+
+
+def object_patches(masks_BHW: Tensor, patch: int) -> Tensor:
+    """Turn pixel masks into patch masks: a patch is object where at least half of its pixels are.
+
+    Args:
+        masks_BHW: bool, True on the object.
+        patch: side in pixels.
+
+    Returns:
+        [B, L] bool, patches row by row.
+
+    Raises:
+        ValueError: `patch` does not divide both sides.
+    """
+    B, H, W = masks_BHW.shape
+    if patch < 1 or H % patch or W % patch:
+        raise ValueError(f"patch={patch} must divide the image's {H} x {W} pixels")
+    blocks_BhPwP = masks_BHW.view(B, H // patch, patch, W // patch, patch)
+    return (2 * blocks_BhPwP.sum(dim=(2, 4)) >= patch**2).flatten(1)
+
+
+def score_auroc(scores_BL: Tensor, object_BL: Tensor) -> float:
+    """Mean over images of the AUROC of patch scores against object patches.
+
+    Of one image it is the share of (object, background) pairs in which the object patch scores higher, a tie counting
+    one half: 1 = every object patch above every other patch, 0.5 = no relation. It is computed from ranks
+    (Mann-Whitney). Images with no object patch, or with nothing else, are left out.
+
+    Args:
+        scores_BL: float, any scale.
+        object_BL: bool.
+
+    Raises:
+        ValueError: NaN in the scores, or no image with both kinds of patches.
+    """
+    if scores_BL.isnan().any():
+        raise ValueError("scores hold NaN")
+    objects_B = object_BL.sum(dim=1)
+    others_B = (~object_BL).sum(dim=1)
+    usable_B = (objects_B > 0) & (others_B > 0)
+    if not usable_B.any():
+        raise ValueError(f"none of {len(scores_BL)} images has both object and background patches")
+    scores_BL = scores_BL.contiguous()
+    sorted_BL = scores_BL.sort(dim=1).values
+    below_BL = torch.searchsorted(sorted_BL, scores_BL)
+    not_above_BL = torch.searchsorted(sorted_BL, scores_BL, right=True)
+    # The rank, from 1, of a tied group is the mean of its places.
+    rank_BL = (below_BL + not_above_BL + 1).double() / 2
+    rank_sum_B = (rank_BL * object_BL).sum(dim=1)
+    auroc_B = (rank_sum_B - objects_B * (objects_B + 1) / 2) / (objects_B * others_B)
+    return float(auroc_B[usable_B].mean())
+
+
+def object_leakage(mask_BL: Tensor, object_BL: Tensor, ratio: float) -> float:
+    """Share of all object patches that stay visible, relative to random masking.
+
+    1 = as many as random masking leaves, 0 = every object patch hidden, 1 / (1 - ratio) = every one visible.
+
+    Args:
+        mask_BL: bool, True where masked.
+        object_BL: bool.
+        ratio: share of patches masked.
+
+    Raises:
+        ValueError: `ratio` outside 0..1 (both excluded), or no object patch at all.
+    """
+    if not 0 < ratio < 1:
+        raise ValueError(f"ratio={ratio} must be between 0 and 1")
+    if not object_BL.any():
+        raise ValueError(f"none of {len(object_BL)} images has an object patch")
+    visible = (~mask_BL & object_BL).sum() / object_BL.sum()
+    return float(visible) / (1 - ratio)

@@ -1,0 +1,186 @@
+"""The report: one HTML file that needs no network, no script and no other file."""
+
+import base64
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from .curves import curve_svg, line_style
+from .pictures import Snapshot, columns_of, snapshot_grid
+from .runs import RunView, compare, differences, flatten, merge_equal
+
+MISSING = "—"
+METHODS = {"untrained": "Untrained", "mae": "MAE", "ccmim": "ccMIM"}  # any other name is shown as it is
+CURVES = {"recons": "Reconstruction loss", "contrast": "Contrastive loss", "loss": "Total loss"}
+
+
+class Column(NamedTuple):
+    """One measure of the summary table."""
+
+    key: str
+    heading: str
+    higher_is_better: bool
+    show: Callable[[float], str]
+    meaning: str
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+COLUMNS = (
+    Column("knn", "kNN", True, _percent, "Share of test images named right by their nearest training images."),
+    Column(
+        "logreg", "Logistic regression", True, _percent, "Share named right by a linear classifier of the features."
+    ),
+    Column("auroc", "AUROC", True, _two_digits, "How well patch scores tell object from background; 0.5 is chance."),
+    Column(
+        "leakage", "Leakage", False, _two_digits, "Object patches left visible, relative to random masking, which is 1."
+    ),
+    Column(
+        "recons", "Reconstruction loss", False, _three_digits, "Error on masked patches; compare equal targets only."
+    ),
+    Column("images_per_second", "Images / s", True, _rate, "Training throughput on the machine under Environment."),
+)
+
+
+class Cell(NamedTuple):
+    """One number of the summary table; `early` is the same measure early in training, or ""."""
+
+    text: str
+    early: str
+    best: bool
+
+
+class Picture(NamedTuple):
+    """The grid of one saved epoch; `shown` where the page opens it at first."""
+
+    epoch: int
+    columns: tuple[str, ...]
+    rows: int
+    png_base64: str
+    shown: bool
+
+
+def write_report(path: Path, title: str, runs: Sequence[RunView], summary: dict[str, Any]) -> None:
+    """Write a self-contained HTML page that compares runs: numbers, curves, pictures, settings.
+
+    The page makes no request and runs no script (its own policy forbids both); all text is escaped. Parts that a run
+    folder lacks are left out.
+
+    Args:
+        path: file to write; its folder is made.
+        title: plain text.
+        runs: in the order shown; its place decides a run's colour.
+        summary: {"methods": {name: {measure: number or None}}, "chance": share of 1, "setting": {key: value}}, all
+            optional; measures are the keys of COLUMNS and each with `_early`. A missing one is a dash.
+
+    Raises:
+        DataError: a damaged file in a run folder.
+    """
+    named = [(_name_of(run.name), run) for run in runs]
+    names = [name for name, _ in named]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("page.html").render(
+        title=title,
+        abstract=_abstract(summary),
+        setting=flatten(summary.get("setting") or {}),
+        columns=COLUMNS,
+        table=_table(summary.get("methods") or {}),
+        chance=summary.get("chance"),
+        percent=_percent,
+        legend=[(name, *line_style(i)) for i, name in enumerate(names)],
+        curves=_curves([(name, run.metrics()) for name, run in named]),
+        galleries=[(name, pictures) for name, run in named if (pictures := _gallery(run.snapshots()))],
+        differences=differences(compare(names, [_options(run) for run in runs])),
+        environment=merge_equal(compare(names, [run.environment() for run in runs])),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+
+
+def _name_of(method: str) -> str:
+    return METHODS.get(method, method)
+
+
+def _options(run: RunView) -> dict[str, str]:
+    """The configuration but for the run's own folder, in which all runs differ and none does."""
+    return {key: value for key, value in run.config().items() if key != "run.dir"}
+
+
+def _abstract(summary: dict[str, Any]) -> list[str]:
+    """The sentences under the headline, each made of numbers of the summary alone."""
+    methods = [(_name_of(name), measures) for name, measures in (summary.get("methods") or {}).items()]
+    sentences = []
+    known = [f"{_percent(m['knn'])} ({name})" for name, m in methods if m.get("knn") is not None]
+    if known:
+        chance = "" if summary.get("chance") is None else f"; chance is {_percent(summary['chance'])}"
+        sentences.append(f"Nearest-neighbour accuracy of frozen features: {', '.join(known)}{chance}.")
+    seen = [f"{m['leakage']:.2f} ({name})" for name, m in methods if m.get("leakage") is not None]
+    if seen:
+        sentences.append(f"Share of object patches left visible, relative to random masking: {', '.join(seen)}.")
+    return sentences
+
+
+def _table(methods: dict[str, dict[str, float | None]]) -> list[tuple[str, list[Cell]]]:
+    """A row a method, a cell a column; the best number of a column is marked where there are several."""
+    best = {column.key: _best(column, methods.values()) for column in COLUMNS}
+
+    def cell(column: Column, measures: dict[str, float | None]) -> Cell:
+        value, early = measures.get(column.key), measures.get(f"{column.key}_early")
+        text = MISSING if value is None else column.show(value)
+        return Cell(text, "" if early is None else column.show(early), text == best[column.key])
+
+    return [(_name_of(name), [cell(column, measures) for column in COLUMNS]) for name, measures in methods.items()]
+
+
+def _best(column: Column, methods: Sequence[dict[str, float | None]]) -> str | None:
+    """The best number as shown, so that numbers that look equal are marked alike; None for fewer than two."""
+    values = [m[column.key] for m in methods if m.get(column.key) is not None and math.isfinite(m[column.key])]
+    if len(values) < 2:
+        return None
+    return column.show(max(values) if column.higher_is_better else min(values))
+
+
+def _curves(runs: Sequence[tuple[str, list[dict]]]) -> list[tuple[str, Markup]]:
+    """(heading, inline SVG) of each plot that has a curve."""
+    drawn = [(label, curve_svg(runs, key, label, uid=f"curve-{key}")) for key, label in CURVES.items()]
+    # Markup: matplotlib escapes its text, and `curve_svg` the names.
+    return [(label, Markup(svg)) for label, svg in drawn if svg is not None]
+
+
+def _gallery(snapshots: Sequence[Snapshot]) -> list[Picture]:
+    """The grids of one run; the first and the last epoch are shown at once, side by side."""
+    last = len(snapshots) - 1
+    return [
+        Picture(
+            snapshot.epoch,
+            columns_of(snapshot),
+            len(snapshot.images_BHWC),
+            base64.b64encode(snapshot_grid(snapshot)).decode("ascii"),
+            shown=i in (0, last),
+        )
+        for i, snapshot in enumerate(snapshots)
+    ]

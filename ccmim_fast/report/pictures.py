@@ -1,0 +1,143 @@
+"""What the model saw of a few fixed images at one epoch, kept as arrays and drawn as pictures."""
+
+# B images, H height, W width, C channels, L patches (row by row)
+
+import io
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from ccmim_fast.errors import DataError
+
+GRAY = 128  # a masked patch: the middle of the range, as in MAE's figures
+TILE = 160  # px; longer side of one picture in a grid: eight images in four columns stay near 1 MB
+GAP = 6  # px between pictures
+
+
+class Snapshot(NamedTuple):
+    """A few images at one epoch, as the model scored, masked and reconstructed them.
+
+    Attributes:
+        epoch: epochs trained so far.
+        images_BHWC: uint8.
+        scores_BL: float32, larger = more likely masked; None where the method has no score (MAE).
+        mask_BL: bool, True where masked.
+        reconstruction_BHWC: uint8; with `target.norm_pix` drawn with each target patch's own mean and deviation.
+    """
+
+    epoch: int
+    images_BHWC: np.ndarray
+    scores_BL: np.ndarray | None
+    mask_BL: np.ndarray
+    reconstruction_BHWC: np.ndarray
+
+    def save(self, path: Path) -> None:
+        """Write one .npz without pickles; `path` holds either the whole file or what it held before."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".partial")
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **{name: value for name, value in self._asdict().items() if value is not None})
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Snapshot":
+        """Read what `save` wrote. Raises DataError for a file that is missing, damaged or holds something else."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {"scores_BL": None, **file}
+            return cls(**{**arrays, "epoch": int(arrays["epoch"])})
+        except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            raise DataError(f"{path} is no snapshot: {error}") from error
+
+
+def heatmap(
+    scores_L: np.ndarray,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    resample: Literal["nearest", "bicubic"] = "nearest",
+) -> np.ndarray:
+    """Draw the scores of one image in matplotlib's magma: black is the image's lowest score, pale its highest.
+
+    Args:
+        scores_L: float. Equal scores give black throughout.
+        grid: patch rows, patch columns; their product is L.
+        size: height and width of the picture, pixels.
+
+    Returns:
+        uint8 [height, width, 3].
+    """
+    low, high = scores_L.min(), scores_L.max()
+    unit_L = (scores_L - low) / (high - low) if high > low else np.zeros(scores_L.shape)
+    small = Image.fromarray(unit_L.reshape(grid).astype(np.float32))
+    unit_HW = np.asarray(small.resize(size[::-1], Image.Resampling[resample.upper()]))
+    return matplotlib.colormaps["magma"](unit_HW.clip(0, 1), bytes=True)[..., :3]
+
+
+def visible_set(image_HWC: np.ndarray, mask_L: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Return a copy of a uint8 image, its masked patches flat gray.
+
+    Args:
+        mask_L: bool, True where masked.
+        grid: patch rows and columns, each a divisor of the image's height and width.
+    """
+    H, W = image_HWC.shape[:2]
+    mask_HW = np.kron(mask_L.reshape(grid), np.ones((H // grid[0], W // grid[1]), dtype=bool))
+    return np.where(mask_HW[..., None], np.uint8(GRAY), image_HWC)
+
+
+def grid_of(snapshot: Snapshot) -> tuple[int, int]:
+    """Patch rows and columns of a snapshot's images, their patches being square. Raises ValueError where none fit."""
+    H, W = snapshot.images_BHWC.shape[1:3]
+    L = snapshot.mask_BL.shape[1]
+    patch = math.isqrt(H * W // L)
+    if patch == 0 or (H // patch) * (W // patch) != L or H % patch or W % patch:
+        raise ValueError(f"{L} patches do not tile {H} x {W} pixels with squares")
+    return H // patch, W // patch
+
+
+def columns_of(snapshot: Snapshot) -> tuple[str, ...]:
+    """Headings of the columns that `snapshot_grid` draws."""
+    score = () if snapshot.scores_BL is None else ("score",)
+    return ("image", *score, "visible", "reconstruction")
+
+
+def snapshot_grid(snapshot: Snapshot) -> bytes:
+    """Draw a snapshot as PNG: a row an image, a column each of `columns_of`; the gaps are transparent."""
+    grid = grid_of(snapshot)
+    rows = []
+    for i, image_HWC in enumerate(snapshot.images_BHWC):
+        tiles = [
+            _tile(image_HWC),
+            _tile(visible_set(image_HWC, snapshot.mask_BL[i], grid)),
+            _tile(snapshot.reconstruction_BHWC[i]),
+        ]
+        if snapshot.scores_BL is not None:
+            width, height = tiles[0].size
+            tiles.insert(1, Image.fromarray(heatmap(snapshot.scores_BL[i], grid, (height, width))))
+        rows.append(tiles)
+    width, height = rows[0][0].size
+    canvas = Image.new("RGBA", (len(rows[0]) * (width + GAP) - GAP, len(rows) * (height + GAP) - GAP))
+    for i, tiles in enumerate(rows):
+        for j, tile in enumerate(tiles):
+            canvas.paste(tile, (j * (width + GAP), i * (height + GAP)))
+    buffer = io.BytesIO()
+    canvas.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _tile(picture_HWC: np.ndarray) -> Image.Image:
+    """Scale one uint8 picture to TILE: up by a whole factor, so that pixels stay squares, or down smoothly."""
+    if picture_HWC.shape[-1] != 3:
+        # Gray images, and more channels than a screen has: show the first one.
+        picture_HWC = picture_HWC[..., :1].repeat(3, axis=-1)
+    tile = Image.fromarray(np.ascontiguousarray(picture_HWC))
+    longer = max(tile.size)
+    if longer <= TILE:
+        return tile.resize([side * (TILE // longer) for side in tile.size], Image.Resampling.NEAREST)
+    return tile.resize([max(1, round(side * TILE / longer)) for side in tile.size], Image.Resampling.LANCZOS)

@@ -1,0 +1,96 @@
+"""What a run folder holds, read for the report: whatever is missing is left out."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from ccmim_fast.errors import DataError
+
+from .curves import read_metrics
+from .pictures import Snapshot
+
+
+class RunView(NamedTuple):
+    """A run folder under the name the report shows.
+
+    Attributes:
+        name: plain text.
+        folder: may hold config.yaml, environment.json, metrics.jsonl and snapshots/epoch_*.npz.
+    """
+
+    name: str
+    folder: Path
+
+    def config(self) -> dict[str, str]:
+        """The configuration as text under dotted keys; {} where there is none. Raises DataError for a damaged file."""
+        return _read(self.folder / "config.yaml", yaml.safe_load)
+
+    def environment(self) -> dict[str, str]:
+        """Versions, device, commit and so on, as `config`."""
+        return _read(self.folder / "environment.json", json.loads)
+
+    def metrics(self) -> list[dict]:
+        """The training lines, see `read_metrics`."""
+        return read_metrics(self.folder / "metrics.jsonl")
+
+    def snapshots(self) -> list[Snapshot]:
+        """All snapshots by epoch. Raises DataError for a damaged one."""
+        paths = (self.folder / "snapshots").glob("epoch_*.npz")
+        return sorted(map(Snapshot.load, paths), key=lambda snapshot: snapshot.epoch)
+
+
+class Comparison(NamedTuple):
+    """Texts of several runs side by side.
+
+    Attributes:
+        names: heading of each column of values.
+        rows: (key, one value a column); "" where a run lacks the key.
+    """
+
+    names: list[str]
+    rows: list[tuple[str, list[str]]]
+
+
+def compare(names: Sequence[str], tables: Sequence[dict[str, str]]) -> Comparison:
+    """Set dictionaries side by side, keys in the order they first appear. Runs with an empty one are left out."""
+    kept = [(name, table) for name, table in zip(names, tables) if table]
+    keys = dict.fromkeys(key for _, table in kept for key in table)
+    rows = [(key, [table.get(key, "") for _, table in kept]) for key in keys]
+    return Comparison([name for name, _ in kept], rows)
+
+
+def differences(comparison: Comparison) -> Comparison:
+    """Keep the rows in which the runs differ."""
+    return comparison._replace(rows=[(key, values) for key, values in comparison.rows if len(set(values)) > 1])
+
+
+def merge_equal(comparison: Comparison) -> Comparison:
+    """Make one column, "every run", of runs that differ in nothing."""
+    if len(comparison.names) < 2 or differences(comparison).rows:
+        return comparison
+    return Comparison(["every run"], [(key, values[:1]) for key, values in comparison.rows])
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    """{"a": {"b": [1, 2]}} -> {"a.b": "[1, 2]"}."""
+    if not isinstance(value, dict):
+        return {prefix: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)}
+    flat = {}
+    for key, inner in value.items():
+        flat |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, str]:
+    if not path.exists():
+        return {}
+    try:
+        parsed = parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if not isinstance(parsed, dict):
+        raise DataError(f"{path} must hold a mapping, got {type(parsed).__name__}")
+    return flatten(parsed)
