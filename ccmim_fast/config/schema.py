@@ -10,7 +10,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class RunConfig:
-    dir: str = "runs/pretrain"  # output folder; refused if it holds a run, unless `resume` or `overwrite` says otherwise
+    dir: str = "runs/pretrain"  # output folder; refused if it holds a run, unless `resume` or `overwrite` is set
     resume: str = "never"  # never | auto (the newest complete checkpoint in `dir`) | path of a checkpoint
     overwrite: bool = False  # empty `dir` first
     save_every: int = 10  # epochs between checkpoints; the last epoch is always saved

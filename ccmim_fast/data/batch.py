@@ -1,9 +1,11 @@
 """What a loader yields."""
 
-# B batch, H height, W width, C channels
+# N samples, B batch, H height, W width, C channels
 
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -19,3 +21,16 @@ class Batch(NamedTuple):
     images_BHWC: Tensor
     ids_B: Tensor
     labels_B: Tensor | None
+
+
+def make_batch(images_BHWC: Tensor, ids_B: np.ndarray, labels_N: np.ndarray | None, device: torch.device) -> Batch:
+    """Put a micro-batch on the device, without making the host wait for it."""
+    labels_B = None if labels_N is None else to_device(torch.from_numpy(labels_N[ids_B]), device)
+    return Batch(to_device(images_BHWC, device), to_device(torch.from_numpy(ids_B.copy()), device), labels_B)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; from the CPU to a GPU by way of pinned memory, which alone is copied asynchronously."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -10,7 +10,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # inverse strength of the L2 penalty, beside a sum over images
+# Inverse strength of the L2 penalty, beside a sum over images. Weaker ones need more than 1000 iterations on the
+# features of an untrained network and moved its accuracy by one point.
+GRID = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
 def logreg_accuracy(

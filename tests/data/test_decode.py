@@ -87,13 +87,10 @@ def kinds_folder(tmp_path_factory, photograph):
     return root
 
 
-@pytest.mark.parametrize("name", ["exif{}.jpg", "exif6.png", "exif6.tif", "exif6.webp"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_turns_the_pixels(kinds_folder, photograph, name, orientation):
-    if "{}" not in name and orientation != 6:
-        pytest.skip("one orientation shows that the format is turned at all")
-    shown = TURNS[orientation](np.asarray(photograph)).astype(int)
-    image = decode(str(kinds_folder / name.format(orientation)), 3)
+@pytest.mark.parametrize("name", [*(f"exif{n}.jpg" for n in range(1, 9)), "exif6.png", "exif6.tif", "exif6.webp"])
+def test_exif_turns_the_pixels(kinds_folder, photograph, name):
+    shown = TURNS[int(name[4])](np.asarray(photograph)).astype(int)
+    image = decode(str(kinds_folder / name), 3)
     assert image.shape == shown.shape
     assert abs(image - shown).mean() < 2  # JPEG's loss
 
@@ -141,5 +138,5 @@ def test_dali_gives_pillows_pixels(kinds_folder, channels):
     difference = (found.images_BHWC.int() - expected.images_BHWC.int()).abs().float().mean(dim=(1, 2, 3))
     report = {source.paths[i].rsplit("/", 1)[1]: round(d, 2) for i, d in zip(found.ids_B.tolist(), difference.tolist())}
     print(f"DALI against Pillow, {channels} channels, mean difference in 1/255:", report)  # shown by pytest -rP
-    # 2/255 is what the fault table allows; 0.6 is what it takes to tell the two grays of one JPEG apart.
-    assert max(report.values()) < 0.6, report
+    # The fault table allows 2/255. Seen: 0.14 to 0.20; the gray that DALI's libpng makes of an RGB PNG differs by 0.5.
+    assert max(report.values()) < 0.4, report

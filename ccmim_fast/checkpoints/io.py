@@ -1,0 +1,288 @@
+"""Checkpoints on disk: written so that a kill or a full disk leaves the older ones whole, read without trust.
+
+A checkpoint is a folder `step_00000123/` with `state.pt` (torch.save of plain containers and tensors) and
+`manifest.json` (format, step, size and sha256 of each file). It is written under a hidden name and appears by a rename,
+so one that can be seen is complete; what is damaged afterwards fails its checksum. Nothing is unpickled before that,
+and then by `weights_only` alone, which runs no code.
+
+One process at a time writes in a folder of checkpoints; it holds a lock on `.lock` meanwhile.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ccmim_fast.errors import CheckpointError
+
+FORMAT = 1
+STATE, MANIFEST = "state.pt", "manifest.json"
+_MANIFEST_MAX = 65536  # bytes; a real one has about 200
+_NEW, _OLD, _DEAD = ".new_", ".old_", ".dead_"  # hidden folders: being written, being replaced, being removed
+
+
+class Newest(NamedTuple):
+    """What `newest` found: the path and state of a checkpoint, or None; and what was wrong with those after it."""
+
+    path: Path | None
+    state: dict[str, Any] | None
+    problems: list[str]
+
+
+def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write `state` as the checkpoint of `step` in `folder`, then remove all but the newest `keep`.
+
+    Args:
+        folder: made if missing. A checkpoint of the same step in it is replaced.
+        step: finished optimizer steps, >= 0.
+        state: dicts, lists, tuples, tensors, numbers, strings, bytes, bools and None, at any depth.
+        keep: >= 1; the one just written always stays.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: it could not be written (disk full, no right, another writer); the older ones are intact.
+        TypeError: `state` holds something that `load` would refuse.
+    """
+    if step < 0 or keep < 1:
+        raise ValueError(f"step={step} must be >= 0 and keep={keep} >= 1")
+    _check_plain(state, "state")
+    path = folder / f"step_{step:08d}"
+    new = folder / f"{_NEW}{path.name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder):
+            _clear(folder)
+            try:
+                _write(new, step, state)
+                _publish(new, path)
+            except BaseException:
+                _clear(folder)
+                raise
+            _prune(folder, path, keep)
+    except (OSError, RuntimeError) as error:
+        # Where a file cannot be written, torch raises a RuntimeError of its own over the OSError.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise CheckpointError(f"{path}: not saved: {cause.strerror}; the older checkpoints are intact") from error
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state in the checkpoint `path`, on the CPU; no code of it is run.
+
+    Raises:
+        CheckpointError: one line: it is missing, damaged, or holds more than plain containers and tensors.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder of a checkpoint")
+    try:
+        size, sha256 = _read_manifest(path)
+        with _open_file(path / STATE) as file:
+            _check_file(file, size, sha256)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {Path(error.filename or '').name}: {error.strerror}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except Exception as error:  # torch.load raises anything on what torch.save did not write
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: {STATE} refused: no plain containers and tensors: {reason}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: {STATE} refused: it holds a {type(state).__name__}, expected a dict")
+    return state
+
+
+def newest(folder: Path) -> Newest:
+    """The newest checkpoint in `folder` that loads; each newer one that does not is a line in `problems`.
+
+    What dead writers left behind is cleared; a live one's work is not touched.
+    """
+    with contextlib.suppress(OSError, CheckpointError), _lock(folder) as locked:
+        if locked:  # else somebody may be writing, or we have no right to: it can wait
+            _clear(folder)
+    problems = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            return Newest(path, load(path), problems)
+        except CheckpointError as error:
+            problems.append(f"skipped the checkpoint {error}")
+    return Newest(None, None, problems)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first, undamaged or not; none if there is no such folder."""
+    found = (path for path in folder.glob("step_*") if path.is_dir() and _step_of(path) is not None)
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path: Path) -> int | None:
+    """The step that a folder's name tells; None if it is no checkpoint's name."""
+    named = re.fullmatch(r"step_(\d{8,})", path.name, re.ASCII)
+    return int(named[1]) if named else None
+
+
+def _check_plain(value: Any, where: str) -> None:
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            _check_plain(key, f"a key of {where}")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for i, item in enumerate(value):
+            _check_plain(item, f"{where}[{i}]")
+    elif type(value) not in (int, float, str, bytes, bool, type(None)) and not isinstance(value, Tensor):
+        raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds plain containers and tensors only")
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Be the one writer in `folder`; False on a file system without locks, where nobody can know.
+
+    The kernel frees the lock of a process that dies, however it dies; a process id in a file would outlive it.
+
+    Raises:
+        CheckpointError: another process is the writer.
+        OSError: `folder` is missing, or no right to write in it.
+    """
+    with open(folder / ".lock", "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{folder}: another process is writing a checkpoint here") from None
+        except OSError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a process forked meanwhile would hold it until it ends
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a writer that died or failed left in `folder`."""
+    for old in folder.glob(f"{_OLD}step_*"):
+        path = folder / old.name.removeprefix(_OLD)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:  # killed between the two renames of `_publish`: the older one is all there is
+            os.rename(old, path)
+    for left in [*folder.glob(f"{_NEW}step_*"), *folder.glob(f"{_DEAD}step_*")]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+class _Hashed:
+    """Hashes what is written to a binary file on its way there: reading it back would hash what became of it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data) -> int:
+        written = self.file.write(data)
+        self.sha256.update(data)
+        self.size += written
+        return written
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write(new: Path, step: int, state: dict[str, Any]) -> None:
+    new.mkdir()
+    with open(new / STATE, "wb") as file:
+        hashed = _Hashed(file)
+        torch.save(state, hashed)
+        _sync(file)
+    with open(new / MANIFEST, "wb") as file:
+        file.write(_manifest(step, hashed.size, hashed.sha256.hexdigest()))
+        _sync(file)
+    _sync_folder(new)
+
+
+def _publish(new: Path, path: Path) -> None:
+    """Give the written folder its name; a folder that has it already steps aside first."""
+    old = path.with_name(f"{_OLD}{path.name}")
+    if path.exists():
+        os.rename(path, old)
+    os.rename(new, path)
+    _sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _prune(folder: Path, written: Path, keep: int) -> None:
+    """Keep `written` and the newest others, `keep` in all; what is visibly broken counts for nothing and goes."""
+    others = [path for path in reversed(checkpoints(folder)) if path != written]
+    whole = [path for path in others if (path / MANIFEST).is_file() and (path / STATE).is_file()]
+    for path in set(others) - set(whole[: keep - 1]):
+        # Hidden first: a kill while its files go must not leave a checkpoint that looks damaged.
+        dead = folder / f"{_DEAD}{path.name}"
+        with contextlib.suppress(OSError):
+            os.rename(path, dead)
+            shutil.rmtree(dead)
+
+
+def _manifest(step: int, size: int, sha256: str) -> bytes:
+    files = {STATE: {"size": size, "sha256": sha256}}
+    return json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1).encode()
+
+
+def _read_manifest(path: Path) -> tuple[int, str]:
+    """Size and sha256 that `state.pt` of the checkpoint `path` must have."""
+    with _open_file(path / MANIFEST) as file:
+        text = file.read(_MANIFEST_MAX)
+    try:
+        manifest = json.loads(text)
+        version, step, state = manifest["format"], manifest["step"], manifest["files"][STATE]
+        size, sha256 = state["size"], state["sha256"]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        raise CheckpointError(f"{MANIFEST} is damaged") from None
+    if version != FORMAT:
+        raise CheckpointError(f"{MANIFEST}: format={version!r:.20} must be {FORMAT}, the one this version reads")
+    # Written back, it must be the same bytes: so the manifest, which no checksum covers, is checked too.
+    if text != _manifest(step, size, sha256) or _step_of(path) not in (None, step):
+        raise CheckpointError(f"{MANIFEST} is damaged")
+    return size, sha256
+
+
+def _check_file(file: BinaryIO, size: int, sha256: str) -> None:
+    """Compare an open file with its manifest, and go back to its start."""
+    found = os.fstat(file.fileno()).st_size
+    if found != size:
+        raise CheckpointError(f"{STATE} is damaged: {found} bytes, expected {size}")
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    if digest.hexdigest() != sha256:
+        raise CheckpointError(f"{STATE} is damaged: its sha256 is not the manifest's")
+    file.seek(0)
+
+
+def _open_file(path: Path) -> BinaryIO:
+    if path.exists() and not path.is_file():  # a named pipe would be waited for
+        raise CheckpointError(f"{path.name} is not a file")
+    return open(path, "rb")
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,78 @@
+"""The command `ccmim`. Every user's mistake ends in one line on standard error and its own exit code."""
+
+import sys
+from collections.abc import Callable
+
+from ccmim_fast.config.keys import nearest
+from ccmim_fast.errors import CcmimError, ConfigError
+
+USAGE = """usage: ccmim COMMAND [--config FILE_OR_PRESET] [--section.key=value ...]
+
+commands:
+  demo      pretrain ccMIM and MAE on made images, compare them, write a report
+  pretrain  pretrain a vision transformer on your images
+  export    write a run's encoder as timm weights: ccmim export RUN OUT.safetensors
+  doctor    show what this machine has, and what to install for more
+
+ccmim COMMAND --help lists the settings of a command."""
+
+
+def demo(argv: list[str]) -> None:
+    """`ccmim demo [settings]`: the preset `demo`, changed by the settings."""
+    from ccmim_fast.config.load import load_config
+    from ccmim_fast.demo import run_demo
+
+    given = argv if any(a.startswith("--config") for a in argv) else ["--config", "demo", *argv]
+    run_demo(load_config(given, "ccmim demo"))
+
+
+def pretrain(argv: list[str]) -> None:
+    """`ccmim pretrain [settings]`."""
+    from ccmim_fast.config.load import load_config
+    from ccmim_fast.trainer.loop import fit
+
+    fit(load_config(argv, "ccmim pretrain"))
+
+
+def export(argv: list[str]) -> None:
+    """`ccmim export RUN OUT.safetensors`: the encoder of the newest checkpoint, under timm's names."""
+    if len(argv) != 2:
+        raise ConfigError("usage: ccmim export RUN OUT.safetensors")
+    from ccmim_fast.checkpoints.convert import export_timm
+
+    print(export_timm(argv[0], argv[1]))
+
+
+def doctor(argv: list[str]) -> None:
+    """`ccmim doctor`: a table of device and libraries."""
+    from ccmim_fast.doctor import print_report
+
+    print_report()
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "demo": demo,
+    "pretrain": pretrain,
+    "export": export,
+    "doctor": doctor,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit code (see `errors.py`)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise ConfigError(f"{argv[0]!r:.80}: no such command; nearest: {nearest(argv[0], COMMANDS)}")
+        COMMANDS[argv[0]](argv[1:])
+    except CcmimError as error:
+        print(f"ccmim: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

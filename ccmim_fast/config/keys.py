@@ -1,0 +1,111 @@
+"""The schema as one flat table: every setting by its dotted key, such as `mask.ratio`."""
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable
+from dataclasses import fields
+from functools import cache
+from typing import Any, NamedTuple, get_type_hints
+
+from ccmim_fast.config.schema import Config
+from ccmim_fast.errors import ConfigError
+
+
+class Setting(NamedTuple):
+    """One leaf of the schema.
+
+    Attributes:
+        kind: its type: int, float, bool, str, a Literal or a tuple.
+        default: its default.
+        help: its unit and source: the comment behind the field.
+    """
+
+    kind: Any
+    default: Any
+    help: str
+
+
+@cache
+def sections() -> dict[str, type]:
+    """The sections of the schema (`mask`, `train`, ...) and their dataclasses, in the schema's order."""
+    kinds = get_type_hints(Config)
+    return {item.name: kinds[item.name] for item in fields(Config) if kinds[item.name].__module__ == Config.__module__}
+
+
+@cache
+def settings() -> dict[str, Setting]:
+    """Every setting by its dotted key, in the schema's order."""
+    default = flatten(Config())
+    table = {}
+    for prefix, owner in [("", Config), *((f"{name}.", owner) for name, owner in sections().items())]:
+        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(owner), re.MULTILINE))
+        for name, kind in get_type_hints(owner).items():
+            if prefix + name in default:
+                table[prefix + name] = Setting(kind, default[prefix + name], comments.get(name, ""))
+    return table
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """The value of every setting of `config`, by its dotted key."""
+    flat = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if item.name in sections():
+            flat |= {f"{item.name}.{leaf.name}": getattr(value, leaf.name) for leaf in fields(value)}
+        else:
+            flat[item.name] = value
+    return flat
+
+
+def build(values: dict[str, Any]) -> Config:
+    """The inverse of `flatten`. Keys that are missing keep their defaults; an unknown one is a TypeError."""
+    parts: dict[str, dict[str, Any]] = {"": {}, **{name: {} for name in sections()}}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        parts[section][name] = value
+    return Config(**parts.pop(""), **{name: sections()[name](**part) for name, part in parts.items()})
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """The one of `words` (not empty) that looks most like `word`; a key may be meant by its last part alone."""
+    word = word[:100]  # matching is quadratic in the length
+
+    def likeness(candidate: str) -> float:
+        names = (candidate, candidate.rpartition(".")[2])
+        return max(difflib.SequenceMatcher(None, word, name).ratio() for name in names)
+
+    return max(words, key=likeness)
+
+
+def show(value: Any) -> str:
+    """`value` as a user writes it, on one line of at most 80 characters: quoted where it needs it, tuples as [a, b]."""
+    if isinstance(value, (tuple, list)):
+        text = f"[{', '.join(map(str, value))}]"
+    elif isinstance(value, bool):
+        text = str(value).lower()
+    else:
+        text = str(value)
+    if (isinstance(value, str) and re.search(r"^$|[\s'\"]", text)) or not text.isprintable():
+        text = repr(text)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def check_key(key: str, prefix: str = "", source: str = "", others: Iterable[str] = ()) -> None:
+    """Refuses a key that is neither a setting nor one of `others`, naming the nearest that is.
+
+    Args:
+        key: the dotted key as the user gave it, less `prefix`.
+        prefix: what stands before a key where it was given: "--" on a command line.
+        source: where that is, for the message: " in demo.yaml".
+
+    Raises:
+        ConfigError: one line.
+    """
+    if key in settings() or key in others:
+        return
+    name = prefix + key if key.isprintable() and len(key) <= 80 else show(key)
+    if key in sections():
+        leaves = ", ".join(known for known in settings() if known.startswith(f"{key}."))
+        raise ConfigError(f"{name}: is a section{source}; its keys are {leaves}")
+    raise ConfigError(f"{name}: unknown key{source}; did you mean {prefix}{nearest(key, [*settings(), *others])}?")

@@ -1,0 +1,192 @@
+"""Makes the configuration: a YAML file or preset, then `--a.b=c` from the command line, typed by jsonargparse.
+
+A file is a list of settings like the command line, so both go one way: key checked against the schema, text typed,
+ranges validated. Whatever is wrong is a ConfigError of one line.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from ccmim_fast.config.keys import build, check_key, flatten, nearest, sections, settings, show
+from ccmim_fast.config.schema import Config
+from ccmim_fast.config.validate import validate
+from ccmim_fast.config.yaml_file import read_settings
+from ccmim_fast.errors import ConfigError
+
+SHORT = {"resume": "run.resume", "overwrite": "run.overwrite"}  # spellings of the command line alone
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+class _Dumper(yaml.SafeDumper):
+    """One setting a line: lists in brackets."""
+
+    def represent_sequence(self, tag, sequence, flow_style=None):
+        return super().represent_sequence(tag, sequence, flow_style=True)
+
+
+def load_config(argv: list[str], prog: str) -> Config:
+    """The configuration that the options `argv` ask for.
+
+    `--config PATH_OR_PRESET` (once at most), `--key=value` or `--key value` for any setting (the last one counts, and
+    it counts more than the file), a bare `--key` for true, `--resume X` and `--overwrite` for those of `run`.
+
+    Args:
+        argv: what stands behind the command, such as ["--config", "demo", "--mask.ratio=0.6"].
+        prog: the command as the help text names it, such as "ccmim pretrain".
+
+    Raises:
+        ConfigError: one line naming the key, the value and the nearest valid one.
+        SystemExit: 0, after printing what `--help` or `--print_config` (the resolved configuration) ask for.
+    """
+    parser = _parser(prog)
+    if "--help" in argv or "-h" in argv:
+        parser.print_help()
+        raise SystemExit(0)
+    given = _read_options(argv)
+    printing = given.pop("print_config", "")
+    values = {}
+    if "config" in given:
+        content, source = _read_file(given.pop("config"))
+        values = _values(parser, content, source)
+    values |= {key: _typed(parser, key, text, "") for key, text in given.items()}
+    config = build(values)
+    validate(config)
+    if printing:
+        print(to_yaml(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def presets() -> dict[str, Path]:
+    """The shipped presets by name, in alphabetic order."""
+    package = Path(__file__).parents[1]
+    # An installed package has them as the data of ccmim_fast.configs; in a checkout they lie beside ccmim_fast/.
+    folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def to_yaml(config: Config) -> str:
+    """Every setting of `config` as YAML; loading it gives an equal Config."""
+    nested: dict[str, Any] = {}
+    for key, value in flatten(config).items():
+        section, _, name = key.rpartition(".")
+        owner = nested.setdefault(section, {}) if section else nested
+        owner[name] = list(value) if isinstance(value, tuple) else value
+    return yaml.dump(nested, Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True)
+
+
+def from_yaml(text: str, name: str) -> Config:
+    """The configuration written in `text`, such as that of a checkpoint; `name` says in messages where it stands.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    config = build(_values(_parser(""), text, f" in {name}"))
+    validate(config)
+    return config
+
+
+def difference(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
+    """(key, its value in `a`, its value in `b`) for each setting in which they differ, in the schema's order."""
+    return [(key, old, new) for (key, old), new in zip(flatten(a).items(), flatten(b).values()) if old != new]
+
+
+def _parser(prog: str) -> ArgumentParser:
+    """Every setting as an option with its type and help; `_typed` gives it one at a time."""
+    parser = ArgumentParser(prog=prog, exit_on_error=False)
+    parser.add_argument("--config", metavar="PATH", help=f"YAML file, or one of the presets {', '.join(presets())}")
+    parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
+    groups = {name: parser.add_argument_group(name) for name in sections()}
+    for key, setting in settings().items():
+        names = [f"--{name}" for name in (key, *(short for short, long in SHORT.items() if long == key))]
+        owner = groups.get(key.rpartition(".")[0], parser)
+        owner.add_argument(*names, type=setting.kind, default=setting.default, help=setting.help)
+    return parser
+
+
+def _read_options(argv: list[str]) -> dict[str, str]:
+    """The text of each option in `argv` by its key; the last of several counts."""
+    flags = {"print_config", *(key for key, setting in settings().items() if setting.kind is bool)}
+    given: dict[str, str] = {}
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--"):
+            raise ConfigError(f"{show(token)}: unexpected argument; a setting is written --mask.ratio=0.75")
+        name, equals, text = token[2:].partition("=")
+        check_key(name, prefix="--", others=("config", "print_config", *SHORT))
+        key = SHORT.get(name, name)
+        if key == "config" and key in given:
+            raise ConfigError(f"--config={show(text)}: is given twice; one file is the limit")
+        if equals:
+            if key == "print_config":
+                raise ConfigError(f"--print_config={show(text)}: takes no value; write --print_config")
+        elif key != "print_config" and rest and not rest[0].startswith("--"):
+            text = rest.pop(0)
+        elif key in flags:
+            text = "true"
+        else:
+            raise ConfigError(f"--{name}: its value is missing; write --{name}=VALUE")
+        given[key] = text
+    return given
+
+
+def _read_file(name: str) -> tuple[bytes, str]:
+    """The content of the file or preset that `--config name` means, and how messages name it."""
+    path = Path(name)
+    if os.sep not in name and path.suffix not in (".yaml", ".yml"):
+        if name not in presets():
+            raise ConfigError(f"--config={show(name)}: no such preset; nearest is {nearest(name, presets())}")
+        path = presets()[name]
+        name = path.name
+    try:
+        return path.read_bytes(), f" in {name if name.isprintable() else show(name)}"
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        reason = getattr(error, "strerror", None) or error
+        hint = nearest(path.stem, presets())
+        raise ConfigError(f"--config={show(name)}: {reason}; nearest preset is {hint}") from None
+
+
+def _values(parser: ArgumentParser, content: bytes | str, source: str) -> dict[str, Any]:
+    return {key: _typed(parser, key, raw, source) for key, raw in read_settings(content, source).items()}
+
+
+def _typed(parser: ArgumentParser, key: str, raw: str | list[str], source: str) -> Any:
+    """The value that `raw` writes, in the type of the setting `key`."""
+    kind = settings()[key].kind
+    if kind is str and isinstance(raw, str):
+        return raw  # as it stands: jsonargparse takes a text such as `!!bool x` for YAML first
+    try:
+        if kind is not str:
+            value = parser.parse_args([f"--{key}={raw if isinstance(raw, str) else json.dumps(raw)}"])[key]
+            str(value)  # fails for an integer of more digits than Python prints
+            return value
+    except Exception:  # whatever the parser or YAML below it makes of the text, it is no such value
+        pass
+    expected, near = _expected(key, raw)
+    raise ConfigError(f"{key}={show(raw)}{source}: expected {expected}; nearest valid is {show(near)}")
+
+
+def _expected(key: str, raw: str | list[str]) -> tuple[str, Any]:
+    """What values the setting `key` takes, in words, and the one nearest to `raw`; else its default."""
+    kind, default, _ = settings()[key]
+    if get_origin(kind) is Literal:
+        options = get_args(kind)
+        return f"one of {', '.join(options)}", nearest(str(raw), options)
+    if get_origin(kind) is tuple:
+        item, *others = get_args(kind)
+        count = "" if others == [...] else f"{len(others) + 1} "
+        return f"a list of {count}{KINDS[item].removeprefix('a ')}s", default
+    if kind is int:
+        try:
+            number = float(raw)
+        except (ValueError, TypeError):
+            number = math.nan
+        return KINDS[int], round(number) if math.isfinite(number) else default
+    return KINDS[kind], default

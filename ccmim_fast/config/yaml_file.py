@@ -1,0 +1,64 @@
+"""Reads the settings of a YAML document as text: their types are the schema's matter, not YAML's."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+from yaml.constructor import ConstructorError
+
+from ccmim_fast.config.keys import check_key, sections, settings, show
+from ccmim_fast.errors import ConfigError
+
+
+class _TextLoader(yaml.BaseLoader):
+    """Scalars stay text (`1e-4`, which YAML 1.1 takes for a string, and `no` alike); a repeated key is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            names = [key.value for key, _ in node.value]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ConstructorError(problem=f"{show(twice)} is given twice", problem_mark=node.start_mark)
+        return mapping
+
+
+def read_settings(content: bytes | str, source: str) -> dict[str, str | list[str]]:
+    """The settings that a YAML document holds, by their dotted keys: text, or a list of text.
+
+    Args:
+        content: a mapping of sections to mappings of settings; dotted keys work too, and nothing is no settings.
+        source: names the document in messages: " in demo.yaml".
+
+    Raises:
+        ConfigError: no valid YAML, a key that the schema lacks or that comes twice, or a nested value; one line.
+    """
+    try:
+        document = yaml.load(content, _TextLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"not valid YAML{source}{line}: {' '.join(reason.split())}") from None
+    given: dict[str, str | list[str]] = {}
+    for key, value in _leaves(document, source):
+        check_key(key, source=source)
+        if key in given:
+            raise ConfigError(f"{key}: is given twice{source}")
+        # A deeper value is not shown: aliases make small files that are endless when printed.
+        if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+            raise ConfigError(f"{key}: nested value{source}; write one such as {show(settings()[key].default)}")
+        given[key] = value
+    return given
+
+
+def _leaves(document: Any, source: str) -> Iterator[tuple[str, Any]]:
+    """The settings of a document and their values, down to the schema's two levels."""
+    if document in (None, ""):
+        return
+    if not isinstance(document, dict):
+        raise ConfigError(f"no settings{source}: write lines such as `seed: 0`")
+    for name, value in document.items():
+        if name in sections() and isinstance(value, dict):
+            yield from ((f"{name}.{leaf}", item) for leaf, item in value.items())
+        elif name not in sections() or value not in ("", "null", "~"):  # a section whose keys are commented out is fine
+            yield name, value

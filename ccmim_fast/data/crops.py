@@ -1,0 +1,68 @@
+"""Which part of an image a crop shows: a function of (seed, epoch, sample id), whatever the batch or the machine."""
+
+# B batch, A attempts
+
+import numpy as np
+import torch
+
+from ccmim_kernels.philox import STREAM_CROP, philox_4x32, stream_key, to_unit
+
+_ATTEMPTS = 10  # torchvision's RandomResizedCrop
+
+
+def crop_boxes(
+    seed: int,
+    epoch: int,
+    ids_B: np.ndarray,
+    sizes_B2: np.ndarray,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> np.ndarray:
+    """Boxes of a random resized crop by torchvision's rule, [B, 4] int64: y, x, height, width in pixels.
+
+    The area is uniform in `scale` (share of the image), the aspect width / height log-uniform in `ratio`, the place
+    uniform. The first of ten draws that fits in the image is taken; if none does, a central crop with the aspect
+    clamped to `ratio`.
+
+    Args:
+        seed, epoch: 0 .. 2**32 - 1.
+        ids_B: int64 sample ids.
+        sizes_B2: height and width of the images, >= 1.
+        scale, ratio: (low, high), positive.
+    """
+    u_area, u_aspect, u_y, u_x = _uniforms(seed, epoch, ids_B, range(_ATTEMPTS))
+    height_B1, width_B1 = sizes_B2.astype(np.float64)[:, :1], sizes_B2.astype(np.float64)[:, 1:]
+    area_BA = height_B1 * width_B1 * (scale[0] + u_area * (scale[1] - scale[0]))
+    log_low, log_high = np.log(ratio)
+    aspect_BA = np.exp(log_low + u_aspect * (log_high - log_low))
+    w_BA, h_BA = np.rint(np.sqrt(area_BA * aspect_BA)), np.rint(np.sqrt(area_BA / aspect_BA))
+    fits_BA = (w_BA > 0) & (w_BA <= width_B1) & (h_BA > 0) & (h_BA <= height_B1)
+    y_BA, x_BA = np.floor(u_y * (height_B1 - h_BA + 1)), np.floor(u_x * (width_B1 - w_BA + 1))
+    drawn_BA4 = np.stack([y_BA, x_BA, h_BA, w_BA], axis=-1)
+    first_B = fits_BA.argmax(axis=1)
+    drawn_B4 = drawn_BA4[np.arange(len(ids_B)), first_B]
+    boxes_B4 = np.where(fits_BA.any(axis=1)[:, None], drawn_B4, _central_boxes(height_B1, width_B1, ratio))
+    return boxes_B4.astype(np.int64)
+
+
+def flips(seed: int, epoch: int, ids_B: np.ndarray) -> np.ndarray:
+    """Which images are mirrored left to right, [B] bool, p = 0.5; a function of (seed, epoch, sample id)."""
+    # The counter behind the crop's attempts: the same key, no draw in common.
+    u_B1, *_ = _uniforms(seed, epoch, ids_B, range(_ATTEMPTS, _ATTEMPTS + 1))
+    return u_B1[:, 0] < 0.5
+
+
+def _central_boxes(height_B1: np.ndarray, width_B1: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
+    """Largest central boxes [B, 4] whose aspect is in `ratio`, at least 1 x 1."""
+    w_B1 = np.minimum(width_B1, np.maximum(1, np.rint(height_B1 * ratio[1])))
+    h_B1 = np.minimum(height_B1, np.maximum(1, np.rint(width_B1 / ratio[0])))
+    return np.concatenate([(height_B1 - h_B1) // 2, (width_B1 - w_B1) // 2, h_B1, w_B1], axis=1)
+
+
+def _uniforms(seed: int, epoch: int, ids_B: np.ndarray, attempts: range) -> list[np.ndarray]:
+    """Four independent uniforms [B, A] float64 in (0, 1) per sample and attempt."""
+    ids_B1 = torch.from_numpy(np.ascontiguousarray(ids_B, dtype=np.int64))[:, None]
+    attempt_1A = torch.arange(attempts.start, attempts.stop)[None]
+    key = stream_key(seed, STREAM_CROP)
+    words = philox_4x32(key, attempt_1A, ids_B1 & 0xFFFFFFFF, ids_B1 >> 32, torch.tensor(epoch))
+    return [to_unit(word_BA).numpy() for word_BA in words]

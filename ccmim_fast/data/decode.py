@@ -1,0 +1,123 @@
+"""One image file: what its header says, and its pixels, as Pillow reads them."""
+
+# H height, W width, C channels
+
+import os
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ccmim_fast.errors import DataError
+
+MAX_PIXELS = 100_000_000  # 300 MB as RGB; faults.md, row 4
+EXIF_ORIENTATION = 0x0112
+_SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+class Header(NamedTuple):
+    """height, width: pixels after EXIF rotation. plain: every decoder reads the file as `decode` does."""
+
+    height: int
+    width: int
+    plain: bool
+
+
+def file_suffixes(channels: int) -> tuple[str, ...]:
+    """Lower-case endings of the files read as images of so many channels."""
+    return _SUFFIXES if channels in (1, 3) else (".npy",)
+
+
+def read_header(path: str, channels: int) -> Header:
+    """Read one file's header, not its pixels.
+
+    Args:
+        path: the file; any bytes that `os.fsdecode` gives.
+        channels: 1 (gray) or 3 (RGB) of any format Pillow reads; other counts are .npy files, uint8 [H, W, C].
+
+    Raises:
+        DataError: the file cannot be used; the message is the reason alone, without the path.
+    """
+    try:
+        if os.path.getsize(path) == 0:
+            raise DataError("empty file")
+        header = _image_header(path) if channels in (1, 3) else _array_header(path, channels)
+        if min(header.height, header.width) < 1:
+            raise DataError(f"no pixels: {header.height} x {header.width}")
+        if header.height * header.width > MAX_PIXELS:
+            raise DataError(f"{header.height} x {header.width} pixels are more than {MAX_PIXELS:,}")
+    # Pillow's plugins raise whatever a damaged header leads them to.
+    except Exception as error:
+        raise DataError(_reason(error)) from error
+    return header
+
+
+def decode(path: str, channels: int) -> np.ndarray:
+    """Pixels of one file, [H, W, C] uint8, turned as its EXIF data say.
+
+    16-bit gray is divided by 257 and rounded; an alpha channel is dropped. Raises DataError naming the file.
+    """
+    try:
+        if channels not in (1, 3):
+            return np.load(path, allow_pickle=False)
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image) if _is_turned(image) else image
+            return _to_array(upright, channels)
+    except Exception as error:
+        raise DataError(f"cannot decode {path!r}: {_reason(error)}") from error
+
+
+def _image_header(path: str) -> Header:
+    with Image.open(path) as image:
+        sixteen_bits = image.mode == "I" and image.format in ("PNG", "PPM")  # how Pillow < 10.3 names I;16
+        if image.mode not in _MODES and not sixteen_bits:
+            raise DataError(f"{image.format} pixels of mode {image.mode}: scale them to 8 or 16 bits, gray or RGB")
+        turned = _is_turned(image)
+        # Pillow turns by an orientation in XMP too, other decoders only by EXIF. Formats other than JPEG differ in
+        # more: alpha, 16 bits, gamma, EXIF behind the pixels; and no GPU decodes them anyway.
+        jpeg = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
+        plain = jpeg and not (turned and "xmp" in image.info)
+        width, height = image.size
+        if turned and image.format == "TIFF":
+            # Whether `size` is already turned depends on Pillow's version; its pixels tell.
+            width, height = ImageOps.exif_transpose(image).size
+        elif turned and image.getexif()[EXIF_ORIENTATION] >= 5:
+            width, height = height, width
+    return Header(height, width, plain)
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether the header says that the pixels are mirrored or rotated.
+
+    A PNG's EXIF data behind its pixels do not count: Pillow would decode every PNG to look for them.
+    """
+    if image.format == "PNG" and "exif" not in image.info:
+        return False
+    return image.getexif().get(EXIF_ORIENTATION, 1) in range(2, 9)
+
+
+def _to_array(image: Image.Image, channels: int) -> np.ndarray:
+    if image.mode.startswith("I"):
+        # Pillow's own conversion clips at 255. 65535 / 257 = 255; halves cannot occur, 257 being odd.
+        wide_HW = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray(((wide_HW + 128) // 257).astype(np.uint8))
+    image.info.pop("transparency", None)  # else Pillow warns about palettes with partly transparent entries
+    pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _array_header(path: str, channels: int) -> Header:
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != channels:
+        raise DataError(f"{array.dtype} {list(array.shape)} is not uint8 [height, width, {channels}]")
+    return Header(*array.shape[:2], plain=False)
+
+
+def _reason(error: Exception) -> str:
+    """One line without the path."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image that Pillow knows"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,39 @@
+"""Schedule and parameter groups."""
+
+import math
+
+import pytest
+from tiny import tiny_model
+
+from ccmim_fast.optim.adamw import build_adamw
+from ccmim_fast.optim.schedule import lr_at, scaled_lr
+
+
+def test_schedule():
+    at = lambda epoch: lr_at(epoch, peak=2.0, floor=0.5, warmup=10, epochs=110)  # noqa: E731
+    assert at(0) == 0
+    assert at(5) == 1.0
+    assert at(10) == 2.0
+    assert at(60) == pytest.approx(0.5 + 1.5 / 2)
+    assert at(35) == pytest.approx(0.5 + 1.5 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert at(110) == at(200) == 0.5
+
+
+def test_schedule_without_warmup_or_decay():
+    assert lr_at(0, peak=1.0, floor=0.0, warmup=0, epochs=1) == 1.0
+    assert lr_at(1, peak=1.0, floor=0.0, warmup=2, epochs=1) == 0.5
+
+
+def test_linear_scaling():
+    assert scaled_lr(1.5e-4, 1024) == pytest.approx(6e-4)
+
+
+def test_no_decay_for_biases_norms_and_tokens():
+    model, _ = tiny_model()
+    optimizer = build_adamw(model, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95))
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert decay.keys() == {id(p) for p in trained.values()}
+    for name, parameter in trained.items():
+        exempt = parameter.ndim == 1 or name in ("encoder.cls_token", "decoder.mask_token")
+        assert decay[id(parameter)] == (0.0 if exempt else 0.05), name

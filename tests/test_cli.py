@@ -1,0 +1,69 @@
+"""The command: one line and an exit code for every mistake, and what `export` and `doctor` give."""
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from tiny import TINY
+
+from ccmim_fast.checkpoints import io
+from ccmim_fast.cli import main
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        (["pretrian"], 2, ["pretrian", "nearest: pretrain"]),
+        (["pretrain", "--mask.rato=0.5"], 2, ["mask.rato", "mask.ratio"]),
+        (["pretrain", "--mask.ratio=1.5"], 2, ["mask.ratio", "1.5"]),
+        (["pretrain", "--config", "ccmim_vit_bse"], 2, ["ccmim_vit_bse", "ccmim_vit_base"]),
+        (["pretrain", "--data.root=/nowhere/at/all", "--run.dir=RUN"], 3, ["/nowhere/at/all"]),
+        (["pretrain", "--train.device=cuda", "--run.dir=RUN"], 6, ["no CUDA device"]),
+        (["export", "/nowhere", "out.safetensors"], 5, ["no complete checkpoint"]),
+        (["export"], 2, ["usage: ccmim export"]),
+        (["demo", "--data.source=photos"], 2, ["data.source=photos"]),
+    ],
+)
+def test_mistakes_end_in_one_line(argv, code, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    argv = [a.replace("RUN", str(tmp_path / "run")) for a in argv]
+    assert main(argv) == code
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 1
+    assert all(word in printed[0] for word in words), printed
+
+
+def test_help(capsys):
+    assert main([]) == 0
+    assert "pretrain" in capsys.readouterr().out
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert torch.__version__ in out
+    assert "precision auto" in out
+
+
+def test_export_loads_into_timm(tmp_path, capsys):
+    from ccmim_fast.models.build import build_model
+
+    model = build_model(TINY)
+    io.save(tmp_path / "checkpoints", 1, {"model": model.state_dict(), "ema": None}, keep=1)
+    out = tmp_path / "encoder.safetensors"
+    assert main(["export", str(tmp_path), str(out)]) == 0
+    weights = load_file(out)
+    target = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, img_size=(32, 48), patch_size=8, embed_dim=48, depth=3, num_heads=3
+    )
+    target.load_state_dict(weights, strict=True)
+    assert torch.equal(target.blocks[2].mlp.fc1.weight, model.encoder.blocks[2].mlp.fc1.weight)
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "ccmim_fast.cli", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: ccmim COMMAND")

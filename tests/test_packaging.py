@@ -1,0 +1,81 @@
+"""The wheel: two top-level names, the presets and the page template inside, and a command that works from it."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from the files git knows, so that a stale build folder cannot help."""
+    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).is_file() and name.split("/")[0] in (
+            "ccmim_fast",
+            "kernels",
+            "configs",
+            "setup.py",
+            "pyproject.toml",
+        ):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), str(copy)],
+        check=True,
+        capture_output=True,
+    )
+    return next(out.glob("*.whl"))
+
+
+def test_two_top_level_names(wheel):
+    names = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {n for n in names if not n.endswith(".dist-info")} == {"ccmim_fast", "ccmim_kernels"}
+
+
+def test_presets_and_template_are_inside(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    presets = {f"ccmim_fast/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    assert presets
+    assert presets <= names
+    assert "ccmim_fast/report/page.html" in names
+
+
+def test_no_dependency_on_the_other_apex(wheel):
+    metadata = next(n for n in zipfile.ZipFile(wheel).namelist() if n.endswith("METADATA"))
+    required = [
+        line for line in zipfile.ZipFile(wheel).read(metadata).decode().splitlines() if line.startswith("Requires-Dist")
+    ]
+    assert required
+    assert not any("apex" in line for line in required)
+
+
+def test_installed_command_works_without_the_checkout(wheel, tmp_path):
+    site = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel)],
+        check=True,
+        capture_output=True,
+    )
+    code = "import sys, ccmim_fast.cli as cli; print(cli.__file__); sys.exit(cli.main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "pretrain", "--config", "ccmim_vit_base_eq4", "--print_config"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(site))
+    assert "source: first" in done.stdout

@@ -1,0 +1,63 @@
+"""Two processes with gloo give the losses of one on the same global batch, contrast and BatchNorm included."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SETTINGS = [
+    "--data.source=shapes",
+    "--data.samples=48",
+    "--data.image_size=[32,32]",
+    "--data.loader=torch",
+    "--model.arch=vit_tiny_patch16_224",
+    "--model.patch_size=8",
+    "--model.embed_dim=48",
+    "--model.depth=2",
+    "--model.num_heads=3",
+    "--decoder.dim=32",
+    "--decoder.depth=1",
+    "--decoder.num_heads=4",
+    "--train.batch_size=16",
+    "--train.epochs=2",
+    "--train.precision=fp32",
+    "--train.device=cpu",
+    "--optim.warmup_epochs=0",
+    "--optim.base_lr=0.01",
+    "--run.log_every=1",
+    "--run.tensorboard=false",
+]
+
+
+def losses(folder, processes, *extra):
+    command = [sys.executable, "-m", "ccmim_fast.cli"]
+    if processes > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command += ["-m", "ccmim_fast.cli"]
+    command += ["pretrain", f"--run.dir={folder}", f"--data.root={folder.parent / 'cache'}", *SETTINGS, *extra]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [(r["recons"], r["contrast"]) for r in map(json.loads, lines)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("contrast", ["nce", "moco"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_equal_one(tmp_path, contrast, accumulate):
+    if contrast == "moco" and accumulate == 2:
+        pytest.skip("covered by the other three")
+    extra = (f"--contrast.loss={contrast}", f"--train.accumulate={accumulate}")
+    one = losses(tmp_path / "one", 1, *extra)
+    two = losses(tmp_path / "two", 2, *extra)
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two):
+        assert a == pytest.approx(b, rel=2e-4)
+    # The comparison has power: without shared statistics and negatives the losses are others.
+    if contrast == "nce" and accumulate == 1:
+        apart = losses(tmp_path / "apart", 2, *extra, "--heads.sync_bn=false")
+        assert max(abs(a[1] - b[1]) for a, b in zip(one, apart)) > 1e-3

@@ -1,0 +1,206 @@
+"""Whole runs of the tiny model: resume, reproducibility, what a run folder holds, and who is refused."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from PIL import Image
+from tiny import TINY
+
+from ccmim_fast.checkpoints import io
+from ccmim_fast.config.load import from_yaml
+from ccmim_fast.errors import CheckpointError, ConfigError, DataError
+from ccmim_fast.trainer.loop import fit
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Twenty small JPEG files of noise."""
+    root = tmp_path_factory.mktemp("photos")
+    generator = torch.Generator().manual_seed(0)
+    for i in range(20):
+        pixels = torch.randint(0, 256, (40 + i, 60, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray(pixels.numpy()).save(root / f"{i:02d}.jpg")
+    return root
+
+
+def config_for(run, root, **sections):
+    """Four steps an epoch, two micro-batches a step."""
+    sections = {
+        "run": {"dir": str(run), "log_every": 1, "save_every": 1, "tensorboard": False},
+        "data": {"root": str(root), "loader": "torch"},
+        "train": {"epochs": 4, "batch_size": 5 * 1, "device": "cpu", "precision": "fp32"},
+        "optim": {"warmup_epochs": 1.0},
+        **{},
+        **sections,
+    }
+    return dataclasses.replace(
+        TINY, **{name: dataclasses.replace(getattr(TINY, name), **fields) for name, fields in sections.items()}
+    )
+
+
+def with_fields(config, section, **fields):
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields)})
+
+
+def newest_state(run):
+    return io.newest(run / "checkpoints").state
+
+
+def same(a, b):
+    """Whether two nested states are equal bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def records(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_ten_steps_equal_five_and_five(tmp_path, photos, loader):
+    """Stopped in the middle of an epoch and resumed: weights, optimizer and EMA are equal bit for bit."""
+    base = config_for(
+        tmp_path / "whole",
+        photos,
+        data={"root": str(photos), "loader": loader, "flip": True},
+        model={"drop_path": 0.2},
+        optim={"ema_decay": 0.9, "clip_grad": 1.0},
+    )
+    base = with_fields(base, "train", max_steps=10)
+    fit(base)
+    parts = with_fields(base, "run", dir=str(tmp_path / "parts"))
+    fit(with_fields(parts, "train", max_steps=5))
+    assert newest_state(tmp_path / "parts")["step"] == 5
+    fit(with_fields(parts, "run", resume="auto"))
+    whole, again = newest_state(tmp_path / "whole"), newest_state(tmp_path / "parts")
+    assert whole["step"] == again["step"] == 10
+    for part in ("model", "optimizer", "ema"):
+        assert same(whole[part], again[part]), part
+    figures = [[{k: r[k] for k in ("step", "loss", "lr")} for r in records(tmp_path / d)] for d in ("whole", "parts")]
+    assert figures[0] == figures[1]
+    assert [r["step"] for r in figures[0]] == list(range(1, 11))
+
+
+def test_equal_seeds_equal_runs_and_other_seeds_differ(tmp_path, photos):
+    states = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        config = dataclasses.replace(config_for(tmp_path / name, photos), seed=seed)
+        fit(with_fields(config, "train", max_steps=2))
+        states.append(newest_state(tmp_path / name)["model"])
+    assert same(states[0], states[1])
+    assert not same(states[0], states[2])
+
+
+def test_loss_falls(tmp_path, photos):
+    """Twenty steps on twenty images: the model learns."""
+    config = config_for(tmp_path / "run", photos, optim={"warmup_epochs": 1.0, "base_lr": 0.1})
+    config = with_fields(config, "train", epochs=10, batch_size=10)
+    fit(config)
+    losses = [r["recons"] for r in records(tmp_path / "run")]
+    assert sum(losses[-4:]) / 4 < 0.95 * sum(losses[:4]) / 4
+
+
+def test_run_folder_explains_itself(tmp_path, photos):
+    config = with_fields(config_for(tmp_path / "run", photos), "train", max_steps=2)
+    config = with_fields(config, "run", tensorboard=True)
+    fit(config)
+    run = tmp_path / "run"
+    assert from_yaml((run / "config.yaml").read_text(), "config.yaml") == config
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__.split("+")[0] or environment["torch"] == torch.__version__
+    assert {"python", "device", "commit", "command", "timm"} <= environment.keys()
+    assert list((run / "tensorboard").glob("events*"))
+    keys = {"loss", "recons", "contrast", "lr", "images_per_second", "data_wait", "mfu", "eta_seconds", "epoch"}
+    assert keys <= records(run)[-1].keys()
+
+
+def test_accumulation_gives_the_reconstruction_gradient_of_one_batch(tmp_path, photos):
+    """Without a contrastive half, micro-batches are one batch: same weights after a step, to float32 rounding."""
+    states = []
+    for name, accumulate in (("one", 1), ("two", 2)):
+        config = config_for(tmp_path / name, photos, contrast={"loss": "none"}, optim={"warmup_epochs": 0.0})
+        fit(with_fields(config, "train", batch_size=10, accumulate=accumulate, max_steps=1))
+        states.append(newest_state(tmp_path / name)["model"])
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_progress_lines_when_not_a_terminal(tmp_path, photos, capsys):
+    fit(with_fields(config_for(tmp_path / "run", photos), "train", max_steps=2))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "step 2/2" in line]
+    assert len(lines) == 1
+    assert all(word in lines[0] for word in ("epoch", "loss", "recons", "contrast", "lr", "img/s", "data wait", "ETA"))
+
+
+def test_fault_22_occupied_folder_is_refused_before_anything_is_built(tmp_path):
+    (tmp_path / "old.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"not empty; use --resume auto to go on, or --overwrite"):
+        fit(config_for(tmp_path, "nowhere"))
+    assert [p.name for p in tmp_path.iterdir()] == ["old.txt"]
+
+
+def test_fault_22_overwrite_empties_it(tmp_path, photos):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "old.txt").write_text("mine")
+    config = with_fields(config_for(run, photos), "run", overwrite=True)
+    fit(with_fields(config, "train", max_steps=1))
+    assert not (run / "old.txt").exists()
+    assert newest_state(run)["step"] == 1
+
+
+@pytest.mark.parametrize("where", ["/proc/nowhere/run", "file/run"])
+def test_fault_22_folder_that_cannot_be_written(tmp_path, photos, where, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot be written: .*; choose another folder"):
+        fit(config_for(where, photos))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [([], "no .*image"), ([("a.jpg", b"text")], "no .*image"), (None, "")],
+)
+def test_fault_5_no_images(tmp_path, files, message):
+    root = tmp_path / "images"
+    if files is not None:
+        root.mkdir()
+        for name, content in files:
+            (root / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        fit(config_for(tmp_path / "run", root))
+    assert "\n" not in str(caught.value)
+    assert str(root) in str(caught.value)
+
+
+def test_fault_5_fewer_images_than_a_batch(tmp_path, photos):
+    config = with_fields(config_for(tmp_path / "run", photos), "train", batch_size=64)
+    with pytest.raises(DataError, match=r"20 images are fewer than train\.batch_size=64; set train\.batch_size=20"):
+        fit(config)
+
+
+def test_fault_12_damaged_newest_checkpoint_falls_back_and_says_so(tmp_path, photos, capsys):
+    config = with_fields(config_for(tmp_path / "run", photos), "train", max_steps=8)
+    fit(config)
+    newest = io.checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    state = newest / io.STATE
+    state.write_bytes(state.read_bytes()[:-100])
+    fit(with_fields(config, "run", resume="auto"))
+    assert "skipped the checkpoint" in capsys.readouterr().out
+    assert newest_state(tmp_path / "run")["step"] == 8
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(CheckpointError):
+        fit(with_fields(config, "run", resume=str(newest)))
+
+
+def test_resume_of_another_model_is_refused(tmp_path, photos):
+    config = with_fields(config_for(tmp_path / "run", photos), "train", max_steps=1)
+    fit(config)
+    other = with_fields(with_fields(config, "model", depth=2), "run", resume="auto")
+    with pytest.raises(CheckpointError, match="the checkpoint is of another model"):
+        fit(other)
