@@ -108,4 +108,4 @@ def check_key(key: str, prefix: str = "", source: str = "", others: Iterable[str
     if key in sections():
         leaves = ", ".join(known for known in settings() if known.startswith(f"{key}."))
         raise ConfigError(f"{name}: is a section{source}; its keys are {leaves}")
-    raise ConfigError(f"{name}: unknown key{source}; did you mean {prefix}{nearest(key, [*settings(), *others])}?")
+    raise ConfigError(f"{name}: unknown key{source}; did you mean {prefix}{nearest(key, [*others, *settings()])}?")

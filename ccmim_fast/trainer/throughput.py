@@ -6,12 +6,20 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ccmim_fast.trainer.distributed import Session
 
 # Square matmuls large enough to be bound by arithmetic, small enough to take a moment.
 _SIDE = {"cuda": 8192, "cpu": 1536}
+
+# torch knows the arithmetic of its CUDA attention operators only.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
+        *shapes[:4]
+    ),
+}
 
 Item = TypeVar("Item")
 
@@ -59,7 +67,7 @@ class Meter:
     def stepping(self) -> Iterator[None]:
         """Around one optimizer step. The first one's arithmetic is counted by torch's dispatcher."""
         if self._step_flops is None:
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
                 yield
             self._step_flops = counter.get_total_flops()
         else:

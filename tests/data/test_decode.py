@@ -8,7 +8,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from ccmim_fast.data.dali_loader import DaliLoader, is_installed
-from ccmim_fast.data.decode import decode
+from ccmim_fast.data.decode import decode, read_header
 from ccmim_fast.data.index import scan_folder
 from ccmim_fast.data.plan import Plan
 from ccmim_fast.data.torch_loader import TorchLoader
@@ -100,6 +100,17 @@ def test_headers_give_the_decoded_sizes(kinds_folder):
     assert source.skipped == []
     for index in range(len(source)):
         assert source.decode(index).shape == (*source.sizes_N2[index], 3), source.paths[index]
+
+
+def test_exif_behind_a_pngs_pixels_is_not_looked_for(kinds_folder, photograph, monkeypatch):
+    path = str(kinds_folder / "late_exif6.png")
+    assert (decode(path, 3) == np.asarray(photograph)).all()
+
+    def refuse(_):
+        raise AssertionError("a header was asked for, not the pixels")
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", refuse)
+    assert read_header(path, 3)[:2] == (300, 400)
 
 
 def test_sixteen_bit_gray_is_scaled(kinds_folder, photograph):

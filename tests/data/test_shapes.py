@@ -4,7 +4,9 @@ import os
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from ccmim_fast.data import photos as photos_module
 from ccmim_fast.data import shapes as shapes_module
 from ccmim_fast.data.draws import balanced_labels
 from ccmim_fast.data.photos import PhotosSource
@@ -37,6 +39,7 @@ def test_pixels_outside_the_mask_are_the_background(background):
         assert (image[~mask] == alone[~mask]).all()
         # The texture's second colour is half a range away from the first: at most one of them is near the background.
         assert (image[mask] != alone[mask]).any(axis=1).mean() > 0.9
+        assert (np.ptp(image[mask].astype(int), axis=0) > 60).all()
         y0, x0, y1, x1 = source.box(index)
         assert mask[y0:y1, x0:x1].sum() == mask.sum()
         assert mask[y0].any()
@@ -93,6 +96,12 @@ def polygon(name):
     return np.stack([np.cos(points), np.sin(points)], axis=1) * np.where(np.arange(10) % 2, 0.45, 1.0)[:, None]
 
 
+def test_gradients_have_any_direction():
+    source = ShapesSource(0, 60, SIZE)
+    corners = [source.background(index)[[0, 0, -1, -1], [0, -1, 0, -1]].sum(axis=1).argmax() for index in range(60)]
+    assert (np.bincount(corners, minlength=4) >= 5).all()
+
+
 @pytest.mark.parametrize("name", ["square", "triangle", "cross", "star"])
 def test_masks_of_polygons_are_exact(name):
     source = ShapesSource(1, 60, SIZE)
@@ -133,6 +142,10 @@ def test_background_colour_and_place_tell_nothing_of_the_label():
         quarters = np.stack([np.bincount((column * 4).astype(int), minlength=4) for column in drawn.T])
         assert (abs(quarters - 500) < 4.5 * 19.4).all()
     correlation = np.corrcoef(parameters.T)
+    colours = np.array([source.background(index).mean(axis=(0, 1)) for index in range(1500)])
+    for label in range(3):
+        mean = colours[source.labels_N[:1500] == label].mean(axis=0)
+        assert (abs(mean - colours.mean(axis=0)) < 4.5 * colours.std(axis=0) / np.sqrt(500)).all()
     assert abs(correlation - np.eye(len(correlation))).max() < 4.5 / np.sqrt(6000)
 
 
@@ -185,6 +198,21 @@ def test_small_and_long_images_hold_their_object(size):
     for index in range(100):
         source.decode(index)
         assert source.mask(index).sum() >= 4
+
+
+def test_photos_are_cut_at_any_place_and_scale(monkeypatch):
+    y, x = np.mgrid[:240, :240].astype(np.uint8)
+    photo = Image.fromarray(np.stack([y, x, y], axis=2))
+    monkeypatch.setattr(photos_module, "_open_photo", lambda path: photo)
+    crops = np.stack([PhotosSource(0, 80, (32, 32)).decode(index) for index in range(80)]).astype(int)
+    for channel, axis in ((0, 1), (1, 2)):
+        extent = np.ptp(crops[..., channel], axis=(1, 2)) / 240
+        assert extent.min() < 0.35
+        assert 0.8 < extent.max() < 0.92
+        start = crops[..., channel].min(axis=(1, 2)) / (240 * (1.03 - extent))
+        assert start.min() < 0.1
+        assert start.max() > 0.8
+        assert (np.diff(crops[..., channel], axis=axis) >= 0).all()  # neither mirrored nor rotated
 
 
 def test_photos_are_crops_of_photographs(monkeypatch):
