@@ -42,7 +42,9 @@ def prefetch(
         while pending:
             yield _finish(*pending.popleft())
     finally:
-        pool.shutdown(cancel_futures=True)
+        # Without waiting: an iterator left half-way may be collected inside a starting thread, which holds the lock
+        # that joining any thread needs.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _finish(batch: MicroBatch, futures: list) -> tuple[MicroBatch, list]:

@@ -1,0 +1,63 @@
+"""Work done ahead: in order, bounded, and left without a wait."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from ccmim_fast.data.plan import MicroBatch
+from ccmim_fast.data.prefetch import AHEAD, prefetch, thread_count
+
+
+def micro_batches(count, started=None):
+    for number in range(count):
+        if started is not None:
+            started.append(number)
+        ids_B = np.arange(3 * number, 3 * number + 3)
+        yield MicroBatch(ids_B, np.stack([ids_B] * 4, axis=1), ids_B % 2 == 0)
+
+
+def test_results_come_in_order_with_their_batch():
+    def load(index, box_4, flipped):
+        time.sleep(0.002 * (index % 3 == 0))  # the first of each batch is the last to be ready
+        return index, box_4.tolist(), flipped
+
+    for batch, results in prefetch(load, micro_batches(20), threads=3):
+        assert results == [(i, [i] * 4, i % 2 == 0) for i in batch.ids_B.tolist()]
+
+
+def test_work_runs_ahead_but_not_away():
+    started = []
+    for number, _ in enumerate(prefetch(lambda *_: None, micro_batches(20, started), threads=2)):
+        assert len(started) == min(20, number + 1 + AHEAD)
+
+
+def test_a_failure_is_raised_when_its_batch_has_its_turn():
+    def load(index, *_):
+        if index == 4:
+            raise KeyError(index)
+        return index
+
+    results = prefetch(load, micro_batches(5), threads=4)
+    assert next(results)[1] == [0, 1, 2]
+    with pytest.raises(KeyError):
+        next(results)
+
+
+def test_leaving_does_not_wait_for_what_is_under_way():
+    # A collector may do the leaving, in a thread that is not free to wait.
+    release = threading.Event()
+    results = prefetch(lambda index, *_: index < 3 or release.wait(60), micro_batches(5), threads=4)
+    next(results)
+    leaving = threading.Thread(target=results.close)
+    leaving.start()
+    leaving.join(10)
+    waited = leaving.is_alive()
+    release.set()
+    assert not waited
+
+
+def test_no_workers_means_one_per_core():
+    assert thread_count(3) == 3
+    assert thread_count(0) >= 1
