@@ -80,7 +80,7 @@ class DaliLoader:
                 yield make_batch(self._own(images), batch.ids_B, self._source.labels_N, self._device)
 
     def _feed(self, epoch: int, start_step: int, in_flight: deque[MicroBatch]) -> Iterator[tuple]:
-        """The pipeline's four inputs for each micro-batch, which is put down in `in_flight`."""
+        """The inputs for each micro-batch, which is put down in `in_flight`; flips only where there are any."""
 
         def read(index: int, *_: object) -> np.ndarray:
             return np.frombuffer(self._source.read(index), dtype=np.uint8)
@@ -90,7 +90,8 @@ class DaliLoader:
             anchors_B2, shapes_B2 = (
                 np.ascontiguousarray(part_B2, dtype=np.int32) for part_B2 in np.split(batch.boxes_B4, 2, axis=1)
             )
-            yield files, anchors_B2, shapes_B2, batch.flips_B.astype(np.int32)
+            flips = (batch.flips_B.astype(np.int32),) if self._plan.flip else ()
+            yield files, anchors_B2, shapes_B2, *flips
 
     def _build(self, feed: Iterator[tuple]):
         from nvidia.dali import fn, pipeline_def, types
@@ -103,11 +104,12 @@ class DaliLoader:
             device_id=torch.cuda.current_device() if on_gpu else None,
         )
         def crops():
-            files, anchors, shapes, flipped = fn.external_source(
+            inputs = 4 if self._plan.flip else 3
+            files, anchors, shapes, *flipped = fn.external_source(
                 source=feed,
-                num_outputs=4,
-                dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
-                ndim=[1, 1, 1, 0],
+                num_outputs=inputs,
+                dtype=[types.UINT8, types.INT32, types.INT32, types.INT32][:inputs],
+                ndim=[1, 1, 1, 0][:inputs],
             )
             # Anchors refer to the image after EXIF rotation (`adjust_orientation`, on by default), as our sizes do.
             images = fn.decoders.image_slice(
@@ -119,7 +121,7 @@ class DaliLoader:
                 output_type=types.RGB if self._source.channels == 3 else types.GRAY,
             )
             images = fn.resize(images, size=list(self._image_size), interp_type=types.INTERP_CUBIC, antialias=True)
-            return fn.flip(images, horizontal=flipped) if self._plan.flip else images
+            return fn.flip(images, horizontal=flipped[0]) if flipped else images
 
         pipeline = crops()
         pipeline.build()
