@@ -19,7 +19,7 @@ def test_figures_are_those_of_the_models_own_masks():
     again = model(pictures, torch.arange(8), 0)
     assert torch.equal(again.partition.mask_BL, output.partition.mask_BL)
     assert figures.leakage == object_leakage(again.partition.mask_BL, object_patches(objects, 8), 0.75)
-    assert figures.recons == pytest.approx(float(total_loss(model, again, pictures, config).recons))
+    assert figures.recons == pytest.approx(total_loss(model, again, pictures, config).recons.item())
     assert 0 <= figures.auroc <= 1
     torch.testing.assert_close(scores.sum(1), torch.ones(8))
 
