@@ -5,6 +5,7 @@ import importlib.util
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ccmim_fast.trainer.distributed import session
@@ -33,5 +34,5 @@ def print_report() -> None:
         try:
             table.add_row(name, importlib.metadata.version(name), "")
         except importlib.metadata.PackageNotFoundError:
-            table.add_row(name, "not installed", f"{without}; {install}")
+            table.add_row(name, "not installed", escape(f"{without}; {install}"))
     Console().print(table)
