@@ -68,14 +68,8 @@ def build(values: dict[str, Any]) -> Config:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """The one of `words` (not empty) that looks most like `word`; a key may be meant by its last part alone."""
-    word = word[:100]  # matching is quadratic in the length
-
-    def likeness(candidate: str) -> float:
-        names = (candidate, candidate.rpartition(".")[2])
-        return max(difflib.SequenceMatcher(None, word, name).ratio() for name in names)
-
-    return max(words, key=likeness)
+    """The one of `words` (not empty) that looks most like `word`."""
+    return max(words, key=lambda candidate: difflib.SequenceMatcher(None, word, candidate).ratio())
 
 
 def show(value: Any) -> str:

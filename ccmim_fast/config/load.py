@@ -165,7 +165,7 @@ def _typed(key: str, raw: str | list[str], source: str) -> Any:
         if kind is not str:
             # A parser of this one option: a full one checks all 60 for each, 7 ms a setting.
             parser = ArgumentParser(exit_on_error=False)
-            parser.add_argument("--value", type=kind, default=settings()[key].default)
+            parser.add_argument("--value", type=kind)
             value = parser.parse_args([f"--value={raw if isinstance(raw, str) else json.dumps(raw)}"]).value
             str(value)  # fails for an integer of more digits than Python prints
             return value

@@ -17,7 +17,14 @@ PROG = "ccmim pretrain"
 
 def test_nothing_gives_the_defaults(load):
     assert load_config([], PROG) == Config()
-    assert load("") == load("# a comment\n") == load("mask:\n#  ratio: 0.5\n") == load("mask: null\ndata: ~") == {}
+    assert (
+        load("")
+        == load("# a comment\n")
+        == load("mask:\n#  ratio: 0.5\n")
+        == load("mask: null\ndata: ~")
+        == load("---\n")
+        == {}
+    )
 
 
 def test_file(load):
@@ -123,6 +130,12 @@ def test_to_yaml_lists_every_setting():
     document = yaml.safe_load(to_yaml(Config()))
     flat = {k if k == "seed" else f"{k}.{n}" for k, v in document.items() for n in (v if isinstance(v, dict) else [k])}
     assert flat == set(settings())
+
+
+def test_to_yaml_is_readable():
+    text = to_yaml(Config(run=RunConfig(dir="é")))
+    assert "\n  image_size: [224, 224]\n" in text
+    assert "\n  dir: é\n" in text
 
 
 def test_flatten_and_build_are_inverse():
