@@ -24,6 +24,7 @@ from ccmim_fast.models.encoder import tokens_of
 from ccmim_fast.report import RunView, Snapshot, write_report
 from ccmim_fast.report.reconstruction import paste_prediction
 from ccmim_fast.trainer.loop import fit
+from ccmim_fast.trainer.run_folder import open_run_folder
 
 HELD_OUT = 1000  # images that no run trains on
 PICTURES = 6  # of them are drawn
@@ -46,7 +47,7 @@ def run_demo(config: Config) -> Path:
     """
     if config.data.source != "shapes":
         raise ConfigError(f"data.source={config.data.source}: the demo needs known objects; nearest: shapes")
-    folder = Path(config.run.dir)
+    folder = open_run_folder(config)
     torch.manual_seed(config.seed)
     held_out = make_held_out(config)
     methods = {"untrained": measure_features(build_model(config).eval(), config, held_out)}
@@ -57,7 +58,6 @@ def run_demo(config: Config) -> Path:
     # Before its first step a run is the untrained network.
     methods["untrained"] |= {key: methods["ccmim"][f"{key}_start"] for key in ("auroc", "leakage", "recons")}
     summary = {"methods": methods, "chance": 1 / config.data.classes, "setting": setting_of(config)}
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     report = folder / "report.html"
     runs = [RunView("mae", folder / "mae"), RunView("ccmim", folder / "ccmim")]

@@ -13,8 +13,8 @@ from ccmim_fast.trainer.precision import choose_precision
 
 # Distribution, what goes on without it, how to get it.
 _OPTIONAL = (
-    ("nvidia-dali-cuda130", "images are decoded by Pillow", "pip install 'ccmim_fast[cuda13]'"),
-    ("nvidia-dali-cuda120", "images are decoded by Pillow", "pip install 'ccmim_fast[cuda12]'"),
+    ("nvidia-dali-cuda130", "images are decoded by Pillow", "pip install nvidia-dali-cuda130"),
+    ("nvidia-dali-cuda120", "images are decoded by Pillow", "pip install nvidia-dali-cuda120"),
     ("triton", "ops run as plain PyTorch", "comes with torch on Linux"),
 )
 

@@ -31,7 +31,7 @@ class CheckpointError(CcmimError):
     exit_code = 5
 
 
-class EnvironmentError(CcmimError):
+class MachineError(CcmimError):
     """A device, library or right that the command needs and the machine lacks."""
 
     exit_code = 6

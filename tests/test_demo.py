@@ -25,7 +25,8 @@ SETTINGS = [
 def test_small_demo(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "HELD_OUT", 60)
     monkeypatch.setattr(demo, "PICTURES", 2)
-    assert main(["demo", f"--run.dir={tmp_path / 'demo'}", *SETTINGS]) == 0
+    settings = [f"--run.dir={tmp_path / 'demo'}", f"--data.root={tmp_path / 'cache'}", *SETTINGS]
+    assert main(["demo", *settings]) == 0
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert list(summary["methods"]) == ["untrained", "mae", "ccmim"]
     trained = {"knn", "logreg", "auroc", "leakage", "recons", "images_per_second", "auroc_early", "leakage_early"}
@@ -39,4 +40,4 @@ def test_small_demo(tmp_path, monkeypatch):
     for method in ("mae", "ccmim"):
         assert len(list((tmp_path / "demo" / method / "snapshots").glob("epoch_*.npz"))) == 5
     # A second call does not overwrite what is there.
-    assert main(["demo", f"--run.dir={tmp_path / 'demo'}", *SETTINGS]) == 2
+    assert main(["demo", *settings]) == 2

@@ -161,18 +161,22 @@ def _typed(key: str, raw: str | list[str], source: str) -> Any:
     kind = settings()[key].kind
     if kind is str and isinstance(raw, str):
         return raw  # as it stands: jsonargparse takes a text such as `!!bool x` for YAML first
+    if kind is str:
+        raise _refusal(key, raw, source)
+    # A parser of this one option: a full one checks all 60 for each, 7 ms a setting.
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=kind)
     try:
-        if kind is not str:
-            # A parser of this one option: a full one checks all 60 for each, 7 ms a setting.
-            parser = ArgumentParser(exit_on_error=False)
-            parser.add_argument("--value", type=kind)
-            value = parser.parse_args([f"--value={raw if isinstance(raw, str) else json.dumps(raw)}"]).value
-            str(value)  # fails for an integer of more digits than Python prints
-            return value
+        value = parser.parse_args([f"--value={raw if isinstance(raw, str) else json.dumps(raw)}"]).value
+        str(value)  # fails for an integer of more digits than Python prints
     except Exception:  # whatever the parser or YAML below it makes of the text, it is no such value
-        pass
+        raise _refusal(key, raw, source) from None
+    return value
+
+
+def _refusal(key: str, raw: str | list[str], source: str) -> ConfigError:
     expected, near = _expected(key, raw)
-    raise ConfigError(f"{key}={show(raw)}{source}: expected {expected}; nearest valid is {show(near)}")
+    return ConfigError(f"{key}={show(raw)}{source}: expected {expected}; nearest valid is {show(near)}")
 
 
 def _expected(key: str, raw: str | list[str]) -> tuple[str, Any]:

@@ -18,7 +18,7 @@ from ccmim_fast.data.batch import Batch, make_batch
 from ccmim_fast.data.plan import MicroBatch, Plan
 from ccmim_fast.data.prefetch import prefetch, thread_count
 from ccmim_fast.data.source import Source
-from ccmim_fast.errors import ConfigError, DataError, EnvironmentError
+from ccmim_fast.errors import ConfigError, DataError, MachineError
 
 
 def is_installed() -> bool:
@@ -38,7 +38,7 @@ class DaliLoader:
         device: where the batches go; DALI works there, on "cuda" the current one.
 
     Raises:
-        EnvironmentError: DALI is not installed or does not load.
+        MachineError: DALI is not installed or does not load.
         ConfigError: another number of channels.
     """
 
@@ -50,8 +50,8 @@ class DaliLoader:
         try:
             import nvidia.dali.plugin.pytorch as dali_torch
         except (ImportError, OSError) as error:
-            raise EnvironmentError(
-                f"data.loader=dali needs DALI ({error}); pip install ccmim_fast[cuda13], or set data.loader=torch"
+            raise MachineError(
+                f"data.loader=dali needs DALI ({error}); pip install nvidia-dali-cuda130, or set data.loader=torch"
             ) from error
         self._copy = dali_torch.feed_ndarray
         self._source, self._plan, self._image_size = source, plan, image_size

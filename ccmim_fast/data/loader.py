@@ -73,7 +73,7 @@ def build_loader(
     Raises:
         ConfigError: the batch cannot be divided, or the loader cannot read such images.
         DataError: fewer images than `global_batch`.
-        EnvironmentError: `loader: dali` without DALI.
+        MachineError: `loader: dali` without DALI.
     """
     plan = Plan(
         source.sizes_N2,

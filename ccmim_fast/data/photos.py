@@ -12,7 +12,7 @@ from PIL import Image
 from ccmim_fast.data.cache import stored_records
 from ccmim_fast.data.draws import PURPOSE_PARAMETERS, balanced_labels, sample_uniforms
 from ccmim_fast.data.source import encode_pnm
-from ccmim_fast.errors import ConfigError, EnvironmentError
+from ccmim_fast.errors import ConfigError, MachineError
 
 _VERSION = 1  # of the crops: raise it when a parameter gives another crop, or old caches stay in use
 _PHOTOS = (
@@ -40,7 +40,7 @@ class PhotosSource:
 
     Raises:
         ConfigError: a parameter out of its range.
-        EnvironmentError: scikit-image is missing, or has not these photographs in its wheel.
+        MachineError: scikit-image is missing, or has not these photographs in its wheel.
     """
 
     channels = 3
@@ -86,14 +86,14 @@ class PhotosSource:
 def photo_path(name: str) -> str:
     """Where a photograph of scikit-image's wheel lies; its package is not imported, so it cannot download anything.
 
-    Raises EnvironmentError if it is not there.
+    Raises MachineError if it is not there.
     """
     package = importlib.util.find_spec("skimage")
     if package is None:
-        raise EnvironmentError("data.source=photos needs scikit-image; pip install scikit-image")
+        raise MachineError("data.source=photos needs scikit-image; pip install scikit-image")
     path = os.path.join(package.submodule_search_locations[0], "data", name)
     if not os.path.isfile(path):
-        raise EnvironmentError(f"this scikit-image has no {path!r}; pip install scikit-image==0.26")
+        raise MachineError(f"this scikit-image has no {path!r}; pip install scikit-image==0.26")
     return path
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ccmim_fast.config.schema import Config
 from ccmim_fast.evaluation.masks import object_leakage, object_patches, score_auroc
-from ccmim_fast.losses.total import total_loss
+from ccmim_fast.losses.total import recons_loss
 from ccmim_fast.models.ccmim import CCMIM, Output
 from ccmim_fast.models.encoder import embed
 from ccmim_fast.models.scores import score
@@ -49,6 +49,6 @@ def probe(model: CCMIM, config: Config, images_BHWC: Tensor, objects_BHW: Tensor
     figures = Probe(
         auroc=score_auroc(scores_BL, object_BL),
         leakage=object_leakage(output.partition.mask_BL.cpu(), object_BL, ratio),
-        recons=float(total_loss(model, output, images_BHWC, config).recons),
+        recons=float(recons_loss(model, output, images_BHWC, config)),
     )
     return figures, output, scores_BL

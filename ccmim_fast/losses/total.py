@@ -18,9 +18,9 @@ class Losses(NamedTuple):
     contrast: Tensor | None
 
 
-def total_loss(model: CCMIM, output: Output, images_BHWC: Tensor, config: Config) -> Losses:
-    """Eq. 10 of one micro-batch on this rank: DDP's mean over ranks is the loss of the global batch."""
-    recons = reconstruction_loss(
+def recons_loss(model: CCMIM, output: Output, images_BHWC: Tensor, config: Config) -> Tensor:
+    """L_recons (Eq. 9) of one micro-batch on this rank, as `config.target` says; scalar float32, no collective."""
+    return reconstruction_loss(
         output.pred_BMP,
         images_BHWC,
         output.partition.ids_masked_BM,
@@ -32,6 +32,14 @@ def total_loss(model: CCMIM, output: Output, images_BHWC: Tensor, config: Config
         hog_bins=config.target.hog_bins,
         hog_cell=config.target.hog_cell,
     )
+
+
+def total_loss(model: CCMIM, output: Output, images_BHWC: Tensor, config: Config) -> Losses:
+    """Eq. 10 of one micro-batch on this rank: DDP's mean over ranks is the loss of the global batch.
+
+    Every rank must call it: the contrastive half gathers rows from all of them.
+    """
+    recons = recons_loss(model, output, images_BHWC, config)
     if config.contrast.loss == "none":
         return Losses(recons, recons, None)
     contrast = contrastive_loss(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ccmim_fast.errors import EnvironmentError
+from ccmim_fast.errors import MachineError
 
 
 class Session(NamedTuple):
@@ -31,10 +31,10 @@ def session(device: str) -> Iterator[Session]:
         device: `auto`, `cpu` or `cuda`; auto takes CUDA where there is a GPU.
 
     Raises:
-        EnvironmentError: `cuda` without a GPU.
+        MachineError: `cuda` without a GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentError("train.device=cuda: no CUDA device is visible; use train.device=cpu")
+        raise MachineError("train.device=cuda: no CUDA device is visible; use train.device=cpu")
     kind = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
     if "WORLD_SIZE" not in os.environ:
         yield Session(0, 1, torch.device(kind))

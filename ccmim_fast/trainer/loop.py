@@ -79,7 +79,7 @@ class Trainer:
         if here.is_main:
             describe_run(self.folder, config, here.device)
             self.metrics = Metrics(self.folder, tensorboard=config.run.tensorboard, resume_step=self.step)
-        self.progress = ProgressLine(self.total_steps, self.step, here.is_main)
+        self.progress = ProgressLine(self._headline(), self.total_steps, self.step, here.is_main)
 
     @property
     def total_steps(self) -> int:
@@ -101,6 +101,20 @@ class Trainer:
         self.progress.close()
         if self.metrics is not None:
             self.metrics.close()
+
+    def _headline(self) -> str:
+        """What the run works on and with, `auto` resolved, and what it leaves out."""
+        parts = [
+            f"{len(self.source)} images",
+            f"{type(self.loader).__name__}",
+            f"{self.here.world_size} x {self.here.device}, {self.precision.name}",
+            f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters",
+        ]
+        skipped = getattr(self.source, "skipped", [])
+        if skipped:
+            path, reason = skipped[0]
+            parts.insert(1, f"{len(skipped)} files skipped, the first {path!r}: {reason}")
+        return " · ".join(parts)
 
     def _steps(self, epoch: int, start: int) -> Iterator[list[Batch]]:
         """The remaining steps of an epoch, each a list of micro-batches; the wait for data is metered."""

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +72,23 @@ class ProgressLine:
     """A live line on a terminal, a plain line per log step elsewhere; silent on ranks other than 0.
 
     Args:
+        headline: printed once, before the first step.
         total_steps: optimizer steps of the whole run.
         done: steps already taken.
         shown: False: print nothing.
     """
 
-    def __init__(self, total_steps: int, done: int, shown: bool):
+    def __init__(self, headline: str, total_steps: int, done: int, shown: bool):
         self._console = Console()
         self._live = shown and self._console.is_terminal
         self._plain = shown and not self._live
         self._progress = Progress(BarColumn(24), TextColumn("{task.description}"), console=self._console)
         self._task = self._progress.add_task("starting", total=total_steps, completed=done)
         self._total = total_steps
+        if self._plain:
+            self._print(headline)
+        elif self._live:
+            self._console.print(headline, highlight=False, markup=False)
         if self._live:
             self._progress.start()
 
@@ -90,7 +97,16 @@ class ProgressLine:
         if self._live:
             self._progress.update(self._task, completed=step, description=line)
         elif self._plain:
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        """A reader that went away (`| head`) ends the lines, not the run."""
+        try:
             print(line, flush=True)
+        except BrokenPipeError:
+            self._plain = False
+            # What is left in the buffer goes nowhere; else the interpreter complains at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def close(self) -> None:
         if self._live:

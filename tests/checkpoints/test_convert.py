@@ -109,6 +109,7 @@ def test_to_timm_loads_strictly():
         "vit_tiny_patch16_224", num_classes=0, img_size=(32, 48), patch_size=8, embed_dim=48, depth=3, num_heads=3
     )
     target.load_state_dict(to_timm(model.state_dict()), strict=True)
+    assert torch.equal(target.blocks[1].attn.qkv.weight, model.encoder.blocks[1].attn.qkv.weight.float())
 
 
 def test_what_does_not_fit_is_refused():

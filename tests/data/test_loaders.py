@@ -15,7 +15,7 @@ from ccmim_fast.data.loader import build_loader, build_source
 from ccmim_fast.data.photos import PhotosSource
 from ccmim_fast.data.shapes import ShapesSource
 from ccmim_fast.data.torch_loader import TorchLoader, crop_and_resize, evaluation_batches
-from ccmim_fast.errors import ConfigError, DataError, EnvironmentError
+from ccmim_fast.errors import ConfigError, DataError, MachineError
 
 needs_dali = pytest.mark.skipif(not dali_loader.is_installed(), reason="DALI is not installed")
 both = pytest.mark.parametrize("kind", ["torch", pytest.param("dali", marks=needs_dali)])
@@ -219,7 +219,7 @@ def test_faults_of_the_configuration_are_one_line(source, monkeypatch):
     with pytest.raises(DataError, match=r"22 images are fewer than train\.batch_size=32"):
         make_loader(source, "torch", 32)
     monkeypatch.setitem(sys.modules, "nvidia.dali.plugin.pytorch", None)
-    with pytest.raises(EnvironmentError, match=r"data\.loader=dali needs DALI .*pip install ccmim_fast\[cuda13\]"):
+    with pytest.raises(MachineError, match=r"data\.loader=dali needs DALI .*pip install ccmim_fast\[cuda13\]"):
         make_loader(source, "dali")
 
 

@@ -68,7 +68,8 @@ def test_cls_only_last_block_equals_the_full_one(arch):
 
 def test_state_dict_is_timms():
     vit = build_encoder("vit_small_patch16_224", image_size=(224, 224), channels=3)
-    timm.create_model("vit_small_patch16_224", num_classes=0).load_state_dict(vit.state_dict(), strict=True)
+    theirs = timm.create_model("vit_small_patch16_224", num_classes=0)
+    assert {k: v.shape for k, v in theirs.state_dict().items()} == {k: v.shape for k, v in vit.state_dict().items()}
 
 
 def test_positions_are_fixed_and_zero_for_cls():

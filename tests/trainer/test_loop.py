@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -135,6 +138,31 @@ def test_progress_lines_when_not_a_terminal(tmp_path, photos, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if "step 2/2" in line]
     assert len(lines) == 1
     assert all(word in lines[0] for word in ("epoch", "loss", "recons", "contrast", "lr", "img/s", "data wait", "ETA"))
+
+
+def test_headline_says_what_was_left_out(tmp_path, photos, capsys):
+    root = tmp_path / "images"
+    shutil.copytree(photos, root)
+    (root / "broken.jpg").write_bytes(b"no image")
+    fit(with_fields(config_for(tmp_path / "run", root), "train", max_steps=1))
+    headline = capsys.readouterr().out.splitlines()[0]
+    assert all(words in headline for words in ("20 images", "1 files skipped", "broken.jpg", "TorchLoader", "fp32"))
+
+
+def test_a_closed_pipe_does_not_end_the_run(tmp_path, photos):
+    """As in `ccmim pretrain ... | head -1`."""
+    run = tmp_path / "run"
+    settings = ["--data.image_size=[32,32]", "--model.arch=test_vit", "--decoder.dim=32", "--train.batch_size=5"]
+    settings += ["--train.max_steps=6", "--run.log_every=1", "--train.device=cpu", "--data.loader=torch"]
+    settings += [f"--data.root={photos}", f"--run.dir={run}", "--run.tensorboard=false"]
+    command = [sys.executable, "-m", "ccmim_fast.cli", "pretrain", *settings]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "20 images" in process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(timeout=120) == 0, errors
+    assert "BrokenPipe" not in errors
+    assert newest_state(run)["step"] == 6
 
 
 def test_fault_22_occupied_folder_is_refused_before_anything_is_built(tmp_path):
