@@ -219,7 +219,7 @@ def test_faults_of_the_configuration_are_one_line(source, monkeypatch):
     with pytest.raises(DataError, match=r"22 images are fewer than train\.batch_size=32"):
         make_loader(source, "torch", 32)
     monkeypatch.setitem(sys.modules, "nvidia.dali.plugin.pytorch", None)
-    with pytest.raises(MachineError, match=r"data\.loader=dali needs DALI .*pip install ccmim_fast\[cuda13\]"):
+    with pytest.raises(MachineError, match=r"data\.loader=dali needs DALI .*pip install nvidia-dali-cuda130"):
         make_loader(source, "dali")
 
 
