@@ -14,9 +14,9 @@ from ccmim_fast.data.draws import PURPOSE_NOISE, PURPOSE_PARAMETERS, balanced_la
 from ccmim_fast.data.source import encode_pnm
 from ccmim_fast.errors import ConfigError
 
-_VERSION = 1  # of the pictures: raise it when a parameter gives another picture, or old caches stay in use
+_VERSION = 2  # of the pictures: raise it when a parameter gives another picture, or old caches stay in use
 _SUBPIXELS = 3  # S; 10 grey levels along an edge
-_SMALLEST = 8  # pixels per side; the object is a third of that
+_SMALLEST = 8  # pixels per side; the object is half of that
 _CLASSES = ("disc", "square", "triangle", "ring", "cross", "star")
 _BACKGROUNDS = ("plain", "textured")
 _PALETTES = np.array(  # two tones each: sky, sand, meadow, slate
@@ -144,14 +144,15 @@ def _paint_object(
         The window's rows and columns; its colour [h, w, 3] times its cover, 0 .. 255; its cover [h, w] in 0 .. 1.
     """
     height, width = image_size
-    radius = min(image_size) * (1 + parameters.radius / 2) / 6  # a diameter of 1/3 to 1/2 of the shorter side
+    radius = min(image_size) * (1 + parameters.radius / 2) / 4  # a diameter of 1/2 to 3/4 of the shorter side
     y = radius + parameters.y * (height - 2 * radius)
     x = radius + parameters.x * (width - 2 * radius)
     rows = slice(int(y - radius), int(np.ceil(y + radius)))
     columns = slice(int(x - radius), int(np.ceil(x + radius)))
     v = (rows.start + (np.arange((rows.stop - rows.start) * _SUBPIXELS) + 0.5) / _SUBPIXELS - y)[:, None] / radius
     u = (columns.start + (np.arange((columns.stop - columns.start) * _SUBPIXELS) + 0.5) / _SUBPIXELS - x) / radius
-    cos, sin = np.cos(2 * np.pi * parameters.rotation), np.sin(2 * np.pi * parameters.rotation)
+    angle = np.pi / 6 * (parameters.rotation - 0.5)  # 15 degrees to either side: a square is no diamond
+    cos, sin = np.cos(angle), np.sin(angle)
     u, v = cos * u + sin * v, cos * v - sin * u
     inside = _inside(shape, u, v)
     cover_hw = _mean_subpixels(inside)

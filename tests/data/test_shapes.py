@@ -51,10 +51,10 @@ def test_pixels_outside_the_mask_are_the_background(background):
 def crossing_number_mask(source, index, corners):
     """Mask of a polygon, `corners` [n, 2] in units of the radius: each subpixel counts the edges to its right."""
     parameters = source._parameters(index)
-    radius = min(SIZE) * (1 + parameters.radius / 2) / 6
+    radius = min(SIZE) * (1 + parameters.radius / 2) / 4
     centre_y = radius + parameters.y * (SIZE[0] - 2 * radius)
     centre_x = radius + parameters.x * (SIZE[1] - 2 * radius)
-    angle = 2 * np.pi * parameters.rotation
+    angle = np.pi / 6 * (parameters.rotation - 0.5)
     u, v = corners.T * radius
     corner_x, corner_y = (
         centre_x + np.cos(angle) * u - np.sin(angle) * v,
@@ -116,7 +116,7 @@ def test_disc_and_ring_are_round():
     for index in np.flatnonzero(np.isin(source.labels_N, [0, 3])):
         y0, x0, y1, x1 = source.box(index)
         assert abs((y1 - y0) - (x1 - x0)) <= 1
-        assert 90 / 3 <= y1 - y0 <= 90 / 2 + 2
+        assert 90 / 2 <= y1 - y0 <= 90 * 3 / 4 + 2
         hole = 0.25 if source.class_names[source.labels_N[index]] == "ring" else 0
         share = source.mask(index).sum() / ((y1 - y0) * (x1 - x0))
         assert abs(share - np.pi / 4 * (1 - hole)) < 0.07
