@@ -1,7 +1,16 @@
-"""Every test runs with poisoned memory, a fixed seed and no default device."""
+"""Every test runs with poisoned memory, a fixed seed and no default device.
+
+Without a CUDA device the Triton kernels run in Triton's interpreter, on the CPU.
+"""
+
+import os
 
 import pytest
 import torch
+
+# Read by Triton when a kernel is first decorated; whoever sets it (to 0 or 1) decides.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure(config):
@@ -16,6 +25,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels are tested: the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)

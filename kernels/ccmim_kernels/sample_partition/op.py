@@ -1,9 +1,11 @@
 """Public function of the op: argument checks, then the implementation."""
 
-# B batch, L patches
+# B batch, L patches, K visible, M masked
 
+import torch
 from torch import Tensor
 
+from ccmim_kernels.dispatch import uses_triton
 from ccmim_kernels.partition import Partition
 from ccmim_kernels.sample_partition import reference
 
@@ -35,6 +37,7 @@ def sample_partition(
     noise: str = "gumbel",
     temperature: float = 1.0,
     block_min: int = 16,
+    kernels: str = "auto",
 ) -> Partition:
     """Divide each image's patches into `keep` visible and L - keep masked ones (paper, section 3.2 and Table 5).
 
@@ -54,6 +57,7 @@ def sample_partition(
         keep: number of visible patches, 1 .. L - 1.
         grid: rows and columns of patches, rows * columns = L.
         seed, epoch: 0 .. 2**32 - 1.
+        kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`; the partition is the same, bit for bit.
 
     Returns:
         A `Partition`. Nothing of it has a gradient.
@@ -68,17 +72,66 @@ def sample_partition(
             raise ValueError(f"strategy={strategy} needs logits")
         if tuple(logits_BL.shape) != (len(ids_B), patches):
             raise ValueError(f"logits are {list(logits_BL.shape)}, expected [{len(ids_B)}, {patches}]")
-        logits_BL = logits_BL.detach()
-    return reference.sample_partition(
-        logits_BL,
-        ids_B,
-        patches=patches,
+        logits_BL = widened(logits_BL.detach())
+    else:
+        logits_BL = None
+    sampling = {
+        "keep": keep,
+        "seed": seed,
+        "epoch": epoch,
+        "strategy": strategy,
+        "noise": noise,
+        "temperature": temperature,
+        "block_min": block_min,
+    }
+    if uses_triton(kernels, "sample_partition", ids_B.device, logits_BL):
+        return Partition(*_sample_partition(logits_BL, ids_B, rows=grid[0], columns=grid[1], **sampling))
+    return reference.sample_partition(logits_BL, ids_B, patches=patches, grid=grid, **sampling)
+
+
+def widened(logits_BL: Tensor) -> Tensor:
+    """Scores are float32 whatever they come in; float64 stays."""
+    return logits_BL if logits_BL.dtype == torch.float64 else logits_BL.float()
+
+
+@torch.library.custom_op("ccmim::sample_partition", mutates_args=())
+def _sample_partition(
+    logits: Tensor | None,
+    ids: Tensor,
+    rows: int,
+    columns: int,
+    keep: int,
+    seed: int,
+    epoch: int,
+    strategy: str,
+    noise: str,
+    temperature: float,
+    block_min: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from ccmim_kernels.sample_partition import triton_impl
+
+    return triton_impl.sample_partition(
+        logits,
+        ids,
+        grid=(rows, columns),
         keep=keep,
         seed=seed,
         epoch=epoch,
         strategy=strategy,
         noise=noise,
         temperature=temperature,
-        grid=grid,
         block_min=block_min,
+    )
+
+
+@_sample_partition.register_fake
+def _(logits, ids, rows, columns, keep, **_sampling):
+    B, L = len(ids), rows * columns
+    index, flag = {"dtype": torch.int64}, {"dtype": torch.bool}
+    return (
+        ids.new_empty((B, keep), **index),
+        ids.new_empty((B, L - keep), **index),
+        ids.new_empty((B, L), **index),
+        ids.new_empty((B, L), **flag),
+        ids.new_empty((B,), **flag),
     )

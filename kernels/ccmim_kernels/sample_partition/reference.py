@@ -24,18 +24,19 @@ _LOG_ASPECT = math.log(1 / 0.3)  # BEiT: aspect ratio log-uniform in 0.3 .. 1 / 
 
 
 def partition_by_keys(keys_BL: Tensor, keep: int) -> Partition:
-    """Mask the L - keep largest keys of each row; equal keys go by patch index, lowest first."""
+    """Mask the L - keep largest keys of each row; NaN is the largest of all, equal keys go by patch index, lowest first."""
     order_BL = keys_BL.argsort(dim=1, descending=True, stable=True)
     masked = keys_BL.shape[1] - keep
     mask_BL = torch.zeros_like(keys_BL, dtype=torch.bool).scatter_(1, order_BL[:, :masked], True)
-    return partition_from_mask(mask_BL, keep)
+    return partition_from_mask(mask_BL, keep)._replace(nan_B=keys_BL.isnan().any(1))
 
 
 def importance_keys(
     logits_BL: Tensor, ids_B: Tensor, seed: int, epoch: int, noise: str | None, temperature: float
 ) -> Tensor:
     """log s / T, plus Gumbel noise (sampling without replacement), minus U(0, 1) (authors' code), or alone."""
-    keys_BL = logits_BL / temperature
+    # Times the inverse: dividing by a number is rounded differently on CUDA and on CPUs.
+    keys_BL = logits_BL * (1 / temperature)
     patches = keys_BL.shape[1]
     if noise == "gumbel":
         return keys_BL + keyed_gumbel(seed, epoch, ids_B, patches).to(keys_BL.dtype)
@@ -62,7 +63,7 @@ def block_keys(ids_B: Tensor, seed: int, epoch: int, masked: int, grid: tuple[in
 
     area_BR = smallest + area_u * (masked - smallest)
     aspect_BR = torch.exp((2 * aspect_u - 1) * _LOG_ASPECT)
-    height_BR = (area_BR * aspect_BR).sqrt().round()
+    height_BR = ((area_BR * aspect_BR).sqrt() + 0.5).floor()
     # Where the grid is too narrow for the aspect ratio, the block grows in height instead: never fewer patches.
     height_BR = torch.minimum(torch.maximum(height_BR, (area_BR / columns).ceil()), torch.full_like(area_BR, rows))
     width_BR = (area_BR / height_BR).ceil().clamp(max=columns)
@@ -98,7 +99,7 @@ def sample_partition(
 ) -> Partition:
     """See `op.sample_partition`."""
     if strategy == "random":
-        keys_BL = keyed_uniform(seed, epoch, ids_B, patches)
+        keys_BL = keyed_uniform(seed, epoch, ids_B, patches).float()
     elif strategy == "block":
         keys_BL = block_keys(ids_B, seed, epoch, patches - keep, grid, block_min)
     else:

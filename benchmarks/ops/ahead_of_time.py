@@ -1,0 +1,140 @@
+"""Compile every kernel, in every configuration its launcher can choose, for every GPU generation; no GPU needed.
+
+The launchers themselves are asked what they would launch (`ccmim_kernels.launch.recorded`, tensors on the meta device),
+so nothing is listed twice. Prints a table of registers, spills and shared memory; exit status 1 where a kernel does not
+compile, or spills without a reason in `ALLOWED_SPILLS`.
+
+    python benchmarks/ops/ahead_of_time.py [--op NAME] [--arch 61 90] [--write FILE]
+"""
+
+import argparse
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import catalogue
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ccmim_kernels.launch import Launch
+
+ARCHITECTURES = (61, 70, 75, 80, 86, 89, 90, 100, 120)
+ALLOWED_SPILLS: dict[str, str] = {}  # kernel name: why
+
+
+class Resources(NamedTuple):
+    """Of one program, as the cubin says: registers per thread, bytes spilled per thread, bytes of shared memory."""
+
+    registers: int
+    spilled: int
+    shared: int
+
+
+def source_of(launch: Launch) -> ASTSource:
+    """What Triton compiles for a launch: types, constants, and which pointers and integers are multiples of 16."""
+    names = list(launch.kernel.arg_names)
+    constants = dict(launch.constants)
+    signature, attributes = {}, {}
+    for index, kind in enumerate(launch.arguments):
+        kind, _, special = kind.partition(":")
+        if special == "1":
+            constants[names[index]] = 1
+            continue
+        signature[names[index]] = kind
+        if kind.startswith("*") or special == "16":
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(constants, "constexpr")
+    ordered = {name: signature[name] for name in names}
+    return ASTSource(launch.kernel, ordered, {(names.index(n),): v for n, v in constants.items()}, attributes)
+
+
+def compile_for(launch: Launch, architecture: int) -> Resources:
+    """Compile for one compute capability (61: sm_61)."""
+    options = {"num_warps": launch.warps, "enable_fp_fusion": launch.fp_fusion}
+    built = triton.compile(source_of(launch), target=GPUTarget("cuda", architecture, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    line = next(line for line in usage.splitlines() if "REG:" in line)
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)}
+    return Resources(found["REG"], found["STACK"] + found["LOCAL"], built.metadata.shared)
+
+
+def describe(launch: Launch) -> str:
+    """One line: the types and constants that make a variant, as far as they vary."""
+    types = dict.fromkeys(kind for kind in launch.arguments if kind in ("*fp16", "*bf16"))
+    unaligned = "" if any(kind.endswith(":16") for kind in launch.arguments) else "unaligned"
+    constants = [f"{name}={value}" for name, value in launch.constants]
+    return " ".join([*(kind[1:] for kind in types), *filter(None, [unaligned]), *constants, f"warps={launch.warps}"])
+
+
+def _work(job: tuple[str, int, int]) -> tuple[str, int, int, Resources | str]:
+    op, index, architecture = job
+    try:
+        return op, index, architecture, compile_for(catalogue.launches(op)[index], architecture)
+    except Exception as error:
+        return op, index, architecture, f"{type(error).__name__}: {str(error).strip()[-300:]}"
+
+
+def compile_all(ops: list[str], architectures: list[int]) -> Iterator[tuple[Launch, int, Resources | str]]:
+    """Every launch of `ops` for every architecture, in parallel; a string where compilation failed."""
+    jobs = [(op, i, a) for op in ops for i in range(len(catalogue.launches(op))) for a in architectures]
+    # Fresh processes: a fork would inherit the locks of torch's threads.
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        for op, index, architecture, found in pool.imap(_work, jobs, chunksize=4):
+            yield catalogue.launches(op)[index], architecture, found
+
+
+def table(results: dict[Launch, dict[int, Resources | str]], architectures: list[int]) -> str:
+    """Markdown, one row per kernel variant; a cell is registers, shared memory in bytes, and spills where there are."""
+    lines = ["| kernel | variant | " + " | ".join(f"sm_{a}" for a in architectures) + " |"]
+    lines.append("|---|---" * 1 + "|---" * len(architectures) + "|")
+    for launch, found in results.items():
+        cells = [_cell(found[a]) for a in architectures]
+        lines.append(f"| {launch.kernel.__name__} | {describe(launch)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(found: Resources | str) -> str:
+    if isinstance(found, str):
+        return "FAILED"
+    return f"{found.registers} · {found.shared}" + (f" · SPILL {found.spilled}" if found.spilled else "")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--op", nargs="*", default=list(catalogue.OPS), choices=list(catalogue.OPS))
+    parser.add_argument("--arch", nargs="*", type=int, default=list(ARCHITECTURES))
+    parser.add_argument("--write", type=Path, help="write the table to this file")
+    options = parser.parse_args()
+    results: dict[Launch, dict[int, Resources | str]] = {}
+    wrong = []
+    for launch, architecture, found in compile_all(options.op, options.arch):
+        results.setdefault(launch, {})[architecture] = found
+        name = f"{launch.kernel.__name__} ({describe(launch)}) sm_{architecture}"
+        if isinstance(found, str):
+            wrong.append(f"{name}: {found}")
+        elif found.spilled and launch.kernel.__name__ not in ALLOWED_SPILLS:
+            wrong.append(f"{name}: spills {found.spilled} bytes a thread")
+    text = f"Triton {triton.__version__}. Registers per thread · bytes of shared memory.\n\n{table(results, options.arch)}"
+    print(text)
+    if options.write:
+        options.write.write_text(text + "\n")
+    count = len(results) * len(options.arch)
+    print(f"{count - len(wrong)} of {count} compiled without spills", *wrong, sep="\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Which implementation of an op runs: said by its argument `kernels`, never by what happens to be importable."""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+KERNELS = ("auto", "triton", "reference")
+
+# Ops that `auto` runs as Triton kernels on CUDA: those measured faster there than the reference, eager and compiled, at
+# B = 128 and 1024 (`benchmarks/ops/bench.py`). Empty, because no kernel has run on a GPU yet.
+MEASURED_TO_WIN: frozenset[str] = frozenset()
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def uses_triton(kernels: str, op: str, device: torch.device, *tensors: Tensor | None) -> bool:
+    """Whether `op` runs as Triton kernels: `triton` always, `reference` never, `auto` on CUDA where it was seen to win.
+
+    Args:
+        kernels: one of `KERNELS`.
+        op: the op's name, as in `MEASURED_TO_WIN`.
+        device: where it is to run.
+        tensors: its floating-point inputs; float64 has no kernel, there `auto` takes the reference.
+
+    Raises:
+        ValueError: an unknown choice, or `triton` where it cannot be had.
+    """
+    if kernels not in KERNELS:
+        raise ValueError(f"kernels={kernels!r} must be one of {', '.join(KERNELS)}")
+    if kernels == "triton":
+        check_triton(device)
+        for x in tensors:
+            if x is not None and x.dtype not in _DTYPES:
+                raise ValueError(f"kernels=triton takes float32, float16 or bfloat16, got {x.dtype}; use reference")
+        return True
+    auto = kernels == "auto" and op in MEASURED_TO_WIN and device.type == "cuda" and _INSTALLED
+    return auto and all(x is None or x.dtype in _DTYPES for x in tensors)
+
+
+def check_triton(device: torch.device) -> None:
+    """Raise ValueError unless Triton kernels run on `device`: on CUDA, or anywhere in Triton's interpreter (tests)."""
+    if not _INSTALLED:
+        raise ValueError("kernels=triton needs Triton: pip install triton, or use kernels=reference")
+    if device.type != "cuda" and not _interpreted():
+        raise ValueError(f"kernels=triton needs CUDA, got {device.type}; use kernels=reference")
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    from ccmim_kernels.launch import INTERPRETED
+
+    return INTERPRETED
