@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ccmim_kernels.launch import Launch
+from ccmim_kernels.launch import Launch, compiler_options
 
 ARCHITECTURES = (61, 70, 75, 80, 86, 89, 90, 100, 120)
 ALLOWED_SPILLS: dict[str, str] = {}  # kernel name: why
@@ -57,7 +57,7 @@ def source_of(launch: Launch) -> ASTSource:
 
 def compile_for(launch: Launch, architecture: int) -> Resources:
     """Compile for one compute capability (61: sm_61)."""
-    options = {"num_warps": launch.warps, "enable_fp_fusion": launch.fp_fusion}
+    options = compiler_options(launch.warps, launch.fp_fusion)
     built = triton.compile(source_of(launch), target=GPUTarget("cuda", architecture, 32), options=options)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -127,7 +127,9 @@ def main() -> int:
             wrong.append(f"{name}: {found}")
         elif found.spilled and launch.kernel.__name__ not in ALLOWED_SPILLS:
             wrong.append(f"{name}: spills {found.spilled} bytes a thread")
-    text = f"Triton {triton.__version__}. Registers per thread · bytes of shared memory.\n\n{table(results, options.arch)}"
+    text = (
+        f"Triton {triton.__version__}. Registers per thread · bytes of shared memory.\n\n{table(results, options.arch)}"
+    )
     print(text)
     if options.write:
         options.write.write_text(text + "\n")

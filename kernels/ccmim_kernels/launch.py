@@ -17,9 +17,9 @@ def _probe():
 # Triton decides when a kernel is decorated: with TRITON_INTERPRET=1 it runs on the CPU, in Python. For tests only.
 INTERPRETED = not isinstance(_probe, triton.JITFunction)
 
-# Patches (or tokens) a program holds in registers at once: the smallest of these that suffices, by a power of 4, so
-# that few variants are compiled; lanes left over cost no memory traffic.
-ROW_SIZES = (64, 256, 1024, 2048)
+# Patches (or tokens) a program holds in registers at once: the smallest of these that suffices. Few, so that few
+# variants are compiled: lanes left over cost no memory traffic.
+ROW_SIZES = (256, 1024, 2048)
 
 _POINTERS = {
     torch.float32: "*fp32",
@@ -46,6 +46,12 @@ class Launch(NamedTuple):
     constants: tuple[tuple[str, Any], ...]
     warps: int
     fp_fusion: bool
+
+
+def compiler_options(warps: int, fp_fusion: bool) -> dict[str, int | bool]:
+    """Options of Triton's compiler for a launch."""
+    # All the registers there are: left to itself, ptxas spills some bytes to fit one more program on a multiprocessor.
+    return {"num_warps": warps, "enable_fp_fusion": fp_fusion, "maxnreg": min(255, 65536 // (32 * warps))}
 
 
 _recorders: list[tuple[list[Launch], bool]] = []
@@ -76,14 +82,14 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int, fp_fusion: b
     if programs == 0:
         return
     if _recorders:
-        launches, run = _recorders[-1]
         types = tuple(_type_of(kernel, index, value) for index, value in enumerate(arguments))
+        launches, run = _recorders[-1]
         launches.append(Launch(kernel, types, tuple(sorted(constants.items())), warps, fp_fusion))
         if not run:
             return
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(arguments[0]):
-        kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=fp_fusion, **constants)
+        kernel[(programs,)](*arguments, **compiler_options(warps, fp_fusion), **constants)
 
 
 def row_size(length: int, what: str) -> int:
@@ -92,6 +98,15 @@ def row_size(length: int, what: str) -> int:
         if length <= size:
             return size
     raise ValueError(f"{what}={length} must be at most {ROW_SIZES[-1]} for kernels=triton; use kernels=reference")
+
+
+def tile_for(width: int) -> dict[str, int]:
+    """TOKENS, BLOCK_D and warps of a kernel that moves rows of `width` values: tiles of TOKENS x BLOCK_D.
+
+    16 values a thread, read in pieces of 16 bytes. Rows that are no multiple of 16 values are read one by one, each with
+    an address of its own: four a thread, or registers run out.
+    """
+    return {"TOKENS": 16 if width % 16 == 0 else 4, "BLOCK_D": 256, "warps": 8}
 
 
 def warps_for(size: int) -> int:

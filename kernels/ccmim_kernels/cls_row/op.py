@@ -6,25 +6,38 @@ import torch
 from torch import Tensor
 
 from ccmim_kernels.cls_row import reference
+from ccmim_kernels.dispatch import uses_triton
 
 KINDS = ("logits", "softmax")
 
 
-def cls_row(q_BNH: Tensor, k_BTNH: Tensor, *, prefix: int, kind: str, scale: float) -> Tensor:
+@torch.no_grad()
+def cls_row(
+    q_BNH: Tensor,
+    k_BTNH: Tensor,
+    *,
+    prefix: int,
+    kind: str,
+    scale: float,
+    total_BL: Tensor | None = None,
+    kernels: str = "auto",
+) -> Tensor:
     """The row of an attention map that belongs to [CLS], averaged over heads, patches only.
 
     - `kind="logits"`: E_h[q_0 K_{1:}^T * scale], the argument of Eq. 4's softmax.
-    - `kind="softmax"`: E_h[softmax(q_0 K^T * scale)]_{1:}, the softmax over all tokens, per head; rows of several
-      blocks are averaged by the caller. They sum to less than one: the rest is what [CLS] gives the prefix tokens.
+    - `kind="softmax"`: E_h[softmax(q_0 K^T * scale)]_{1:}, the softmax over all tokens, per head. A row sums to
+      less than one: the rest is what [CLS] gives the prefix tokens.
 
     Args:
         q_BNH: [B, N, H] float, queries of [CLS].
         k_BTNH: [B, T, N, H] float, keys of all tokens, prefix first.
         prefix: number of prefix tokens, 1 .. T - 1.
         scale: usually H ** -0.5.
+        total_BL: [B, T - prefix] as the result, to which the row is added: so rows of several blocks are summed.
+        kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`.
 
     Returns:
-        [B, T - prefix]; float32, or float64 from float64.
+        [B, T - prefix], a new tensor without gradient; float32, or float64 from float64.
 
     Raises:
         ValueError: an unknown kind, or shapes that do not fit.
@@ -36,8 +49,25 @@ def cls_row(q_BNH: Tensor, k_BTNH: Tensor, *, prefix: int, kind: str, scale: flo
         raise ValueError(f"queries are {list(q_BNH.shape)}, keys want [{B}, {N}, {H}]")
     if not 1 <= prefix < T:
         raise ValueError(f"prefix={prefix} must be in 1..{T - 1}")
+    if total_BL is not None and tuple(total_BL.shape) != (B, T - prefix):
+        raise ValueError(f"total is {list(total_BL.shape)}, expected [{B}, {T - prefix}]")
+    if uses_triton(kernels, "cls_row", k_BTNH.device, q_BNH, k_BTNH, total_BL):
+        return _cls_row(q_BNH, k_BTNH, total_BL, prefix, kind, scale)
     if k_BTNH.dtype != torch.float64:
         q_BNH, k_BTNH = q_BNH.float(), k_BTNH.float()
     # Scores stay float32 under autocast too.
     with torch.autocast(k_BTNH.device.type, enabled=False):
-        return reference.cls_row(q_BNH, k_BTNH, prefix, kind, scale)
+        row_BL = reference.cls_row(q_BNH, k_BTNH, prefix, kind, scale)
+    return row_BL if total_BL is None else total_BL + row_BL
+
+
+@torch.library.custom_op("ccmim::cls_row", mutates_args=())
+def _cls_row(q: Tensor, k: Tensor, total: Tensor | None, prefix: int, kind: str, scale: float) -> Tensor:
+    from ccmim_kernels.cls_row import triton_impl
+
+    return triton_impl.cls_row(q, k, prefix, kind, scale, total)
+
+
+@_cls_row.register_fake
+def _(q, k, total, prefix, kind, scale):
+    return k.new_empty((k.shape[0], k.shape[1] - prefix), dtype=torch.float32)

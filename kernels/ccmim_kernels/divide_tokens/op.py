@@ -4,11 +4,14 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from ccmim_kernels.dispatch import uses_triton
 from ccmim_kernels.divide_tokens import reference
+from ccmim_kernels.gather_tokens.op import gather_gradients, gather_tokens
 from ccmim_kernels.partition import Partition
-from ccmim_kernels.sample_partition.op import check_partition_arguments
+from ccmim_kernels.sample_partition.op import check_partition_arguments, sample_partition, widened
 
 
 class Divided(NamedTuple):
@@ -44,6 +47,7 @@ def divide_tokens(
     temperature: float = 1.0,
     block_min: int = 16,
     with_masked: bool = True,
+    kernels: str = "auto",
 ) -> Divided:
     """Score the patches, divide them, and gather both sets with the prefix tokens in front (Eq. 4, section 3.2).
 
@@ -59,6 +63,8 @@ def divide_tokens(
         logits_BL: [B, L] float, no gradient; not together with `direction_D`.
         eps: of the LayerNorm.
         with_masked: gather the masked set too.
+        kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`. Triton's is one launch; for `block` it is
+            one to sample and one for each set.
 
     Raises:
         ValueError: an argument out of its range, or both or neither of logits and direction for an importance strategy.
@@ -70,22 +76,108 @@ def divide_tokens(
     given = (logits_BL is not None) + (direction_D is not None)
     if strategy.startswith("importance") and given != 1:
         raise ValueError(f"strategy={strategy} needs either logits or direction, got {given} of them")
-    return Divided(
-        *reference.divide_tokens(
-            tokens_BLD,
-            prefix_PD,
-            ids_B,
-            logits_BL=None if logits_BL is None else logits_BL.detach(),
-            direction_D=None if direction_D is None else direction_D.detach(),
-            eps=eps,
-            with_masked=with_masked,
-            keep=keep,
-            grid=grid,
-            seed=seed,
-            epoch=epoch,
-            strategy=strategy,
-            noise=noise,
-            temperature=temperature,
-            block_min=block_min,
-        )
+    logits_BL = None if logits_BL is None else widened(logits_BL.detach())
+    direction_D = None if direction_D is None else direction_D.detach()
+    sampling = {
+        "keep": keep,
+        "seed": seed,
+        "epoch": epoch,
+        "strategy": strategy,
+        "noise": noise,
+        "temperature": temperature,
+    }
+    floats = (tokens_BLD, prefix_PD, logits_BL, direction_D)
+    if not uses_triton(kernels, "divide_tokens", tokens_BLD.device, *floats):
+        placed = {"grid": grid, "block_min": block_min, **sampling}
+        scores = {"logits_BL": logits_BL, "direction_D": direction_D, "eps": eps}
+        parts = reference.divide_tokens(tokens_BLD, prefix_PD, ids_B, with_masked=with_masked, **scores, **placed)
+        return Divided(*parts)
+    if strategy == "block":
+        partition = sample_partition(None, ids_B, grid=grid, block_min=block_min, kernels="triton", **sampling)
+        return _gather_both(tokens_BLD, prefix_PD, partition, with_masked)
+    direction_D = None if direction_D is None else direction_D.float()
+    visible, masked, computed, *partition = _divide_tokens(
+        tokens_BLD, prefix_PD, ids_B, logits_BL, direction_D, eps=eps, with_masked=with_masked, **sampling
     )
+    if direction_D is not None:
+        logits_BL = computed.detach()
+    return Divided(visible, masked.detach() if with_masked else None, Partition(*partition), logits_BL)
+
+
+def _gather_both(tokens_BLD: Tensor, prefix_PD: Tensor, partition: Partition, with_masked: bool) -> Divided:
+    visible = gather_tokens(tokens_BLD, partition.ids_visible_BK, prefix_PD, kernels="triton")
+    masked = None
+    if with_masked:
+        masked = gather_tokens(tokens_BLD.detach(), partition.ids_masked_BM, prefix_PD.detach(), kernels="triton")
+    return Divided(visible, masked, partition, None)
+
+
+@torch.library.custom_op("ccmim::divide_tokens", mutates_args=())
+def _divide_tokens(
+    tokens: Tensor,
+    prefix: Tensor,
+    ids: Tensor,
+    logits: Tensor | None,
+    direction: Tensor | None,
+    eps: float,
+    with_masked: bool,
+    keep: int,
+    seed: int,
+    epoch: int,
+    strategy: str,
+    noise: str,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from ccmim_kernels.divide_tokens import triton_impl
+
+    return triton_impl.divide_tokens(
+        tokens,
+        prefix,
+        ids,
+        logits,
+        direction,
+        eps=eps,
+        with_masked=with_masked,
+        keep=keep,
+        seed=seed,
+        epoch=epoch,
+        strategy=strategy,
+        noise=noise,
+        temperature=temperature,
+    )
+
+
+@_divide_tokens.register_fake
+def _(tokens, prefix, ids, logits, direction, eps, with_masked, keep, *_sampling):
+    B, L, D = tokens.shape
+    P = len(prefix)
+    return (
+        tokens.new_empty((B, P + keep, D)),
+        tokens.new_empty((B, P + L - keep, D) if with_masked else (0,)),
+        tokens.new_empty((B, L) if direction is not None else (0,), dtype=torch.float32),
+        ids.new_empty((B, keep)),
+        ids.new_empty((B, L - keep)),
+        ids.new_empty((B, L)),
+        ids.new_empty((B, L), dtype=torch.bool),
+        ids.new_empty((B,), dtype=torch.bool),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    tokens, prefix = inputs[:2]
+    ctx.save_for_backward(output[3])
+    ctx.patches, ctx.prefix, ctx.dtype = tokens.shape[1], len(prefix), prefix.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, *_others):
+    """Of the visible set alone: the masked set is the teacher's, logits have no gradient."""
+    if grad is None:
+        return (None,) * 13
+    (ids_visible,) = ctx.saved_tensors
+    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+    tokens, prefix = gather_gradients(grad, ids_visible, ctx.patches, ctx.prefix, ctx.dtype, needs)
+    return tokens, prefix, *(None,) * 11
+
+
+_divide_tokens.register_autograd(_backward, setup_context=_setup_context)

@@ -2,12 +2,21 @@
 
 # B batch, L patches, K visible, T = 1 + K, S = 1 + L, D width
 
+import torch
 from torch import Tensor
 
+from ccmim_kernels.dispatch import uses_triton
 from ccmim_kernels.restore_tokens import reference
 
 
-def restore_tokens(visible_BTD: Tensor, mask_token_D: Tensor, ids_restore_BL: Tensor, positions_SD: Tensor) -> Tensor:
+def restore_tokens(
+    visible_BTD: Tensor,
+    mask_token_D: Tensor,
+    ids_restore_BL: Tensor,
+    positions_SD: Tensor,
+    *,
+    kernels: str = "auto",
+) -> Tensor:
     """Put visible tokens back on the grid, the mask token elsewhere, and add the decoder's positions.
 
     Equivalent PyTorch: `cat([visible[:, :1], cat([visible[:, 1:], mask_token], 1)[b, ids_restore[b]]], 1) + positions`.
@@ -17,6 +26,7 @@ def restore_tokens(visible_BTD: Tensor, mask_token_D: Tensor, ids_restore_BL: Te
         mask_token_D: [D] float; receives a gradient (the sum over all masked positions).
         ids_restore_BL: [B, L] int64, of a `Partition` with K visible patches.
         positions_SD: [1 + L, D] float, fixed: no gradient.
+        kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`.
 
     Returns:
         [B, 1 + L, D] in the dtype of `visible_BTD`.
@@ -29,4 +39,61 @@ def restore_tokens(visible_BTD: Tensor, mask_token_D: Tensor, ids_restore_BL: Te
         raise ValueError(f"visible {list(visible_BTD.shape)} must be [{B}, 1 + K, D] with K < {L}")
     if positions_SD.shape[0] != L + 1:
         raise ValueError(f"positions {list(positions_SD.shape)} must be [{L + 1}, D]")
+    positions_SD = positions_SD.detach()
+    if uses_triton(kernels, "restore_tokens", visible_BTD.device, visible_BTD, mask_token_D, positions_SD):
+        return _restore_tokens(visible_BTD, mask_token_D, ids_restore_BL, positions_SD)
     return reference.restore_tokens(visible_BTD, mask_token_D, ids_restore_BL, positions_SD)
+
+
+@torch.library.custom_op("ccmim::restore_tokens", mutates_args=())
+def _restore_tokens(visible: Tensor, mask_token: Tensor, ids_restore: Tensor, positions: Tensor) -> Tensor:
+    from ccmim_kernels.restore_tokens import triton_impl
+
+    return triton_impl.restore_tokens(visible, mask_token, ids_restore, positions)
+
+
+@_restore_tokens.register_fake
+def _(visible, mask_token, ids_restore, positions):
+    return visible.new_empty((len(visible), ids_restore.shape[1] + 1, visible.shape[2]))
+
+
+@torch.library.custom_op("ccmim::restore_tokens_visible_gradient", mutates_args=())
+def _visible_gradient(grad: Tensor, ids_restore: Tensor, keep: int) -> Tensor:
+    from ccmim_kernels.restore_tokens import triton_impl
+
+    return triton_impl.visible_gradient(grad, ids_restore, keep)
+
+
+@_visible_gradient.register_fake
+def _(grad, ids_restore, keep):
+    return grad.new_empty((len(grad), keep + 1, grad.shape[2]))
+
+
+@torch.library.custom_op("ccmim::restore_tokens_mask_token_gradient", mutates_args=())
+def _mask_token_gradient(grad: Tensor, ids_restore: Tensor, keep: int) -> Tensor:
+    from ccmim_kernels.restore_tokens import triton_impl
+
+    return triton_impl.mask_token_gradient(grad, ids_restore, keep)
+
+
+@_mask_token_gradient.register_fake
+def _(grad, ids_restore, keep):
+    return grad.new_empty(grad.shape[2:], dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):
+    visible, mask_token, ids_restore, _ = inputs
+    ctx.save_for_backward(ids_restore)
+    ctx.keep, ctx.dtype = visible.shape[1] - 1, mask_token.dtype
+
+
+def _backward(ctx, grad):
+    (ids_restore,) = ctx.saved_tensors
+    visible = _visible_gradient(grad, ids_restore, ctx.keep) if ctx.needs_input_grad[0] else None
+    mask_token = None
+    if ctx.needs_input_grad[1]:
+        mask_token = _mask_token_gradient(grad, ids_restore, ctx.keep).to(ctx.dtype)
+    return visible, mask_token, None, None
+
+
+_restore_tokens.register_autograd(_backward, setup_context=_setup_context)

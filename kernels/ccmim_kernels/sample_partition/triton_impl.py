@@ -36,9 +36,7 @@ def unit(bits):
 
 
 @triton.jit
-def importance_keys(
-    logits, patch, sample, seed, stream, epoch, inverse_temperature, gumbel_weight, uniform_weight
-):
+def importance_keys(logits, patch, sample, seed, stream, epoch, inverse_temperature, gumbel_weight, uniform_weight):
     """logits / T + gumbel_weight * Gumbel noise - uniform_weight * U(0, 1), float32, as `reference.importance_keys`."""
     bits, _, _, _ = draw_bits(seed, stream, epoch, sample, patch)
     uniform = unit(bits)
