@@ -103,14 +103,14 @@ def row_size(length: int, what: str) -> int:
 def tile_for(width: int) -> dict[str, int]:
     """TOKENS, BLOCK_D and warps of a kernel that moves rows of `width` values: tiles of TOKENS x BLOCK_D.
 
-    16 values a thread, read in pieces of 16 bytes. Rows that are no multiple of 16 values are read one by one, each with
-    an address of its own: four a thread, or registers run out.
+    16 values a thread, read in pieces of 16 bytes. Rows that are no multiple of 16 values are read value by value, each
+    with an address of its own: four a thread, or registers run out.
     """
     return {"TOKENS": 16 if width % 16 == 0 else 4, "BLOCK_D": 256, "warps": 8}
 
 
 def warps_for(size: int) -> int:
-    """Warps of a program that works on one row of `size` (of `ROW_SIZES`) entries: 4 entries a thread, 1 .. 16 warps."""
+    """Warps of a program that works on one row of `size` (of `ROW_SIZES`) entries: 4 entries a thread."""
     return min(16, max(1, size // 128))
 
 

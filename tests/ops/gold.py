@@ -1,9 +1,11 @@
-"""The one criterion of accuracy: the reference in float64 is gold, and a kernel may err as much as eager PyTorch, twice."""
+"""The one criterion of accuracy: the reference in float64 is gold, a kernel may err twice as much as eager PyTorch."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def assert_close_to_gold(ours: Tensor, eager: Tensor, gold: Tensor, what: str) -> None:

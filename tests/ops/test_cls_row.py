@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from ops.gold import DTYPES, compare
 
 from ccmim_kernels import cls_row
+from ccmim_kernels.cls_row import op
 
 
 def row_by_loops(q, k, prefix, kind, scale):
@@ -48,3 +50,67 @@ def test_errors():
         cls_row(q, k, prefix=7, kind="logits", scale=1.0)
     with pytest.raises(ValueError, match=r"queries are \[2, 4, 8\], keys want \[2, 3, 8\]"):
         cls_row(torch.zeros(2, 4, 8), k, prefix=1, kind="logits", scale=1.0)
+
+
+# (B, T, prefix, N, H): ViT-B, odd, the smallest, 1,024 patches, a wide head.
+SHAPES = [(2, 197, 1, 12, 64), (3, 16, 5, 3, 7), (1, 2, 1, 1, 1), (1, 1025, 1, 2, 64), (1, 9, 1, 1, 300)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["logits", "softmax"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel(shape, kind, dtype, device):
+    B, T, prefix, N, H = shape
+    inputs = {
+        "q_BNH": torch.randn(B, N, H, device=device, dtype=dtype),
+        "k_BTNH": torch.randn(B, T, N, H, device=device, dtype=dtype),
+        "total_BL": torch.rand(B, T - prefix, device=device),
+    }
+    compare(cls_row, inputs, [], str(shape), prefix=prefix, kind=kind, scale=H**-0.5)
+
+
+def test_rows_add_up(device):
+    q, k = torch.randn(2, 3, 8, device=device), torch.randn(2, 7, 3, 8, device=device)
+    for kernels in ("triton", "reference"):
+        one = cls_row(q, k, prefix=1, kind="softmax", scale=1.0, kernels=kernels)
+        before = one.clone()
+        two = cls_row(q, k, prefix=1, kind="softmax", scale=1.0, total_BL=one, kernels=kernels)
+        assert torch.equal(two, one + one)
+        assert torch.equal(one, before)
+
+
+@pytest.mark.parametrize("logit", [1e4, -1e4])
+def test_one_token_dominates(logit, device):
+    """Softmax of +-1e4 neither overflows nor gives NaN: all attention, or none, goes to patch 4."""
+    q, k = torch.ones(1, 2, 4, device=device), torch.zeros(1, 7, 2, 4, device=device)
+    k[:, 5] = logit / 4
+    row = cls_row(q, k, prefix=1, kind="softmax", scale=1.0, kernels="triton")
+    expected = torch.zeros(6) if logit > 0 else torch.full((6,), 1 / 6)
+    expected[4] = 1.0 if logit > 0 else 0.0
+    torch.testing.assert_close(row[0].cpu(), expected)
+
+
+def test_kernel_takes_strided_keys(device):
+    """Keys as they come out of a qkv projection, [B, T, 3, N, H], and queries of token 0."""
+    qkv = torch.randn(2, 9, 3, 4, 8, device=device)
+    q, k = qkv[:, 0, 0], qkv[:, :, 1]
+    ours = cls_row(q, k, prefix=1, kind="softmax", scale=0.3, kernels="triton")
+    assert torch.equal(
+        ours, cls_row(q.contiguous(), k.contiguous(), prefix=1, kind="softmax", scale=0.3, kernels="triton")
+    )
+    torch.testing.assert_close(ours, cls_row(q, k, prefix=1, kind="softmax", scale=0.3))
+    # A last dimension that is not contiguous is copied.
+    turned = k.transpose(2, 3).contiguous().transpose(2, 3)
+    assert torch.equal(cls_row(q, turned, prefix=1, kind="softmax", scale=0.3, kernels="triton"), ours)
+
+
+def test_too_many_tokens_is_refused_by_name(device):
+    q, k = torch.zeros(1, 1, 1, device=device), torch.zeros(1, 2049, 1, 1, device=device)
+    with pytest.raises(ValueError, match="tokens=2049 must be at most 2048 for kernels=triton; use kernels=reference"):
+        cls_row(q, k, prefix=1, kind="logits", scale=1.0, kernels="triton")
+
+
+def test_opcheck(device):
+    q, k = torch.randn(2, 3, 8, device=device), torch.randn(2, 7, 3, 8, device=device)
+    torch.library.opcheck(op._cls_row, (q, k, None, 1, "softmax", 0.3))
+    torch.library.opcheck(op._cls_row, (q, k, torch.rand(2, 6, device=device), 1, "logits", 0.3))

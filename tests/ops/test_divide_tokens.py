@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from ops.gold import DTYPES, assert_close_to_gold, compare
 
 from ccmim_kernels import divide_tokens, gather_tokens, sample_partition
+from ccmim_kernels.divide_tokens import op
+from ccmim_kernels.launch import recorded
 
 GRID = (4, 5)
 WHERE = {"grid": GRID, "keep": 6, "seed": 2, "epoch": 1}
@@ -70,3 +73,147 @@ def test_errors(options, message):
     tokens, prefix, ids = made()
     with pytest.raises(ValueError, match=message):
         divide_tokens(tokens, prefix, ids, **{**WHERE, **options})
+
+
+STRATEGIES = ["random", "block", "importance", "importance_sampling"]
+# (B, grid, K, P, D): ViT-B, odd, the smallest, registers, 576 patches, widths past a tile of columns.
+SHAPES = [
+    (2, (14, 14), 49, 1, 768),
+    (3, (3, 5), 7, 2, 7),
+    (1, (1, 2), 1, 1, 1),
+    (2, (4, 8), 31, 5, 32),
+    (1, (24, 24), 144, 1, 48),
+    (1, (3, 6), 1, 1, 2048),
+]
+
+
+def given(shape, dtype, device):
+    B, grid, K, P, D = shape
+    tokens = torch.randn(B, grid[0] * grid[1], D, device=device) * 2 + 0.5
+    # Float32 values that are exact in every dtype: the interpreter truncates where hardware rounds to bfloat16.
+    prefix, ids = torch.randn(P, D, device=device).bfloat16().float(), torch.arange(B, device=device) * 2**31 + 3
+    return tokens.to(dtype), prefix, ids, {"grid": grid, "keep": K, "seed": 2, "epoch": 1}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_scores_like_gold(shape, dtype, device):
+    tokens, prefix, ids, where = given(shape, dtype, device)
+    direction = torch.randn(shape[-1], device=device)
+    ours, eager = (
+        divide_tokens(tokens, prefix, ids, direction_D=direction, kernels=k, **where) for k in ("triton", "reference")
+    )
+    gold = divide_tokens(tokens.double(), prefix.double(), ids, direction_D=direction.double(), **where)
+    assert_close_to_gold(ours.logits, eager.logits, gold.logits, "logits")
+    # The partition is that of the kernel's own float32 scores, bit for bit; both sets are copies.
+    parts = divide_tokens(tokens, prefix, ids, logits_BL=ours.logits, kernels="reference", **where)
+    assert all(torch.equal(a, b) for a, b in zip(ours.partition, parts.partition))
+    assert torch.equal(ours.visible, parts.visible)
+    assert torch.equal(ours.masked, parts.masked)
+
+
+@pytest.mark.parametrize("with_masked", [True, False])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_kernel_equals_reference(strategy, with_masked, device):
+    for shape in SHAPES[:4]:
+        tokens, prefix, ids, where = given(shape, torch.float32, device)
+        logits = torch.randn(tokens.shape[:2], device=device) if strategy.startswith("importance") else None
+        options = {"logits_BL": logits, "strategy": strategy, "with_masked": with_masked, "block_min": 1, **where}
+        ours = divide_tokens(tokens, prefix, ids, kernels="triton", **options)
+        expected = divide_tokens(tokens, prefix, ids, kernels="reference", **options)
+        assert all(torch.equal(a, b) for a, b in zip(ours.partition, expected.partition))
+        assert torch.equal(ours.visible, expected.visible)
+        assert ours.masked is None if expected.masked is None else torch.equal(ours.masked, expected.masked)
+        assert (ours.logits is None) == (expected.logits is None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_gradients(shape, dtype, device):
+    tokens, prefix, ids, where = given(shape, dtype, device)
+    logits = torch.randn(tokens.shape[:2], device=device)
+
+    def visible(tokens, prefix, kernels):
+        return divide_tokens(tokens, prefix, ids, logits_BL=logits, kernels=kernels, **where).visible
+
+    compare(visible, {"tokens": tokens, "prefix": prefix}, ["tokens", "prefix"], str(shape))
+
+
+def test_kernel_gives_gradient_to_the_visible_set_alone(device):
+    tokens, prefix, ids, where = given(SHAPES[1], torch.float32, device)
+    tokens.requires_grad_()
+    direction = torch.randn(tokens.shape[-1], device=device)
+    out = divide_tokens(tokens, prefix, ids, direction_D=direction, kernels="triton", **where)
+    assert out.visible.requires_grad
+    assert not out.masked.requires_grad
+    assert not out.logits.requires_grad
+
+
+def test_kernel_on_tokens_far_from_zero(device):
+    """LayerNorm of rows with mean 1000 and deviation 1: E[x^2] - E[x]^2 would lose all digits."""
+    tokens, prefix, ids, where = given((2, (4, 4), 4, 1, 700), torch.float32, device)
+    tokens, direction = tokens + 1000, torch.randn(700, device=device)
+    results = [
+        divide_tokens(tokens.to(t), prefix, ids, direction_D=direction, kernels=k, **where).logits
+        for t, k in ((torch.float32, "triton"), (torch.float32, "reference"), (torch.float64, "reference"))
+    ]
+    assert_close_to_gold(*results, "logits")
+
+
+def test_kernel_on_constant_tokens(device):
+    """Zero variance: LN gives zeros, all scores are equal, the partition is the noise's alone."""
+    tokens, prefix, ids, where = given((2, (4, 4), 4, 1, 24), torch.float32, device)
+    tokens = torch.full_like(tokens, 3.0)
+    out = divide_tokens(tokens, prefix, ids, direction_D=torch.randn(24, device=device), kernels="triton", **where)
+    assert torch.equal(out.logits, torch.zeros_like(out.logits))
+    alone = sample_partition(torch.zeros_like(out.logits), ids, **where)
+    assert torch.equal(out.partition.mask_BL, alone.mask_BL)
+
+
+def test_kernel_flags_rows_with_nan(device):
+    tokens, prefix, ids, where = given((3, (4, 4), 4, 1, 24), torch.float32, device)
+    tokens[1, 5, 3] = float("nan")
+    direction = torch.randn(24, device=device)
+    for kernels in ("triton", "reference"):
+        out = divide_tokens(tokens, prefix, ids, direction_D=direction, kernels=kernels, **where)
+        assert out.partition.nan_B.tolist() == [False, True, False]
+        assert 5 in out.partition.ids_masked_BM[1].tolist()
+
+
+def test_kernel_takes_strided_tokens(device):
+    tokens, prefix, ids, where = given((4, (3, 5), 7, 1, 32), torch.float32, device)
+    direction = torch.randn(32, device=device)
+    expected = divide_tokens(tokens, prefix, ids, direction_D=direction, kernels="triton", **where)
+    outer = torch.zeros(4, 16, 40, device=device)
+    outer[:, 1:, :32] = tokens
+    for strided in (outer[:, 1:, :32], tokens.transpose(0, 1).contiguous().transpose(0, 1)):
+        out = divide_tokens(strided, prefix, ids, direction_D=direction, kernels="triton", **where)
+        assert torch.equal(out.visible, expected.visible)
+        assert torch.equal(out.masked, expected.masked)
+
+
+def test_kernel_is_one_launch(device):
+    tokens, prefix, ids, where = given(SHAPES[1], torch.float32, device)
+    with recorded(run=True) as launches:
+        divide_tokens(tokens, prefix, ids, direction_D=torch.randn(7, device=device), kernels="triton", **where)
+    assert [launch.kernel.__name__ for launch in launches] == ["divide_tokens_kernel"]
+
+
+def test_kernel_is_the_same_every_time(device):
+    tokens, prefix, ids, where = given(SHAPES[0], torch.bfloat16, device)
+    direction = torch.randn(768, device=device)
+    first, second = (
+        divide_tokens(tokens, prefix, ids, direction_D=direction, kernels="triton", **where) for _ in range(2)
+    )
+    assert torch.equal(first.logits, second.logits)
+    assert torch.equal(first.masked, second.masked)
+
+
+@pytest.mark.parametrize("with_masked", [True, False])
+def test_opcheck(with_masked, device):
+    tokens, prefix, ids, _ = given((2, (2, 4), 3, 1, 6), torch.float32, device)
+    sampling = {"keep": 3, "seed": 0, "epoch": 1, "strategy": "importance", "noise": "gumbel", "temperature": 1.0}
+    rest = {"eps": 1e-6, "with_masked": with_masked, **sampling}
+    leaves = tokens.requires_grad_(), prefix.requires_grad_(), ids
+    torch.library.opcheck(op._divide_tokens, (*leaves, None, torch.randn(6, device=device)), rest)
+    torch.library.opcheck(op._divide_tokens, (*leaves, torch.randn(2, 8, device=device), None), rest)

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from ops.gold import DTYPES, compare
 
 from ccmim_kernels import gather_tokens
+from ccmim_kernels.gather_tokens import op
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 3])
@@ -37,3 +39,58 @@ def test_errors():
         gather_tokens(torch.zeros(4, 9, 5), torch.zeros(3, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"prefix \[1, 6\] must be \[P, 5\]"):
         gather_tokens(torch.zeros(4, 9, 5), torch.zeros(4, 2, dtype=torch.int64), torch.zeros(1, 6))
+
+
+# (B, L, K, P, D): ViT-B, odd, one of each, more patches than a tile, widths past a tile of columns.
+SHAPES = [(2, 196, 49, 1, 768), (3, 15, 7, 2, 7), (1, 2, 1, 1, 1), (2, 300, 70, 5, 32), (1, 40, 39, 0, 2048)]
+
+
+def distinct(batch, patches, kept):
+    return torch.stack([torch.randperm(patches)[:kept] for _ in range(batch)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_and_its_gradients(shape, dtype, device):
+    B, L, K, P, D = shape
+    inputs = {"tokens_BLD": torch.randn(B, L, D, device=device, dtype=dtype), "ids_BK": distinct(B, L, K).to(device)}
+    if P:
+        # The prefix is a parameter: float32 whatever autocast makes of the tokens.
+        inputs["prefix_PD"] = torch.randn(P, D, device=device)
+    compare(gather_tokens, inputs, [name for name in inputs if name != "ids_BK"], str(shape))
+
+
+def test_kernel_takes_strided_tokens(device):
+    wide = torch.randn(9, 4, 10, device=device)
+    ids = distinct(4, 9, 3).to(device)
+    for tokens in (wide.transpose(0, 1), wide.transpose(0, 1)[..., ::2], wide.transpose(0, 1)[1:2].expand(4, -1, -1)):
+        assert torch.equal(gather_tokens(tokens, ids, kernels="triton"), gather_tokens(tokens, ids))
+
+
+def test_kernel_on_an_empty_batch(device):
+    out = gather_tokens(torch.zeros(0, 9, 4, device=device), distinct(1, 9, 3)[:0].to(device), kernels="triton")
+    assert out.shape == (0, 3, 4)
+
+
+def test_opcheck(device):
+    tokens = torch.randn(2, 9, 4, device=device, requires_grad=True)
+    prefix, ids = torch.randn(1, 4, device=device, requires_grad=True), distinct(2, 9, 3).to(device)
+    torch.library.opcheck(op._gather_tokens, (tokens, ids, prefix))
+    torch.library.opcheck(op._gather_tokens, (tokens, ids, None))
+    torch.library.opcheck(op.scatter_tokens, (torch.randn(2, 4, 4, device=device), ids, 9))
+
+
+@pytest.mark.gpu
+def test_addresses_past_two_to_the_31():
+    """Rows whose first element is past 2**31: an int32 offset would wrap."""
+    B, L, D = 11_000, 196, 1024
+    tokens = torch.zeros(B, L, D, device="cuda", dtype=torch.float16)
+    assert tokens.numel() > 2**31
+    tokens[-1] = torch.arange(L, device="cuda", dtype=torch.float16)[:, None]
+    ids = torch.arange(0, 98, 2, device="cuda").expand(B, -1)
+    out = gather_tokens(tokens, ids, kernels="triton")
+    assert torch.equal(out[-1, :, 0], ids[-1].half())
+    assert not out[:-1].any()
+    grad = op.scatter_tokens(out, ids, L)
+    assert torch.equal(grad[-1, ::2, 0][:49], ids[-1].half())
+    assert not grad[:-1].any()

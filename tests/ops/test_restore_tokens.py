@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from ops.gold import DTYPES, compare
 
 from ccmim_kernels import restore_tokens, sample_partition
+from ccmim_kernels.restore_tokens import op
 
 
 def test_against_loops():
@@ -35,3 +37,50 @@ def test_errors():
         restore_tokens(torch.zeros(2, 9, 4), torch.zeros(4), ids, torch.zeros(7, 4))
     with pytest.raises(ValueError, match=r"positions \[6, 4\] must be \[7, D\]"):
         restore_tokens(torch.zeros(2, 3, 4), torch.zeros(4), ids, torch.zeros(6, 4))
+
+
+# (B, grid, K, D): MAE's decoder, odd, the smallest, nothing masked but one, widths past a tile of columns.
+SHAPES = [(2, (14, 14), 49, 512), (3, (3, 5), 7, 7), (1, (1, 2), 1, 1), (2, (5, 8), 39, 32), (1, (3, 30), 2, 2048)]
+
+
+def restore_ids(batch, grid, keep, device):
+    ids = torch.arange(batch, device=device)
+    return sample_partition(None, ids, keep=keep, grid=grid, seed=0, epoch=0, strategy="random").ids_restore_BL
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_and_its_gradients(shape, dtype, device):
+    B, grid, K, D = shape
+    S = grid[0] * grid[1] + 1
+    inputs = {
+        "visible_BTD": torch.randn(B, 1 + K, D, device=device, dtype=dtype),
+        "mask_token_D": torch.randn(D, device=device),
+        "ids_restore_BL": restore_ids(B, grid, K, device),
+        "positions_SD": torch.randn(S, D, device=device),
+    }
+    compare(restore_tokens, inputs, ["visible_BTD", "mask_token_D"], str(shape))
+
+
+def test_kernel_takes_strided_tokens(device):
+    ids, mask_token, positions = restore_ids(4, (2, 4), 3, device), torch.ones(6), torch.randn(9, 6)
+    visible = torch.randn(4, 4, 12, device=device).transpose(0, 1)
+    for x in (visible[..., :6], visible[..., ::2]):
+        arguments = (x, mask_token.to(device), ids, positions.to(device))
+        assert torch.equal(restore_tokens(*arguments, kernels="triton"), restore_tokens(*arguments))
+
+
+def test_mask_token_gradient_is_the_same_every_time(device):
+    grad, ids = torch.randn(8, 197, 64, device=device), restore_ids(8, (14, 14), 49, device)
+    first = op._mask_token_gradient(grad, ids, 49)
+    assert all(torch.equal(op._mask_token_gradient(grad, ids, 49), first) for _ in range(3))
+
+
+def test_opcheck(device):
+    ids, positions = restore_ids(2, (2, 4), 3, device), torch.randn(9, 6, device=device)
+    visible = torch.randn(2, 4, 6, device=device, requires_grad=True)
+    mask_token = torch.randn(6, device=device, requires_grad=True)
+    torch.library.opcheck(op._restore_tokens, (visible, mask_token, ids, positions))
+    grad = torch.randn(2, 9, 6, device=device)
+    torch.library.opcheck(op._visible_gradient, (grad, ids, 3))
+    torch.library.opcheck(op._mask_token_gradient, (grad, ids, 3))

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from ccmim_kernels import partition_from_mask, sample_partition
+from ccmim_kernels.launch import recorded
 from ccmim_kernels.philox import STREAM_BLOCK, keyed_uniform, philox_4x32, stream_key, to_unit
+from ccmim_kernels.sample_partition import op
 from ccmim_kernels.sample_partition.reference import BLOCKS, block_keys
 
 STRATEGIES = ["random", "block", "importance", "importance_sampling"]
@@ -165,3 +167,108 @@ def test_errors_name_value_and_limit(options, message):
     options = {"logits": torch.zeros(2, 16), "keep": 4, **options}
     with pytest.raises(ValueError, match=message):
         divide(options.pop("logits"), torch.arange(2), options.pop("keep"), (4, 4), **options)
+
+
+def assert_same(ours, reference):
+    for name, a, b in zip(reference._fields, ours, reference):
+        assert a.dtype == b.dtype, name
+        assert torch.equal(a, b), name
+
+
+SIZES = [((14, 14), 49), ((3, 5), 1), ((3, 5), 14), ((1, 2), 1), ((16, 16), 64), ((32, 32), 256), ((37, 37), 300)]
+
+
+@pytest.mark.parametrize("noise", ["gumbel", "uniform"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("grid", "keep"), SIZES)
+def test_kernel_gives_the_same_partition(grid, keep, strategy, noise, device):
+    """Bit for bit, over the whole range of seeds, epochs and sample ids."""
+    patches = grid[0] * grid[1]
+    ids = torch.tensor([0, 5, 2**33 + 7, 2**31, 2**32 - 1, 2**62], device=device)
+    logits = 3 * torch.randn(len(ids), patches, device=device)
+    options = {"seed": 3_000_000_000, "epoch": 2**31 + 4, "strategy": strategy, "noise": noise, "temperature": 0.7}
+    assert_same(
+        divide(logits, ids, keep, grid, kernels="triton", **options),
+        divide(logits, ids, keep, grid, kernels="reference", **options),
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.05])
+@pytest.mark.parametrize("keep", [1, 16, 63])
+def test_kernel_on_extreme_scores(keep, temperature, device):
+    rows = torch.zeros(8, 64, device=device)
+    rows[1, 7] = 1e4  # one dominates
+    rows[2, 7] = -1e4
+    rows[3] = torch.linspace(-1e4, 1e4, 64)
+    rows[4] = 1e-45  # denormal
+    rows[5, ::2] = -0.0  # equal to 0.0, with other bits
+    rows[6, ::3] = float("inf")
+    rows[6, 1::3] = float("-inf")
+    rows[7] = torch.finfo(torch.float32).max
+    for strategy in ("importance", "importance_sampling"):
+        options = {"strategy": strategy, "temperature": temperature}
+        ids = torch.arange(8, device=device)
+        ours = divide(rows, ids, keep, (8, 8), kernels="triton", **options)
+        assert_same(ours, divide(rows, ids, keep, (8, 8), kernels="reference", **options))
+        assert 7 in ours.ids_masked_BM[1].tolist()
+        assert 7 in ours.ids_visible_BK[2].tolist()
+        assert not ours.nan_B.any()
+
+
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+def test_nan_scores_have_an_order_and_raise_the_flag(kernels, device):
+    """NaN, of either sign, is the largest score; among several the index decides; the row is flagged, others not."""
+    nan = float("nan")
+    logits = torch.tensor([[1.0, nan, 3.0, nan, 0.0, nan], [5.0, 0, 1, 2, 3, 4], [nan] * 6], device=device)
+    logits[0, 3] = -logits[0, 3]
+    ids = torch.arange(3, device=device)
+    part = divide(logits, ids, 4, (2, 3), strategy="importance", kernels=kernels)
+    assert part.ids_masked_BM.tolist() == [[1, 3], [0, 5], [0, 1]]
+    assert part.nan_B.tolist() == [True, False, True]
+    sampled = divide(logits, ids, 1, (2, 3), kernels=kernels)
+    assert sampled.nan_B.tolist() == [True, False, True]
+    assert {1, 3, 5} <= set(sampled.ids_masked_BM[0].tolist())
+
+
+def test_kernel_samples_with_the_right_frequencies(device):
+    """The chi-square test of the reference, on the kernel's own draws: 99.9 % quantile for 5 degrees of freedom."""
+    scores, draws = torch.tensor([0.4, 0.1, 0.3, 0.2], device=device), 600
+    ids = torch.arange(draws, device=device)
+    part = divide(scores.log().expand(draws, 4), ids, 2, (2, 2), temperature=2.0, seed=8, kernels="triton")
+    expected = successive_sampling([s**0.5 for s in scores.tolist()], 2)
+    seen = dict.fromkeys(expected, 0)
+    for row in part.ids_masked_BM.tolist():
+        seen[frozenset(row)] += 1
+    assert len(expected) == 6
+    assert sum((seen[k] - draws * p) ** 2 / (draws * p) for k, p in expected.items()) < 20.52
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_scores_are_widened_first(dtype, device):
+    logits, ids = torch.randn(4, 64, device=device, dtype=dtype), torch.arange(4, device=device)
+    wide = divide(logits.float(), ids, 16, (8, 8))
+    for kernels in ("triton", "reference"):
+        assert_same(divide(logits, ids, 16, (8, 8), kernels=kernels), wide)
+
+
+def test_kernel_takes_strided_scores_and_ids(device):
+    logits, ids = torch.randn(64, 8, device=device).T, torch.arange(16, device=device)[::2]
+    assert_same(divide(logits, ids, 16, (8, 8), kernels="triton"), divide(logits, ids, 16, (8, 8)))
+
+
+def test_kernel_is_one_launch(device):
+    with recorded(run=True) as launches:
+        divide(torch.randn(4, 64, device=device), torch.arange(4, device=device), 16, (8, 8), kernels="triton")
+    assert [launch.kernel.__name__ for launch in launches] == ["sample_partition_kernel"]
+
+
+def test_too_many_patches_is_refused_by_name(device):
+    with pytest.raises(ValueError, match="patches=2116 must be at most 2048 for kernels=triton; use kernels=reference"):
+        divide(None, torch.arange(2, device=device), 16, (46, 46), strategy="random", kernels="triton")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_opcheck(strategy, device):
+    logits = torch.randn(3, 15, device=device) if strategy.startswith("importance") else None
+    arguments = (logits, torch.arange(3, device=device), 3, 5, 4, 0, 1, strategy, "gumbel", 1.0, 16)
+    torch.library.opcheck(op._sample_partition, arguments)

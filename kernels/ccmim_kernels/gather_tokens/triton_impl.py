@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ccmim_kernels.launch import launch, tile_for
 
+
 @triton.jit
 def copy_prefix(prefix_ptr, target_ptr, P, D, BLOCK_D: tl.constexpr):
     """The P shared rows to the first rows of one image."""

@@ -125,7 +125,7 @@ def _sample_partition(
 
 
 @_sample_partition.register_fake
-def _(logits, ids, rows, columns, keep, **_sampling):
+def _(logits, ids, rows, columns, keep, *_sampling):
     B, L = len(ids), rows * columns
     index, flag = {"dtype": torch.int64}, {"dtype": torch.bool}
     return (

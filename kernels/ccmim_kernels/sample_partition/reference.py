@@ -24,7 +24,7 @@ _LOG_ASPECT = math.log(1 / 0.3)  # BEiT: aspect ratio log-uniform in 0.3 .. 1 / 
 
 
 def partition_by_keys(keys_BL: Tensor, keep: int) -> Partition:
-    """Mask the L - keep largest keys of each row; NaN is the largest of all, equal keys go by patch index, lowest first."""
+    """Mask the L - keep largest keys of each row; NaN is the largest, equal keys go by patch index, lowest first."""
     order_BL = keys_BL.argsort(dim=1, descending=True, stable=True)
     masked = keys_BL.shape[1] - keep
     mask_BL = torch.zeros_like(keys_BL, dtype=torch.bool).scatter_(1, order_BL[:, :masked], True)
