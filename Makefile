@@ -1,17 +1,41 @@
-# make demo   sets up and does the main job: pretrains, compares, writes runs/demo/report.html
-# make test   sets up and passes the tests
+# make demo        sets up and does the main job: pretrains, compares, writes runs/demo/report.html
+# make test        sets up and passes the tests; ENV=torch211 or ENV=pascal: those that another torch could break
+# make test-gpu    the tests marked `gpu`, with $(PYTHON) and its own torch: nothing is installed
+# make bench-gpu   times the ops, with $(PYTHON) likewise, and writes benchmarks/results/ops-*; ARGS="--op info_nce"
 PYTHON ?= python3
+# Not from the environment, where ENV is the name of a shell's start-up file.
+ENV := current
+
+ENVS := $(patsubst requirements/%.txt,%,$(wildcard requirements/*.txt))
+ifeq ($(filter $(ENV),$(ENVS)),)
+$(error ENV=$(ENV) must be one of: $(ENVS))
+endif
+
+ifeq ($(ENV),current)
 VENV := .venv
+TESTS :=
+else
+VENV := .venv-$(ENV)
+TESTS := tests/ops tests/trainer/test_environment.py
+endif
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+AT_HAND := PYTHONPATH=.:kernels $(PYTHON)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-gpu bench-gpu lint format clean
 
 demo: $(STAMP)
 	$(BIN)/ccmim demo --overwrite
 
 test: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest $(TESTS)
+
+test-gpu:
+	$(AT_HAND) -m pytest -m gpu $(ARGS)
+
+bench-gpu:
+	$(AT_HAND) benchmarks/ops/bench.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -22,11 +46,11 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf .venv $(ENVS:%=.venv-%) build dist *.egg-info
 
 # The stamp is written last: an installation that was cut off is done again.
-$(STAMP): requirements.txt setup.py
+$(STAMP): requirements/$(ENV).txt setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(PIP) -r $<
+	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@

@@ -5,7 +5,7 @@ There is no `kernels/__init__.py`: an import package named `kernels` would shado
 
 from setuptools import find_packages, setup
 
-# Lower bounds are what the code needs; the exact versions CI runs are in requirements.txt.
+# Lower bounds are what the code needs; the exact versions CI runs are in requirements/*.txt.
 INSTALL_REQUIRES = [
     "torch>=2.7.1",
     "torchvision>=0.22.1",

@@ -5,6 +5,9 @@ Without a CUDA device the Triton kernels run in Triton's interpreter, on the CPU
 
 import os
 
+# Threads that wait do not spin: the tests stay fast on a machine that is doing something else too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 

@@ -110,6 +110,8 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches per optimizer step; BatchNorm and negatives see one micro-batch
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # auto: by device, see trainer/precision.py
     device: str = "auto"  # auto | cpu | cuda
+    # auto: Triton on CUDA for the ops measured to win there (none yet: no kernel has run on a GPU), else plain PyTorch
+    kernels: Literal["auto", "triton", "reference"] = "auto"
     max_steps: int = 0  # stop after so many optimizer steps; 0: all epochs
 
 

@@ -43,7 +43,7 @@ def probe(model: CCMIM, config: Config, images_BHWC: Tensor, objects_BHW: Tensor
     device = images_BHWC.device
     output = model(images_BHWC, torch.arange(len(images_BHWC), device=device), 0)
     x_BLD = embed(model.encoder, images_BHWC, model.mean_C, model.std_C)
-    scores_BL = score(model.encoder, x_BLD, "all", 0, "renorm").logits_BL.softmax(1).cpu()
+    scores_BL = score(model.encoder, x_BLD, "all", 0, "renorm", model.kernels).logits_BL.softmax(1).cpu()
     object_BL = object_patches(objects_BHW, model.patch)
     ratio = 1 - model.keep / object_BL.shape[1]
     figures = Probe(

@@ -38,7 +38,7 @@ def align(masked_BE: Tensor, visible_BE: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(masked_BE.detach().float(), visible_BE.float(), dim=-1)).mean()
 
 
-def contrastive_loss(visible_BE: Tensor, masked_BE: Tensor, *, kind: str, tau: float) -> Tensor:
+def contrastive_loss(visible_BE: Tensor, masked_BE: Tensor, *, kind: str, tau: float, kernels: str = "auto") -> Tensor:
     """Scalar float32, the mean over the local images; the teacher hM receives no gradient.
 
     Args:
@@ -46,11 +46,12 @@ def contrastive_loss(visible_BE: Tensor, masked_BE: Tensor, *, kind: str, tau: f
         masked_BE: [B, E] hM.
         kind: `nce`, `align` or `moco`.
         tau: temperature; `align` has none.
+        kernels: which implementation of the op runs, see `ccmim_kernels.dispatch`.
     """
     if kind == "align":
         return align(masked_BE, visible_BE)
     if kind == "moco":
         masked_NE, offset = gather_rows(masked_BE.detach())
-        return moco_nce(visible_BE, masked_NE, offset=offset, tau=tau)
+        return moco_nce(visible_BE, masked_NE, offset=offset, tau=tau, kernels=kernels)
     visible_NE, offset = gather_rows(visible_BE)
-    return info_nce(masked_BE, visible_BE, visible_NE, offset=offset, tau=tau)
+    return info_nce(masked_BE, visible_BE, visible_NE, offset=offset, tau=tau, kernels=kernels)

@@ -17,6 +17,7 @@ def reconstruction_loss(
     norm_pix: bool,
     hog_bins: int,
     hog_cell: int,
+    kernels: str = "auto",
 ) -> Tensor:
     """Scalar float32: the mean over images, masked patches and the values of a patch.
 
@@ -25,10 +26,18 @@ def reconstruction_loss(
         images_BHWC: [B, H, W, C] uint8.
         ids_masked_BM: [B, M] int64.
         kind: `pixels` (see `ccmim_kernels.masked_patch_loss`) or `hog` (see `ccmim_kernels.hog_target`).
+        kernels: which implementation of the op runs, see `ccmim_kernels.dispatch`.
     """
     if kind == "pixels":
         return masked_patch_loss(
-            pred_BMP, images_BHWC, ids_masked_BM, patch=patch, mean_C=mean_C, std_C=std_C, norm_pix=norm_pix
+            pred_BMP,
+            images_BHWC,
+            ids_masked_BM,
+            patch=patch,
+            mean_C=mean_C,
+            std_C=std_C,
+            norm_pix=norm_pix,
+            kernels=kernels,
         )
-    target_BMP = hog_target(images_BHWC, ids_masked_BM, patch=patch, bins=hog_bins, cell=hog_cell)
+    target_BMP = hog_target(images_BHWC, ids_masked_BM, patch=patch, bins=hog_bins, cell=hog_cell, kernels=kernels)
     return (pred_BMP.float() - target_BMP).square().mean()

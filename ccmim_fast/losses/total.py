@@ -31,6 +31,7 @@ def recons_loss(model: CCMIM, output: Output, images_BHWC: Tensor, config: Confi
         norm_pix=config.target.norm_pix,
         hog_bins=config.target.hog_bins,
         hog_cell=config.target.hog_cell,
+        kernels=config.train.kernels,
     )
 
 
@@ -43,6 +44,10 @@ def total_loss(model: CCMIM, output: Output, images_BHWC: Tensor, config: Config
     if config.contrast.loss == "none":
         return Losses(recons, recons, None)
     contrast = contrastive_loss(
-        output.visible_BE, output.masked_BE, kind=config.contrast.loss, tau=config.contrast.temperature
+        output.visible_BE,
+        output.masked_BE,
+        kind=config.contrast.loss,
+        tau=config.contrast.temperature,
+        kernels=config.train.kernels,
     )
     return Losses(recons + config.contrast.weight * contrast, recons, contrast)

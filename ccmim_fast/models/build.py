@@ -33,6 +33,7 @@ def build_model(config: Config) -> CCMIM:
         grid=grid_of(encoder),
         outputs=target_width(config, patch),
         masked_only=config.decoder.masked_only,
+        kernels=config.train.kernels,
     )
     return CCMIM(
         encoder,
@@ -51,6 +52,7 @@ def build_model(config: Config) -> CCMIM:
         contrast=config.contrast.loss,
         head_dim=config.heads.dim,
         sync_bn=config.heads.sync_bn,
+        kernels=config.train.kernels,
     )
 
 

@@ -51,6 +51,7 @@ class CCMIM(nn.Module):
         contrast: `nce`, `align`, `moco` or `none`; `none` computes no masked branch.
         head_dim: E.
         sync_bn: BatchNorm statistics over all ranks.
+        kernels: which implementation of the ops runs, see `ccmim_kernels.dispatch`.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class CCMIM(nn.Module):
         contrast: str,
         head_dim: int,
         sync_bn: bool,
+        kernels: str = "auto",
     ):
         super().__init__()
         self.encoder = encoder
@@ -90,7 +92,8 @@ class CCMIM(nn.Module):
         self.patch = patch_size_of(encoder)
         self.grid = grid_of(encoder)
         self.keep = int(self.grid[0] * self.grid[1] * (1 - mask_ratio))
-        self.scoring = {"source": source, "block": block, "normalise": normalise}
+        self.kernels = kernels
+        self.scoring = {"source": source, "block": block, "normalise": normalise, "kernels": kernels}
         self.sampling = {
             "grid": self.grid,
             "keep": self.keep,
@@ -139,6 +142,7 @@ class CCMIM(nn.Module):
             direction_D=scores.direction_D,
             eps=getattr(self.encoder.blocks[0].norm1, "eps", 1e-6),
             with_masked=self.contrast != "none",
+            kernels=self.kernels,
             **self.sampling,
         )
 
@@ -146,8 +150,9 @@ class CCMIM(nn.Module):
         prefix_PD = prefix_tokens(self.encoder)
         masked = None
         if self.contrast != "none":
-            masked = gather_tokens(x_BLD.detach(), partition.ids_masked_BM, prefix_PD.detach())
-        return Divided(gather_tokens(x_BLD, partition.ids_visible_BK, prefix_PD), masked, partition, None)
+            masked = gather_tokens(x_BLD.detach(), partition.ids_masked_BM, prefix_PD.detach(), kernels=self.kernels)
+        visible = gather_tokens(x_BLD, partition.ids_visible_BK, prefix_PD, kernels=self.kernels)
+        return Divided(visible, masked, partition, None)
 
     @torch.no_grad()
     def encode_masked(self, masked_BTD: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ class Decoder(nn.Module):
         outputs: P, values predicted per patch.
         masked_only: compute the last block's queries and MLP and the prediction for masked positions only. The
             predictions are the same.
+        kernels: which implementation of the ops runs, see `ccmim_kernels.dispatch`.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class Decoder(nn.Module):
         grid: tuple[int, int],
         outputs: int,
         masked_only: bool = True,
+        kernels: str = "auto",
     ):
         super().__init__()
+        self.kernels = kernels
         self.masked_only = masked_only
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -51,7 +54,11 @@ class Decoder(nn.Module):
     def forward(self, visible_BTE: Tensor, partition: Partition) -> Tensor:
         """[B, 1 + K, E] encoder output ([CLS] first) -> [B, M, P], rows in the order of `partition.ids_masked_BM`."""
         x_BTD = restore_tokens(
-            self.embed(visible_BTE), self.mask_token[0, 0], partition.ids_restore_BL, self.pos_embed[0]
+            self.embed(visible_BTE),
+            self.mask_token[0, 0],
+            partition.ids_restore_BL,
+            self.pos_embed[0],
+            kernels=self.kernels,
         )
         *others, last = self.blocks
         for block in others:
@@ -59,7 +66,7 @@ class Decoder(nn.Module):
         # Position 0 is [CLS], so patch i is token i + 1.
         ids_BM = partition.ids_masked_BM + 1
         if self.masked_only:
-            x_BMD = block_for(last, gather_tokens(x_BTD, ids_BM), x_BTD)
+            x_BMD = block_for(last, gather_tokens(x_BTD, ids_BM, kernels=self.kernels), x_BTD)
         else:
-            x_BMD = gather_tokens(last(x_BTD), ids_BM)
+            x_BMD = gather_tokens(last(x_BTD), ids_BM, kernels=self.kernels)
         return self.pred(self.norm(x_BMD))

@@ -31,31 +31,35 @@ def check_scores(vit: VisionTransformer, source: str, block: int) -> None:
 
 
 @torch.no_grad()
-def score(vit: VisionTransformer, x_BLD: Tensor, source: str, block: int, normalise: str) -> Score:
+def score(
+    vit: VisionTransformer, x_BLD: Tensor, source: str, block: int, normalise: str, kernels: str = "auto"
+) -> Score:
     """Scores of embedded patches `x_BLD` (with positions, before the blocks); no gradient.
 
     Args:
         source: `first` (Eq. 4 at block 0), `block` (Eq. 4 at block `block`), `all` (mean over blocks of the softmaxed
             [CLS] row).
         normalise: for `all`, `renorm` (renormalised over patches) or `softmax` (sum over blocks, softmax again).
+        kernels: which implementation of the ops runs, see `ccmim_kernels.dispatch`.
     """
     if source == "first" and can_fold(vit):
         return Score(None, folded_direction(vit))
     prefix_BPD = prefix_tokens(vit).to(x_BLD.dtype).expand(len(x_BLD), -1, -1)
     x_BTD = vit.norm_pre(torch.cat([prefix_BPD, x_BLD], dim=1))
     if source == "all":
-        return Score(_all_blocks(vit, x_BTD, normalise), None)
+        return Score(_all_blocks(vit, x_BTD, normalise, kernels), None)
     index = 0 if source == "first" else block
     for earlier in vit.blocks[:index]:
         x_BTD = earlier(x_BTD)
-    return Score(eq4_logits(vit, index, x_BTD), None)
+    return Score(eq4_logits(vit, index, x_BTD, kernels), None)
 
 
-def eq4_logits(vit: VisionTransformer, block: int, x_BTD: Tensor) -> Tensor:
+def eq4_logits(vit: VisionTransformer, block: int, x_BTD: Tensor, kernels: str = "auto") -> Tensor:
     """E_h[q_0 K_{1:}^T / sqrt(H)] [B, L] at one block, from the tokens that enter it (Eq. 4)."""
     attn, normed_BTD = vit.blocks[block].attn, vit.blocks[block].norm1(x_BTD)
     q_BNH = queries(attn, normed_BTD[:, :1])[:, 0]
-    return cls_row(q_BNH, keys(attn, normed_BTD), prefix=vit.num_prefix_tokens, kind="logits", scale=attn.scale)
+    k_BTNH = keys(attn, normed_BTD)
+    return cls_row(q_BNH, k_BTNH, prefix=vit.num_prefix_tokens, kind="logits", scale=attn.scale, kernels=kernels)
 
 
 def can_fold(vit: VisionTransformer) -> bool:
@@ -84,10 +88,9 @@ def folded_direction(vit: VisionTransformer) -> Tensor:
         return direction_D if first.norm1.weight is None else direction_D * first.norm1.weight
 
 
-def _all_blocks(vit: VisionTransformer, x_BTD: Tensor, normalise: str) -> Tensor:
+def _all_blocks(vit: VisionTransformer, x_BTD: Tensor, normalise: str, kernels: str) -> Tensor:
     """log s [B, L] from the softmaxed [CLS] rows of all blocks; the last block computes its [CLS] row only."""
-    prefix = vit.num_prefix_tokens
-    total_BL = torch.zeros(len(x_BTD), x_BTD.shape[1] - prefix, device=x_BTD.device)
+    total_BL = None
     last = len(vit.blocks) - 1
     for index, block in enumerate(vit.blocks):
         normed_BTD = block.norm1(x_BTD)
@@ -98,6 +101,14 @@ def _all_blocks(vit: VisionTransformer, x_BTD: Tensor, normalise: str) -> Tensor
             k_BTNH, v_BTNH = keys_values(block.attn, normed_BTD)
             q_BTNH = queries(block.attn, normed_BTD)
             x_BTD = finish(block, x_BTD, attend(block.attn, normed_BTD, q_BTNH, k_BTNH, v_BTNH))
-        total_BL = total_BL + cls_row(q_BTNH[:, 0], k_BTNH, prefix=prefix, kind="softmax", scale=block.attn.scale)
+        total_BL = cls_row(
+            q_BTNH[:, 0],
+            k_BTNH,
+            prefix=vit.num_prefix_tokens,
+            kind="softmax",
+            scale=block.attn.scale,
+            total_BL=total_BL,
+            kernels=kernels,
+        )
     # Up to a constant per row: renormalising subtracts log sum; the second softmax's logits are the sums themselves.
     return total_BL.log() if normalise == "renorm" else total_BL

@@ -50,6 +50,13 @@ def session(device: str) -> Iterator[Session]:
         dist.destroy_process_group()
 
 
+def max_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The largest value of any rank, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
+
+
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The mean of a tensor over ranks, in place."""
     if dist.is_initialized():

@@ -15,16 +15,18 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.config.validate import validate
 from ccmim_fast.data.batch import Batch
 from ccmim_fast.data.loader import build_loader, build_source
+from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.build import build_model
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.optim.adamw import build_adamw
 from ccmim_fast.optim.schedule import lr_at, scaled_lr
-from ccmim_fast.trainer.distributed import Session, mean_over_ranks, session
+from ccmim_fast.trainer.distributed import Session, max_over_ranks, mean_over_ranks, session
 from ccmim_fast.trainer.metrics import Metrics, ProgressLine
 from ccmim_fast.trainer.precision import choose_precision
 from ccmim_fast.trainer.run_folder import describe_run, open_run_folder
 from ccmim_fast.trainer.step import StepResult, TrainStep
 from ccmim_fast.trainer.throughput import Meter
+from ccmim_kernels.dispatch import check_triton
 
 # Called after an epoch (and once before the first, as epoch 0) with the epoch number and the model in eval mode.
 AfterEpoch = Callable[[int, CCMIM], None]
@@ -38,6 +40,7 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None) -> Path:
     """
     with session(config.train.device) as here:
         validate(config, here.world_size)
+        _check_kernels(config.train.kernels, here)
         trainer = Trainer(config, here, after_epoch)
         try:
             trainer.run()
@@ -74,6 +77,7 @@ class Trainer:
             self.model, _wrapped(self.model, here), optimizer, self.precision, config, _ema(self.model, config)
         )
         self.step = self._resume()
+        self.nan_id = torch.full((), -1, device=here.device)
         self.meter = Meter(config.train.batch_size, here, self.precision.dtype)
         self.metrics = None
         if here.is_main:
@@ -136,13 +140,18 @@ class Trainer:
         with self.meter.stepping():
             result = self.step_fn(batches, epoch, lr)
         self.step += 1
+        # Kept on the device until a step is logged.
+        self.nan_id = torch.maximum(self.nan_id, result.nan_id)
         return result
 
     def _log(self, result: StepResult) -> None:
         """The only place in the loop that reads from the device."""
         if self.step % self.config.run.log_every and self.step != self.total_steps:
             return
-        loss, recons, contrast, grad_norm = mean_over_ranks(torch.stack(result)).tolist()
+        means = mean_over_ranks(torch.stack(result[:4]))
+        # Float64 holds sample ids up to 2**53; one copy from the device for all.
+        nan_id = max_over_ranks(self.nan_id.clone()).double()
+        loss, recons, contrast, grad_norm, nan_id = torch.cat([means.double(), nan_id[None]]).tolist()
         figures = {
             "epoch": self.step / self.loader.steps_per_epoch,
             "loss": loss,
@@ -155,6 +164,16 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.write("train", self.step, **figures)
         self.progress.update(self.step, figures)
+        self._report_nan(int(nan_id))
+
+    def _report_nan(self, sample: int) -> None:
+        """Since the last logged step some patch of `sample` had a NaN score, or none had (-1)."""
+        if sample < 0:
+            return
+        self.nan_id.fill_(-1)
+        if self.metrics is not None:
+            self.metrics.write("nan_scores", self.step, sample=sample)
+        self.progress.note(f"step {self.step}: NaN scores, of sample {sample} among others; they count as the largest")
 
     def _save(self, epoch: int) -> None:
         finished = self.step >= self.total_steps
@@ -186,6 +205,14 @@ class Trainer:
             return 0
         step_fn = self.step_fn
         return restore(state, self.model, step_fn.optimizer, step_fn.scaler, step_fn.ema)
+
+
+def _check_kernels(kernels: str, here: Session) -> None:
+    if kernels == "triton":
+        try:
+            check_triton(here.device)
+        except ValueError as error:
+            raise ConfigError(f"train.{error}") from None
 
 
 def _wrapped(model: CCMIM, here: Session) -> nn.Module:

@@ -99,6 +99,13 @@ class ProgressLine:
         elif self._plain:
             self._print(line)
 
+    def note(self, line: str) -> None:
+        """One line that stays, whether live or plain."""
+        if self._live:
+            self._console.print(line, highlight=False, markup=False)
+        elif self._plain:
+            self._print(line)
+
     def _print(self, line: str) -> None:
         """A reader that went away (`| head`) ends the lines, not the run."""
         try:

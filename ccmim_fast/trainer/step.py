@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.batch import Batch
-from ccmim_fast.losses.total import total_loss
+from ccmim_fast.losses.total import Losses, total_loss
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.trainer.precision import Precision
 
@@ -21,13 +21,15 @@ from ccmim_fast.trainer.precision import Precision
 class StepResult(NamedTuple):
     """Means over the micro-batches of this rank: float32 scalars on the device, without gradient.
 
-    `contrast` is zero where the run has none; `grad_norm` is before clipping, zero where nothing is clipped.
+    `contrast` is zero where the run has none; `grad_norm` is before clipping, zero where nothing is clipped. `nan_id`,
+    int64, is the largest id among this rank's samples with a NaN score, -1 without any.
     """
 
     total: Tensor
     recons: Tensor
     contrast: Tensor
     grad_norm: Tensor
+    nan_id: Tensor
 
 
 class TrainStep:
@@ -59,23 +61,26 @@ class TrainStep:
         """Train on the micro-batches of one step at the given learning rate; `epoch` keys the masks."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        sums = torch.zeros(3, device=batches[0].images_BHWC.device)
+        device = batches[0].images_BHWC.device
+        sums = torch.zeros(3, device=device)
+        nan_id = torch.full((), -1, device=device)
         for index, batch in enumerate(batches):
             with self._gradients_summed_over_ranks(last=index == len(batches) - 1):
-                losses = self._forward(batch, epoch)
+                losses, nan_B = self._forward(batch, epoch)
                 self.scaler.scale(losses.total / len(batches)).backward()
             parts = [losses.total, losses.recons]
             if losses.contrast is not None:
                 parts.append(losses.contrast)
             sums[: len(parts)] += torch.stack(parts).detach()
+            nan_id = torch.maximum(nan_id, torch.where(nan_B, batch.ids_B, -1).max())
         grad_norm = self._update()
-        return StepResult(*(sums / len(batches)), grad_norm)
+        return StepResult(*(sums / len(batches)), grad_norm, nan_id)
 
-    def _forward(self, batch: Batch, epoch: int):
+    def _forward(self, batch: Batch, epoch: int) -> tuple[Losses, Tensor]:
         with self.precision.autocast(batch.images_BHWC.device):
             output = self.wrapped(batch.images_BHWC, batch.ids_B, epoch)
         # Outside autocast: losses are float32 whatever the forward pass ran in.
-        return total_loss(self.model, output, batch.images_BHWC, self.config)
+        return total_loss(self.model, output, batch.images_BHWC, self.config), output.partition.nan_B
 
     def _gradients_summed_over_ranks(self, last: bool):
         """DDP reduces gradients with the last micro-batch only."""

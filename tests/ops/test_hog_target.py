@@ -1,11 +1,13 @@
-"""HOG on gradients whose answer is known, and against loops."""
+"""HOG on gradients whose answer is known, and against loops; the kernel against the reference."""
 
 import math
 
 import pytest
 import torch
+from ops.gold import DTYPES, assert_close_to_gold
 
 from ccmim_kernels import hog_target
+from ccmim_kernels.hog_target.reference import boundaries, orientation_bins
 
 
 def hog_by_loops(image, patch, bins, cell):
@@ -71,8 +73,141 @@ def test_constant_image_gives_zeros():
     assert (out == 0).all()
 
 
+@pytest.mark.parametrize("bins", [1, 4, 9])
+def test_bins_do_not_depend_on_the_dtype(bins):
+    """All gradients a uint8 image can have: float32 and float64 agree, and both with exact boundaries."""
+    dy, dx = torch.meshgrid(torch.arange(0, 1021), torch.arange(-1020, 1021), indexing="ij")
+    found = orientation_bins(dx.float(), dy.float(), bins)
+    assert torch.equal(found, orientation_bins(dx.double(), dy.double(), bins))
+    assert torch.equal(found, orientation_bins(-dx.float(), -dy.float(), bins))
+    # atan2 itself is rounded: gradients it puts within 1e-12 of a boundary (45, 90, 135 degrees) go up.
+    turns = torch.atan2(dy.double(), dx.double()) / math.pi * bins
+    expected = (turns + 1e-12).floor().long() % bins
+    some = (dx != 0) | (dy != 0)
+    assert torch.equal(found[some], expected[some])
+
+
+def test_boundaries_at_45_and_90_degrees_are_exact():
+    for bins in range(4, 65, 4):
+        (cos_45, sin_45), (cos_90, sin_90) = boundaries(bins)[bins // 4 - 1], boundaries(bins)[bins // 2 - 1]
+        assert cos_45 == sin_45
+        assert (cos_90, sin_90) == (0, 1)
+
+
+def compare_hog(images, ids, dtype=torch.float32, **options):
+    ours = hog_target(images, ids, dtype=dtype, kernels="triton", **options)
+    eager = hog_target(images, ids, dtype=dtype, kernels="reference", **options)
+    gold = hog_target(images, ids, dtype=torch.float64, **options)
+    assert_close_to_gold(ours, eager, gold, f"{dtype} {options}")
+    return ours
+
+
+def some_ids(batch, size, patch, masked):
+    patches = size[0] // patch * (size[1] // patch)
+    return torch.stack([torch.randperm(patches)[:masked] for _ in range(batch)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "size", "patch", "cell", "channels", "bins", "masked"),
+    [
+        (1, (224, 224), 16, 8, 3, 9, 13),  # ViT-B/16, MaskFeat
+        (2, (24, 40), 8, 8, 3, 4, 15),
+        (3, (32, 64), 32, 8, 3, 9, 1),
+        # Triton's interpreter adds a cell's votes one after the other: with many bins these sums are short.
+        (1, (64, 32), 32, 32, 3, 40, 2),
+        (1, (27, 54), 27, 27, 1, 60, 2),
+        (2, (10, 15), 5, 5, 4, 12, 5),
+        (2, (12, 20), 4, 2, 1, 17, 7),
+        (1, (32, 16), 16, 16, 2, 64, 2),
+        (1, (6, 4), 2, 1, 3, 1, 5),
+        (2, (2, 2), 2, 2, 3, 9, 1),
+    ],
+)
+def test_kernel_against_gold(batch, size, patch, cell, channels, bins, masked, dtype, device):
+    images = torch.randint(0, 256, (batch, *size, channels), dtype=torch.uint8, device=device)
+    ids = some_ids(batch, size, patch, masked).to(device)
+    compare_hog(images, ids, dtype, patch=patch, cell=cell, bins=bins)
+
+
+@pytest.mark.parametrize("bins", [2, 4, 8, 12])
+def test_kernel_on_gradients_on_a_boundary(bins, device):
+    """Ramps along 0, 45, 90 and 135 degrees: where rounding decided, reference and kernel would part."""
+    y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    ramps = [3 * x, 3 * y, 3 * (x + y), 3 * (x - y) + 96]
+    images = torch.stack(ramps).to(torch.uint8)[..., None].to(device)
+    ids = torch.arange(16).expand(4, 16).to(device)
+    out = compare_hog(images, ids, patch=8, cell=8, bins=bins)
+    # Patch 5 touches no border: all its votes are for one bin.
+    for histogram, quarters in zip(out[:, 5], (0, 2, 1, 3)):
+        assert histogram.argmax() == quarters * bins // 4
+        torch.testing.assert_close(histogram.max(), torch.ones((), device=device))
+
+
+def test_kernel_sums_every_pixel_of_a_cell(device):
+    """One bright pixel at every place in turn, the corners of the image among them."""
+    images = torch.zeros(64, 8, 8, 1, dtype=torch.uint8, device=device)
+    images.view(64, 64).fill_diagonal_(200)
+    ids = torch.arange(4, device=device).expand(64, 4)
+    compare_hog(images, ids, patch=4, cell=4, bins=9)
+
+
+def test_kernel_on_a_constant_image(device):
+    images = torch.full((1, 16, 16, 3), 255, dtype=torch.uint8, device=device)
+    out = hog_target(images, torch.tensor([[0]], device=device), patch=16, kernels="triton")
+    assert (out == 0).all()
+
+
+def test_kernel_takes_any_strides_and_is_deterministic(device):
+    images = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8, device=device).permute(0, 2, 3, 1)
+    ids = torch.arange(6, device=device).repeat(2).view(6, 2).t()
+    assert not images.is_contiguous()
+    assert not ids.is_contiguous()
+    out = compare_hog(images, ids, patch=8, cell=4)
+    again = hog_target(images.contiguous(), ids.contiguous(), patch=8, cell=4, kernels="triton")
+    assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernel_is_a_proper_custom_op(dtype, device):
+    images = torch.randint(0, 256, (2, 8, 16, 1), dtype=torch.uint8, device=device)
+    ids = some_ids(2, (8, 16), 8, 1).to(device)
+    torch.library.opcheck(torch.ops.ccmim.hog_target.default, (images, ids, 8, 9, 4, dtype))
+
+    def target(images):
+        return hog_target(images, ids, patch=8, cell=4, dtype=dtype, kernels="triton") + 1
+
+    compiled = torch.compile(target, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(images), target(images))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.float64}, r"kernels=triton takes float32, float16 or bfloat16, got torch\.float64"),
+        ({"bins": 65}, "bins=65 must be at most 64 for kernels=triton; use kernels=reference"),
+        ({"patch": 46, "cell": 46}, r"cell \* cell=2116 must be at most 1024 for kernels=triton"),
+    ],
+)
+def test_kernel_errors(options, message, device):
+    images = torch.zeros(1, 46, 46, 3, dtype=torch.uint8, device=device)
+    ids = torch.tensor([[0]], device=device)
+    with pytest.raises(ValueError, match=message):
+        hog_target(images, ids, **{"patch": 23, "cell": 23, "kernels": "triton", **options})
+
+
 def test_errors():
     with pytest.raises(ValueError, match="cell=8 must divide patch=4"):
         hog_target(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.tensor([[0]]), patch=4)
     with pytest.raises(ValueError, match=r"expected torch\.uint8"):
         hog_target(torch.zeros(1, 8, 8, 3), torch.tensor([[0]]), patch=8)
+    images = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
+    for options, message in (
+        ({"bins": 0}, "bins=0 must be at least 1"),
+        ({"dtype": torch.int32}, r"dtype=torch\.int32 must be one of torch\.float32, "),
+        ({"patch": 16}, "image 8x8 must be at least 2x2 and a multiple of patch=16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hog_target(images, torch.tensor([[0]]), **{"patch": 8, **options})
+    with pytest.raises(ValueError, match="images are 1, ids are of 2"):
+        hog_target(images, torch.zeros(2, 1, dtype=torch.int64), patch=8)

@@ -54,7 +54,7 @@ def cls_row_kernel(
     patch = token - prefix
     kept = valid & (patch >= 0)
     place = image * (T - prefix) + patch
-    total = tl.load(total_ptr + place, mask=kept & (has_total != 0), other=0.0)
+    total = tl.load(total_ptr + place, mask=(patch >= 0) & (token < T * has_total), other=0.0)
     tl.store(out_ptr + place, total + mean / N, mask=kept)
 
 

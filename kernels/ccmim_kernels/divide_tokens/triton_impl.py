@@ -99,7 +99,7 @@ def divide_tokens_kernel(
 
     patch = tl.arange(0, BLOCK_L)
     valid = patch < L
-    logits = tl.load(logits_ptr + image * L + patch, mask=valid & (has_logits != 0), other=0.0)
+    logits = tl.load(logits_ptr + image * L + patch, mask=patch < L * has_logits, other=0.0)
     sample = tl.load(ids_ptr + image)
     keys = importance_keys(
         logits, patch, sample, seed, stream, epoch, inverse_temperature, gumbel_weight, uniform_weight
@@ -120,7 +120,7 @@ def divide_tokens_kernel(
         # Both targets are within one image, 32 bits suffice.
         place = place.to(tl.int32)
         seen = (row < L) & (place < keep)
-        hidden = (row < L) & (place >= keep) & (with_masked != 0)
+        hidden = (row < L * with_masked) & (place >= keep)
         source = tokens_ptr + (row.to(tl.int64) * stride_l)[:, None]
         to_visible = visible_ptr + ((P + place) * D)[:, None]
         to_masked = masked_ptr + ((P + place - keep) * D)[:, None]

@@ -21,14 +21,35 @@ def gradients(images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     return smooth_y[..., 2:] - smooth_y[..., :-2], smooth_x[:, :, 2:] - smooth_x[:, :, :-2]
 
 
+def boundaries(bins: int) -> list[tuple[float, float]]:
+    """(cos, sin) of the angles k * pi / bins, k = 1 .. bins - 1, that part the bins.
+
+    Multiples of 2**-24, which float32 holds exactly, whatever dtype is computed in: so the bins are the same in all.
+    The cosine is the sine of the complement: at 45 degrees they are equal, at 90 degrees it is zero.
+    """
+    angles = ((math.sin(math.pi * (bins - 2 * k) / (2 * bins)), math.sin(math.pi * k / bins)) for k in range(1, bins))
+    return [(round(cos * 2**24) / 2**24, round(sin * 2**24) / 2**24) for cos, sin in angles]
+
+
+def orientation_bins(dx: Tensor, dy: Tensor, bins: int) -> Tensor:
+    """floor(angle / 180 degrees * bins) int64, angle = atan2(dy, dx) mod 180 degrees: the number of boundaries reached.
+
+    `dx` and `dy` are whole numbers up to 1020. A gradient on a boundary (45, 90, 135 degrees) is in the bin above it.
+    """
+    flipped = (dy < 0) | ((dy == 0) & (dx < 0))
+    dx, dy = torch.where(flipped, -dx, dx), torch.where(flipped, -dy, dy)
+    reached = torch.zeros_like(dx, dtype=torch.int64)
+    for cos, sin in boundaries(bins):
+        reached += cos * dy - sin * dx >= 0
+    return reached
+
+
 def hog_target(
     images_BHWC: Tensor, ids_masked_BM: Tensor, patch: int, bins: int, cell: int, dtype: torch.dtype
 ) -> Tensor:
     """See `op.hog_target`."""
     dx, dy = gradients(images_BHWC.permute(0, 3, 1, 2).to(dtype))
-    angle = torch.atan2(dy, dx).remainder(math.pi)
-    bin_BCHW = (angle * (bins / math.pi)).long().clamp(max=bins - 1)
-    votes_BCHWQ = F.one_hot(bin_BCHW, bins) * (dx.square() + dy.square()).sqrt()[..., None]
+    votes_BCHWQ = F.one_hot(orientation_bins(dx, dy, bins), bins) * (dx.square() + dy.square()).sqrt()[..., None]
     B, C, H, W, _ = votes_BCHWQ.shape
     cells = votes_BCHWQ.reshape(B, C, H // cell, cell, W // cell, cell, bins).sum((3, 5))
     cells = cells / cells.square().sum(-1, keepdim=True).sqrt().clamp(min=_EPS)

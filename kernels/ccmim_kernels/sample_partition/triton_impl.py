@@ -132,7 +132,7 @@ def sample_partition_kernel(
     if BLOCKWISE:
         keys = block_keys(patch, sample, seed, stream, epoch, L - keep, rows, columns, block_min, CHUNK)
     else:
-        logits = tl.load(logits_ptr + image * L + patch, mask=valid & (has_logits != 0), other=0.0).to(tl.float32)
+        logits = tl.load(logits_ptr + image * L + patch, mask=patch < L * has_logits, other=0.0).to(tl.float32)
         keys = importance_keys(
             logits, patch, sample, seed, stream, epoch, inverse_temperature, gumbel_weight, uniform_weight
         )
