@@ -3,8 +3,10 @@
 # B local batch, N global batch, E embedding dim
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ccmim_kernels.dispatch import uses_triton
 from ccmim_kernels.info_nce import reference
 
 
@@ -22,7 +24,13 @@ def _wide(h: Tensor) -> Tensor:
 
 
 def info_nce(
-    masked_BE: Tensor, visible_BE: Tensor, visible_all_NE: Tensor | None = None, *, offset: int = 0, tau: float
+    masked_BE: Tensor,
+    visible_BE: Tensor,
+    visible_all_NE: Tensor | None = None,
+    *,
+    offset: int = 0,
+    tau: float,
+    kernels: str = "auto",
 ) -> Tensor:
     """L_NCE (Eq. 7), the mean over the B local images.
 
@@ -36,6 +44,7 @@ def info_nce(
             gradient. None: N = B, a single rank.
         offset: see above.
         tau: temperature.
+        kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`.
 
     Returns:
         A scalar; float32, or float64 from float64.
@@ -45,16 +54,22 @@ def info_nce(
     """
     visible_all_NE = visible_BE if visible_all_NE is None else visible_all_NE
     _check(visible_BE, visible_all_NE, offset, tau)
-    return reference.info_nce(_wide(masked_BE.detach()), _wide(visible_BE), _wide(visible_all_NE), offset, tau)
+    masked_BE = masked_BE.detach()
+    if uses_triton(kernels, "info_nce", visible_BE.device, masked_BE, visible_BE, visible_all_NE):
+        rows = (F.normalize(_wide(h), dim=-1) for h in (visible_BE, masked_BE, visible_all_NE))
+        return _info_nce(*rows, offset, tau)[0].mean()
+    return reference.info_nce(_wide(masked_BE), _wide(visible_BE), _wide(visible_all_NE), offset, tau)
 
 
-def moco_nce(visible_BE: Tensor, masked_all_NE: Tensor, *, offset: int = 0, tau: float) -> Tensor:
+def moco_nce(
+    visible_BE: Tensor, masked_all_NE: Tensor, *, offset: int = 0, tau: float, kernels: str = "auto"
+) -> Tensor:
     """The authors' code's loss (MoCo v3): 2 tau times the cross-entropy of hV against all hM.
 
     Args:
         visible_BE: [B, E] float, hV of the local images; receives a gradient.
         masked_all_NE: [N, E] float, hM of all ranks, no gradient; rows offset .. offset + B - 1 are the local ones.
-        offset, tau: as in `info_nce`.
+        offset, tau, kernels: as in `info_nce`.
 
     Returns:
         A scalar; float32, or float64 from float64.
@@ -63,4 +78,106 @@ def moco_nce(visible_BE: Tensor, masked_all_NE: Tensor, *, offset: int = 0, tau:
         ValueError: shapes or values that do not fit.
     """
     _check(visible_BE, masked_all_NE, offset, tau)
-    return reference.moco_nce(_wide(visible_BE), _wide(masked_all_NE.detach()), offset, tau)
+    masked_all_NE = masked_all_NE.detach()
+    if uses_triton(kernels, "info_nce", visible_BE.device, visible_BE, masked_all_NE):
+        rows = (F.normalize(_wide(h), dim=-1) for h in (visible_BE, masked_all_NE))
+        return 2 * tau * _moco_nce(*rows, offset, tau)[0].mean()
+    return reference.moco_nce(_wide(visible_BE), _wide(masked_all_NE), offset, tau)
+
+
+# The operators below take rows of norm 1 (or 0), float32. The two losses give (loss_B, positive_B): each image's loss,
+# and the similarity of its positive, which backward needs and which has no gradient.
+
+
+@torch.library.custom_op("ccmim::info_nce", mutates_args=())
+def _info_nce(student: Tensor, teacher: Tensor, keys: Tensor, offset: int, tau: float) -> tuple[Tensor, Tensor]:
+    from ccmim_kernels.info_nce import triton_impl
+
+    queries = torch.cat([student, teacher])
+    return triton_impl.losses(queries, keys, excluded=len(student), offset=offset, tau=tau)
+
+
+@torch.library.custom_op("ccmim::moco_nce", mutates_args=())
+def _moco_nce(student: Tensor, keys: Tensor, offset: int, tau: float) -> tuple[Tensor, Tensor]:
+    from ccmim_kernels.info_nce import triton_impl
+
+    return triton_impl.losses(student, keys, excluded=0, offset=offset, tau=tau)
+
+
+@torch.library.custom_op("ccmim::nce_student_gradient", mutates_args=())
+def _student_gradient(
+    student: Tensor,
+    keys: Tensor,
+    loss: Tensor,
+    positive: Tensor,
+    grad: Tensor,
+    own_excluded: bool,
+    offset: int,
+    tau: float,
+) -> Tensor:
+    from ccmim_kernels.info_nce import triton_impl
+
+    excluded = len(student) if own_excluded else 0
+    return triton_impl.gradient(
+        student, keys, loss, positive, grad, of_keys=False, excluded=excluded, offset=offset, tau=tau
+    )
+
+
+@torch.library.custom_op("ccmim::nce_key_gradient", mutates_args=())
+def _key_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    keys: Tensor,
+    loss: Tensor,
+    positive: Tensor,
+    grad: Tensor,
+    offset: int,
+    tau: float,
+) -> Tensor:
+    from ccmim_kernels.info_nce import triton_impl
+
+    queries = torch.cat([student, teacher])
+    return triton_impl.gradient(
+        keys, queries, loss, positive, grad, of_keys=True, excluded=len(student), offset=offset, tau=tau
+    )
+
+
+@_info_nce.register_fake
+@_moco_nce.register_fake
+def _(student, *_arguments):
+    return student.new_empty(len(student)), student.new_empty(len(student))
+
+
+@_student_gradient.register_fake
+def _(student, *_arguments):
+    return torch.empty_like(student, memory_format=torch.contiguous_format)
+
+
+@_key_gradient.register_fake
+def _(student, teacher, keys, *_arguments):
+    return torch.empty_like(keys, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output):
+    *rows, ctx.offset, ctx.tau = inputs
+    ctx.save_for_backward(*rows, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _info_nce_backward(ctx, grad_loss, _grad_positive):
+    student, teacher, keys, loss, positive = ctx.saved_tensors
+    of_student = of_keys = None
+    if ctx.needs_input_grad[0]:
+        of_student = _student_gradient(student, keys, loss, positive, grad_loss, True, ctx.offset, ctx.tau)
+    if ctx.needs_input_grad[2]:
+        of_keys = _key_gradient(student, teacher, keys, loss, positive, grad_loss, ctx.offset, ctx.tau)
+    return of_student, None, of_keys, None, None
+
+
+def _moco_nce_backward(ctx, grad_loss, _grad_positive):
+    student, keys, loss, positive = ctx.saved_tensors
+    return _student_gradient(student, keys, loss, positive, grad_loss, False, ctx.offset, ctx.tau), None, None, None
+
+
+_info_nce.register_autograd(_info_nce_backward, setup_context=_save)
+_moco_nce.register_autograd(_moco_nce_backward, setup_context=_save)
