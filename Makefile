@@ -1,6 +1,7 @@
 # make demo        sets up and does the main job: pretrains, compares, writes runs/demo/report.html
 # make test        sets up and passes the tests; ENV=torch211 or ENV=pascal: those that another torch could break
 # make test-gpu    the tests marked `gpu`, with $(PYTHON) and its own torch: nothing is installed
+# make sanitize-gpu  memcheck and racecheck of the small kernel tests (compute-sanitizer is part of the CUDA toolkit)
 # make bench-gpu   times the ops, with $(PYTHON) likewise, and writes benchmarks/results/ops-*; ARGS="--op info_nce"
 PYTHON ?= python3
 # Not from the environment, where ENV is the name of a shell's start-up file.
@@ -23,7 +24,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 AT_HAND := PYTHONPATH=.:kernels $(PYTHON)
 
-.PHONY: demo test test-gpu bench-gpu lint format clean
+.PHONY: demo test test-gpu sanitize-gpu bench-gpu lint format clean
 
 demo: $(STAMP)
 	$(BIN)/ccmim demo --overwrite
@@ -33,6 +34,13 @@ test: $(STAMP)
 
 test-gpu:
 	$(AT_HAND) -m pytest -m gpu $(ARGS)
+
+SMALL := "(same_partition or equals_reference or gradients or test_kernel or gold) and not 2048"
+sanitize-gpu:
+	for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=.:kernels compute-sanitizer --tool $$tool --error-exitcode 9 \
+		$(PYTHON) -m pytest tests/ops -x -m "not slow" -k $(SMALL) || exit 1; \
+	done
 
 bench-gpu:
 	$(AT_HAND) benchmarks/ops/bench.py $(ARGS)

@@ -15,7 +15,7 @@ from ccmim_fast.trainer.precision import choose_precision
 _OPTIONAL = (
     ("nvidia-dali-cuda130", "images are decoded by Pillow", "pip install nvidia-dali-cuda130"),
     ("nvidia-dali-cuda120", "images are decoded by Pillow", "pip install nvidia-dali-cuda120"),
-    ("triton", "ops run as plain PyTorch", "comes with torch on Linux"),
+    ("triton", "train.kernels=triton cannot be had: ops run as plain PyTorch", "comes with torch on Linux"),
 )
 
 

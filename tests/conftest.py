@@ -22,8 +22,14 @@ def pytest_configure(config):
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
+# First, so that `-m gpu` sees the marks.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
+        # Every test of a kernel is a GPU test where there is a GPU.
+        for item in items:
+            if "device" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.gpu)
         return
     for item in items:
         if item.get_closest_marker("gpu"):

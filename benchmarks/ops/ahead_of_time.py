@@ -2,7 +2,7 @@
 
 The launchers themselves are asked what they would launch (`ccmim_kernels.launch.recorded`, tensors on the meta device),
 so nothing is listed twice. Prints a table of registers, spills and shared memory; exit status 1 where a kernel does not
-compile, or spills without a reason in `ALLOWED_SPILLS`.
+compile, wants more shared memory than there is, or spills without a reason in `ALLOWED_SPILLS`.
 
     python benchmarks/ops/ahead_of_time.py [--op NAME] [--arch 61 90] [--write FILE]
 """
@@ -25,7 +25,8 @@ from triton.compiler import ASTSource
 
 from ccmim_kernels.launch import Launch, compiler_options
 
-ARCHITECTURES = (61, 70, 75, 80, 86, 89, 90, 100, 120)
+# Compute capability: kB of shared memory a program can have (CUDA C++ Programming Guide, technical specifications).
+ARCHITECTURES = {61: 48, 70: 96, 75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 ALLOWED_SPILLS: dict[str, str] = {}  # kernel name: why
 
 
@@ -74,7 +75,9 @@ def compile_for(launch: Launch, architecture: int) -> Resources:
 def describe(launch: Launch) -> str:
     """One line: the types and constants that make a variant, as far as they vary."""
     types = dict.fromkeys(kind for kind in launch.arguments if kind in ("*fp16", "*bf16"))
-    unaligned = "" if any(kind.endswith(":16") for kind in launch.arguments) else "unaligned"
+    specialised = any(not p.do_not_specialize for p, k in zip(launch.kernel.params, launch.arguments) if k[0] == "i")
+    aligned = any(kind.endswith(":16") for kind in launch.arguments)
+    unaligned = "unaligned" if specialised and not aligned else ""
     constants = [f"{name}={value}" for name, value in launch.constants]
     return " ".join([*(kind[1:] for kind in types), *filter(None, [unaligned]), *constants, f"warps={launch.warps}"])
 
@@ -99,7 +102,7 @@ def compile_all(ops: list[str], architectures: list[int]) -> Iterator[tuple[Laun
 def table(results: dict[Launch, dict[int, Resources | str]], architectures: list[int]) -> str:
     """Markdown, one row per kernel variant; a cell is registers, shared memory in bytes, and spills where there are."""
     lines = ["| kernel | variant | " + " | ".join(f"sm_{a}" for a in architectures) + " |"]
-    lines.append("|---|---" * 1 + "|---" * len(architectures) + "|")
+    lines.append("|---" * (2 + len(architectures)) + "|")
     for launch, found in results.items():
         cells = [_cell(found[a]) for a in architectures]
         lines.append(f"| {launch.kernel.__name__} | {describe(launch)} | " + " | ".join(cells) + " |")
@@ -125,6 +128,10 @@ def main() -> int:
         name = f"{launch.kernel.__name__} ({describe(launch)}) sm_{architecture}"
         if isinstance(found, str):
             wrong.append(f"{name}: {found}")
+        elif found.shared > ARCHITECTURES[architecture] * 1024:
+            wrong.append(
+                f"{name}: wants {found.shared} bytes of shared memory, there are {ARCHITECTURES[architecture]} kB"
+            )
         elif found.spilled and launch.kernel.__name__ not in ALLOWED_SPILLS:
             wrong.append(f"{name}: spills {found.spilled} bytes a thread")
     text = (

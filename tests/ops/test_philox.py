@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
-from ccmim_kernels.philox import STREAM_CROP, keyed_gumbel, keyed_uniform, philox_4x32, to_unit
+from ccmim_kernels.philox import STREAM_CROP, keyed_gumbel, keyed_uniform, philox_4x32, stream_key, to_unit
+from ccmim_kernels.sample_partition.triton_impl import draw_bits, importance_keys
 
 # Known answers of the generator's authors (Random123, kat_vectors, philox4x32 with 10 rounds): counter, key, result.
 KNOWN = [
@@ -60,3 +63,40 @@ def test_gumbel_moments():
     # The fourth central moment of Gumbel is 3 pi^4 / 20, so Var[s^2] is about (3 pi^4 / 20 - variance^2) / n.
     spread = math.sqrt((3 * math.pi**4 / 20 - variance**2) / count)
     assert abs(noise.var().item() - variance) < 5 * spread
+
+
+@triton.jit(do_not_specialize=["seed", "stream", "epoch"])
+def noise_kernel(words_ptr, gumbel_ptr, uniform_ptr, ids_ptr, seed, stream, epoch, L: tl.constexpr):
+    patch = tl.arange(0, L)
+    sample = tl.load(ids_ptr)
+    words = draw_bits(seed, stream, epoch, sample, patch)
+    for index in tl.static_range(4):
+        tl.store(words_ptr + index * L + patch, words[index].to(tl.int64))
+    tl.store(gumbel_ptr + patch, importance_keys(patch * 0.0, patch, sample, seed, stream, epoch, 1.0, 1.0, 0.0))
+    tl.store(uniform_ptr + patch, importance_keys(patch * 0.0, patch, sample, seed, stream, epoch, 1.0, 0.0, -1.0))
+
+
+@pytest.mark.parametrize(
+    ("seed", "stream", "epoch", "sample"), [(0, 0, 0, 0), (2**32 - 1, 4, 2**32 - 1, 2**63 - 1), (7, 1, 2**31, 2**31)]
+)
+def test_kernel_draws_the_same_bits_and_the_same_noise(seed, stream, epoch, sample, device):
+    """Words equal, and Gumbel and uniform noise equal as float32 bits: not merely in their order."""
+    L = 4096
+    words = torch.empty(4, L, dtype=torch.int64, device=device)
+    gumbel, uniform = torch.empty(2, L, device=device)
+    id_1 = torch.tensor([sample], device=device)
+    noise_kernel[(1,)](
+        words,
+        gumbel,
+        uniform,
+        id_1,
+        *(torch.tensor(w, dtype=torch.int64).to(torch.int32).item() for w in (seed, stream, epoch)),
+        L=L,
+        enable_fp_fusion=False,
+    )
+    counters = (torch.arange(L, device=device), id_1 & 0xFFFFFFFF, id_1 >> 32, torch.tensor([epoch], device=device))
+    expected = torch.stack(philox_4x32(stream_key(seed, stream), *counters))
+    assert torch.equal(words & 0xFFFFFFFF, expected)
+    if stream == 0:
+        assert torch.equal(gumbel, keyed_gumbel(seed, epoch, id_1, L)[0])
+        assert torch.equal(uniform, keyed_uniform(seed, epoch, id_1, L)[0].float())

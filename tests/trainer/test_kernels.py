@@ -50,7 +50,7 @@ def test_training_converges_alike(case, device):
         ours = losses_of("triton", device, 32, **CASES[case])
     reference = losses_of("reference", device, 32, **CASES[case])
     assert launches
-    # The loss that is minimised, and its first term; the second, in which BatchNorm of four rows amplifies rounding, apart.
+    # The loss that is minimised, and its first term; apart the second, where BatchNorm of four rows amplifies rounding.
     torch.testing.assert_close(ours[:, :2], reference[:, :2], rtol=1e-5, atol=0)
     torch.testing.assert_close(ours[:, 2], reference[:, 2], rtol=1e-4, atol=0)
     assert reference[-4:, 1].mean() < 0.95 * reference[:4, 1].mean()

@@ -63,8 +63,8 @@ def divide_tokens(
         logits_BL: [B, L] float, no gradient; not together with `direction_D`.
         eps: of the LayerNorm.
         with_masked: gather the masked set too.
-        kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`. Triton's is one launch; `block` takes one
-            to sample and one for each set.
+        kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`. Triton's is one launch; `block`
+            takes one to sample and one for each set.
 
     Raises:
         ValueError: an argument out of its range, or both or neither of logits and direction for an importance strategy.
