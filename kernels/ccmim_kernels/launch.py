@@ -87,6 +87,9 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int, fp_fusion: b
         launches.append(Launch(kernel, types, tuple(sorted(constants.items())), warps, fp_fusion))
         if not run:
             return
+    devices = {str(x.device) for x in arguments if isinstance(x, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"tensors are on {', '.join(sorted(devices))}, expected one device")
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(arguments[0]):
         kernel[(programs,)](*arguments, **compiler_options(warps, fp_fusion), **constants)

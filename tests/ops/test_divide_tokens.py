@@ -4,7 +4,7 @@ import pytest
 import torch
 from ops.gold import DTYPES, assert_close_to_gold, compare
 
-from ccmim_kernels import divide_tokens, gather_tokens, sample_partition
+from ccmim_kernels import divide_tokens, gather_tokens, restore_tokens, sample_partition
 from ccmim_kernels.divide_tokens import op
 from ccmim_kernels.launch import recorded
 
@@ -67,12 +67,18 @@ def test_without_the_masked_set():
         ({"logits_BL": torch.zeros(3, 20), "direction_D": torch.zeros(8)}, "needs either logits or direction, got 2"),
         ({}, "needs either logits or direction, got 0"),
         ({"keep": 20}, r"keep=20 must be in 1\.\.19"),
+        ({"epoch": 2**32, "strategy": "random"}, r"epoch=4294967296 must be in 0\.\.4294967295"),
+        ({"seed": -1, "strategy": "random"}, "seed=-1 must be in"),
+        ({"logits_BL": torch.zeros(1, 20)}, r"logits are \[1, 20\], expected \[3, 20\]"),
+        ({"direction_D": torch.zeros(5)}, r"direction is \[5\], expected \[8\]"),
+        ({"prefix_PD": torch.zeros(8)}, r"prefix \[8\] must be \[P, 8\]"),
+        ({"ids_B": torch.arange(1)}, r"ids are \[1\], expected \[3\]"),
     ],
 )
 def test_errors(options, message):
     tokens, prefix, ids = made()
     with pytest.raises(ValueError, match=message):
-        divide_tokens(tokens, prefix, ids, **{**WHERE, **options})
+        divide_tokens(**{"tokens_BLD": tokens, "prefix_PD": prefix, "ids_B": ids, **WHERE, **options})
 
 
 STRATEGIES = ["random", "block", "importance", "importance_sampling"]
@@ -217,3 +223,35 @@ def test_opcheck(with_masked, device):
     leaves = tokens.requires_grad_(), prefix.requires_grad_(), ids
     torch.library.opcheck(op._divide_tokens, (*leaves, None, torch.randn(6, device=device)), rest)
     torch.library.opcheck(op._divide_tokens, (*leaves, torch.randn(2, 8, device=device), None), rest)
+
+
+def test_half_precision_direction_still_scores_in_float32(device):
+    tokens, prefix, ids, where = given((2, (4, 4), 4, 1, 24), torch.bfloat16, device)
+    direction = torch.randn(24, device=device).bfloat16()
+    ours, expected = (
+        divide_tokens(tokens, prefix, ids, direction_D=direction, kernels=k, **where) for k in ("triton", "reference")
+    )
+    assert ours.logits.dtype == expected.logits.dtype == torch.float32
+    torch.testing.assert_close(ours.logits, expected.logits)
+
+
+def test_a_new_batch_size_is_not_a_new_graph(device):
+    """The fakes hand symbolic sizes on: the first size is compiled, the next makes it dynamic, the rest reuse it."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def visible(tokens, prefix, ids):
+        out = divide_tokens(
+            tokens, prefix, ids, strategy="random", grid=(4, 4), keep=4, seed=0, epoch=0, kernels="triton"
+        )
+        grid = restore_tokens(out.visible, prefix[0], out.partition.ids_restore_BL, tokens[0, :1] * 0 + positions)
+        return grid + gather_tokens(tokens, out.partition.ids_visible_BK, kernels="triton").sum()
+
+    positions = torch.zeros(17, 8, device=device)
+    compiled = torch.compile(visible, backend=backend, fullgraph=True)
+    for batch in (3, 4, 5, 6):
+        compiled(*given((batch, (4, 4), 4, 1, 8), torch.float32, device)[:3])
+    assert len(graphs) == 2

@@ -37,6 +37,8 @@ def test_non_contiguous_tokens():
 def test_errors():
     with pytest.raises(ValueError, match=r"tokens \[4, 9, 5\] and ids \[3, 2\]"):
         gather_tokens(torch.zeros(4, 9, 5), torch.zeros(3, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"prefix \[1, 3, 5\] must be \[P, 5\]"):
+        gather_tokens(torch.zeros(4, 9, 5), torch.zeros(4, 2, dtype=torch.int64), torch.zeros(1, 3, 5))
     with pytest.raises(ValueError, match=r"prefix \[1, 6\] must be \[P, 5\]"):
         gather_tokens(torch.zeros(4, 9, 5), torch.zeros(4, 2, dtype=torch.int64), torch.zeros(1, 6))
 
@@ -65,6 +67,16 @@ def test_kernel_takes_strided_tokens(device):
     ids = distinct(4, 9, 3).to(device)
     for tokens in (wide.transpose(0, 1), wide.transpose(0, 1)[..., ::2], wide.transpose(0, 1)[1:2].expand(4, -1, -1)):
         assert torch.equal(gather_tokens(tokens, ids, kernels="triton"), gather_tokens(tokens, ids))
+
+
+def test_kernel_without_rows_writes_the_prefix(device):
+    out = gather_tokens(
+        torch.zeros(2, 9, 4, device=device),
+        torch.empty(2, 0, dtype=torch.int64, device=device),
+        torch.ones(1, 4, device=device),
+        kernels="triton",
+    )
+    assert torch.equal(out, torch.ones(2, 1, 4, device=device))
 
 
 def test_kernel_on_an_empty_batch(device):

@@ -315,3 +315,19 @@ def test_kernel_errors():
             loss(h, h.double(), tau=0.2, kernels="triton")
         with pytest.raises(ValueError, match="kernels='cuda' must be one of auto, triton, reference"):
             loss(h, h, tau=0.2, kernels="cuda")
+
+
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+def test_float32_even_under_autocast(kernels, device):
+    masked, visible = torch.randn(2, 8, 16, device=device)
+    plain = info_nce(masked, visible, tau=0.2, kernels=kernels), moco_nce(visible, masked, tau=0.2, kernels=kernels)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        under = info_nce(masked, visible, tau=0.2, kernels=kernels), moco_nce(visible, masked, tau=0.2, kernels=kernels)
+    assert all(torch.equal(a, b) for a, b in zip(plain, under))
+
+
+def test_no_rows_and_unequal_sets_are_refused():
+    with pytest.raises(ValueError, match="no rows"):
+        info_nce(torch.zeros(0, 4), torch.zeros(0, 4), tau=0.2)
+    with pytest.raises(ValueError, match=r"hM \[2, 4\] and hV \[3, 4\] differ"):
+        info_nce(torch.zeros(2, 4), torch.zeros(3, 4), tau=0.2)

@@ -35,7 +35,9 @@ def test_errors():
     ids = torch.zeros(2, 6, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"visible \[2, 9, 4\] must be \[2, 1 \+ K, D\] with K < 6"):
         restore_tokens(torch.zeros(2, 9, 4), torch.zeros(4), ids, torch.zeros(7, 4))
-    with pytest.raises(ValueError, match=r"positions \[6, 4\] must be \[7, D\]"):
+    with pytest.raises(ValueError, match=r"mask token \[3\] must be \[4\]"):
+        restore_tokens(torch.zeros(2, 3, 4), torch.zeros(3), ids, torch.zeros(7, 4))
+    with pytest.raises(ValueError, match=r"positions \[6, 4\] must be \[7, 4\]"):
         restore_tokens(torch.zeros(2, 3, 4), torch.zeros(4), ids, torch.zeros(6, 4))
 
 

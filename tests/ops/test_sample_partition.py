@@ -272,3 +272,16 @@ def test_opcheck(strategy, device):
     logits = torch.randn(3, 15, device=device) if strategy.startswith("importance") else None
     arguments = (logits, torch.arange(3, device=device), 3, 5, 4, 0, 1, strategy, "gumbel", 1.0, 16)
     torch.library.opcheck(op._sample_partition, arguments)
+
+
+def test_ids_of_one_strided_row_and_of_32_bits(device):
+    expected = divide(None, torch.tensor([8], device=device), 16, (8, 8), strategy="random")
+    for ids in (torch.arange(8, 16, device=device)[::8], torch.tensor([8], device=device, dtype=torch.int32)):
+        assert_same(divide(None, ids, 16, (8, 8), strategy="random", kernels="triton"), expected)
+
+
+def test_random_takes_no_notice_of_the_temperature(device):
+    ids = torch.arange(4, device=device)
+    expected = divide(None, ids, 16, (8, 8), strategy="random")
+    assert_same(divide(None, ids, 16, (8, 8), strategy="random", temperature=1e-40, kernels="triton"), expected)
+    assert not expected.nan_B.any()

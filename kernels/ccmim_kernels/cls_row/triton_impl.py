@@ -38,7 +38,9 @@ def cls_row_kernel(
     valid = token < T
     keys = k_ptr + image * k_stride_b + (token.to(tl.int64) * k_stride_t)[:, None]
     mean = tl.zeros([BLOCK_T], tl.float32)
-    for head in range(N):
+    for index in range(N):
+        # Where heads are the slowest dimension, their offset exceeds 32 bits.
+        head = tl.cast(index, tl.int64)
         row = tl.zeros([BLOCK_T], tl.float32)
         for start in range(0, H, BLOCK_H):
             column = start + tl.arange(0, BLOCK_H)

@@ -11,7 +11,13 @@ from ccmim_kernels.dispatch import uses_triton
 from ccmim_kernels.divide_tokens import reference
 from ccmim_kernels.gather_tokens.op import gather_gradients, gather_tokens
 from ccmim_kernels.partition import Partition
-from ccmim_kernels.sample_partition.op import check_partition_arguments, sample_partition, widened
+from ccmim_kernels.sample_partition.op import (
+    check_partition_arguments,
+    checked_ids,
+    checked_logits,
+    sample_partition,
+    widened,
+)
 
 
 class Divided(NamedTuple):
@@ -69,15 +75,20 @@ def divide_tokens(
     Raises:
         ValueError: an argument out of its range, or both or neither of logits and direction for an importance strategy.
     """
-    patches = tokens_BLD.shape[1]
-    check_partition_arguments(strategy, noise, keep, patches, temperature)
+    B, patches, D = tokens_BLD.shape
+    if prefix_PD.ndim != 2 or prefix_PD.shape[1] != D:
+        raise ValueError(f"prefix {list(prefix_PD.shape)} must be [P, {D}]")
+    if direction_D is not None and tuple(direction_D.shape) != (D,):
+        raise ValueError(f"direction is {list(direction_D.shape)}, expected [{D}]")
+    check_partition_arguments(strategy, noise, keep, patches, temperature, seed, epoch)
+    ids_B = checked_ids(ids_B, B)
+    logits_BL = checked_logits(logits_BL, B, patches)
     if grid[0] * grid[1] != patches:
         raise ValueError(f"grid={grid} has {grid[0] * grid[1]} patches, tokens have {patches}")
     given = (logits_BL is not None) + (direction_D is not None)
     if strategy.startswith("importance") and given != 1:
         raise ValueError(f"strategy={strategy} needs either logits or direction, got {given} of them")
-    logits_BL = None if logits_BL is None else widened(logits_BL.detach())
-    direction_D = None if direction_D is None else direction_D.detach()
+    direction_D = None if direction_D is None else widened(direction_D.detach())
     sampling = {
         "keep": keep,
         "seed": seed,
@@ -95,7 +106,6 @@ def divide_tokens(
     if strategy == "block":
         partition = sample_partition(None, ids_B, grid=grid, block_min=block_min, kernels="triton", **sampling)
         return _gather_both(tokens_BLD, prefix_PD, partition, with_masked)
-    direction_D = None if direction_D is None else direction_D.float()
     visible, masked, computed, *partition = _divide_tokens(
         tokens_BLD, prefix_PD, ids_B, logits_BL, direction_D, eps=eps, with_masked=with_masked, **sampling
     )
@@ -150,7 +160,7 @@ def _divide_tokens(
 @_divide_tokens.register_fake
 def _(tokens, prefix, ids, logits, direction, eps, with_masked, keep, *_sampling):
     B, L, D = tokens.shape
-    P = len(prefix)
+    P = prefix.shape[0]
     return (
         tokens.new_empty((B, P + keep, D)),
         tokens.new_empty((B, P + L - keep, D) if with_masked else (0,)),

@@ -34,16 +34,18 @@ def folded_logits(rows_ptr, offset, valid, direction_ptr, eps, D, TOKENS: tl.con
         v = tl.load(direction_ptr + column, mask=inside, other=0.0)
         x = x.to(tl.float32)
         count = tl.minimum(D - start, BLOCK_D).to(tl.float32)
-        mean_new = tl.sum(x, 1) / count
+        # Exactly rounded: of equal values the mean is the value, and LN is zero.
+        mean_new = tl.div_rn(tl.sum(x, 1), count)
         x = tl.where(inside[None, :], x - mean_new[:, None], 0.0)
         v_new = tl.sum(v, 0)
         seen = start + count
         step = mean_new - mean
-        together = mean + step * (count / seen)
-        squares += tl.sum(x * x, 1) + step * step * (start * (count / seen))
+        share = tl.div_rn(count, seen)
+        together = mean + step * share
+        squares += tl.sum(x * x, 1) + step * step * (start * share)
         product += (mean - together) * v_sum + tl.sum(x * v[None, :], 1) + (mean_new - together) * v_new
         mean, v_sum = together, v_sum + v_new
-    return product / tl.sqrt(squares / D + eps)
+    return tl.div_rn(product, tl.sqrt_rn(squares / D + eps))
 
 
 @triton.jit(do_not_specialize=["L", "keep", "P", "scored", "has_logits", "with_masked", "seed", "stream", "epoch"])
@@ -176,7 +178,7 @@ def divide_tokens(
         signed(seed),
         STREAM_MASK,
         signed(epoch),
-        1.0 / temperature,
+        1.0 if strategy == "random" else 1.0 / temperature,
         *noise_weights(strategy, noise),
         float(eps),
         D,

@@ -30,7 +30,7 @@ def gather_tokens(
     """
     if tokens_BLD.ndim != 3 or ids_BK.ndim != 2 or len(tokens_BLD) != len(ids_BK):
         raise ValueError(f"tokens {list(tokens_BLD.shape)} and ids {list(ids_BK.shape)} must be [B, L, D] and [B, K]")
-    if prefix_PD is not None and prefix_PD.shape[-1] != tokens_BLD.shape[-1]:
+    if prefix_PD is not None and (prefix_PD.ndim != 2 or prefix_PD.shape[1] != tokens_BLD.shape[2]):
         raise ValueError(f"prefix {list(prefix_PD.shape)} must be [P, {tokens_BLD.shape[-1]}]")
     if uses_triton(kernels, "gather_tokens", tokens_BLD.device, tokens_BLD, prefix_PD):
         return _gather_tokens(tokens_BLD, ids_BK, prefix_PD)
@@ -46,8 +46,8 @@ def _gather_tokens(tokens: Tensor, ids: Tensor, prefix: Tensor | None) -> Tensor
 
 @_gather_tokens.register_fake
 def _(tokens, ids, prefix):
-    rows = ids.shape[1] + (0 if prefix is None else len(prefix))
-    return tokens.new_empty((len(tokens), rows, tokens.shape[2]))
+    rows = ids.shape[1] + (0 if prefix is None else prefix.shape[0])
+    return tokens.new_empty((tokens.shape[0], rows, tokens.shape[2]))
 
 
 @torch.library.custom_op("ccmim::scatter_tokens", mutates_args=())
@@ -60,7 +60,7 @@ def scatter_tokens(grad: Tensor, ids: Tensor, patches: int) -> Tensor:
 
 @scatter_tokens.register_fake
 def _(grad, ids, patches):
-    return grad.new_empty((len(grad), patches, grad.shape[2]))
+    return grad.new_empty((grad.shape[0], patches, grad.shape[2]))
 
 
 def gather_gradients(

@@ -103,7 +103,8 @@ def gather_tokens(tokens_BLD: Tensor, ids_BK: Tensor, prefix_PD: Tensor | None) 
     tokens_BLD = rows_contiguous(tokens_BLD)
     out_BTD = torch.empty(B, P + K, D, dtype=tokens_BLD.dtype, device=tokens_BLD.device)
     tile = tile_for(D)
-    tiles = triton.cdiv(K, tile["TOKENS"])
+    # Without rows too, the prefix is written.
+    tiles = max(1, triton.cdiv(K, tile["TOKENS"]))
     launch(
         gather_tokens_kernel,
         B * tiles,

@@ -13,6 +13,8 @@ from ccmim_kernels.info_nce import reference
 def _check(rows_BE: Tensor, all_NE: Tensor, offset: int, tau: float) -> None:
     if rows_BE.shape[1] != all_NE.shape[1]:
         raise ValueError(f"embeddings {list(rows_BE.shape)} and {list(all_NE.shape)} differ in width")
+    if not len(rows_BE):
+        raise ValueError("no rows: the mean over them is not defined")
     if not 0 <= offset <= len(all_NE) - len(rows_BE):
         raise ValueError(f"offset={offset} must be in 0..{len(all_NE) - len(rows_BE)}")
     if not tau > 0:
@@ -54,11 +56,15 @@ def info_nce(
     """
     visible_all_NE = visible_BE if visible_all_NE is None else visible_all_NE
     _check(visible_BE, visible_all_NE, offset, tau)
+    if masked_BE.shape != visible_BE.shape:
+        raise ValueError(f"hM {list(masked_BE.shape)} and hV {list(visible_BE.shape)} differ")
     masked_BE = masked_BE.detach()
     if uses_triton(kernels, "info_nce", visible_BE.device, masked_BE, visible_BE, visible_all_NE):
         rows = (F.normalize(_wide(h), dim=-1) for h in (visible_BE, masked_BE, visible_all_NE))
         return _info_nce(*rows, offset, tau)[0].mean()
-    return reference.info_nce(_wide(masked_BE), _wide(visible_BE), _wide(visible_all_NE), offset, tau)
+    # Losses stay float32 under autocast too.
+    with torch.autocast(visible_BE.device.type, enabled=False):
+        return reference.info_nce(_wide(masked_BE), _wide(visible_BE), _wide(visible_all_NE), offset, tau)
 
 
 def moco_nce(
@@ -82,7 +88,8 @@ def moco_nce(
     if uses_triton(kernels, "info_nce", visible_BE.device, visible_BE, masked_all_NE):
         rows = (F.normalize(_wide(h), dim=-1) for h in (visible_BE, masked_all_NE))
         return 2 * tau * _moco_nce(*rows, offset, tau)[0].mean()
-    return reference.moco_nce(_wide(visible_BE), _wide(masked_all_NE), offset, tau)
+    with torch.autocast(visible_BE.device.type, enabled=False):
+        return reference.moco_nce(_wide(visible_BE), _wide(masked_all_NE), offset, tau)
 
 
 # The operators below take rows of norm 1 (or 0), float32. The two losses give (loss_B, positive_B): each image's loss,
@@ -145,7 +152,7 @@ def _key_gradient(
 @_info_nce.register_fake
 @_moco_nce.register_fake
 def _(student, *_arguments):
-    return student.new_empty(len(student)), student.new_empty(len(student))
+    return student.new_empty(student.shape[0]), student.new_empty(student.shape[0])
 
 
 @_student_gradient.register_fake

@@ -37,8 +37,11 @@ def restore_tokens(
     B, L = ids_restore_BL.shape
     if len(visible_BTD) != B or visible_BTD.shape[1] > L:
         raise ValueError(f"visible {list(visible_BTD.shape)} must be [{B}, 1 + K, D] with K < {L}")
-    if positions_SD.shape[0] != L + 1:
-        raise ValueError(f"positions {list(positions_SD.shape)} must be [{L + 1}, D]")
+    D = visible_BTD.shape[2]
+    if tuple(positions_SD.shape) != (L + 1, D):
+        raise ValueError(f"positions {list(positions_SD.shape)} must be [{L + 1}, {D}]")
+    if tuple(mask_token_D.shape) != (D,):
+        raise ValueError(f"mask token {list(mask_token_D.shape)} must be [{D}]")
     positions_SD = positions_SD.detach()
     if uses_triton(kernels, "restore_tokens", visible_BTD.device, visible_BTD, mask_token_D, positions_SD):
         return _restore_tokens(visible_BTD, mask_token_D, ids_restore_BL, positions_SD)
@@ -54,7 +57,7 @@ def _restore_tokens(visible: Tensor, mask_token: Tensor, ids_restore: Tensor, po
 
 @_restore_tokens.register_fake
 def _(visible, mask_token, ids_restore, positions):
-    return visible.new_empty((len(visible), ids_restore.shape[1] + 1, visible.shape[2]))
+    return visible.new_empty((visible.shape[0], ids_restore.shape[1] + 1, visible.shape[2]))
 
 
 @torch.library.custom_op("ccmim::restore_tokens_visible_gradient", mutates_args=())
@@ -66,7 +69,7 @@ def _visible_gradient(grad: Tensor, ids_restore: Tensor, keep: int) -> Tensor:
 
 @_visible_gradient.register_fake
 def _(grad, ids_restore, keep):
-    return grad.new_empty((len(grad), keep + 1, grad.shape[2]))
+    return grad.new_empty((grad.shape[0], keep + 1, grad.shape[2]))
 
 
 @torch.library.custom_op("ccmim::restore_tokens_mask_token_gradient", mutates_args=())

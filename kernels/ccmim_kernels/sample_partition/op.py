@@ -13,7 +13,9 @@ STRATEGIES = ("random", "block", "importance", "importance_sampling")
 NOISES = ("gumbel", "uniform")
 
 
-def check_partition_arguments(strategy: str, noise: str, keep: int, patches: int, temperature: float) -> None:
+def check_partition_arguments(
+    strategy: str, noise: str, keep: int, patches: int, temperature: float, seed: int, epoch: int
+) -> None:
     """Raise ValueError unless the arguments shared by all dividing ops are possible."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} must be one of {', '.join(STRATEGIES)}")
@@ -23,6 +25,25 @@ def check_partition_arguments(strategy: str, noise: str, keep: int, patches: int
         raise ValueError(f"keep={keep} must be in 1..{patches - 1}")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be greater than 0")
+    for name, word in (("seed", seed), ("epoch", epoch)):
+        if not 0 <= word < 2**32:
+            raise ValueError(f"{name}={word} must be in 0..{2**32 - 1}")
+
+
+def checked_ids(ids_B: Tensor, batch: int) -> Tensor:
+    """[batch] sample ids as int64; ValueError for another shape."""
+    if tuple(ids_B.shape) != (batch,):
+        raise ValueError(f"ids are {list(ids_B.shape)}, expected [{batch}]")
+    return ids_B.to(torch.int64)
+
+
+def checked_logits(logits_BL: Tensor | None, batch: int, patches: int) -> Tensor | None:
+    """[batch, patches] scores without gradient, float32 whatever they came in (float64 stays); ValueError likewise."""
+    if logits_BL is None:
+        return None
+    if tuple(logits_BL.shape) != (batch, patches):
+        raise ValueError(f"logits are {list(logits_BL.shape)}, expected [{batch}, {patches}]")
+    return widened(logits_BL.detach())
 
 
 def sample_partition(
@@ -66,13 +87,12 @@ def sample_partition(
         ValueError: an argument out of its range; the message names it and its limit.
     """
     patches = grid[0] * grid[1]
-    check_partition_arguments(strategy, noise, keep, patches, temperature)
+    check_partition_arguments(strategy, noise, keep, patches, temperature, seed, epoch)
+    ids_B = checked_ids(ids_B, ids_B.shape[0])
     if strategy.startswith("importance"):
         if logits_BL is None:
             raise ValueError(f"strategy={strategy} needs logits")
-        if tuple(logits_BL.shape) != (len(ids_B), patches):
-            raise ValueError(f"logits are {list(logits_BL.shape)}, expected [{len(ids_B)}, {patches}]")
-        logits_BL = widened(logits_BL.detach())
+        logits_BL = checked_logits(logits_BL, ids_B.shape[0], patches)
     else:
         logits_BL = None
     sampling = {
@@ -126,7 +146,7 @@ def _sample_partition(
 
 @_sample_partition.register_fake
 def _(logits, ids, rows, columns, keep, *_sampling):
-    B, L = len(ids), rows * columns
+    B, L = ids.shape[0], rows * columns
     index, flag = {"dtype": torch.int64}, {"dtype": torch.bool}
     return (
         ids.new_empty((B, keep), **index),

@@ -186,7 +186,7 @@ def sample_partition(
     launch(
         sample_partition_kernel,
         len(ids_B),
-        logits_BL.contiguous() if scored else ids_B.view(torch.float32),
+        logits_BL.contiguous() if scored else torch.empty(0, dtype=torch.float32, device=ids_B.device),
         ids_B,
         *out,
         patches,
@@ -195,7 +195,7 @@ def sample_partition(
         signed(seed),
         STREAM_BLOCK if blockwise else STREAM_MASK,
         signed(epoch),
-        1.0 / temperature,
+        1.0 if strategy == "random" else 1.0 / temperature,
         *noise_weights(strategy, noise),
         *grid,
         block_min,
