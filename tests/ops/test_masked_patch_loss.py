@@ -196,7 +196,7 @@ def test_kernel_compiled_equals_eager(dtype, device):
     inputs = kernel_inputs(2, (20, 30), 5, 3, 7, dtype, device)
 
     def loss_of(pred):
-        return masked_patch_loss(**inputs | {"pred_BMP": pred * 2}, patch=5, kernels="triton") * 3
+        return masked_patch_loss(**{**inputs, "pred_BMP": pred * 2}, patch=5, kernels="triton") * 3
 
     results = []
     for run in (loss_of, torch.compile(loss_of, fullgraph=True, backend="aot_eager")):
