@@ -58,25 +58,30 @@ def to_unit(bits: Tensor) -> Tensor:
     return (bits.double() + 0.5) * 2.0**-32
 
 
-def keyed_uniform(seed: int, epoch: int, ids_B: Tensor, patches: int, stream: int = STREAM_MASK) -> Tensor:
+def as_scalar(word: int | Tensor, device: torch.device) -> Tensor:
+    """[] int64 on `device`; a tensor is taken as it is, so that its value may change under a captured graph."""
+    return word if isinstance(word, Tensor) else torch.full((), word, dtype=torch.int64, device=device)
+
+
+def keyed_uniform(seed: int, epoch: int | Tensor, ids_B: Tensor, patches: int, stream: int = STREAM_MASK) -> Tensor:
     """Uniform noise [B, L] float64 in (0, 1), a function of (seed, epoch, sample id, patch) alone.
 
     Args:
-        seed, epoch: in 0 .. 2**32 - 1.
+        seed, epoch: in 0 .. 2**32 - 1; the epoch as a number or as an int64 scalar on the device of `ids_B`.
         ids_B: [B] int64 sample ids.
         patches: L.
         stream: which use of the seed, one of `STREAM_*`.
     """
     patch_L = torch.arange(patches, device=ids_B.device)
     id_B1 = ids_B.to(torch.int64)[:, None]
-    epoch_1 = torch.full((1, 1), epoch, dtype=torch.int64, device=ids_B.device)
+    epoch_1 = as_scalar(epoch, ids_B.device)
     bits_BL, *_ = philox_4x32(
         stream_key(seed, stream), patch_L[None], id_B1 & _MASK32, (id_B1 >> 32) & _MASK32, epoch_1
     )
     return to_unit(bits_BL)
 
 
-def keyed_gumbel(seed: int, epoch: int, ids_B: Tensor, patches: int) -> Tensor:
+def keyed_gumbel(seed: int, epoch: int | Tensor, ids_B: Tensor, patches: int) -> Tensor:
     """Standard Gumbel noise [B, L] float32: -log(-log(u)).
 
     Both logarithms are taken in float64 and rounded once, so that every implementation, whatever its logarithm's last

@@ -218,7 +218,14 @@ def test_kernel_is_the_same_every_time(device):
 @pytest.mark.parametrize("with_masked", [True, False])
 def test_opcheck(with_masked, device):
     tokens, prefix, ids, _ = given((2, (2, 4), 3, 1, 6), torch.float32, device)
-    sampling = {"keep": 3, "seed": 0, "epoch": 1, "strategy": "importance", "noise": "gumbel", "temperature": 1.0}
+    sampling = {
+        "keep": 3,
+        "seed": 0,
+        "epoch": torch.tensor(1, device=device),
+        "strategy": "importance",
+        "noise": "gumbel",
+        "temperature": 1.0,
+    }
     rest = {"eps": 1e-6, "with_masked": with_masked, **sampling}
     leaves = tokens.requires_grad_(), prefix.requires_grad_(), ids
     torch.library.opcheck(op._divide_tokens, (*leaves, None, torch.randn(6, device=device)), rest)

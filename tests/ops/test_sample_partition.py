@@ -270,7 +270,19 @@ def test_too_many_patches_is_refused_by_name(device):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_opcheck(strategy, device):
     logits = torch.randn(3, 15, device=device) if strategy.startswith("importance") else None
-    arguments = (logits, torch.arange(3, device=device), 3, 5, 4, 0, 1, strategy, "gumbel", 1.0, 16)
+    arguments = (
+        logits,
+        torch.arange(3, device=device),
+        3,
+        5,
+        4,
+        0,
+        torch.tensor(1, device=device),
+        strategy,
+        "gumbel",
+        1.0,
+        16,
+    )
     torch.library.opcheck(op._sample_partition, arguments)
 
 
@@ -285,3 +297,14 @@ def test_random_takes_no_notice_of_the_temperature(device):
     expected = divide(None, ids, 16, (8, 8), strategy="random")
     assert_same(divide(None, ids, 16, (8, 8), strategy="random", temperature=1e-40, kernels="triton"), expected)
     assert not expected.nan_B.any()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+def test_epoch_may_be_a_tensor(strategy, kernels, device):
+    logits, ids = torch.randn(3, 64, device=device), torch.arange(3, device=device)
+    for epoch in (0, 2**32 - 1):
+        given = torch.tensor(epoch, device=device)
+        options = {"strategy": strategy, "kernels": kernels}
+        expected = divide(logits, ids, 16, (8, 8), epoch=epoch, **options)
+        assert_same(divide(logits, ids, 16, (8, 8), epoch=given, **options), expected)

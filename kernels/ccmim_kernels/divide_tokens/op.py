@@ -11,6 +11,7 @@ from ccmim_kernels.dispatch import uses_triton
 from ccmim_kernels.divide_tokens import reference
 from ccmim_kernels.gather_tokens.op import gather_gradients, gather_tokens
 from ccmim_kernels.partition import Partition
+from ccmim_kernels.philox import as_scalar
 from ccmim_kernels.sample_partition.op import (
     check_partition_arguments,
     checked_ids,
@@ -44,7 +45,7 @@ def divide_tokens(
     keep: int,
     grid: tuple[int, int],
     seed: int,
-    epoch: int,
+    epoch: int | Tensor,
     logits_BL: Tensor | None = None,
     direction_D: Tensor | None = None,
     eps: float = 1e-6,
@@ -92,7 +93,7 @@ def divide_tokens(
     sampling = {
         "keep": keep,
         "seed": seed,
-        "epoch": epoch,
+        "epoch": as_scalar(epoch, ids_B.device),
         "strategy": strategy,
         "noise": noise,
         "temperature": temperature,
@@ -133,7 +134,7 @@ def _divide_tokens(
     with_masked: bool,
     keep: int,
     seed: int,
-    epoch: int,
+    epoch: Tensor,
     strategy: str,
     noise: str,
     temperature: float,

@@ -48,13 +48,14 @@ def folded_logits(rows_ptr, offset, valid, direction_ptr, eps, D, TOKENS: tl.con
     return tl.div_rn(product, tl.sqrt_rn(squares / D + eps))
 
 
-@triton.jit(do_not_specialize=["L", "keep", "P", "scored", "has_logits", "with_masked", "seed", "stream", "epoch"])
+@triton.jit(do_not_specialize=["L", "keep", "P", "scored", "has_logits", "with_masked", "seed", "stream"])
 def divide_tokens_kernel(
     tokens_ptr,  # [B, L, D] float, rows contiguous
     prefix_ptr,  # [P, D] float
     direction_ptr,  # [D] fp32; read where scored
     logits_ptr,  # [B, L] fp32; out where scored, else in, not read where has_logits = 0
     ids_ptr,  # [B] int64 sample ids
+    epoch_ptr,  # [] int64
     visible_ptr,  # [B, P + K, D] as tokens, out
     masked_ptr,  # [B, P + M, D] as tokens, out; not written where with_masked = 0
     ids_visible_ptr,  # [B, K] int64, out
@@ -70,7 +71,6 @@ def divide_tokens_kernel(
     with_masked,
     seed,
     stream,
-    epoch,
     inverse_temperature,
     gumbel_weight,
     uniform_weight,
@@ -103,6 +103,7 @@ def divide_tokens_kernel(
     valid = patch < L
     logits = tl.load(logits_ptr + image * L + patch, mask=patch < L * has_logits, other=0.0)
     sample = tl.load(ids_ptr + image)
+    epoch = tl.load(epoch_ptr).to(tl.int32)
     keys = importance_keys(
         logits, patch, sample, seed, stream, epoch, inverse_temperature, gumbel_weight, uniform_weight
     )
@@ -144,7 +145,7 @@ def divide_tokens(
     with_masked: bool,
     keep: int,
     seed: int,
-    epoch: int,
+    epoch: Tensor,
     strategy: str,
     noise: str,
     temperature: float,
@@ -166,6 +167,7 @@ def divide_tokens(
         direction_D.contiguous() if scored else out_BL,
         out_BL if logits_BL is None else logits_BL.contiguous(),
         ids_B,
+        epoch,
         visible_BTD,
         masked_BTD,
         *partition,
@@ -177,7 +179,6 @@ def divide_tokens(
         int(with_masked),
         signed(seed),
         STREAM_MASK,
-        signed(epoch),
         1.0 if strategy == "random" else 1.0 / temperature,
         *noise_weights(strategy, noise),
         float(eps),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ccmim_kernels.dispatch import uses_triton
 from ccmim_kernels.partition import Partition
+from ccmim_kernels.philox import as_scalar
 from ccmim_kernels.sample_partition import reference
 
 STRATEGIES = ("random", "block", "importance", "importance_sampling")
@@ -14,7 +15,7 @@ NOISES = ("gumbel", "uniform")
 
 
 def check_partition_arguments(
-    strategy: str, noise: str, keep: int, patches: int, temperature: float, seed: int, epoch: int
+    strategy: str, noise: str, keep: int, patches: int, temperature: float, seed: int, epoch: int | Tensor
 ) -> None:
     """Raise ValueError unless the arguments shared by all dividing ops are possible."""
     if strategy not in STRATEGIES:
@@ -26,7 +27,8 @@ def check_partition_arguments(
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be greater than 0")
     for name, word in (("seed", seed), ("epoch", epoch)):
-        if not 0 <= word < 2**32:
+        # A tensor's value is not looked at: that would wait for the device.
+        if not isinstance(word, Tensor) and not 0 <= word < 2**32:
             raise ValueError(f"{name}={word} must be in 0..{2**32 - 1}")
 
 
@@ -53,7 +55,7 @@ def sample_partition(
     keep: int,
     grid: tuple[int, int],
     seed: int,
-    epoch: int,
+    epoch: int | Tensor,
     strategy: str = "importance_sampling",
     noise: str = "gumbel",
     temperature: float = 1.0,
@@ -77,7 +79,7 @@ def sample_partition(
         ids_B: [B] int64 sample ids.
         keep: number of visible patches, 1 .. L - 1.
         grid: rows and columns of patches, rows * columns = L.
-        seed, epoch: 0 .. 2**32 - 1.
+        seed, epoch: 0 .. 2**32 - 1; the epoch as a number, or as an int64 scalar on the device of `ids_B`.
         kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`; the partition is the same, bit for bit.
 
     Returns:
@@ -98,7 +100,7 @@ def sample_partition(
     sampling = {
         "keep": keep,
         "seed": seed,
-        "epoch": epoch,
+        "epoch": as_scalar(epoch, ids_B.device),
         "strategy": strategy,
         "noise": noise,
         "temperature": temperature,
@@ -122,7 +124,7 @@ def _sample_partition(
     columns: int,
     keep: int,
     seed: int,
-    epoch: int,
+    epoch: Tensor,
     strategy: str,
     noise: str,
     temperature: float,

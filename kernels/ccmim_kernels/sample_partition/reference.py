@@ -10,6 +10,7 @@ from torch import Tensor
 from ccmim_kernels.partition import Partition, partition_from_mask
 from ccmim_kernels.philox import (
     STREAM_BLOCK,
+    as_scalar,
     keyed_gumbel,
     keyed_uniform,
     philox_4x32,
@@ -32,7 +33,7 @@ def partition_by_keys(keys_BL: Tensor, keep: int) -> Partition:
 
 
 def importance_keys(
-    logits_BL: Tensor, ids_B: Tensor, seed: int, epoch: int, noise: str | None, temperature: float
+    logits_BL: Tensor, ids_B: Tensor, seed: int, epoch: int | Tensor, noise: str | None, temperature: float
 ) -> Tensor:
     """log s / T, plus Gumbel noise (sampling without replacement), minus U(0, 1) (authors' code), or alone."""
     # Times the inverse: dividing by a number is rounded differently on CUDA and on CPUs.
@@ -45,7 +46,9 @@ def importance_keys(
     return keys_BL
 
 
-def block_keys(ids_B: Tensor, seed: int, epoch: int, masked: int, grid: tuple[int, int], block_min: int) -> Tensor:
+def block_keys(
+    ids_B: Tensor, seed: int, epoch: int | Tensor, masked: int, grid: tuple[int, int], block_min: int
+) -> Tensor:
     """Block-wise masking (BEiT) as keys [B, L] float32: patches of earlier blocks have larger keys.
 
     Block r of an image has an area uniform in block_min .. masked patches, a log-uniform aspect ratio and a uniform
@@ -56,9 +59,8 @@ def block_keys(ids_B: Tensor, seed: int, epoch: int, masked: int, grid: tuple[in
     smallest = min(block_min, masked)
     block_R = torch.arange(BLOCKS, device=ids_B.device)[None]
     id_B1 = ids_B.to(torch.int64)[:, None]
-    epoch_1 = torch.full((1, 1), epoch, dtype=torch.int64, device=ids_B.device)
     key = stream_key(seed, STREAM_BLOCK)
-    draws = philox_4x32(key, block_R, id_B1 & 0xFFFFFFFF, (id_B1 >> 32) & 0xFFFFFFFF, epoch_1)
+    draws = philox_4x32(key, block_R, id_B1 & 0xFFFFFFFF, (id_B1 >> 32) & 0xFFFFFFFF, as_scalar(epoch, ids_B.device))
     area_u, aspect_u, row_u, column_u = (to_unit(bits_BR) for bits_BR in draws)
 
     area_BR = smallest + area_u * (masked - smallest)
@@ -90,7 +92,7 @@ def sample_partition(
     patches: int,
     keep: int,
     seed: int,
-    epoch: int,
+    epoch: int | Tensor,
     strategy: str,
     noise: str,
     temperature: float,

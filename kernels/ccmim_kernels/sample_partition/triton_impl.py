@@ -13,7 +13,7 @@ from torch import Tensor
 from ccmim_kernels.launch import launch, row_size, warps_for
 from ccmim_kernels.philox import STREAM_BLOCK, STREAM_MASK
 
-_INTEGERS = ["L", "keep", "has_logits", "seed", "stream", "epoch", "rows", "columns", "block_min"]
+_INTEGERS = ["L", "keep", "has_logits", "seed", "stream", "rows", "columns", "block_min"]
 # Blocks of block-wise masking, and log(1 / 0.3) of their aspect ratio: as in reference.py.
 _BLOCKS = tl.constexpr(64)
 _LOG_ASPECT = tl.constexpr(1.2039728043259361)
@@ -103,6 +103,7 @@ def block_keys(patch, sample, seed, stream, epoch, masked, rows, columns, block_
 def sample_partition_kernel(
     logits_ptr,  # [B, L] fp32; not read where has_logits = 0
     ids_ptr,  # [B] int64 sample ids
+    epoch_ptr,  # [] int64
     visible_ptr,  # [B, K] int64, out
     masked_ptr,  # [B, M] int64, out
     restore_ptr,  # [B, L] int64, out
@@ -113,7 +114,6 @@ def sample_partition_kernel(
     has_logits,
     seed,
     stream,
-    epoch,
     inverse_temperature,
     gumbel_weight,
     uniform_weight,
@@ -129,6 +129,7 @@ def sample_partition_kernel(
     patch = tl.arange(0, BLOCK_L)
     valid = patch < L
     sample = tl.load(ids_ptr + image)
+    epoch = tl.load(epoch_ptr).to(tl.int32)
     if BLOCKWISE:
         keys = block_keys(patch, sample, seed, stream, epoch, L - keep, rows, columns, block_min, CHUNK)
     else:
@@ -170,7 +171,7 @@ def sample_partition(
     grid: tuple[int, int],
     keep: int,
     seed: int,
-    epoch: int,
+    epoch: Tensor,
     strategy: str,
     noise: str,
     temperature: float,
@@ -188,13 +189,13 @@ def sample_partition(
         len(ids_B),
         logits_BL.contiguous() if scored else torch.empty(0, dtype=torch.float32, device=ids_B.device),
         ids_B,
+        epoch,
         *out,
         patches,
         keep,
         int(scored),
         signed(seed),
         STREAM_BLOCK if blockwise else STREAM_MASK,
-        signed(epoch),
         1.0 if strategy == "random" else 1.0 / temperature,
         *noise_weights(strategy, noise),
         *grid,
