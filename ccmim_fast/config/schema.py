@@ -68,7 +68,6 @@ class DecoderConfig:
     depth: int = 2  # blocks; paper, section 4.1 (MAE and the authors' code: 8)
     dim: int = 512  # width; MAE
     num_heads: int = 16  # MAE
-    masked_only: bool = True  # last block's queries, its MLP and the prediction for masked positions only; same losses
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,22 @@ class ContrastConfig:
 
 
 @dataclass(frozen=True)
+class FastConfig:
+    """Arithmetic and memory that no result depends on. Off: to measure what it saves, or to rule it out."""
+
+    fold_input: bool = True  # normalisation of uint8 images folded into the patch embedding: no float image
+    visible_gradient: bool = True  # gradient of the patch embedding from the visible patches only
+    fold_score: bool = True  # `score.source: first` as one vector in place of all keys
+    masked_no_grad: bool = True  # the masked branch, whose result has no gradient, saves no activation
+    cls_only: bool = True  # last block of the masked branch and of `score.source: all` for [CLS] only
+    masked_only: bool = True  # decoder's last block (queries, MLP) and the prediction for masked positions only
+    row_ops: bool = True  # rows moved by the ops of ccmim_kernels, not by index tensors as large as the tokens
+
+
+@dataclass(frozen=True)
 class OptimConfig:
+    # torch's fused AdamW; the others are NVIDIA apex's, which is built from source, see docs/performance.md
+    name: Literal["adamw", "apex_adamw", "apex_lamb"] = "adamw"
     base_lr: float = 1.5e-4  # per 256 images; paper, appendix C
     min_lr: float = 0.0  # end of the cosine; MAE
     weight_decay: float = 0.05  # paper, appendix C; not applied to biases, norms and tokens
@@ -112,6 +126,13 @@ class TrainConfig:
     device: str = "auto"  # auto | cpu | cuda
     # auto: Triton on CUDA for the ops measured to win there (none yet: no kernel has run on a GPU), else plain PyTorch
     kernels: Literal["auto", "triton", "reference"] = "auto"
+    attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "xformers"] = "auto"  # see models/attention.py
+    recompute: bool = False  # activation checkpointing: keep each block's input alone, compute the rest again
+    # torch.compile: per block, or forward and losses as one graph; auto: `step` on CUDA from compute capability 7.0 on
+    compile: Literal["auto", "off", "blocks", "step"] = "auto"
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # of torch.compile
+    cuda_graph: bool = False  # capture the whole step, optimizer included, and replay it
+    find_batch: bool = False  # first find the largest micro-batch that fits the GPU, and accumulate as that asks
     max_steps: int = 0  # stop after so many optimizer steps; 0: all epochs
 
 
@@ -127,5 +148,6 @@ class Config:
     target: TargetConfig = field(default_factory=TargetConfig)
     heads: HeadsConfig = field(default_factory=HeadsConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    fast: FastConfig = field(default_factory=FastConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -11,8 +11,6 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.evaluation.masks import object_leakage, object_patches, score_auroc
 from ccmim_fast.losses.total import recons_loss
 from ccmim_fast.models.ccmim import CCMIM, Output
-from ccmim_fast.models.encoder import embed
-from ccmim_fast.models.scores import score
 
 
 class Probe(NamedTuple):
@@ -42,8 +40,8 @@ def probe(model: CCMIM, config: Config, images_BHWC: Tensor, objects_BHW: Tensor
     """
     device = images_BHWC.device
     output = model(images_BHWC, torch.arange(len(images_BHWC), device=device), 0)
-    x_BLD = embed(model.encoder, images_BHWC, model.mean_C, model.std_C)
-    scores_BL = score(model.encoder, x_BLD, "all", 0, "renorm", model.kernels).logits_BL.softmax(1).cpu()
+    scores = model.score(model.embed(images_BHWC), source="all", normalise="renorm")
+    scores_BL = scores.logits_BL.softmax(1).cpu()
     object_BL = object_patches(objects_BHW, model.patch)
     ratio = 1 - model.keep / object_BL.shape[1]
     figures = Probe(

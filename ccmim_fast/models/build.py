@@ -2,9 +2,11 @@
 
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
+from ccmim_fast.models.blocks import BlockRunner
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.decoder import Decoder
-from ccmim_fast.models.encoder import build_encoder, grid_of, patch_size_of
+from ccmim_fast.models.embedding import patch_size_of
+from ccmim_fast.models.encoder import build_encoder, grid_of
 
 
 def build_model(config: Config) -> CCMIM:
@@ -25,6 +27,7 @@ def build_model(config: Config) -> CCMIM:
     )
     patch = patch_size_of(encoder)
     _check_ratio(config.mask.ratio, encoder.patch_embed.num_patches)
+    run = BlockRunner(config.train.attention, config.train.recompute)
     decoder = Decoder(
         encoder_dim=encoder.embed_dim,
         dim=config.decoder.dim,
@@ -32,8 +35,10 @@ def build_model(config: Config) -> CCMIM:
         num_heads=config.decoder.num_heads,
         grid=grid_of(encoder),
         outputs=target_width(config, patch),
-        masked_only=config.decoder.masked_only,
+        masked_only=config.fast.masked_only,
+        row_ops=config.fast.row_ops,
         kernels=config.train.kernels,
+        run=run,
     )
     return CCMIM(
         encoder,
@@ -52,7 +57,14 @@ def build_model(config: Config) -> CCMIM:
         contrast=config.contrast.loss,
         head_dim=config.heads.dim,
         sync_bn=config.heads.sync_bn,
+        fold_input=config.fast.fold_input,
+        visible_gradient=config.fast.visible_gradient,
+        fold_score=config.fast.fold_score,
+        masked_no_grad=config.fast.masked_no_grad,
+        cls_only=config.fast.cls_only,
+        row_ops=config.fast.row_ops,
         kernels=config.train.kernels,
+        run=run,
     )
 
 

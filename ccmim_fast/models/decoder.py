@@ -8,7 +8,8 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ccmim_fast.models.blocks import block_for
+from ccmim_fast.models import repeated
+from ccmim_fast.models.blocks import PLAIN, BlockRunner
 from ccmim_fast.models.encoder import initialise
 from ccmim_fast.models.positions import sincos_positions
 from ccmim_kernels import Partition, gather_tokens, restore_tokens
@@ -22,9 +23,12 @@ class Decoder(nn.Module):
         dim, depth, num_heads: of the decoder's blocks; `depth` at least 1.
         grid: rows and columns of patches.
         outputs: P, values predicted per patch.
-        masked_only: compute the last block's queries and MLP and the prediction for masked positions only. The
-            predictions are the same.
+        masked_only: compute the last block's queries and MLP and the prediction for masked positions only.
+        row_ops: restore and gather by the ops of `ccmim_kernels`; False: by index tensors as large as the tokens.
         kernels: which implementation of the ops runs, see `ccmim_kernels.dispatch`.
+        run: how the blocks are run.
+
+    `masked_only`, `row_ops`, `kernels` and `run` change no prediction.
     """
 
     def __init__(
@@ -37,11 +41,14 @@ class Decoder(nn.Module):
         grid: tuple[int, int],
         outputs: int,
         masked_only: bool = True,
+        row_ops: bool = True,
         kernels: str = "auto",
+        run: BlockRunner = PLAIN,
     ):
         super().__init__()
         self.kernels = kernels
-        self.masked_only = masked_only
+        self.masked_only, self.row_ops = masked_only, row_ops
+        self.run = run
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, grid, prefix=1)[None], requires_grad=False)
@@ -53,20 +60,20 @@ class Decoder(nn.Module):
 
     def forward(self, visible_BTE: Tensor, partition: Partition) -> Tensor:
         """[B, 1 + K, E] encoder output ([CLS] first) -> [B, M, P], rows in the order of `partition.ids_masked_BM`."""
-        x_BTD = restore_tokens(
-            self.embed(visible_BTE),
-            self.mask_token[0, 0],
-            partition.ids_restore_BL,
-            self.pos_embed[0],
-            kernels=self.kernels,
-        )
+        x_BTD = self._restore(self.embed(visible_BTE), partition.ids_restore_BL)
         *others, last = self.blocks
         for block in others:
-            x_BTD = block(x_BTD)
+            x_BTD = self.run(block, x_BTD)
         # Position 0 is [CLS], so patch i is token i + 1.
         ids_BM = partition.ids_masked_BM + 1
         if self.masked_only:
-            x_BMD = block_for(last, gather_tokens(x_BTD, ids_BM, kernels=self.kernels), x_BTD)
-        else:
-            x_BMD = gather_tokens(last(x_BTD), ids_BM, kernels=self.kernels)
-        return self.pred(self.norm(x_BMD))
+            x_BMD = self.run.some(last, self._gather(x_BTD, ids_BM), x_BTD)
+            return self.pred(self.norm(x_BMD))
+        return self._gather(self.pred(self.norm(self.run(last, x_BTD))), ids_BM)
+
+    def _restore(self, visible_BTD: Tensor, ids_restore_BL: Tensor) -> Tensor:
+        restore = partial(restore_tokens, kernels=self.kernels) if self.row_ops else repeated.restore_tokens
+        return restore(visible_BTD, self.mask_token[0, 0], ids_restore_BL, self.pos_embed[0])
+
+    def _gather(self, x_BTD: Tensor, ids_BM: Tensor) -> Tensor:
+        return gather_tokens(x_BTD, ids_BM, kernels=self.kernels) if self.row_ops else repeated.gather(x_BTD, ids_BM)

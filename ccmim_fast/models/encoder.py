@@ -3,21 +3,20 @@
 Nothing wraps the module, so its weights keep timm's names and load into timm as they are.
 """
 
-# B batch, H height, W width, C channels, L patches, P prefix tokens, T tokens, D width, A pixels of a patch * C
+# B batch, H height, W width, C channels, T tokens, D width
 
 import math
 from collections.abc import Callable
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.models.blocks import block_for, is_plain
+from ccmim_fast.models.blocks import PLAIN, BlockRunner, is_plain
+from ccmim_fast.models.embedding import embed, folded_projection, patch_size_of, prefix_tokens
 from ccmim_fast.models.positions import sincos_positions
-from ccmim_kernels import patchify
 
 
 def build_encoder(
@@ -111,46 +110,20 @@ def initialise(module: nn.Module) -> None:
             nn.init.normal_(getattr(module, name), std=0.02)
 
 
-def patch_size_of(vit: VisionTransformer) -> int:
-    return vit.patch_embed.patch_size[0]
-
-
 def grid_of(vit: VisionTransformer) -> tuple[int, int]:
     """Rows and columns of patches."""
     return tuple(vit.patch_embed.grid_size)
 
 
-def embed(vit: VisionTransformer, images_BHWC: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
-    """Patch embedding with positions: uint8 [B, H, W, C] -> [B, L, D].
-
-    The normalisation (u / 255 - mean) / std is folded into the projection's weight and bias, so no float image is made.
-    """
-    projection = vit.patch_embed.proj
-    scale_C = 1 / (255 * std_C)
-    # Convolution weights are [D, C, p, q]; patches are flattened as (p, q, C).
-    weight_DA = (projection.weight * scale_C[:, None, None]).permute(0, 2, 3, 1).flatten(1)
-    bias_D = -(projection.weight.sum((2, 3)) @ (mean_C / std_C))
-    if projection.bias is not None:
-        bias_D = bias_D + projection.bias
-    patches_BLA = patchify(images_BHWC, patch_size_of(vit)).to(weight_DA.dtype)
-    x_BLD = vit.patch_embed.norm(F.linear(patches_BLA, weight_DA, bias_D))
-    return x_BLD + vit.pos_embed[:, -x_BLD.shape[1] :]
-
-
-def prefix_tokens(vit: VisionTransformer) -> Tensor:
-    """[P, D]: [CLS], then registers, with their positions where the model has them."""
-    prefix_1PD = vit.cls_token if vit.reg_token is None else torch.cat([vit.cls_token, vit.reg_token], dim=1)
-    if not vit.no_embed_class:
-        prefix_1PD = prefix_1PD + vit.pos_embed[:, : prefix_1PD.shape[1]]
-    return prefix_1PD[0]
-
-
-def encode(vit: VisionTransformer, x_BTD: Tensor) -> Tensor:
+def encode(vit: VisionTransformer, x_BTD: Tensor, run: BlockRunner = PLAIN) -> Tensor:
     """All blocks and the final norm: [B, T, D] tokens, prefix first, -> [B, T, D]."""
-    return vit.norm(vit.blocks(vit.norm_pre(x_BTD)))
+    x_BTD = vit.norm_pre(x_BTD)
+    for block in vit.blocks:
+        x_BTD = run(block, x_BTD)
+    return vit.norm(x_BTD)
 
 
-def encode_cls(vit: VisionTransformer, x_BTD: Tensor) -> Tensor:
+def encode_cls(vit: VisionTransformer, x_BTD: Tensor, run: BlockRunner = PLAIN) -> Tensor:
     """[CLS] after all blocks and the final norm, [B, D]: the last block is computed for [CLS] alone.
 
     Equal to `encode(vit, x)[:, 0]`.
@@ -158,8 +131,8 @@ def encode_cls(vit: VisionTransformer, x_BTD: Tensor) -> Tensor:
     x_BTD = vit.norm_pre(x_BTD)
     *others, last = vit.blocks
     for block in others:
-        x_BTD = block(x_BTD)
-    x_BTD = block_for(last, x_BTD[:, :1], x_BTD) if is_plain(last) else last(x_BTD)
+        x_BTD = run(block, x_BTD)
+    x_BTD = run.some(last, x_BTD[:, :1], x_BTD) if is_plain(last) else run(last, x_BTD)
     return vit.norm(x_BTD[:, 0])
 
 
@@ -167,7 +140,7 @@ def tokens_of(vit: VisionTransformer, mean_C: Tensor, std_C: Tensor) -> Callable
     """The frozen encoder as a function: uint8 images [B, H, W, C] -> final tokens [B, P + L, D] of the whole image."""
 
     def run(images_BHWC: Tensor) -> Tensor:
-        x_BLD = embed(vit, images_BHWC, mean_C, std_C)
+        x_BLD = embed(vit, images_BHWC, folded_projection(vit, mean_C, std_C), mean_C, std_C)
         prefix_BPD = prefix_tokens(vit).to(x_BLD.dtype).expand(len(x_BLD), -1, -1)
         return encode(vit, torch.cat([prefix_BPD, x_BLD], dim=1))
 

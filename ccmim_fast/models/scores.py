@@ -9,8 +9,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.models.blocks import attend, finish, is_plain, keys, keys_values, queries
-from ccmim_fast.models.encoder import prefix_tokens
+from ccmim_fast.models.blocks import PLAIN, BlockRunner, attend, finish, is_plain, keys, queries, queries_keys_values
+from ccmim_fast.models.embedding import prefix_tokens
 from ccmim_kernels import cls_row
 
 
@@ -32,7 +32,16 @@ def check_scores(vit: VisionTransformer, source: str, block: int) -> None:
 
 @torch.no_grad()
 def score(
-    vit: VisionTransformer, x_BLD: Tensor, source: str, block: int, normalise: str, kernels: str = "auto"
+    vit: VisionTransformer,
+    x_BLD: Tensor,
+    source: str,
+    block: int,
+    normalise: str,
+    *,
+    fold: bool = True,
+    cls_only: bool = True,
+    kernels: str = "auto",
+    run: BlockRunner = PLAIN,
 ) -> Score:
     """Scores of embedded patches `x_BLD` (with positions, before the blocks); no gradient.
 
@@ -40,17 +49,20 @@ def score(
         source: `first` (Eq. 4 at block 0), `block` (Eq. 4 at block `block`), `all` (mean over blocks of the softmaxed
             [CLS] row).
         normalise: for `all`, `renorm` (renormalised over patches) or `softmax` (sum over blocks, softmax again).
+        fold: for `first`, one vector for `divide_tokens` in place of logits from all keys.
+        cls_only: for `all`, compute the last block's [CLS] row alone.
         kernels: which implementation of the ops runs, see `ccmim_kernels.dispatch`.
+        run: how the blocks are run.
     """
-    if source == "first" and can_fold(vit):
+    if source == "first" and fold and can_fold(vit):
         return Score(None, folded_direction(vit))
     prefix_BPD = prefix_tokens(vit).to(x_BLD.dtype).expand(len(x_BLD), -1, -1)
     x_BTD = vit.norm_pre(torch.cat([prefix_BPD, x_BLD], dim=1))
     if source == "all":
-        return Score(_all_blocks(vit, x_BTD, normalise, kernels), None)
+        return Score(_all_blocks(vit, x_BTD, normalise, cls_only, kernels, run), None)
     index = 0 if source == "first" else block
     for earlier in vit.blocks[:index]:
-        x_BTD = earlier(x_BTD)
+        x_BTD = run(earlier, x_BTD)
     return Score(eq4_logits(vit, index, x_BTD, kernels), None)
 
 
@@ -88,19 +100,20 @@ def folded_direction(vit: VisionTransformer) -> Tensor:
         return direction_D if first.norm1.weight is None else direction_D * first.norm1.weight
 
 
-def _all_blocks(vit: VisionTransformer, x_BTD: Tensor, normalise: str, kernels: str) -> Tensor:
-    """log s [B, L] from the softmaxed [CLS] rows of all blocks; the last block computes its [CLS] row only."""
+def _all_blocks(
+    vit: VisionTransformer, x_BTD: Tensor, normalise: str, cls_only: bool, kernels: str, run: BlockRunner
+) -> Tensor:
+    """log s [B, L] from the softmaxed [CLS] rows of all blocks; nothing follows the last block's keys."""
     total_BL = None
     last = len(vit.blocks) - 1
     for index, block in enumerate(vit.blocks):
         normed_BTD = block.norm1(x_BTD)
-        if index == last:
-            k_BTNH = keys(block.attn, normed_BTD)
-            q_BTNH = queries(block.attn, normed_BTD[:, :1])
+        if index == last and cls_only:
+            q_BTNH, k_BTNH = queries(block.attn, normed_BTD[:, :1]), keys(block.attn, normed_BTD)
         else:
-            k_BTNH, v_BTNH = keys_values(block.attn, normed_BTD)
-            q_BTNH = queries(block.attn, normed_BTD)
-            x_BTD = finish(block, x_BTD, attend(block.attn, normed_BTD, q_BTNH, k_BTNH, v_BTNH))
+            q_BTNH, k_BTNH, v_BTNH = queries_keys_values(block.attn, normed_BTD)
+            attended_BTD = attend(block.attn, normed_BTD, q_BTNH, k_BTNH, v_BTNH, run.attention)
+            x_BTD = finish(block, x_BTD, attended_BTD)
         total_BL = cls_row(
             q_BTNH[:, 0],
             k_BTNH,

@@ -6,7 +6,6 @@ from tiny import images, tiny_config, tiny_model
 
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.losses.total import total_loss
-from ccmim_fast.models import ccmim
 from ccmim_fast.models.build import build_model
 from ccmim_fast.models.encoder import encode
 from ccmim_kernels import info_nce, sample_partition
@@ -70,26 +69,6 @@ def test_masked_branch_saves_no_activation():
         encode(model.encoder, torch.randn(4, 19, 48, dtype=torch.float64, requires_grad=True))
     assert any(19 in shape for shape in shapes)
     assert output.masked_BE is not None
-
-
-def test_cls_only_last_block_changes_nothing(monkeypatch):
-    model, config = tiny_model()
-    pictures = images()
-    short = gradients(model, config, pictures)
-    monkeypatch.setattr(ccmim, "encode_cls", lambda vit, x: encode(vit, x)[:, 0])
-    full = gradients(model, config, pictures)
-    for name in full:
-        torch.testing.assert_close(short[name], full[name])
-
-
-def test_decoder_for_masked_positions_only_changes_nothing():
-    model, config = tiny_model()
-    pictures = images()
-    short = gradients(model, config, pictures)
-    model.decoder.masked_only = False
-    full = gradients(model, config, pictures)
-    for name in full:
-        torch.testing.assert_close(short[name], full[name])
 
 
 def test_given_partition_is_taken():

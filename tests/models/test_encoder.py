@@ -6,7 +6,8 @@ import torch
 from tiny import images, tiny_model
 
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.models.encoder import build_encoder, embed, encode, encode_cls, prefix_tokens, tokens_of
+from ccmim_fast.models.embedding import embed, folded_projection, prefix_tokens
+from ccmim_fast.models.encoder import build_encoder, encode, encode_cls, tokens_of
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).double(), torch.tensor([0.2, 0.25, 0.3]).double()
 
@@ -50,10 +51,10 @@ def test_folded_normalisation_in_bfloat16_is_as_good_as_eager():
     vit = build_encoder("vit_tiny_patch16_224", image_size=(224, 224), channels=3, depth=1)
     mean, std = MEAN.float(), STD.float()
     pictures = images(4, (224, 224))
-    gold = embed(vit.double(), pictures, MEAN, STD)
+    gold = embed(vit.double(), pictures, folded_projection(vit, MEAN, STD), MEAN, STD)
     vit.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        folded = embed(vit, pictures, mean, std)
+        folded = embed(vit, pictures, folded_projection(vit, mean, std), mean, std)
         eager = vit.patch_embed(normalised(pictures, MEAN, STD).float()) + vit.pos_embed[:, 1:]
     assert (folded - gold).abs().max() <= 2 * (eager - gold).abs().max()
 
@@ -62,7 +63,8 @@ def test_folded_normalisation_in_bfloat16_is_as_good_as_eager():
 def test_cls_only_last_block_equals_the_full_one(arch):
     size = (28, 42) if "14" in arch else (32, 48)
     vit = build_encoder(arch, image_size=size, channels=3, depth=3).double()
-    x = torch.cat([prefix_tokens(vit).expand(2, -1, -1), embed(vit, images(2, size), MEAN, STD)], dim=1).detach()
+    x_BLD = embed(vit, images(2, size), folded_projection(vit, MEAN, STD), MEAN, STD)
+    x = torch.cat([prefix_tokens(vit).expand(2, -1, -1), x_BLD], dim=1).detach()
     torch.testing.assert_close(encode_cls(vit, x), encode(vit, x)[:, 0])
 
 

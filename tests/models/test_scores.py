@@ -7,7 +7,7 @@ import torch
 from tiny import images, tiny_model
 
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.models.encoder import build_encoder, embed, prefix_tokens
+from ccmim_fast.models.encoder import build_encoder, prefix_tokens
 from ccmim_fast.models.scores import can_fold, check_scores, score
 from ccmim_kernels import divide_tokens
 
@@ -34,7 +34,7 @@ def eq4_by_loops(block, tokens_TD):
 def embedded():
     model, _ = tiny_model()
     model.requires_grad_(False)
-    x = embed(model.encoder, images(2), model.mean_C, model.std_C)
+    x = model.embed(images(2))
     tokens = torch.cat([prefix_tokens(model.encoder).expand(2, -1, -1), x], dim=1)
     return model.encoder, x, tokens
 
@@ -43,7 +43,7 @@ def embedded():
 def test_first_block_folded_equals_loops(heads):
     model, _ = tiny_model(model={"num_heads": heads})
     vit = model.encoder.requires_grad_(False)
-    x = embed(vit, images(2), model.mean_C, model.std_C)
+    x = model.embed(images(2))
     tokens = torch.cat([prefix_tokens(vit).expand(2, -1, -1), x], dim=1)
     assert can_fold(vit)
     direction = score(vit, x, "first", 0, "renorm").direction_D
