@@ -110,7 +110,12 @@ class BlockRunner:
         self._part = torch.compile(block_for, fullgraph=True, **options)
 
     def uncompiled(self) -> None:
+        """Run eagerly again."""
         self._whole, self._part = whole_block, block_for
+
+    @property
+    def compiled(self) -> bool:
+        return self._whole is not whole_block
 
     def __call__(self, block: nn.Module, x_BTD: Tensor) -> Tensor:
         """All tokens: [B, T, D] -> [B, T, D]."""

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ccmim_fast.models import repeated
-from ccmim_fast.models.blocks import PLAIN, BlockRunner
+from ccmim_fast.models.blocks import BlockRunner
 from ccmim_fast.models.decoder import Decoder
 from ccmim_fast.models.embedding import embed, folded_projection, patch_size_of, prefix_tokens, with_gradient
 from ccmim_fast.models.encoder import encode, encode_cls, grid_of
@@ -87,7 +87,7 @@ class CCMIM(nn.Module):
         cls_only: bool = True,
         row_ops: bool = True,
         kernels: str = "auto",
-        run: BlockRunner = PLAIN,
+        run: BlockRunner | None = None,
     ):
         super().__init__()
         self.encoder = encoder
@@ -106,7 +106,7 @@ class CCMIM(nn.Module):
         self.patch = patch_size_of(encoder)
         self.grid = grid_of(encoder)
         self.keep = int(self.grid[0] * self.grid[1] * (1 - mask_ratio))
-        self.kernels, self.run = kernels, run
+        self.kernels, self.run = kernels, run or BlockRunner()
         self.fold_input, self.row_ops = fold_input, row_ops
         self.masked_no_grad, self.cls_only = masked_no_grad, cls_only
         # The gradient is that of the folded projection, unless something follows it.

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ccmim_fast.models import repeated
-from ccmim_fast.models.blocks import PLAIN, BlockRunner
+from ccmim_fast.models.blocks import BlockRunner
 from ccmim_fast.models.encoder import initialise
 from ccmim_fast.models.positions import sincos_positions
 from ccmim_kernels import Partition, gather_tokens, restore_tokens
@@ -43,12 +43,12 @@ class Decoder(nn.Module):
         masked_only: bool = True,
         row_ops: bool = True,
         kernels: str = "auto",
-        run: BlockRunner = PLAIN,
+        run: BlockRunner | None = None,
     ):
         super().__init__()
         self.kernels = kernels
         self.masked_only, self.row_ops = masked_only, row_ops
-        self.run = run
+        self.run = run or BlockRunner()
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, grid, prefix=1)[None], requires_grad=False)

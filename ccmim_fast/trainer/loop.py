@@ -5,9 +5,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ccmim_fast.checkpoints import io
 from ccmim_fast.checkpoints.state import capture, restore
@@ -15,18 +12,15 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.config.validate import validate
 from ccmim_fast.data.batch import Batch
 from ccmim_fast.data.loader import build_loader, build_source
-from ccmim_fast.errors import ConfigError
-from ccmim_fast.models.build import build_model
 from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.optim.adamw import build_adamw
 from ccmim_fast.optim.schedule import lr_at, scaled_lr
+from ccmim_fast.trainer.build import build_step, check_device, prepare_step
 from ccmim_fast.trainer.distributed import Session, max_over_ranks, mean_over_ranks, session
+from ccmim_fast.trainer.find_batch import with_largest_batch
 from ccmim_fast.trainer.metrics import Metrics, ProgressLine
-from ccmim_fast.trainer.precision import choose_precision
 from ccmim_fast.trainer.run_folder import describe_run, open_run_folder
-from ccmim_fast.trainer.step import StepResult, TrainStep
+from ccmim_fast.trainer.step import StepResult
 from ccmim_fast.trainer.throughput import Meter
-from ccmim_kernels.dispatch import check_triton
 
 # Called after an epoch (and once before the first, as epoch 0) with the epoch number and the model in eval mode.
 AfterEpoch = Callable[[int, CCMIM], None]
@@ -40,7 +34,9 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None) -> Path:
     """
     with session(config.train.device) as here:
         validate(config, here.world_size)
-        _check_kernels(config.train.kernels, here)
+        check_device(config, here)
+        if config.train.find_batch:
+            config = with_largest_batch(config, here)
         trainer = Trainer(config, here, after_epoch)
         try:
             trainer.run()
@@ -55,7 +51,6 @@ class Trainer:
     def __init__(self, config: Config, here: Session, after_epoch: AfterEpoch | None = None):
         self.config, self.here, self.after_epoch = config, here, after_epoch
         self.folder = open_run_folder(config) if here.is_main else Path(config.run.dir)
-        self.precision = choose_precision(config.train.precision, here.device)
         self.source = build_source(config.data, config.seed)
         self.loader = build_loader(
             self.source,
@@ -67,18 +62,14 @@ class Trainer:
             world_size=here.world_size,
             device=here.device,
         )
-        torch.manual_seed(config.seed)
-        self.model = build_model(config).to(here.device).train()
         self.lr = scaled_lr(config.optim.base_lr, config.train.batch_size)
-        optimizer = build_adamw(
-            self.model, lr=self.lr, weight_decay=config.optim.weight_decay, betas=config.optim.betas
-        )
-        self.step_fn = TrainStep(
-            self.model, _wrapped(self.model, here), optimizer, self.precision, config, _ema(self.model, config)
-        )
+        self.train_step = build_step(config, here)
+        self.model = self.train_step.model
+        micro_batch = config.train.batch_size // (config.train.accumulate * here.world_size)
+        self.step_fn = prepare_step(self.train_step, micro_batch)
         self.step = self._resume()
         self.nan_id = torch.full((), -1, device=here.device)
-        self.meter = Meter(config.train.batch_size, here, self.precision.dtype)
+        self.meter = Meter(config.train.batch_size, here, self.train_step)
         self.metrics = None
         if here.is_main:
             describe_run(self.folder, config, here.device)
@@ -111,7 +102,7 @@ class Trainer:
         parts = [
             f"{len(self.source)} images",
             f"{type(self.loader).__name__}",
-            f"{self.here.world_size} x {self.here.device}, {self.precision.name}",
+            f"{self.here.world_size} x {self.here.device}, {self.train_step.precision.name}",
             f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters",
         ]
         skipped = getattr(self.source, "skipped", [])
@@ -137,8 +128,8 @@ class Trainer:
             warmup=self.config.optim.warmup_epochs,
             epochs=self.config.train.epochs,
         )
-        with self.meter.stepping():
-            result = self.step_fn(batches, epoch, lr)
+        result = self.step_fn(batches, epoch, lr)
+        self.meter.stepped()
         self.step += 1
         # Kept on the device until a step is logged.
         self.nan_id = torch.maximum(self.nan_id, result.nan_id)
@@ -158,7 +149,7 @@ class Trainer:
             "recons": recons,
             "contrast": contrast if self.config.contrast.loss != "none" else None,
             "grad_norm": grad_norm if self.config.optim.clip_grad else None,
-            "lr": self.step_fn.optimizer.param_groups[0]["lr"],
+            "lr": float(self.train_step.optimizer.param_groups[0]["lr"]),
             **self.meter.read(self.total_steps - self.step),
         }
         if self.metrics is not None:
@@ -178,9 +169,8 @@ class Trainer:
     def _save(self, epoch: int) -> None:
         finished = self.step >= self.total_steps
         if self.here.is_main and (finished or epoch % self.config.run.save_every == 0):
-            state = capture(
-                self.model, self.step_fn.optimizer, self.step_fn.scaler, self.step_fn.ema, self.step, self.config
-            )
+            now = self.train_step
+            state = capture(now.model, now.optimizer, now.scaler, now.ema, self.step, self.config)
             io.save(self.folder / "checkpoints", self.step, state, keep=self.config.run.keep)
 
     def _look(self, epoch: int) -> None:
@@ -203,30 +193,8 @@ class Trainer:
             state = io.load(Path(resume))
         if state is None:
             return 0
-        step_fn = self.step_fn
-        return restore(state, self.model, step_fn.optimizer, step_fn.scaler, step_fn.ema)
-
-
-def _check_kernels(kernels: str, here: Session) -> None:
-    if kernels == "triton":
-        try:
-            check_triton(here.device)
-        except ValueError as error:
-            raise ConfigError(f"train.{error}") from None
-
-
-def _wrapped(model: CCMIM, here: Session) -> nn.Module:
-    if here.world_size == 1:
-        return model
-    devices = [here.device.index] if here.device.type == "cuda" else None
-    # BatchNorm's running statistics are equal on all ranks already; broadcasting them would cost a collective a step.
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
-
-
-def _ema(model: CCMIM, config: Config) -> AveragedModel | None:
-    if not config.optim.ema_decay:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema_decay))
+        now = self.train_step
+        return restore(state, now.model, now.optimizer, now.scaler, now.ema)
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

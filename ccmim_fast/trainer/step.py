@@ -15,6 +15,9 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.data.batch import Batch
 from ccmim_fast.losses.total import Losses, total_loss
 from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.optim.clip import clip
+from ccmim_fast.optim.ema import update_ema_
+from ccmim_fast.optim.optimizer import set_lr
 from ccmim_fast.trainer.precision import Precision
 
 
@@ -42,6 +45,10 @@ class TrainStep:
         precision: autocast and scaling.
         config: of the run.
         ema: averaged weights, or None.
+
+    Attributes:
+        forward: (images_BHWC, ids_B, epoch) -> losses and which images had NaN scores; may be replaced by its compiled
+            self (`trainer.compiled`).
     """
 
     def __init__(
@@ -55,18 +62,25 @@ class TrainStep:
     ):
         self.model, self.wrapped, self.optimizer, self.precision = model, wrapped, optimizer, precision
         self.config, self.ema = config, ema
-        self.scaler = torch.amp.GradScaler(model.mean_C.device.type, enabled=precision.scaled)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.scaled)
+        self.forward = self.losses
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.mean_C.device
 
     def __call__(self, batches: Sequence[Batch], epoch: int, lr: float) -> StepResult:
         """Train on the micro-batches of one step at the given learning rate; `epoch` keys the masks."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        device = batches[0].images_BHWC.device
-        sums = torch.zeros(3, device=device)
-        nan_id = torch.full((), -1, device=device)
+        set_lr(self.optimizer, lr)
+        return self.run(batches, torch.full((), epoch, dtype=torch.int64, device=self.device))
+
+    def run(self, batches: Sequence[Batch], epoch: Tensor) -> StepResult:
+        """The step at the optimizer's present rate; everything it reads and writes is on the device."""
+        sums = torch.zeros(3, device=self.device)
+        nan_id = torch.full((), -1, device=self.device)
         for index, batch in enumerate(batches):
             with self._gradients_summed_over_ranks(last=index == len(batches) - 1):
-                losses, nan_B = self._forward(batch, epoch)
+                losses, nan_B = self.forward(batch.images_BHWC, batch.ids_B, epoch)
                 self.scaler.scale(losses.total / len(batches)).backward()
             parts = [losses.total, losses.recons]
             if losses.contrast is not None:
@@ -76,11 +90,12 @@ class TrainStep:
         grad_norm = self._update()
         return StepResult(*(sums / len(batches)), grad_norm, nan_id)
 
-    def _forward(self, batch: Batch, epoch: int) -> tuple[Losses, Tensor]:
-        with self.precision.autocast(batch.images_BHWC.device):
-            output = self.wrapped(batch.images_BHWC, batch.ids_B, epoch)
+    def losses(self, images_BHWC: Tensor, ids_B: Tensor, epoch: Tensor) -> tuple[Losses, Tensor]:
+        """Eq. 10 of one micro-batch, and which of its images had NaN scores [B] bool."""
+        with self.precision.autocast(images_BHWC.device):
+            output = self.wrapped(images_BHWC, ids_B, epoch)
         # Outside autocast: losses are float32 whatever the forward pass ran in.
-        return total_loss(self.model, output, batch.images_BHWC, self.config), output.partition.nan_B
+        return total_loss(self.model, output, images_BHWC, self.config), output.partition.nan_B
 
     def _gradients_summed_over_ranks(self, last: bool):
         """DDP reduces gradients with the last micro-batch only."""
@@ -89,13 +104,12 @@ class TrainStep:
         return contextlib.nullcontext()
 
     def _update(self) -> Tensor:
-        grad_norm = torch.zeros((), device=self.model.mean_C.device)
+        grad_norm = torch.zeros((), device=self.device)
         if self.config.optim.clip_grad > 0:
-            self.scaler.unscale_(self.optimizer)
-            grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
+            grad_norm = clip(self.optimizer, self.scaler, self.config.optim.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
-            self.ema.update_parameters(self.model)
+            update_ema_(self.ema, self.model, self.config.optim.ema_decay)
         return grad_norm

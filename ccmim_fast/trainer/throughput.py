@@ -1,6 +1,5 @@
 """Images per second, arithmetic per image, and what share of the device's own matmul rate a run reaches (MFU)."""
 
-import contextlib
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -9,12 +8,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ccmim_fast.trainer.distributed import Session
+from ccmim_fast.trainer.step import TrainStep
+from ccmim_fast.trainer.undone import made_batch, undone
 
 # Square matmuls large enough to be bound by arithmetic, small enough to take a moment.
 _SIDE = {"cuda": 8192, "cpu": 1536}
 
 # torch knows the arithmetic of its CUDA attention operators only.
-_CPU_ATTENTION = {
+CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
         *shapes[:4]
@@ -22,6 +23,19 @@ _CPU_ATTENTION = {
 }
 
 Item = TypeVar("Item")
+
+
+def count_flops(step: TrainStep) -> float:
+    """FLOPs per image of forward and backward pass, as torch's dispatcher counts them over an eager pass.
+
+    Over two images; the contrastive loss, which alone grows with the square of the batch, is below 0.1 % of a step.
+    """
+    epoch = torch.zeros((), dtype=torch.int64, device=step.device)
+    with undone(step), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        batch = made_batch(step, 2)
+        losses, _ = step.losses(batch.images_BHWC, batch.ids_B, epoch)
+        losses.total.backward()
+    return counter.get_total_flops() / 2
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype | None) -> float:
@@ -49,29 +63,22 @@ class Meter:
     Args:
         batch_size: images per optimizer step, over all ranks.
         here: this process's place; the matmul rate is measured on its device.
-        dtype: of the step's matmuls; None: float32.
+        step: whose arithmetic is counted; its precision is that of the matmul rate.
     """
 
-    def __init__(self, batch_size: int, here: Session, dtype: torch.dtype | None):
+    def __init__(self, batch_size: int, here: Session, step: TrainStep):
         self._batch_size = batch_size
-        self._peak = measure_matmul_rate(here.device, dtype)
+        self._peak = measure_matmul_rate(here.device, step.precision.dtype)
         self._world_size = here.world_size
-        self._step_flops: int | None = None
+        self._flops_per_image = count_flops(step)
         self.pause()
 
     def pause(self) -> None:
         """Start a new reading: what happened since the last one was no training."""
         self._start, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
-    @contextlib.contextmanager
-    def stepping(self) -> Iterator[None]:
-        """Around one optimizer step. The first one's arithmetic is counted by torch's dispatcher."""
-        if self._step_flops is None:
-            with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
-                yield
-            self._step_flops = counter.get_total_flops()
-        else:
-            yield
+    def stepped(self) -> None:
+        """After each optimizer step."""
         self._steps += 1
 
     def waiting(self, items: Iterable[Item]) -> Iterator[Item]:
@@ -89,11 +96,12 @@ class Meter:
         """Figures since the last reading: img/s over all ranks, shares of 1, GFLOP per image, seconds left."""
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         steps_per_second = self._steps / elapsed
+        images_per_second = steps_per_second * self._batch_size
         figures = {
-            "images_per_second": steps_per_second * self._batch_size,
+            "images_per_second": images_per_second,
             "data_wait": self._waited / elapsed,
-            "gflop_per_image": self._step_flops * self._world_size / self._batch_size / 1e9,
-            "mfu": steps_per_second * self._step_flops / self._peak,
+            "gflop_per_image": self._flops_per_image / 1e9,
+            "mfu": images_per_second * self._flops_per_image / (self._world_size * self._peak),
             "eta_seconds": steps_left / max(steps_per_second, 1e-9),
         }
         self.pause()

@@ -5,7 +5,7 @@ import math
 import pytest
 from tiny import tiny_model
 
-from ccmim_fast.optim.adamw import build_adamw
+from ccmim_fast.optim.optimizer import build_optimizer
 from ccmim_fast.optim.schedule import lr_at, scaled_lr
 
 
@@ -30,7 +30,7 @@ def test_linear_scaling():
 
 def test_no_decay_for_biases_norms_and_tokens():
     model, _ = tiny_model()
-    optimizer = build_adamw(model, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95))
+    optimizer = build_optimizer("adamw", model, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95))
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert decay.keys() == {id(p) for p in trained.values()}

@@ -10,8 +10,8 @@ from ccmim_fast.data.batch import Batch
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.build import build_model
 from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.optim.adamw import build_adamw
-from ccmim_fast.trainer import loop
+from ccmim_fast.optim.optimizer import build_optimizer
+from ccmim_fast.trainer import build as trainer_build
 from ccmim_fast.trainer.loop import fit
 from ccmim_fast.trainer.precision import choose_precision
 from ccmim_fast.trainer.step import TrainStep
@@ -23,7 +23,7 @@ def losses_of(kernels: str, device: torch.device, steps: int, **sections) -> tor
     config = tiny_config(train={"kernels": kernels, "precision": "fp32"}, **sections)
     torch.manual_seed(3)
     model = build_model(config).to(device).train()
-    optimizer = build_adamw(model, lr=1e-4, weight_decay=0.05, betas=(0.9, 0.95))
+    optimizer = build_optimizer("adamw", model, lr=1e-4, weight_decay=0.05, betas=(0.9, 0.95))
     step = TrainStep(model, model, optimizer, choose_precision("fp32", device), config)
     torch.manual_seed(4)
     batch = Batch(images(4).to(device), torch.arange(4, device=device), None)
@@ -92,17 +92,17 @@ def test_nan_scores_are_reported_with_the_sample(tmp_path, monkeypatch, capsys, 
     """Sample 5's tokens are NaN in one step; the next logged line names it, once."""
 
     class Poisoned(CCMIM):
-        def divide(self, x_BLD, ids_B, epoch):
+        def divide(self, x_BLD, ids_B, epoch, partition=None):
             if epoch == 1:
                 x_BLD = torch.where((ids_B == 5)[:, None, None], torch.nan, x_BLD)
-            return super().divide(x_BLD, ids_B, epoch)
+            return super().divide(x_BLD, ids_B, epoch, partition)
 
     def build(config):
         model = build_model(config)
         model.__class__ = Poisoned
         return model
 
-    monkeypatch.setattr(loop, "build_model", build)
+    monkeypatch.setattr(trainer_build, "build_model", build)
     config = tiny_config(
         run={"dir": str(tmp_path / "run"), "log_every": 1, "tensorboard": False},
         data={"source": "shapes", "samples": 8, "root": str(tmp_path / "data"), "loader": "torch"},

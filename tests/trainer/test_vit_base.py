@@ -16,7 +16,7 @@ def gflop_by_hand():
     attention. The backward pass costs twice the forward pass, of attention 2.5 times, as its scores are made again.
     """
     E, D, T, V, M, blocks = 768, 512, 197, 50, 148, 12
-    embedding = 2 * 196 * E * E * 2  # forward, and the gradient of the weight alone
+    embedding = 2 * E * E * (196 + 49)  # forward, and the gradient of the weight, from the visible patches alone
     score = (blocks - 1) * (24 * E**2 * T + 4 * T**2 * E) + 2 * E**2 * (T + 1) + blocks * 2 * T * E
     visible = blocks * (3 * 24 * E**2 * V + 3.5 * 4 * V**2 * E)
     masked = (blocks - 1) * (24 * E**2 * M + 4 * M**2 * E) + 4 * E**2 * M + 20 * E**2 + 4 * M * E

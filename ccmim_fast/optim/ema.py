@@ -1,0 +1,23 @@
+"""Averaged weights."""
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+
+def build_ema(model: nn.Module, decay: float) -> AveragedModel | None:
+    """A copy of `model` to average into, or None where `decay` is 0."""
+    return AveragedModel(model) if decay else None
+
+
+@torch.no_grad()
+def update_ema_(ema: AveragedModel, model: nn.Module, decay: float) -> None:
+    """averaged = decay * averaged + (1 - decay) * weights, one multi-tensor pass; buffers are copied.
+
+    `AveragedModel.update_parameters` reads its count from the device at every step, which waits for it.
+    """
+    averaged, weights = list(ema.module.parameters()), [p.detach() for p in model.parameters()]
+    torch._foreach_lerp_(averaged, weights, 1 - decay)
+    for kept, buffer in zip(ema.module.buffers(), model.buffers()):
+        kept.copy_(buffer)
+    ema.n_averaged += 1

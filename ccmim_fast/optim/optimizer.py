@@ -1,0 +1,47 @@
+"""Optimizers over timm's parameter groups; each is one multi-tensor pass over all weights."""
+
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import nn
+
+from ccmim_fast.optim.apex import apex_optimizer
+
+# Tokens and positions are no matrices: decay would pull them to zero like biases.
+NO_DECAY = ("cls_token", "reg_token", "mask_token", "pos_embed")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: matrices and kernels with `weight_decay`; biases, norms and tokens without."""
+    exempt = [name for name, _ in model.named_parameters() if name.rsplit(".", 1)[-1] in NO_DECAY]
+    return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
+
+
+def build_optimizer(
+    name: str, model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], capturable: bool = False
+) -> torch.optim.Optimizer:
+    """The optimizer `optim.name` over the weights of `model`.
+
+    Args:
+        name: `adamw` (torch's, fused, on CPU and CUDA), `apex_adamw` or `apex_lamb` (CUDA, see `optim.apex`).
+        lr: of the first step.
+        capturable: for a CUDA graph: the rate is a device tensor, changed in place.
+
+    Raises:
+        MachineError: apex is asked for and not installed.
+    """
+    groups = parameter_groups(model, weight_decay)
+    if name != "adamw":
+        return apex_optimizer(name, groups, lr=lr, betas=tuple(betas), capturable=capturable)
+    device = next(model.parameters()).device
+    rate = torch.tensor(lr, device=device) if capturable else lr
+    # `capturable` is for the unfused kernels; the fused ones keep their step counts on the device anyhow.
+    return torch.optim.AdamW(groups, lr=rate, betas=tuple(betas), fused=True, capturable=capturable)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of all groups; without waiting for the device where it is a tensor there."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr

@@ -1,0 +1,84 @@
+"""From the configuration to the training step."""
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ccmim_fast.config.schema import Config
+from ccmim_fast.errors import ConfigError
+from ccmim_fast.models.attention import check_attention
+from ccmim_fast.models.build import build_model
+from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.optim.ema import build_ema
+from ccmim_fast.optim.optimizer import build_optimizer
+from ccmim_fast.optim.schedule import scaled_lr
+from ccmim_fast.trainer.compiled import choose_compile, compile_step, warm_up
+from ccmim_fast.trainer.distributed import Session
+from ccmim_fast.trainer.graphed import GraphedStep
+from ccmim_fast.trainer.precision import choose_precision
+from ccmim_fast.trainer.step import TrainStep
+from ccmim_kernels.dispatch import check_triton
+
+
+def check_device(config: Config, here: Session) -> None:
+    """Return if this device can run what `config.train` asks for.
+
+    Raises:
+        ConfigError, MachineError: one line that names the setting and what to use instead.
+    """
+    check_attention(config.train.attention, here.device)
+    if config.train.kernels == "triton":
+        try:
+            check_triton(here.device)
+        except ValueError as error:
+            raise ConfigError(f"train.{error}") from None
+    for key in ("cuda_graph", "find_batch"):
+        if getattr(config.train, key) and here.device.type != "cuda":
+            raise ConfigError(f"train.{key}=true needs CUDA, got {here.device.type}; use train.{key}=false")
+    if config.train.cuda_graph and here.world_size > 1:
+        raise ConfigError(f"train.cuda_graph=true: one process only, got {here.world_size}; use train.cuda_graph=false")
+    if config.train.compile in ("blocks", "step") and here.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(here.device)
+        if major < 7:
+            raise ConfigError(
+                f"train.compile={config.train.compile}: needs compute capability 7.0, got {major}.{minor}; use off"
+            )
+
+
+def build_step(config: Config, here: Session) -> TrainStep:
+    """Model with initial weights drawn from `config.seed`, optimizer and precision, on this rank's device; eager."""
+    torch.manual_seed(config.seed)
+    model = build_model(config).to(here.device).train()
+    optimizer = build_optimizer(
+        config.optim.name,
+        model,
+        lr=scaled_lr(config.optim.base_lr, config.train.batch_size),
+        weight_decay=config.optim.weight_decay,
+        betas=config.optim.betas,
+        capturable=config.train.cuda_graph,
+    )
+    precision = choose_precision(config.train.precision, here.device)
+    ema = build_ema(model, config.optim.ema_decay)
+    return TrainStep(model, _wrapped(model, here), optimizer, precision, config, ema)
+
+
+def prepare_step(step: TrainStep, micro_batch: int) -> TrainStep | GraphedStep:
+    """Compile and warm up as `train.compile` and `train.cuda_graph` say; what comes back is called as the step.
+
+    To be done before a checkpoint is loaded into the step.
+    """
+    train = step.config.train
+    what = choose_compile(train.compile, step.device)
+    compile_step(step, what, train.compile_mode)
+    if what != "off" or train.cuda_graph:
+        # A graph is captured on warm caches and with the optimizer's state in its place: three steps, as torch advises.
+        warm_up(step, micro_batch, train.accumulate, steps=3 if train.cuda_graph else 2)
+    return GraphedStep(step) if train.cuda_graph else step
+
+
+def _wrapped(model: CCMIM, here: Session) -> nn.Module:
+    if here.world_size == 1:
+        return model
+    devices = [here.device.index] if here.device.type == "cuda" else None
+    # BatchNorm's running statistics are equal on all ranks already; broadcasting them would cost a collective a step.
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)

@@ -1,0 +1,49 @@
+"""The whole step as one CUDA graph: captured once, replayed with new images, epoch and learning rate."""
+
+from collections.abc import Sequence
+
+import torch
+
+from ccmim_fast.data.batch import Batch
+from ccmim_fast.optim.optimizer import set_lr
+from ccmim_fast.trainer.step import StepResult, TrainStep
+
+
+class GraphedStep:
+    """A `TrainStep` whose device work is one graph launch. Called like the step it replays.
+
+    Images and ids are copied into buffers of its own, so a loader may reuse its memory at once. Capture takes place at
+    the first call, after the warm-up has created the optimizer's state and a checkpoint, if any, has filled it: a graph
+    replays addresses.
+
+    Args:
+        step: with a `capturable` optimizer, on CUDA, one process.
+    """
+
+    def __init__(self, step: TrainStep):
+        self.step = step
+        self._epoch = torch.zeros((), dtype=torch.int64, device=step.device)
+        self._batches: list[Batch] = []
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._result: StepResult | None = None
+
+    def __call__(self, batches: Sequence[Batch], epoch: int, lr: float) -> StepResult:
+        """As `TrainStep.__call__`; the result is overwritten by the next call."""
+        if self._graph is None:
+            self._batches = [Batch(b.images_BHWC.clone(), b.ids_B.clone(), None) for b in batches]
+            self._capture()
+        for static, batch in zip(self._batches, batches, strict=True):
+            static.images_BHWC.copy_(batch.images_BHWC, non_blocking=True)
+            static.ids_B.copy_(batch.ids_B, non_blocking=True)
+        self._epoch.fill_(epoch)
+        set_lr(self.step.optimizer, lr)
+        self._graph.replay()
+        return self._result
+
+    def _capture(self) -> None:
+        """Record the step without running it."""
+        self.step.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize(self.step.device)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._result = self.step.run(self._batches, self._epoch)

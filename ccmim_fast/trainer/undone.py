@@ -1,0 +1,50 @@
+"""Steps that leave no trace: for warm-up, for counting arithmetic, for finding what fits."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ccmim_fast.data.batch import Batch
+from ccmim_fast.trainer.step import TrainStep
+
+
+def made_batch(step: TrainStep, batch: int) -> Batch:
+    """`batch` random images of the run's size on the step's device."""
+    data, device = step.config.data, step.device
+    shape = (batch, *data.image_size, data.channels)
+    return Batch(
+        torch.randint(0, 256, shape, dtype=torch.uint8, device=device), torch.arange(batch, device=device), None
+    )
+
+
+@contextlib.contextmanager
+def undone(step: TrainStep) -> Iterator[None]:
+    """Undo what is done within: weights, optimizer, scaler, averages and random numbers, all in the same memory.
+
+    Kept on the host meanwhile. A fresh optimizer's state stays, as zeros, which is what it begins with.
+    """
+    tensors = [*step.model.parameters(), *step.model.buffers(), *_of_optimizer(step)]
+    if step.ema is not None:
+        tensors += [*step.ema.parameters(), *step.ema.buffers()]
+    saved = [(tensor, tensor.detach().cpu().clone()) for tensor in tensors]
+    fresh, scaler, cpu = not step.optimizer.state, step.scaler.state_dict(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state(step.device) if step.device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in saved:
+                tensor.copy_(value)
+            for tensor in _of_optimizer(step) if fresh else ():
+                tensor.zero_()
+        step.optimizer.zero_grad(set_to_none=True)
+        step.scaler.load_state_dict(scaler)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, step.device)
+
+
+def _of_optimizer(step: TrainStep) -> list[Tensor]:
+    return [value for state in step.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
