@@ -2,12 +2,13 @@
 # make test        sets up and passes the tests; ENV=torch211 or ENV=pascal: those that another torch could break
 # make test-gpu    the tests marked `gpu`, with $(PYTHON) and its own torch: nothing is installed
 # make sanitize-gpu  memcheck and racecheck of the small kernel tests (compute-sanitizer is part of the CUDA toolkit)
-# make bench-gpu   times the ops, with $(PYTHON) likewise, and writes benchmarks/results/ops-*; ARGS="--op info_nce"
+# make bench       sets up, installs the peers, and writes benchmarks/results/: throughput, ladder, ops; CPU, 25 minutes
+# make bench-gpu   the same on the GPU, with $(PYTHON) and what it has; BENCH=ops ARGS="--op info_nce": one of them
 PYTHON ?= python3
 # Not from the environment, where ENV is the name of a shell's start-up file.
 ENV := current
 
-ENVS := $(patsubst requirements/%.txt,%,$(wildcard requirements/*.txt))
+ENVS := $(filter-out bench,$(patsubst requirements/%.txt,%,$(wildcard requirements/*.txt)))
 ifeq ($(filter $(ENV),$(ENVS)),)
 $(error ENV=$(ENV) must be one of: $(ENVS))
 endif
@@ -24,7 +25,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 AT_HAND := PYTHONPATH=.:kernels $(PYTHON)
 
-.PHONY: demo test test-gpu sanitize-gpu bench-gpu lint format clean
+.PHONY: demo test test-gpu sanitize-gpu bench bench-gpu lint format clean
 
 demo: $(STAMP)
 	$(BIN)/ccmim demo --overwrite
@@ -42,8 +43,18 @@ sanitize-gpu:
 		$(PYTHON) -m pytest tests/ops -x -m "not slow" -k $(SMALL) || exit 1; \
 	done
 
+# Every line is to take less than nine minutes on two cores: steps of 6 to 14 seconds in fp32, 3 to 8 in bf16.
+LONG := mae-8 ccmim-first ccmim-all transformers lightly naive
+bench: $(STAMP)
+	$(PIP) --no-deps -r requirements/bench.txt
+	$(BIN)/ccmim bench throughput --device cpu --batch 16 --precision fp32 --rounds 2 --seconds 2 --only $(LONG)
+	$(BIN)/ccmim bench throughput --device cpu --batch 16 --precision bf16 --rounds 2 --seconds 4 --only mae-2 naive-fp32 $(LONG)
+	$(BIN)/ccmim bench ladder --device cpu --batch 16 --precision bf16 --rounds 1
+	$(BIN)/ccmim bench ops --out benchmarks/results/ops-floors-$(shell date +%F)
+
+BENCH := throughput ladder ops
 bench-gpu:
-	$(AT_HAND) benchmarks/ops/bench.py $(ARGS)
+	for name in $(BENCH); do $(AT_HAND) -m ccmim_fast.cli bench $$name --device cuda $(ARGS) || exit 1; done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -29,6 +29,9 @@ EXTRAS = {
     "cuda12": ["nvidia-dali-cuda120>=1.50", "xformers>=0.0.31"],
     # The last releases that carry code for compute capability 6.x (GTX 1080 Ti).
     "pascal": ["torch==2.7.1", "torchvision==0.22.1", "xformers==0.0.31.post1", "nvidia-dali-cuda120>=1.50"],
+    # What `ccmim bench throughput` compares with, but for lightly: its list has pytorch_lightning, which is not to be
+    # installed. Its MAE needs torch, torchvision, timm and numpy only: pip install --no-deps lightly
+    "bench": ["transformers>=5"],
     "dev": ["pytest>=8", "ruff>=0.11"],
 }
 

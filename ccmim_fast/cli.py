@@ -1,10 +1,13 @@
 """The command `ccmim`. Every user's mistake ends in one line on standard error and its own exit code."""
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from ccmim_fast.config.keys import nearest
-from ccmim_fast.errors import CcmimError, ConfigError
+from ccmim_fast.errors import CcmimError, ConfigError, MachineError
 
 USAGE = """usage: ccmim COMMAND [--config FILE_OR_PRESET] [--section.key=value ...]
 
@@ -12,6 +15,7 @@ commands:
   demo      pretrain ccMIM and MAE on made images, compare them, write a report
   pretrain  pretrain a vision transformer on your images
   export    write a run's encoder as timm weights: ccmim export RUN OUT.safetensors
+  bench     measure against other code, in a checkout: ccmim bench throughput|ladder|ops [options]
   doctor    show what this machine has, and what to install for more
 
 ccmim COMMAND --help lists the settings of a command."""
@@ -43,6 +47,24 @@ def export(argv: list[str]) -> None:
     print(export_timm(argv[0], argv[1]))
 
 
+BENCHMARKS = {"throughput": "throughput.py", "ladder": "ladder.py", "ops": "ops/bench.py"}
+
+
+def bench(argv: list[str]) -> None:
+    """`ccmim bench throughput|ladder|ops [options]`: a script of the checkout's benchmarks/, with its exit status."""
+    if not argv or argv[0] not in BENCHMARKS:
+        asked = f"{argv[0]!r:.80}: no such benchmark" if argv else "which benchmark"
+        raise ConfigError(f"ccmim bench: {asked}; one of {', '.join(BENCHMARKS)}")
+    root = Path(__file__).resolve().parents[1]
+    script = root / "benchmarks" / BENCHMARKS[argv[0]]
+    if not script.is_file():
+        raise MachineError("ccmim bench: benchmarks/ is not in the wheel; git clone the repository and run it there")
+    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, script, *argv[1:]], env={**os.environ, "PYTHONPATH": path})
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
 def doctor(argv: list[str]) -> None:
     """`ccmim doctor`: a table of device and libraries."""
     from ccmim_fast.doctor import print_report
@@ -54,6 +76,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo,
     "pretrain": pretrain,
     "export": export,
+    "bench": bench,
     "doctor": doctor,
 }
 

@@ -105,7 +105,19 @@ def test_results(tmp_path):
     out = tmp_path / "made" / "ops"
     assert bench.main([*ON_CPU, "--no-tests", "--op", "gather_tokens", "hog_target", "--out", str(out)]) == 0
     result = json.loads(out.with_suffix(".json").read_text())
-    known = {"device", "capability", "driver", "cuda", "torch", "triton", "python", "commit", "date", "float32 matmul"}
+    known = {
+        "command",
+        "device",
+        "capability",
+        "driver",
+        "cuda",
+        "torch",
+        "triton",
+        "python",
+        "commit",
+        "date",
+        "float32 matmul",
+    }
     assert result["environment"].keys() == known
     assert result["tests"] == "not run"
     assert [(row["op"], row["pass"]) for row in result["rows"]] == [

@@ -154,7 +154,13 @@ def floors_only(options: argparse.Namespace) -> str:
 def without_gpu(options: argparse.Namespace) -> int:
     """What can be said without a GPU; exit status that of the ahead-of-time compilation, where it is asked for."""
     print("No CUDA device: times, their spread, peak memory and the copy's bandwidth cannot be measured here.\n")
-    print(f"Floors at {options.bandwidth} TB/s and {options.tflops:g} TFLOP/s (nominal):\n\n{floors_only(options)}\n")
+    floors = f"Floors at {options.bandwidth} TB/s and {options.tflops:g} TFLOP/s (nominal):\n\n{floors_only(options)}\n"
+    print(floors)
+    if options.out is not None:
+        facts = report.facts(report.environment(torch.device("cpu")))
+        options.out.with_name(options.out.name + ".md").write_text(
+            f"# Ops: what each has to move\n\n{facts}\n\n{floors}"
+        )
     script = Path(__file__).with_name("ahead_of_time.py")
     if not options.resources:
         print(f"Registers, spills and shared memory for nine architectures: {script.relative_to(ROOT)} (minutes)")

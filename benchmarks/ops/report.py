@@ -2,7 +2,9 @@
 
 import datetime
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ def environment(device: torch.device) -> dict[str, str]:
     cuda = device.type == "cuda"
     capability = ".".join(map(str, torch.cuda.get_device_capability(device))) if cuda else "none"
     return {
+        "command": shlex.join(["ccmim", "bench", "ops", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name(device) if cuda else "cpu (a smoke test: its times say nothing)",
         "capability": capability,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else "none",
@@ -87,7 +90,6 @@ def _peak(found: dict | None) -> str:
 
 def markdown(result: dict) -> str:
     """The whole page."""
-    facts = [[name, str(value)] for name, value in result["environment"].items()]
     notes = (
         f"Medians of {result['rounds']} interleaved rounds on the GPU's clock, L2 flushed before each call, the host "
         f"ahead; after ± the distance between the quartiles. Microseconds. `floor`: bytes (read and written once) at "
@@ -96,7 +98,11 @@ def markdown(result: dict) -> str:
         f"copy of as many bytes. `share`: floor / Triton. `peak MB`: allocated beyond the inputs by Triton / eager / "
         f"compiled. Tests of every op listed: {result['tests']}."
     )
-    return "\n\n".join(["# Ops", table(facts, ["environment", ""]), notes, measured_table(result["rows"])]) + "\n"
+    return "\n\n".join(["# Ops", facts(result["environment"]), notes, measured_table(result["rows"])]) + "\n"
+
+
+def facts(environment: dict[str, str]) -> str:
+    return table([[name, str(value)] for name, value in environment.items()], ["environment", ""])
 
 
 def plot(result: dict, path: Path) -> None:

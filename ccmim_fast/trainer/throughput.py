@@ -14,8 +14,8 @@ from ccmim_fast.trainer.undone import made_batch, undone
 # Square matmuls large enough to be bound by arithmetic, small enough to take a moment.
 _SIDE = {"cuda": 8192, "cpu": 1536}
 
-# torch knows the arithmetic of its CUDA attention operators only.
-CPU_ATTENTION = {
+# torch 2.15 counts these by itself; some older ones that we support know CUDA's attention operators only.
+_CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
         *shapes[:4]
@@ -25,13 +25,18 @@ CPU_ATTENTION = {
 Item = TypeVar("Item")
 
 
+def flop_counter() -> FlopCounterMode:
+    """A context that counts the arithmetic run in it, attention on a CPU included: `.get_total_flops()`."""
+    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+
+
 def count_flops(step: TrainStep) -> float:
     """FLOPs per image of forward and backward pass, as torch's dispatcher counts them over an eager pass.
 
     Over two images; the contrastive loss, which alone grows with the square of the batch, is below 0.1 % of a step.
     """
     epoch = torch.zeros((), dtype=torch.int64, device=step.device)
-    with undone(step), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with undone(step), flop_counter() as counter:
         batch = made_batch(step, 2)
         losses, _ = step.losses(batch.images_BHWC, batch.ids_B, epoch)
         losses.total.backward()
@@ -44,15 +49,16 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype | None) -> floa
     a = torch.randn(side, side, device=device, dtype=dtype or torch.float32)
     best = float("inf")
     for _ in range(6):
-        _synchronise(device)
+        synchronise(device)
         start = time.perf_counter()
         a @ a
-        _synchronise(device)
+        synchronise(device)
         best = min(best, time.perf_counter() - start)
     return 2 * side**3 / best
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

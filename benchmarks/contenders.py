@@ -1,0 +1,170 @@
+"""Who is measured: our presets and the peers, each as a name, its settings or its file, and the arithmetic to expect.
+
+Every variant of ours is a list of settings for `load_config`, here and nowhere else, and `ours` makes a step of it. A
+peer is a function of the contract in throughput.py.
+"""
+
+# B batch, H height, W width, C channels
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ccmim_fast.config.keys import settings
+from ccmim_fast.config.load import load_config
+from ccmim_fast.config.schema import Config
+from ccmim_fast.data.batch import Batch
+from ccmim_fast.errors import ConfigError
+from ccmim_fast.trainer.build import build_step, check_device, prepare_step
+from ccmim_fast.trainer.distributed import Session
+
+PEERS = Path(__file__).parent / "peers"
+LR = 1.5e-4  # of every contender; optim.base_lr: large enough that a few steps lower the loss, if the step is right
+
+Step = Callable[[], Tensor]
+
+
+def switches() -> list[str]:
+    """The settings that spare arithmetic or memory and leave the losses as they are, in the schema's order."""
+    return [key for key in settings() if key.startswith("fast.")]
+
+
+ALL_OFF = [f"--{key}=false" for key in switches()]
+
+
+class Contender(NamedTuple):
+    """One line of the comparison: ours, by `settings`, or a peer, by `peer`.
+
+    Attributes:
+        settings: for `load_config`; of ours alone.
+        peer: path.py:function.
+        package: what a peer needs, as it is imported.
+        install: the command that installs it.
+        precision: its own, whatever the others run in.
+    """
+
+    name: str
+    settings: list[str] = []  # noqa: RUF012 (never changed)
+    peer: str = ""
+    package: str = ""
+    install: str = ""
+    precision: str = ""
+
+    @property
+    def installed(self) -> bool:
+        return not self.package or importlib.util.find_spec(self.package) is not None
+
+    @property
+    def measured_against(self) -> bool:
+        """Whether the others are given as a ratio to it."""
+        return bool(self.peer) or self.name.startswith("naive")
+
+
+_NAIVE = ["--config=ccmim_vit_base_official", *ALL_OFF]
+CONTENDERS = {
+    c.name: c
+    for c in (
+        Contender("mae-8", ["--config=mae_vit_base"]),
+        Contender("mae-2", ["--config=mae_vit_base", "--decoder.depth=2"]),
+        Contender("ccmim-first", ["--config=ccmim_vit_base_eq4"]),
+        Contender("ccmim-all", ["--config=ccmim_vit_base"]),
+        Contender("ccmim-official", ["--config=ccmim_vit_base_official"]),
+        Contender(
+            "transformers",
+            peer=f"{PEERS / 'transformers_mae.py'}:build",
+            package="transformers",
+            install="pip install transformers",
+        ),
+        Contender(
+            "lightly",
+            peer=f"{PEERS / 'lightly_mae.py'}:build",
+            package="lightly",
+            # With its dependencies it would bring pytorch_lightning, which its MAE does not need.
+            install="pip install --no-deps lightly",
+        ),
+        # The authors' algorithm as it is written down: no switch on.
+        Contender("naive", _NAIVE),
+        # As the authors run it, autocast off, beside whatever precision the others have.
+        Contender("naive-fp32", _NAIVE, precision="fp32"),
+    )
+}
+
+# GFLOP per image at 224 pixels, from the design's table of arithmetic, which knows none of the switches.
+_MAE_8 = {"vit_base_patch16_224": 58.5, "vit_large_patch16_224": 124.2}
+_AUTHORS = {"vit_base_patch16_224": 119.3, "vit_large_patch16_224": 338.6}
+EXPECTED = {
+    "mae-8": _MAE_8,
+    "mae-2": {"vit_base_patch16_224": 34.7, "vit_large_patch16_224": 100.5},
+    "ccmim-first": {"vit_base_patch16_224": 60.9, "vit_large_patch16_224": 192.5},
+    "ccmim-all": {"vit_base_patch16_224": 93.1, "vit_large_patch16_224": 310.6},
+    "ccmim-official": _AUTHORS,
+    "naive": _AUTHORS,
+    "naive-fp32": _AUTHORS,
+    "transformers": _MAE_8,
+    "lightly": _MAE_8,
+}
+TOLERANCE = 0.01
+SPARED = 0.06  # by all switches together: at most 5 % (ccmim-first), and the tolerance
+
+
+def as_expected(contender: Contender, deviation: float) -> bool:
+    """Whether a count that is off the design's figure by the share `deviation` is right: ours may be below it."""
+    least = -TOLERANCE if contender.measured_against else -SPARED
+    return least <= deviation <= TOLERANCE
+
+
+def ours_config(given: list[str], arch: str, shape: tuple[int, ...], precision: str) -> Config:
+    """The configuration of ours: `given`, and what the options of the benchmark say; `shape` is that of the images.
+
+    Raises:
+        ConfigError: a setting.
+    """
+    count, height, width, channels = shape
+    said = [
+        f"--model.arch={arch}",
+        f"--data.image_size=[{height}, {width}]",
+        f"--data.channels={channels}",
+        f"--train.batch_size={count}",
+        "--train.accumulate=1",
+        f"--train.precision={precision}",
+    ]
+    return load_config([*given, *said], "ccmim bench")
+
+
+def ours(given: list[str], arch: str, images_BHWC: Tensor, precision: str) -> Step:
+    """The trainer's own step on `images_BHWC` [B, H, W, C] uint8, on their device; a call returns the loss."""
+    device, count = images_BHWC.device, len(images_BHWC)
+    config = ours_config(given, arch, tuple(images_BHWC.shape), precision)
+    here = Session(0, 1, device)
+    check_device(config, here)
+    train_step = prepare_step(build_step(config, here), count)
+    batch = Batch(images_BHWC, torch.arange(count, device=device), None)
+
+    def step() -> Tensor:
+        batch.ids_B.add_(count)  # other samples, so other masks
+        return train_step([batch], 0, LR).total
+
+    return step
+
+
+def load_peer(where: str) -> Callable[[str, Tensor, str], Step]:
+    """The function `path.py:function`; its folder is where it finds its own modules.
+
+    Raises:
+        ConfigError: no such file or function.
+    """
+    path, _, name = where.rpartition(":")
+    if not Path(path).is_file():
+        raise ConfigError(f"--peer={where}: no such file; write --peer path.py:function")
+    sys.path.insert(0, str(Path(path).resolve().parent))
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise ConfigError(f"--peer={where}: no function {name!r} in {path}")
+    return getattr(module, name)
