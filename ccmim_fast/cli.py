@@ -47,7 +47,7 @@ def export(argv: list[str]) -> None:
     print(export_timm(argv[0], argv[1]))
 
 
-BENCHMARKS = {"throughput": "throughput.py", "ladder": "ladder.py", "ops": "ops/bench.py"}
+BENCHMARKS = {"throughput": "throughput.py", "ladder": "ladder.py", "attention": "attention.py", "ops": "ops/bench.py"}
 
 
 def bench(argv: list[str]) -> None:

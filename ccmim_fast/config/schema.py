@@ -126,7 +126,8 @@ class TrainConfig:
     device: str = "auto"  # auto | cpu | cuda
     # auto: Triton on CUDA for the ops measured to win there (none yet: no kernel has run on a GPU), else plain PyTorch
     kernels: Literal["auto", "triton", "reference"] = "auto"
-    attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "xformers"] = "auto"  # see models/attention.py
+    # backend, see models/attention.py; auto: the one measured best for the device, the dtype and the number of tokens
+    attention: Literal["auto", "sdpa", "plain", "flash", "cudnn", "efficient", "xformers"] = "auto"
     recompute: bool = False  # activation checkpointing: keep each block's input alone, compute the rest again
     # torch.compile: per block, or forward and losses as one graph; auto: `step` on CUDA from compute capability 7.0 on
     compile: Literal["auto", "off", "blocks", "step"] = "auto"

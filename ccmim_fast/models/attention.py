@@ -19,11 +19,16 @@ _KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-CUDA_ONLY = ("xformers", "flash", "cudnn", "efficient")
+CUDA_ONLY = ("xformers", *_KERNELS)
+BACKENDS = ("sdpa", "plain", *CUDA_ONLY)
 
-# What `auto` takes: (compute capability, tokens, dtype) -> backend, forward and backward together, from
-# `benchmarks/attention.py`; what is not listed goes to `sdpa`. Empty: no GPU has been measured yet.
-MEASURED_BEST: dict[tuple[tuple[int, int], int, torch.dtype], str] = {}
+# What `auto` takes: by device (compute capability, or None for a CPU) and dtype, up to how many tokens which backend;
+# beyond, and for all that is not listed, `sdpa`. From benchmarks/results/attention-*; no GPU has been measured yet.
+MEASURED_BEST: dict[tuple[tuple[int, int] | None, torch.dtype], tuple[tuple[int, str], ...]] = {
+    # AMD EPYC with AVX-512 and bf16, two threads: of the CPU's fused kernel it is the backward pass that is slow.
+    (None, torch.bfloat16): ((401, "plain"),),
+    (None, torch.float32): ((64, "plain"),),
+}
 
 
 def check_attention(name: str, device: torch.device) -> None:
@@ -46,7 +51,8 @@ def attention(q_BQNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor, backend: str = "au
 
     Args:
         q_BQNH, k_BTNH, v_BTNH: float of one dtype; all receive gradients.
-        backend: `auto`, `sdpa`, `flash`, `cudnn`, `efficient` or `xformers`; all but the first two need CUDA.
+        backend: `auto`, `sdpa` (torch's choice), `plain` (two products and a softmax, weights in memory), or, on
+            CUDA, `flash`, `cudnn`, `efficient` or `xformers`.
         dropout: of the attention weights.
 
     Raises:
@@ -54,6 +60,8 @@ def attention(q_BQNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor, backend: str = "au
     """
     if backend == "auto":
         backend = _measured_best(q_BQNH.device, k_BTNH.shape[1], q_BQNH.dtype)
+    if backend == "plain":
+        return _plain(q_BQNH, k_BTNH, v_BTNH, dropout)
     if backend == "xformers":
         return _memory_efficient()(q_BQNH, k_BTNH, v_BTNH, p=dropout)
     chosen = sdpa_kernel(_KERNELS[backend]) if backend in _KERNELS else contextlib.nullcontext()
@@ -64,10 +72,20 @@ def attention(q_BQNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor, backend: str = "au
     return mixed_BNQH.transpose(1, 2)
 
 
+def _plain(q_BQNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor, dropout: float) -> Tensor:
+    q_BNQH, k_BNTH, v_BNTH = (x.transpose(1, 2) for x in (q_BQNH, k_BTNH, v_BTNH))
+    # Autocast would let the softmax return float32, and round for the second product.
+    with torch.autocast(q_BQNH.device.type, enabled=False):
+        weights_BNQT = ((q_BNQH * q_BNQH.shape[-1] ** -0.5) @ k_BNTH.transpose(2, 3)).softmax(-1)
+        return (F.dropout(weights_BNQT, dropout) @ v_BNTH).transpose(1, 2)
+
+
 def _measured_best(device: torch.device, tokens: int, dtype: torch.dtype) -> str:
-    if device.type != "cuda":
-        return "sdpa"
-    return MEASURED_BEST.get((torch.cuda.get_device_capability(device), tokens, dtype), "sdpa")
+    architecture = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    for most, backend in MEASURED_BEST.get((architecture, dtype), ()):
+        if tokens <= most:
+            return backend
+    return "sdpa"
 
 
 @cache

@@ -15,6 +15,7 @@ from ccmim_fast.optim.schedule import scaled_lr
 from ccmim_fast.trainer.compiled import choose_compile, compile_step, warm_up
 from ccmim_fast.trainer.distributed import Session
 from ccmim_fast.trainer.graphed import GraphedStep
+from ccmim_fast.trainer.host_memory import keep_freed_memory
 from ccmim_fast.trainer.precision import choose_precision
 from ccmim_fast.trainer.step import TrainStep
 from ccmim_kernels.dispatch import check_triton
@@ -47,6 +48,8 @@ def check_device(config: Config, here: Session) -> None:
 
 def build_step(config: Config, here: Session) -> TrainStep:
     """Model with initial weights drawn from `config.seed`, optimizer and precision, on this rank's device; eager."""
+    if here.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.seed)
     model = build_model(config).to(here.device).train()
     optimizer = build_optimizer(

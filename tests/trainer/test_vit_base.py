@@ -45,6 +45,7 @@ def test_paper_preset_takes_steps(tmp_path, loader):
         "train.batch_size": 4,
         "train.max_steps": 2,
         "train.device": "cpu",
+        "train.attention": "sdpa",
     }
     assert main(["pretrain", *(f"--{key}={value}" for key, value in settings.items())]) == 0
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
