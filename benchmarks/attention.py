@@ -121,7 +121,9 @@ def main(arguments: list[str]) -> int:
     rows = [row(shape, dtype, options) for dtype in options.dtype for shape in SHAPES[: options.shapes]]
     options.precision = ""
     result = {"environment": pages.environment("attention", arguments, options), "batch": options.batch, "rows": rows}
-    notes = f"Batch {options.batch}, medians of {options.rounds} interleaved rounds, milliseconds: forward / both passes."
+    notes = (
+        f"Batch {options.batch}, medians of {options.rounds} interleaved rounds, milliseconds: forward / both passes."
+    )
     prefix = pages.prefix_of("attention", options, result["environment"])
     prefix.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{prefix}.json").write_text(json.dumps(result, indent=1) + "\n")

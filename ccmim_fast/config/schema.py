@@ -135,6 +135,7 @@ class TrainConfig:
     cuda_graph: bool = False  # capture the whole step, optimizer included, and replay it
     find_batch: bool = False  # first find the largest micro-batch that fits the GPU, and accumulate as that asks
     max_steps: int = 0  # stop after so many optimizer steps; 0: all epochs
+    profile: int = 0  # profile so many optimizer steps once, after 3 others, and go on; 0: none; docs/performance.md
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ RANGES = {
     "train.batch_size": COUNT,
     "train.accumulate": COUNT,
     "train.max_steps": COUNT_OR_0,
+    "train.profile": "[0, 100]",  # a ViT-B step is about 10,000 events of the trace
 }
 
 

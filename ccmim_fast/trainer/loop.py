@@ -18,6 +18,7 @@ from ccmim_fast.trainer.build import build_step, check_device, prepare_step
 from ccmim_fast.trainer.distributed import Session, max_over_ranks, mean_over_ranks, session
 from ccmim_fast.trainer.find_batch import with_largest_batch
 from ccmim_fast.trainer.metrics import Metrics, ProgressLine
+from ccmim_fast.trainer.profile import Profile, check_room
 from ccmim_fast.trainer.run_folder import describe_run, open_run_folder
 from ccmim_fast.trainer.step import StepResult
 from ccmim_fast.trainer.throughput import Meter
@@ -68,6 +69,8 @@ class Trainer:
         micro_batch = config.train.batch_size // (config.train.accumulate * here.world_size)
         self.step_fn = prepare_step(self.train_step, micro_batch)
         self.step = self._resume()
+        per_epoch = self.loader.steps_per_epoch
+        check_room(config.train.profile, done=self.step, steps_per_epoch=per_epoch, total=self.total_steps)
         self.nan_id = torch.full((), -1, device=here.device)
         self.meter = Meter(config.train.batch_size, here, self.train_step)
         self.metrics = None
@@ -75,6 +78,16 @@ class Trainer:
             describe_run(self.folder, config, here.device)
             self.metrics = Metrics(self.folder, tensorboard=config.run.tensorboard, resume_step=self.step)
         self.progress = ProgressLine(self._headline(), self.total_steps, self.step, here.is_main)
+        self.profile = Profile(
+            config.train.profile,
+            here,
+            self.folder,
+            self.meter,
+            self.model,
+            self.train_step.precision,
+            images=config.train.batch_size // here.world_size,
+            note=self.progress.note,
+        )
 
     @property
     def total_steps(self) -> int:
@@ -86,7 +99,8 @@ class Trainer:
             self._look(0)
         while self.step < self.total_steps:
             epoch, start = divmod(self.step, self.loader.steps_per_epoch)
-            for batches in self._steps(epoch, start):
+            count = min(self.loader.steps_per_epoch - start, self.total_steps - self.step)
+            for batches in self.profile.watch(self._steps(epoch, start), count):
                 result = self._train(batches, epoch)
                 self._log(result)
             self._save(epoch + 1)

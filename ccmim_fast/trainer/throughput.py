@@ -1,8 +1,8 @@
 """Images per second, arithmetic per image, and what share of the device's own matmul rate a run reaches (MFU)."""
 
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -13,6 +13,9 @@ from ccmim_fast.trainer.undone import made_batch, undone
 
 # Square matmuls large enough to be bound by arithmetic, small enough to take a moment.
 _SIDE = {"cuda": 8192, "cpu": 1536}
+
+# A tensor beyond any cache: the largest L2 of a GPU has 126 MB (B200).
+_LARGE_BYTES = 2**28
 
 # torch 2.15 counts these by itself; some older ones that we support know CUDA's attention operators only.
 _CPU_ATTENTION = {
@@ -30,8 +33,8 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
 
 
-def count_flops(step: TrainStep) -> float:
-    """FLOPs per image of forward and backward pass, as torch's dispatcher counts them over an eager pass.
+def count_flops(step: TrainStep) -> dict[Any, float]:
+    """FLOPs per image of forward and backward pass, by operator, as torch's dispatcher counts them over an eager pass.
 
     Over two images; the contrastive loss, which alone grows with the square of the batch, is below 0.1 % of a step.
     """
@@ -40,21 +43,35 @@ def count_flops(step: TrainStep) -> float:
         batch = made_batch(step, 2)
         losses, _ = step.losses(batch.images_BHWC, batch.ids_B, epoch)
         losses.total.backward()
-    return counter.get_total_flops() / 2
+    return {op: count / 2 for op, count in counter.get_flop_counts()["Global"].items()}
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype | None) -> float:
     """FLOP/s of large square matmuls on this device in the step's precision: the best of six."""
     side = _SIDE[device.type]
     a = torch.randn(side, side, device=device, dtype=dtype or torch.float32)
+    return 2 * side**3 / _best_of(6, lambda: a @ a, device)
+
+
+def measure_memory_bandwidth(device: torch.device) -> float:
+    """Bytes/s of a large tensor scaled in place on this device, read and written ones together: the best of 24.
+
+    In place, as an optimizer works: a CPU reads the target of a copy as well before it writes it, which nobody counts.
+    """
+    large = torch.zeros(_LARGE_BYTES // 4, device=device)
+    return 2 * large.nbytes / _best_of(24, lambda: large.mul_(1.0), device)
+
+
+def _best_of(times: int, call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds."""
     best = float("inf")
-    for _ in range(6):
+    for _ in range(times):
         synchronise(device)
         start = time.perf_counter()
-        a @ a
+        call()
         synchronise(device)
         best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best
+    return best
 
 
 def synchronise(device: torch.device) -> None:
@@ -70,13 +87,17 @@ class Meter:
         batch_size: images per optimizer step, over all ranks.
         here: this process's place; the matmul rate is measured on its device.
         step: whose arithmetic is counted; its precision is that of the matmul rate.
+
+    Attributes:
+        flops_by_op: FLOPs per image by operator.
     """
 
     def __init__(self, batch_size: int, here: Session, step: TrainStep):
         self._batch_size = batch_size
         self._peak = measure_matmul_rate(here.device, step.precision.dtype)
         self._world_size = here.world_size
-        self._flops_per_image = count_flops(step)
+        self.flops_by_op = count_flops(step)
+        self._flops_per_image = sum(self.flops_by_op.values())
         self.pause()
 
     def pause(self) -> None:

@@ -1,0 +1,278 @@
+"""On paper: FLOPs of one image, what a step on a cluster computes and sends. Prints the tables of docs/performance.md.
+
+    python benchmarks/arithmetic.py             # the formulas
+    python benchmarks/arithmetic.py --count     # beside torch's count of a real step: minutes on a CPU, 12 GB
+
+Nothing here is a measurement of speed.
+"""
+
+# T tokens, Q of them that ask, D width, L patches, K visible, M masked, A values per patch, E contrastive width
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "ops"))
+from floors import FLOORS, Size
+
+from ccmim_fast.config.keys import build, flatten
+from ccmim_fast.config.schema import Config
+
+E = 256  # heads.dim
+DECODER_WIDTH = 512
+FLASH = 2.5  # attention's backward in forwards: it computes the scores again; torch counts so too
+
+
+@dataclass(frozen=True)
+class Vit:
+    """Attributes: timm's name; width, depth; `patch` pixels a side; `image` pixels a side."""
+
+    arch: str
+    width: int
+    depth: int
+    patch: int = 16
+    image: int = 224
+
+    @property
+    def patches(self) -> int:
+        return (self.image // self.patch) ** 2
+
+
+VITS = {
+    "ViT-S/16": Vit("vit_small_patch16_224", 384, 12),
+    "ViT-B/16": Vit("vit_base_patch16_224", 768, 12),
+    "ViT-L/16": Vit("vit_large_patch16_224", 1024, 24),
+    "ViT-H/14": Vit("vit_huge_patch14_224", 1280, 32, patch=14),
+}
+
+# Score source and decoder blocks; MAE scores nothing and has no masked branch.
+METHODS = {
+    "MAE-8": ("none", 8),
+    "MAE-2": ("none", 2),
+    "ccMIM `first`": ("first", 2),
+    "ccMIM `all`": ("all", 2),
+    "ccMIM `all`, 8 blocks": ("all", 8),
+}
+
+
+def block(T: int, D: int, Q: int | None = None, backward: bool = True) -> float:
+    """FLOPs of a block in which Q of T tokens ask (None: all): keys, values 4TD^2, the rest 20QD^2, attention 4QTD."""
+    Q = T if Q is None else Q
+    products, attention = 4 * T * D**2 + 20 * Q * D**2, 4 * Q * T * D
+    return 3 * products + (1 + FLASH) * attention if backward else products + attention
+
+
+def parts(vit: Vit, source: str, decoder_blocks: int) -> dict[str, float]:
+    """FLOPs of one image and step by part: products and attention; without the loss of the contrastive half."""
+    L, D, n, d = vit.patches, vit.width, vit.depth, DECODER_WIDTH
+    K = L // 4
+    M, A = L - K, 3 * vit.patch**2
+    found = {
+        # Pixels need no gradient.
+        "embedding": 2 * 2 * L * A * D,
+        "visible": n * block(K + 1, D),
+        "decoder": 3 * 2 * (K + 1) * D * d
+        + (decoder_blocks - 1) * block(L + 1, d)
+        + block(L + 1, d, Q=M)
+        + 3 * 2 * M * d * A,
+    }
+    if source == "none":
+        return found
+    head = 2 * D * D + 2 * D * E
+    found["masked"] = (n - 1) * block(M + 1, D, backward=False) + block(M + 1, D, Q=1, backward=False)
+    found["heads"] = 3 * head + head
+    if source == "all":
+        # Keys of the last block alone; a row of [CLS] against all tokens in every block.
+        rows = n * 2 * (L + 1) * D
+        found["score"] = (n - 1) * block(L + 1, D, backward=False) + 2 * (L + 1) * D**2 + 2 * D**2 + rows
+    return found
+
+
+def backward_share(vit: Vit, source: str, decoder_blocks: int) -> float:
+    """Of a step's FLOPs, what runs in the backward pass: gradients can travel meanwhile."""
+    found = parts(vit, source, decoder_blocks)
+    differentiated = sum(flops for name, flops in found.items() if name not in ("masked", "score"))
+    return 2 / 3 * differentiated / sum(found.values())
+
+
+def config_of(vit: Vit, source: str, decoder_blocks: int) -> Config:
+    """The run that `parts` describes."""
+    settings = {
+        "model.arch": vit.arch,
+        "data.image_size": (vit.image, vit.image),
+        "decoder.depth": decoder_blocks,
+        **({"mask.strategy": "random", "contrast.loss": "none"} if source == "none" else {"score.source": source}),
+    }
+    return build(flatten(Config()) | settings)
+
+
+def counted(vit: Vit, source: str, decoder_blocks: int) -> float:
+    """FLOPs of one image by torch's counter, over a forward and backward pass of two images on the CPU."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ccmim_fast.losses.total import total_loss
+    from ccmim_fast.models.build import build_model
+    from ccmim_fast.trainer.throughput import CPU_ATTENTION
+
+    config = config_of(vit, source, decoder_blocks)
+    model = build_model(config).train()
+    images_BHWC = torch.randint(0, 256, (2, vit.image, vit.image, 3), dtype=torch.uint8)
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        total_loss(model, model(images_BHWC, torch.arange(2), 0), images_BHWC, config).total.backward()
+    return counter.get_total_flops() / 2
+
+
+def parameters(vit: Vit, source: str = "all", decoder_blocks: int = 2) -> int:
+    """Trainable ones: each has a gradient that ranks exchange."""
+    D, d, A = vit.width, DECODER_WIDTH, 3 * vit.patch**2
+    # Patch projection with bias, [CLS], blocks, last norm; and projection, mask token, blocks, last norm, prediction.
+    encoder = A * D + D + D + vit.depth * (12 * D**2 + 13 * D) + 2 * D
+    decoder = D * d + d + d + decoder_blocks * (12 * d**2 + 13 * d) + 2 * d + d * A + A
+    heads = 0 if source == "none" else D * D + 2 * D + D * E
+    return encoder + decoder + heads
+
+
+RATE = 0.5 * 800e12  # FLOP/s: half of what is assumed for a large bf16 product on an H100
+MEMORY = 3.0e12  # bytes/s: assumed for an H100, whose data sheet has 3.35e12
+PASSES = ("forward", "backward", "both")
+NVLINK = 450e9  # bytes/s and GPU in one direction: H100 data sheet, 900 GB/s for both
+NETWORK = 50e9  # bytes/s and GPU in one direction: 400 Gbit/s, one adapter for each GPU
+NODE = 8  # GPUs
+GRADIENT = 4  # bytes: float32
+
+
+def all_reduce(count: float, gpus: int) -> float:
+    """Seconds to sum `count` bytes over GPUs.
+
+    Within a node one ring, 2 (n - 1) / n of the bytes out of each GPU. Beyond: a reduce-scatter in the node, an
+    all-reduce of an eighth by each GPU's own adapter over the m nodes, a gather in the node.
+    """
+    local = min(gpus, NODE)
+    nodes = gpus // local
+    return 2 * (local - 1) / local * count / NVLINK + 2 * (nodes - 1) / nodes * count / local / NETWORK
+
+
+def all_gather(count: float, gpus: int) -> float:
+    """Seconds until every GPU has the `count` bytes of each other one.
+
+    Each GPU gets those of its peers in the other nodes by its own adapter, then all of them are gathered in the node.
+    """
+    local = min(gpus, NODE)
+    nodes = gpus // local
+    return (nodes - 1) * count / NETWORK + (local - 1) * nodes * count / NVLINK
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step on paper; times in seconds, sizes in bytes.
+
+    Attributes:
+        compute, backward: of the FLOPs at `RATE`; of which in the backward pass.
+        sent: gradient bytes out of each GPU; `gradients`: their time.
+        rows: bytes of all ranks' negatives; `negatives`: time to gather them and to sum their gradient.
+    """
+
+    compute: float
+    backward: float
+    sent: float
+    gradients: float
+    rows: float
+    negatives: float
+
+    @property
+    def exposed(self) -> float:
+        """Nothing else runs during the negatives; the gradients travel behind the backward pass as far as it lasts."""
+        return self.negatives + max(0.0, self.gradients - self.backward)
+
+
+def step(vit: Vit, images: int, gpus: int, source: str = "all", decoder_blocks: int = 2) -> Step:
+    """One optimizer step of `images` per GPU on `gpus`, DDP with float32 gradients."""
+    compute = images * sum(parts(vit, source, decoder_blocks).values()) / RATE
+    size = GRADIENT * parameters(vit, source, decoder_blocks)
+    row_bytes = images * E * 4
+    return Step(
+        compute=compute,
+        backward=compute * backward_share(vit, source, decoder_blocks),
+        sent=2 * (gpus - 1) / gpus * size,
+        gradients=all_reduce(size, gpus),
+        rows=gpus * row_bytes,
+        negatives=all_gather(row_bytes, gpus) + all_reduce(gpus * row_bytes, gpus),
+    )
+
+
+def lines(header: list[str], rows: list[list[str]]) -> str:
+    """Markdown; the first column to the left, the others to the right."""
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def floors_table() -> str:
+    """Of our ops at B = 1024, ViT-B, bf16, with `MEMORY` and, for products, 800 TFLOP/s."""
+    rows = []
+    for op, floor in FLOORS.items():
+        passes = floor(Size(1024))
+        times = [f"{passes[p].seconds(MEMORY, 2 * RATE) * 1e6:.0f}" if p in passes else "-" for p in PASSES]
+        rows.append([f"`{op}`", f"{passes['forward'].bytes / 1e6:.0f}", *times])
+    return lines(["op", "MB forward", *(f"{name}, us" for name in PASSES)], rows)
+
+
+def arithmetic_table() -> str:
+    rows = []
+    for name, (source, blocks) in METHODS.items():
+        rows.append([name, *(f"{sum(parts(vit, source, blocks).values()) / 1e9:.1f}" for vit in VITS.values())])
+    return lines(["GFLOP per image", *VITS], rows)
+
+
+def parts_table(name: str = "ViT-B/16") -> str:
+    names = ("embedding", "score", "visible", "masked", "heads", "decoder")
+    rows = []
+    for method, (source, blocks) in METHODS.items():
+        found = parts(VITS[name], source, blocks)
+        rows.append([method, *(f"{found[part] / 1e9:.1f}" if part in found else "-" for part in names)])
+    return lines([name, *names], rows)
+
+
+def cluster_rows() -> Iterator[list[str]]:
+    for name in ("ViT-B/16", "ViT-L/16"):
+        for gpus in (8, 64, 512):
+            # 128 per GPU last; on 8 GPUs that is 1024.
+            for batch in dict.fromkeys((1024, 4096, 128 * gpus)):
+                on = step(VITS[name], batch // gpus, gpus)
+                yield [
+                    f"{name}, {gpus} GPUs",
+                    str(batch),
+                    str(batch // gpus),
+                    f"{on.compute * 1e3:.2f}",
+                    f"{on.backward * 1e3:.2f}",
+                    f"{on.gradients * 1e3:.2f}",
+                    f"{on.negatives * 1e3:.2f}",
+                    f"{on.rows / 1e6:.1f}",
+                    f"{on.compute / (on.compute + on.exposed):.0%}",
+                ]
+
+
+def cluster_table() -> str:
+    header = ["ccMIM `all`", "batch", "per GPU", "compute ms", "of it backward", "gradients ms", "negatives ms"]
+    return lines([*header, "negatives MB", "efficiency"], list(cluster_rows()))
+
+
+def count_table() -> str:
+    rows = []
+    for name, vit in VITS.items():
+        for method, (source, blocks) in METHODS.items():
+            formula, torch_s = sum(parts(vit, source, blocks).values()), counted(vit, source, blocks)
+            difference = f"{torch_s / formula - 1:+.2%}"
+            rows.append([f"{name}, {method}", f"{formula / 1e9:.2f}", f"{torch_s / 1e9:.2f}", difference])
+            print(rows[-1], flush=True)
+    return lines(["GFLOP per image", "formula", "torch", "difference"], rows)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--count", action="store_true", help="count real steps too")
+    chosen = parser.parse_args()
+    tables = [arithmetic_table(), parts_table(), floors_table(), cluster_table()]
+    print("\n\n".join([*tables, count_table()] if chosen.count else tables))
