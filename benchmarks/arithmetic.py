@@ -70,8 +70,8 @@ def parts(vit: Vit, source: str, decoder_blocks: int) -> dict[str, float]:
     K = L // 4
     M, A = L - K, 3 * vit.patch**2
     found = {
-        # Pixels need no gradient.
-        "embedding": 2 * 2 * L * A * D,
+        # Pixels need no gradient, masked patches give none.
+        "embedding": 2 * (L + K) * A * D,
         "visible": n * block(K + 1, D),
         "decoder": 3 * 2 * (K + 1) * D * d
         + (decoder_blocks - 1) * block(L + 1, d)
@@ -97,12 +97,15 @@ def backward_share(vit: Vit, source: str, decoder_blocks: int) -> float:
     return 2 / 3 * differentiated / sum(found.values())
 
 
-def config_of(vit: Vit, source: str, decoder_blocks: int) -> Config:
+def config_of(vit: Vit, source: str, decoder_blocks: int, precision: str = "fp32") -> Config:
     """The run that `parts` describes."""
     settings = {
         "model.arch": vit.arch,
         "data.image_size": (vit.image, vit.image),
         "decoder.depth": decoder_blocks,
+        "train.precision": precision,
+        # Whose backward pass the formula counts.
+        "train.attention": "sdpa",
         **({"mask.strategy": "random", "contrast.loss": "none"} if source == "none" else {"score.source": source}),
     }
     return build(flatten(Config()) | settings)
@@ -111,16 +114,15 @@ def config_of(vit: Vit, source: str, decoder_blocks: int) -> Config:
 def counted(vit: Vit, source: str, decoder_blocks: int) -> float:
     """FLOPs of one image by torch's counter, over a forward and backward pass of two images on the CPU."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
     from ccmim_fast.losses.total import total_loss
     from ccmim_fast.models.build import build_model
-    from ccmim_fast.trainer.throughput import CPU_ATTENTION
+    from ccmim_fast.trainer.throughput import flop_counter
 
     config = config_of(vit, source, decoder_blocks)
     model = build_model(config).train()
     images_BHWC = torch.randint(0, 256, (2, vit.image, vit.image, 3), dtype=torch.uint8)
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with flop_counter() as counter:
         total_loss(model, model(images_BHWC, torch.arange(2), 0), images_BHWC, config).total.backward()
     return counter.get_total_flops() / 2
 

@@ -21,11 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "ops"))
 from timing import Timed, Variant, time_variants  # noqa: E402
 
-from ccmim_fast.models.build import build_model  # noqa: E402
-from ccmim_fast.optim.adamw import build_adamw  # noqa: E402
+from ccmim_fast.trainer.build import build_step  # noqa: E402
+from ccmim_fast.trainer.distributed import Session  # noqa: E402
 from ccmim_fast.trainer.precision import choose_precision  # noqa: E402
 from ccmim_fast.trainer.run_folder import environment  # noqa: E402
-from ccmim_fast.trainer.step import TrainStep  # noqa: E402
 
 WIDTHS = {"Ti": ("vit_tiny_patch16_224", 192), "S": ("vit_small_patch16_224", 384), "B": ("vit_base_patch16_224", 768)}
 
@@ -63,13 +62,9 @@ class Images(NamedTuple):
     ids_B: torch.Tensor
 
 
-def step_of(point: Point, precision_name: str, device: torch.device) -> Variant:
+def step_of(point: Point, precision: str, device: torch.device) -> Variant:
     """A whole optimizer step of this size."""
-    config = config_of(point.vit, "all", 2)
-    precision = choose_precision(precision_name, device)
-    model = build_model(config).to(device).train()
-    optimizer = build_adamw(model, lr=1e-4, weight_decay=0.05, betas=(0.9, 0.95))
-    run = TrainStep(model, model, optimizer, precision, config)
+    run = build_step(config_of(point.vit, "all", 2, precision), Session(0, 1, device))
     shape = (point.images, point.pixels, point.pixels, 3)
     images_BHWC = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     batch = Images(images_BHWC, torch.arange(point.images, device=device))

@@ -38,7 +38,7 @@ def test_the_presets_state_the_cost_a_little_higher(method, base, large):
     """They count the last blocks of decoder and masked branch in full."""
     for name, cost in (("ViT-B/16", base), ("ViT-L/16", large)):
         counted = sum(arithmetic.parts(arithmetic.VITS[name], *arithmetic.METHODS[method]).values()) / 1e9
-        assert 0.95 * cost < counted < cost
+        assert 0.94 * cost < counted < cost
 
 
 def test_communication():
