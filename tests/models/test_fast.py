@@ -89,6 +89,14 @@ def test_each_saves_arithmetic(source):
         assert slow > fast, name
 
 
+def test_scores_from_all_blocks_end_with_the_last_keys():
+    """Without a masked branch, so that only the score has a last block to shorten."""
+    sections = {"score": {"source": "all"}, "contrast": {"loss": "none"}}
+    _, fast, _ = run(tiny_config(**sections), images(3))
+    _, slow, _ = run(tiny_config(fast={"cls_only": False}, **sections), images(3))
+    assert slow > fast
+
+
 @pytest.mark.parametrize("name", ["masked_no_grad", "visible_gradient"])
 def test_some_save_memory(name):
     pictures = images(3)
