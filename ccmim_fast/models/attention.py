@@ -27,7 +27,6 @@ BACKENDS = ("sdpa", "plain", *CUDA_ONLY)
 MEASURED_BEST: dict[tuple[tuple[int, int] | None, torch.dtype], tuple[tuple[int, str], ...]] = {
     # AMD EPYC with AVX-512 and bf16, two threads: of the CPU's fused kernel it is the backward pass that is slow.
     (None, torch.bfloat16): ((401, "plain"),),
-    (None, torch.float32): ((64, "plain"),),
 }
 
 
