@@ -119,7 +119,7 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     rows = [row(shape, dtype, options) for dtype in options.dtype for shape in SHAPES[: options.shapes]]
-    options.precision = ""
+    options.precision = "-".join(options.dtype)
     result = {"environment": pages.environment("attention", arguments, options), "batch": options.batch, "rows": rows}
     notes = (
         f"Batch {options.batch}, medians of {options.rounds} interleaved rounds, milliseconds: forward / both passes."
