@@ -73,10 +73,18 @@ def prepare_step(step: TrainStep, micro_batch: int) -> TrainStep | GraphedStep:
     train = step.config.train
     what = choose_compile(train.compile, step.device)
     compile_step(step, what, train.compile_mode)
-    if what != "off" or train.cuda_graph:
-        # A graph is captured on warm caches and with the optimizer's state in its place: three steps, as torch advises.
-        warm_up(step, micro_batch, train.accumulate, steps=3 if train.cuda_graph else 2)
-    return GraphedStep(step) if train.cuda_graph else step
+    if train.cuda_graph:
+        # A graph is captured with warm caches and the optimizer's state in its place; three steps, on a stream of their
+        # own, as torch advises.
+        stream, current = torch.cuda.Stream(step.device), torch.cuda.current_stream(step.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            warm_up(step, micro_batch, train.accumulate, steps=3)
+        current.wait_stream(stream)
+        return GraphedStep(step)
+    if what != "off":
+        warm_up(step, micro_batch, train.accumulate)
+    return step
 
 
 def _wrapped(model: CCMIM, here: Session) -> nn.Module:

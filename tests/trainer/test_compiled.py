@@ -82,6 +82,19 @@ def test_the_step_is_one_graph_and_stays_it(source, contrast, kernels, device):
     assert len(graphs) == 1
 
 
+def test_one_graph_under_autocast_too(device):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    step = build_step(config_for(precision="bf16"), here(device))
+    compile_step(step, "step", backend=backend)
+    assert warm_up(step, 4, 1)
+    assert len(graphs) == 1
+
+
 def test_blocks_of_one_shape_share_a_graph(device):
     """Encoder of 3 blocks: all tokens of the visible set, of the masked set, the last one's [CLS]; decoder: two."""
     config = config_for(model={"depth": 5})
