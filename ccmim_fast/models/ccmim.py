@@ -167,7 +167,7 @@ class CCMIM(nn.Module):
             divided = self.divide(x_BLD, ids_B, epoch, partition)
         ids_BK = divided.partition.ids_visible_BK
         visible = with_gradient(divided.visible, projection, prefix_tokens(self.encoder), images_BHWC, ids_BK)
-        return divided._replace(visible=visible)
+        return Divided(visible, divided.masked, divided.partition, divided.logits)
 
     def _projection(self) -> tuple[Tensor, Tensor] | None:
         return folded_projection(self.encoder, self.mean_C, self.std_C) if self.fold_input else None
@@ -192,7 +192,7 @@ class CCMIM(nn.Module):
             if scores.direction_D is not None:
                 logits_BL = folded_logits(x_BLD.detach(), scores.direction_D, self._eps())
             partition = sample_partition(logits_BL, ids_B, epoch=epoch, kernels=self.kernels, **self.sampling)
-            return repeated.divide_tokens(x_BLD, prefix_PD, partition, with_masked)._replace(logits=logits_BL)
+            return repeated.divide_tokens(x_BLD, prefix_PD, partition, logits_BL, with_masked)
         return divide_tokens(
             x_BLD,
             prefix_PD,

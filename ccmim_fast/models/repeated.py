@@ -13,13 +13,15 @@ def gather(x_BLD: Tensor, ids_BK: Tensor) -> Tensor:
     return torch.gather(x_BLD, 1, ids_BK[..., None].repeat(1, 1, x_BLD.shape[2]))
 
 
-def divide_tokens(x_BLD: Tensor, prefix_PD: Tensor, partition: Partition, with_masked: bool) -> Divided:
-    """Both sets with the prefix in front, as `ccmim_kernels.divide_tokens` gives them; no logits."""
+def divide_tokens(
+    x_BLD: Tensor, prefix_PD: Tensor, partition: Partition, logits_BL: Tensor | None, with_masked: bool
+) -> Divided:
+    """Both sets with the prefix in front, as `ccmim_kernels.divide_tokens` gives them."""
     visible_BTD = _with_prefix(gather(x_BLD, partition.ids_visible_BK), prefix_PD)
     if not with_masked:
-        return Divided(visible_BTD, None, partition, None)
+        return Divided(visible_BTD, None, partition, logits_BL)
     masked_BTD = _with_prefix(gather(x_BLD.detach(), partition.ids_masked_BM), prefix_PD.detach())
-    return Divided(visible_BTD, masked_BTD, partition, None)
+    return Divided(visible_BTD, masked_BTD, partition, logits_BL)
 
 
 def restore_tokens(visible_BTD: Tensor, mask_token_D: Tensor, ids_restore_BL: Tensor, positions_SD: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ def partition_by_keys(keys_BL: Tensor, keep: int) -> Partition:
     order_BL = keys_BL.argsort(dim=1, descending=True, stable=True)
     masked = keys_BL.shape[1] - keep
     mask_BL = torch.zeros_like(keys_BL, dtype=torch.bool).scatter_(1, order_BL[:, :masked], True)
-    return partition_from_mask(mask_BL, keep)._replace(nan_B=keys_BL.isnan().any(1))
+    *parts, _ = partition_from_mask(mask_BL, keep)
+    return Partition(*parts, keys_BL.isnan().any(1))
 
 
 def importance_keys(
