@@ -102,6 +102,7 @@ class FastConfig:
     cls_only: bool = True  # last block of the masked branch and of `score.source: all` for [CLS] only
     masked_only: bool = True  # decoder's last block (queries, MLP) and the prediction for masked positions only
     row_ops: bool = True  # rows moved by the ops of ccmim_kernels, not by index tensors as large as the tokens
+    onednn_linear: bool = True  # on a CPU in float32, uncompiled: large linear layers by oneDNN, not MKL
 
 
 @dataclass(frozen=True)

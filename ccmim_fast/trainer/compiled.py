@@ -29,6 +29,7 @@ def compile_step(step: TrainStep, what: str, mode: str = "default", backend: str
         mode: of torch.compile; inductor only.
         backend: of torch.compile.
     """
+    step.onednn = step.onednn and what == "off"
     options = {"backend": backend, **({"mode": mode} if backend == "inductor" else {})}
     if what == "blocks":
         step.model.run.compile(**options)

@@ -89,6 +89,8 @@ def kind_of_op(name: str) -> str:
         return "our kernels"
     if name.startswith("Optimizer.") or "_foreach_" in name or "_fused_adam" in name:
         return "optimizer"
+    if name == "mkldnn::_linear_pointwise":
+        return "matmul"
     if not name.startswith("aten::"):
         return "communication" if _BETWEEN_RANKS.search(name) else "other"
     stem = name.removeprefix("aten::").strip("_")

@@ -15,6 +15,7 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.data.batch import Batch
 from ccmim_fast.losses.total import Losses, total_loss
 from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.models.linear import onednn_linear
 from ccmim_fast.optim.clip import clip
 from ccmim_fast.optim.ema import update_ema_
 from ccmim_fast.optim.optimizer import set_lr
@@ -49,6 +50,7 @@ class TrainStep:
     Attributes:
         forward: (images_BHWC, ids_B, epoch) -> losses and which images had NaN scores; may be replaced by its compiled
             self (`trainer.compiled`).
+        onednn: linear layers by oneDNN, see `models.linear`; not to be compiled.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class TrainStep:
         self.model, self.wrapped, self.optimizer, self.precision = model, wrapped, optimizer, precision
         self.config, self.ema = config, ema
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.scaled)
+        self.onednn = config.fast.onednn_linear and self.device.type == "cpu" and not config.train.recompute
         self.forward = self.losses
 
     @property
@@ -92,7 +95,7 @@ class TrainStep:
 
     def losses(self, images_BHWC: Tensor, ids_B: Tensor, epoch: Tensor) -> tuple[Losses, Tensor]:
         """Eq. 10 of one micro-batch, and which of its images had NaN scores [B] bool."""
-        with self.precision.autocast(images_BHWC.device):
+        with self.precision.autocast(images_BHWC.device), onednn_linear(self.onednn):
             output = self.wrapped(images_BHWC, ids_B, epoch)
         # Outside autocast: losses are float32 whatever the forward pass ran in.
         return total_loss(self.model, output, images_BHWC, self.config), output.partition.nan_B
