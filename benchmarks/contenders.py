@@ -143,11 +143,12 @@ def ours(given: list[str], arch: str, images_BHWC: Tensor, precision: str) -> St
     here = Session(0, 1, device)
     check_device(config, here)
     train_step = prepare_step(build_step(config, here), count)
-    batch = Batch(images_BHWC, torch.arange(count, device=device), None)
+    ids_B = torch.arange(count, device=device)
+    batch = Batch(images_BHWC, ids_B, torch.zeros_like(ids_B))
 
     def step() -> Tensor:
-        batch.ids_B.add_(count)  # other samples, so other masks
-        return train_step([batch], 0, LR).total
+        ids_B.add_(count)  # other samples, so other masks
+        return train_step([batch], LR).total
 
     return step
 

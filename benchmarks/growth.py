@@ -60,6 +60,7 @@ class Images(NamedTuple):
 
     images_BHWC: torch.Tensor
     ids_B: torch.Tensor
+    epochs_B: torch.Tensor
 
 
 def step_of(point: Point, precision: str, device: torch.device) -> Variant:
@@ -67,8 +68,9 @@ def step_of(point: Point, precision: str, device: torch.device) -> Variant:
     run = build_step(config_of(point.vit, "all", 2, precision), Session(0, 1, device))
     shape = (point.images, point.pixels, point.pixels, 3)
     images_BHWC = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-    batch = Images(images_BHWC, torch.arange(point.images, device=device))
-    return Variant(lambda _: run([batch], 0, 1e-4))
+    ids_B = torch.arange(point.images, device=device)
+    batch = Images(images_BHWC, ids_B, torch.zeros_like(ids_B))
+    return Variant(lambda _: run([batch], 1e-4))
 
 
 def measure(precision: str, rounds: int, device: torch.device) -> dict[Point, Timed]:

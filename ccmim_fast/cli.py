@@ -14,6 +14,7 @@ USAGE = """usage: ccmim COMMAND [--config FILE_OR_PRESET] [--section.key=value .
 commands:
   demo      pretrain ccMIM and MAE on made images, compare them, write a report
   pretrain  pretrain a vision transformer on your images
+  data      index, check, gather and measure images: ccmim data index|verify|shard|stats|bench ROOT [options]
   export    write a run's encoder as timm weights: ccmim export RUN OUT.safetensors
   bench     measure against other code, in a checkout: ccmim bench throughput|ladder|ops [options]
   doctor    show what this machine has, and what to install for more
@@ -47,6 +48,19 @@ def export(argv: list[str]) -> None:
     print(export_timm(argv[0], argv[1]))
 
 
+def data(argv: list[str]) -> None:
+    """`ccmim data index|verify|shard|stats|bench ROOT [options]`."""
+    from ccmim_fast.data.commands import COMMANDS as OF_DATA
+
+    if argv and argv[0] in ("-h", "--help"):
+        print("\n".join([data.__doc__, "", *(command.__doc__ for command in OF_DATA.values())]).replace("`", ""))
+        return
+    if not argv or argv[0] not in OF_DATA:
+        asked = f"{argv[0]!r:.80}: no such command" if argv else "which command"
+        raise ConfigError(f"ccmim data: {asked}; one of {', '.join(OF_DATA)}")
+    OF_DATA[argv[0]](argv[1:])
+
+
 BENCHMARKS = {"throughput": "throughput.py", "ladder": "ladder.py", "attention": "attention.py", "ops": "ops/bench.py"}
 
 
@@ -75,6 +89,7 @@ def doctor(argv: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo,
     "pretrain": pretrain,
+    "data": data,
     "export": export,
     "bench": bench,
     "doctor": doctor,

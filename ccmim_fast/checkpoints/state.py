@@ -1,10 +1,10 @@
 """What a checkpoint holds: everything a run needs to go on as if it had never stopped.
 
 The random numbers of a run are keyed by (seed, epoch, sample id) or by the step, so no generator's state is kept: the
-number of the next step says where every one of them stands.
+place in the stream of samples says where every one of them stands.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,21 +15,37 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import CheckpointError
 
 
+class Progress(NamedTuple):
+    """How far a run is.
+
+    Attributes:
+        step: finished optimizer steps.
+        seen: places of the stream of samples that are behind it, over all ranks: the data cursor.
+        samples: of an epoch.
+        images: fingerprint of the set of images, see `Source`.
+    """
+
+    step: int
+    seen: int
+    samples: int
+    images: str
+
+
 def capture(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     ema: AveragedModel | None,
-    step: int,
+    progress: Progress,
     config: Config,
 ) -> dict[str, Any]:
-    """Plain dictionaries and tensors; `step` counts finished optimizer steps."""
+    """Plain dictionaries and tensors."""
     return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "ema": None if ema is None else ema.state_dict(),
-        "step": step,
+        "progress": progress._asdict(),
         "config": to_yaml(config),
     }
 
@@ -40,8 +56,8 @@ def restore(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     ema: AveragedModel | None,
-) -> int:
-    """Load `state` into the objects; returns the number of finished optimizer steps.
+) -> Progress:
+    """Load `state` into the objects; returns how far it was.
 
     Raises:
         CheckpointError: the checkpoint is of another model.
@@ -56,7 +72,7 @@ def restore(
                 ema.module.load_state_dict(state["model"])
             else:
                 ema.load_state_dict(state["ema"])
-        return int(state["step"])
-    except (RuntimeError, ValueError, KeyError) as error:
+        return Progress(**state["progress"])
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the checkpoint is of another model: {reason[:300]}") from None

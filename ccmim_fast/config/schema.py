@@ -21,8 +21,14 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: Literal["folder", "shapes", "photos"] = "folder"  # `shapes` and `photos` are made by code
-    root: str = ""  # folder of images (ImageFolder tree or flat); for made sources the cache folder
+    source: Literal["images", "shapes", "photos"] = "images"  # `shapes` and `photos` are made by code
+    # folder of images (ImageFolder tree or flat), of tars or of tables; one of these, a list, a URL; see docs/data.md.
+    # For made sources the cache folder
+    root: str = ""
+    index: str = ""  # file that says where each image is; empty: beside the tars or in the user's cache folder
+    on_error: Literal["skip", "error"] = "skip"  # an image that cannot be decoded: show another, or stop
+    max_bad: float = 0.01  # share of the images that may be unusable; more stop the run
+    window: int = 0  # samples shuffled among each other, where distant reads are slow; 0: all
     loader: Literal["auto", "dali", "torch"] = "auto"  # auto: DALI where it is installed, else PIL + torch
     image_size: tuple[int, int] = (224, 224)  # height, width in pixels; paper
     channels: int = 3

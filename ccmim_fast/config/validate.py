@@ -26,6 +26,8 @@ RANGES = {
     "data.std": "(0, inf)",
     "data.crop_scale": "(0, 1]",
     "data.crop_ratio": "(0, inf)",
+    "data.max_bad": "[0, 1]",
+    "data.window": "[0, 2147483647]",
     "data.workers": "[0, 4096]",
     "data.samples": COUNT,
     "data.classes": "[2, 6]",

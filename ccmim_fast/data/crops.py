@@ -12,7 +12,7 @@ _ATTEMPTS = 10  # torchvision's RandomResizedCrop
 
 def crop_boxes(
     seed: int,
-    epoch: int,
+    epochs_B: np.ndarray | int,
     ids_B: np.ndarray,
     sizes_B2: np.ndarray,
     scale: tuple[float, float],
@@ -25,12 +25,13 @@ def crop_boxes(
     clamped to `ratio`.
 
     Args:
-        seed, epoch: 0 .. 2**32 - 1.
+        seed: 0 .. 2**32 - 1.
+        epochs_B: int64, or one for all, likewise.
         ids_B: int64 sample ids.
         sizes_B2: height and width of the images, >= 1.
         scale, ratio: (low, high), positive.
     """
-    u_area, u_aspect, u_y, u_x = _uniforms(seed, epoch, ids_B, range(_ATTEMPTS))
+    u_area, u_aspect, u_y, u_x = _uniforms(seed, epochs_B, ids_B, range(_ATTEMPTS))
     height_B1, width_B1 = sizes_B2.astype(np.float64)[:, :1], sizes_B2.astype(np.float64)[:, 1:]
     area_BA = height_B1 * width_B1 * (scale[0] + u_area * (scale[1] - scale[0]))
     log_low, log_high = np.log(ratio)
@@ -45,10 +46,10 @@ def crop_boxes(
     return boxes_B4.astype(np.int64)
 
 
-def flips(seed: int, epoch: int, ids_B: np.ndarray) -> np.ndarray:
+def flips(seed: int, epochs_B: np.ndarray | int, ids_B: np.ndarray) -> np.ndarray:
     """Which images are mirrored left to right, [B] bool, p = 0.5; a function of (seed, epoch, sample id)."""
     # The counter behind the crop's attempts: the same key, no draw in common.
-    u_B1, *_ = _uniforms(seed, epoch, ids_B, range(_ATTEMPTS, _ATTEMPTS + 1))
+    u_B1, *_ = _uniforms(seed, epochs_B, ids_B, range(_ATTEMPTS, _ATTEMPTS + 1))
     return u_B1[:, 0] < 0.5
 
 
@@ -59,10 +60,11 @@ def _central_boxes(height_B1: np.ndarray, width_B1: np.ndarray, ratio: tuple[flo
     return np.concatenate([(height_B1 - h_B1) // 2, (width_B1 - w_B1) // 2, h_B1, w_B1], axis=1)
 
 
-def _uniforms(seed: int, epoch: int, ids_B: np.ndarray, attempts: range) -> list[np.ndarray]:
+def _uniforms(seed: int, epochs_B: np.ndarray | int, ids_B: np.ndarray, attempts: range) -> list[np.ndarray]:
     """Four independent uniforms [B, A] float64 in (0, 1) per sample and attempt."""
-    ids_B1 = torch.from_numpy(np.ascontiguousarray(ids_B, dtype=np.int64))[:, None]
+    epochs_B = np.broadcast_to(epochs_B, ids_B.shape)
+    ids_B1, epochs_B1 = (torch.from_numpy(x_B.astype(np.int64))[:, None] for x_B in (ids_B, epochs_B))
     attempt_1A = torch.arange(attempts.start, attempts.stop)[None]
     key = stream_key(seed, STREAM_CROP)
-    words = philox_4x32(key, attempt_1A, ids_B1 & 0xFFFFFFFF, ids_B1 >> 32, torch.tensor(epoch))
+    words = philox_4x32(key, attempt_1A, ids_B1 & 0xFFFFFFFF, ids_B1 >> 32, epochs_B1)
     return [to_unit(word_BA).numpy() for word_BA in words]

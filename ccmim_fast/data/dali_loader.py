@@ -10,14 +10,18 @@ import importlib.util
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ccmim_fast.data.batch import Batch, make_batch
+from ccmim_fast.data.buffers import Buffers
+from ccmim_fast.data.marks import Skipped
 from ccmim_fast.data.plan import MicroBatch, Plan
 from ccmim_fast.data.prefetch import prefetch, thread_count
-from ccmim_fast.data.source import Source
+from ccmim_fast.data.source import encode_pnm
+from ccmim_fast.data.substitute import load_or_substitute
 from ccmim_fast.errors import ConfigError, DataError, MachineError
 
 
@@ -30,9 +34,13 @@ def is_installed() -> bool:
 class DaliLoader:
     """Training micro-batches by DALI; a `Loader`.
 
+    DALI cannot leave an image out: one that does not decode ends its pipeline. A new one is made then, and goes on with
+    that micro-batch, in which substitutes stand for what Pillow cannot decode either. What Pillow can is handed over
+    decoded.
+
     Args:
-        source: the images, of 1 or 3 channels.
-        plan: what this rank loads.
+        plan: what this rank loads, and from where; images of 1 or 3 channels.
+        skipped: keeps account of what cannot be shown.
         image_size: height and width of the crops, pixels.
         workers: threads, both of Python to read files and of DALI to decode; 0: one per core.
         device: where the batches go; DALI works there, on "cuda" the current one.
@@ -43,10 +51,12 @@ class DaliLoader:
     """
 
     def __init__(
-        self, source: Source, plan: Plan, image_size: tuple[int, int], workers: int, device: torch.device
+        self, plan: Plan, skipped: Skipped, image_size: tuple[int, int], workers: int, device: torch.device
     ) -> None:
-        if source.channels not in (1, 3):
-            raise ConfigError(f"data.loader=dali reads 1 or 3 channels, not {source.channels}; set data.loader=torch")
+        if plan.source.channels not in (1, 3):
+            raise ConfigError(
+                f"data.loader=dali reads 1 or 3 channels, not {plan.source.channels}; set data.loader=torch"
+            )
         try:
             import nvidia.dali.plugin.pytorch as dali_torch
         except (ImportError, OSError) as error:
@@ -54,57 +64,71 @@ class DaliLoader:
                 f"data.loader=dali needs DALI ({error}); pip install nvidia-dali-cuda130, or set data.loader=torch"
             ) from error
         self._copy = dali_torch.feed_ndarray
-        self._source, self._plan, self._image_size = source, plan, image_size
+        self.plan, self.skipped, self._image_size = plan, skipped, image_size
         self._threads, self._device = thread_count(workers), device
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self._plan.steps_per_epoch
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+    def stream(self, cursor: int) -> Iterator[Batch]:
         """See `Loader`."""
-        in_flight: deque[MicroBatch] = deque()
-        # A pipeline for each epoch: one that met a damaged file, or was left half-way, cannot be used again.
-        with closing(self._feed(epoch, start_step, in_flight)) as feed:
+        source = self.plan.source
+        shape = (self.plan.micro_batch_size, *self._image_size, source.channels)
+        buffers = Buffers(shape, self._device, held=self.plan.accumulate)
+        with closing(_Feed(self._read(cursor), self.plan.flip)) as feed:
             pipeline = self._build(feed)
             while True:
                 try:
                     (images,) = pipeline.run()
-                except StopIteration:
-                    return
                 except RuntimeError as error:
-                    if not in_flight:
+                    if not feed.in_flight:
                         raise
-                    raise self._damaged(in_flight[0], error) from error
-                batch = in_flight.popleft()
-                yield make_batch(self._own(images), batch.ids_B, self._source.labels_N, self._device)
+                    feed.in_flight[0] = self._repaired(feed.in_flight[0], error)
+                    feed.rewind()
+                    pipeline = self._build(feed)
+                    continue
+                batch = feed.in_flight.popleft().batch
+                tensors = images.as_tensor()
+                # A copy: DALI will use its buffer again.
+                own = buffers.fill(lambda to, stream, tensors=tensors: self._copy(tensors, to, cuda_stream=stream))
+                yield make_batch(own, batch.ids_B, batch.epochs_B, source.labels_N, self._device)
 
-    def _feed(self, epoch: int, start_step: int, in_flight: deque[MicroBatch]) -> Iterator[tuple]:
-        """The inputs for each micro-batch, which is put down in `in_flight`; flips only where there are any."""
+    def _read(self, cursor: int) -> Iterator["_Encoded"]:
+        def load(sample: MicroBatch) -> tuple[MicroBatch, np.ndarray]:
+            return load_or_substitute(self._bytes, sample, self.plan, self.skipped)
 
-        def read(index: int, *_: object) -> np.ndarray:
-            return np.frombuffer(self._source.read(index), dtype=np.uint8)
+        loaded = prefetch(load, self.plan.micro_batches(cursor), self._threads)
+        with closing(loaded):
+            for batch, files in loaded:
+                yield _Encoded(batch, files)
 
-        for batch, files in prefetch(read, self._plan.micro_batches(epoch, start_step), self._threads):
-            in_flight.append(batch)
-            anchors_B2, shapes_B2 = (
-                np.ascontiguousarray(part_B2, dtype=np.int32) for part_B2 in np.split(batch.boxes_B4, 2, axis=1)
-            )
-            flips = (batch.flips_B.astype(np.int32),) if self._plan.flip else ()
-            yield files, anchors_B2, shapes_B2, *flips
+    def _bytes(self, sample: MicroBatch) -> np.ndarray:
+        return np.frombuffer(self.plan.source.read(sample.ids_B.item()), dtype=np.uint8)
 
-    def _build(self, feed: Iterator[tuple]):
+    def _repaired(self, failed: "_Encoded", error: RuntimeError) -> "_Encoded":
+        """The same micro-batch as pixels that Pillow decoded, with substitutes for what it cannot decode."""
+
+        def decoded(sample: MicroBatch) -> np.ndarray:
+            return np.frombuffer(encode_pnm(self.plan.source.decode(sample.ids_B.item())), dtype=np.uint8)
+
+        if failed.repaired:
+            # DALI's message has many lines, and the cause is none of the first.
+            message = " ".join(str(error).split())
+            raise DataError(f"DALI fails on decoded pixels; data.loader=torch does without it: {message}") from error
+        samples, files = zip(
+            *(load_or_substitute(decoded, sample, self.plan, self.skipped) for sample in failed.batch.samples())
+        )
+        return _Encoded(MicroBatch.join(samples), list(files), repaired=True)
+
+    def _build(self, feed: "_Feed"):
         from nvidia.dali import fn, pipeline_def, types
 
         on_gpu = self._device.type == "cuda"
 
         @pipeline_def(
-            batch_size=self._plan.micro_batch_size,
+            batch_size=self.plan.micro_batch_size,
             num_threads=self._threads,
             device_id=torch.cuda.current_device() if on_gpu else None,
         )
         def crops():
-            inputs = 4 if self._plan.flip else 3
+            inputs = 4 if self.plan.flip else 3
             files, anchors, shapes, *flipped = fn.external_source(
                 source=feed,
                 num_outputs=inputs,
@@ -112,13 +136,14 @@ class DaliLoader:
                 ndim=[1, 1, 1, 0][:inputs],
             )
             # Anchors refer to the image after EXIF rotation (`adjust_orientation`, on by default), as our sizes do.
+            # On a GPU `mixed` decodes the box alone, in hardware where there is a decoder for it.
             images = fn.decoders.image_slice(
                 files,
                 anchors,
                 shapes,
                 axes=[0, 1],
                 device="mixed" if on_gpu else "cpu",
-                output_type=types.RGB if self._source.channels == 3 else types.GRAY,
+                output_type=types.RGB if self.plan.source.channels == 3 else types.GRAY,
             )
             images = fn.resize(images, size=list(self._image_size), interp_type=types.INTERP_CUBIC, antialias=True)
             return fn.flip(images, horizontal=flipped[0]) if flipped else images
@@ -127,25 +152,44 @@ class DaliLoader:
         pipeline.build()
         return pipeline
 
-    def _own(self, images) -> torch.Tensor:
-        """A copy [B, H, W, C] uint8 of DALI's output, whose buffer it will use again."""
-        shape = (self._plan.micro_batch_size, *self._image_size, self._source.channels)
-        images_BHWC = torch.empty(shape, dtype=torch.uint8, device=self._device)
-        stream = torch.cuda.current_stream() if images_BHWC.is_cuda else None
-        return self._copy(images.as_tensor(), images_BHWC, cuda_stream=stream)
 
-    def _damaged(self, batch: MicroBatch, error: RuntimeError) -> DataError:
-        """Name the files of a micro-batch that do not decode; DALI gives only their place in the batch."""
-        reasons = []
-        for index in batch.ids_B.tolist():
-            try:
-                self._source.decode(index)
-            except DataError as reason:
-                reasons.append(str(reason))
-        if reasons:
-            return DataError("; ".join(reasons))
-        # DALI's message has many lines, and the cause is none of the first.
-        message = " ".join(str(error).split())
-        return DataError(
-            f"DALI failed on a micro-batch whose images Pillow decodes; data.loader=torch reads it: {message}"
+class _Encoded(NamedTuple):
+    """A micro-batch with its B encoded images; `repaired` where they are pixels that are known to be good."""
+
+    batch: MicroBatch
+    files: list[np.ndarray]
+    repaired: bool = False
+
+
+class _Feed:
+    """Gives DALI its inputs, and keeps each until its images came out.
+
+    Attributes:
+        in_flight: what was given and did not come out yet, in order.
+    """
+
+    def __init__(self, encoded: Iterator[_Encoded], flip: bool):
+        self._encoded, self._flip = encoded, flip
+        self.in_flight: deque[_Encoded] = deque()
+        self._again: deque[_Encoded] = deque()
+
+    def __iter__(self) -> "_Feed":
+        return self
+
+    def __next__(self) -> tuple:
+        encoded = self._again.popleft() if self._again else next(self._encoded)
+        self.in_flight.append(encoded)
+        batch = encoded.batch
+        anchors_B2, shapes_B2 = (
+            np.ascontiguousarray(part_B2, dtype=np.int32) for part_B2 in np.split(batch.boxes_B4, 2, axis=1)
         )
+        flips = (batch.flips_B.astype(np.int32),) if self._flip else ()
+        return encoded.files, anchors_B2, shapes_B2, *flips
+
+    def rewind(self) -> None:
+        """Give again what did not come out."""
+        self._again.extendleft(reversed(self.in_flight))
+        self.in_flight.clear()
+
+    def close(self) -> None:
+        self._encoded.close()

@@ -1,48 +1,64 @@
-"""One image file: what its header says, and its pixels, as Pillow reads them."""
+"""One encoded image: what its header says, and its pixels, as Pillow reads them."""
 
 # H height, W width, C channels
 
-import os
+import io
+import warnings
 from typing import NamedTuple
 
 import numpy as np
+import tifffile
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ccmim_fast.errors import DataError
 
+# Our own limit on pixels, read from headers, excludes what Pillow warns about.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; faults.md, row 4
+HEADER_BYTES = 2**16  # which hold the header of almost every JPEG and PNG
 EXIF_ORIENTATION = 0x0112
 _SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_ARRAY_SUFFIXES = (".npy", ".tif", ".tiff")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L", "I;16N")
+_HEADER_FIRST = (b"\xff\xd8", b"\x89PNG")  # files that need not be whole for their header to be read
 
 
 class Header(NamedTuple):
-    """height, width: pixels after EXIF rotation. plain: every decoder reads the file as `decode` does."""
+    """height, width: pixels after EXIF rotation. plain: every decoder reads the file as `decode` does. orientation:
+    EXIF, 1 .. 8. mode: Pillow's name of the pixels' mode; of arrays their dtype."""
 
     height: int
     width: int
     plain: bool
+    orientation: int
+    mode: str
 
 
 def file_suffixes(channels: int) -> tuple[str, ...]:
     """Lower-case endings of the files read as images of so many channels."""
-    return _SUFFIXES if channels in (1, 3) else (".npy",)
+    return _SUFFIXES if channels in (1, 3) else _ARRAY_SUFFIXES
 
 
-def read_header(path: str, channels: int) -> Header:
-    """Read one file's header, not its pixels.
+def needs_more(start: bytes) -> bool:
+    """Whether a file's header can only be read from all of it, by its first bytes."""
+    return not start.startswith(_HEADER_FIRST)
+
+
+def read_header(data: bytes, channels: int) -> Header:
+    """What the header of an encoded image says; its pixels are not decoded.
 
     Args:
-        path: the file; any bytes that `os.fsdecode` gives.
-        channels: 1 (gray) or 3 (RGB) of any format Pillow reads; other counts are .npy files, uint8 [H, W, C].
+        data: all of it, or, for JPEG and PNG, enough of its beginning.
+        channels: 1 (gray) or 3 (RGB) of any format Pillow reads; other counts are uint8 [H, W, C] of .npy or TIFF.
 
     Raises:
-        DataError: the file cannot be used; the message is the reason alone, without the path.
+        DataError: it cannot be used; the message is the reason.
     """
     try:
-        if os.path.getsize(path) == 0:
+        if not data:
             raise DataError("empty file")
-        header = _image_header(path) if channels in (1, 3) else _array_header(path, channels)
+        header = _image_header(data) if channels in (1, 3) else _array_header(data, channels)
         if min(header.height, header.width) < 1:
             raise DataError(f"no pixels: {header.height} x {header.width}")
         if header.height * header.width > MAX_PIXELS:
@@ -53,27 +69,30 @@ def read_header(path: str, channels: int) -> Header:
     return header
 
 
-def decode(path: str, channels: int) -> np.ndarray:
-    """Pixels of one file, [H, W, C] uint8, turned as its EXIF data say.
+def decode(data: bytes, channels: int) -> np.ndarray:
+    """Pixels of an encoded image, [H, W, C] uint8, turned as its EXIF data say.
 
-    16-bit gray is divided by 257 and rounded; an alpha channel is dropped. Raises DataError naming the file.
+    16-bit gray is divided by 257 and rounded; an alpha channel is dropped. Raises DataError with the reason.
     """
     try:
         if channels not in (1, 3):
-            return np.load(path, allow_pickle=False)
-        with Image.open(path) as image:
+            return _array(data, channels)
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"{image.height} x {image.width} pixels are more than {MAX_PIXELS:,}")
             upright = ImageOps.exif_transpose(image) if _is_turned(image) else image
             return _to_array(upright, channels)
     except Exception as error:
-        raise DataError(f"cannot decode {path!r}: {_reason(error)}") from error
+        raise DataError(_reason(error)) from error
 
 
-def _image_header(path: str) -> Header:
-    with Image.open(path) as image:
+def _image_header(data: bytes) -> Header:
+    with Image.open(io.BytesIO(data)) as image:
         sixteen_bits = image.mode == "I" and image.format in ("PNG", "PPM")  # how Pillow < 10.3 names I;16
         if image.mode not in _MODES and not sixteen_bits:
             raise DataError(f"{image.format} pixels of mode {image.mode}: scale them to 8 or 16 bits, gray or RGB")
         turned = _is_turned(image)
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1) if turned else 1
         # Pillow turns by an orientation in XMP too, other decoders only by EXIF. Formats other than JPEG differ in
         # more: alpha, 16 bits, gamma, EXIF behind the pixels; and no GPU decodes them anyway.
         jpeg = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
@@ -82,9 +101,9 @@ def _image_header(path: str) -> Header:
         if turned and image.format == "TIFF":
             # Whether `size` is already turned depends on Pillow's version; its pixels tell.
             width, height = ImageOps.exif_transpose(image).size
-        elif turned and image.getexif()[EXIF_ORIENTATION] >= 5:
+        elif orientation >= 5:
             width, height = height, width
-    return Header(height, width, plain)
+    return Header(height, width, plain, orientation, image.mode)
 
 
 def _is_turned(image: Image.Image) -> bool:
@@ -107,11 +126,25 @@ def _to_array(image: Image.Image, channels: int) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def _array_header(path: str, channels: int) -> Header:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+def _array_header(data: bytes, channels: int) -> Header:
+    height, width, _ = _array(data, channels).shape
+    return Header(height, width, plain=False, orientation=1, mode="uint8")
+
+
+def _array(data: bytes, channels: int) -> np.ndarray:
+    """uint8 [H, W, C] of a .npy file or of a TIFF, whose channels may be samples of a pixel, planes or pages."""
+    if data.startswith(b"\x93NUMPY"):
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    else:
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            if file.series[0].size > MAX_PIXELS * channels:
+                raise DataError(f"{file.series[0].size:,} values are more than {MAX_PIXELS * channels:,}")
+            array = file.asarray()
+        if array.ndim == 3 and array.shape[0] == channels != array.shape[2]:
+            array = np.ascontiguousarray(np.moveaxis(array, 0, 2))
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != channels:
         raise DataError(f"{array.dtype} {list(array.shape)} is not uint8 [height, width, {channels}]")
-    return Header(*array.shape[:2], plain=False)
+    return array
 
 
 def _reason(error: Exception) -> str:

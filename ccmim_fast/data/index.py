@@ -1,199 +1,241 @@
-"""Which images a folder holds: scanned once, by their headers only, before any model is built."""
+"""The index of a set of images: one Arrow file, mapped into memory, that knows every sample.
 
-# N images, H height, W width, C channels
+A row is a sample and its number the sample's id. Files that are no usable image have a row too, with the reason: what
+a run sees and what it leaves out add up to what is indexed. The file never changes; what fails to decode later is put
+down beside it (`marks`), and both are made one by `ccmim data index` or `verify`.
+"""
 
+# N samples, X excluded samples
+
+import hashlib
+import json
 import os
-import stat
-import warnings
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+import pyarrow as pa
 
-from ccmim_fast.data.decode import Header, decode, file_suffixes, read_header
-from ccmim_fast.data.source import encode_pnm
 from ccmim_fast.errors import DataError
 
-_SCAN_THREADS = 8  # hides the latency of a cold or remote disk; parsing itself holds the interpreter lock
-_CHUNK = 1000  # files per task: a task each would cost a million futures
+BESIDE = "ccmim-index.arrow"  # in a folder of tars, as `ccmim data shard` puts it there
+FORMAT = 1  # of the file: raise it when columns change, and indexes are built anew
+# What a row's `status` says: only its header was read, all of it was decoded, or it cannot be used.
+INDEXED, VERIFIED, BAD = range(3)
 
-Skipped = tuple[str, str]  # path, reason
-
-
-@dataclass(frozen=True, eq=False)
-class FolderSource:
-    """Image files of one folder; a `Source`.
-
-    Attributes:
-        root: the folder.
-        paths: N paths in byte order, class by class; any bytes of a name survive (`os.fsencode` gives them back).
-        plain_N: bool, files that every decoder reads as Pillow does; the others are handed out decoded.
-        skipped: (path, reason) of what is no usable image.
-        channels, sizes_N2, labels_N, class_names: see `Source`.
-    """
-
-    root: str
-    channels: int
-    paths: list[str] = field(repr=False)
-    sizes_N2: np.ndarray = field(repr=False)
-    plain_N: np.ndarray = field(repr=False)
-    labels_N: np.ndarray | None = field(repr=False)
-    class_names: tuple[str, ...]
-    skipped: list[Skipped] = field(repr=False)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def decode(self, index: int) -> np.ndarray:
-        """See `Source`. A file that is damaged, gone, or of another size than indexed raises DataError naming it."""
-        image_HWC = decode(self.paths[index], self.channels)
-        expected = (*self.sizes_N2[index].tolist(), self.channels)
-        if image_HWC.shape != expected:
-            raise DataError(f"{self.paths[index]!r} was {expected} when indexed and is {image_HWC.shape} now")
-        return image_HWC
-
-    def read(self, index: int) -> bytes:
-        """See `Source`: the file itself where it is `plain_N`, else its pixels as PGM or PPM."""
-        if not self.plain_N[index]:
-            return encode_pnm(self.decode(index))
-        try:
-            with open(self.paths[index], "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise DataError(f"cannot read {self.paths[index]!r}: {error.strerror}") from error
+SCHEMA = pa.schema(
+    {
+        "location": pa.large_binary(),  # path from the root; of a tar's member its name; of a table's row nothing
+        "container": pa.int32(),  # which of `containers` it lies in; -1: a file of its own
+        "offset": pa.int64(),  # first byte in the container; of a table's row its number
+        "bytes": pa.int64(),  # length; -1: not known without reading
+        "mtime_ns": pa.int64(),  # last change of the file or container, nanoseconds; 0: not known
+        "size": pa.list_(pa.int32(), 2),  # height and width in pixels after EXIF rotation; 0: unknown
+        "orientation": pa.uint8(),  # EXIF, 1 .. 8
+        "mode": pa.dictionary(pa.uint8(), pa.string()),  # Pillow's name of the pixels' mode
+        "plain": pa.uint8(),  # 1: every decoder reads it as Pillow does
+        "label": pa.int32(),  # index into `class_names`; -1: none
+        "status": pa.uint8(),
+        "reason": pa.large_string(),  # of BAD
+    }
+)
+# What decides which samples come, in which order and from where.
+_IDENTITY = ("location", "container", "offset", "bytes", "label")
 
 
-def scan_folder(root: str, channels: int = 3) -> FolderSource:
-    """Index an ImageFolder tree (sub-folders are classes, images may lie deeper) or a flat folder without labels.
+class Row(NamedTuple):
+    """One sample, by the columns of `SCHEMA`."""
 
-    Links are followed, and each file and folder counts once, at its first place in the order of the walk. Names that
-    begin with a dot are not looked at. Sub-folders without images are classes too, so that two splits of one data set
-    agree on the labels.
+    location: bytes
+    container: int = -1
+    offset: int = 0
+    bytes: int = -1
+    mtime_ns: int = 0
+    size: tuple[int, int] = (0, 0)
+    orientation: int = 1
+    mode: str | None = None
+    plain: int = 0
+    label: int = -1
+    status: int = INDEXED
+    reason: str | None = None
+
+
+class Index:
+    """An index file, open.
 
     Args:
-        root: the folder.
-        channels: 1 (gray), 3 (RGB), or the C of uint8 [H, W, C] .npy files.
+        path: the file.
+
+    Attributes:
+        root: folder or URL that locations are relative to; written as "", it is the folder the index is in.
+        origin: what was indexed, as it was asked for.
+        channels: C.
+        containers: paths from `root` of tars or tables.
+        moves_along: the root is wherever the index is.
+        class_names: sorted; empty without labels.
+        watched: path -> mtime_ns of what changes when samples come or go: folders, containers, a list.
+        notes: (path, reason) of what was met and is no sample, as an unreadable folder.
+        sizes_N2, labels_N, plain_N, status_N, offsets_N, bytes_N, containers_N, mtimes_N: the columns, in memory only
+            as far as they are read.
+        table: all columns.
+        excluded_X: ids of the samples whose status is BAD.
 
     Raises:
-        DataError: no such folder, or no readable image in it.
+        DataError: no such file, or not an index of this version.
     """
-    if not os.path.isdir(root):
-        raise DataError(f"no folder {root!r}; set data.root to a folder of images")
-    skipped: list[Skipped] = []
-    class_names, groups = _list_images(root, file_suffixes(channels), skipped)
-    candidates = [(path, label) for label, paths in enumerate(groups) for path in paths]
-    headers = _read_headers([path for path, _ in candidates], channels)
-    usable = [(*candidate, header) for candidate, header in zip(candidates, headers) if isinstance(header, Header)]
-    skipped += [(path, header) for (path, _), header in zip(candidates, headers) if not isinstance(header, Header)]
-    if not usable:
-        raise DataError(_nothing_found(root, channels, skipped))
-    return FolderSource(
-        root=root,
-        channels=channels,
-        paths=[path for path, _, _ in usable],
-        sizes_N2=np.array([header[:2] for _, _, header in usable], dtype=np.int32),
-        plain_N=np.array([header.plain for _, _, header in usable]),
-        labels_N=np.array([label for _, label, _ in usable], dtype=np.int64) if class_names else None,
-        class_names=class_names,
-        skipped=skipped,
+
+    def __init__(self, path: str):
+        self.path = path
+        try:
+            self._file = pa.memory_map(path)
+            self._reader = pa.ipc.open_file(self._file)
+            said = json.loads(self._reader.schema.metadata[b"ccmim"])
+            if said["format"] != FORMAT:
+                raise DataError(
+                    f"index {path!r} is of format {said['format']}, not {FORMAT}; ccmim data index makes it anew"
+                )
+            self.table = self._reader.get_batch(0)
+        except (OSError, pa.ArrowInvalid, TypeError, KeyError, ValueError) as error:
+            raise DataError(f"{path!r} is not a whole index: {error}") from error
+        self.said = said
+        self.root, self.origin, self.channels = (
+            os.fsdecode(bytes.fromhex(said["root"])),
+            said["origin"],
+            said["channels"],
+        )
+        self.moves_along = not self.root
+        self.root = self.root or os.path.dirname(os.path.abspath(path))
+        self.containers: list[str] = said["containers"]
+        self.class_names: tuple[str, ...] = tuple(said["class_names"])
+        self.watched: dict[str, int] = said["watched"]
+        self.notes: list[tuple[str, str]] = [tuple(note) for note in said["notes"]]
+        self.fingerprint: str = said["fingerprint"]
+        self.offsets_N, self.bytes_N, self.containers_N, self.mtimes_N, self.status_N, self.plain_N = (
+            self._numpy(name) for name in ("offset", "bytes", "container", "mtime_ns", "status", "plain")
+        )
+        self.sizes_N2 = self.table.column("size").values.to_numpy().reshape(-1, 2)[: len(self)]
+        self.labels_N = self._numpy("label") if self.class_names else None
+        self.excluded_X = np.flatnonzero(self.status_N == BAD)
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def location(self, index: int) -> str:
+        """Path from the root, or a member's name; any bytes survive."""
+        return os.fsdecode(self.table.column("location")[index].as_py())
+
+    def reason(self, index: int) -> str:
+        """Why the sample cannot be used; empty if it can."""
+        return self.table.column("reason")[index].as_py() or ""
+
+    def row(self, index: int) -> Row:
+        """Everything about one sample."""
+        return Row(*(self.table.column(name)[index].as_py() for name in SCHEMA.names))
+
+    def rows(self) -> Iterator[Row]:
+        """Of all samples, in order."""
+        for start in range(0, len(self), 4096):
+            part = self.table.slice(start, 4096).to_pydict()
+            yield from map(Row, *(part[name] for name in SCHEMA.names))
+
+    def modes(self) -> dict[str, int]:
+        """How many samples there are of each mode."""
+        names, counts = np.unique(
+            self.table.column("mode").to_numpy(zero_copy_only=False).astype(str), return_counts=True
+        )
+        return dict(zip(names.tolist(), counts.tolist(), strict=True))
+
+    def _numpy(self, name: str) -> np.ndarray:
+        return self.table.column(name).to_numpy()
+
+
+def write_index(
+    path: str,
+    rows: Iterable[Row],
+    *,
+    root: str,
+    origin: str,
+    channels: int,
+    containers: list[str] = (),
+    class_names: Iterable[str] = (),
+    watched: dict[str, int] | None = None,
+    notes: Iterable[tuple[str, str]] = (),
+) -> Index:
+    """Write an index and open it; the file is there whole or not at all. Arguments as the attributes of `Index`."""
+    table = pa.Table.from_batches(list(_batches(rows)), schema=SCHEMA)
+    return write_table(
+        path,
+        table,
+        {
+            "root": os.fsencode(root).hex(),
+            "origin": origin,
+            "channels": channels,
+            "containers": list(containers),
+            "class_names": list(class_names),
+            "watched": watched or {},
+            "notes": list(notes),
+        },
     )
 
 
-def _list_images(
-    root: str, suffixes: tuple[str, ...], skipped: list[Skipped]
-) -> tuple[tuple[str, ...], list[list[str]]]:
-    """(class names, paths per class); no names and one group of paths for a flat folder."""
-    folders, loose = [], []
-    seen = {_identity(os.stat(root))}
-    for path, status in _entries(root, skipped):
-        if not stat.S_ISDIR(status.st_mode):
-            loose.append((path, status))
-        elif _identity(status) not in seen:
-            # All class folders are known before any is entered: a link from one to another adds nothing.
-            seen.add(_identity(status))
-            folders.append(path)
-    groups = [_walk(folder, suffixes, seen, skipped) for folder in folders]
-    loose = _select_images(loose, suffixes, seen, skipped)
-    if not any(groups):
-        return (), [loose]
-    skipped += [(path, "lies beside the class folders, in none of them") for path in loose]
-    return tuple(os.path.basename(folder) for folder in folders), groups
+def rewrite_index(index: Index, columns: dict[str, pa.Array]) -> Index:
+    """The same index with some columns replaced."""
+    table = pa.Table.from_batches([index.table])
+    for name, column in columns.items():
+        table = table.set_column(SCHEMA.get_field_index(name), SCHEMA.field(name), column)
+    return write_table(index.path, table, index.said)
 
 
-def _walk(folder: str, suffixes: tuple[str, ...], seen: set, skipped: list[Skipped]) -> list[str]:
-    """Paths of the images in a folder and below, in byte order; adds what it meets to `seen`."""
-    images, waiting = [], [folder]
-    while waiting:
-        files = []
-        for path, status in _entries(waiting.pop(), skipped):
-            if not stat.S_ISDIR(status.st_mode):
-                files.append((path, status))
-            elif _identity(status) not in seen:
-                seen.add(_identity(status))
-                waiting.append(path)
-        images += _select_images(files, suffixes, seen, skipped)
-    return sorted(images, key=os.fsencode)
-
-
-def _select_images(
-    entries: Iterable[tuple[str, os.stat_result]], suffixes: tuple[str, ...], seen: set, skipped: list[Skipped]
-) -> list[str]:
-    """Paths with an image's suffix whose file was not seen yet; adds them to `seen`."""
-    images = []
-    for path, status in entries:
-        if not path.lower().endswith(suffixes) or _identity(status) in seen:
-            continue
-        if stat.S_ISREG(status.st_mode):
-            seen.add(_identity(status))
-            images.append(path)
-        else:
-            skipped.append((path, "not a regular file"))
-    return images
-
-
-def _entries(folder: str, skipped: list[Skipped]) -> list[tuple[str, os.stat_result]]:
-    """(path, status behind any link) of what lies in a folder, in byte order of the names."""
-    entries = []
+def write_table(path: str, table: pa.Table, said: dict[str, Any]) -> Index:
+    """`write_index` of columns that exist already; `said` is all but format and fingerprint."""
+    # One batch, whatever the size: a column is then one array, and a sample a number in it.
+    whole = table.unify_dictionaries().combine_chunks()
+    (rows,) = whole.to_batches() or [pa.RecordBatch.from_pylist([], SCHEMA)]
+    said = {**said, "format": FORMAT, "fingerprint": _fingerprint(rows)}
+    schema = SCHEMA.with_metadata({"ccmim": json.dumps(said)})
+    folder = os.path.dirname(os.path.abspath(path))
     try:
-        names = sorted(os.listdir(folder), key=os.fsencode)
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as scratch:
+            unfinished = os.path.join(scratch, "index.arrow")
+            with pa.OSFile(unfinished, "wb") as file, pa.ipc.new_file(file, schema) as writer:
+                writer.write_batch(rows.cast(schema))
+            os.replace(unfinished, path)
     except OSError as error:
-        skipped.append((folder, error.strerror))
-        return entries
-    for path in (os.path.join(folder, name) for name in names if not name.startswith(".")):
-        try:
-            entries.append((path, os.stat(path)))
-        except OSError as error:
-            skipped.append((path, "broken link" if os.path.islink(path) else error.strerror))
-    return entries
+        raise DataError(
+            f"cannot write the index {path!r}: {error.strerror}; set data.index to another place"
+        ) from error
+    return Index(path)
 
 
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
+def _batches(rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:
+    """Columns of 65,536 rows at a time: a million rows as Python objects would take a gigabyte."""
+    columns: list[list] = [[] for _ in SCHEMA]
+    for row in rows:
+        for column, value in zip(columns, row, strict=True):
+            column.append(value)
+        if len(columns[0]) == 2**16:
+            yield _batch(columns)
+            columns = [[] for _ in SCHEMA]
+    yield _batch(columns)
 
 
-def _read_headers(paths: list[str], channels: int) -> list[Header | str]:
-    """The header of each file, or the reason why it has none."""
-
-    def read_chunk(start: int) -> list[Header | str]:
-        results: list[Header | str] = []
-        for path in paths[start : start + _CHUNK]:
-            try:
-                results.append(read_header(path, channels))
-            except DataError as error:
-                results.append(str(error))
-        return results
-
-    with warnings.catch_warnings(), ThreadPoolExecutor(_SCAN_THREADS) as pool:
-        # Our own limit on pixels excludes what Pillow warns about.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        chunks = pool.map(read_chunk, range(0, len(paths), _CHUNK))
-        return [header for chunk in chunks for header in chunk]
+def _batch(columns: list[list]) -> pa.RecordBatch:
+    arrays = []
+    for column, field in zip(columns, SCHEMA, strict=True):
+        if pa.types.is_dictionary(field.type):
+            arrays.append(pa.array(column, pa.string()).dictionary_encode().cast(field.type))
+        else:
+            arrays.append(pa.array(column, field.type))
+    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
 
-def _nothing_found(root: str, channels: int, skipped: list[Skipped]) -> str:
-    if not skipped:
-        return f"no image in {root!r}: none of its files ends in {', '.join(file_suffixes(channels))}"
-    path, reason = skipped[0]
-    return f"no readable image in {root!r}: {len(skipped)} skipped, the first {path!r}: {reason}"
+def _fingerprint(rows: pa.RecordBatch) -> str:
+    """Equal for two indexes if the same samples come from the same places in the same order."""
+    digest = hashlib.sha256()
+    for name in _IDENTITY:
+        for buffer in rows.column(name).buffers():
+            digest.update(buffer or b"")
+    digest.update((rows.column("status").to_numpy() == BAD).tobytes())
+    return digest.hexdigest()[:16]

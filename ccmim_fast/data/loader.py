@@ -8,7 +8,8 @@ import torch
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data import dali_loader
 from ccmim_fast.data.batch import Batch
-from ccmim_fast.data.index import FolderSource, scan_folder
+from ccmim_fast.data.indexed import IndexedSource, open_images
+from ccmim_fast.data.marks import Skipped
 from ccmim_fast.data.photos import PhotosSource
 from ccmim_fast.data.plan import Plan
 from ccmim_fast.data.shapes import ShapesSource
@@ -21,17 +22,25 @@ class Loader(Protocol):
     """Training micro-batches of one rank.
 
     Attributes:
-        steps_per_epoch: optimizer steps in an epoch.
+        plan: what comes, and in which order.
+        skipped: what could not be shown so far.
     """
 
-    @property
-    def steps_per_epoch(self) -> int: ...
+    plan: Plan
+    skipped: Skipped
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """`train.accumulate` batches, one after the other, for each optimizer step from `start_step` on.
+    def stream(self, cursor: int) -> Iterator[Batch]:
+        """`train.accumulate` batches, one after the other, for each optimizer step, without end.
 
-        What comes depends on the seed, the epoch and the step alone. Raises DataError naming a file that does not
-        decode.
+        What comes depends on the seed and the place in the stream alone. For an image that cannot be shown comes a
+        substitute (`data.substitute`). A batch is to be used before the next step's second one is asked for; on a GPU
+        its memory is used again then.
+
+        Args:
+            cursor: samples seen before, by all ranks.
+
+        Raises:
+            DataError: too many images cannot be shown, see `Skipped`.
         """
         ...
 
@@ -43,8 +52,8 @@ def build_source(data: DataConfig, seed: int) -> Source:
         DataError: no readable image.
         ConfigError: made images of other than 3 channels, too small, or of a number of classes that is not made.
     """
-    if data.source == "folder":
-        return scan_folder(data.root, data.channels)
+    if data.source == "images":
+        return open_images(data.root, data.channels, data.index, quiet=False)
     if data.channels != 3:
         raise ConfigError(f"data.channels={data.channels} must be 3 for data.source={data.source}")
     if data.source == "photos":
@@ -72,11 +81,11 @@ def build_loader(
 
     Raises:
         ConfigError: the batch cannot be divided, or the loader cannot read such images.
-        DataError: fewer images than `global_batch`.
+        DataError: fewer images than `global_batch`, or too many that cannot be used.
         MachineError: `loader: dali` without DALI.
     """
     plan = Plan(
-        source.sizes_N2,
+        source,
         seed,
         global_batch,
         accumulate,
@@ -85,8 +94,11 @@ def build_loader(
         crop_scale=data.crop_scale,
         crop_ratio=data.crop_ratio,
         flip=data.flip,
+        window=data.window,
     )
-    suits_dali = isinstance(source, FolderSource) and source.channels in (1, 3)
+    index = source.index if isinstance(source, IndexedSource) else None
+    skipped = Skipped(index, len(source), len(source.excluded_X), data.on_error, data.max_bad)
+    suits_dali = isinstance(source, IndexedSource) and source.channels in (1, 3)
     use_dali = data.loader == "dali" or (data.loader == "auto" and suits_dali and dali_loader.is_installed())
     kind = dali_loader.DaliLoader if use_dali else TorchLoader
-    return kind(source, plan, data.image_size, data.workers, torch.device(device))
+    return kind(plan, skipped, data.image_size, data.workers, torch.device(device))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ccmim_fast.data.cache import stored_records
 from ccmim_fast.data.draws import PURPOSE_PARAMETERS, balanced_labels, sample_uniforms
-from ccmim_fast.data.source import encode_pnm
+from ccmim_fast.data.source import NOTHING_EXCLUDED, encode_pnm
 from ccmim_fast.errors import ConfigError, MachineError
 
 _VERSION = 1  # of the crops: raise it when a parameter gives another crop, or old caches stay in use
@@ -44,6 +44,7 @@ class PhotosSource:
     """
 
     channels = 3
+    excluded_X = NOTHING_EXCLUDED
 
     def __init__(self, seed: int, samples: int, image_size: tuple[int, int], cache_dir: str | None = None) -> None:
         if samples < 1 or min(image_size) < 1:
@@ -54,14 +55,20 @@ class PhotosSource:
         self.labels_N = balanced_labels(seed, samples, len(_PHOTOS))
         self.sizes_N2 = np.tile(np.array(image_size, dtype=np.int32), (samples, 1))
         self._records = None
+        height, width = image_size
+        self.fingerprint = f"photos-v{_VERSION}-seed{seed}-n{samples}-{height}x{width}"
         if cache_dir is not None:
-            height, width = image_size
-            name = f"photos-v{_VERSION}-seed{seed}-n{samples}-{height}x{width}"
             dtype = np.dtype([("image", np.uint8, (height, width, 3))])
-            self._records = stored_records(cache_dir, name, dtype, samples, lambda index: (self._cut(index),))
+            self._records = stored_records(
+                cache_dir, self.fingerprint, dtype, samples, lambda index: (self._cut(index),)
+            )
 
     def __len__(self) -> int:
         return len(self.labels_N)
+
+    def name(self, index: int) -> str:
+        """See `Source`."""
+        return f"photograph {index}"
 
     def decode(self, index: int) -> np.ndarray:
         """See `Source`."""

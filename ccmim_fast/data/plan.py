@@ -1,23 +1,44 @@
-"""What one rank loads, decided without touching an image: ids, boxes and flips of each micro-batch."""
+"""What one rank loads, decided without touching an image: ids, epochs, boxes and flips of each micro-batch.
 
-# N samples, B images of one micro-batch of one rank
+The samples are one endless stream, epoch after epoch, each epoch a keyed order of all of them. A run is at a place of
+it, its cursor: the number of samples seen by all ranks. A step takes the next ones; it may begin in one epoch and end
+in the next. So every sample comes once an epoch, whatever the batch, and nothing but the cursor is needed to go on,
+with any number of ranks and any batch size.
+"""
 
-from collections.abc import Iterator
+# P places, B images of one micro-batch of one rank, A micro-batches per optimizer step, W ranks
+
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from ccmim_fast.data.crops import crop_boxes, flips
-from ccmim_fast.data.sampler import check_batch, epoch_order, rank_batches
+from ccmim_fast.data.order import epoch_order
+from ccmim_fast.data.source import Source, usable, usable_ids
+from ccmim_fast.errors import ConfigError, DataError
+from ccmim_kernels.philox import STREAM_SUBSTITUTE, philox_4x32, stream_key
 
 
 class MicroBatch(NamedTuple):
-    """ids_B: int64 sample ids. boxes_B4: int64 y, x, height, width of the crops. flips_B: bool, mirrored or not."""
+    """ids_B, epochs_B: int64 sample ids, and the epoch each is shown in. boxes_B4: int64 y, x, height, width of the
+    crops. flips_B: bool, mirrored or not."""
 
     ids_B: np.ndarray
+    epochs_B: np.ndarray
     boxes_B4: np.ndarray
     flips_B: np.ndarray
+
+    def samples(self) -> "list[MicroBatch]":
+        """Each sample as a micro-batch of one."""
+        return [MicroBatch(*(part[i : i + 1] for part in self)) for i in range(len(self.ids_B))]
+
+    @staticmethod
+    def join(parts: "Iterable[MicroBatch]") -> "MicroBatch":
+        """One micro-batch of all."""
+        return MicroBatch(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -27,7 +48,7 @@ class Plan:
     Raises ConfigError or DataError where `global_batch` does not fit, see `check_batch`.
     """
 
-    sizes_N2: np.ndarray = field(repr=False)  # int, height and width of every image
+    source: Source = field(repr=False)
     seed: int
     global_batch: int  # images per optimizer step, over all ranks and micro-batches
     accumulate: int = 1  # micro-batches per optimizer step
@@ -36,28 +57,73 @@ class Plan:
     crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width / height
     flip: bool = False  # mirror left to right, p = 0.5
+    window: int = 0  # samples shuffled among each other; 0: all
 
     def __post_init__(self) -> None:
-        check_batch(len(self.sizes_N2), self.global_batch, self.accumulate, self.world_size)
+        check_batch(self.samples, self.global_batch, self.accumulate, self.world_size)
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps; the samples left over by an incomplete last one are dropped."""
-        return len(self.sizes_N2) // self.global_batch
+    def samples(self) -> int:
+        """Samples of an epoch."""
+        return usable(self.source)
 
     @property
     def micro_batch_size(self) -> int:
         """B, images of one micro-batch of one rank."""
         return self.global_batch // (self.accumulate * self.world_size)
 
-    def micro_batches(self, epoch: int, start_step: int = 0) -> Iterator[MicroBatch]:
-        """`accumulate` micro-batches for each optimizer step from `start_step` to the end of the epoch."""
-        order_N = epoch_order(self.seed, epoch, len(self.sizes_N2))
-        for step in range(start_step, self.steps_per_epoch):
-            for ids_B in rank_batches(order_N, step, self.global_batch, self.accumulate, self.rank, self.world_size):
-                yield self._crop(epoch, ids_B)
+    def micro_batches(self, cursor: int) -> Iterator[MicroBatch]:
+        """`accumulate` micro-batches for each optimizer step, from the place `cursor` on, without end.
 
-    def _crop(self, epoch: int, ids_B: np.ndarray) -> MicroBatch:
-        boxes_B4 = crop_boxes(self.seed, epoch, ids_B, self.sizes_N2[ids_B], self.crop_scale, self.crop_ratio)
-        flips_B = flips(self.seed, epoch, ids_B) if self.flip else np.zeros(len(ids_B), dtype=bool)
-        return MicroBatch(ids_B, boxes_B4, flips_B)
+        A step takes the next `global_batch` places, each micro-batch a contiguous A-th of them, each rank a contiguous
+        W-th of that: what a micro-batch holds does not depend on the number of ranks.
+        """
+        while True:
+            for micro in range(self.accumulate):
+                start = cursor + (micro * self.world_size + self.rank) * self.micro_batch_size
+                ids_B, epochs_B = self.ids_at(np.arange(start, start + self.micro_batch_size))
+                yield self.showing(ids_B, epochs_B)
+            cursor += self.global_batch
+
+    def ids_at(self, places_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and epochs, both [P] int64, at places of the stream."""
+        epochs_P, places_P = np.divmod(places_P, self.samples)
+        order_P = np.empty_like(places_P)
+        for epoch in np.unique(epochs_P):
+            here = epochs_P == epoch
+            order_P[here] = epoch_order(self.seed, int(epoch), self.samples, places_P[here], self.window)
+        return usable_ids(self.source, order_P), epochs_P
+
+    def showing(self, ids_B: np.ndarray, epochs_B: np.ndarray) -> MicroBatch:
+        """These samples with their crops and flips, which depend on (seed, epoch, id) alone."""
+        sizes_B2 = self.source.sizes_N2[ids_B]
+        boxes_B4 = crop_boxes(self.seed, epochs_B, ids_B, sizes_B2, self.crop_scale, self.crop_ratio)
+        flips_B = flips(self.seed, epochs_B, ids_B) if self.flip else np.zeros(len(ids_B), dtype=bool)
+        return MicroBatch(ids_B, epochs_B, boxes_B4, flips_B)
+
+    def substitute(self, index: int, epoch: int, attempt: int) -> MicroBatch:
+        """What is shown in the place of a sample that cannot be: one drawn by (seed, epoch, id, attempt) from all."""
+        counters = (torch.tensor(c) for c in (attempt, index & 0xFFFFFFFF, index >> 32, epoch))
+        high, low, _, _ = philox_4x32(stream_key(self.seed, STREAM_SUBSTITUTE), *counters)
+        place = ((high.item() << 32) | low.item()) % self.samples
+        return self.showing(usable_ids(self.source, np.array([place])), np.array([epoch]))
+
+
+def check_batch(samples: int, global_batch: int, accumulate: int, world_size: int) -> None:
+    """Return if each rank has an equal share of a step, and no step holds a sample twice.
+
+    Raises:
+        ConfigError: `global_batch` is no multiple of `accumulate` * `world_size`.
+        DataError: there are fewer samples than one step takes.
+    """
+    share = accumulate * world_size
+    if global_batch < 1 or global_batch % share:
+        nearest = max(1, round(global_batch / share)) * share
+        raise ConfigError(
+            f"train.batch_size={global_batch} must be a multiple of {share} "
+            f"(train.accumulate={accumulate} x {world_size} ranks); the nearest is {nearest}"
+        )
+    if samples < global_batch:
+        largest = samples // share * share
+        advice = f"set train.batch_size={largest} or less" if largest else f"at least {share} images are needed"
+        raise DataError(f"{samples} images are fewer than train.batch_size={global_batch}; {advice}")

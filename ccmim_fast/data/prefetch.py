@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-import numpy as np
-
 from ccmim_fast.data.plan import MicroBatch
 
 AHEAD = 2  # micro-batches in work while one is used: the next one, and one more so that no thread idles at the seam
@@ -25,27 +23,29 @@ def thread_count(workers: int) -> int:
 
 
 def prefetch(
-    load: Callable[[int, np.ndarray, bool], Result], micro_batches: Iterable[MicroBatch], threads: int
+    load: Callable[[MicroBatch], tuple[MicroBatch, Result]], micro_batches: Iterable[MicroBatch], threads: int
 ) -> Iterator[tuple[MicroBatch, list[Result]]]:
-    """Each micro-batch with what `load(id, box, flipped)` gives for its B images, in order.
+    """What `load` gives for each of the B samples of each micro-batch, in order.
 
-    An exception of `load` is raised when its micro-batch has its turn; what is still waiting then is dropped.
+    Args:
+        load: takes a micro-batch of one sample; returns the one it took in its place, and what it made of it. Its
+            exception is raised when the micro-batch has its turn; what is still waiting then is dropped.
     """
     pool = ThreadPoolExecutor(threads)
     pending: deque = deque()
     try:
         for batch in micro_batches:
-            arguments = zip(batch.ids_B.tolist(), batch.boxes_B4, batch.flips_B.tolist())
-            pending.append((batch, [pool.submit(load, *each) for each in arguments]))
+            pending.append([pool.submit(load, sample) for sample in batch.samples()])
             if len(pending) > AHEAD:
-                yield _finish(*pending.popleft())
+                yield _finish(pending.popleft())
         while pending:
-            yield _finish(*pending.popleft())
+            yield _finish(pending.popleft())
     finally:
         # Without waiting: an iterator left half-way may be collected inside a starting thread, which holds the lock
         # that joining any thread needs.
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _finish(batch: MicroBatch, futures: list) -> tuple[MicroBatch, list]:
-    return batch, [future.result() for future in futures]
+def _finish(futures: list) -> tuple[MicroBatch, list]:
+    samples, results = zip(*(future.result() for future in futures))
+    return MicroBatch.join(samples), list(results)

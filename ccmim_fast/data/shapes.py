@@ -11,7 +11,7 @@ import numpy as np
 
 from ccmim_fast.data.cache import stored_records
 from ccmim_fast.data.draws import PURPOSE_NOISE, PURPOSE_PARAMETERS, balanced_labels, sample_uniforms
-from ccmim_fast.data.source import encode_pnm
+from ccmim_fast.data.source import NOTHING_EXCLUDED, encode_pnm
 from ccmim_fast.errors import ConfigError
 
 _VERSION = 2  # of the pictures: raise it when a parameter gives another picture, or old caches stay in use
@@ -63,6 +63,7 @@ class ShapesSource:
     """
 
     channels = 3
+    excluded_X = NOTHING_EXCLUDED
 
     def __init__(
         self,
@@ -79,14 +80,18 @@ class ShapesSource:
         self.labels_N = balanced_labels(seed, samples, classes)
         self.sizes_N2 = np.tile(np.array(image_size, dtype=np.int32), (samples, 1))
         self._records = None
+        height, width = image_size
+        self.fingerprint = f"shapes-v{_VERSION}-seed{seed}-n{samples}-{height}x{width}-k{classes}-{background}"
         if cache_dir is not None:
-            height, width = image_size
-            name = f"shapes-v{_VERSION}-seed{seed}-n{samples}-{height}x{width}-k{classes}-{background}"
             dtype = np.dtype([("image", np.uint8, (height, width, 3)), ("mask", np.bool_, (height, width))])
-            self._records = stored_records(cache_dir, name, dtype, samples, self._draw)
+            self._records = stored_records(cache_dir, self.fingerprint, dtype, samples, self._draw)
 
     def __len__(self) -> int:
         return len(self.labels_N)
+
+    def name(self, index: int) -> str:
+        """See `Source`."""
+        return f"shape {index}"
 
     def decode(self, index: int) -> np.ndarray:
         """See `Source`."""

@@ -1,6 +1,6 @@
 """What every set of images offers, and the one image format that any decoder reads alike."""
 
-# N images, H height, W width, C channels
+# N samples, P places, X excluded samples, H height, W width, C channels
 
 from typing import Protocol
 
@@ -8,21 +8,31 @@ import numpy as np
 
 
 class Source(Protocol):
-    """Images by index, with their sizes known beforehand.
+    """Images by sample id, 0 .. N - 1, with their sizes known beforehand.
 
     Attributes:
         channels: C of every image.
         sizes_N2: int32 height and width in pixels, after any EXIF rotation.
-        labels_N: int64 indices into `class_names`, or None without labels.
+        labels_N: integer indices into `class_names`, or None without labels.
         class_names: sorted; empty without labels.
+        excluded_X: int64 ids, ascending, of samples known to be no usable image.
+        fingerprint: equal for two sources if they have the same images under the same ids.
     """
 
     channels: int
     sizes_N2: np.ndarray
     labels_N: np.ndarray | None
     class_names: tuple[str, ...]
+    excluded_X: np.ndarray
+    fingerprint: str
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """N, the excluded ones included."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Where the image lies, for messages."""
+        ...
 
     def decode(self, index: int) -> np.ndarray:
         """Pixels of one image, [H, W, C] uint8, of the size in `sizes_N2`; read-only.
@@ -37,6 +47,21 @@ class Source(Protocol):
         Raises DataError naming the image.
         """
         ...
+
+
+NOTHING_EXCLUDED = np.zeros(0, dtype=np.int64)
+
+
+def usable(source: Source) -> int:
+    """How many samples are not excluded."""
+    return len(source) - len(source.excluded_X)
+
+
+def usable_ids(source: Source, places_P: np.ndarray) -> np.ndarray:
+    """Ids [P] int64 of the usable samples at the places 0 .. `usable(source)` - 1, in ascending order of ids."""
+    # Before excluded id x_k lie x_k - k usable ones; a sample at place p is moved on by every x_k - k <= p.
+    shifts_X = source.excluded_X - np.arange(len(source.excluded_X))
+    return places_P + np.searchsorted(shifts_X, places_P, side="right")
 
 
 def encode_pnm(image_HWC: np.ndarray) -> bytes:

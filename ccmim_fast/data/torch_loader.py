@@ -2,61 +2,79 @@
 
 # N samples, B batch, H height, W width, C channels
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ccmim_fast.data.batch import Batch, make_batch
+from ccmim_fast.data.buffers import Buffers
+from ccmim_fast.data.marks import Skipped
 from ccmim_fast.data.plan import MicroBatch, Plan
 from ccmim_fast.data.prefetch import prefetch, thread_count
-from ccmim_fast.data.source import Source
+from ccmim_fast.data.source import Source, usable, usable_ids
+from ccmim_fast.data.substitute import load_or_substitute
 
 
 class TorchLoader:
     """Training micro-batches by Pillow; a `Loader`.
 
     Args:
-        source: the images, of any number of channels.
-        plan: what this rank loads.
+        plan: what this rank loads, and from where; images of any number of channels.
+        skipped: keeps account of what cannot be shown.
         image_size: height and width of the crops, pixels.
         workers: decoding threads; 0: one per core.
         device: where the batches go.
     """
 
     def __init__(
-        self, source: Source, plan: Plan, image_size: tuple[int, int], workers: int, device: torch.device
+        self, plan: Plan, skipped: Skipped, image_size: tuple[int, int], workers: int, device: torch.device
     ) -> None:
-        self._source, self._plan, self._image_size = source, plan, image_size
+        self.plan, self.skipped, self._image_size = plan, skipped, image_size
         self._threads, self._device = thread_count(workers), device
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self._plan.steps_per_epoch
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+    def stream(self, cursor: int) -> Iterator[Batch]:
         """See `Loader`."""
-        micro_batches = self._plan.micro_batches(epoch, start_step)
-        return _load(self._source, micro_batches, self._image_size, self._threads, self._device)
+
+        def load(sample: MicroBatch) -> tuple[MicroBatch, np.ndarray]:
+            return load_or_substitute(
+                lambda one: crop_of(self.plan.source, one, self._image_size), sample, self.plan, self.skipped
+            )
+
+        shape = (self.plan.micro_batch_size, *self._image_size, self.plan.source.channels)
+        buffers = Buffers(shape, self._device, held=self.plan.accumulate)
+        for batch, images in prefetch(load, self.plan.micro_batches(cursor), self._threads):
+            yield _batch(batch, images, self.plan.source, buffers.fill, self._device)
 
 
 def evaluation_batches(
     source: Source, image_size: tuple[int, int], batch_size: int, device: torch.device, workers: int = 0
 ) -> Iterator[Batch]:
-    """Every image once, in the order of its id, whole and resized without regard to its aspect; no augmentation.
+    """Every usable image once, in the order of its id, whole and resized without regard to its aspect; no augmentation.
 
-    The last batch may be smaller.
+    The last batch may be smaller. Raises DataError naming an image that does not decode.
     """
 
     def whole_images() -> Iterator[MicroBatch]:
-        for start in range(0, len(source), batch_size):
-            ids_B = np.arange(start, min(start + batch_size, len(source)))
+        for start in range(0, usable(source), batch_size):
+            ids_B = usable_ids(source, np.arange(start, min(start + batch_size, usable(source))))
             sizes_B2 = source.sizes_N2[ids_B].astype(np.int64)
             boxes_B4 = np.concatenate([np.zeros_like(sizes_B2), sizes_B2], axis=1)
-            yield MicroBatch(ids_B, boxes_B4, np.zeros(len(ids_B), dtype=bool))
+            yield MicroBatch(ids_B, np.zeros_like(ids_B), boxes_B4, np.zeros(len(ids_B), dtype=bool))
 
-    return _load(source, whole_images(), image_size, thread_count(workers), device)
+    def load(sample: MicroBatch) -> tuple[MicroBatch, np.ndarray]:
+        return sample, crop_of(source, sample, image_size)
+
+    for batch, images in prefetch(load, whole_images(), thread_count(workers)):
+        buffers = Buffers((len(images), *images[0].shape), device, held=1)
+        yield _batch(batch, images, source, buffers.fill, device)
+
+
+def crop_of(source: Source, sample: MicroBatch, image_size: tuple[int, int]) -> np.ndarray:
+    """What a micro-batch of one shows: [H, W, C] uint8. Raises DataError naming the image."""
+    image_HWC = source.decode(sample.ids_B.item())
+    return crop_and_resize(image_HWC, sample.boxes_B4[0], sample.flips_B.item(), image_size)
 
 
 def crop_and_resize(image_HWC: np.ndarray, box_4: np.ndarray, flipped: bool, image_size: tuple[int, int]) -> np.ndarray:
@@ -78,14 +96,14 @@ def _resize(pixels: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize(image_size[::-1], Image.Resampling.BICUBIC))
 
 
-def _load(
-    source: Source, micro_batches: Iterable[MicroBatch], image_size: tuple[int, int], threads: int, device: torch.device
-) -> Iterator[Batch]:
-    def load_one(index: int, box_4: np.ndarray, flipped: bool) -> np.ndarray:
-        return crop_and_resize(source.decode(index), box_4, flipped, image_size)
-
-    for batch, images in prefetch(load_one, micro_batches, threads):
+def _batch(batch: MicroBatch, images: list[np.ndarray], source: Source, fill: Callable, device: torch.device) -> Batch:
+    def copy(images_BHWC: torch.Tensor, stream: object) -> None:
+        if stream is None:
+            np.stack(images, out=images_BHWC.numpy())
+            return
         # Stacked right into pinned memory: pinning a pageable tensor would copy it once more.
-        images_BHWC = torch.empty(len(images), *images[0].shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        np.stack(images, out=images_BHWC.numpy())
-        yield make_batch(images_BHWC, batch.ids_B, source.labels_N, device)
+        pinned_BHWC = torch.empty(images_BHWC.shape, dtype=torch.uint8, pin_memory=True)
+        np.stack(images, out=pinned_BHWC.numpy())
+        images_BHWC.copy_(pinned_BHWC, non_blocking=True)
+
+    return make_batch(fill(copy), batch.ids_B, batch.epochs_B, source.labels_N, device)

@@ -137,7 +137,7 @@ class CCMIM(nn.Module):
         Args:
             images_BHWC: [B, H, W, C] uint8.
             ids_B: [B] int64 sample ids; with `epoch` they key the masks.
-            epoch: 0 .. 2**32 - 1, as a number or an int64 scalar on the images' device.
+            epoch: 0 .. 2**32 - 1, as a number, or as int64 on the images' device, one for all or [B].
             partition: take this division instead of sampling one.
         """
         divided = self._tokens(images_BHWC, ids_B, epoch, partition)

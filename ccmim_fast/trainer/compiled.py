@@ -76,5 +76,5 @@ def warm_up(step: TrainStep, batch: int, accumulate: int, steps: int = 2) -> boo
 
 
 def _take(step: TrainStep, batches: list[Batch], steps: int) -> None:
-    for epoch in range(steps):
-        step(batches, epoch, 0.0)
+    for _ in range(steps):
+        step(batches, 0.0)

@@ -50,6 +50,18 @@ def session(device: str) -> Iterator[Session]:
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def main_first(here: Session) -> Iterator[None]:
+    """What rank 0 does within is done before the others begin: it writes a file, they find it."""
+    if here.world_size > 1 and not here.is_main:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if here.world_size > 1 and here.is_main:
+            dist.barrier()
+
+
 def max_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The largest value of any rank, in place."""
     if dist.is_initialized():

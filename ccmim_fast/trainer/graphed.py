@@ -1,4 +1,4 @@
-"""The whole step as one CUDA graph: captured once, replayed with new images, epoch and learning rate."""
+"""The whole step as one CUDA graph: captured once, replayed with new images and learning rate."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,9 @@ from ccmim_fast.trainer.step import StepResult, TrainStep
 class GraphedStep:
     """A `TrainStep` whose device work is one graph launch. Called like the step it replays.
 
-    Images and ids are copied into buffers of its own, so a loader may reuse its memory at once. Capture takes place at
-    the first call, after the warm-up has created the optimizer's state and a checkpoint, if any, has filled it: a graph
-    replays addresses.
+    Images, ids and epochs are copied into buffers of its own, so a loader may reuse its memory at once. Capture takes
+    place at the first call, after the warm-up has created the optimizer's state and a checkpoint, if any, has filled
+    it: a graph replays addresses.
 
     Args:
         step: with a `capturable` optimizer, on CUDA, one process.
@@ -22,20 +22,18 @@ class GraphedStep:
 
     def __init__(self, step: TrainStep):
         self.step = step
-        self._epoch = torch.zeros((), dtype=torch.int64, device=step.device)
         self._batches: list[Batch] = []
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: StepResult | None = None
 
-    def __call__(self, batches: Sequence[Batch], epoch: int, lr: float) -> StepResult:
+    def __call__(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """As `TrainStep.__call__`; the result is overwritten by the next call."""
         if self._graph is None:
-            self._batches = [Batch(b.images_BHWC.clone(), b.ids_B.clone(), None) for b in batches]
+            self._batches = [Batch(b.images_BHWC.clone(), b.ids_B.clone(), b.epochs_B.clone()) for b in batches]
             self._capture()
         for static, batch in zip(self._batches, batches, strict=True):
-            static.images_BHWC.copy_(batch.images_BHWC, non_blocking=True)
-            static.ids_B.copy_(batch.ids_B, non_blocking=True)
-        self._epoch.fill_(epoch)
+            for to, of in zip(static[:3], batch[:3], strict=True):
+                to.copy_(of, non_blocking=True)
         set_lr(self.step.optimizer, lr)
         self._graph.replay()
         return self._result
@@ -46,4 +44,4 @@ class GraphedStep:
         torch.cuda.synchronize(self.step.device)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._result = self.step.run(self._batches, self._epoch)
+            self._result = self.step.run(self._batches)

@@ -1,13 +1,14 @@
 """The run: for each batch, step, log; for each epoch, save and look."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
 import torch
 
 from ccmim_fast.checkpoints import io
-from ccmim_fast.checkpoints.state import capture, restore
+from ccmim_fast.checkpoints.state import Progress, capture, restore
 from ccmim_fast.config.schema import Config
 from ccmim_fast.config.validate import validate
 from ccmim_fast.data.batch import Batch
@@ -15,7 +16,8 @@ from ccmim_fast.data.loader import build_loader, build_source
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.optim.schedule import lr_at, scaled_lr
 from ccmim_fast.trainer.build import build_step, check_device, prepare_step
-from ccmim_fast.trainer.distributed import Session, max_over_ranks, mean_over_ranks, session
+from ccmim_fast.trainer.data_report import DataReport
+from ccmim_fast.trainer.distributed import Session, main_first, max_over_ranks, mean_over_ranks, session
 from ccmim_fast.trainer.find_batch import with_largest_batch
 from ccmim_fast.trainer.metrics import Metrics, ProgressLine
 from ccmim_fast.trainer.profile import Profile, check_room
@@ -52,7 +54,8 @@ class Trainer:
     def __init__(self, config: Config, here: Session, after_epoch: AfterEpoch | None = None):
         self.config, self.here, self.after_epoch = config, here, after_epoch
         self.folder = open_run_folder(config) if here.is_main else Path(config.run.dir)
-        self.source = build_source(config.data, config.seed)
+        with main_first(here):  # that indexes the images, if nobody has
+            self.source = build_source(config.data, config.seed)
         self.loader = build_loader(
             self.source,
             config.data,
@@ -68,9 +71,10 @@ class Trainer:
         self.model = self.train_step.model
         micro_batch = config.train.batch_size // (config.train.accumulate * here.world_size)
         self.step_fn = prepare_step(self.train_step, micro_batch)
-        self.step = self._resume()
-        per_epoch = self.loader.steps_per_epoch
-        check_room(config.train.profile, done=self.step, steps_per_epoch=per_epoch, total=self.total_steps)
+        self.samples = self.loader.plan.samples
+        self.step, self.seen = self._resume()
+        self.total_steps = self._total_steps()
+        check_room(config.train.profile, left=self.total_steps - self.step)
         self.nan_id = torch.full((), -1, device=here.device)
         self.meter = Meter(config.train.batch_size, here, self.train_step)
         self.metrics = None
@@ -78,6 +82,7 @@ class Trainer:
             describe_run(self.folder, config, here.device)
             self.metrics = Metrics(self.folder, tensorboard=config.run.tensorboard, resume_step=self.step)
         self.progress = ProgressLine(self._headline(), self.total_steps, self.step, here.is_main)
+        self.data_report = DataReport(self.loader, config.data.image_size, self.progress.note, self.metrics)
         self.profile = Profile(
             config.train.profile,
             here,
@@ -89,22 +94,18 @@ class Trainer:
             note=self.progress.note,
         )
 
-    @property
-    def total_steps(self) -> int:
-        whole = self.config.train.epochs * self.loader.steps_per_epoch
-        return min(whole, self.config.train.max_steps) if self.config.train.max_steps else whole
-
     def run(self) -> None:
         if self.step == 0:
             self._look(0)
-        while self.step < self.total_steps:
-            epoch, start = divmod(self.step, self.loader.steps_per_epoch)
-            count = min(self.loader.steps_per_epoch - start, self.total_steps - self.step)
-            for batches in self.profile.watch(self._steps(epoch, start), count):
-                result = self._train(batches, epoch)
+        with closing(self.loader.stream(self.seen)) as stream:
+            for batches in self.profile.watch(self._steps(stream)):
+                result = self._train(batches)
                 self._log(result)
-            self._save(epoch + 1)
-            self._look(epoch + 1)
+                epoch = self._finished_epoch()
+                if epoch:
+                    self._save(epoch)
+                    self._look(epoch)
+        self.data_report.close()
 
     def close(self) -> None:
         self.progress.close()
@@ -114,37 +115,49 @@ class Trainer:
     def _headline(self) -> str:
         """What the run works on and with, `auto` resolved, and what it leaves out."""
         parts = [
-            f"{len(self.source)} images",
+            f"{self.samples} images",
             f"{type(self.loader).__name__}",
             f"{self.here.world_size} x {self.here.device}, {self.train_step.precision.name}",
             f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters",
         ]
-        skipped = getattr(self.source, "skipped", [])
-        if skipped:
-            path, reason = skipped[0]
-            parts.insert(1, f"{len(skipped)} files skipped, the first {path!r}: {reason}")
+        if len(self.source.excluded_X):
+            first = self.source.name(int(self.source.excluded_X[0]))
+            parts.insert(1, f"{len(self.source.excluded_X)} of {len(self.source)} left out, the first {first!r}")
         return " · ".join(parts)
 
-    def _steps(self, epoch: int, start: int) -> Iterator[list[Batch]]:
-        """The remaining steps of an epoch, each a list of micro-batches; the wait for data is metered."""
-        wanted = self.total_steps - self.step
-        grouped = _groups(self.loader.epoch(epoch, start_step=start), self.config.train.accumulate)
-        return self.meter.waiting(islice(grouped, wanted))
+    def _total_steps(self) -> int:
+        """Of the whole run: until every sample was seen in every epoch. The last step may see some once more."""
+        left = self.config.train.epochs * self.samples - self.seen
+        whole = self.step + max(0, -(-left // self.config.train.batch_size))
+        return min(whole, self.config.train.max_steps) if self.config.train.max_steps else whole
 
-    def _train(self, batches: list[Batch], epoch: int) -> StepResult:
+    def _steps(self, stream: Iterator[Batch]) -> Iterator[list[Batch]]:
+        """The remaining steps, each a list of micro-batches; the wait for data is metered."""
+        grouped = _groups(stream, self.config.train.accumulate)
+        return self.meter.waiting(islice(grouped, self.total_steps - self.step))
+
+    def _finished_epoch(self) -> int:
+        """The number of the epoch that the last step ended, counted from 1, or that the run ends in; else 0."""
+        epochs = self.seen // self.samples
+        if self.step == self.total_steps:
+            return min(-(-self.seen // self.samples), self.config.train.epochs)
+        return epochs if epochs > (self.seen - self.config.train.batch_size) // self.samples else 0
+
+    def _train(self, batches: list[Batch]) -> StepResult:
         if self.config.model.drop_path > 0:
             # Stochastic depth draws from the global generator: keyed by step and rank, so that a resumed run repeats.
             torch.manual_seed((self.config.seed << 40) + self.step * self.here.world_size + self.here.rank)
         lr = lr_at(
-            self.step / self.loader.steps_per_epoch,
+            self.seen / self.samples,
             peak=self.lr,
             floor=self.config.optim.min_lr,
             warmup=self.config.optim.warmup_epochs,
             epochs=self.config.train.epochs,
         )
-        result = self.step_fn(batches, epoch, lr)
+        result = self.step_fn(batches, lr)
         self.meter.stepped()
         self.step += 1
+        self.seen += self.config.train.batch_size
         # Kept on the device until a step is logged.
         self.nan_id = torch.maximum(self.nan_id, result.nan_id)
         return result
@@ -158,7 +171,7 @@ class Trainer:
         nan_id = max_over_ranks(self.nan_id.clone()).double()
         loss, recons, contrast, grad_norm, nan_id = torch.cat([means.double(), nan_id[None]]).tolist()
         figures = {
-            "epoch": self.step / self.loader.steps_per_epoch,
+            "epoch": self.seen / self.samples,
             "loss": loss,
             "recons": recons,
             "contrast": contrast if self.config.contrast.loss != "none" else None,
@@ -170,6 +183,7 @@ class Trainer:
             self.metrics.write("train", self.step, **figures)
         self.progress.update(self.step, figures)
         self._report_nan(int(nan_id))
+        self.data_report.update(self.step, figures["data_wait"])
 
     def _report_nan(self, sample: int) -> None:
         """Since the last logged step some patch of `sample` had a NaN score, or none had (-1)."""
@@ -184,7 +198,8 @@ class Trainer:
         finished = self.step >= self.total_steps
         if self.here.is_main and (finished or epoch % self.config.run.save_every == 0):
             now = self.train_step
-            state = capture(now.model, now.optimizer, now.scaler, now.ema, self.step, self.config)
+            progress = Progress(self.step, self.seen, self.samples, self.source.fingerprint)
+            state = capture(now.model, now.optimizer, now.scaler, now.ema, progress, self.config)
             io.save(self.folder / "checkpoints", self.step, state, keep=self.config.run.keep)
 
     def _look(self, epoch: int) -> None:
@@ -194,10 +209,11 @@ class Trainer:
             self.model.train()
         self.meter.pause()
 
-    def _resume(self) -> int:
+    def _resume(self) -> tuple[int, int]:
+        """Optimizer steps taken, and samples seen."""
         resume = self.config.run.resume
         if resume == "never":
-            return 0
+            return 0, 0
         if resume == "auto":
             found = io.newest(self.folder / "checkpoints")
             for problem in found.problems:
@@ -206,9 +222,16 @@ class Trainer:
         else:
             state = io.load(Path(resume))
         if state is None:
-            return 0
+            return 0, 0
         now = self.train_step
-        return restore(state, now.model, now.optimizer, now.scaler, now.ema)
+        progress = restore(state, now.model, now.optimizer, now.scaler, now.ema)
+        if progress.images != self.source.fingerprint and self.here.is_main:
+            print(
+                f"the images are not those of the checkpoint ({progress.samples} then, {self.samples} now): this epoch "
+                "goes on in another order, in which some may come twice and some not at all",
+                flush=True,
+            )
+        return progress.step, progress.seen
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

@@ -60,11 +60,9 @@ class Profile:
         self._here, self._folder, self._meter, self._model = here, folder, meter, model
         self._precision, self._images, self._note = precision, images, note
 
-    def watch(self, batches: Iterable[Item], count: int) -> Iterable[Item]:
-        """The `count` steps' batches of one epoch, as they are; the first epoch that is long enough is profiled."""
-        if not self._steps or count < WARM_UP + self._steps:
-            return batches
-        return self._watched(iter(batches))
+    def watch(self, batches: Iterable[Item]) -> Iterable[Item]:
+        """The batches of the run's steps, as they are."""
+        return self._watched(iter(batches)) if self._steps else batches
 
     def _watched(self, batches: Iterator[Item]) -> Iterator[Item]:
         """A step happens while its batch is out; the host waits for the device here, never inside a step."""
@@ -82,7 +80,6 @@ class Profile:
                     yield batch
                 synchronise(device)
         self._write(profiler)
-        self._steps = 0
         yield from batches
 
     def _write(self, profiler: torch.profiler.profile) -> None:
@@ -111,24 +108,16 @@ class Profile:
         self._meter.pause()
 
 
-def check_room(steps: int, *, done: int, steps_per_epoch: int, total: int) -> None:
-    """Return if some epoch of the run has room for the profiled steps and those before them.
-
-    Args:
-        steps: to profile.
-        done, total: optimizer steps taken before this process began, and of the whole run.
+def check_room(steps: int, left: int) -> None:
+    """Return if so many `steps` can be profiled, and those before them taken, in the `left` ones of the run.
 
     Raises:
-        ConfigError: none has.
+        ConfigError: they cannot.
     """
-    if not steps:
-        return
-    first = min(steps_per_epoch - done % steps_per_epoch, total - done)
-    longest = max(first, min(steps_per_epoch, total - done - first))
-    if longest < WARM_UP + steps:
+    if steps and left < WARM_UP + steps:
         raise ConfigError(
-            f"train.profile={steps}: with {WARM_UP} warm-up steps it needs {WARM_UP + steps} steps of one epoch, this "
-            f"run has {max(0, longest)} left in any; nearest valid is {max(0, longest - WARM_UP)}"
+            f"train.profile={steps}: with {WARM_UP} warm-up steps it needs {WARM_UP + steps} steps, this run has "
+            f"{left} left; nearest valid is {max(0, left - WARM_UP)}"
         )
 
 

@@ -48,8 +48,8 @@ class TrainStep:
         ema: averaged weights, or None.
 
     Attributes:
-        forward: (images_BHWC, ids_B, epoch) -> losses and which images had NaN scores; may be replaced by its compiled
-            self (`trainer.compiled`).
+        forward: (images_BHWC, ids_B, epochs_B) -> losses and which images had NaN scores; may be replaced by its
+            compiled self (`trainer.compiled`).
         onednn: linear layers by oneDNN, see `models.linear`; not to be compiled.
     """
 
@@ -72,18 +72,18 @@ class TrainStep:
     def device(self) -> torch.device:
         return self.model.mean_C.device
 
-    def __call__(self, batches: Sequence[Batch], epoch: int, lr: float) -> StepResult:
-        """Train on the micro-batches of one step at the given learning rate; `epoch` keys the masks."""
+    def __call__(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        """Train on the micro-batches of one step at the given learning rate."""
         set_lr(self.optimizer, lr)
-        return self.run(batches, torch.full((), epoch, dtype=torch.int64, device=self.device))
+        return self.run(batches)
 
-    def run(self, batches: Sequence[Batch], epoch: Tensor) -> StepResult:
+    def run(self, batches: Sequence[Batch]) -> StepResult:
         """The step at the optimizer's present rate; everything it reads and writes is on the device."""
         sums = torch.zeros(3, device=self.device)
         nan_id = torch.full((), -1, device=self.device)
         for index, batch in enumerate(batches):
             with self._gradients_summed_over_ranks(last=index == len(batches) - 1):
-                losses, nan_B = self.forward(batch.images_BHWC, batch.ids_B, epoch)
+                losses, nan_B = self.forward(batch.images_BHWC, batch.ids_B, batch.epochs_B)
                 self.scaler.scale(losses.total / len(batches)).backward()
             parts = [losses.total, losses.recons]
             if losses.contrast is not None:
@@ -93,10 +93,10 @@ class TrainStep:
         grad_norm = self._update()
         return StepResult(*(sums / len(batches)), grad_norm, nan_id)
 
-    def losses(self, images_BHWC: Tensor, ids_B: Tensor, epoch: Tensor) -> tuple[Losses, Tensor]:
+    def losses(self, images_BHWC: Tensor, ids_B: Tensor, epochs_B: Tensor) -> tuple[Losses, Tensor]:
         """Eq. 10 of one micro-batch, and which of its images had NaN scores [B] bool."""
         with self.precision.autocast(images_BHWC.device), onednn_linear(self.onednn):
-            output = self.wrapped(images_BHWC, ids_B, epoch)
+            output = self.wrapped(images_BHWC, ids_B, epochs_B)
         # Outside autocast: losses are float32 whatever the forward pass ran in.
         return total_loss(self.model, output, images_BHWC, self.config), output.partition.nan_B
 

@@ -40,10 +40,9 @@ def count_flops(step: TrainStep) -> dict[Any, float]:
 
     Over two images; the contrastive loss, which alone grows with the square of the batch, is below 0.1 % of a step.
     """
-    epoch = torch.zeros((), dtype=torch.int64, device=step.device)
     with undone(step), flop_counter() as counter:
         batch = made_batch(step, 2)
-        losses, _ = step.losses(batch.images_BHWC, batch.ids_B, epoch)
+        losses, _ = step.losses(batch.images_BHWC, batch.ids_B, batch.epochs_B)
         losses.total.backward()
     return {op: count / 2 for op, count in counter.get_flop_counts()["Global"].items()}
 

@@ -13,10 +13,9 @@ from ccmim_fast.trainer.step import TrainStep
 def made_batch(step: TrainStep, batch: int) -> Batch:
     """`batch` random images of the run's size on the step's device."""
     data, device = step.config.data, step.device
-    shape = (batch, *data.image_size, data.channels)
-    return Batch(
-        torch.randint(0, 256, shape, dtype=torch.uint8, device=device), torch.arange(batch, device=device), None
-    )
+    images_BHWC = torch.randint(0, 256, (batch, *data.image_size, data.channels), dtype=torch.uint8, device=device)
+    ids_B = torch.arange(batch, device=device)
+    return Batch(images_BHWC, ids_B, torch.zeros_like(ids_B))
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85  # the key's increments (Weyl sequence)
 _MASK32 = 0xFFFFFFFF
 
 # The high word of the key separates the uses of one seed; the kernels draw from stream 0.
-STREAM_MASK, STREAM_BLOCK, STREAM_CROP, STREAM_ORDER, STREAM_SHAPES = range(5)
+STREAM_MASK, STREAM_BLOCK, STREAM_CROP, STREAM_ORDER, STREAM_SHAPES, STREAM_SUBSTITUTE = range(6)
 
 
 def _multiply_32x32(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
@@ -58,25 +58,27 @@ def to_unit(bits: Tensor) -> Tensor:
     return (bits.double() + 0.5) * 2.0**-32
 
 
-def as_scalar(word: int | Tensor, device: torch.device) -> Tensor:
-    """[] int64 on `device`; a tensor is taken as it is, so that its value may change under a captured graph."""
-    return word if isinstance(word, Tensor) else torch.full((), word, dtype=torch.int64, device=device)
+def per_sample(word: int | Tensor, ids_B: Tensor) -> Tensor:
+    """[B] int64 on the device of `ids_B`: of one number for all, or of a [] or [B] tensor, which is not looked at."""
+    if not isinstance(word, Tensor):
+        return torch.full(ids_B.shape, word, dtype=torch.int64, device=ids_B.device)
+    return word.to(torch.int64).expand(ids_B.shape).contiguous()
 
 
 def keyed_uniform(seed: int, epoch: int | Tensor, ids_B: Tensor, patches: int, stream: int = STREAM_MASK) -> Tensor:
     """Uniform noise [B, L] float64 in (0, 1), a function of (seed, epoch, sample id, patch) alone.
 
     Args:
-        seed, epoch: in 0 .. 2**32 - 1; the epoch as a number or as an int64 scalar on the device of `ids_B`.
+        seed, epoch: in 0 .. 2**32 - 1; the epoch as a number, or as int64 on the device of `ids_B`, [] or [B].
         ids_B: [B] int64 sample ids.
         patches: L.
         stream: which use of the seed, one of `STREAM_*`.
     """
     patch_L = torch.arange(patches, device=ids_B.device)
     id_B1 = ids_B.to(torch.int64)[:, None]
-    epoch_1 = as_scalar(epoch, ids_B.device)
+    epoch_B1 = per_sample(epoch, ids_B)[:, None]
     bits_BL, *_ = philox_4x32(
-        stream_key(seed, stream), patch_L[None], id_B1 & _MASK32, (id_B1 >> 32) & _MASK32, epoch_1
+        stream_key(seed, stream), patch_L[None], id_B1 & _MASK32, (id_B1 >> 32) & _MASK32, epoch_B1
     )
     return to_unit(bits_BL)
 

@@ -15,29 +15,42 @@ def micro_batches(count, started=None):
         if started is not None:
             started.append(number)
         ids_B = np.arange(3 * number, 3 * number + 3)
-        yield MicroBatch(ids_B, np.stack([ids_B] * 4, axis=1), ids_B % 2 == 0)
+        yield MicroBatch(ids_B, ids_B // 5, np.stack([ids_B] * 4, axis=1), ids_B % 2 == 0)
+
+
+def id_of(sample):
+    return sample.ids_B.item()
 
 
 def test_results_come_in_order_with_their_batch():
-    def load(index, box_4, flipped):
-        time.sleep(0.002 * (index % 3 == 0))  # the first of each batch is the last to be ready
-        return index, box_4.tolist(), flipped
+    def load(sample):
+        time.sleep(0.002 * (id_of(sample) % 3 == 0))  # the first of each batch is the last to be ready
+        return sample, [part.tolist() for part in sample]
 
     for batch, results in prefetch(load, micro_batches(20), threads=3):
-        assert results == [(i, [i] * 4, i % 2 == 0) for i in batch.ids_B.tolist()]
+        assert results == [[[i], [i // 5], [[i] * 4], [i % 2 == 0]] for i in batch.ids_B.tolist()]
+
+
+def test_the_batch_is_of_what_was_loaded():
+    def load(sample):
+        other = sample._replace(ids_B=sample.ids_B + 100 * (id_of(sample) == 4))
+        return other, id_of(other)
+
+    batches = list(prefetch(load, micro_batches(2), threads=2))
+    assert batches[1][0].ids_B.tolist() == batches[1][1] == [3, 104, 5]
 
 
 def test_work_runs_ahead_but_not_away():
     started = []
-    for number, _ in enumerate(prefetch(lambda *_: None, micro_batches(20, started), threads=2)):
+    for number, _ in enumerate(prefetch(lambda sample: (sample, None), micro_batches(20, started), threads=2)):
         assert len(started) == min(20, number + 1 + AHEAD)
 
 
 def test_a_failure_is_raised_when_its_batch_has_its_turn():
-    def load(index, *_):
-        if index == 4:
-            raise KeyError(index)
-        return index
+    def load(sample):
+        if id_of(sample) == 4:
+            raise KeyError(4)
+        return sample, id_of(sample)
 
     results = prefetch(load, micro_batches(5), threads=4)
     assert next(results)[1] == [0, 1, 2]
@@ -48,7 +61,7 @@ def test_a_failure_is_raised_when_its_batch_has_its_turn():
 def test_leaving_does_not_wait_for_what_is_under_way():
     # A collector may do the leaving, in a thread that is not free to wait.
     release = threading.Event()
-    results = prefetch(lambda index, *_: index < 3 or release.wait(60), micro_batches(5), threads=4)
+    results = prefetch(lambda s: (s, id_of(s) < 3 or release.wait(60)), micro_batches(5), threads=4)
     next(results)
     leaving = threading.Thread(target=results.close)
     leaving.start()

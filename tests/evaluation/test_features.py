@@ -10,7 +10,8 @@ def made(sizes=(4, 4, 3), labelled=True):
     generator = torch.Generator().manual_seed(0)
     for size in sizes:
         images = torch.randint(256, (size, 4, 4, 3), generator=generator, dtype=torch.uint8)
-        yield Batch(images, torch.arange(size), images[:, 0, 0, 0].long() if labelled else None)
+        ids = torch.arange(size)
+        yield Batch(images, ids, torch.zeros_like(ids), images[:, 0, 0, 0].long() if labelled else None)
 
 
 def encode(images_BHWC):

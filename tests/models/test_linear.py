@@ -99,7 +99,7 @@ def test_the_step_takes_them_where_it_can(any_size, monkeypatch, section, fields
     changed = dataclasses.replace(getattr(config, section), **fields)
     step = build_step(dataclasses.replace(config, **{section: changed}), here)
     compile_step(step, fields.get("compile", "off"), backend="eager")
-    batch = Batch(images(4), torch.arange(4), None)
+    batch = Batch(images(4), torch.arange(4), torch.zeros(4, dtype=torch.int64))
     taken = []
     monkeypatch.setattr(linear, "product", lambda *tensors: taken.append(1) or product(*tensors))
     with torch.compiler.set_stance("force_eager"):
@@ -114,5 +114,5 @@ def test_the_step_takes_them_where_it_can(any_size, monkeypatch, section, fields
 
 def counted(step, batch):
     with flop_counter() as counter:
-        result = step([batch], 0, 1e-3)
+        result = step([batch], 1e-3)
     return result, counter.get_total_flops()

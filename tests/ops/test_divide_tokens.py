@@ -221,7 +221,7 @@ def test_opcheck(with_masked, device):
     sampling = {
         "keep": 3,
         "seed": 0,
-        "epoch": torch.tensor(1, device=device),
+        "epoch": torch.ones(2, dtype=torch.int64, device=device),
         "strategy": "importance",
         "noise": "gumbel",
         "temperature": 1.0,

@@ -277,7 +277,7 @@ def test_opcheck(strategy, device):
         5,
         4,
         0,
-        torch.tensor(1, device=device),
+        torch.ones(3, dtype=torch.int64, device=device),
         strategy,
         "gumbel",
         1.0,
@@ -308,3 +308,9 @@ def test_epoch_may_be_a_tensor(strategy, kernels, device):
         options = {"strategy": strategy, "kernels": kernels}
         expected = divide(logits, ids, 16, (8, 8), epoch=epoch, **options)
         assert_same(divide(logits, ids, 16, (8, 8), epoch=given, **options), expected)
+    given = torch.tensor([7, 0, 2**32 - 1], device=device)
+    found = divide(logits, ids, 16, (8, 8), epoch=given, **options)
+    each = [divide(logits[i : i + 1], ids[i : i + 1], 16, (8, 8), epoch=int(given[i]), **options) for i in range(3)]
+    assert_same(found, type(found)(*(torch.cat(parts) for parts in zip(*each, strict=True))))
+    with pytest.raises(ValueError, match=r"epoch is \[2\], expected \[\] or \[3\]"):
+        divide(logits, ids, 16, (8, 8), epoch=given[:2], **options)

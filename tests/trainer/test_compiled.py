@@ -36,15 +36,13 @@ def here(device):
 
 def batches(count, device):
     torch.manual_seed(1)
-    return [Batch(images(4).to(device), torch.arange(4, device=device) + 4 * i, None) for i in range(count)]
+    ids, epochs = torch.arange(4, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+    return [Batch(images(4).to(device), ids + 4 * i, epochs + i // 2) for i in range(count)]
 
 
 def trained(step, call=None, steps=4):
     """Results of some steps in two epochs, and the weights after them."""
-    results = [
-        [float(x) for x in (call or step)([batch], epoch=index // 2, lr=1e-3)]
-        for index, batch in enumerate(batches(steps, step.device))
-    ]
+    results = [[float(x) for x in (call or step)([batch], lr=1e-3)] for batch in batches(steps, step.device)]
     return torch.tensor(results), {k: v.clone() for k, v in step.model.state_dict().items()}
 
 
@@ -195,9 +193,9 @@ def test_the_step_never_waits_for_the_device(kernels):
     device = torch.device("cuda")
     step = build_step(config_for(precision="auto", kernels=kernels), here(device))
     given = batches(2, device)
-    step([given[0]], epoch=0, lr=1e-3)
+    step([given[0]], lr=1e-3)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step([given[1]], epoch=1, lr=1e-3)
+        step([given[1]], lr=1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")

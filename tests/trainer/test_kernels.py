@@ -26,8 +26,8 @@ def losses_of(kernels: str, device: torch.device, steps: int, **sections) -> tor
     optimizer = build_optimizer("adamw", model, lr=1e-4, weight_decay=0.05, betas=(0.9, 0.95))
     step = TrainStep(model, model, optimizer, choose_precision("fp32", device), config)
     torch.manual_seed(4)
-    batch = Batch(images(4).to(device), torch.arange(4, device=device), None)
-    results = [step([batch], epoch, 1e-4) for epoch in range(steps)]
+    pictures, ids = images(4).to(device), torch.arange(4, device=device)
+    results = [step([Batch(pictures, ids, torch.full_like(ids, epoch))], 1e-4) for epoch in range(steps)]
     return torch.stack([torch.stack(r[:3]) for r in results]).double().cpu()
 
 
@@ -93,7 +93,7 @@ def test_nan_scores_are_reported_with_the_sample(tmp_path, monkeypatch, capsys, 
 
     class Poisoned(CCMIM):
         def divide(self, x_BLD, ids_B, epoch, partition=None):
-            if epoch == 1:
+            if (torch.as_tensor(epoch) == 1).all():
                 x_BLD = torch.where((ids_B == 5)[:, None, None], torch.nan, x_BLD)
             return super().divide(x_BLD, ids_B, epoch, partition)
 

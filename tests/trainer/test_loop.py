@@ -78,10 +78,10 @@ def test_ten_steps_equal_five_and_five(tmp_path, photos, loader):
     fit(base)
     parts = with_fields(base, "run", dir=str(tmp_path / "parts"))
     fit(with_fields(parts, "train", max_steps=5))
-    assert newest_state(tmp_path / "parts")["step"] == 5
+    assert newest_state(tmp_path / "parts")["progress"]["step"] == 5
     fit(with_fields(parts, "run", resume="auto"))
     whole, again = newest_state(tmp_path / "whole"), newest_state(tmp_path / "parts")
-    assert whole["step"] == again["step"] == 10
+    assert whole["progress"]["step"] == again["progress"]["step"] == 10
     for part in ("model", "optimizer", "ema"):
         assert same(whole[part], again[part]), part
     figures = [[{k: r[k] for k in ("step", "loss", "lr")} for r in records(tmp_path / d)] for d in ("whole", "parts")]
@@ -144,9 +144,12 @@ def test_headline_says_what_was_left_out(tmp_path, photos, capsys):
     root = tmp_path / "images"
     shutil.copytree(photos, root)
     (root / "broken.jpg").write_bytes(b"no image")
-    fit(with_fields(config_for(tmp_path / "run", root), "train", max_steps=1))
+    config = with_fields(config_for(tmp_path / "run", root), "train", max_steps=1)
+    with pytest.raises(DataError, match=r"^1 of 21 samples cannot be used, more than data\.max_bad=0\.01"):
+        fit(config)
+    fit(with_fields(with_fields(config, "data", max_bad=0.1), "run", overwrite=True))
     headline = capsys.readouterr().out.splitlines()[0]
-    assert all(words in headline for words in ("20 images", "1 files skipped", "broken.jpg", "TorchLoader", "fp32"))
+    assert all(words in headline for words in ("20 images", "1 of 21 left out", "broken.jpg", "TorchLoader", "fp32"))
 
 
 def test_a_closed_pipe_does_not_end_the_run(tmp_path, photos):
@@ -162,7 +165,7 @@ def test_a_closed_pipe_does_not_end_the_run(tmp_path, photos):
     errors = process.stderr.read()
     assert process.wait(timeout=120) == 0, errors
     assert "BrokenPipe" not in errors
-    assert newest_state(run)["step"] == 6
+    assert newest_state(run)["progress"]["step"] == 6
 
 
 def test_fault_22_occupied_folder_is_refused_before_anything_is_built(tmp_path):
@@ -179,7 +182,7 @@ def test_fault_22_overwrite_empties_it(tmp_path, photos):
     config = with_fields(config_for(run, photos), "run", overwrite=True)
     fit(with_fields(config, "train", max_steps=1))
     assert not (run / "old.txt").exists()
-    assert newest_state(run)["step"] == 1
+    assert newest_state(run)["progress"]["step"] == 1
 
 
 @pytest.mark.parametrize("where", ["/proc/nowhere/run", "file/run"])
@@ -220,7 +223,7 @@ def test_fault_12_damaged_newest_checkpoint_falls_back_and_says_so(tmp_path, pho
     state.write_bytes(state.read_bytes()[:-100])
     fit(with_fields(config, "run", resume="auto"))
     assert "skipped the checkpoint" in capsys.readouterr().out
-    assert newest_state(tmp_path / "run")["step"] == 8
+    assert newest_state(tmp_path / "run")["progress"]["step"] == 8
     state.write_bytes(state.read_bytes()[:-100])
     with pytest.raises(CheckpointError):
         fit(with_fields(config, "run", resume=str(newest)))

@@ -11,9 +11,9 @@ from ccmim_kernels.dispatch import uses_triton
 from ccmim_kernels.divide_tokens import reference
 from ccmim_kernels.gather_tokens.op import gather_gradients, gather_tokens
 from ccmim_kernels.partition import Partition
-from ccmim_kernels.philox import as_scalar
 from ccmim_kernels.sample_partition.op import (
     check_partition_arguments,
+    checked_epochs,
     checked_ids,
     checked_logits,
     sample_partition,
@@ -93,7 +93,7 @@ def divide_tokens(
     sampling = {
         "keep": keep,
         "seed": seed,
-        "epoch": as_scalar(epoch, ids_B.device),
+        "epoch": checked_epochs(epoch, ids_B),
         "strategy": strategy,
         "noise": noise,
         "temperature": temperature,
@@ -151,7 +151,7 @@ def _divide_tokens(
         with_masked=with_masked,
         keep=keep,
         seed=seed,
-        epoch=epoch,
+        epochs_B=epoch,
         strategy=strategy,
         noise=noise,
         temperature=temperature,

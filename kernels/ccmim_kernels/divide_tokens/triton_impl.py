@@ -55,7 +55,7 @@ def divide_tokens_kernel(
     direction_ptr,  # [D] fp32; read where scored
     logits_ptr,  # [B, L] fp32; out where scored, else in, not read where has_logits = 0
     ids_ptr,  # [B] int64 sample ids
-    epoch_ptr,  # [] int64
+    epochs_ptr,  # [B] int64
     visible_ptr,  # [B, P + K, D] as tokens, out
     masked_ptr,  # [B, P + M, D] as tokens, out; not written where with_masked = 0
     ids_visible_ptr,  # [B, K] int64, out
@@ -103,7 +103,7 @@ def divide_tokens_kernel(
     valid = patch < L
     logits = tl.load(logits_ptr + image * L + patch, mask=patch < L * has_logits, other=0.0)
     sample = tl.load(ids_ptr + image)
-    epoch = tl.load(epoch_ptr).to(tl.int32)
+    epoch = tl.load(epochs_ptr + image).to(tl.int32)
     keys = importance_keys(
         logits, patch, sample, seed, stream, epoch, inverse_temperature, gumbel_weight, uniform_weight
     )
@@ -145,7 +145,7 @@ def divide_tokens(
     with_masked: bool,
     keep: int,
     seed: int,
-    epoch: Tensor,
+    epochs_B: Tensor,
     strategy: str,
     noise: str,
     temperature: float,
@@ -167,7 +167,7 @@ def divide_tokens(
         direction_D.contiguous() if scored else out_BL,
         out_BL if logits_BL is None else logits_BL.contiguous(),
         ids_B,
-        epoch,
+        epochs_B,
         visible_BTD,
         masked_BTD,
         *partition,

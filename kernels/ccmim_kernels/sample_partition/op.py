@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ccmim_kernels.dispatch import uses_triton
 from ccmim_kernels.partition import Partition
-from ccmim_kernels.philox import as_scalar
+from ccmim_kernels.philox import per_sample
 from ccmim_kernels.sample_partition import reference
 
 STRATEGIES = ("random", "block", "importance", "importance_sampling")
@@ -37,6 +37,13 @@ def checked_ids(ids_B: Tensor, batch: int) -> Tensor:
     if tuple(ids_B.shape) != (batch,):
         raise ValueError(f"ids are {list(ids_B.shape)}, expected [{batch}]")
     return ids_B.to(torch.int64)
+
+
+def checked_epochs(epoch: int | Tensor, ids_B: Tensor) -> Tensor:
+    """[B] epochs as int64; ValueError for another shape than [] or [B]."""
+    if isinstance(epoch, Tensor) and epoch.shape not in ((), ids_B.shape):
+        raise ValueError(f"epoch is {list(epoch.shape)}, expected [] or {list(ids_B.shape)}")
+    return per_sample(epoch, ids_B)
 
 
 def checked_logits(logits_BL: Tensor | None, batch: int, patches: int) -> Tensor | None:
@@ -79,7 +86,8 @@ def sample_partition(
         ids_B: [B] int64 sample ids.
         keep: number of visible patches, 1 .. L - 1.
         grid: rows and columns of patches, rows * columns = L.
-        seed, epoch: 0 .. 2**32 - 1; the epoch as a number, or as an int64 scalar on the device of `ids_B`.
+        seed, epoch: 0 .. 2**32 - 1; the epoch as a number, or as int64 on the device of `ids_B`, one for
+            all or [B].
         kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`; the partition is the same, bit for bit.
 
     Returns:
@@ -100,7 +108,7 @@ def sample_partition(
     sampling = {
         "keep": keep,
         "seed": seed,
-        "epoch": as_scalar(epoch, ids_B.device),
+        "epoch": checked_epochs(epoch, ids_B),
         "strategy": strategy,
         "noise": noise,
         "temperature": temperature,
@@ -138,7 +146,7 @@ def _sample_partition(
         grid=(rows, columns),
         keep=keep,
         seed=seed,
-        epoch=epoch,
+        epochs_B=epoch,
         strategy=strategy,
         noise=noise,
         temperature=temperature,

@@ -10,9 +10,9 @@ from torch import Tensor
 from ccmim_kernels.partition import Partition, partition_from_mask
 from ccmim_kernels.philox import (
     STREAM_BLOCK,
-    as_scalar,
     keyed_gumbel,
     keyed_uniform,
+    per_sample,
     philox_4x32,
     stream_key,
     to_unit,
@@ -61,7 +61,8 @@ def block_keys(
     block_R = torch.arange(BLOCKS, device=ids_B.device)[None]
     id_B1 = ids_B.to(torch.int64)[:, None]
     key = stream_key(seed, STREAM_BLOCK)
-    draws = philox_4x32(key, block_R, id_B1 & 0xFFFFFFFF, (id_B1 >> 32) & 0xFFFFFFFF, as_scalar(epoch, ids_B.device))
+    epoch_B1 = per_sample(epoch, ids_B)[:, None]
+    draws = philox_4x32(key, block_R, id_B1 & 0xFFFFFFFF, (id_B1 >> 32) & 0xFFFFFFFF, epoch_B1)
     area_u, aspect_u, row_u, column_u = (to_unit(bits_BR) for bits_BR in draws)
 
     area_BR = smallest + area_u * (masked - smallest)

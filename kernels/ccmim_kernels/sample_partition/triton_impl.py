@@ -103,7 +103,7 @@ def block_keys(patch, sample, seed, stream, epoch, masked, rows, columns, block_
 def sample_partition_kernel(
     logits_ptr,  # [B, L] fp32; not read where has_logits = 0
     ids_ptr,  # [B] int64 sample ids
-    epoch_ptr,  # [] int64
+    epochs_ptr,  # [B] int64
     visible_ptr,  # [B, K] int64, out
     masked_ptr,  # [B, M] int64, out
     restore_ptr,  # [B, L] int64, out
@@ -129,7 +129,7 @@ def sample_partition_kernel(
     patch = tl.arange(0, BLOCK_L)
     valid = patch < L
     sample = tl.load(ids_ptr + image)
-    epoch = tl.load(epoch_ptr).to(tl.int32)
+    epoch = tl.load(epochs_ptr + image).to(tl.int32)
     if BLOCKWISE:
         keys = block_keys(patch, sample, seed, stream, epoch, L - keep, rows, columns, block_min, CHUNK)
     else:
@@ -171,7 +171,7 @@ def sample_partition(
     grid: tuple[int, int],
     keep: int,
     seed: int,
-    epoch: Tensor,
+    epochs_B: Tensor,
     strategy: str,
     noise: str,
     temperature: float,
@@ -189,7 +189,7 @@ def sample_partition(
         len(ids_B),
         logits_BL.contiguous() if scored else torch.empty(0, dtype=torch.float32, device=ids_B.device),
         ids_B,
-        epoch,
+        epochs_B,
         *out,
         patches,
         keep,

@@ -1,0 +1,115 @@
+"""The stream of samples: all of them once an epoch, divided alike over any ranks and batches, from any place on."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ccmim_fast.data.plan import MicroBatch, Plan, check_batch
+from ccmim_fast.data.source import usable_ids
+from ccmim_fast.errors import ConfigError, DataError
+
+
+class Sizes:
+    """A source that has no images, only their sizes."""
+
+    channels, labels_N, class_names, fingerprint = 3, None, (), "sizes"
+
+    def __init__(self, samples, excluded=()):
+        self.sizes_N2 = np.random.default_rng(0).integers(20, 90, (samples, 2)).astype(np.int32)
+        self.excluded_X = np.array(sorted(excluded), dtype=np.int64)
+
+    def __len__(self):
+        return len(self.sizes_N2)
+
+
+def make_plan(samples=50, excluded=(), **changes):
+    return Plan(Sizes(samples, excluded), **{"seed": 1, "global_batch": 12, "flip": True, **changes})
+
+
+def steps_of(plans, cursor, count):
+    """Per step the samples of all ranks, micro-batch by micro-batch, as (id, epoch, box, flip)."""
+    per_rank = [list(itertools.islice(plan.micro_batches(cursor), count * plan.accumulate)) for plan in plans]
+    joined = [MicroBatch.join(parts) for parts in zip(*per_rank, strict=True)]
+    share = plans[0].accumulate
+    steps = [MicroBatch.join(joined[i : i + share]) for i in range(0, len(joined), share)]
+    return [[(*map(int, (i, e)), *box.tolist(), bool(f)) for i, e, box, f in zip(*step, strict=True)] for step in steps]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_every_sample_comes_once_an_epoch_whatever_changes_on_the_way(data):
+    samples = data.draw(st.integers(8, 60), "samples")
+    excluded = data.draw(st.sets(st.integers(0, samples - 1), max_size=samples - 8), "excluded")
+    count, window = samples - len(excluded), data.draw(st.sampled_from([0, 100]), "window")
+    cursor, seen = 0, []
+    # Legs of a run: each has its own ranks, batch and accumulation, and begins where the last one ended.
+    while cursor < 3 * count:
+        ranks, accumulate = data.draw(st.integers(1, 2), "ranks"), data.draw(st.integers(1, 2), "accumulate")
+        share = ranks * accumulate
+        batch = share * data.draw(st.integers(1, count // share), "images")
+        options = {"global_batch": batch, "accumulate": accumulate, "world_size": ranks, "window": window}
+        plans = [make_plan(samples, excluded, rank=rank, **options) for rank in range(ranks)]
+        steps = data.draw(st.integers(1, 4), "steps")
+        seen += list(itertools.chain(*steps_of(plans, cursor, steps)))
+        cursor += steps * batch
+    for epoch in range(3):
+        ids = [sample[0] for sample in seen if sample[1] == epoch]
+        assert sorted(ids) == sorted(set(range(samples)) - excluded)
+    (whole,) = steps_of([make_plan(samples, excluded, global_batch=count, window=window)], 0, 1)
+    assert seen[:count] == whole
+
+
+def test_steps_cross_from_one_epoch_into_the_next():
+    plan = make_plan()
+    steps = steps_of([plan], 0, 5)
+    assert [sample[1] for sample in steps[4]] == [0, 0, *[1] * 10]
+    assert steps_of([plan], 36, 2) == steps[3:]
+
+
+def test_plan_is_the_same_for_any_division():
+    whole = steps_of([make_plan()], 24, 3)
+    assert {flip for step in whole for *_, flip in step} == {False, True}
+    for accumulate, world_size in ((2, 1), (1, 3), (2, 3)):
+        plans = [make_plan(accumulate=accumulate, rank=rank, world_size=world_size) for rank in range(world_size)]
+        assert steps_of(plans, 24, 3) == whole
+
+
+def test_plan_without_flip_mirrors_nothing():
+    assert not any(flip for step in steps_of([make_plan(flip=False)], 0, 4) for *_, flip in step)
+
+
+def test_excluded_samples_leave_no_gap():
+    source = Sizes(10, {0, 3, 4, 9})
+    assert usable_ids(source, np.arange(6)).tolist() == [1, 2, 5, 6, 7, 8]
+    assert usable_ids(Sizes(4), np.arange(4)).tolist() == [0, 1, 2, 3]
+
+
+def test_substitutes_are_drawn_by_the_sample_and_the_attempt():
+    plan = make_plan(2000, excluded=range(1000))
+    drawn = [plan.substitute(1500, 3, attempt).ids_B.item() for attempt in range(20)]
+    assert drawn == [plan.substitute(1500, 3, attempt).ids_B.item() for attempt in range(20)]
+    assert all(1000 <= number < 2000 for number in drawn)
+    others = [
+        [plan.substitute(*key, attempt).ids_B.item() for attempt in range(20)]
+        for key in ((1501, 3), (1500, 4), (1500 + 2**32, 3))
+    ]
+    assert all(sum(a == b for a, b in zip(drawn, other, strict=True)) < 3 for other in others)
+    alike = make_plan(2000, excluded=range(1000), global_batch=4, world_size=2, rank=1)
+    assert alike.substitute(1500, 3, 0).ids_B.item() == drawn[0]
+    whole = plan.showing(np.array([drawn[0]]), np.array([3]))
+    assert all((a == b).all() for a, b in zip(whole, plan.substitute(1500, 3, 0), strict=True))
+
+
+def test_batches_that_do_not_fit_are_named():
+    with pytest.raises(ConfigError, match=r"batch_size=10 must be a multiple of 4 .*nearest is 8"):
+        check_batch(100, 10, accumulate=2, world_size=2)
+    with pytest.raises(ConfigError, match="batch_size=0"):
+        check_batch(100, 0, accumulate=1, world_size=1)
+    with pytest.raises(DataError, match=r"^30 images are fewer than train\.batch_size=32; set train\.batch_size=28 or"):
+        check_batch(30, 32, accumulate=2, world_size=2)
+    with pytest.raises(DataError, match=r"^3 images .*at least 4 images"):
+        check_batch(3, 8, accumulate=2, world_size=2)
+    check_batch(32, 32, accumulate=2, world_size=2)
