@@ -21,6 +21,7 @@ EXIF_ORIENTATION = 0x0112
 _SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _ARRAY_SUFFIXES = (".npy", ".tif", ".tiff")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L", "I;16N")
+_START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"  # JPEG's markers
 _HEADER_FIRST = (b"\xff\xd8", b"\x89PNG")  # files that need not be whole for their header to be read
 
 
@@ -43,6 +44,13 @@ def file_suffixes(channels: int) -> tuple[str, ...]:
 def needs_more(start: bytes) -> bool:
     """Whether a file's header can only be read from all of it, by its first bytes."""
     return not start.startswith(_HEADER_FIRST)
+
+
+def has_end(data: bytes) -> bool:
+    """Whether a JPEG file goes on to its end: a decoder that is asked for a box of it may not notice that it is cut."""
+    # In the coded pixels no byte after 0xff is like those of a marker. What stands behind the end may look like one, or
+    # not: then the answer is no, and somebody who looks closer is asked.
+    return data.endswith(_END_OF_IMAGE) or data.rfind(_END_OF_IMAGE) > data.rfind(_START_OF_SCAN)
 
 
 def read_header(data: bytes, channels: int) -> Header:

@@ -72,8 +72,8 @@ def read_list(path: str) -> Found:
     """
     try:
         with open(path, "rb") as file:
+            mtime_ns = os.fstat(file.fileno()).st_mtime_ns
             lines = [os.fsdecode(line) for line in file.read().split(b"\n") if line.strip()]
-        mtime_ns = os.stat(path).st_mtime_ns
     except OSError as error:
         raise DataError(f"cannot read the list {path!r}: {error.strerror}") from error
     pairs = [line.rstrip("\r").partition("\t")[::2] for line in lines]

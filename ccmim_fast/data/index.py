@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from ccmim_fast.errors import DataError
 
-BESIDE = "ccmim-index.arrow"  # in a folder of tars, as `ccmim data shard` puts it there
+BESIDE = "ccmim-index.arrow"  # its name in a folder of tars, as `ccmim data shard` puts it there
 FORMAT = 1  # of the file: raise it when columns change, and indexes are built anew
 # What a row's `status` says: only its header was read, all of it was decoded, or it cannot be used.
 INDEXED, VERIFIED, BAD = range(3)
@@ -95,17 +95,21 @@ class Index:
                 raise DataError(
                     f"index {path!r} is of format {said['format']}, not {FORMAT}; ccmim data index makes it anew"
                 )
-            self.table = self._reader.get_batch(0)
-        except (OSError, pa.ArrowInvalid, TypeError, KeyError, ValueError) as error:
-            raise DataError(f"{path!r} is not a whole index: {error}") from error
-        self.said = said
+            self._take(said, self._reader.get_batch(0))
+        # Arrow has a type for every kind of damage, and some of Python's own come from bytes that it lets pass.
+        except (OSError, pa.ArrowException, TypeError, LookupError, ValueError, AttributeError) as error:
+            raise DataError(f"{path!r} is not a whole index: {' '.join(str(error).split())}") from error
+
+    def _take(self, said: dict[str, Any], table: pa.RecordBatch) -> None:
+        table.validate()
+        self.said, self.table = said, table
         self.root, self.origin, self.channels = (
             os.fsdecode(bytes.fromhex(said["root"])),
             said["origin"],
             said["channels"],
         )
         self.moves_along = not self.root
-        self.root = self.root or os.path.dirname(os.path.abspath(path))
+        self.root = self.root or os.path.dirname(os.path.abspath(self.path))
         self.containers: list[str] = said["containers"]
         self.class_names: tuple[str, ...] = tuple(said["class_names"])
         self.watched: dict[str, int] = said["watched"]
@@ -204,7 +208,7 @@ def write_table(path: str, table: pa.Table, said: dict[str, Any]) -> Index:
             os.replace(unfinished, path)
     except OSError as error:
         raise DataError(
-            f"cannot write the index {path!r}: {error.strerror}; set data.index to another place"
+            f"cannot write the index {path!r}: {error.strerror or error}; set data.index to another place"
         ) from error
     return Index(path)
 

@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 
-from ccmim_fast.data.decode import decode
+from ccmim_fast.data.decode import decode, has_end
 from ccmim_fast.data.index import BESIDE, Index
 from ccmim_fast.data.progress import progress_bar
 from ccmim_fast.data.scan import build_index, changed
@@ -72,7 +72,11 @@ class IndexedSource:
 
     def read(self, index: int) -> bytes:
         """See `Source`: the file itself where every decoder reads it alike, else its pixels as PGM or PPM."""
-        return self.encoded(index) if self.index.plain_N[index] else encode_pnm(self.decode(index))
+        if self.index.plain_N[index]:
+            data = self.encoded(index)
+            if has_end(data):
+                return data
+        return encode_pnm(self.decode(index))
 
 
 def open_images(
@@ -91,6 +95,8 @@ def open_images(
         DataError: see `build_index`.
     """
     origin = origin if is_remote(origin) or not origin else os.path.abspath(origin)
+    if path:
+        _refuse_other_files(path)
     path = path or index_path(origin, channels)
     previous = _previous(path, origin, channels)
     if previous is not None and (previous.moves_along or not (look or changed(previous))):
@@ -102,7 +108,7 @@ def open_images(
 def index_path(origin: str, channels: int) -> str:
     """Where the index of `origin` is looked for and put, if nobody says."""
     beside = join(origin, BESIDE)
-    # Tars that are read with another number of channels have another index; theirs is not written over.
+    # One that is damaged, or of another number of channels, stays as it is.
     if not is_remote(origin) and _previous(beside, origin, channels) is not None:
         return beside
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -111,13 +117,18 @@ def index_path(origin: str, channels: int) -> str:
     return os.path.join(cache, "ccmim_fast", f"{stem}-{digest}-{channels}.arrow")
 
 
+def _refuse_other_files(path: str) -> None:
+    """Raise unless a file that a user named may be written over: it is an Arrow file, or none yet."""
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            if file.read(len(_MAGIC)) not in (_MAGIC, b""):
+                raise DataError(f"{path!r} is no index, and is not written over; set data.index to another file")
+
+
 def _previous(path: str, origin: str, channels: int) -> Index | None:
     """The index that is there, if it is one of these images."""
     if not os.path.isfile(path):
         return None
-    with open(path, "rb") as file:
-        if file.read(len(_MAGIC)) not in (_MAGIC, b""):
-            raise DataError(f"{path!r} is no index, and is not written over; set data.index to another file")
     try:
         index = Index(path)
     except DataError:

@@ -25,8 +25,8 @@ def read_marks(index: Index) -> dict[int, str]:
                         marks[said["id"]] = said["reason"]
                 except (ValueError, KeyError, TypeError):
                     continue
-    except FileNotFoundError:
-        pass
+    except OSError:
+        pass  # none yet, or a place of somebody else's
     return marks
 
 

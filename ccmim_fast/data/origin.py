@@ -1,6 +1,7 @@
 """What a path, a pattern or a URL names: a folder, a list, tars or tables."""
 
 import glob
+import itertools
 import os
 import posixpath
 from typing import NamedTuple
@@ -8,7 +9,7 @@ from typing import NamedTuple
 from ccmim_fast.data.decode import file_suffixes
 from ccmim_fast.data.folders import File, Found, read_list, walk_folder
 from ccmim_fast.data.index import BESIDE
-from ccmim_fast.data.storage import file_system, is_remote, join
+from ccmim_fast.data.storage import as_os_errors, file_system, is_remote, join
 from ccmim_fast.data.tables import SUFFIXES as TABLE_SUFFIXES
 from ccmim_fast.errors import DataError
 
@@ -47,20 +48,24 @@ def find_origin(origin: str, channels: int) -> Origin:
     if not os.path.isdir(origin):
         raise DataError(f"no folder {origin!r}; set data.root to a folder of images, to tars, tables or a list")
     root = os.path.abspath(origin)
-    inside = sorted(name for name in os.listdir(root) if _is_container(name) and name[0] != ".")
+    try:
+        inside = sorted(name for name in os.listdir(root) if _is_container(name))
+    except OSError as error:
+        raise DataError(f"cannot look into {origin!r}: {error.strerror}") from error
     if inside:
         return Origin(root, inside, None)
     return Origin(root, [], walk_folder(root, file_suffixes(channels)))
 
 
 def _is_container(path: str) -> bool:
-    # The index of tars ends as tables do.
-    return path.endswith(_CONTAINERS) and posixpath.basename(path) != BESIDE
+    """Whether what a folder holds is a tar or a table of images, by its name."""
+    name = posixpath.basename(path)
+    return name.endswith(_CONTAINERS) and name[0] != "." and name != BESIDE
 
 
 def _by_pattern(origin: str) -> list[str]:
     """The containers that a path or a pattern names, in order."""
-    if not origin.endswith(_CONTAINERS):
+    if not origin.endswith(_CONTAINERS) or os.path.isdir(origin):
         return []
     paths = [path for one in _braces(origin) for path in (sorted(glob.glob(one)) or [one])]
     missing = [path for path in paths if not os.path.isfile(path)]
@@ -83,12 +88,13 @@ def _braces(pattern: str) -> list[str]:
 def _remote_origin(origin: str, channels: int) -> Origin:
     """Of a URL: a container, some by braces, or all that lies below it."""
     if origin.endswith(_CONTAINERS):
-        urls = _braces(origin)
-        root = posixpath.dirname(urls[0])
-        return Origin(root, [posixpath.relpath(url, root) for url in urls], None)
+        urls = [url for one in _braces(origin) for url in _matching(one)]
+        root = _common_folder(urls)
+        return Origin(root, [url.removeprefix(root + "/") for url in urls], None)
     fs = file_system(origin)
     try:
-        below = sorted(fs.unstrip_protocol(path) for path in fs.find(origin.rstrip("/") + "/"))
+        with as_os_errors(origin):
+            below = sorted(fs.unstrip_protocol(path) for path in fs.find(origin.rstrip("/") + "/"))
     except OSError as error:
         raise DataError(f"cannot list {origin!r}: {error}; name a tar or table by its URL") from error
     root = fs.unstrip_protocol(fs._strip_protocol(origin)).rstrip("/")
@@ -97,6 +103,28 @@ def _remote_origin(origin: str, channels: int) -> Origin:
     if containers:
         return Origin(root, containers, None)
     return Origin(root, [], _remote_files(root, [p for p in relative if p.lower().endswith(file_suffixes(channels))]))
+
+
+def _matching(url: str) -> list[str]:
+    """The URLs that a pattern stands for. A `?` begins a query and is none."""
+    if "*" not in url:
+        return [url]
+    fs = file_system(url)
+    try:
+        with as_os_errors(url):
+            found = sorted(fs.unstrip_protocol(path) for path in fs.glob(url))
+    except OSError as error:
+        raise DataError(f"cannot list {url!r}: {error}; name a tar or table by its URL") from error
+    if not found:
+        raise DataError(f"no file {url!r}")
+    return found
+
+
+def _common_folder(urls: list[str]) -> str:
+    """The longest one above all; written out, since stores of objects know no `..`."""
+    folders = [url.split("/")[:-1] for url in urls]
+    same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
+    return "/".join(parts[0] for parts in same)
 
 
 def _remote_files(root: str, paths: list[str]) -> Found:

@@ -4,9 +4,11 @@ Which samples there are is told by `folders`, `tars` and `tables`; here they bec
 names alone.
 """
 
+import contextlib
 import os
+import posixpath
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import NamedTuple
@@ -16,11 +18,11 @@ import numpy as np
 from ccmim_fast.data.decode import HEADER_BYTES, Header, file_suffixes, needs_more, read_header
 from ccmim_fast.data.folders import Found
 from ccmim_fast.data.index import BAD, INDEXED, Index, Row, write_index
-from ccmim_fast.data.marks import read_marks
+from ccmim_fast.data.marks import marks_path, read_marks
 from ccmim_fast.data.origin import Origin, find_origin
 from ccmim_fast.data.storage import Storage, is_remote, join, open_binary
 from ccmim_fast.data.tables import open_table
-from ccmim_fast.data.tars import read_members
+from ccmim_fast.data.tars import class_number, read_members
 from ccmim_fast.errors import DataError
 
 _THREADS = 8  # hides the latency of a cold or remote disk; parsing itself holds the interpreter lock
@@ -62,6 +64,9 @@ def build_index(
         watched=listed.watched,
         notes=listed.notes,
     )
+    # Marks are in the index now, or no longer true: a file that was mended has its old place and so its old mark.
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(marks_path(path))
     if len(index) == len(index.excluded_X):
         os.unlink(path)
         raise DataError(_nothing_found(origin, channels, index))
@@ -108,16 +113,20 @@ def _list_containers(where: Origin, channels: int, previous: Index | None) -> _L
     """Of the containers that did not change, the rows are taken from the previous index."""
     listed = _Listed([], (), {}, [])
     names: tuple[str, ...] = ()
+    own_labels = previous is not None and not _labels_are_folders(previous)
     for number, container in enumerate(where.containers):
         path = join(where.root, container)
         mtime_ns = 0 if is_remote(path) else os.stat(path).st_mtime_ns
         if mtime_ns:
             listed.watched[path] = mtime_ns
             if previous is not None and previous.root == where.root and previous.watched.get(path) == mtime_ns:
-                listed.rows.extend(row._replace(container=number) for row in _rows_in(previous, container))
-                listed.notes.extend(note for note in previous.notes if note[0] == path)
-                names = names or previous.class_names
-                continue
+                rows = [row._replace(container=number) for row in _rows_in(previous, container)]
+                # One without any may have been unreadable; to look again costs little.
+                if rows:
+                    listed.rows.extend(rows if own_labels else (row._replace(label=-1) for row in rows))
+                    listed.notes.extend(note for note in previous.notes if note[0] == path)
+                    names = names or (previous.class_names if own_labels else ())
+                    continue
         try:
             if path.endswith(".tar"):
                 listed.rows.extend(_rows_of_tar(path, number, mtime_ns, channels, listed.notes))
@@ -145,8 +154,8 @@ def _rows_of_tar(path: str, number: int, mtime_ns: int, channels: int, notes: li
 
 def _rows_of_table(path: str, number: int, mtime_ns: int) -> tuple[list[Row], tuple[str, ...]]:
     with open_binary(path) as file:
-        table = open_table((path, file))
-        labels = [-1 if label is None else label for group in range(table.groups) for label in table.labels(group)]
+        table = open_table(path, file if is_remote(path) else None)
+        labels = [class_number(label) for group in range(table.groups) for label in table.labels(group)]
     rows = [Row(b"row %d" % row, number, row, -1, mtime_ns, label=label) for row, label in enumerate(labels)]
     return rows, table.class_names
 
@@ -156,12 +165,35 @@ def _with_classes(rows: list[Row], names: tuple[str, ...]) -> tuple[list[Row], t
     highest = max((row.label for row in rows), default=-1)
     if highest >= 0:
         return rows, names if highest < len(names) else tuple(map(str, range(highest + 1)))
-    folders = [os.fsdecode(row.location).lstrip("./").partition("/")[::2] for row in rows]
-    if not all(rest for _, rest in folders):
-        return rows, ()
-    names = tuple(sorted({folder for folder, _ in folders}))
-    label_of = {name: label for label, name in enumerate(names)}
-    return [row._replace(label=label_of[folder]) for row, (folder, _) in zip(rows, folders, strict=True)], names
+    names, labels = _folder_classes(rows)
+    return [row._replace(label=label) for row, label in zip(rows, labels, strict=True)], names
+
+
+def _folder_classes(rows: Iterable[Row]) -> tuple[tuple[str, ...], list[int]]:
+    """The first folders of the names, and the label of each row; no classes if an image lies in none."""
+    folders = [_first_folder(os.fsdecode(row.location)) for row in rows]
+    names = {folder for folder in folders if folder is not None}
+    if "" in names:
+        return (), [-1] * len(folders)
+    label_of = {name: label for label, name in enumerate(sorted(names))}
+    return tuple(label_of), [label_of.get(folder, -1) for folder in folders]
+
+
+def _first_folder(name: str) -> str | None:
+    """Of a member; empty without any, None where it leads out of the archive."""
+    folder, inside, _ = posixpath.normpath(name).partition("/")
+    if name.startswith("/") or folder == "..":
+        return None
+    return folder if inside else ""
+
+
+def _labels_are_folders(index: Index) -> bool:
+    """Whether an index of containers has its classes from the names of the members."""
+    if index.labels_N is None:
+        return True
+    names, labels = _folder_classes(row for row in index.rows())
+    found_N = np.array(labels)
+    return names == index.class_names and bool((found_N == index.labels_N)[found_N >= 0].all())
 
 
 def _rows_in(index: Index, container: str) -> Iterator[Row]:
@@ -187,6 +219,8 @@ class _Known:
         if number is None:
             return row
         found = _marked(self._index.row(number), self._marks.get(number))
+        if found.mode is None:
+            return row  # its header could not be read; perhaps it can now
         same = (found.bytes, found.mtime_ns) == (row.bytes, row.mtime_ns)
         return found._replace(label=row.label) if same else row
 

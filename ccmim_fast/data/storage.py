@@ -4,12 +4,13 @@ import io
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from ccmim_fast.data.tables import open_table
-from ccmim_fast.errors import DataError, MachineError
+from ccmim_fast.data.tables import Table, open_table
+from ccmim_fast.errors import CcmimError, DataError, MachineError
 
 _OPEN = 256  # containers kept open; a process may usually have 1,024 files
 _ROW_GROUPS = 8  # of tables kept in memory: some 10 MB each
@@ -44,9 +45,24 @@ def file_system(url: str) -> Any:
         raise DataError(f"{url!r} cannot be read: {error}") from error
 
 
-def open_binary(path: str) -> io.IOBase:
-    """A file of a disk or a URL, to read from any place of it."""
-    return file_system(path).open(path, "rb") if is_remote(path) else open(path, "rb")
+@contextmanager
+def as_os_errors(path: str) -> Iterator[None]:
+    """What fsspec's file systems raise besides, as the errors of their HTTP clients, is an OSError outside."""
+    try:
+        yield
+    except (OSError, CcmimError):
+        raise
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        raise OSError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def open_binary(path: str) -> Iterator[io.IOBase]:
+    """A file of a disk or a URL, to read from any place of it. Raises OSError, in the block too."""
+    with as_os_errors(path), file_system(path).open(path, "rb") if is_remote(path) else open(path, "rb") as file:
+        yield file
 
 
 class Storage:
@@ -61,7 +77,7 @@ class Storage:
         self._root, self._containers = root, containers
         self._remote = file_system(root) if is_remote(root) else None
         self._opened: Callable = lru_cache(_OPEN)(self._open)
-        self._tables: Callable = lru_cache(_OPEN)(lambda container: open_table(self._open_container(container)))
+        self._tables: Callable = lru_cache(_OPEN)(self._open_table)
         self._groups = _Kept(_ROW_GROUPS)
 
     def path(self, location: str, container: int) -> str:
@@ -94,27 +110,36 @@ class Storage:
 
     def _read_file(self, path: str, most: int | None) -> bytes:
         if self._remote is not None:
-            return self._remote.cat_file(path, 0, most) if most else self._remote.cat_file(path)
+            with as_os_errors(path):
+                return self._remote.cat_file(path, 0, most) if most else self._remote.cat_file(path)
         with open(path, "rb", buffering=0) as file:
             return file.read(most) if most else file.readall()
 
     def _read_span(self, container: int, offset: int, size: int) -> bytes:
         if self._remote is not None:
-            return self._remote.cat_file(join(self._root, self._containers[container]), offset, offset + size)
-        return os.pread(self._opened(container).fileno(), size, offset)
+            path = join(self._root, self._containers[container])
+            with as_os_errors(path):
+                data = self._remote.cat_file(path, offset, offset + size)
+            if len(data) > size:
+                raise OSError("the server sends whole files, not ranges of them")
+            return data
+        file = self._opened(container)  # held by a name: were it dropped meanwhile, its number could be another file's
+        return os.pread(file.fileno(), size, offset)
 
     def _read_row(self, container: int, row: int) -> bytes:
-        table = self._tables(container)
-        group, inside = table.find(row)
-        return self._groups.get((container, group), lambda: table.images(group))[inside].as_py() or b""
+        path = join(self._root, self._containers[container])
+        with as_os_errors(path):
+            table = self._tables(container)
+            group, inside = table.find(row)
+            return self._groups.get((container, group), lambda: table.images(group))[inside].as_py() or b""
 
     def _open(self, container: int) -> io.FileIO:
         # A file that is dropped from the cache is closed when its last reader has done.
         return open(join(self._root, self._containers[container]), "rb", buffering=0)
 
-    def _open_container(self, container: int) -> tuple[str, io.IOBase]:
+    def _open_table(self, container: int) -> Table:
         path = join(self._root, self._containers[container])
-        return path, open_binary(path)
+        return open_table(path, self._remote.open(path, "rb") if self._remote is not None else None)
 
 
 class _Kept:

@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ccmim_fast.errors import DataError
@@ -28,31 +29,40 @@ class Table:
     """
 
     def __init__(self, schema: pa.Schema, rows_of_groups: list[int]):
-        self._ends = list(accumulate(rows_of_groups))
+        self._rows_of_groups, self._ends = rows_of_groups, list(accumulate(rows_of_groups))
         self.rows = self._ends[-1] if self._ends else 0
         self._image, self._label = image_column(schema), label_column(schema)
         self.class_names = class_names(schema, self._label)
 
     def find(self, row: int) -> tuple[int, int]:
-        """The row group of a row, and its number in it."""
+        """The row group of a row, and its number in it. Raises DataError where there is no such row."""
+        if row >= self.rows:
+            raise DataError(f"is beyond the {self.rows} rows of its table")
         group = bisect_right(self._ends, row)
         return group, row - (self._ends[group - 1] if group else 0)
 
     def images(self, group: int) -> pa.Array:
-        """Encoded images of a row group: binary."""
-        column = self._column(group, self._image)
-        return column.field("bytes") if pa.types.is_struct(column.type) else column
+        """Encoded images of a row group: binary. Raises DataError where it is damaged."""
+        column = self._read(group, self._image)
+        # Not `field`, which does not know where the struct itself is null.
+        return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
 
     def labels(self, group: int) -> list[int | None]:
-        """Labels of a row group; None without any."""
+        """Labels of a row group; None without any. Raises DataError where it is damaged."""
         if self._label is None:
-            return [None] * len(self._column(group, self._image))
-        return self._column(group, self._label).to_pylist()
+            return [None] * self._rows_of_groups[group]
+        return self._read(group, self._label).to_pylist()
 
     @property
     def groups(self) -> int:
         """G."""
         return len(self._ends)
+
+    def _read(self, group: int, name: str) -> pa.Array:
+        try:
+            return self._column(group, name)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"row group {group} cannot be read: {' '.join(str(error).split())}") from error
 
     def _column(self, group: int, name: str) -> pa.Array:
         raise NotImplementedError
@@ -61,7 +71,7 @@ class Table:
 class ParquetTable(Table):
     """A parquet file; a row group is read whole."""
 
-    def __init__(self, file: io.IOBase):
+    def __init__(self, file: pa.NativeFile):
         self._file, self._lock = pq.ParquetFile(file), threading.Lock()  # its reader is for one thread
         counts = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
         super().__init__(self._file.schema_arrow, counts)
@@ -88,19 +98,25 @@ class ArrowTable(Table):
         return self._batches[group].column(name)
 
 
-def open_table(named: tuple[str, io.IOBase]) -> Table:
-    """The table in an open file, told by its path's ending.
+def open_table(path: str, file: io.IOBase | None) -> Table:
+    """A table of a kind told by its path's ending.
+
+    Args:
+        file: open, where the path is none of a disk.
 
     Raises:
         DataError: not a whole table, or no column of images in it.
+        FileNotFoundError: it is gone.
     """
-    path, file = named
     try:
         if path.endswith(".parquet"):
-            return ParquetTable(file)
+            # Not a file of Python's, whose place in it copies of this process would share.
+            return ParquetTable(pa.OSFile(path) if file is None else pa.PythonFile(file))
         # A file of a disk is mapped: nothing is read before it is asked for.
-        return ArrowTable(pa.memory_map(path) if hasattr(file, "fileno") and "://" not in path else pa.PythonFile(file))
-    except (pa.ArrowInvalid, OSError, DataError) as error:
+        return ArrowTable(pa.memory_map(path) if file is None else pa.PythonFile(file))
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, AttributeError, DataError) as error:
         raise DataError(f"{path!r} is no table of images: {' '.join(str(error).split())}") from error
 
 

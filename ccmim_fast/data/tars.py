@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 _CLASS_SUFFIX = ".cls"  # WebDataset: the label, as text, beside the image of the same key
+_MOST_CLASSES = 2**20  # each has a name in the index; ImageNet-21k has 21,841
 
 
 class Member(NamedTuple):
@@ -44,7 +45,7 @@ def read_members(file: io.IOBase, suffixes: tuple[str, ...]) -> tuple[list[Membe
         key, suffix = split_key(info.name)
         if suffix == _CLASS_SUFFIX and info.isfile():
             labels[key] = _number(file, info)
-        if not info.name.lower().endswith(suffixes):
+        if info.isdir() or not info.name.lower().endswith(suffixes):
             continue
         reason = _refused(info, total) or ("a name that was there before" if info.name in found else "")
         member = Member(info.name, info.offset_data, info.size, key, reason)
@@ -66,9 +67,16 @@ def _headers(file: io.IOBase) -> Iterator[tuple[tarfile.TarInfo | None, str]]:
         # Names that are not UTF-8 come back as os.fsdecode would give them.
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             for info in tar:
+                if tar.offset <= info.offset:
+                    raise ValueError("a member of negative size")  # tarfile would read it for ever
                 yield info, ""
                 tar.members.clear()  # else every header of a large tar is kept
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+            # A header that makes no sense is an end like any other to tarfile.
+            file.seek(tar.offset)
+            end = file.read(tarfile.BLOCKSIZE)
+        if len(end) < tarfile.BLOCKSIZE or any(end):
+            raise ValueError(f"no end mark at byte {tar.offset:,}" if not end else f"no header at byte {tar.offset:,}")
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
         yield None, f"cut or damaged: {' '.join(str(error).split())}"
 
 
@@ -85,9 +93,14 @@ def _refused(info: tarfile.TarInfo, total: int) -> str:
 
 
 def _number(file: io.IOBase, info: tarfile.TarInfo) -> int:
-    """What a .cls member holds; -1 if it is no number."""
+    """What a .cls member holds; -1 if it is no number of a class."""
     place = file.tell()
     file.seek(info.offset_data)
     text = file.read(min(info.size, 32))
     file.seek(place)
-    return int(text) if text.strip().isdigit() else -1
+    return class_number(int(text)) if text.strip().isdigit() else -1
+
+
+def class_number(value: int | None) -> int:
+    """A label as it is indexed; -1 where it can be no class, as a user's number or a hash."""
+    return value if value is not None and 0 <= value < _MOST_CLASSES else -1

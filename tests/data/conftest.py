@@ -7,6 +7,12 @@ from PIL import Image
 from ccmim_fast.data.photos import photo_path
 
 
+@pytest.fixture(autouse=True)
+def _indexes_are_temporary(tmp_path_factory, monkeypatch):
+    """Indexes are put in a folder of the test's own, never in the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(scope="session")
 def photograph():
     """An RGB image of 400 x 300 pixels with no symmetry."""
