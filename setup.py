@@ -12,6 +12,9 @@ INSTALL_REQUIRES = [
     "timm>=1.0.15",
     "numpy>=1.26",
     "pillow>=10",
+    "pyarrow>=15",
+    "tifffile>=2024.1.30",
+    "fsspec>=2024.2",
     "jsonargparse>=4.40",
     "pyyaml>=6",
     "rich>=13",
@@ -29,10 +32,12 @@ EXTRAS = {
     "cuda12": ["nvidia-dali-cuda120>=1.50", "xformers>=0.0.31"],
     # The last releases that carry code for compute capability 6.x (GTX 1080 Ti).
     "pascal": ["torch==2.7.1", "torchvision==0.22.1", "xformers==0.0.31.post1", "nvidia-dali-cuda120>=1.50"],
+    # Images behind http(s):// URLs; s3:// wants s3fs, gs:// gcsfs, and so on.
+    "remote": ["fsspec[http]>=2024.2"],
     # What `ccmim bench throughput` compares with, but for lightly: its list has pytorch_lightning, which is not to be
     # installed. Its MAE needs torch, torchvision, timm and numpy only: pip install --no-deps lightly
     "bench": ["transformers>=5"],
-    "dev": ["pytest>=8", "ruff>=0.11"],
+    "dev": ["pytest>=8", "hypothesis>=6.100", "fsspec[http]>=2024.2", "ruff>=0.11"],
 }
 
 setup(
