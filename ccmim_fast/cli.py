@@ -16,7 +16,7 @@ commands:
   pretrain  pretrain a vision transformer on your images
   data      index, check, gather and measure images: ccmim data index|verify|shard|stats|bench ROOT [options]
   export    write a run's encoder as timm weights: ccmim export RUN OUT.safetensors
-  bench     measure against other code, in a checkout: ccmim bench throughput|ladder|ops [options]
+  bench     measure against other code, in a checkout: ccmim bench throughput|ladder|attention|data|ops [options]
   doctor    show what this machine has, and what to install for more
 
 ccmim COMMAND --help lists the settings of a command."""
@@ -61,11 +61,17 @@ def data(argv: list[str]) -> None:
     OF_DATA[argv[0]](argv[1:])
 
 
-BENCHMARKS = {"throughput": "throughput.py", "ladder": "ladder.py", "attention": "attention.py", "ops": "ops/bench.py"}
+BENCHMARKS = {
+    "throughput": "throughput.py",
+    "ladder": "ladder.py",
+    "attention": "attention.py",
+    "data": "data.py",
+    "ops": "ops/bench.py",
+}
 
 
 def bench(argv: list[str]) -> None:
-    """`ccmim bench throughput|ladder|ops [options]`: a script of the checkout's benchmarks/, with its exit status."""
+    """`ccmim bench throughput|ladder|attention|data|ops [options]`: a script of benchmarks/, with its exit status."""
     if not argv or argv[0] not in BENCHMARKS:
         asked = f"{argv[0]!r:.80}: no such benchmark" if argv else "which benchmark"
         raise ConfigError(f"ccmim bench: {asked}; one of {', '.join(BENCHMARKS)}")

@@ -23,19 +23,29 @@ def thread_count(workers: int) -> int:
 
 
 def prefetch(
-    load: Callable[[MicroBatch], tuple[MicroBatch, Result]], micro_batches: Iterable[MicroBatch], threads: int
+    load: Callable[[MicroBatch], tuple[MicroBatch, Result]],
+    micro_batches: Iterable[MicroBatch],
+    threads: int,
+    at_once: int = 1,
 ) -> Iterator[tuple[MicroBatch, list[Result]]]:
     """What `load` gives for each of the B samples of each micro-batch, in order.
 
     Args:
         load: takes a micro-batch of one sample; returns the one it took in its place, and what it made of it. Its
             exception is raised when the micro-batch has its turn; what is still waiting then is dropped.
+        at_once: samples that a thread takes at a time; more than one where each is a matter of microseconds.
     """
+
+    def load_some(samples: list[MicroBatch]) -> list[tuple[MicroBatch, Result]]:
+        return [load(sample) for sample in samples]
+
     pool = ThreadPoolExecutor(threads)
     pending: deque = deque()
     try:
         for batch in micro_batches:
-            pending.append([pool.submit(load, sample) for sample in batch.samples()])
+            samples = batch.samples()
+            parts = (samples[start : start + at_once] for start in range(0, len(samples), at_once))
+            pending.append([pool.submit(load_some, part) for part in parts])
             if len(pending) > AHEAD:
                 yield _finish(pending.popleft())
         while pending:
@@ -47,5 +57,5 @@ def prefetch(
 
 
 def _finish(futures: list) -> tuple[MicroBatch, list]:
-    samples, results = zip(*(future.result() for future in futures))
+    samples, results = zip(*(pair for future in futures for pair in future.result()))
     return MicroBatch.join(samples), list(results)

