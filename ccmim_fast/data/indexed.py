@@ -12,7 +12,7 @@ from ccmim_fast.data.decode import decode, has_end
 from ccmim_fast.data.index import BESIDE, Index
 from ccmim_fast.data.progress import progress_bar
 from ccmim_fast.data.scan import build_index, changed
-from ccmim_fast.data.source import encode_pnm
+from ccmim_fast.data.source import UnreadableError, encode_pnm
 from ccmim_fast.data.storage import Storage, is_remote, join
 from ccmim_fast.errors import DataError
 
@@ -41,7 +41,7 @@ class IndexedSource:
         return self._storage.path(self.index.location(index), self.index.containers_N[index])
 
     def encoded(self, index: int) -> bytes:
-        """The image as it is stored. Raises DataError naming it."""
+        """The image as it is stored. Raises DataError naming it; UnreadableError if it is there and cannot be read."""
         rows = self.index
         try:
             return self._storage.read(
@@ -51,7 +51,8 @@ class IndexedSource:
                 int(rows.bytes_N[index]),
             )
         except OSError as error:
-            raise DataError(f"cannot read {self.name(index)!r}: {error.strerror or error}") from error
+            kind = DataError if isinstance(error, FileNotFoundError) else UnreadableError
+            raise kind(f"cannot read {self.name(index)!r}: {error.strerror or error}") from error
         except DataError as error:
             raise DataError(f"{self.name(index)!r} {error}") from error
 

@@ -51,8 +51,8 @@ class Skipped:
         self.known = read_marks(index) if index is not None else {}
         self._check("")
 
-    def add(self, sample: int, reason: str) -> None:
-        """Put down that a sample failed.
+    def add(self, sample: int, reason: str, lasting: bool = True) -> None:
+        """Put down that a sample failed; for the next run too where the cause is `lasting`.
 
         Raises:
             DataError: nothing may fail, or more than the allowed share did.
@@ -63,7 +63,7 @@ class Skipped:
             if sample in self.reasons:
                 return
             self.reasons[sample] = reason
-            if sample not in self.known and self._index is not None:
+            if lasting and sample not in self.known and self._index is not None:
                 self._mark(sample, reason)
         self._check(f", the last {reason}")
 

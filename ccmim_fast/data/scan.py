@@ -135,6 +135,10 @@ def _list_containers(where: Origin, channels: int, previous: Index | None) -> _L
                 listed.rows.extend(rows)
                 names = names or said
         except (DataError, OSError) as error:
+            if is_remote(path):
+                # Nobody looks at a URL again: a server's bad moment would be a shard less for ever.
+                reason = "not found" if isinstance(error, FileNotFoundError) else error
+                raise DataError(f"cannot read {path!r}: {reason}") from error
             listed.notes.append((path, str(error)))
     rows, names = _with_classes(listed.rows, names)
     return listed._replace(rows=rows, class_names=names)

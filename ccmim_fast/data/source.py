@@ -6,6 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
+from ccmim_fast.errors import DataError
+
 
 class Source(Protocol):
     """Images by sample id, 0 .. N - 1, with their sizes known beforehand.
@@ -47,6 +49,10 @@ class Source(Protocol):
         Raises DataError naming the image.
         """
         ...
+
+
+class UnreadableError(DataError):
+    """An image's bytes cannot be had now; the image itself may be good, and is tried again in the next run."""
 
 
 NOTHING_EXCLUDED = np.zeros(0, dtype=np.int64)

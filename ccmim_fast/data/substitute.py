@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from ccmim_fast.data.marks import Skipped
 from ccmim_fast.data.plan import MicroBatch, Plan
+from ccmim_fast.data.source import UnreadableError
 from ccmim_fast.errors import DataError
 
 _ATTEMPTS = 100  # each fails with the share of bad samples, which `data.max_bad` keeps small
@@ -30,12 +31,12 @@ def load_or_substitute(
     index, epoch = sample.ids_B.item(), sample.epochs_B.item()
     for attempt in range(_ATTEMPTS):
         asked = sample.ids_B.item()
-        reason = skipped.known.get(asked)
+        reason, lasting = skipped.known.get(asked), True
         if reason is None:
             try:
                 return sample, load(sample)
             except DataError as error:
-                reason = str(error)
-        skipped.add(asked, reason)
+                reason, lasting = str(error), not isinstance(error, UnreadableError)
+        skipped.add(asked, reason, lasting)
         sample = plan.substitute(index, epoch, attempt)
     raise DataError(f"{reason}; and {_ATTEMPTS - 1} samples drawn in its place cannot be shown either")

@@ -95,6 +95,27 @@ def assert_full(batches, size):
 
 
 @both
+def test_a_disk_that_fails_for_a_moment_leaves_no_mark(tmp_path, photograph, kind, monkeypatch):
+    source = open_images(str(fill(tmp_path / "images", photograph, 22)))
+    expected = take(make_loader(source, kind, batch=11), 2)
+    read = indexed.Storage.read
+
+    def failing(self, location, *where):
+        if location == "05.jpg":
+            raise OSError(5, "Input/output error")
+        return read(self, location, *where)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(indexed.Storage, "read", failing)
+        loader = make_loader(source, kind, batch=11)
+        assert_accounted(source, loader, take(loader, 2))
+        assert list(loader.skipped.reasons) == [5]
+        assert "Input/output error" in loader.skipped.reasons[5]
+    assert read_marks(source.index) == {}
+    assert_same(take(make_loader(source, kind, batch=11), 2), expected)
+
+
+@both
 def test_damaged_files_are_replaced_counted_and_marked(tmp_path, photograph, kind):
     folder = fill(tmp_path / "images", photograph, 22)
     (folder / "zero.jpg").touch()
