@@ -7,9 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ccmim_fast.data import plan as plan_module
 from ccmim_fast.data.plan import MicroBatch, Plan, check_batch
 from ccmim_fast.data.source import usable_ids
 from ccmim_fast.errors import ConfigError, DataError
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _little_at_once():
+    """Few samples are planned together, so that each stream does so more than once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "_TOGETHER", 7)
+        yield
 
 
 class Sizes:
