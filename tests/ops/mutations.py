@@ -37,6 +37,20 @@ FAULTS = [
         ("test_sample_partition.py", "same_partition"),
     ),
     Fault(
+        "one epoch for all images",
+        "sample_partition/triton_impl.py",
+        "tl.load(epochs_ptr + image)",
+        "tl.load(epochs_ptr)",
+        ("test_sample_partition.py", "epoch_may_be"),
+    ),
+    Fault(
+        "one epoch for all images",
+        "divide_tokens/triton_impl.py",
+        "tl.load(epochs_ptr + image)",
+        "tl.load(epochs_ptr)",
+        ("test_divide_tokens.py", "has_its_epoch"),
+    ),
+    Fault(
         "Gumbel noise: the inner logarithm rounded to float32",
         "sample_partition/triton_impl.py",
         "gumbel = (-tl.log(-tl.log(uniform))).to(tl.float32)",

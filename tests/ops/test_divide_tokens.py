@@ -215,6 +215,19 @@ def test_kernel_is_the_same_every_time(device):
     assert torch.equal(first.masked, second.masked)
 
 
+def test_each_image_has_its_epoch(device):
+    """A batch that crosses from one epoch into the next."""
+    tokens, prefix, ids, where = given((3, (4, 4), 4, 1, 16), torch.float32, device)
+    options = {**where, "direction_D": torch.randn(16, device=device), "kernels": "triton"}
+    epochs = torch.tensor([0, 2**32 - 1, 7], device=device)
+    together = divide_tokens(tokens, prefix, ids, **options | {"epoch": epochs})
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = divide_tokens(tokens[one], prefix, ids[one], **options | {"epoch": int(epochs[i])})
+        assert torch.equal(together.partition.ids_restore_BL[one], alone.partition.ids_restore_BL)
+        assert torch.equal(together.visible[one], alone.visible)
+
+
 @pytest.mark.parametrize("with_masked", [True, False])
 def test_opcheck(with_masked, device):
     tokens, prefix, ids, _ = given((2, (2, 4), 3, 1, 6), torch.float32, device)
