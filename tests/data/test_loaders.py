@@ -178,7 +178,8 @@ def test_any_number_of_channels_is_resized_alike():
 def test_extreme_sizes_load(tmp_path, kind, size):
     for index in range(3):
         Image.fromarray(np.full((*size, 3), 50 * index, dtype=np.uint8)).save(tmp_path / f"{index}.jpg")
-    (batch,) = take(make_loader(open_images(str(tmp_path)), kind, 3), 1)
+    (batch,) = take(make_loader(open_images(str(tmp_path)), kind, 3), 1, cursor=6)
+    assert batch.epochs_B.tolist() == [2, 2, 2]
     assert (batch.images_BHWC == batch.images_BHWC[:, :1, :1, :1]).all()
     assert (batch.images_BHWC[:, 0, 0, 0].int() - 50 * batch.ids_B).abs().max() <= 1
     assert batch.labels_B is None

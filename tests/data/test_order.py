@@ -66,7 +66,8 @@ def test_a_window_keeps_neighbours_together():
         blocks = Counter((found[start : start + window] // BLOCK).tolist())
         assert len(blocks) == 5
         assert set(blocks.values()) == {BLOCK}
-    inside = found[:window]
+    inside, following = found[:window], found[window : 2 * window]
+    assert (inside % BLOCK == following % BLOCK).mean() < 0.1  # each window has a permutation of its own
     assert abs(np.corrcoef(inside // BLOCK, np.arange(window))[0, 1]) < 0.3  # blocks are mixed, not one after the other
     assert (np.diff(found) == 1).mean() < 0.02
     assert not (order(0, 1, samples, window)[:window] == inside).all()

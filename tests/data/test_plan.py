@@ -101,6 +101,7 @@ def test_substitutes_are_drawn_by_the_sample_and_the_attempt():
     drawn = [plan.substitute(1500, 3, attempt).ids_B.item() for attempt in range(20)]
     assert drawn == [plan.substitute(1500, 3, attempt).ids_B.item() for attempt in range(20)]
     assert all(1000 <= number < 2000 for number in drawn)
+    assert len(set(drawn)) > 15
     others = [
         [plan.substitute(*key, attempt).ids_B.item() for attempt in range(20)]
         for key in ((1501, 3), (1500, 4), (1500 + 2**32, 3))
