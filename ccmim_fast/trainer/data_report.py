@@ -16,7 +16,7 @@ class DataReport:
 
     Args:
         note: prints a line.
-        metrics: where each is written too; None: nowhere.
+        metrics: where each is written too; None on all ranks but the first, which do not advise either.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class DataReport:
             self._note(f"step {step}: sample {sample} is left out: {reason}")
             if self._metrics is not None:
                 self._metrics.write("skipped", step, sample=sample, reason=reason)
-        if waited > WAIT and not self._advised:
+        if waited > WAIT and not self._advised and self._metrics is not None:
             self._advised = True
             stages = measure_stages(self._loader.plan, self._image_size, _IMAGES)
             self._note(f"step {step}: {waited:.0%} of the time goes by waiting for images; {advice(stages)}")

@@ -1,5 +1,6 @@
 """The run: for each batch, step, log; for each epoch, save and look."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from itertools import islice
@@ -82,7 +83,9 @@ class Trainer:
             describe_run(self.folder, config, here.device)
             self.metrics = Metrics(self.folder, tensorboard=config.run.tensorboard, resume_step=self.step)
         self.progress = ProgressLine(self._headline(), self.total_steps, self.step, here.is_main)
-        self.data_report = DataReport(self.loader, config.data.image_size, self.progress.note, self.metrics)
+        # Every rank reads images of its own, and tells of those that failed.
+        note = self.progress.note if here.is_main else functools.partial(print, f"rank {here.rank}:", flush=True)
+        self.data_report = DataReport(self.loader, config.data.image_size, note, self.metrics)
         self.profile = Profile(
             config.train.profile,
             here,

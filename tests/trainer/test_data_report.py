@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -80,6 +81,18 @@ def test_an_image_that_fails_is_left_out_told_and_counted(tmp_path, photos, show
     assert "1 of 20 samples could not be shown" in said
     with pytest.raises(DataError, match=r"07\.jpg.*data\.on_error=skip goes on without it"):
         run(tmp_path / "strict", photos, data={"on_error": "error"})
+
+
+def test_other_ranks_tell_what_failed_and_do_not_advise(monkeypatch):
+    monkeypatch.setattr(data_report, "measure_stages", lambda *_: pytest.fail("not for one rank of many"))
+    loader = SimpleNamespace(skipped=SimpleNamespace(reasons={3: "cut"}), plan=SimpleNamespace(source=range(9)))
+    said = []
+    report = data_report.DataReport(loader, (32, 32), said.append, metrics=None)
+    report.update(7, waited=0.9)
+    report.update(8, waited=0.9)
+    report.close()
+    assert said[0] == "step 7: sample 3 is left out: cut"
+    assert [line.startswith("1 of 9 samples") for line in said[1:]] == [True]
 
 
 def test_another_set_of_images_is_told_when_a_run_resumes(tmp_path, photos, capsys):
