@@ -131,7 +131,6 @@ def _remote_files(root: str, paths: list[str]) -> Found:
     names = tuple(sorted({path.split("/")[0] for path in paths if "/" in path}))
     label_of = {name: label for label, name in enumerate(names)}
     classed = [path for path in paths if "/" in path] if names else paths
-    notes = [
-        (join(root, path), "lies beside the class folders, in none of them") for path in paths if path not in classed
-    ]
+    loose = [path for path in paths if names and "/" not in path]
+    notes = [(join(root, path), "lies beside the class folders, in none of them") for path in loose]
     return Found([File(path, -1, 0, label_of.get(path.split("/")[0], -1)) for path in classed], names, {}, notes)
