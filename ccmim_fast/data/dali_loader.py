@@ -27,9 +27,7 @@ from ccmim_fast.data.substitute import load_or_substitute
 from ccmim_fast.data.torch_loader import resize
 from ccmim_fast.errors import ConfigError, DataError, MachineError
 
-_READ_AT_ONCE = (
-    16  # files a thread reads at a time; one by one, threads spend more time on handing over than on reading
-)
+_READ_AT_ONCE = 16  # files a thread takes at a time: one by one, handing over takes longer than reading
 
 
 def is_installed() -> bool:

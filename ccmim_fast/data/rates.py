@@ -35,7 +35,7 @@ class Rates(NamedTuple):
         bound = 1e3 * self.threads / max(sum(self.stages), 1e-9)
         found = [f"{name:<7}{value:8.2f} ms an image, one thread" for name, value in self.stages._asdict().items()]
         found.append(f"{'copy':<7}{self.copy_ms:8.3f} ms an image, to the device")
-        found.append(f"{self.threads} threads could give {bound:.0f} img/s by Pillow")
+        found.append(f"{self.threads} threads could give {bound:.0f} img/s without DALI")
         found += [f"{name:<7}{rate:8.0f} img/s" for name, rate in self.loaders.items()]
         return [*found, advice(self.stages)]
 

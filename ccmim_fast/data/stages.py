@@ -15,12 +15,12 @@ from ccmim_fast.errors import DataError
 _ADVICE = {
     "read": "put the images into tars on a faster disk (ccmim data shard), or raise data.workers",
     "decode": "make the images smaller once (ccmim data shard --side 320), or let DALI decode them (data.loader=dali)",
-    "crop": "make the images smaller once (ccmim data shard --side 320), or let DALI resize them (data.loader=dali)",
+    "crop": "make the images smaller once (ccmim data shard --side 320), or give the run more cores",
 }
 
 
 class Stages(NamedTuple):
-    """Milliseconds an image takes one thread: to read, to decode with Pillow, to crop and resize with it."""
+    """Milliseconds an image takes one thread: to read, to decode with Pillow, to crop and resize."""
 
     read: float
     decode: float
