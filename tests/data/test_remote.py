@@ -1,0 +1,164 @@
+"""Images behind URLs: a server of the loopback that sends ranges, and says which it was asked for."""
+
+import functools
+import http.server
+import os
+import re
+import threading
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from made_containers import encode, image_table, summary, write_tar
+
+from ccmim_fast.data.index import BESIDE
+from ccmim_fast.data.indexed import open_images
+from ccmim_fast.data.storage import Storage
+from ccmim_fast.errors import DataError
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Files with range requests, and listings as HTML; keeps account of what was asked for and sent."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        path = self.translate_path(self.path)
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        name = os.path.basename(path)
+        if name in self.server.refused:
+            self.send_error(503)
+        elif os.path.isdir(path) or not os.path.exists(path):
+            super().do_GET()
+        else:
+            with open(path, "rb") as file:
+                data = file.read()
+            if span and self.server.ranges:
+                first, last = int(span[1]), min(int(span[2] or len(data) - 1), len(data) - 1)
+                self.answer(206, data[first : last + 1], f"bytes {first}-{last}/{len(data)}")
+            else:
+                self.answer(200, data, None)
+            self.server.asked.append((name, bool(span), self.sent))
+
+    def answer(self, status, data, span):
+        self.sent = len(data)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        if self.server.ranges:
+            self.send_header("Accept-Ranges", "bytes")
+        if span:
+            self.send_header("Content-Range", span)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path):
+    (tmp_path / "www").mkdir()
+    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=tmp_path / "www"))
+    made.daemon_threads = True
+    made.handle_error = lambda *_: None  # the client may have heard enough
+    made.asked, made.refused, made.ranges = [], set(), True
+    made.folder, made.url = tmp_path / "www", f"http://127.0.0.1:{made.server_port}"
+    thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield made
+    made.shutdown()
+    thread.join()
+    made.server_close()
+
+
+def test_of_a_remote_tar_only_what_is_needed_is_fetched(server):
+    datas = [encode(i, 60, 60) for i in range(3)]
+    skipped = bytes(30 * 2**20)  # longer than what is read ahead at once
+    members = [("a/0.png", datas[0]), ("a/large.bin", skipped), ("b/1.png", datas[1]), ("b/2.png", datas[2])]
+    write_tar(server.folder / "x.tar", members)
+    source = open_images(f"{server.url}/x.tar")
+    assert [row[:2] for row in summary(source)] == [("a/0.png", 0), ("b/1.png", 1), ("b/2.png", 1)]
+    assert all(ranged for _, ranged, _ in server.asked)
+    assert sum(sent for _, _, sent in server.asked) < 12 * 2**20
+    server.asked.clear()
+    assert source.encoded(1) == datas[1]
+    assert server.asked == [("x.tar", True, len(datas[1]))]
+    server.asked.clear()
+    assert open_images(f"{server.url}/x.tar").fingerprint == source.fingerprint
+    assert server.asked == []  # the index is kept
+    assert source.name(0) == f"{server.url}/x.tar::a/0.png"
+    assert Storage(server.url, ["x.tar"]).read("", 0, 512, 0) == b""
+
+
+def test_remote_parquet(server):
+    rng = np.random.default_rng(0)
+    datas = [encode(i) + rng.bytes(2**20) for i in range(12)]
+    pq.write_table(image_table(datas, [0, 1] * 6, ["a", "b"]), server.folder / "x.parquet", row_group_size=1)
+    source = open_images(f"{server.url}/x.parquet")
+    assert source.labels_N.tolist() == [0, 1] * 6
+    assert source.class_names == ("a", "b")
+    assert [source.encoded(n) for n in (11, 3)] == [datas[11], datas[3]]
+    assert all(ranged for _, ranged, _ in server.asked)
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_remote_folder(server, classes):
+    names = ["b/1 a.png", "a/0.png", "b/2.jpg"] if classes else ["1 a.png", "0.png", "2.jpg"]
+    for number, name in enumerate(names):
+        path = server.folder / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(number, 10 + number, kind="JPEG" if name.endswith("jpg") else "PNG"))
+    (server.folder / "photos" / names[0]).with_name("empty.png").touch()
+    (server.folder / "photos" / "notes.txt").write_text("no image")
+    source = open_images(f"{server.url}/photos")
+    assert [reason != "" for _, _, reason in summary(source)].count(True) == 1
+    found = {source.index.location(n).replace("%20", " "): source.encoded(n) for n in range(len(source))}
+    assert [found[name] for name in names] == [(server.folder / "photos" / name).read_bytes() for name in names]
+    assert source.class_names == (("a", "b") if classes else ())
+    (server.folder / "photos" / names[1]).unlink()
+    gone = next(n for n in range(len(source)) if source.index.location(n) == names[1])
+    with pytest.raises(DataError, match=r"cannot read 'http://.*0\.png'"):
+        source.decode(gone)
+
+
+def test_remote_folder_and_pattern_of_tars(server):
+    for number in range(3):
+        (server.folder / str(number)).mkdir()
+        write_tar(server.folder / str(number) / "x.tar", [(f"{number}.png", encode(number))])
+    (server.folder / BESIDE).write_bytes(b"no table of images")
+    for origin in ("", "{0..2}/x.tar", "*/x.tar"):
+        source = open_images(f"{server.url}/{origin}")
+        assert [row[0] for row in summary(source)] == ["0.png", "1.png", "2.png"], origin
+        assert source.index.containers == ["0/x.tar", "1/x.tar", "2/x.tar"]
+        assert source.encoded(1) == encode(1)
+        assert source.index.notes == []
+
+
+def test_faults_of_the_other_side_are_one_line(server):
+    for number in range(3):
+        (server.folder / f"{number}.png").write_bytes(encode(number, 60, 60))
+    write_tar(server.folder / "x.tar", [("0.png", encode(0))])
+    server.refused.add("1.png")
+    with pytest.raises(DataError, match=r"^cannot read 'http://.*gone\.tar': not found$"):
+        open_images(f"{server.url}/gone.tar")
+    source = open_images(f"{server.url}/x.tar")
+    server.refused.add("x.tar")
+    with pytest.raises(DataError, match=r"cannot read 'http://.*x\.tar::0\.png': .*503"):
+        source.decode(0)
+    with pytest.raises(DataError, match=r"^cannot read 'http://.*x\.tar': .*503"):
+        open_images(f"{server.url}/x.tar", channels=1)
+    (server.folder / "x.tar").unlink()
+    source = open_images(server.url)
+    assert [source.index.reason(n)[:19] for n in range(3)] == ["", "ClientResponseError", ""]
+    with pytest.raises(DataError, match=r"(no image in|cannot list) 'http://.*/nowhere'"):
+        open_images(f"{server.url}/nowhere")
+    with pytest.raises(DataError, match="'nonsense://x' cannot be read"):
+        open_images("nonsense://x")
+
+
+def test_a_server_without_ranges_is_told(server):
+    write_tar(server.folder / "x.tar", [("0.png", encode(0)), ("pad.bin", bytes(11 * 2**20)), ("1.png", encode(1))])
+    server.ranges = False
+    with pytest.raises(DataError, match="the server sends whole files, not ranges of them") as error:
+        open_images(f"{server.url}/x.tar")
+    assert "\n" not in str(error.value)
