@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "ops"))
 from timing import Timed, Variant, time_variants  # noqa: E402
 
+from ccmim_fast.data.batch import Batch  # noqa: E402
 from ccmim_fast.trainer.build import build_step  # noqa: E402
 from ccmim_fast.trainer.distributed import Session  # noqa: E402
 from ccmim_fast.trainer.precision import choose_precision  # noqa: E402
@@ -55,21 +56,13 @@ SERIES = {
 }
 
 
-class Images(NamedTuple):
-    """What a step takes of `data.batch.Batch`."""
-
-    images_BHWC: torch.Tensor
-    ids_B: torch.Tensor
-    epochs_B: torch.Tensor
-
-
 def step_of(point: Point, precision: str, device: torch.device) -> Variant:
     """A whole optimizer step of this size."""
     run = build_step(config_of(point.vit, "all", 2, precision), Session(0, 1, device))
     shape = (point.images, point.pixels, point.pixels, 3)
     images_BHWC = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     ids_B = torch.arange(point.images, device=device)
-    batch = Images(images_BHWC, ids_B, torch.zeros_like(ids_B))
+    batch = Batch(images_BHWC, ids_B, torch.zeros_like(ids_B))
     return Variant(lambda _: run([batch], 1e-4))
 
 

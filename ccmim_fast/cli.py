@@ -16,6 +16,7 @@ commands:
   pretrain  pretrain a vision transformer on your images
   data      index, check, gather and measure images: ccmim data index|verify|shard|stats|bench ROOT [options]
   export    write a run's encoder as timm weights: ccmim export RUN OUT.safetensors
+  ablate    train variants side by side, several seeds, one table: ccmim ablate score [options] [settings]
   bench     measure against other code, in a checkout: ccmim bench throughput|ladder|attention|data|ops [options]
   doctor    show what this machine has, and what to install for more
 
@@ -61,6 +62,16 @@ def data(argv: list[str]) -> None:
     OF_DATA[argv[0]](argv[1:])
 
 
+def ablate(argv: list[str]) -> None:
+    """`ccmim ablate score [options] [settings]`: where scores come from."""
+    if not argv or argv[0] != "score":
+        asked = f"{argv[0]!r:.80}: no such ablation" if argv else "which ablation"
+        raise ConfigError(f"ccmim ablate: {asked}; one of score")
+    from ccmim_fast.ablation.command import ablate_score
+
+    print(ablate_score(argv[1:]))
+
+
 BENCHMARKS = {
     "throughput": "throughput.py",
     "ladder": "ladder.py",
@@ -97,6 +108,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "pretrain": pretrain,
     "data": data,
     "export": export,
+    "ablate": ablate,
     "bench": bench,
     "doctor": doctor,
 }

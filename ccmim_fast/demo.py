@@ -23,7 +23,7 @@ from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.encoder import tokens_of
 from ccmim_fast.report import RunView, Snapshot, write_report
 from ccmim_fast.report.reconstruction import paste_prediction
-from ccmim_fast.trainer.loop import fit
+from ccmim_fast.trainer.loop import Trainer, fit
 from ccmim_fast.trainer.run_folder import open_run_folder
 
 HELD_OUT = 1000  # images that no run trains on
@@ -93,9 +93,10 @@ def train_and_measure(config: Config, held_out: HeldOut) -> dict[str, float]:
     moments = {"_start": 0, "_early": round(last / (LOOKS - 1)), "": last}
     figures: dict[str, float] = {}
 
-    def look(epoch: int, model: CCMIM) -> None:
+    def look(epoch: int, run: Trainer) -> None:
         if epoch not in looks:
             return
+        model = run.model
         seen = take_snapshot(model, config, held_out, epoch, folder)
         for moment in (name for name, when in moments.items() if when == epoch):
             figures.update({f"{key}{moment}": value for key, value in seen.items()})

@@ -7,7 +7,7 @@ place in the stream of samples says where every one of them stands.
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ccmim_fast.config.load import to_yaml
@@ -23,12 +23,14 @@ class Progress(NamedTuple):
         seen: places of the stream of samples that are behind it, over all ranks: the data cursor.
         samples: of an epoch.
         images: fingerprint of the set of images, see `Source`.
+        shards: of the stream, see `Plan`.
     """
 
     step: int
     seen: int
     samples: int
     images: str
+    shards: int = 1
 
 
 def capture(
@@ -38,8 +40,9 @@ def capture(
     ema: AveragedModel | None,
     progress: Progress,
     config: Config,
+    maps_NGG: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Plain dictionaries and tensors."""
+    """Plain dictionaries and tensors; `maps_NGG` are those of a score bank."""
     return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -47,6 +50,7 @@ def capture(
         "ema": None if ema is None else ema.state_dict(),
         "progress": progress._asdict(),
         "config": to_yaml(config),
+        "maps": maps_NGG,
     }
 
 
@@ -76,3 +80,15 @@ def restore(
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the checkpoint is of another model: {reason[:300]}") from None
+
+
+def maps_in(state: dict[str, Any], cells: int) -> Tensor | None:
+    """The maps of a score bank [N, cells, cells] float16 in a checkpoint; None where it has none.
+
+    Raises:
+        CheckpointError: they have another number of cells.
+    """
+    maps_NGG = state.get("maps")
+    if maps_NGG is not None and tuple(maps_NGG.shape[1:]) != (cells, cells):
+        raise CheckpointError(f"score.grid={cells}: the checkpoint's maps have {maps_NGG.shape[1]}; use that")
+    return maps_NGG

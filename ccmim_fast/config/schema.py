@@ -55,10 +55,21 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    source: Literal["first", "block", "all"] = "all"  # where Eq. 4 is read: the first block, one block, or all blocks
+    # where Eq. 4 is read: at the first block, at one block, at all; or in a bank of what earlier steps saw, see
+    # docs/score-bank.md
+    source: Literal["first", "block", "all", "bank"] = "all"
     block: int = 0  # `source: block`: index of the block, 0-based
     normalise: Literal["renorm", "softmax"] = "renorm"  # `source: all`: renormalise, or softmax again (authors' code)
     temperature: float = 1.0  # T of s^(1/T)
+    # The rest is for `source: bank`.
+    grid: int = 16  # cells per side of a sample's map; 2 bytes each
+    momentum: float = 0.5  # of what a cell held, when a crop covers it again
+    blocks: int = 0  # the last ones, over which attention is averaged; 0: all
+    unseen: Literal["first", "random"] = "first"  # how patches are scored that no crop has covered yet
+    store: Literal["auto", "device", "host", "file"] = "auto"  # where the maps lie; auto: the first that holds them
+    device_gb: float = 2.0  # 10^9 bytes of a GPU's memory that the maps may take
+    host_gb: float = 16.0  # of a process's memory on the host
+    shards: int = 0  # parts of the images, each on ranks of its own; 0: one per node; 1: a global shuffle
 
 
 @dataclass(frozen=True)

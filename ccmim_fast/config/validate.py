@@ -38,6 +38,12 @@ RANGES = {
     "model.drop_path": "[0, 1)",
     "score.block": COUNT_OR_0,
     "score.temperature": "(0, inf)",
+    "score.grid": "[1, 256]",
+    "score.momentum": "[0, 1)",
+    "score.blocks": COUNT_OR_0,
+    "score.device_gb": "[0, inf)",
+    "score.host_gb": "[0, inf)",
+    "score.shards": COUNT_OR_0,
     "mask.block_min": COUNT,
     "decoder.depth": COUNT,
     "decoder.dim": WIDTH,
@@ -180,6 +186,12 @@ def _check_mask(config: Config) -> None:
             near = math.nextafter(near, 0)
         must = f"in (0, 1) and leave both visible and masked ones of {patches} patches"
         _refuse("mask.ratio", ratio, must, near if ratio == ratio else settings()["mask.ratio"].default)
+    if (
+        config.score.source == "bank"
+        and config.mask.strategy.startswith("importance")
+        and config.contrast.loss == "none"
+    ):
+        _refuse("score.source", "bank", "first, block or all with contrast.loss=none, which has one pass of two", "all")
     masked = patches - int(patches * (1 - ratio))
     if config.mask.strategy == "block" and config.mask.block_min > masked:
         _refuse("mask.block_min", config.mask.block_min, f"at most the {masked} patches that are masked", masked)

@@ -92,7 +92,7 @@ class DaliLoader:
                     continue
                 batch = feed.in_flight.popleft().batch
                 own = buffers.fill(functools.partial(self._take, images, batch))
-                yield make_batch(own, batch.ids_B, batch.epochs_B, source.labels_N, self._device)
+                yield make_batch(own, batch, source, self._device)
 
     def _take(self, images, batch: MicroBatch, own_BHWC: torch.Tensor, stream: "torch.cuda.Stream | None") -> None:
         """Bring DALI's output into memory of our own: it will use its buffer again."""

@@ -70,6 +70,7 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     device: str | torch.device = "cpu",
+    shards: int = 1,
 ) -> Loader:
     """The training loader that `data.loader` names; `auto` is DALI for files where it is installed, else torch.
 
@@ -78,9 +79,10 @@ def build_loader(
         accumulate: micro-batches per optimizer step.
         rank, world_size: this process among those that train together.
         device: where the batches go.
+        shards: parts of the samples, each on ranks of its own; see `Plan`.
 
     Raises:
-        ConfigError: the batch cannot be divided, or the loader cannot read such images.
+        ConfigError: the batch or the ranks cannot be divided, or the loader cannot read such images.
         DataError: fewer images than `global_batch`, or too many that cannot be used.
         MachineError: `loader: dali` without DALI.
     """
@@ -95,6 +97,7 @@ def build_loader(
         crop_ratio=data.crop_ratio,
         flip=data.flip,
         window=data.window,
+        shards=shards,
     )
     index = source.index if isinstance(source, IndexedSource) else None
     skipped = Skipped(index, len(source), len(source.excluded_X), data.on_error, data.max_bad)

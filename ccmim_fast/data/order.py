@@ -15,7 +15,9 @@ _GOLDEN = 0x9E3779B97F4A7C15  # odd constants of splitmix64 (Steele, Lea and Flo
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
-def epoch_order(seed: int, epoch: int, samples: int, places_P: np.ndarray, window: int = 0) -> np.ndarray:
+def epoch_order(
+    seed: int, epoch: int, samples: int, places_P: np.ndarray, window: int = 0, shard: int = 0
+) -> np.ndarray:
     """The samples at some places of an epoch's order, [P] int64 in 0 .. samples - 1. Memory and time are O(P).
 
     Over all places it is a permutation. With a window, blocks of `BLOCK` neighbouring samples are permuted, and then
@@ -26,28 +28,32 @@ def epoch_order(seed: int, epoch: int, samples: int, places_P: np.ndarray, windo
         samples: N >= 1, at most 2**62.
         places_P: int64, 0 .. samples - 1.
         window: samples shuffled among each other, at least `BLOCK`; 0: all.
+        shard: 0 .. 2**32 - 1; each has an order of its own.
     """
+    key = (seed, epoch, shard)
     if not window:
-        return _permute(seed, epoch, 0, np.full(len(places_P), samples), places_P)
+        return _permute(key, 0, np.full(len(places_P), samples), places_P)
     window = max(BLOCK, window // BLOCK * BLOCK)
     index_P, inside_P = np.divmod(places_P, window)
     lengths_P = np.minimum(window, samples - index_P * window)
-    mixed_P = index_P * window + _permute(seed, epoch, 1 + index_P, lengths_P, inside_P)
+    mixed_P = index_P * window + _permute(key, 1 + index_P, lengths_P, inside_P)
     blocks = samples // BLOCK  # the samples behind them, fewer than a block, stay at the end
     block_P, rest_P = np.divmod(mixed_P, BLOCK)
     whole_P = block_P < blocks
-    moved_P = _permute(seed, epoch, 0, np.full(len(places_P), max(blocks, 1)), np.where(whole_P, block_P, 0))
+    moved_P = _permute(key, 0, np.full(len(places_P), max(blocks, 1)), np.where(whole_P, block_P, 0))
     return np.where(whole_P, moved_P * BLOCK + rest_P, mixed_P)
 
 
-def _permute(seed: int, epoch: int, which: int | np.ndarray, lengths_P: np.ndarray, places_P: np.ndarray) -> np.ndarray:
-    """Places under the permutation of 0 .. lengths - 1 with the key (seed, epoch, which); each place has its own.
+def _permute(
+    key: tuple[int, int, int], which: int | np.ndarray, lengths_P: np.ndarray, places_P: np.ndarray
+) -> np.ndarray:
+    """Places under the permutation of 0 .. lengths - 1 with this key (seed, epoch, shard) and `which`, one a place.
 
     A Feistel network permutes the numbers of as few bits as hold `lengths - 1`; what falls outside is permuted again
     until it falls inside (cycle walking; less than twice on average).
     """
     bits_P = np.maximum(_LEAST_BITS, _bit_length(lengths_P - 1)).astype(np.uint64)
-    keys_RP = _round_keys(seed, epoch, np.broadcast_to(np.asarray(which), places_P.shape))
+    keys_RP = _round_keys(*key, np.broadcast_to(np.asarray(which), places_P.shape))
     found_P = places_P.astype(np.uint64)
     outside = np.arange(len(places_P))
     while len(outside):
@@ -75,10 +81,10 @@ def _mix(x_P: np.ndarray) -> np.ndarray:
     return x_P ^ (x_P >> np.uint64(31))
 
 
-def _round_keys(seed: int, epoch: int, which_P: np.ndarray) -> np.ndarray:
+def _round_keys(seed: int, epoch: int, shard: int, which_P: np.ndarray) -> np.ndarray:
     """[rounds, P] uint64."""
     key = stream_key(seed, STREAM_ORDER)
-    first, second, _, _ = (word.item() for word in philox_4x32(key, *(torch.tensor(c) for c in (epoch, 0, 0, 0))))
+    first, second, _, _ = (word.item() for word in philox_4x32(key, *(torch.tensor(c) for c in (epoch, shard, 0, 0))))
     start_P = np.uint64(first << 32 | second) + which_P.astype(np.uint64) * np.uint64(_MIX[1])
     steps_R1 = np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None] * np.uint64(_GOLDEN)
     return _mix(_mix(start_P) + steps_R1)

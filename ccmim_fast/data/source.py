@@ -70,6 +70,11 @@ def usable_ids(source: Source, places_P: np.ndarray) -> np.ndarray:
     return places_P + np.searchsorted(shifts_X, places_P, side="right")
 
 
+def usable_numbers(source: Source, ids_P: np.ndarray) -> np.ndarray:
+    """The inverse: places [P] int64 of usable samples among the usable ones."""
+    return ids_P - np.searchsorted(source.excluded_X, ids_P)
+
+
 def encode_pnm(image_HWC: np.ndarray) -> bytes:
     """A [H, W, 1] or [H, W, 3] uint8 image as a PGM or PPM file: a short header and the bytes themselves."""
     height, width, channels = image_HWC.shape

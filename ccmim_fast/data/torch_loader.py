@@ -109,4 +109,4 @@ def _batch(batch: MicroBatch, images: list[np.ndarray], source: Source, fill: Ca
         np.stack(images, out=pinned_BHWC.numpy())
         images_BHWC.copy_(pinned_BHWC, non_blocking=True)
 
-    return make_batch(fill(copy), batch.ids_B, batch.epochs_B, source.labels_N, device)
+    return make_batch(fill(copy), batch, source, device)

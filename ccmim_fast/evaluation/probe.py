@@ -10,7 +10,8 @@ from torch import Tensor
 from ccmim_fast.config.schema import Config
 from ccmim_fast.evaluation.masks import object_leakage, object_patches, score_auroc
 from ccmim_fast.losses.total import recons_loss
-from ccmim_fast.models.ccmim import CCMIM, Output
+from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.models.output import Output
 
 
 class Probe(NamedTuple):

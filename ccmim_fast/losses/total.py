@@ -7,7 +7,8 @@ from torch import Tensor
 from ccmim_fast.config.schema import Config
 from ccmim_fast.losses.contrastive import contrastive_loss
 from ccmim_fast.losses.reconstruction import reconstruction_loss
-from ccmim_fast.models.ccmim import CCMIM, Output
+from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.models.output import Output
 
 
 class Losses(NamedTuple):

@@ -5,7 +5,8 @@ The weights and their names stay timm's; what is here is the arithmetic of `timm
 
 # B batch, T tokens, Q query tokens, N heads, H head dim, D width
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ccmim_fast.models.attention import attention
+from ccmim_kernels import cls_row
 
 
 def is_plain(block: nn.Module) -> bool:
@@ -91,6 +93,47 @@ def block_for(block: nn.Module, asking_BQD: Tensor, x_BTD: Tensor, backend: str 
     return finish(block, asking_BQD, attended)
 
 
+class RowReader(NamedTuple):
+    """What is read of a block's attention: [CLS]'s softmaxed row over the patches, averaged over heads.
+
+    Attributes:
+        prefix: number of prefix tokens.
+        kernels: which implementation of `cls_row` runs.
+    """
+
+    prefix: int
+    kernels: str = "auto"
+
+    def add(self, attn: Attention, q_BQNH: Tensor, k_BTNH: Tensor, total_BL: Tensor | None) -> Tensor:
+        """`total_BL` (None: nothing yet) and this block's row, float32 without gradient."""
+        kind, scale = "softmax", attn.scale
+        q_BNH = q_BQNH[:, 0].detach()
+        return cls_row(
+            q_BNH, k_BTNH.detach(), prefix=self.prefix, kind=kind, scale=scale, total_BL=total_BL, kernels=self.kernels
+        )
+
+
+def block_and_row(
+    block: Block, x_BTD: Tensor, total_BL: Tensor | None, read: RowReader, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """`whole_block` of a plain block, and the sum of [CLS]'s rows so far."""
+    normed_BTD = block.norm1(x_BTD)
+    q_BTNH, k_BTNH, v_BTNH = queries_keys_values(block.attn, normed_BTD)
+    total_BL = read.add(block.attn, q_BTNH, k_BTNH, total_BL)
+    return finish(block, x_BTD, attend(block.attn, normed_BTD, q_BTNH, k_BTNH, v_BTNH, backend)), total_BL
+
+
+def cls_and_row(
+    block: Block, x_BTD: Tensor, total_BL: Tensor | None, read: RowReader, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """`block_for` [CLS] alone, [B, 1, D], and the sum of its rows so far."""
+    cls_B1D, normed_BTD = x_BTD[:, :1], block.norm1(x_BTD)
+    normed_B1D = normed_BTD[:, :1]
+    q_B1NH, (k_BTNH, v_BTNH) = queries(block.attn, normed_B1D), keys_values(block.attn, normed_BTD)
+    total_BL = read.add(block.attn, q_B1NH, k_BTNH, total_BL)
+    return finish(block, cls_B1D, attend(block.attn, normed_B1D, q_B1NH, k_BTNH, v_BTNH, backend)), total_BL
+
+
 class BlockRunner:
     """How blocks are run: `run(block, x_BTD)` is the block's output, whatever these settings are.
 
@@ -102,16 +145,17 @@ class BlockRunner:
 
     def __init__(self, attention: str = "auto", recompute: bool = False):
         self.attention, self.recompute = attention, recompute
-        self._whole, self._part = whole_block, block_for
+        self.uncompiled()
 
     def compile(self, **options: Any) -> None:
         """Compile the block as one graph, which all blocks of a width and a number of tokens share."""
-        self._whole = torch.compile(whole_block, fullgraph=True, **options)
-        self._part = torch.compile(block_for, fullgraph=True, **options)
+        self._whole, self._part, self._read, self._read_cls = (
+            torch.compile(way, fullgraph=True, **options) for way in _WAYS
+        )
 
     def uncompiled(self) -> None:
         """Run eagerly again."""
-        self._whole, self._part = whole_block, block_for
+        self._whole, self._part, self._read, self._read_cls = _WAYS
 
     @property
     def compiled(self) -> bool:
@@ -119,15 +163,24 @@ class BlockRunner:
 
     def __call__(self, block: nn.Module, x_BTD: Tensor) -> Tensor:
         """All tokens: [B, T, D] -> [B, T, D]."""
-        if self.recompute and x_BTD.requires_grad:
-            return checkpoint(self._whole, block, x_BTD, self.attention, use_reentrant=False)
-        return self._whole(block, x_BTD, self.attention)
+        return self._run(self._whole, block, x_BTD)
 
     def some(self, block: nn.Module, asking_BQD: Tensor, x_BTD: Tensor) -> Tensor:
         """The tokens `asking_BQD` (some of `x_BTD`) alone: [B, Q, D]. `block` must be plain."""
-        if self.recompute and x_BTD.requires_grad:
-            return checkpoint(self._part, block, asking_BQD, x_BTD, self.attention, use_reentrant=False)
-        return self._part(block, asking_BQD, x_BTD, self.attention)
+        return self._run(self._part, block, asking_BQD, x_BTD)
 
+    def reading(
+        self, block: nn.Module, x_BTD: Tensor, total_BL: Tensor | None, read: RowReader, cls_only: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """All tokens, or [CLS] alone, and `total_BL` with this block's row; see `RowReader`. `block` must be plain."""
+        return self._run(self._read_cls if cls_only else self._read, block, x_BTD, total_BL, read)
+
+    def _run(self, way: Callable, block: nn.Module, x_BTD: Tensor, *others: Any) -> Any:
+        if self.recompute and x_BTD.requires_grad:
+            return checkpoint(way, block, x_BTD, *others, self.attention, use_reentrant=False)
+        return way(block, x_BTD, *others, self.attention)
+
+
+_WAYS = (whole_block, block_for, block_and_row, cls_and_row)
 
 PLAIN = BlockRunner()

@@ -54,6 +54,8 @@ def build_model(config: Config) -> CCMIM:
         source=config.score.source,
         block=config.score.block,
         normalise=config.score.normalise,
+        read_blocks=config.score.blocks,
+        unseen=config.score.unseen,
         contrast=config.contrast.loss,
         head_dim=config.heads.dim,
         sync_bn=config.heads.sync_bn,

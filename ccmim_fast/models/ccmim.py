@@ -5,39 +5,24 @@ With `strategy="random"` and `contrast="none"` this is MAE.
 
 # B batch, H height, W width, C channels, L patches, K visible, M masked, P values per patch, E embedding dim, D width
 
-from typing import Any, NamedTuple
+import math
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ccmim_fast.errors import ConfigError
 from ccmim_fast.models import repeated
-from ccmim_fast.models.blocks import BlockRunner
+from ccmim_fast.models.blocks import BlockRunner, RowReader
 from ccmim_fast.models.decoder import Decoder
 from ccmim_fast.models.embedding import embed, folded_projection, patch_size_of, prefix_tokens, with_gradient
-from ccmim_fast.models.encoder import encode, encode_cls, grid_of
+from ccmim_fast.models.encoder import encode, encode_and_read, encode_cls, grid_of
 from ccmim_fast.models.heads import build_predictor, build_projector
+from ccmim_fast.models.output import Known, Output
 from ccmim_fast.models.scores import Score, check_scores, score
 from ccmim_kernels import Divided, Partition, divide_tokens, gather_tokens, sample_partition
 from ccmim_kernels.divide_tokens.reference import folded_logits
-
-
-class Output(NamedTuple):
-    """What one forward pass gives.
-
-    Attributes:
-        pred_BMP: [B, M, P] predicted targets of the masked patches, rows in the order of `partition.ids_masked_BM`.
-        partition: which patches are visible and masked.
-        visible_BE: [B, E] hV (for `align`: p(hV)), or None without a contrastive loss.
-        masked_BE: [B, E] hM, no gradient, or None likewise.
-        logits_BL: [B, L] log-scores up to a constant per row, or None where nothing was scored.
-    """
-
-    pred_BMP: Tensor
-    partition: Partition
-    visible_BE: Tensor | None
-    masked_BE: Tensor | None
-    logits_BL: Tensor | None
 
 
 class CCMIM(nn.Module):
@@ -51,7 +36,10 @@ class CCMIM(nn.Module):
         mask_ratio: share of patches masked; the number visible is int(L * (1 - ratio)), as in MAE.
         strategy, noise, block_min: of the division, see `ccmim_kernels.sample_partition`.
         temperature: T of s^(1/T).
-        source, block, normalise: of the scores, see `models.scores.score`.
+        source, block, normalise: of the scores, see `models.scores.score`. With `bank` they are given to each pass,
+            which gives back what it saw itself.
+        read_blocks: for `bank`, in how many of the last blocks attention is read; 0: all.
+        unseen: for `bank`, how patches are scored that it does not know: `random`, or by Eq. 4 at the `first` block.
         contrast: `nce`, `align`, `moco` or `none`; `none` computes no masked branch.
         head_dim: E.
         sync_bn: BatchNorm statistics over all ranks.
@@ -77,6 +65,8 @@ class CCMIM(nn.Module):
         source: str,
         block: int,
         normalise: str,
+        read_blocks: int = 0,
+        unseen: str = "first",
         contrast: str,
         head_dim: int,
         sync_bn: bool,
@@ -94,7 +84,11 @@ class CCMIM(nn.Module):
         self.decoder = decoder
         self.scored = strategy.startswith("importance")
         if self.scored:
-            check_scores(encoder, source, block)
+            check_scores(encoder, source, block, read_blocks)
+        self.banked = self.scored and source == "bank"
+        if self.banked and contrast == "none":
+            raise ConfigError("score.source=bank: reads both passes, of which contrast.loss=none has one; use nce")
+        self.read_blocks, self.unseen = read_blocks or len(encoder.blocks), unseen
         self.contrast = contrast
         if contrast != "none":
             self.projector = build_projector(encoder.embed_dim, head_dim, sync_bn=sync_bn)
@@ -130,7 +124,12 @@ class CCMIM(nn.Module):
         }
 
     def forward(
-        self, images_BHWC: Tensor, ids_B: Tensor, epoch: int | Tensor, partition: Partition | None = None
+        self,
+        images_BHWC: Tensor,
+        ids_B: Tensor,
+        epoch: int | Tensor,
+        partition: Partition | None = None,
+        known: Known | None = None,
     ) -> Output:
         """One pass over a batch.
 
@@ -139,32 +138,42 @@ class CCMIM(nn.Module):
             ids_B: [B] int64 sample ids; with `epoch` they key the masks.
             epoch: 0 .. 2**32 - 1, as a number, or as int64 on the images' device, one for all or [B].
             partition: take this division instead of sampling one.
+            known: what a bank says; None: it knows nothing. Not looked at where scores do not come from a bank.
         """
-        divided = self._tokens(images_BHWC, ids_B, epoch, partition)
-        encoded_BTD = encode(self.encoder, divided.visible, self.run)
+        divided = self._tokens(images_BHWC, ids_B, epoch, partition, known)
+        encoded_BTD, seen_BK = self._encode(divided.visible)
         # Registers stay in the encoder: the decoder sees [CLS] and patches, as in MAE.
         registers = self.encoder.num_prefix_tokens - 1
         decoder_input = (
             torch.cat([encoded_BTD[:, :1], encoded_BTD[:, 1 + registers :]], 1) if registers else encoded_BTD
         )
         pred_BMP = self.decoder(decoder_input, divided.partition)
-        visible_BE, masked_BE = None, None
+        visible_BE, masked_BE, shares_BL = None, None, None
         if self.contrast != "none":
             visible_BE = self.projector(encoded_BTD[:, 0])
-            masked_BE = self.encode_masked(divided.masked)
+            masked_BE, hidden_BM = self.encode_masked(divided.masked)
+            if self.banked:
+                shares_BL = torch.cat([seen_BK, hidden_BM], dim=1).gather(1, divided.partition.ids_restore_BL)
         if self.contrast == "align":
             visible_BE = self.predictor(visible_BE)
-        return Output(pred_BMP, divided.partition, visible_BE, masked_BE, divided.logits)
+        return Output(pred_BMP, divided.partition, visible_BE, masked_BE, divided.logits, shares_BL)
 
-    def _tokens(self, images_BHWC: Tensor, ids_B: Tensor, epoch: int | Tensor, partition: Partition | None) -> Divided:
+    def _tokens(
+        self,
+        images_BHWC: Tensor,
+        ids_B: Tensor,
+        epoch: int | Tensor,
+        partition: Partition | None,
+        known: Known | None,
+    ) -> Divided:
         """Embed and divide; the visible tokens carry the gradient of the patch embedding and of the prefix."""
         projection = self._projection()
         if not self.visible_gradient:
             x_BLD = embed(self.encoder, images_BHWC, projection, self.mean_C, self.std_C)
-            return self.divide(x_BLD, ids_B, epoch, partition)
+            return self.divide(x_BLD, ids_B, epoch, partition, known)
         with torch.no_grad():
             x_BLD = embed(self.encoder, images_BHWC, projection, self.mean_C, self.std_C)
-            divided = self.divide(x_BLD, ids_B, epoch, partition)
+            divided = self.divide(x_BLD, ids_B, epoch, partition, known)
         ids_BK = divided.partition.ids_visible_BK
         visible = with_gradient(divided.visible, projection, prefix_tokens(self.encoder), images_BHWC, ids_BK)
         return Divided(visible, divided.masked, divided.partition, divided.logits)
@@ -180,17 +189,44 @@ class CCMIM(nn.Module):
         """Scores of embedded patches (Eq. 4), no gradient; `changed` replaces some of the model's own settings."""
         return score(self.encoder, x_BLD, **{**self.scoring, **changed}, run=self.run)
 
-    def divide(self, x_BLD: Tensor, ids_B: Tensor, epoch: int | Tensor, partition: Partition | None = None) -> Divided:
+    def _scores(self, x_BLD: Tensor, known: Known | None) -> Score:
+        if not self.scored:
+            return Score(None, None)
+        if not self.banked:
+            return self.score(x_BLD)
+        if known is None:
+            nothing_BL = torch.zeros(x_BLD.shape[:2], device=x_BLD.device)
+            known = Known(nothing_BL, nothing_BL)
+        if self.unseen == "random":
+            return Score(known.scores_BL, None)
+        first = self.score(x_BLD, source="first", block=0)
+        logits_BL = self._logits(x_BLD, first)
+        # As shares, so that both are of one kind: log of the softmax, times the patches there are.
+        guess_BL = logits_BL.log_softmax(1) + math.log(logits_BL.shape[1])
+        return Score(known.scores_BL + (1 - known.share_BL) * guess_BL, None)
+
+    def _logits(self, x_BLD: Tensor, scores: Score) -> Tensor | None:
+        """[B, L], computed from the direction where there is one."""
+        if scores.direction_D is None:
+            return scores.logits_BL
+        return folded_logits(x_BLD.detach(), scores.direction_D, self._eps())
+
+    def divide(
+        self,
+        x_BLD: Tensor,
+        ids_B: Tensor,
+        epoch: int | Tensor,
+        partition: Partition | None = None,
+        known: Known | None = None,
+    ) -> Divided:
         """Score the embedded patches and split them into visible and masked tokens (Eq. 4, section 3.2)."""
         prefix_PD = prefix_tokens(self.encoder)
         with_masked = self.contrast != "none"
         if partition is not None:
             return self._take(x_BLD, prefix_PD, partition, with_masked)
-        scores = self.score(x_BLD) if self.scored else Score(None, None)
+        scores = self._scores(x_BLD, known)
         if not self.row_ops:
-            logits_BL = scores.logits_BL
-            if scores.direction_D is not None:
-                logits_BL = folded_logits(x_BLD.detach(), scores.direction_D, self._eps())
+            logits_BL = self._logits(x_BLD, scores)
             partition = sample_partition(logits_BL, ids_B, epoch=epoch, kernels=self.kernels, **self.sampling)
             return repeated.divide_tokens(x_BLD, prefix_PD, partition, logits_BL, with_masked)
         return divide_tokens(
@@ -217,11 +253,20 @@ class CCMIM(nn.Module):
         visible = gather_tokens(x_BLD, partition.ids_visible_BK, prefix_PD, kernels=self.kernels)
         return Divided(visible, masked, partition, None)
 
-    def encode_masked(self, masked_BTD: Tensor) -> Tensor:
-        """SG(hM) [B, E] of Eq. 7 and 8: the teacher runs without gradient and saves no activation."""
+    def _encode(self, x_BTD: Tensor, cls_only: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Encoded tokens, or [CLS] alone [B, 1, D]; and, for a bank, how much [CLS] attended to each patch."""
+        if self.banked:
+            read = RowReader(self.encoder.num_prefix_tokens, self.kernels)
+            return encode_and_read(self.encoder, x_BTD, self.read_blocks, read, self.run, cls_only)
+        if cls_only:
+            return encode_cls(self.encoder, x_BTD, self.run)[:, None], None
+        return encode(self.encoder, x_BTD, self.run), None
+
+    def encode_masked(self, masked_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """SG(hM) [B, E] of Eq. 7 and 8, and what a bank keeps of the pass [B, M] or None.
+
+        The teacher runs without gradient and saves no activation.
+        """
         with torch.set_grad_enabled(not self.masked_no_grad and torch.is_grad_enabled()):
-            if self.cls_only:
-                cls_BD = encode_cls(self.encoder, masked_BTD, self.run)
-            else:
-                cls_BD = encode(self.encoder, masked_BTD, self.run)[:, 0]
-            return self.projector(cls_BD).detach()
+            encoded_BTD, hidden_BM = self._encode(masked_BTD, self.cls_only)
+            return self.projector(encoded_BTD[:, 0]).detach(), hidden_BM

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.models.blocks import PLAIN, BlockRunner, is_plain
+from ccmim_fast.models.blocks import PLAIN, BlockRunner, RowReader, is_plain
 from ccmim_fast.models.embedding import embed, folded_projection, patch_size_of, prefix_tokens
 from ccmim_fast.models.positions import sincos_positions
 
@@ -134,6 +134,37 @@ def encode_cls(vit: VisionTransformer, x_BTD: Tensor, run: BlockRunner = PLAIN) 
         x_BTD = run(block, x_BTD)
     x_BTD = run.some(last, x_BTD[:, :1], x_BTD) if is_plain(last) else run(last, x_BTD)
     return vit.norm(x_BTD[:, 0])
+
+
+def encode_and_read(
+    vit: VisionTransformer,
+    x_BTD: Tensor,
+    last: int,
+    read: RowReader,
+    run: BlockRunner = PLAIN,
+    cls_only: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`encode`, or [CLS] of it alone [B, 1, D], and how much [CLS] attends to each patch meanwhile.
+
+    Args:
+        x_BTD: [B, P + K, D], prefix first; the blocks must be plain.
+        last: in how many blocks it is read, the last ones.
+
+    Returns:
+        the tokens, and the log of K times the attention's mean over those blocks and all heads [B, K] float32, without
+        gradient: 0 is a patch's share of all the attention there is.
+    """
+    total_BK = None
+    x_BTD = vit.norm_pre(x_BTD)
+    unread = len(vit.blocks) - last
+    for block in vit.blocks[:unread]:
+        x_BTD = run(block, x_BTD)
+    for index, block in enumerate(vit.blocks[unread:], 1):
+        x_BTD, total_BK = run.reading(block, x_BTD, total_BK, read, cls_only and index == last)
+    patches = total_BK.shape[1]
+    # Attention may round to zero, whose log no map could hold.
+    share_BK = (total_BK * (patches / last)).clamp_min(torch.finfo(total_BK.dtype).tiny)
+    return vit.norm(x_BTD), share_BK.log()
 
 
 def tokens_of(vit: VisionTransformer, mean_C: Tensor, std_C: Tensor) -> Callable[[Tensor], Tensor]:

@@ -1,4 +1,7 @@
-"""How much [CLS] attends to each patch (Eq. 4), read at the first block, at one block, or at all of them."""
+"""How much [CLS] attends to each patch (Eq. 4), read at the first block, at one block, or at all of them.
+
+What the two training passes themselves show of it is read by `encoder.encode_and_read` and kept in a `bank`.
+"""
 
 # B batch, L patches, P prefix tokens, T = P + L tokens, N heads, H head dim, D width
 
@@ -9,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.models.blocks import PLAIN, BlockRunner, attend, finish, is_plain, keys, queries, queries_keys_values
+from ccmim_fast.models.blocks import PLAIN, BlockRunner, RowReader, is_plain, keys, queries
 from ccmim_fast.models.embedding import prefix_tokens
 from ccmim_kernels import cls_row
 
@@ -21,13 +24,15 @@ class Score(NamedTuple):
     direction_D: Tensor | None
 
 
-def check_scores(vit: VisionTransformer, source: str, block: int) -> None:
+def check_scores(vit: VisionTransformer, source: str, block: int, read_blocks: int = 0) -> None:
     """Raise ConfigError where this encoder's attention cannot be read as `source` asks."""
     if not all(is_plain(b) for b in vit.blocks):
         kind = type(vit.blocks[0]).__name__
         raise ConfigError(f"score.source={source}: the encoder's {kind} has no attention map; use mask.strategy=random")
     if source == "block" and not 0 <= block < len(vit.blocks):
         raise ConfigError(f"score.block={block} must be in 0..{len(vit.blocks) - 1}")
+    if source == "bank" and read_blocks > len(vit.blocks):
+        raise ConfigError(f"score.blocks={read_blocks} must be in 0..{len(vit.blocks)}, the encoder's; 0 is all")
 
 
 @torch.no_grad()
@@ -104,24 +109,14 @@ def _all_blocks(
     vit: VisionTransformer, x_BTD: Tensor, normalise: str, cls_only: bool, kernels: str, run: BlockRunner
 ) -> Tensor:
     """log s [B, L] from the softmaxed [CLS] rows of all blocks; nothing follows the last block's keys."""
-    total_BL = None
-    last = len(vit.blocks) - 1
-    for index, block in enumerate(vit.blocks):
-        normed_BTD = block.norm1(x_BTD)
-        if index == last and cls_only:
-            q_BTNH, k_BTNH = queries(block.attn, normed_BTD[:, :1]), keys(block.attn, normed_BTD)
-        else:
-            q_BTNH, k_BTNH, v_BTNH = queries_keys_values(block.attn, normed_BTD)
-            attended_BTD = attend(block.attn, normed_BTD, q_BTNH, k_BTNH, v_BTNH, run.attention)
-            x_BTD = finish(block, x_BTD, attended_BTD)
-        total_BL = cls_row(
-            q_BTNH[:, 0],
-            k_BTNH,
-            prefix=vit.num_prefix_tokens,
-            kind="softmax",
-            scale=block.attn.scale,
-            total_BL=total_BL,
-            kernels=kernels,
-        )
+    total_BL, read = None, RowReader(vit.num_prefix_tokens, kernels)
+    *others, last = vit.blocks
+    for block in others:
+        x_BTD, total_BL = run.reading(block, x_BTD, total_BL, read)
+    if cls_only:
+        normed_BTD = last.norm1(x_BTD)
+        total_BL = read.add(last.attn, queries(last.attn, normed_BTD[:, :1]), keys(last.attn, normed_BTD), total_BL)
+    else:
+        _, total_BL = run.reading(last, x_BTD, total_BL, read)
     # Up to a constant per row: renormalising subtracts log sum; the second softmax's logits are the sums themselves.
     return total_BL.log() if normalise == "renorm" else total_BL

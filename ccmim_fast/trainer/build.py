@@ -1,10 +1,15 @@
 """From the configuration to the training step."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ccmim_fast.bank.bank import ScoreBank, own_maps
+from ccmim_fast.bank.stores import choose_store, open_store
 from ccmim_fast.config.schema import Config
+from ccmim_fast.data.plan import Plan
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.attention import check_attention
 from ccmim_fast.models.build import build_model
@@ -13,7 +18,7 @@ from ccmim_fast.optim.ema import build_ema
 from ccmim_fast.optim.optimizer import build_optimizer
 from ccmim_fast.optim.schedule import scaled_lr
 from ccmim_fast.trainer.compiled import choose_compile, compile_step, warm_up
-from ccmim_fast.trainer.distributed import Session
+from ccmim_fast.trainer.distributed import Session, node_count
 from ccmim_fast.trainer.graphed import GraphedStep
 from ccmim_fast.trainer.host_memory import keep_freed_memory
 from ccmim_fast.trainer.precision import choose_precision
@@ -63,6 +68,31 @@ def build_step(config: Config, here: Session) -> TrainStep:
     precision = choose_precision(config.train.precision, here.device)
     ema = build_ema(model, config.optim.ema_decay)
     return TrainStep(model, _wrapped(model, here), optimizer, precision, config, ema)
+
+
+def has_bank(config: Config) -> bool:
+    """Whether the run keeps its scores in a bank."""
+    return config.score.source == "bank" and config.mask.strategy.startswith("importance")
+
+
+def choose_shards(config: Config) -> int:
+    """Parts of the images that have ranks of their own: `score.shards`, or for 0 one per node if there is a bank."""
+    return config.score.shards or (node_count() if has_bank(config) else 1)
+
+
+def build_bank(config: Config, plan: Plan, here: Session, folder: Path) -> ScoreBank | None:
+    """The score bank of this rank, empty; None where the run has none.
+
+    Raises:
+        ConfigError: the store that is named has no room for the maps.
+        MachineError: the disk of the run's folder has none.
+    """
+    if not has_bank(config):
+        return None
+    maps, cells, score = own_maps(plan), config.score.grid, config.score
+    store = choose_store(score.store, maps, cells, here.device, score.device_gb, score.host_gb)
+    opened = open_store(store, maps, cells, here.device, folder / f"scores_{here.rank}.bin")
+    return ScoreBank(plan, opened, here.device)
 
 
 def prepare_step(step: TrainStep, micro_batch: int) -> TrainStep | GraphedStep:

@@ -62,6 +62,12 @@ def main_first(here: Session) -> Iterator[None]:
             dist.barrier()
 
 
+def node_count() -> int:
+    """Machines that train together, as torchrun tells; 1 without it, or where they have unequal numbers of ranks."""
+    world, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    return world // local if world % local == 0 else 1
+
+
 def max_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The largest value of any rank, in place."""
     if dist.is_initialized():

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ccmim_fast.data.batch import Batch
 from ccmim_fast.optim.optimizer import set_lr
@@ -12,9 +13,9 @@ from ccmim_fast.trainer.step import StepResult, TrainStep
 class GraphedStep:
     """A `TrainStep` whose device work is one graph launch. Called like the step it replays.
 
-    Images, ids and epochs are copied into buffers of its own, so a loader may reuse its memory at once. Capture takes
-    place at the first call, after the warm-up has created the optimizer's state and a checkpoint, if any, has filled
-    it: a graph replays addresses.
+    Images and what belongs to them are copied into buffers of its own, so a loader may reuse its memory at once.
+    Capture takes place at the first call, after the warm-up has created the optimizer's state and a checkpoint, if any,
+    has filled it: a graph replays addresses.
 
     Args:
         step: with a `capturable` optimizer, on CUDA, one process.
@@ -29,11 +30,11 @@ class GraphedStep:
     def __call__(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """As `TrainStep.__call__`; the result is overwritten by the next call."""
         if self._graph is None:
-            self._batches = [Batch(b.images_BHWC.clone(), b.ids_B.clone(), b.epochs_B.clone()) for b in batches]
+            self._batches = [Batch(**{name: tensor.clone() for name, tensor in _read(b).items()}) for b in batches]
             self._capture()
         for static, batch in zip(self._batches, batches, strict=True):
-            for to, of in zip(static[:3], batch[:3], strict=True):
-                to.copy_(of, non_blocking=True)
+            for name, tensor in _read(batch).items():
+                getattr(static, name).copy_(tensor, non_blocking=True)
         set_lr(self.step.optimizer, lr)
         self._graph.replay()
         return self._result
@@ -45,3 +46,9 @@ class GraphedStep:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._result = self.step.run(self._batches)
+
+
+def _read(batch: Batch) -> dict[str, Tensor]:
+    """What the step reads of a batch."""
+    names = ("images_BHWC", "ids_B", "epochs_B", "boxes_B4", "maps_BGG")
+    return {name: getattr(batch, name) for name in names if getattr(batch, name) is not None}

@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 
 from ccmim_fast.checkpoints import io
-from ccmim_fast.checkpoints.state import Progress, capture, restore
+from ccmim_fast.checkpoints.state import Progress, capture, maps_in, restore
 from ccmim_fast.config.schema import Config
 from ccmim_fast.config.validate import validate
 from ccmim_fast.data.batch import Batch
 from ccmim_fast.data.loader import build_loader, build_source
-from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.optim.schedule import lr_at, scaled_lr
-from ccmim_fast.trainer.build import build_step, check_device, prepare_step
+from ccmim_fast.trainer.build import build_bank, build_step, check_device, choose_shards, prepare_step
 from ccmim_fast.trainer.data_report import DataReport
 from ccmim_fast.trainer.distributed import Session, main_first, max_over_ranks, mean_over_ranks, session
 from ccmim_fast.trainer.find_batch import with_largest_batch
@@ -26,8 +25,9 @@ from ccmim_fast.trainer.run_folder import describe_run, open_run_folder
 from ccmim_fast.trainer.step import StepResult
 from ccmim_fast.trainer.throughput import Meter
 
-# Called after an epoch (and once before the first, as epoch 0) with the epoch number and the model in eval mode.
-AfterEpoch = Callable[[int, CCMIM], None]
+# Called on the first rank after an epoch (and once before the first, as epoch 0) with the number of the epoch and the
+# run, whose model is in eval mode.
+AfterEpoch = Callable[[int, "Trainer"], None]
 
 
 def fit(config: Config, after_epoch: AfterEpoch | None = None) -> Path:
@@ -66,7 +66,9 @@ class Trainer:
             rank=here.rank,
             world_size=here.world_size,
             device=here.device,
+            shards=choose_shards(config),
         )
+        self.bank = build_bank(config, self.loader.plan, here, self.folder)
         self.lr = scaled_lr(config.optim.base_lr, config.train.batch_size)
         self.train_step = build_step(config, here)
         self.model = self.train_step.model
@@ -157,7 +159,11 @@ class Trainer:
             warmup=self.config.optim.warmup_epochs,
             epochs=self.config.train.epochs,
         )
+        if self.bank is not None:
+            batches = self.bank.lend(self.seen, batches)
         result = self.step_fn(batches, lr)
+        if self.bank is not None:
+            self.bank.take_back(result.maps)
         self.meter.stepped()
         self.step += 1
         self.seen += self.config.train.batch_size
@@ -198,17 +204,19 @@ class Trainer:
         self.progress.note(f"step {self.step}: NaN scores, of sample {sample} among others; they count as the largest")
 
     def _save(self, epoch: int) -> None:
-        finished = self.step >= self.total_steps
-        if self.here.is_main and (finished or epoch % self.config.run.save_every == 0):
-            now = self.train_step
-            progress = Progress(self.step, self.seen, self.samples, self.source.fingerprint)
-            state = capture(now.model, now.optimizer, now.scaler, now.ema, progress, self.config)
+        if self.step < self.total_steps and epoch % self.config.run.save_every:
+            return
+        maps_NGG = None if self.bank is None else self.bank.contents()
+        if self.here.is_main:
+            now, shards = self.train_step, self.loader.plan.shards
+            progress = Progress(self.step, self.seen, self.samples, self.source.fingerprint, shards)
+            state = capture(now.model, now.optimizer, now.scaler, now.ema, progress, self.config, maps_NGG)
             io.save(self.folder / "checkpoints", self.step, state, keep=self.config.run.keep)
 
     def _look(self, epoch: int) -> None:
         if self.after_epoch is not None and self.here.is_main:
             self.model.eval()
-            self.after_epoch(epoch, self.model)
+            self.after_epoch(epoch, self)
             self.model.train()
         self.meter.pause()
 
@@ -228,13 +236,24 @@ class Trainer:
             return 0, 0
         now = self.train_step
         progress = restore(state, now.model, now.optimizer, now.scaler, now.ema)
-        if progress.images != self.source.fingerprint and self.here.is_main:
-            print(
-                f"the images are not those of the checkpoint ({progress.samples} then, {self.samples} now): this epoch "
-                "goes on in another order, in which some may come twice and some not at all",
-                flush=True,
-            )
+        for problem in self._changes(progress):
+            if self.here.is_main:
+                print(problem, flush=True)
+        maps_NGG = None if self.bank is None else maps_in(state, self.config.score.grid)
+        if maps_NGG is not None and progress.images == self.source.fingerprint:
+            self.bank.fill(maps_NGG)
         return progress.step, progress.seen
+
+    def _changes(self, progress: Progress) -> Iterator[str]:
+        """What makes the stream of samples another one than that of the checkpoint."""
+        shards = self.loader.plan.shards
+        if progress.images != self.source.fingerprint:
+            what = f"the images are not those of the checkpoint ({progress.samples} then, {self.samples} now)"
+        elif progress.shards != shards:
+            what = f"score.shards={shards} is not the checkpoint's {progress.shards}"
+        else:
+            return
+        yield f"{what}: this epoch goes on in another order, in which some may come twice and some not at all"
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

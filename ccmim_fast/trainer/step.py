@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from ccmim_fast.bank.warp import read, update
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.batch import Batch
 from ccmim_fast.losses.total import Losses, total_loss
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.linear import onednn_linear
+from ccmim_fast.models.output import Known
 from ccmim_fast.optim.clip import clip
 from ccmim_fast.optim.ema import update_ema_
 from ccmim_fast.optim.optimizer import set_lr
@@ -26,7 +28,8 @@ class StepResult(NamedTuple):
     """Means over the micro-batches of this rank: float32 scalars on the device, without gradient.
 
     `contrast` is zero where the run has none; `grad_norm` is before clipping, zero where nothing is clipped. `nan_id`,
-    int64, is the largest id among this rank's samples with a NaN score, -1 without any.
+    int64, is the largest id among this rank's samples with a NaN score, -1 without any. `maps`: of a run with a score
+    bank, those of each micro-batch after the step, as `Batch.maps_BGG`.
     """
 
     total: Tensor
@@ -34,6 +37,7 @@ class StepResult(NamedTuple):
     contrast: Tensor
     grad_norm: Tensor
     nan_id: Tensor
+    maps: tuple[Tensor, ...] = ()
 
 
 class TrainStep:
@@ -48,8 +52,7 @@ class TrainStep:
         ema: averaged weights, or None.
 
     Attributes:
-        forward: (images_BHWC, ids_B, epochs_B) -> losses and which images had NaN scores; may be replaced by its
-            compiled self (`trainer.compiled`).
+        forward: as `losses`; may be replaced by its compiled self (`trainer.compiled`).
         onednn: linear layers by oneDNN, see `models.linear`; not to be compiled.
     """
 
@@ -81,24 +84,40 @@ class TrainStep:
         """The step at the optimizer's present rate; everything it reads and writes is on the device."""
         sums = torch.zeros(3, device=self.device)
         nan_id = torch.full((), -1, device=self.device)
+        maps = []
         for index, batch in enumerate(batches):
             with self._gradients_summed_over_ranks(last=index == len(batches) - 1):
-                losses, nan_B = self.forward(batch.images_BHWC, batch.ids_B, batch.epochs_B)
+                losses, nan_B, maps_BGG = self.forward(
+                    batch.images_BHWC, batch.ids_B, batch.epochs_B, batch.boxes_B4, batch.maps_BGG
+                )
                 self.scaler.scale(losses.total / len(batches)).backward()
             parts = [losses.total, losses.recons]
             if losses.contrast is not None:
                 parts.append(losses.contrast)
             sums[: len(parts)] += torch.stack(parts).detach()
             nan_id = torch.maximum(nan_id, torch.where(nan_B, batch.ids_B, -1).max())
+            if maps_BGG is not None:
+                maps.append(maps_BGG)
         grad_norm = self._update()
-        return StepResult(*(sums / len(batches)), grad_norm, nan_id)
+        return StepResult(*(sums / len(batches)), grad_norm, nan_id, tuple(maps))
 
-    def losses(self, images_BHWC: Tensor, ids_B: Tensor, epochs_B: Tensor) -> tuple[Losses, Tensor]:
-        """Eq. 10 of one micro-batch, and which of its images had NaN scores [B] bool."""
+    def losses(
+        self,
+        images_BHWC: Tensor,
+        ids_B: Tensor,
+        epochs_B: Tensor,
+        boxes_B4: Tensor | None = None,
+        maps_BGG: Tensor | None = None,
+    ) -> tuple[Losses, Tensor, Tensor | None]:
+        """Eq. 10 of one micro-batch, which of its images had NaN scores [B] bool, and its maps after it, if any."""
+        model, momentum = self.model, self.config.score.momentum
+        known = None if maps_BGG is None else Known(*read(maps_BGG, boxes_B4, model.grid))
         with self.precision.autocast(images_BHWC.device), onednn_linear(self.onednn):
-            output = self.wrapped(images_BHWC, ids_B, epochs_B)
+            output = self.wrapped(images_BHWC, ids_B, epochs_B, known=known)
+        if maps_BGG is not None:
+            maps_BGG = update(maps_BGG, boxes_B4, output.shares_BL, model.grid, momentum)
         # Outside autocast: losses are float32 whatever the forward pass ran in.
-        return total_loss(self.model, output, images_BHWC, self.config), output.partition.nan_B
+        return total_loss(model, output, images_BHWC, self.config), output.partition.nan_B, maps_BGG
 
     def _gradients_summed_over_ranks(self, last: bool):
         """DDP reduces gradients with the last micro-batch only."""

@@ -42,7 +42,7 @@ def count_flops(step: TrainStep) -> dict[Any, float]:
     """
     with undone(step), flop_counter() as counter:
         batch = made_batch(step, 2)
-        losses, _ = step.losses(batch.images_BHWC, batch.ids_B, batch.epochs_B)
+        losses, *_ = step.losses(batch.images_BHWC, batch.ids_B, batch.epochs_B, batch.boxes_B4, batch.maps_BGG)
         losses.total.backward()
     return {op: count / 2 for op, count in counter.get_flop_counts()["Global"].items()}
 

@@ -11,11 +11,17 @@ from ccmim_fast.trainer.step import TrainStep
 
 
 def made_batch(step: TrainStep, batch: int) -> Batch:
-    """`batch` random images of the run's size on the step's device."""
+    """`batch` random images of the run's size on the step's device, with empty maps where the step takes some."""
     data, device = step.config.data, step.device
     images_BHWC = torch.randint(0, 256, (batch, *data.image_size, data.channels), dtype=torch.uint8, device=device)
     ids_B = torch.arange(batch, device=device)
-    return Batch(images_BHWC, ids_B, torch.zeros_like(ids_B))
+    made = Batch(images_BHWC, ids_B, torch.zeros_like(ids_B))
+    if not step.model.banked:
+        return made
+    cells = step.config.score.grid
+    whole_B4 = torch.tensor([0, 0, 1, 1], dtype=torch.float64, device=device).expand(batch, 4)
+    maps_BGG = torch.zeros(batch, cells, cells, dtype=torch.float16, device=device)
+    return made._replace(boxes_B4=whole_B4, maps_BGG=maps_BGG)
 
 
 @contextlib.contextmanager

@@ -90,7 +90,10 @@ def test_an_alias_bomb_is_not_printed(load, error_of):
         (["--seed=" + "1" * 5000], "seed=1111"),
         (["--seed=0x" + "f" * 5000], "seed=0xff"),
         (["--seed=1\n2"], "seed='1\\n2': expected a whole number"),
-        (["--score.source=frist"], "score.source=frist: expected one of first, block, all; nearest valid is first"),
+        (
+            ["--score.source=frist"],
+            "score.source=frist: expected one of first, block, all, bank; nearest valid is first",
+        ),
         (["--overwrite=maybe"], "run.overwrite=maybe: expected true or false"),
         (["--config", "dmo"], "--config=dmo: no such preset; nearest is demo"),
         (["--config", ""], "--config='': no such preset; nearest is"),

@@ -48,7 +48,7 @@ def assert_same(found, expected):
         torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("source", ["first", "all"])
+@pytest.mark.parametrize("source", ["first", "all", "bank"])
 @pytest.mark.parametrize(
     "off", [*([name] for name in SWITCHES), SWITCHES], ids=lambda off: off[0] if off[1:] == [] else "all"
 )
@@ -78,13 +78,13 @@ def test_nor_with_registers_other_norms_and_biases(arch):
     assert_same(run(tiny_config(fast=ALL_OFF, **sections), pictures)[0], expected)
 
 
-@pytest.mark.parametrize("source", ["first", "all"])
+@pytest.mark.parametrize("source", ["first", "all", "bank"])
 def test_each_saves_arithmetic(source):
     """`masked_no_grad` and `row_ops` save memory, `fold_input` a float image; all others save products."""
     pictures = images(3)
     _, fast, _ = run(tiny_config(score={"source": source}), pictures)
     for name in {"visible_gradient", "fold_score", "cls_only", "masked_only"} - (
-        {"fold_score"} if source == "all" else set()
+        set() if source == "first" else {"fold_score"}
     ):
         _, slow, _ = run(tiny_config(score={"source": source}, fast={name: False}), pictures)
         assert slow > fast, name

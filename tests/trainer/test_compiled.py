@@ -37,20 +37,27 @@ def here(device):
 def batches(count, device):
     torch.manual_seed(1)
     ids, epochs = torch.arange(4, device=device), torch.zeros(4, dtype=torch.int64, device=device)
-    return [Batch(images(4).to(device), ids + 4 * i, epochs + i // 2) for i in range(count)]
+    whole = torch.tensor([0, 0, 1, 1], dtype=torch.float64, device=device).expand(4, 4)
+    return [Batch(images(4).to(device), ids + 4 * i, epochs + i // 2, boxes_B4=whole) for i in range(count)]
 
 
 def trained(step, call=None, steps=4):
-    """Results of some steps in two epochs, and the weights after them."""
-    results = [[float(x) for x in (call or step)([batch], lr=1e-3)] for batch in batches(steps, step.device)]
+    """Results of some steps in two epochs, and the weights after them. Each step's maps are the next one's."""
+    results, cells = [], step.config.score.grid
+    maps = torch.zeros(4, cells, cells, dtype=torch.float16, device=step.device)
+    for batch in batches(steps, step.device):
+        result = (call or step)([batch._replace(maps_BGG=maps) if step.model.banked else batch], lr=1e-3)
+        maps = result.maps[0].clone() if result.maps else maps
+        results.append([*(float(x) for x in result[:5]), float(maps.double().sum())])
     return torch.tensor(results), {k: v.clone() for k, v in step.model.state_dict().items()}
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("what", ["blocks", "step"])
-def test_compiled_equals_eager(what, backend, device):
-    """Losses and gradient norms over six steps, which all weights have a part in."""
-    config = config_for(model={"depth": 2})
+@pytest.mark.parametrize("source", ["all", "bank"])
+def test_compiled_equals_eager(source, what, backend, device):
+    """Losses and gradient norms over six steps, which all weights have a part in; and a bank's maps."""
+    config = config_for(model={"depth": 2}, score={"source": source})
     expected, _ = trained(build_step(config, here(device)), steps=6)
     step = build_step(config, here(device))
     compile_step(step, what, backend=backend)
@@ -61,10 +68,12 @@ def test_compiled_equals_eager(what, backend, device):
 CONTRASTS = [("reference", contrast) for contrast in ("nce", "align", "moco", "none")] + [("triton", "nce")]
 
 
-@pytest.mark.parametrize("source", ["first", "block", "all"])
+@pytest.mark.parametrize("source", ["first", "block", "all", "bank"])
 @pytest.mark.parametrize(("kernels", "contrast"), CONTRASTS)
 def test_the_step_is_one_graph_and_stays_it(source, contrast, kernels, device):
     """No graph break (fullgraph raises), and after the warm-up nothing is compiled again: not in another epoch."""
+    if (source, contrast) == ("bank", "none"):
+        pytest.skip("a bank reads both passes")
     config = config_for(contrast={"loss": contrast}, score={"source": source, "block": 1}, kernels=kernels)
     graphs = []
 
@@ -179,10 +188,11 @@ def test_what_needs_cuda_is_refused_by_name(attention):
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile_", ["off", "step"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_a_captured_step_equals_the_step(compile_, precision):
-    device = torch.device("cuda")
-    expected, _ = trained(build_step(config_for(precision=precision), here(device)))
-    step = build_step(config_for(precision=precision, cuda_graph=True, compile=compile_), here(device))
+@pytest.mark.parametrize("source", ["all", "bank"])
+def test_a_captured_step_equals_the_step(source, compile_, precision):
+    device, score = torch.device("cuda"), {"source": source}
+    expected, _ = trained(build_step(config_for(score, precision=precision), here(device)))
+    step = build_step(config_for(score, precision=precision, cuda_graph=True, compile=compile_), here(device))
     found, _ = trained(step, prepare_step(step, 4))
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
 

@@ -61,3 +61,27 @@ def test_two_processes_equal_one(tmp_path, contrast, accumulate):
     if contrast == "nce" and accumulate == 1:
         apart = losses(tmp_path / "apart", 2, *extra, "--heads.sync_bn=false")
         assert max(abs(a[1] - b[1]) for a, b in zip(one, apart)) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [1, 2])
+def test_two_processes_with_a_score_bank_equal_one(tmp_path, shards):
+    """Ranks that share all maps, and ranks that have their own; three epochs, so that what was kept is used."""
+    extra = ("--score.source=bank", f"--score.shards={shards}", "--train.epochs=4", "--mask.strategy=importance")
+    one = losses(tmp_path / "one", 1, *extra)
+    two = losses(tmp_path / "two", 2, *extra)
+    assert len(one) == len(two) == 12
+    for a, b in zip(one, two):
+        assert a == pytest.approx(b, rel=2e-3)
+
+
+@pytest.mark.slow
+def test_a_score_bank_goes_on_at_another_world_size(tmp_path):
+    """One process, two, one again, stopped within epochs; the maps are in the checkpoints."""
+    extra = ("--score.source=bank", "--score.shards=2", "--train.epochs=4", "--mask.strategy=importance")
+    whole = losses(tmp_path / "whole", 1, *extra)
+    for processes, steps in ((1, 4), (2, 8), (1, 12)):
+        legs = losses(tmp_path / "legs", processes, *extra, f"--train.max_steps={steps}", "--resume=auto")
+    assert len(legs) == 12
+    for a, b in zip(whole, legs):
+        assert a == pytest.approx(b, rel=2e-3)

@@ -89,6 +89,40 @@ def test_ten_steps_equal_five_and_five(tmp_path, photos, loader):
     assert [r["step"] for r in figures[0]] == list(range(1, 11))
 
 
+@pytest.mark.parametrize("store", ["device", "host", "file"])
+def test_a_bank_is_in_the_checkpoint(tmp_path, photos, store):
+    """Stopped in the second epoch and resumed, with any store: maps and weights bit for bit as without a stop."""
+    score = {"source": "bank", "grid": 5, "momentum": 0.5}
+    base = config_for(
+        tmp_path / "whole", photos, score=score, data={"root": str(photos), "loader": "torch", "flip": True}
+    )
+    base = with_fields(base, "train", max_steps=10, accumulate=1)
+    fit(base)
+    parts = with_fields(with_fields(base, "run", dir=str(tmp_path / "parts")), "score", store=store)
+    fit(with_fields(parts, "train", max_steps=6))
+    fit(with_fields(parts, "run", resume="auto"))
+    whole, again = newest_state(tmp_path / "whole"), newest_state(tmp_path / "parts")
+    assert whole["maps"].shape == (20, 5, 5)
+    assert whole["maps"].dtype == torch.float16
+    assert bool(whole["maps"].any())
+    for part in ("maps", "model", "optimizer"):
+        assert same(whole[part], again[part]), part
+    # The test has power: without its maps the run ends elsewhere.
+    emptied = with_fields(base, "run", dir=str(tmp_path / "emptied"))
+    fit(with_fields(emptied, "train", max_steps=6))
+    state = newest_state(tmp_path / "emptied")
+    io.save(tmp_path / "emptied" / "checkpoints", 6, {**state, "maps": None}, keep=1)
+    fit(with_fields(emptied, "run", resume="auto"))
+    assert not same(whole["model"], newest_state(tmp_path / "emptied")["model"])
+
+
+def test_maps_of_another_grid_are_refused(tmp_path, photos):
+    config = config_for(tmp_path / "run", photos, score={"source": "bank", "grid": 5})
+    fit(with_fields(config, "train", max_steps=1))
+    with pytest.raises(CheckpointError, match=r"score\.grid=6: the checkpoint's maps have 5; use that"):
+        fit(with_fields(with_fields(config, "score", grid=6), "run", resume="auto"))
+
+
 def test_equal_seeds_equal_runs_and_other_seeds_differ(tmp_path, photos):
     states = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

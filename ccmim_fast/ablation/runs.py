@@ -1,0 +1,92 @@
+"""The runs of an ablation: each variant with each seed, in a folder of its own, measured alike; done ones are kept."""
+
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ccmim_fast.config.load import load_config
+from ccmim_fast.config.schema import Config
+from ccmim_fast.demo import make_held_out, measure_features
+from ccmim_fast.evaluation.score_probe import probe_scores
+from ccmim_fast.report.curves import read_metrics
+from ccmim_fast.trainer.loop import Trainer, fit
+
+PROBED = 1000  # training images whose scores and masks are looked at
+LOOKS = 4  # moments of a run at which they are, its end included
+
+
+class Run(NamedTuple):
+    """One run of one variant: options as on the command line."""
+
+    variant: str
+    seed: int
+    options: tuple[str, ...]
+
+    @property
+    def folder_name(self) -> str:
+        return f"{''.join(c if c.isalnum() or c == '.' else '-' for c in self.variant)}-seed{self.seed}"
+
+
+def run_all(runs: Sequence[Run], folder: Path, jobs: int) -> list[dict[str, Any]]:
+    """Figures of each run, in their order; `jobs` at a time, each in a process with its share of the cores."""
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    found: dict[Run, dict[str, Any]] = {}
+    # A process for each run: what one leaves behind (caches, threads) is not the next one's.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as processes:
+        waiting = {processes.submit(measure_run, run, folder / run.folder_name, threads): run for run in runs}
+        for done in as_completed(waiting):
+            run, figures = waiting[done], done.result()
+            found[run] = figures
+            parts = [f"{key} {figures[key]:.3f}" for key in ("auroc", "leakage", "knn", "logreg", "recons")]
+            print(f"{len(found)}/{len(runs)} {run.variant}, seed {run.seed}: {', '.join(parts)}", flush=True)
+    return [found[run] for run in runs]
+
+
+def measure_run(run: Run, folder: Path, threads: int) -> dict[str, Any]:
+    """Pretrain, and measure at the end and at some moments before; read from the folder where that was done already.
+
+    Returns:
+        variant, seed, epochs; `looks`: one dict per moment (epoch, auroc, auroc_all, leakage, recons, and the seconds
+        trained so far); the last look's figures again, knn, logreg, images_per_second (median).
+    """
+    summary = folder / "summary.json"
+    if summary.exists():
+        return json.loads(summary.read_text())
+    torch.set_num_threads(threads)
+    options = [*run.options, f"--seed={run.seed}", f"--run.dir={folder}", "--run.tensorboard=false", "--overwrite"]
+    config = load_config(options, "ccmim ablate")
+    figures = {"variant": run.variant, "seed": run.seed, "epochs": config.train.epochs, **_pretrain(config)}
+    summary.write_text(json.dumps(figures, indent=1) + "\n")
+    return figures
+
+
+def _pretrain(config: Config) -> dict[str, Any]:
+    epochs, looks, features = config.train.epochs, [], {}
+    wanted = {round(epochs * i / LOOKS) for i in range(1, LOOKS + 1)}
+    started, looked = time.perf_counter(), 0.0  # in all, of it with looking
+
+    def look(epoch: int, run: Trainer) -> None:
+        nonlocal looked
+        if epoch not in wanted:
+            return
+        begun = time.perf_counter()
+        # The scores that the next epoch would divide by.
+        looks.append(
+            {"epoch": epoch, "seconds": begun - started - looked, **probe_scores(run, epoch, PROBED)._asdict()}
+        )
+        if epoch == epochs:
+            features.update(measure_features(run.model, config, make_held_out(config)))
+        looked += time.perf_counter() - begun
+
+    folder = fit(config, after_epoch=look)
+    rates = [line["images_per_second"] for line in read_metrics(folder / "metrics.jsonl")]
+    # The first line counts FLOPs as it goes, which is slow.
+    return {**looks[-1], **features, "images_per_second": statistics.median(rates[1:] or rates), "looks": looks}

@@ -1,0 +1,166 @@
+"""Reading a map at a crop's patches and writing to the cells under it, against loops."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ccmim_fast.bank.warp import read, update
+
+WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64)
+MIRRORED = torch.tensor([[0.0, 1.0, 1.0, -1.0]], dtype=torch.float64)
+
+
+def interpolated(values, y, x):
+    """Bilinear by hand: `values` have their centres at 0.5, 1.5, ... and y, x are in the same unit."""
+    rows, columns = len(values), len(values[0])
+    y, x = min(max(y - 0.5, 0), rows - 1), min(max(x - 0.5, 0), columns - 1)
+    top, left = min(int(y), rows - 2) if rows > 1 else 0, min(int(x), columns - 2) if columns > 1 else 0
+    bottom, right = min(top + 1, rows - 1), min(left + 1, columns - 1)
+    down, across = y - top, x - left
+    upper = values[top][left] * (1 - across) + values[top][right] * across
+    lower = values[bottom][left] * (1 - across) + values[bottom][right] * across
+    return upper * (1 - down) + lower * down
+
+
+def slow_read(map_GG, box, grid):
+    y, x, height, width = box
+    cells = len(map_GG)
+    found = []
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            v = y + height * (row + 0.5) / grid[0]
+            u = x + width * (column + 0.5) / grid[1]
+            found.append(interpolated(map_GG, v * cells, u * cells))
+    return found
+
+
+def slow_update(map_GG, box, scores, grid, momentum):
+    """Cells whose centre is nearly on the crop's edge are None: rounding decides there."""
+    y, x, height, width = box
+    cells = len(map_GG)
+    after = [list(row) for row in map_GG]
+    for row in range(cells):
+        for column in range(cells):
+            v, u = ((row + 0.5) / cells - y) / height, ((column + 0.5) / cells - x) / width
+            if min(abs(v), abs(1 - v), abs(u), abs(1 - u)) < 1e-9:
+                after[row][column] = None
+            elif 0 <= v <= 1 and 0 <= u <= 1:
+                seen, before = interpolated(scores, v * grid[0], u * grid[1]), map_GG[row][column]
+                after[row][column] = seen if before == 0 else momentum * before + (1 - momentum) * seen
+    return after
+
+
+@st.composite
+def crops(draw):
+    """A crop as in `Batch.boxes_B4`: any image, any box of whole pixels in it, mirrored or not."""
+    sides, ends = [], []
+    for _ in range(2):
+        side = draw(st.integers(1, 700))
+        start = draw(st.integers(0, side - 1))
+        stop = draw(st.integers(start + 1, side))
+        sides.append(side)
+        ends.append((start, stop))
+    (top, bottom), (left, right) = ends
+    box = [top / sides[0], left / sides[1], (bottom - top) / sides[0], (right - left) / sides[1]]
+    if draw(st.booleans()):
+        box[1], box[3] = box[1] + box[3], -box[3]
+    return box
+
+
+GRIDS = st.tuples(st.integers(1, 9), st.integers(1, 9))
+
+
+@given(crops(), GRIDS, st.integers(1, 12), st.integers(0, 2**31))
+@settings(max_examples=150, deadline=None)
+def test_read_equals_loops(box, grid, cells, seed):
+    maps = torch.randn(1, cells, cells, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    maps[:, torch.rand(cells, cells, generator=torch.Generator().manual_seed(seed)) < 0.3] = 0
+    scores, share = read(maps, torch.tensor([box], dtype=torch.float64), grid)
+    assert scores.shape == share.shape == (1, grid[0] * grid[1])
+    expected = torch.tensor(slow_read(maps[0].tolist(), box, grid), dtype=torch.float64)
+    torch.testing.assert_close(scores[0], expected, rtol=0, atol=1e-9)
+    known = torch.tensor(slow_read((maps[0] != 0).double().tolist(), box, grid), dtype=torch.float64)
+    torch.testing.assert_close(share[0], known, rtol=0, atol=1e-9)
+
+
+@given(crops(), GRIDS, st.integers(1, 12), st.integers(0, 2**31), st.sampled_from([0.0, 0.5, 0.9]))
+@settings(max_examples=150, deadline=None)
+def test_update_equals_loops(box, grid, cells, seed, momentum):
+    generator = torch.Generator().manual_seed(seed)
+    maps = torch.randn(1, cells, cells, dtype=torch.float64, generator=generator)
+    maps[torch.rand(1, cells, cells, generator=generator) < 0.3] = 0
+    scores = torch.randn(1, grid[0] * grid[1], dtype=torch.float64, generator=generator)
+    after = update(maps, torch.tensor([box], dtype=torch.float64), scores, grid, momentum)
+    slow = slow_update(maps[0].tolist(), box, scores[0].unflatten(0, grid).tolist(), grid, momentum)
+    for row in range(cells):
+        for column in range(cells):
+            if slow[row][column] is not None:
+                assert abs(float(after[0, row, column]) - slow[row][column]) < 1e-9
+
+
+@pytest.mark.parametrize("side", [1, 3, 7, 14, 16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_whole_image_is_read_and_written_bit_for_bit(side, dtype):
+    """As many patches as cells: nothing is interpolated, so nothing is rounded either."""
+    maps = torch.randn(3, side, side).to(dtype)
+    scores, share = read(maps, WHOLE.expand(3, 4), (side, side))
+    assert torch.equal(scores, maps.float().flatten(1))
+    assert torch.equal(share, torch.ones_like(share))
+    written = update(torch.zeros_like(maps), WHOLE.expand(3, 4), scores, (side, side), 0.5)
+    assert written.dtype == dtype
+    assert torch.equal(written, maps)
+
+
+def test_a_mirrored_crop_is_read_and_written_backwards():
+    maps = torch.randn(1, 6, 6)
+    scores, _ = read(maps, MIRRORED, (6, 6))
+    assert torch.equal(scores.view(6, 6), maps[0].flip(1))
+    written = update(torch.zeros_like(maps), MIRRORED, scores, (6, 6), 0.5)
+    torch.testing.assert_close(written, maps, rtol=0, atol=0)
+
+
+def test_what_is_written_is_read_again_by_the_same_crop():
+    """A ramp is what bilinear interpolation keeps, whatever the crop; off the edges, where it is clamped."""
+    box = torch.tensor([[0.1, 0.2, 0.7, 0.6]], dtype=torch.float64)
+    rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    ramp = 1 + 0.3 * rows - 0.2 * columns
+    maps = update(torch.zeros(1, 64, 64), box, ramp.flatten()[None], (8, 8), 0.5)
+    again, share = read(maps, box, (8, 8))
+    inner = (slice(None), slice(1, -1), slice(1, -1))
+    torch.testing.assert_close(again.view(1, 8, 8)[inner], ramp[None][inner], rtol=0, atol=1e-5)
+    assert bool((share == 1).all())
+
+
+def test_cells_outside_the_crop_stay_and_inside_are_mixed():
+    maps = torch.full((1, 4, 4), 2.0)
+    maps[0, 0, 0] = 0  # never seen
+    left_half = torch.tensor([[0.0, 0.0, 1.0, 0.5]], dtype=torch.float64)
+    after = update(maps, left_half, torch.full((1, 4), 10.0), (2, 2), 0.75)[0]
+    assert torch.equal(after[:, 2:], torch.full((4, 2), 2.0))
+    assert after[0, 0] == 10.0
+    assert torch.equal(after[1:, :2], torch.full((3, 2), 0.75 * 2 + 0.25 * 10))
+
+
+def test_a_crop_between_centres_leaves_nothing():
+    maps = torch.zeros(1, 4, 4)
+    tiny = torch.tensor([[0.26, 0.26, 0.1, 0.1]], dtype=torch.float64)
+    assert torch.equal(update(maps, tiny, torch.ones(1, 9), (3, 3), 0.5), maps)
+    assert float(read(maps, tiny, (3, 3))[0].abs().max()) == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_not_finite_make_a_cell_unseen(bad):
+    maps, scores = torch.ones(1, 2, 2), torch.ones(1, 4)
+    scores[0, 3] = bad
+    after = update(maps, WHOLE, scores, (2, 2), 0.5)
+    assert after[0].isfinite().all()
+    assert after[0, 1, 1] == 0
+
+
+def test_the_given_map_is_left_as_it_is():
+    maps = torch.ones(1, 3, 3)
+    update(maps, WHOLE, torch.zeros(1, 9) + 5, (3, 3), 0.5)
+    assert torch.equal(maps, torch.ones(1, 3, 3))
