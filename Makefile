@@ -44,7 +44,7 @@ sanitize-gpu:
 	done
 
 # Every line is to take less than nine minutes on two cores: steps of 6 to 14 seconds in fp32, 3 to 8 in bf16.
-LONG := mae-8 ccmim-first ccmim-all transformers lightly naive
+LONG := mae-8 ccmim-first ccmim-bank ccmim-all transformers lightly naive
 bench: $(STAMP)
 	$(PIP) --no-deps -r requirements/bench.txt
 	$(BIN)/ccmim bench throughput --device cpu --batch 16 --precision fp32 --rounds 2 --seconds 2 --only $(LONG)

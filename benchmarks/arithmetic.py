@@ -52,6 +52,7 @@ METHODS = {
     "MAE-8": ("none", 8),
     "MAE-2": ("none", 2),
     "ccMIM `first`": ("first", 2),
+    "ccMIM `bank`": ("bank", 2),
     "ccMIM `all`": ("all", 2),
     "ccMIM `all`, 8 blocks": ("all", 8),
 }
@@ -83,6 +84,9 @@ def parts(vit: Vit, source: str, decoder_blocks: int) -> dict[str, float]:
     head = 2 * D * D + 2 * D * E
     found["masked"] = (n - 1) * block(M + 1, D, backward=False) + block(M + 1, D, Q=1, backward=False)
     found["heads"] = 3 * head + head
+    if source == "bank":
+        # Rows of [CLS] in both passes, and Eq. 4 at the first block for what the bank does not know.
+        found["score"] = n * 2 * (K + 1 + M + 1) * D + 2 * L * D
     if source == "all":
         # Keys of the last block alone; a row of [CLS] against all tokens in every block.
         rows = n * 2 * (L + 1) * D

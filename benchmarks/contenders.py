@@ -12,15 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ccmim_fast.config.keys import settings
 from ccmim_fast.config.load import load_config
 from ccmim_fast.config.schema import Config
-from ccmim_fast.data.batch import Batch
+from ccmim_fast.data.batch import Batch, to_device
+from ccmim_fast.data.plan import Plan
+from ccmim_fast.data.source import NOTHING_EXCLUDED
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.trainer.build import build_step, check_device, prepare_step
+from ccmim_fast.trainer.build import build_bank, build_step, check_device, prepare_step
 from ccmim_fast.trainer.distributed import Session
 
 PEERS = Path(__file__).parent / "peers"
@@ -72,6 +75,7 @@ CONTENDERS = {
         Contender("mae-8", ["--config=mae_vit_base"]),
         Contender("mae-2", ["--config=mae_vit_base", "--decoder.depth=2"]),
         Contender("ccmim-first", ["--config=ccmim_vit_base_eq4"]),
+        Contender("ccmim-bank", ["--config=ccmim_vit_base_eq4", "--score.source=bank"]),
         Contender("ccmim-all", ["--config=ccmim_vit_base"]),
         Contender("ccmim-official", ["--config=ccmim_vit_base_official"]),
         Contender(
@@ -101,6 +105,7 @@ EXPECTED = {
     "mae-8": _MAE_8,
     "mae-2": {"vit_base_patch16_224": 34.7, "vit_large_patch16_224": 100.5},
     "ccmim-first": {"vit_base_patch16_224": 60.9, "vit_large_patch16_224": 192.5},
+    "ccmim-bank": {"vit_base_patch16_224": 60.9, "vit_large_patch16_224": 192.5},
     "ccmim-all": {"vit_base_patch16_224": 93.1, "vit_large_patch16_224": 310.6},
     "ccmim-official": _AUTHORS,
     "naive": _AUTHORS,
@@ -143,14 +148,34 @@ def ours(given: list[str], arch: str, images_BHWC: Tensor, precision: str) -> St
     here = Session(0, 1, device)
     check_device(config, here)
     train_step = prepare_step(build_step(config, here), count)
-    ids_B = torch.arange(count, device=device)
-    batch = Batch(images_BHWC, ids_B, torch.zeros_like(ids_B))
+    plan = Plan(MadeSizes(), seed=0, global_batch=count)
+    # In memory, so that nothing is written on a disk.
+    bank = build_bank(config, plan, here, Path())
+    boxes_B4 = torch.tensor([0.1, 0.2, 0.7, 0.6], dtype=torch.float64, device=device).expand(count, 4)
+    cursor = 0
 
     def step() -> Tensor:
-        ids_B.add_(count)  # other samples, so other masks
-        return train_step([batch], LR).total
+        nonlocal cursor
+        host_ids_B = plan.step_ids(cursor, range(1)).reshape(-1)  # other samples, so other masks
+        ids_B = to_device(host_ids_B, device)
+        batches = [Batch(images_BHWC, ids_B, torch.zeros_like(ids_B), None, boxes_B4, host_ids_B)]
+        result = train_step(batches if bank is None else bank.lend(cursor, batches), LR)
+        if bank is not None:
+            bank.take_back(result.maps)
+        cursor += count
+        return result.total
 
     return step
+
+
+class MadeSizes:
+    """A `Source` of as many images as ImageNet's, of which nothing but the number is asked."""
+
+    channels, labels_N, class_names, fingerprint = 3, None, (), "made"
+    sizes_N2, excluded_X = np.full((1_281_167, 2), 256, dtype=np.int32), NOTHING_EXCLUDED
+
+    def __len__(self) -> int:
+        return len(self.sizes_N2)
 
 
 def load_peer(where: str) -> Callable[[str, Tensor, str], Step]:

@@ -32,13 +32,26 @@ def test_parameters_are_the_models(method):
 
 @pytest.mark.parametrize(
     ("method", "base", "large"),
-    [("MAE-8", 58.5, 124.2), ("MAE-2", 34.7, 100.5), ("ccMIM `first`", 60.9, 192.5), ("ccMIM `all`", 93.1, 310.6)],
+    [
+        ("MAE-8", 58.5, 124.2),
+        ("MAE-2", 34.7, 100.5),
+        ("ccMIM `first`", 60.9, 192.5),
+        ("ccMIM `bank`", 60.9, 192.5),
+        ("ccMIM `all`", 93.1, 310.6),
+    ],
 )
 def test_the_presets_state_the_cost_a_little_higher(method, base, large):
     """They count the last blocks of decoder and masked branch in full."""
     for name, cost in (("ViT-B/16", base), ("ViT-L/16", large)):
         counted = sum(arithmetic.parts(arithmetic.VITS[name], *arithmetic.METHODS[method]).values()) / 1e9
         assert 0.94 * cost < counted < cost
+
+
+def test_a_bank_costs_a_thousandth_at_most():
+    """Beyond scores of the first block, which cost nothing that is counted."""
+    for vit in arithmetic.VITS.values():
+        bank, first = (sum(arithmetic.parts(vit, source, 2).values()) for source in ("bank", "first"))
+        assert 0 < bank / first - 1 < 1e-3
 
 
 def test_communication():

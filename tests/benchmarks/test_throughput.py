@@ -85,7 +85,7 @@ def test_who_fails_is_said_and_the_others_go_on(throughput, small, peer, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["mae-8", "mae-2", "ccmim-first", "ccmim-all", "naive"])
+@pytest.mark.parametrize("preset", ["mae-8", "mae-2", "ccmim-first", "ccmim-bank", "ccmim-all", "naive"])
 def test_arithmetic_of_vit_base_is_the_designs(contenders, preset):
     """The design's table knows no switch, so all are off; the optimizer's step is real, the batch is 2."""
     if "fast.cls_only" not in settings() and preset.startswith(("ccmim", "naive")):
@@ -143,7 +143,7 @@ def test_a_missing_peer_is_a_line(throughput, contenders, small, monkeypatch, ca
     named = [c.name for c in throughput.chosen(throughput.parse(small))]
     assert "transformers" not in named
     # fp32 is what all run in: no second naive line.
-    assert named == ["mae-8", "mae-2", "ccmim-first", "ccmim-all", "ccmim-official", "naive"]
+    assert named == ["mae-8", "mae-2", "ccmim-first", "ccmim-bank", "ccmim-all", "ccmim-official", "naive"]
     assert "lightly: not installed; pip install --no-deps lightly" in capsys.readouterr().out
     with pytest.raises(throughput.MachineError, match="pip install transformers"):
         throughput.chosen(throughput.parse([*small, "--only", "transformers"]))
@@ -183,7 +183,7 @@ def test_the_command_finds_the_script(capfd, tmp_path, monkeypatch):
     assert ended.value.code == 2
     lines = capfd.readouterr().err.splitlines()
     assert [
-        word in line for word, line in zip(["throughput, ladder, attention, data, ops", "'nothing'", "nobody"], lines)
+        word in line for word, line in zip(["throughput, ladder, attention, data, bank, ops", "'nothing'", "nobody"], lines)
     ] == [True] * 3
     monkeypatch.setattr("ccmim_fast.cli.__file__", str(tmp_path / "ccmim_fast" / "cli.py"))
     assert ccmim(["bench", "ops"]) == 6

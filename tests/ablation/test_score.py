@@ -1,0 +1,124 @@
+"""`ccmim ablate score`: what is run, what is kept, and what its tables say."""
+
+import json
+import math
+
+import pytest
+
+from ccmim_fast.ablation import runs as runs_module
+from ccmim_fast.ablation.command import ablate_score, equal_time
+from ccmim_fast.ablation.runs import LOOKS, Run, measure_run
+from ccmim_fast.ablation.table import difference, markdown, plot
+from ccmim_fast.ablation.variants import score_variants
+from ccmim_fast.config.load import load_config
+from ccmim_fast.errors import ConfigError
+
+TINY = [
+    "--config=demo",
+    "--data.samples=24",
+    "--data.classes=2",
+    "--data.image_size=[32,32]",
+    "--model.embed_dim=48",
+    "--model.num_heads=3",
+    "--model.depth=2",
+    "--decoder.dim=32",
+    "--train.batch_size=8",
+    "--train.epochs=4",
+    "--optim.warmup_epochs=1",
+]
+
+
+def figures(variant, seed, auroc, rate=100.0, epochs=8):
+    keys = ("auroc_all", "leakage", "knn", "logreg", "recons")
+    looks = [{"epoch": epoch, "auroc": auroc} for epoch in (2, 4)]
+    base = {"variant": variant, "seed": seed, "epochs": epochs, "auroc": auroc, "images_per_second": rate}
+    return {**base, **dict.fromkeys(keys, 0.5), "looks": looks}
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    """Fewer than a thousand to look at."""
+    monkeypatch.setattr(runs_module, "PROBED", 24)
+    monkeypatch.setattr("ccmim_fast.demo.HELD_OUT", 24)
+
+
+@pytest.mark.slow
+def test_a_run_is_measured_on_its_way_and_kept(few_images, tmp_path):
+    options = (*TINY, f"--data.root={tmp_path / 'shapes'}", "--score.source=bank")
+    run = Run("bank, grid 8", 3, (*options, "--score.grid=8"))
+    folder = tmp_path / run.folder_name
+    assert run.folder_name == "bank--grid-8-seed3"
+    found = measure_run(run, folder, threads=2)
+    assert [look["epoch"] for look in found["looks"]] == [1, 2, 3, 4]
+    assert len(found["looks"]) == LOOKS
+    assert all(math.isfinite(value) for value in found["looks"][-1].values())
+    assert found["auroc"] == found["looks"][-1]["auroc"]
+    assert {"knn", "logreg", "images_per_second"} <= found.keys()
+    seconds = [look["seconds"] for look in found["looks"]]
+    assert seconds == sorted(seconds)
+    kept = load_config(["--config", str(folder / "config.yaml")], "test")
+    assert (kept.seed, kept.score.grid, kept.run.dir) == (3, 8, str(folder))
+    # Again: read, not run. So a figure that somebody changed comes back changed.
+    (folder / "summary.json").write_text(json.dumps({**found, "knn": 2.0}))
+    assert measure_run(run, folder, threads=2)["knn"] == 2.0
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_table(tmp_path, capsys):
+    settings = [*TINY, f"--data.root={tmp_path / 'shapes'}", "--data.samples=32"]
+    options = ["--only", "random", "all", "bank", "--seeds", "1", "--jobs", "2"]
+    where = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out" / "table")]
+    path = ablate_score([*options, *where, *settings])
+    text = path.read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert [row.split(" | ")[0].strip("| ") for row in rows[2:5]] == ["random", "all", "bank"]
+    assert "bank - all, auroc:" in text
+    assert "--seeds 1" in text
+    assert len(json.loads((tmp_path / "out" / "table.json").read_text())["runs"]) >= 3
+    assert (tmp_path / "out" / "table.png").stat().st_size > 10_000
+    assert "random, seed 0: auroc 0.500" in capsys.readouterr().out
+
+
+def test_variants_change_what_they_say():
+    base = load_config(["--config=demo"], "test")
+    found = {name: load_config(["--config=demo", *options], "test") for name, options in score_variants(base).items()}
+    assert [name for name in found if name.startswith("block")] == ["block 1", "block 2", "block 3"]
+    assert found["block 2"].score.block == 2
+    assert found["MAE"].contrast.loss == "none"
+    assert found["bank, momentum 0.9"].score.momentum == 0.9
+    assert found["bank, unseen random"].score.unseen == "random"
+    different = {str(config) for config in found.values()}
+    assert len(different) == len(found)
+
+
+def test_slower_variants_get_the_banks_time():
+    found = [figures("bank", 0, 0.9, rate) for rate in (90.0, 100.0, 130.0)]
+    found += [figures("all", 0, 0.9, 60.0), figures("first", 0, 0.9, 99.0), figures("random", 0, 0.5, 120.0)]
+    found += [figures("all, temperature 2", 0, 0.9, 60.0)]
+    assert equal_time(found, 20) == {"all": 12}
+    assert equal_time([figures("all", 0, 0.9, 60.0)], 20) == {}
+
+
+def test_figures_over_seeds(tmp_path):
+    found = [figures("all", 0, 0.8), figures("all", 1, 0.9), figures("bank", 1, 0.95), figures("bank", 0, 0.82)]
+    assert "| all | 8 | 0.850 ± 0.071 |" in markdown(found)
+    mean, deviation = difference(found, "bank", "all", "auroc")
+    assert (mean, deviation) == (pytest.approx(0.035), pytest.approx(0.0212, abs=1e-4))
+    plot(found, ("all", "bank", "random"), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--seeds", "0"], "--seeds: '0' must be a whole number from 1 on"),
+        (["--only", "bnk"], "--only='bnk': no such variant; one of: MAE; random"),
+        (["--data.source=photos"], "data.source=photos: the ablation needs known objects; nearest: shapes"),
+        (["--score.gird=8"], "score.gird"),
+    ],
+)
+def test_mistakes_are_one_line(argv, said):
+    with pytest.raises(ConfigError) as caught:
+        ablate_score(argv)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
