@@ -161,7 +161,7 @@ def ours(given: list[str], arch: str, images_BHWC: Tensor, precision: str) -> St
         batches = [Batch(images_BHWC, ids_B, torch.zeros_like(ids_B), None, boxes_B4, host_ids_B)]
         result = train_step(batches if bank is None else bank.lend(cursor, batches), LR)
         if bank is not None:
-            bank.take_back(result.maps)
+            bank.take_back([seen.maps_BGG for seen in result.seen])
         cursor += count
         return result.total
 

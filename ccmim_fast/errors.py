@@ -31,6 +31,12 @@ class CheckpointError(CcmimError):
     exit_code = 5
 
 
+class StoppedError(CcmimError):
+    """No mistake: a signal asked the run to stop, and it did, with everything saved."""
+
+    exit_code = 143
+
+
 class MachineError(CcmimError):
     """A device, library or right that the command needs and the machine lacks."""
 

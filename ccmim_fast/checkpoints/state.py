@@ -60,15 +60,22 @@ def restore(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     ema: AveragedModel | None,
+    in_place: bool = False,
 ) -> Progress:
     """Load `state` into the objects; returns how far it was.
+
+    Args:
+        in_place: the optimizer, which has taken steps, keeps its tensors: a CUDA graph knows their addresses.
 
     Raises:
         CheckpointError: the checkpoint is of another model.
     """
     try:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        if in_place:
+            _fill_(optimizer, state["optimizer"]["state"])
+        else:
+            optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         if ema is not None:
             # A run that starts averaging only now averages from these weights on.
@@ -80,6 +87,13 @@ def restore(
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the checkpoint is of another model: {reason[:300]}") from None
+
+
+def _fill_(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> None:
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    for index, parameter in enumerate(parameters):
+        for name, value in optimizer.state[parameter].items():
+            value.copy_(state[index][name])
 
 
 def maps_in(state: dict[str, Any], cells: int) -> Tensor | None:

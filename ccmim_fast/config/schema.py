@@ -157,6 +157,14 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class WatchConfig:
+    # steps in a row with gradients that are not finite: go back to the last checkpoint, and on past their samples
+    bad_steps: int = 3
+    spike: float = 10.0  # standard deviations above the last logged losses from which on one is told of; 0: none
+    timeout: float = 30.0  # minutes that a rank waits for another
+
+
+@dataclass(frozen=True)
 class Config:
     seed: int = 0  # 0 .. 2**32 - 1; keys initial weights, order, crops and masks
     run: RunConfig = field(default_factory=RunConfig)
@@ -171,3 +179,4 @@ class Config:
     fast: FastConfig = field(default_factory=FastConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)

@@ -64,6 +64,9 @@ RANGES = {
     "train.batch_size": COUNT,
     "train.accumulate": COUNT,
     "train.max_steps": COUNT_OR_0,
+    "watch.bad_steps": COUNT,
+    "watch.spike": "[0, inf)",
+    "watch.timeout": "(0, 100000)",  # two months
     "train.profile": "[0, 100]",  # a ViT-B step is about 10,000 events of the trace
 }
 

@@ -1,8 +1,10 @@
 """One process or many: rank, world size and device, from torchrun's environment."""
 
 import contextlib
+import datetime
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,11 +26,12 @@ class Session(NamedTuple):
 
 
 @contextlib.contextmanager
-def session(device: str) -> Iterator[Session]:
+def session(device: str, timeout: float = 30.0) -> Iterator[Session]:
     """Join the process group that torchrun announces (NCCL on CUDA, gloo on CPU), or run alone.
 
     Args:
         device: `auto`, `cpu` or `cuda`; auto takes CUDA where there is a GPU.
+        timeout: minutes that a rank waits for another in a collective.
 
     Raises:
         MachineError: `cuda` without a GPU.
@@ -42,12 +45,19 @@ def session(device: str) -> Iterator[Session]:
     local = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=local if kind == "cuda" else None)
+    # Each rank compiles for itself: two that write one cache at a time have broken it.
+    os.environ.setdefault("TRITON_CACHE_DIR", _own_cache())
+    backend, own = ("nccl", local) if kind == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, device_id=own, timeout=datetime.timedelta(minutes=timeout))
     try:
         yield Session(dist.get_rank(), dist.get_world_size(), local)
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def _own_cache() -> str:
+    return str(Path.home() / ".triton" / f"cache_rank_{os.environ['RANK']}")
 
 
 @contextlib.contextmanager

@@ -1,29 +1,33 @@
 """The run: for each batch, step, log; for each epoch, save and look."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
 import torch
 
-from ccmim_fast.checkpoints import io
-from ccmim_fast.checkpoints.state import Progress, capture, maps_in, restore
 from ccmim_fast.config.schema import Config
 from ccmim_fast.config.validate import validate
 from ccmim_fast.data.batch import Batch
 from ccmim_fast.data.loader import build_loader, build_source
+from ccmim_fast.errors import NumericsError, StoppedError
 from ccmim_fast.optim.schedule import lr_at, scaled_lr
 from ccmim_fast.trainer.build import build_bank, build_step, check_device, choose_shards, prepare_step
+from ccmim_fast.trainer.capture import write_capture
 from ccmim_fast.trainer.data_report import DataReport
 from ccmim_fast.trainer.distributed import Session, main_first, max_over_ranks, mean_over_ranks, session
 from ccmim_fast.trainer.find_batch import with_largest_batch
+from ccmim_fast.trainer.health import Spikes, is_collapsed, spread
 from ccmim_fast.trainer.metrics import Metrics, ProgressLine
 from ccmim_fast.trainer.profile import Profile, check_room
 from ccmim_fast.trainer.run_folder import describe_run, open_run_folder
+from ccmim_fast.trainer.savepoints import Savepoints
+from ccmim_fast.trainer.signals import StopSignals
 from ccmim_fast.trainer.step import StepResult
 from ccmim_fast.trainer.throughput import Meter
+from ccmim_fast.trainer.watch import Past, Watch
 
 # Called on the first rank after an epoch (and once before the first, as epoch 0) with the number of the epoch and the
 # run, whose model is in eval mode.
@@ -36,7 +40,7 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None) -> Path:
     Raises:
         CcmimError: a user's error, with its exit code.
     """
-    with session(config.train.device) as here:
+    with session(config.train.device, config.watch.timeout) as here:
         validate(config, here.world_size)
         check_device(config, here)
         if config.train.find_batch:
@@ -75,10 +79,12 @@ class Trainer:
         micro_batch = config.train.batch_size // (config.train.accumulate * here.world_size)
         self.step_fn = prepare_step(self.train_step, micro_batch)
         self.samples = self.loader.plan.samples
-        self.step, self.seen = self._resume()
+        self.savepoints = Savepoints(config, here, self.folder, self.train_step, self.loader.plan, self.bank)
+        self.step, self.seen = self.savepoints.resume()
         self.total_steps = self._total_steps()
         check_room(config.train.profile, left=self.total_steps - self.step)
         self.nan_id = torch.full((), -1, device=here.device)
+        self.watch, self.signals, self.spikes = Watch(here), StopSignals(), Spikes(config.watch.spike)
         self.meter = Meter(config.train.batch_size, here, self.train_step)
         self.metrics = None
         if here.is_main:
@@ -102,10 +108,11 @@ class Trainer:
     def run(self) -> None:
         if self.step == 0:
             self._look(0)
-        with closing(self.loader.stream(self.seen)) as stream:
+        with self.signals, closing(self.loader.stream(self.seen)) as stream:
             for batches in self.profile.watch(self._steps(stream)):
                 result = self._train(batches)
                 self._log(result)
+                self._heed(result, batches)
                 epoch = self._finished_epoch()
                 if epoch:
                     self._save(epoch)
@@ -163,7 +170,7 @@ class Trainer:
             batches = self.bank.lend(self.seen, batches)
         result = self.step_fn(batches, lr)
         if self.bank is not None:
-            self.bank.take_back(result.maps)
+            self.bank.take_back([seen.maps_BGG for seen in result.seen])
         self.meter.stepped()
         self.step += 1
         self.seen += self.config.train.batch_size
@@ -172,19 +179,22 @@ class Trainer:
         return result
 
     def _log(self, result: StepResult) -> None:
-        """The only place in the loop that reads from the device."""
+        """The only place in the loop that reads from the device and waits for it."""
         if self.step % self.config.run.log_every and self.step != self.total_steps:
             return
-        means = mean_over_ranks(torch.stack(result[:4]))
+        means = mean_over_ranks(torch.stack([*result[:4], result.gradients.norm, *result.gradients.norms_P]))
         # Float64 holds sample ids up to 2**53; one copy from the device for all.
         nan_id = max_over_ranks(self.nan_id.clone()).double()
-        loss, recons, contrast, grad_norm, nan_id = torch.cat([means.double(), nan_id[None]]).tolist()
+        loss, recons, contrast, entropy, norm, *norms, nan_id = torch.cat([means.double(), nan_id[None]]).tolist()
         figures = {
             "epoch": self.seen / self.samples,
             "loss": loss,
             "recons": recons,
             "contrast": contrast if self.config.contrast.loss != "none" else None,
-            "grad_norm": grad_norm if self.config.optim.clip_grad else None,
+            "entropy": entropy,
+            "grad_norm": norm,
+            **{f"grad_norm_{part}": value for part, value in zip(self.train_step.parts, norms)},
+            **self._spread(result),
             "lr": float(self.train_step.optimizer.param_groups[0]["lr"]),
             **self.meter.read(self.total_steps - self.step),
         }
@@ -192,7 +202,26 @@ class Trainer:
             self.metrics.write("train", self.step, **figures)
         self.progress.update(self.step, figures)
         self._report_nan(int(nan_id))
+        if self.spikes.is_spike(loss):
+            self._tell("spike", loss=loss, words=f"the loss jumped to {loss:.4g}")
         self.data_report.update(self.step, figures["data_wait"])
+
+    def _spread(self, result: StepResult) -> dict[str, float]:
+        """How far this rank's representations are from a collapse."""
+        h_BE = result.seen[-1].h_BE
+        if h_BE is None:
+            return {}
+        std, rank = torch.stack(spread(h_BE)).tolist()
+        if is_collapsed(std, rank, *h_BE.shape):
+            words = f"representations collapse: deviation {std:.3f} of 1, {rank:.1f} of {h_BE.shape[1]} dimensions"
+            self._tell("collapse", h_std=std, h_rank=rank, words=words)
+        return {"h_std": std, "h_rank": rank}
+
+    def _tell(self, kind: str, words: str, **figures: float) -> None:
+        """A line for whoever is watching, and a record."""
+        if self.metrics is not None:
+            self.metrics.write(kind, self.step, **figures)
+        self.progress.note(f"step {self.step}: {words}")
 
     def _report_nan(self, sample: int) -> None:
         """Since the last logged step some patch of `sample` had a NaN score, or none had (-1)."""
@@ -203,15 +232,34 @@ class Trainer:
             self.metrics.write("nan_scores", self.step, sample=sample)
         self.progress.note(f"step {self.step}: NaN scores, of sample {sample} among others; they count as the largest")
 
-    def _save(self, epoch: int) -> None:
-        if self.step < self.total_steps and epoch % self.config.run.save_every:
+    def _heed(self, result: StepResult, batches: Sequence[Batch]) -> None:
+        """Act on what all ranks know of the last steps: go back after too many bad ones, stop where asked to."""
+        self.watch.saw(self.step, result, batches, stop=bool(self.signals.name))
+        for past in self.watch.past(everything=self.step == self.total_steps):
+            if past.bad:
+                self._skipped(past)
+            if past.stop and self.step < self.total_steps:
+                self.savepoints.save(self.step, self.seen)
+                by = self.signals.name or "a signal to another rank"
+                raise StoppedError(f"stopped by {by} after step {self.step}, all saved; go on with --run.resume=auto")
+
+    def _skipped(self, past: Past) -> None:
+        self._tell("skipped_step", at=past.step, words=f"gradients of step {past.step} are not finite: it is skipped")
+        if self.watch.bad_in_a_row < self.config.watch.bad_steps:
             return
-        maps_NGG = None if self.bank is None else self.bank.contents()
-        if self.here.is_main:
-            now, shards = self.train_step, self.loader.plan.shards
-            progress = Progress(self.step, self.seen, self.samples, self.source.fingerprint, shards)
-            state = capture(now.model, now.optimizer, now.scaler, now.ema, progress, self.config, maps_NGG)
-            io.save(self.folder / "checkpoints", self.step, state, keep=self.config.run.keep)
+        plan, size = self.loader.plan, self.config.data.image_size
+        captured = write_capture(self.folder / "captures", past, self.model, plan, self.train_step.precision, size)
+        weights_of = self.savepoints.go_back()
+        what = f"{self.watch.bad_in_a_row} steps in a row with gradients that are not finite"
+        if weights_of is None:
+            raise NumericsError(f"step {past.step}: {what}, and no other checkpoint to go back to; see {captured}")
+        self.watch.forget()
+        words = f"{what}; goes on with the weights of step {weights_of}, past these samples; see {captured}"
+        self._tell("went_back", to=weights_of, words=words)
+
+    def _save(self, epoch: int) -> None:
+        if self.step == self.total_steps or epoch % self.config.run.save_every == 0:
+            self.savepoints.save(self.step, self.seen)
 
     def _look(self, epoch: int) -> None:
         if self.after_epoch is not None and self.here.is_main:
@@ -219,41 +267,6 @@ class Trainer:
             self.after_epoch(epoch, self)
             self.model.train()
         self.meter.pause()
-
-    def _resume(self) -> tuple[int, int]:
-        """Optimizer steps taken, and samples seen."""
-        resume = self.config.run.resume
-        if resume == "never":
-            return 0, 0
-        if resume == "auto":
-            found = io.newest(self.folder / "checkpoints")
-            for problem in found.problems:
-                print(problem, flush=True)
-            state = found.state
-        else:
-            state = io.load(Path(resume))
-        if state is None:
-            return 0, 0
-        now = self.train_step
-        progress = restore(state, now.model, now.optimizer, now.scaler, now.ema)
-        for problem in self._changes(progress):
-            if self.here.is_main:
-                print(problem, flush=True)
-        maps_NGG = None if self.bank is None else maps_in(state, self.config.score.grid)
-        if maps_NGG is not None and progress.images == self.source.fingerprint:
-            self.bank.fill(maps_NGG)
-        return progress.step, progress.seen
-
-    def _changes(self, progress: Progress) -> Iterator[str]:
-        """What makes the stream of samples another one than that of the checkpoint."""
-        shards = self.loader.plan.shards
-        if progress.images != self.source.fingerprint:
-            what = f"the images are not those of the checkpoint ({progress.samples} then, {self.samples} now)"
-        elif progress.shards != shards:
-            what = f"score.shards={shards} is not the checkpoint's {progress.shards}"
-        else:
-            return
-        yield f"{what}: this epoch goes on in another order, in which some may come twice and some not at all"
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

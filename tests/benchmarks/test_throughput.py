@@ -183,7 +183,8 @@ def test_the_command_finds_the_script(capfd, tmp_path, monkeypatch):
     assert ended.value.code == 2
     lines = capfd.readouterr().err.splitlines()
     assert [
-        word in line for word, line in zip(["throughput, ladder, attention, data, bank, ops", "'nothing'", "nobody"], lines)
+        word in line
+        for word, line in zip(["throughput, ladder, attention, data, bank, ops", "'nothing'", "nobody"], lines)
     ] == [True] * 3
     monkeypatch.setattr("ccmim_fast.cli.__file__", str(tmp_path / "ccmim_fast" / "cli.py"))
     assert ccmim(["bench", "ops"]) == 6

@@ -9,8 +9,8 @@ from tiny import tiny_model
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ccmim_fast.errors import MachineError
-from ccmim_fast.optim.clip import clip
 from ccmim_fast.optim.ema import build_ema, update_ema_
+from ccmim_fast.optim.gradients import guard, update
 from ccmim_fast.optim.optimizer import build_optimizer, set_lr
 
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.05, "betas": (0.9, 0.95)}
@@ -36,7 +36,7 @@ def test_clipping_within_the_update_is_clipping_before_it(limit, capturable, dev
         for a, b in zip(ours, theirs):
             a.grad = torch.randn_like(a) * 10**step
             b.grad = a.grad.clone()
-        norm = clip(fused, scaler(device), limit)
+        norm = guard(fused, scaler(device), [ours[:1], ours[1:]], limit).norm
         torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, limit))
         fused.step()
         plain.step()
@@ -49,9 +49,64 @@ def test_gradients_of_other_optimizers_are_clipped_in_place(device):
     for weight in weights:
         weight.grad = torch.full_like(weight, 5.0)
     before = torch.nn.utils.get_total_norm([w.grad for w in weights])
-    torch.testing.assert_close(clip(torch.optim.SGD(weights), scaler(device), 1.0), before)
+    torch.testing.assert_close(guard(torch.optim.SGD(weights), scaler(device), [weights], 1.0).norm, before)
     after = torch.nn.utils.get_total_norm([w.grad for w in weights])
     torch.testing.assert_close(after, torch.ones_like(after))
+
+
+def test_norms_are_those_of_each_part(device):
+    weights = parameters(device)
+    for weight in weights[:2]:
+        weight.grad = torch.randn_like(weight)
+    found = guard(torch.optim.AdamW(weights, fused=True), scaler(device), [weights[:1], weights[1:]])
+    expected = torch.stack([weights[0].grad.norm(), weights[1].grad.norm()])
+    torch.testing.assert_close(found.norms_P, expected)
+    torch.testing.assert_close(found.norm, expected.square().sum().sqrt())
+    assert not found.bad
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["fused", "plain"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_no_update_with_gradients_that_are_not_finite(value, kind, limit, device):
+    """Weights, moments and step counts stay; the next update is the one that would have come in its place."""
+    ours, theirs = parameters(device), parameters(device)
+    make = {"fused": lambda w: torch.optim.AdamW(w, fused=True), "plain": torch.optim.AdamW}[kind]
+    mine, other = make(ours), make(theirs)
+    for bad in (False, True, True, False):
+        torch.manual_seed(3)
+        for a, b in zip(ours, theirs):
+            a.grad, b.grad = torch.randn_like(a), torch.randn_like(b)
+            b.grad.copy_(a.grad)
+        if bad:
+            ours[1].grad[0, 1] = value
+        before = [w.detach().clone() for w in ours]
+        found = guard(mine, scaler(device), [ours], limit)
+        update(mine, scaler(device), found.bad)
+        assert bool(found.bad) == bad
+        assert all(torch.equal(a, b) for a, b in zip(ours, before)) == bad
+        if not bad:
+            update(other, scaler(device), guard(other, scaler(device), [theirs], limit).bad)
+    for a, b in zip(ours, theirs):
+        assert torch.equal(a, b)
+        assert float(mine.state[a]["step"]) == float(other.state[b]["step"]) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("limit", [0.0, 1.0])
+def test_a_scaler_tries_too_large_scales_and_nobody_minds(limit):
+    """Steps without an update are told of once the scale is down to 1."""
+    device = torch.device("cuda")
+    weights, scale = parameters(device), torch.amp.GradScaler("cuda", init_scale=4.0)
+    fused, told = torch.optim.AdamW(weights, fused=True), []
+    for _ in range(4):
+        scale.scale(sum((w * w).sum() for w in weights)).backward()
+        weights[0].grad[0, 0] = float("nan")
+        found = guard(fused, scale, [weights], limit)
+        update(fused, scale, found.bad)
+        fused.zero_grad()
+        told.append(bool(found.bad))
+    assert told == [False, False, True, True]
 
 
 @pytest.mark.gpu
@@ -61,7 +116,7 @@ def test_clipping_under_a_scaler():
     fused, plain, scale = torch.optim.AdamW(ours, fused=True), torch.optim.AdamW(theirs), scaler(device, True)
     scale.scale(sum((w * w).sum() for w in ours)).backward()
     sum((w * w).sum() for w in theirs).backward()
-    norm = clip(fused, scale, 1.0)
+    norm = guard(fused, scale, [ours], 1.0).norm
     torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, 1.0))
     scale.step(fused)
     plain.step()

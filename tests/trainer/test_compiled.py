@@ -47,8 +47,8 @@ def trained(step, call=None, steps=4):
     maps = torch.zeros(4, cells, cells, dtype=torch.float16, device=step.device)
     for batch in batches(steps, step.device):
         result = (call or step)([batch._replace(maps_BGG=maps) if step.model.banked else batch], lr=1e-3)
-        maps = result.maps[0].clone() if result.maps else maps
-        results.append([*(float(x) for x in result[:5]), float(maps.double().sum())])
+        maps = result.seen[0].maps_BGG.clone() if step.model.banked else maps
+        results.append([*(float(x) for x in result[:4]), float(result.gradients.norm), float(maps.double().sum())])
     return torch.tensor(results), {k: v.clone() for k, v in step.model.state_dict().items()}
 
 

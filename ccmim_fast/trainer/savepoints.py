@@ -1,0 +1,98 @@
+"""The checkpoints of a run: written from its parts, and read back into them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ccmim_fast.bank.bank import ScoreBank
+from ccmim_fast.checkpoints import io
+from ccmim_fast.checkpoints.state import Progress, capture, maps_in, restore
+from ccmim_fast.config.schema import Config
+from ccmim_fast.data.plan import Plan
+from ccmim_fast.trainer.distributed import Session
+from ccmim_fast.trainer.step import TrainStep
+
+
+class Savepoints:
+    """Of one run; every rank calls each of its functions, the first rank writes.
+
+    Args:
+        folder: of the run; checkpoints are in `checkpoints/` below.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        here: Session,
+        folder: Path,
+        step: TrainStep,
+        plan: Plan,
+        bank: ScoreBank | None,
+    ):
+        self._config, self._here, self._step, self._plan, self._bank = config, here, step, plan, bank
+        self.folder = folder / "checkpoints"
+        self._gone_back_to: Path | None = None
+
+    def save(self, step: int, seen: int) -> None:
+        """The run as it is after `step` optimizer steps and `seen` samples."""
+        maps_NGG = None if self._bank is None else self._bank.contents()
+        if self._here.is_main:
+            now, plan = self._step, self._plan
+            progress = Progress(step, seen, plan.samples, plan.source.fingerprint, plan.shards)
+            state = capture(now.model, now.optimizer, now.scaler, now.ema, progress, self._config, maps_NGG)
+            io.save(self.folder, step, state, keep=self._config.run.keep)
+
+    def resume(self) -> tuple[int, int]:
+        """Go on where `run.resume` says; returns optimizer steps taken and samples seen, 0 of a new run.
+
+        Raises:
+            CheckpointError: a named checkpoint is damaged, or it is of another model.
+        """
+        resume = self._config.run.resume
+        if resume == "never":
+            return 0, 0
+        state = self._newest()[1] if resume == "auto" else io.load(Path(resume))
+        if state is None:
+            return 0, 0
+        progress = self._restore(state, in_place=False)
+        for problem in self._changes(progress):
+            if self._here.is_main:
+                print(problem, flush=True)
+        return progress.step, progress.seen
+
+    def go_back(self) -> int | None:
+        """Take everything but the place in the stream from the newest checkpoint: it goes on past what came since.
+
+        Returns:
+            The step that weights are of; None where there is no checkpoint, or the run went back to this one before.
+        """
+        path, state = self._newest()
+        if state is None or path == self._gone_back_to:
+            return None
+        self._gone_back_to = path
+        return self._restore(state, in_place=True).step
+
+    def _newest(self) -> tuple[Path | None, dict[str, Any] | None]:
+        found = io.newest(self.folder)
+        for problem in found.problems:
+            print(problem, flush=True)
+        return found.path, found.state
+
+    def _restore(self, state: dict[str, Any], in_place: bool) -> Progress:
+        now = self._step
+        progress = restore(state, now.model, now.optimizer, now.scaler, now.ema, in_place)
+        maps_NGG = None if self._bank is None else maps_in(state, self._config.score.grid)
+        if maps_NGG is not None and progress.images == self._plan.source.fingerprint:
+            self._bank.fill(maps_NGG)
+        return progress
+
+    def _changes(self, progress: Progress) -> Iterator[str]:
+        """What makes the stream of samples another one than that of the checkpoint."""
+        plan = self._plan
+        if progress.images != plan.source.fingerprint:
+            what = f"the images are not those of the checkpoint ({progress.samples} then, {plan.samples} now)"
+        elif progress.shards != plan.shards:
+            what = f"score.shards={plan.shards} is not the checkpoint's {progress.shards}"
+        else:
+            return
+        yield f"{what}: this epoch goes on in another order, in which some may come twice and some not at all"
