@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ccmim_fast.checkpoints import io
+from ccmim_fast.checkpoints.background import BackgroundSaver
 from ccmim_fast.checkpoints.state import Progress, capture, maps_in, restore
 from ccmim_fast.config.schema import Config
 from ccmim_fast.config.validate import validate
@@ -85,6 +86,7 @@ class Trainer:
             describe_run(self.folder, config, here.device)
             self.metrics = Metrics(self.folder, tensorboard=config.run.tensorboard, resume_step=self.step)
         self.progress = ProgressLine(self._headline(), self.total_steps, self.step, here.is_main)
+        self.saver = BackgroundSaver(self.folder / "checkpoints", config.run.keep, self.progress.note)
         # Every rank reads images of its own, and tells of those that failed.
         note = self.progress.note if here.is_main else functools.partial(print, f"rank {here.rank}:", flush=True)
         self.data_report = DataReport(self.loader, config.data.image_size, note, self.metrics)
@@ -102,7 +104,7 @@ class Trainer:
     def run(self) -> None:
         if self.step == 0:
             self._look(0)
-        with closing(self.loader.stream(self.seen)) as stream:
+        with self.saver, closing(self.loader.stream(self.seen)) as stream:
             for batches in self.profile.watch(self._steps(stream)):
                 result = self._train(batches)
                 self._log(result)
@@ -193,6 +195,7 @@ class Trainer:
         self.progress.update(self.step, figures)
         self._report_nan(int(nan_id))
         self.data_report.update(self.step, figures["data_wait"])
+        self.saver.poll()
 
     def _report_nan(self, sample: int) -> None:
         """Since the last logged step some patch of `sample` had a NaN score, or none had (-1)."""
@@ -204,14 +207,17 @@ class Trainer:
         self.progress.note(f"step {self.step}: NaN scores, of sample {sample} among others; they count as the largest")
 
     def _save(self, epoch: int) -> None:
-        if self.step < self.total_steps and epoch % self.config.run.save_every:
+        run = self.config.run
+        # A run may end within the epoch: that is not what is kept of it.
+        for_good = bool(run.keep_every) and epoch % run.keep_every == 0 and self.seen >= epoch * self.samples
+        if self.step < self.total_steps and epoch % run.save_every and not for_good:
             return
         maps_NGG = None if self.bank is None else self.bank.contents()
         if self.here.is_main:
             now, shards = self.train_step, self.loader.plan.shards
             progress = Progress(self.step, self.seen, self.samples, self.source.fingerprint, shards)
             state = capture(now.model, now.optimizer, now.scaler, now.ema, progress, self.config, maps_NGG)
-            io.save(self.folder / "checkpoints", self.step, state, keep=self.config.run.keep)
+            self.saver.save(self.step, state, for_good)
 
     def _look(self, epoch: int) -> None:
         if self.after_epoch is not None and self.here.is_main:
