@@ -3,7 +3,7 @@
 A checkpoint is a folder `step_00000123/` with `state.pt` (torch.save of plain containers and tensors) and
 `manifest.json` (format, step, size and sha256 of each file). It is written under a hidden name and appears by a rename,
 so one that can be seen is complete; what is damaged afterwards fails its checksum. Nothing is unpickled before that,
-and then by `weights_only` alone, which runs no code.
+and then by `weights_only` alone, which runs no code. With an empty file `kept` in it, it is never pruned.
 
 One process at a time writes in a folder of checkpoints; it holds a lock on `.lock` meanwhile.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 from ccmim_fast.errors import CheckpointError
 
 FORMAT = 1
-STATE, MANIFEST = "state.pt", "manifest.json"
+STATE, MANIFEST, KEPT = "state.pt", "manifest.json", "kept"
 _MANIFEST_MAX = 65536  # bytes; a real one has about 200
 _NEW, _OLD, _DEAD = ".new_", ".old_", ".dead_"  # hidden folders: being written, being replaced, being removed
 
@@ -39,14 +39,15 @@ class Newest(NamedTuple):
     problems: list[str]
 
 
-def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write `state` as the checkpoint of `step` in `folder`, then remove all but the newest `keep`.
+def save(folder: Path, step: int, state: dict[str, Any], keep: int, for_good: bool = False) -> Path:
+    """Write `state` as the checkpoint of `step` in `folder`, then remove all but the newest `keep` and the kept ones.
 
     Args:
         folder: made if missing. A checkpoint of the same step in it is replaced.
         step: finished optimizer steps, >= 0.
         state: dicts, lists, tuples, tensors, numbers, strings, bytes, bools and None, at any depth.
         keep: >= 1; the one just written always stays.
+        for_good: mark it as kept: no later save removes it.
 
     Returns:
         The checkpoint's folder.
@@ -65,7 +66,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         with _lock(folder):
             _clear(folder)
             try:
-                _write(new, step, state)
+                _write(new, step, state, for_good)
                 _publish(new, path)
             except BaseException:
                 _clear(folder)
@@ -198,8 +199,10 @@ class _Hashed:
         self.file.flush()
 
 
-def _write(new: Path, step: int, state: dict[str, Any]) -> None:
+def _write(new: Path, step: int, state: dict[str, Any], for_good: bool) -> None:
     new.mkdir()
+    if for_good:
+        (new / KEPT).touch()
     with open(new / STATE, "wb") as file:
         hashed = _Hashed(file)
         torch.save(state, hashed)
@@ -221,10 +224,15 @@ def _publish(new: Path, path: Path) -> None:
 
 
 def _prune(folder: Path, written: Path, keep: int) -> None:
-    """Keep `written` and the newest others, `keep` in all; what is visibly broken counts for nothing and goes."""
+    """Keep `written` and the newest others, `keep` in all, and what is marked as kept.
+
+    What is visibly broken counts for nothing and goes.
+    """
     others = [path for path in reversed(checkpoints(folder)) if path != written]
     whole = [path for path in others if (path / MANIFEST).is_file() and (path / STATE).is_file()]
     for path in set(others) - set(whole[: keep - 1]):
+        if (path / KEPT).exists():
+            continue
         # Hidden first: a kill while its files go must not leave a checkpoint that looks damaged.
         dead = folder / f"{_DEAD}{path.name}"
         with contextlib.suppress(OSError):

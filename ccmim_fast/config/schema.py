@@ -15,6 +15,7 @@ class RunConfig:
     overwrite: bool = False  # empty `dir` first
     save_every: int = 10  # epochs between checkpoints; the last epoch is always saved
     keep: int = 3  # newest checkpoints kept
+    keep_every: int = 0  # epochs; every n-th is saved too, and its checkpoint kept for good besides those; 0: none
     log_every: int = 20  # optimizer steps between log lines
     tensorboard: bool = True  # event files beside metrics.jsonl
 

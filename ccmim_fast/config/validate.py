@@ -19,6 +19,7 @@ RANGES = {
     "seed": "[0, 4294967295]",
     "run.save_every": COUNT,
     "run.keep": COUNT,
+    "run.keep_every": COUNT_OR_0,
     "run.log_every": COUNT,
     "data.image_size": "[2, 65536]",
     "data.channels": "[1, 65536]",

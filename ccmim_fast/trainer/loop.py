@@ -79,7 +79,15 @@ class Trainer:
         micro_batch = config.train.batch_size // (config.train.accumulate * here.world_size)
         self.step_fn = prepare_step(self.train_step, micro_batch)
         self.samples = self.loader.plan.samples
-        self.savepoints = Savepoints(config, here, self.folder, self.train_step, self.loader.plan, self.bank)
+        self.savepoints = Savepoints(
+            config,
+            here,
+            self.folder,
+            self.train_step,
+            self.loader.plan,
+            self.bank,
+            lambda line: self.progress.note(line),
+        )
         self.step, self.seen = self.savepoints.resume()
         self.total_steps = self._total_steps()
         check_room(config.train.profile, left=self.total_steps - self.step)
@@ -108,7 +116,7 @@ class Trainer:
     def run(self) -> None:
         if self.step == 0:
             self._look(0)
-        with self.signals, closing(self.loader.stream(self.seen)) as stream:
+        with self.signals, self.savepoints, closing(self.loader.stream(self.seen)) as stream:
             for batches in self.profile.watch(self._steps(stream)):
                 result = self._train(batches)
                 self._log(result)
@@ -205,6 +213,7 @@ class Trainer:
         if self.spikes.is_spike(loss):
             self._tell("spike", loss=loss, words=f"the loss jumped to {loss:.4g}")
         self.data_report.update(self.step, figures["data_wait"])
+        self.savepoints.poll()
 
     def _spread(self, result: StepResult) -> dict[str, float]:
         """How far this rank's representations are from a collapse."""
@@ -240,6 +249,7 @@ class Trainer:
                 self._skipped(past)
             if past.stop and self.step < self.total_steps:
                 self.savepoints.save(self.step, self.seen)
+                self.savepoints.close()
                 by = self.signals.name or "a signal to another rank"
                 raise StoppedError(f"stopped by {by} after step {self.step}, all saved; go on with --run.resume=auto")
 
@@ -258,8 +268,11 @@ class Trainer:
         self._tell("went_back", to=weights_of, words=words)
 
     def _save(self, epoch: int) -> None:
-        if self.step == self.total_steps or epoch % self.config.run.save_every == 0:
-            self.savepoints.save(self.step, self.seen)
+        run = self.config.run
+        # A run may end within the epoch: that is not what is kept of it.
+        for_good = bool(run.keep_every) and epoch % run.keep_every == 0 and self.seen >= epoch * self.samples
+        if for_good or self.step == self.total_steps or epoch % run.save_every == 0:
+            self.savepoints.save(self.step, self.seen, for_good)
 
     def _look(self, epoch: int) -> None:
         if self.after_epoch is not None and self.here.is_main:

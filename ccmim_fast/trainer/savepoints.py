@@ -1,11 +1,12 @@
-"""The checkpoints of a run: written from its parts, and read back into them."""
+"""The checkpoints of a run: written from its parts while it goes on, and read back into them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ccmim_fast.bank.bank import ScoreBank
 from ccmim_fast.checkpoints import io
+from ccmim_fast.checkpoints.background import BackgroundSaver
 from ccmim_fast.checkpoints.state import Progress, capture, maps_in, restore
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.plan import Plan
@@ -16,8 +17,11 @@ from ccmim_fast.trainer.step import TrainStep
 class Savepoints:
     """Of one run; every rank calls each of its functions, the first rank writes.
 
+    As a context manager it waits for the last save at its end.
+
     Args:
         folder: of the run; checkpoints are in `checkpoints/` below.
+        note: prints a line; for a save that failed.
     """
 
     def __init__(
@@ -28,19 +32,35 @@ class Savepoints:
         step: TrainStep,
         plan: Plan,
         bank: ScoreBank | None,
+        note: Callable[[str], None],
     ):
         self._config, self._here, self._step, self._plan, self._bank = config, here, step, plan, bank
         self.folder = folder / "checkpoints"
+        self._saver = BackgroundSaver(self.folder, config.run.keep, note)
         self._gone_back_to: Path | None = None
 
-    def save(self, step: int, seen: int) -> None:
-        """The run as it is after `step` optimizer steps and `seen` samples."""
+    def __enter__(self) -> "Savepoints":
+        return self
+
+    def __exit__(self, *of_error: Any) -> None:
+        self._saver.__exit__(*of_error)
+
+    def save(self, step: int, seen: int, for_good: bool = False) -> None:
+        """The run as it is after `step` optimizer steps and `seen` samples; see `BackgroundSaver.save`."""
         maps_NGG = None if self._bank is None else self._bank.contents()
         if self._here.is_main:
             now, plan = self._step, self._plan
             progress = Progress(step, seen, plan.samples, plan.source.fingerprint, plan.shards)
             state = capture(now.model, now.optimizer, now.scaler, now.ema, progress, self._config, maps_NGG)
-            io.save(self.folder, step, state, keep=self._config.run.keep)
+            self._saver.save(step, state, for_good)
+
+    def poll(self) -> None:
+        """Tell of a save that failed meanwhile."""
+        self._saver.poll()
+
+    def close(self) -> None:
+        """Wait for the last save; raises CheckpointError if it failed."""
+        self._saver.close()
 
     def resume(self) -> tuple[int, int]:
         """Go on where `run.resume` says; returns optimizer steps taken and samples seen, 0 of a new run.
@@ -66,6 +86,7 @@ class Savepoints:
         Returns:
             The step that weights are of; None where there is no checkpoint, or the run went back to this one before.
         """
+        self._saver.wait()
         path, state = self._newest()
         if state is None or path == self._gone_back_to:
             return None

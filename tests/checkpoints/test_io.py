@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import os
 import resource
 import shutil
@@ -92,6 +93,28 @@ def test_broken_checkpoints_do_not_crowd_out_whole_ones(two, state_of):
         (two / f"step_{step:08d}").mkdir()
     save(two, 3, state_of(3), keep=2)
     assert names(two) == ["step_00000002", "step_00000003"]
+
+
+def test_kept_for_good_besides_the_newest(tmp_path, state_of):
+    for step in range(1, 7):
+        save(tmp_path, step, state_of(step), keep=2, for_good=step % 2 == 0)
+    assert names(tmp_path) == [f"step_{step:08d}" for step in (2, 4, 5, 6)]
+    (tmp_path / "step_00000004" / io.KEPT).unlink()
+    (tmp_path / "step_00000005" / io.KEPT).touch()
+    save(tmp_path, 7, state_of(7), keep=1)
+    assert names(tmp_path) == [f"step_{step:08d}" for step in (2, 5, 6, 7)], "the mark decides, whoever made it"
+    assert [load(path)["value"] for path in checkpoints(tmp_path)] == [2, 5, 6, 7]
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("for_good", [False, True])
+def test_the_manifest_is_that_of_the_first_version(tmp_path, state_of, for_good):
+    """So that versions read each other's checkpoints."""
+    path = save(tmp_path, 3, state_of(3), keep=1, for_good=for_good)
+    content = (path / io.STATE).read_bytes()
+    files = f'  "state.pt": {{\n   "size": {len(content)},\n   "sha256": "{hashlib.sha256(content).hexdigest()}"\n  }}'
+    expected = f'{{\n "format": 1,\n "step": 3,\n "files": {{\n{files}\n }}\n}}'
+    assert (path / io.MANIFEST).read_text() == expected
 
 
 @pytest.mark.parametrize(("step", "keep"), [(-1, 1), (1, 0)])

@@ -59,14 +59,14 @@ while True:
     pid = os.fork()
     if pid == 0:
         die_at(n)
-        io.save(folder, step, state_of(9), keep=keep)
+        io.save(folder, step, state_of(9), keep=keep, for_good=True)
         os._exit(0)
     killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     left = [path.name for path in folder.glob(".*") if path.name != ".lock"]
     path, state, problems = io.newest(folder)
     after = [path.name for path in folder.glob(".*") if path.name != ".lock"]
     for visible in io.checkpoints(folder):
-        io.load(visible)
+        assert (visible / io.KEPT).exists() == (io.load(visible)["value"] == 9)
     died_at = (base / "died_at").read_text() if killed else "end"
     found.append([died_at, left, path.name, state["value"], problems, after])
     if not killed:

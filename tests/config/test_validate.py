@@ -104,6 +104,7 @@ REFUSED = [
     ("optim.base_lr=-1e-9", "in [0, inf)", "0.0"),
     ("train.epochs=0", "in [1, 2147483647]", "1"),
     ("run.keep=0", "in [1, 2147483647]", "1"),
+    ("run.keep_every=-1", "in [0, 2147483647]", "0"),
     ("seed=4294967296", "in [0, 4294967295]", "4294967295"),
     ("seed=-1", "in [0, 4294967295]", "0"),
     ("target.hog_cell=5 target.kind=hog", "a divisor of the patch size 16", "4"),
