@@ -22,6 +22,7 @@ from ccmim_fast.trainer.find_batch import with_largest_batch
 from ccmim_fast.trainer.metrics import Metrics, ProgressLine
 from ccmim_fast.trainer.profile import Profile, check_room
 from ccmim_fast.trainer.run_folder import describe_run, open_run_folder
+from ccmim_fast.trainer.run_state import recorded
 from ccmim_fast.trainer.step import StepResult
 from ccmim_fast.trainer.throughput import Meter
 
@@ -43,7 +44,8 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None) -> Path:
             config = with_largest_batch(config, here)
         trainer = Trainer(config, here, after_epoch)
         try:
-            trainer.run()
+            with recorded(trainer.folder, here.is_main, lambda: trainer.step >= trainer.total_steps):
+                trainer.run()
         finally:
             trainer.close()
     return Path(config.run.dir)
@@ -84,7 +86,8 @@ class Trainer:
         if here.is_main:
             describe_run(self.folder, config, here.device)
             self.metrics = Metrics(self.folder, tensorboard=config.run.tensorboard, resume_step=self.step)
-        self.progress = ProgressLine(self._headline(), self.total_steps, self.step, here.is_main)
+        log = self.folder / "log.txt"
+        self.progress = ProgressLine(self._headline(), self.total_steps, self.step, here.is_main, log)
         # Every rank reads images of its own, and tells of those that failed.
         note = self.progress.note if here.is_main else functools.partial(print, f"rank {here.rank}:", flush=True)
         self.data_report = DataReport(self.loader, config.data.image_size, note, self.metrics)
