@@ -34,10 +34,12 @@ EXTRAS = {
     "pascal": ["torch==2.7.1", "torchvision==0.22.1", "xformers==0.0.31.post1", "nvidia-dali-cuda120>=1.50"],
     # Images behind http(s):// URLs; s3:// wants s3fs, gs:// gcsfs, and so on.
     "remote": ["fsspec[http]>=2024.2"],
+    # `ccmim submit`; its --print needs nothing.
+    "slurm": ["submitit>=1.5"],
     # What `ccmim bench throughput` compares with, but for lightly: its list has pytorch_lightning, which is not to be
     # installed. Its MAE needs torch, torchvision, timm and numpy only: pip install --no-deps lightly
     "bench": ["transformers>=5"],
-    "dev": ["pytest>=8", "hypothesis>=6.100", "fsspec[http]>=2024.2", "ruff>=0.11"],
+    "dev": ["pytest>=8", "hypothesis>=6.100", "fsspec[http]>=2024.2", "submitit>=1.5", "ruff>=0.11"],
 }
 
 setup(

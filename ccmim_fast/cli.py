@@ -14,6 +14,8 @@ USAGE = """usage: ccmim COMMAND [--config FILE_OR_PRESET] [--section.key=value .
 commands:
   demo      pretrain ccMIM and MAE on made images, compare them, write a report
   pretrain  pretrain a vision transformer on your images
+  submit    the same as a job of Slurm: ccmim submit [options] -- SETTINGS
+  runs      list runs, how each stands and what it logged last: ccmim runs [FOLDER]
   data      index, check, gather and measure images: ccmim data index|verify|shard|stats|bench ROOT [options]
   export    write a run's encoder as timm weights: ccmim export RUN OUT.safetensors
   ablate    train variants side by side, several seeds, one table: ccmim ablate score [options] [settings]
@@ -38,6 +40,20 @@ def pretrain(argv: list[str]) -> None:
     from ccmim_fast.trainer.loop import fit
 
     fit(load_config(argv, "ccmim pretrain"))
+
+
+def submit(argv: list[str]) -> None:
+    """`ccmim submit [options] -- SETTINGS`: `ccmim pretrain SETTINGS` as a job of Slurm."""
+    from ccmim_fast.submit import submit as run
+
+    run(argv)
+
+
+def runs(argv: list[str]) -> None:
+    """`ccmim runs [FOLDER]`: the run folders below FOLDER."""
+    from ccmim_fast.runs import print_runs
+
+    print_runs(argv)
 
 
 def export(argv: list[str]) -> None:
@@ -107,6 +123,8 @@ def doctor(argv: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo,
     "pretrain": pretrain,
+    "submit": submit,
+    "runs": runs,
     "data": data,
     "export": export,
     "ablate": ablate,

@@ -23,6 +23,7 @@ from ccmim_fast.trainer.health import Spikes, is_collapsed, spread
 from ccmim_fast.trainer.metrics import Metrics, ProgressLine
 from ccmim_fast.trainer.profile import Profile, check_room
 from ccmim_fast.trainer.run_folder import describe_run, open_run_folder
+from ccmim_fast.trainer.run_state import recorded
 from ccmim_fast.trainer.savepoints import Savepoints
 from ccmim_fast.trainer.signals import StopSignals
 from ccmim_fast.trainer.step import StepResult
@@ -47,7 +48,8 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None) -> Path:
             config = with_largest_batch(config, here)
         trainer = Trainer(config, here, after_epoch)
         try:
-            trainer.run()
+            with recorded(trainer.folder, here.is_main, lambda: trainer.step >= trainer.total_steps):
+                trainer.run()
         finally:
             trainer.close()
     return Path(config.run.dir)
@@ -98,7 +100,8 @@ class Trainer:
         if here.is_main:
             describe_run(self.folder, config, here.device)
             self.metrics = Metrics(self.folder, tensorboard=config.run.tensorboard, resume_step=self.step)
-        self.progress = ProgressLine(self._headline(), self.total_steps, self.step, here.is_main)
+        log = self.folder / "log.txt"
+        self.progress = ProgressLine(self._headline(), self.total_steps, self.step, here.is_main, log)
         # Every rank reads images of its own, and tells of those that failed.
         note = self.progress.note if here.is_main else functools.partial(print, f"rank {here.rank}:", flush=True)
         self.data_report = DataReport(self.loader, config.data.image_size, note, self.metrics)
@@ -126,6 +129,9 @@ class Trainer:
                     self._save(epoch)
                     self._look(epoch)
         self.data_report.close()
+
+    def _note(self, line: str) -> None:
+        self.progress.note(line)
 
     def close(self) -> None:
         self.progress.close()

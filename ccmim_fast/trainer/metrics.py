@@ -1,5 +1,6 @@
-"""Where figures go: metrics.jsonl always, TensorBoard where asked, and a progress line for whoever is watching."""
+"""Where figures go: metrics.jsonl always, TensorBoard where asked, a progress line for whoever is watching, log.txt."""
 
+import contextlib
 import json
 import math
 import os
@@ -76,15 +77,18 @@ class ProgressLine:
         total_steps: optimizer steps of the whole run.
         done: steps already taken.
         shown: False: print nothing.
+        log: file that gets every line too, behind those of the run that this one goes on with.
     """
 
-    def __init__(self, headline: str, total_steps: int, done: int, shown: bool):
+    def __init__(self, headline: str, total_steps: int, done: int, shown: bool, log: Path | None = None):
+        self._log = log if shown else None
         self._console = Console()
         self._live = shown and self._console.is_terminal
         self._plain = shown and not self._live
         self._progress = Progress(BarColumn(24), TextColumn("{task.description}"), console=self._console)
         self._task = self._progress.add_task("starting", total=total_steps, completed=done)
         self._total = total_steps
+        self._keep(headline)
         if self._plain:
             self._print(headline)
         elif self._live:
@@ -94,6 +98,7 @@ class ProgressLine:
 
     def update(self, step: int, figures: dict[str, float]) -> None:
         line = _line(step, self._total, figures)
+        self._keep(line)
         if self._live:
             self._progress.update(self._task, completed=step, description=line)
         elif self._plain:
@@ -101,10 +106,17 @@ class ProgressLine:
 
     def note(self, line: str) -> None:
         """One line that stays, whether live or plain."""
+        self._keep(line)
         if self._live:
             self._console.print(line, highlight=False, markup=False)
         elif self._plain:
             self._print(line)
+
+    def _keep(self, line: str) -> None:
+        """A full disk ends the log, not the run."""
+        if self._log is not None:
+            with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8", errors="replace") as file:
+                file.write(line + "\n")
 
     def _print(self, line: str) -> None:
         """A reader that went away (`| head`) ends the lines, not the run."""
