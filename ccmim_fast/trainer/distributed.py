@@ -72,6 +72,12 @@ def main_first(here: Session) -> Iterator[None]:
             dist.barrier()
 
 
+def wait_for_all() -> None:
+    """Return when every rank has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def node_count() -> int:
     """Machines that train together, as torchrun tells; 1 without it, or where they have unequal numbers of ranks."""
     world, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))

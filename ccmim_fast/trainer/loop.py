@@ -277,7 +277,9 @@ class Trainer:
         run = self.config.run
         # A run may end within the epoch: that is not what is kept of it.
         for_good = bool(run.keep_every) and epoch % run.keep_every == 0 and self.seen >= epoch * self.samples
-        if for_good or self.step == self.total_steps or epoch % run.save_every == 0:
+        # What makes gradients bad may be in the weights: the checkpoint before is the one to go back to.
+        due = (for_good or epoch % run.save_every == 0) and not self.watch.bad_in_a_row
+        if due or self.step == self.total_steps:
             self.savepoints.save(self.step, self.seen, for_good)
 
     def _look(self, epoch: int) -> None:

@@ -10,7 +10,7 @@ from ccmim_fast.checkpoints.background import BackgroundSaver
 from ccmim_fast.checkpoints.state import Progress, capture, maps_in, restore
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.plan import Plan
-from ccmim_fast.trainer.distributed import Session
+from ccmim_fast.trainer.distributed import Session, wait_for_all
 from ccmim_fast.trainer.step import TrainStep
 
 
@@ -59,8 +59,12 @@ class Savepoints:
         self._saver.poll()
 
     def close(self) -> None:
-        """Wait for the last save; raises CheckpointError if it failed."""
-        self._saver.close()
+        """Wait until the last save is done, on every rank; raises CheckpointError if it failed."""
+        try:
+            self._saver.close()
+        finally:
+            # Who ends first has its launcher end the others.
+            wait_for_all()
 
     def resume(self) -> tuple[int, int]:
         """Go on where `run.resume` says; returns optimizer steps taken and samples seen, 0 of a new run.

@@ -176,5 +176,5 @@ def _entropy(output: Output) -> Tensor:
     logits_BL = output.logits_BL
     if logits_BL is None:
         return torch.full((), torch.nan, device=output.pred_BMP.device)
-    log_BL = logits_BL.detach().float().log_softmax(1)
+    log_BL = logits_BL.detach().to(torch.float32).log_softmax(1)
     return -(log_BL.exp() * log_BL).sum(1).mean() / math.log(log_BL.shape[1])
