@@ -75,8 +75,8 @@ CONTENDERS = {
         Contender("mae-8", ["--config=mae_vit_base"]),
         Contender("mae-2", ["--config=mae_vit_base", "--decoder.depth=2"]),
         Contender("ccmim-first", ["--config=ccmim_vit_base_eq4"]),
-        Contender("ccmim-bank", ["--config=ccmim_vit_base_eq4", "--score.source=bank"]),
-        Contender("ccmim-all", ["--config=ccmim_vit_base"]),
+        Contender("ccmim-bank", ["--config=ccmim_vit_base"]),
+        Contender("ccmim-all", ["--config=ccmim_vit_base", "--score.source=all"]),
         Contender("ccmim-official", ["--config=ccmim_vit_base_official"]),
         Contender(
             "transformers",

@@ -157,7 +157,7 @@ def setting_of(config: Config) -> dict[str, str]:
         "encoder": f"{model.depth} blocks, width {model.embed_dim}, patch {model.patch_size}",
         "images": f"{config.data.samples} made images of {height} x {width} pixels, {config.data.classes} classes",
         "budget": f"{config.train.epochs} epochs each",
-        "scores": f"{config.score.source} blocks" if config.score.source == "all" else config.score.source,
+        "scores": {"all": "all blocks", "first": "first block"}.get(config.score.source, config.score.source),
         "held out": f"{HELD_OUT} images from another seed",
     }
 

@@ -1,16 +1,17 @@
-"""The smallest model that still has every part: what most tests run."""
+"""The smallest model that still has every part: what most tests run. No score bank, unless a test asks for one."""
 
 import dataclasses
 
 import torch
 
-from ccmim_fast.config.schema import Config, DataConfig, DecoderConfig, HeadsConfig, ModelConfig
+from ccmim_fast.config.schema import Config, DataConfig, DecoderConfig, HeadsConfig, ModelConfig, ScoreConfig
 from ccmim_fast.models.build import build_model
 from ccmim_fast.models.ccmim import CCMIM
 
 TINY = Config(
     data=DataConfig(image_size=(32, 48)),
     model=ModelConfig(arch="vit_tiny_patch16_224", patch_size=8, embed_dim=48, depth=3, num_heads=3),
+    score=ScoreConfig(source="all"),
     decoder=DecoderConfig(depth=2, dim=32, num_heads=4),
     heads=HeadsConfig(dim=16),
 )

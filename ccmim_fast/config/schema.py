@@ -56,9 +56,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    # where Eq. 4 is read: at the first block, at one block, at all; or in a bank of what earlier steps saw, see
-    # docs/score-bank.md
-    source: Literal["first", "block", "all", "bank"] = "all"
+    # where Eq. 4 is read: at the first block, at one block, at all; or in a bank of what earlier steps saw at all of
+    # them, see docs/score-bank.md
+    source: Literal["first", "block", "all", "bank"] = "bank"
     block: int = 0  # `source: block`: index of the block, 0-based
     normalise: Literal["renorm", "softmax"] = "renorm"  # `source: all`: renormalise, or softmax again (authors' code)
     temperature: float = 1.0  # T of s^(1/T)

@@ -2,6 +2,7 @@
 
 # B batch, H height, W width, L patches
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.evaluation.masks import object_leakage, object_patches, score_auroc
 from ccmim_fast.losses.total import recons_loss
 from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.models.output import Output
+from ccmim_fast.models.output import Known, Output
 
 
 class Probe(NamedTuple):
@@ -32,6 +33,8 @@ class Probe(NamedTuple):
 def probe(model: CCMIM, config: Config, images_BHWC: Tensor, objects_BHW: Tensor) -> tuple[Probe, Output, Tensor]:
     """Run the model on all images at once, in eval mode, with the masks of epoch 0: the same noise at every call.
 
+    A score bank knows nothing of held-out images: it is taken to hold the scores of all blocks, which it records.
+
     Args:
         images_BHWC: uint8, on the model's device.
         objects_BHW: bool, True on the object, on the CPU.
@@ -40,9 +43,10 @@ def probe(model: CCMIM, config: Config, images_BHWC: Tensor, objects_BHW: Tensor
         The figures, the model's output, and the all-block scores [B, L].
     """
     device = images_BHWC.device
-    output = model(images_BHWC, torch.arange(len(images_BHWC), device=device), 0)
-    scores = model.score(model.embed(images_BHWC), source="all", normalise="renorm")
-    scores_BL = scores.logits_BL.softmax(1).cpu()
+    logits_BL = model.score(model.embed(images_BHWC), source="all", normalise="renorm").logits_BL
+    known = Known(logits_BL.log_softmax(1) + math.log(logits_BL.shape[1]), torch.ones_like(logits_BL))
+    output = model(images_BHWC, torch.arange(len(images_BHWC), device=device), 0, known=known)
+    scores_BL = logits_BL.softmax(1).cpu()
     object_BL = object_patches(objects_BHW, model.patch)
     ratio = 1 - model.keep / object_BL.shape[1]
     figures = Probe(

@@ -183,11 +183,11 @@ def test_architectures():
         (4, {"batch_size": 1}, 4),
         (3, {"batch_size": 1024}, 1023),
         (1, {"batch_size": 4, "accumulate": 4}, 8),
-        (1, {"batch_size": 4, "accumulate": 4, "loss": "none"}, 0),
+        (1, {"batch_size": 4, "accumulate": 4, "loss": "none", "source": "all"}, 0),
     ],
 )
 def test_batch_and_world_size(world, values, valid):
-    sections = {"sync_bn": "heads", "loss": "contrast"}
+    sections = {"sync_bn": "heads", "loss": "contrast", "source": "score"}
     values = {f"{sections.get(name, 'train')}__{name}": value for name, value in values.items()}
     if not valid:
         validate(config_of(**values), world)
