@@ -19,7 +19,8 @@ from ccmim_fast.config.validate import validate
 from ccmim_fast.config.yaml_file import read_settings
 from ccmim_fast.errors import ConfigError
 
-SHORT = {"resume": "run.resume", "overwrite": "run.overwrite"}  # spellings of the command line alone
+# Spellings of the command line alone.
+SHORT = {"resume": "run.resume", "overwrite": "run.overwrite", "allow-change": "run.allow_change"}
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 

@@ -13,6 +13,7 @@ class RunConfig:
     dir: str = "runs/pretrain"  # output folder; refused if it holds a run, unless `resume` or `overwrite` is set
     resume: str = "never"  # never | auto (the newest complete checkpoint in `dir`) | path of a checkpoint
     overwrite: bool = False  # empty `dir` first
+    allow_change: bool = False  # go on with settings that make it another run: batch, rate, epochs, masks and the like
     save_every: int = 10  # epochs between checkpoints; the last epoch is always saved
     keep: int = 3  # newest checkpoints kept
     keep_every: int = 0  # epochs; every n-th is saved too, and its checkpoint kept for good besides those; 0: none

@@ -7,9 +7,12 @@ from typing import Any
 from ccmim_fast.bank.bank import ScoreBank
 from ccmim_fast.checkpoints import io
 from ccmim_fast.checkpoints.background import BackgroundSaver
+from ccmim_fast.checkpoints.changes import changes
 from ccmim_fast.checkpoints.state import Progress, capture, maps_in, restore
+from ccmim_fast.config.load import from_yaml
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.plan import Plan
+from ccmim_fast.errors import CheckpointError, ConfigError
 from ccmim_fast.trainer.distributed import Session, wait_for_all
 from ccmim_fast.trainer.step import TrainStep
 
@@ -71,6 +74,7 @@ class Savepoints:
 
         Raises:
             CheckpointError: a named checkpoint is damaged, or it is of another model.
+            ConfigError: another setting is not that of the checkpoint, and `run.allow_change` is not set.
         """
         resume = self._config.run.resume
         if resume == "never":
@@ -78,6 +82,7 @@ class Savepoints:
         state = self._newest()[1] if resume == "auto" else io.load(Path(resume))
         if state is None:
             return 0, 0
+        self._check_settings(state)
         progress = self._restore(state, in_place=False)
         for problem in self._changes(progress):
             if self._here.is_main:
@@ -102,6 +107,26 @@ class Savepoints:
         for problem in found.problems:
             print(problem, flush=True)
         return found.path, found.state
+
+    def _check_settings(self, state: dict[str, Any]) -> None:
+        """Tell which settings changed since; raise for those that may not, or not unasked."""
+        try:
+            before = from_yaml(state["config"], "the checkpoint")
+        except (ConfigError, KeyError):  # of another version, with other settings: shapes will tell
+            return
+        found = changes(before, self._config)
+        for change in found:
+            if self._here.is_main and not change.key.startswith("run."):
+                print(f"changed since the checkpoint: {change}", flush=True)
+        for change in found:
+            if change.kind == "shape":
+                raise CheckpointError(
+                    f"{change.key}={change.now}: the checkpoint is of another model; use {change.before}"
+                )
+            if change.kind == "asked" and not self._config.run.allow_change:
+                raise ConfigError(
+                    f"{change.key}={change.now}: the checkpoint has {change.before}; use that, or --allow-change"
+                )
 
     def _restore(self, state: dict[str, Any], in_place: bool) -> Progress:
         now = self._step

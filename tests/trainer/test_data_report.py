@@ -42,9 +42,16 @@ def shown(monkeypatch):
     return found
 
 
-def run(folder, root, *, resume="never", data=(), **train):
+def run(folder, root, *, resume="never", allow=False, data=(), **train):
     sections = {
-        "run": {"dir": str(folder), "log_every": 1, "save_every": 1, "tensorboard": False, "resume": resume},
+        "run": {
+            "dir": str(folder),
+            "log_every": 1,
+            "save_every": 1,
+            "tensorboard": False,
+            "resume": resume,
+            "allow_change": allow,
+        },
         "data": {"root": str(root), "loader": "torch", **dict(data)},
         "train": {"epochs": 3, "batch_size": 6, "device": "cpu", "precision": "fp32", **train},
     }
@@ -59,7 +66,7 @@ def run(folder, root, *, resume="never", data=(), **train):
 def test_every_sample_once_an_epoch_with_another_batch_after_resuming(tmp_path, photos, shown):
     run(tmp_path / "run", photos, max_steps=4)
     assert len(shown) == 24
-    records = run(tmp_path / "run", photos, resume="auto", batch_size=5, accumulate=1)
+    records = run(tmp_path / "run", photos, resume="auto", allow=True, batch_size=5, accumulate=1)
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 13))
     for epoch in range(3):
         assert sorted(number for e, number in shown if e == epoch) == list(range(20))
@@ -99,7 +106,7 @@ def test_another_set_of_images_is_told_when_a_run_resumes(tmp_path, photos, caps
     run(tmp_path / "run", photos, epochs=1)
     assert "not those of the checkpoint" not in capsys.readouterr().out
     (photos / "00.jpg").unlink()
-    run(tmp_path / "run", photos, resume="auto", epochs=2)
+    run(tmp_path / "run", photos, resume="auto", allow=True, epochs=2)
     assert "not those of the checkpoint (20 then, 19 now)" in capsys.readouterr().out
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from PIL import Image
 from tiny import TINY
 
 from ccmim_fast.checkpoints import io
+from ccmim_fast.checkpoints.changes import _FREE, _SHAPES, _kind
+from ccmim_fast.config.keys import settings
 from ccmim_fast.config.load import from_yaml
 from ccmim_fast.errors import CheckpointError, ConfigError, DataError
 from ccmim_fast.trainer.loop import fit
@@ -119,7 +122,7 @@ def test_a_bank_is_in_the_checkpoint(tmp_path, photos, store):
 def test_maps_of_another_grid_are_refused(tmp_path, photos):
     config = config_for(tmp_path / "run", photos, score={"source": "bank", "grid": 5})
     fit(with_fields(config, "train", max_steps=1))
-    with pytest.raises(CheckpointError, match=r"score\.grid=6: the checkpoint's maps have 5; use that"):
+    with pytest.raises(CheckpointError, match=r"score\.grid=6: the checkpoint is of another model; use 5"):
         fit(with_fields(with_fields(config, "score", grid=6), "run", resume="auto"))
 
 
@@ -261,6 +264,35 @@ def test_fault_12_damaged_newest_checkpoint_falls_back_and_says_so(tmp_path, pho
     state.write_bytes(state.read_bytes()[:-100])
     with pytest.raises(CheckpointError):
         fit(with_fields(config, "run", resume=str(newest)))
+
+
+def test_fault_14_what_changed_is_told_and_must_be_allowed(tmp_path, photos, capsys):
+    config = with_fields(config_for(tmp_path / "run", photos), "train", max_steps=2)
+    fit(config)
+    again = with_fields(config, "run", resume="auto", log_every=2)
+    fit(with_fields(with_fields(again, "train", max_steps=3), "data", workers=2))
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed since")]
+    assert told == [f"changed since the checkpoint: {c}" for c in ("data.workers: 0 -> 2", "train.max_steps: 2 -> 3")]
+    for section, field, value, before in (
+        ("optim", "base_lr", 1e-3, "0.00015"),
+        ("train", "batch_size", 10, "5"),
+        ("train", "epochs", 5, "4"),
+        ("mask", "ratio", 0.5, "0.75"),
+    ):
+        other = with_fields(with_fields(again, "train", max_steps=4), section, **{field: value})
+        message = f"{section}.{field}={value}: the checkpoint has {before}; use that, or --allow-change"
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            fit(other)
+        fit(with_fields(with_fields(other, "run", allow_change=True), "train", max_steps=3))
+    assert newest_state(tmp_path / "run")["progress"]["step"] == 3
+
+
+def test_every_setting_is_free_refused_or_asked_for():
+    """So that a new one is thought about: whoever adds one finds it here among those that must be allowed."""
+    kinds = {key: _kind(key) for key in settings()}
+    assert all(key in kinds for key in (*_SHAPES, *_FREE))
+    assert {kinds[key] for key in ("run.dir", "train.device", "fast.row_ops")} == {"free"}
+    assert {kinds[key] for key in ("seed", "train.batch_size", "score.momentum", "data.crop_scale")} == {"asked"}
 
 
 def test_resume_of_another_model_is_refused(tmp_path, photos):
