@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ccmim_fast.errors import MachineError
+from ccmim_fast.trainer.meeting import meet
 
 
 class Session(NamedTuple):
@@ -48,7 +49,9 @@ def session(device: str, timeout: float = 30.0) -> Iterator[Session]:
     # Each rank compiles for itself: two that write one cache at a time have broken it.
     os.environ.setdefault("TRITON_CACHE_DIR", _own_cache())
     backend, own = ("nccl", local) if kind == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, device_id=own, timeout=datetime.timedelta(minutes=timeout))
+    patience = datetime.timedelta(minutes=timeout)
+    store, rank, world_size = meet(patience)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=own, timeout=patience)
     try:
         yield Session(dist.get_rank(), dist.get_world_size(), local)
         dist.barrier()

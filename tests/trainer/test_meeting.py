@@ -1,0 +1,55 @@
+"""Ranks that find each other among what dead ones left in the store."""
+
+import datetime
+import threading
+import time
+
+import pytest
+from torch.distributed import HashStore
+
+from ccmim_fast.trainer.meeting import common_name
+
+SOON = datetime.timedelta(seconds=20)
+
+
+def launch(store, world_size, late=()):
+    """The names that the ranks of one launch get; those of `late` come a moment after the others."""
+    names = {}
+
+    def come(rank):
+        if rank in late:
+            time.sleep(0.3)
+        names[rank] = common_name(store, rank, world_size, SOON)
+
+    threads = [threading.Thread(target=come, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return names
+
+
+@pytest.mark.parametrize("late", [(), (0,), (2,), (1, 2)])
+def test_all_ranks_get_one_name_and_each_launch_another(late):
+    store, seen = HashStore(), set()
+    for _ in range(3):
+        names = launch(store, 3, late)
+        assert len(names) == 3
+        assert len(set(names.values())) == 1
+        seen |= set(names.values())
+    assert len(seen) == 3
+
+
+def test_what_a_launch_left_that_broke_off_does_not_count():
+    """Its rank 1 wrote its word and died; and another time its rank 0 answered and died."""
+    store = HashStore()
+    with pytest.raises(TimeoutError, match="rank 0 did not come"):
+        common_name(store, 1, 2, datetime.timedelta(seconds=0.2))
+    with pytest.raises(TimeoutError, match="ranks of 1..1 did not come"):
+        common_name(store, 0, 2, datetime.timedelta(seconds=0.2))
+    names = launch(store, 2, late=(1,))
+    assert names[0] == names[1]
+
+
+def test_one_rank_waits_for_nobody():
+    assert common_name(HashStore(), 0, 1, SOON)
