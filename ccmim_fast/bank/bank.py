@@ -7,6 +7,7 @@ more. A map stays with the ranks that train on its sample (`Plan.shards`).
 # A micro-batches of a step, W ranks, S of them with the same maps, B images, G cells per side, N samples
 
 from collections.abc import Sequence
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -36,15 +37,16 @@ class ScoreBank:
         plan: what this rank trains on.
         store: of `own_maps(plan)` maps.
         device: where batches are.
+        timeout: that a rank waits for another; None: the backend's.
     """
 
-    def __init__(self, plan: Plan, store: Store, device: torch.device):
+    def __init__(self, plan: Plan, store: Store, device: torch.device, timeout: timedelta | None = None):
         self._plan, self._store, self._device = plan, store, device
         # Ranks with the same shards have the same maps, and tell each other what became of them.
         sharing = max(1, plan.world_size // plan.shards)
         first = plan.rank // sharing * sharing
         self._sharing = range(first, first + sharing)
-        self._group = _groups(plan.world_size, sharing, plan.rank) if sharing > 1 else None
+        self._group = _groups(plan.world_size, sharing, plan.rank, timeout) if sharing > 1 else None
         self._next: tuple[int, np.ndarray] | None = None  # a cursor, and the ids of the step there
 
     def lend(self, cursor: int, batches: Sequence[Batch]) -> list[Batch]:
@@ -87,7 +89,7 @@ class ScoreBank:
         Every rank is to call it.
         """
         plan, own_NGG = self._plan, self._store.contents()
-        if plan.world_size == 1:
+        if plan.world_size == 1 and plan.shards == 1:
             return own_NGG
         # Of ranks with the same maps the first sends.
         step = len(self._sharing)
@@ -109,7 +111,7 @@ class ScoreBank:
 
     def fill(self, maps_NGG: Tensor) -> None:
         """Take over the maps that `contents` gave, at any world size; on every rank."""
-        if self._plan.world_size == 1:
+        if self._plan.world_size == self._plan.shards == 1:
             self._store.fill(maps_NGG)
             return
         numbers = torch.from_numpy(self._numbers_on(self._plan.rank)).clamp_max(len(maps_NGG) - 1)
@@ -139,9 +141,10 @@ class ScoreBank:
         return order * self._plan.shards + start + shard
 
 
-def _groups(world_size: int, sharing: int, rank: int) -> "dist.ProcessGroup":
+def _groups(world_size: int, sharing: int, rank: int, timeout: timedelta | None) -> "dist.ProcessGroup":
     """The group of a rank; all ranks make all groups."""
-    groups = [dist.new_group(range(first, first + sharing)) for first in range(0, world_size, sharing)]
+    firsts = range(0, world_size, sharing)
+    groups = [dist.new_group(range(first, first + sharing), timeout=timeout) for first in firsts]
     return groups[rank // sharing]
 
 

@@ -38,7 +38,7 @@ def update(maps_BGG: Tensor, boxes_B4: Tensor, scores_BL: Tensor, grid: tuple[in
 
     A cell whose centre lies in the crop becomes momentum * cell + (1 - momentum) * score, or the score alone where it
     had none; the score is interpolated between the centres of four patches, and beyond the outermost ones it is the
-    nearest's. Other cells stay. Where scores are not finite, cells are as never seen.
+    nearest's. Other cells stay, and all do where some score of the crop is not finite.
 
     Args:
         maps_BGG, boxes_B4, grid: as in `read`.
@@ -52,7 +52,7 @@ def update(maps_BGG: Tensor, boxes_B4: Tensor, scores_BL: Tensor, grid: tuple[in
     before_BGG = maps_BGG.to(dtype)
     mixed_BGG = torch.where(before_BGG == 0, seen_BGG, momentum * before_BGG + (1 - momentum) * seen_BGG)
     covered_BGG = _inside(y_BG)[:, :, None] & _inside(x_BG)[:, None, :]
-    after_BGG = torch.where(mixed_BGG.isfinite(), mixed_BGG, 0)
+    after_BGG = torch.where(mixed_BGG.isfinite(), mixed_BGG, before_BGG)
     return torch.where(covered_BGG, after_BGG.to(maps_BGG.dtype), maps_BGG)
 
 

@@ -75,8 +75,9 @@ def restore(
         if in_place:
             _fill_(optimizer, state["optimizer"]["state"])
         else:
-            optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+            _load_moments(optimizer, state["optimizer"])
+        if state["scaler"]:  # empty where nothing was scaled
+            scaler.load_state_dict(state["scaler"])
         if ema is not None:
             # A run that starts averaging only now averages from these weights on.
             if state["ema"] is None:
@@ -87,6 +88,15 @@ def restore(
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the checkpoint is of another model: {reason[:300]}") from None
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """All but the rate, the decay and the like, which are the run's own: a graph may read them from its tensors."""
+    groups = optimizer.param_groups
+    own = [{key: value for key, value in group.items() if key not in ("params", "step")} for group in groups]
+    optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, own):
+        group.update(values)
 
 
 def _fill_(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> None:

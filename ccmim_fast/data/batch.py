@@ -2,6 +2,8 @@
 
 # N samples, B batch, H height, W width, C channels
 
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +44,13 @@ def make_batch(images_BHWC: Tensor, shown: MicroBatch, source: Source, device: t
     numbers = to_device(np.stack(of_images).astype(np.int64), device).unbind()
     labels_B = None if source.labels_N is None else numbers[2]
     return Batch(images_BHWC, *numbers[:2], labels_B, to_device(_shares(shown, source), device), ids_B)
+
+
+def in_groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Lists of `size` micro-batches, the last one of what is left."""
+    batches = iter(batches)
+    while group := list(islice(batches, size)):
+        yield group
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -47,7 +47,9 @@ def probe_scores(run: Trainer, epoch: int, count: int) -> ScoreProbe:
     if not isinstance(run.source, ShapesSource):
         raise ConfigError(f"data.source={run.config.data.source}: its objects are not known; nearest: shapes")
     model, plan, size = run.model, run.loader.plan, run.config.data.image_size
-    shown = plan.showing(*plan.ids_at(epoch * plan.samples + np.arange(min(count, plan.samples))))
+    places_P = epoch * plan.samples + np.arange(min(count, plan.samples))
+    own_P = np.isin(places_P % plan.samples % plan.shards, plan.own_shards)
+    shown = plan.showing(*plan.ids_at(places_P[own_P]))
     images_BHWC = torch.from_numpy(np.stack([crop_of(run.source, one, size) for one in shown.samples()]))
     objects_BHW = torch.from_numpy(np.stack([_object_of(run.source, one, size) for one in shown.samples()]))
     batch = make_batch(images_BHWC.to(run.here.device), shown, run.source, run.here.device)

@@ -72,8 +72,16 @@ def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, bad: 
         optimizer.step()
 
 
+def drop_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """As `zero_grad(set_to_none=True)`, which apex's optimizers do not know."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+
+
 def _reads_scale(optimizer: torch.optim.Optimizer) -> bool:
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
+    """Whether its kernels read `grad_scale` and `found_inf`; apex's says so of itself and reads something else."""
+    return isinstance(optimizer, torch.optim.AdamW) and getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def _is_capturing(tensor: Tensor) -> bool:

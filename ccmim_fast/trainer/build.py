@@ -1,5 +1,6 @@
 """From the configuration to the training step."""
 
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -92,7 +93,7 @@ def build_bank(config: Config, plan: Plan, here: Session, folder: Path) -> Score
     maps, cells, score = own_maps(plan), config.score.grid, config.score
     store = choose_store(score.store, maps, cells, here.device, score.device_gb, score.host_gb)
     opened = open_store(store, maps, cells, here.device, folder / f"scores_{here.rank}.bin")
-    return ScoreBank(plan, opened, here.device)
+    return ScoreBank(plan, opened, here.device, timedelta(minutes=config.watch.timeout))
 
 
 def prepare_step(step: TrainStep, micro_batch: int) -> TrainStep | GraphedStep:

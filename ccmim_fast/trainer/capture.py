@@ -15,11 +15,22 @@ from torch import Tensor, nn
 from ccmim_fast.data.batch import make_batch
 from ccmim_fast.data.plan import Plan
 from ccmim_fast.data.torch_loader import crop_of
+from ccmim_fast.errors import CcmimError
 from ccmim_fast.models.blocks import BlockRunner
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.trainer.precision import Precision
 from ccmim_fast.trainer.watch import Past
 from ccmim_kernels.partition import partition_from_mask
+
+
+def capture(
+    folder: Path, past: Past, model: CCMIM, plan: Plan, precision: Precision, image_size: tuple[int, int]
+) -> str:
+    """`write_capture`; returns where to look, or why there is nothing: a full disk, an image that is gone."""
+    try:
+        return f"see {write_capture(folder, past, model, plan, precision, image_size)}"
+    except (OSError, RuntimeError, CcmimError) as error:
+        return f"no capture: {' '.join(str(error).split())}"
 
 
 def write_capture(

@@ -5,6 +5,7 @@ import sys
 import torch
 
 from ccmim_fast.data.batch import Batch
+from ccmim_fast.optim.gradients import drop_gradients
 from ccmim_fast.trainer.step import TrainStep
 from ccmim_fast.trainer.undone import made_batch, undone
 
@@ -70,7 +71,7 @@ def warm_up(step: TrainStep, batch: int, accumulate: int, steps: int = 2) -> boo
             reason = " ".join(str(error).split())[:300]
             print(f"train.compile failed, the run goes on without: {type(error).__name__}: {reason}", file=sys.stderr)
         uncompile(step)
-        step.optimizer.zero_grad(set_to_none=True)
+        drop_gradients(step.optimizer)
         _take(step, batches, steps)
         return False
 

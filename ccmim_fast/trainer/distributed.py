@@ -5,7 +5,7 @@ import datetime
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -73,6 +73,15 @@ def main_first(here: Session) -> Iterator[None]:
     finally:
         if here.world_size > 1 and here.is_main:
             dist.barrier()
+
+
+def from_main(value: Any) -> Any:
+    """What the first rank has, on every rank; any picklable value."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
 
 
 def wait_for_all() -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ccmim_fast.data.batch import Batch
+from ccmim_fast.optim.gradients import drop_gradients
 from ccmim_fast.optim.optimizer import set_lr
 from ccmim_fast.trainer.step import StepResult, TrainStep
 
@@ -41,7 +42,7 @@ class GraphedStep:
 
     def _capture(self) -> None:
         """Record the step without running it."""
-        self.step.optimizer.zero_grad(set_to_none=True)
+        drop_gradients(self.step.optimizer)
         torch.cuda.synchronize(self.step.device)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):

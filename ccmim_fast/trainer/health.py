@@ -38,8 +38,17 @@ def spread(h_BE: Tensor) -> tuple[Tensor, Tensor]:
     return std, torch.where(singular.sum() > 1e-6 * len(h_BE) ** 0.5, rank, 0).float()
 
 
+def health_of(h_BE: Tensor) -> tuple[float, float, str]:
+    """`spread`, read from the device, and a line for whoever is watching if that is a collapse, else none."""
+    std, rank = torch.stack(spread(h_BE)).tolist()
+    words = f"representations collapse: deviation {std:.3f} of 1, {rank:.1f} of {h_BE.shape[1]} dimensions"
+    return std, rank, words if is_collapsed(std, rank, *h_BE.shape) else ""
+
+
 def is_collapsed(std: float, rank: float, rows: int, dim: int) -> bool:
     """Whether representations are nearly one direction, or use 1 % of the dimensions that so many rows could use."""
+    if rows < 3:  # one alone has no deviation, two are on a line
+        return False
     return std < 0.05 or rank < 1 + 0.01 * (min(rows - 1, dim) - 1)
 
 

@@ -1,7 +1,7 @@
 """The run: for each batch, step, log; for each epoch, save and look."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -10,16 +10,16 @@ import torch
 
 from ccmim_fast.config.schema import Config
 from ccmim_fast.config.validate import validate
-from ccmim_fast.data.batch import Batch
+from ccmim_fast.data.batch import Batch, in_groups
 from ccmim_fast.data.loader import build_loader, build_source
 from ccmim_fast.errors import NumericsError, StoppedError
 from ccmim_fast.optim.schedule import lr_at, scaled_lr
 from ccmim_fast.trainer.build import build_bank, build_step, check_device, choose_shards, prepare_step
-from ccmim_fast.trainer.capture import write_capture
+from ccmim_fast.trainer.capture import capture
 from ccmim_fast.trainer.data_report import DataReport
 from ccmim_fast.trainer.distributed import Session, main_first, max_over_ranks, mean_over_ranks, session
 from ccmim_fast.trainer.find_batch import with_largest_batch
-from ccmim_fast.trainer.health import Spikes, is_collapsed, spread
+from ccmim_fast.trainer.health import Spikes, health_of
 from ccmim_fast.trainer.metrics import Metrics, ProgressLine
 from ccmim_fast.trainer.profile import Profile, check_room
 from ccmim_fast.trainer.run_folder import describe_run, open_run_folder
@@ -155,11 +155,11 @@ class Trainer:
         """Of the whole run: until every sample was seen in every epoch. The last step may see some once more."""
         left = self.config.train.epochs * self.samples - self.seen
         whole = self.step + max(0, -(-left // self.config.train.batch_size))
-        return min(whole, self.config.train.max_steps) if self.config.train.max_steps else whole
+        return max(self.step, min(whole, self.config.train.max_steps)) if self.config.train.max_steps else whole
 
     def _steps(self, stream: Iterator[Batch]) -> Iterator[list[Batch]]:
         """The remaining steps, each a list of micro-batches; the wait for data is metered."""
-        grouped = _groups(stream, self.config.train.accumulate)
+        grouped = in_groups(stream, self.config.train.accumulate)
         return self.meter.waiting(islice(grouped, self.total_steps - self.step))
 
     def _finished_epoch(self) -> int:
@@ -208,7 +208,7 @@ class Trainer:
             "entropy": entropy,
             "grad_norm": norm,
             **{f"grad_norm_{part}": value for part, value in zip(self.train_step.parts, norms)},
-            **self._spread(result),
+            **self._representations(result.seen[-1].h_BE),
             "lr": float(self.train_step.optimizer.param_groups[0]["lr"]),
             **self.meter.read(self.total_steps - self.step),
         }
@@ -221,14 +221,11 @@ class Trainer:
         self.data_report.update(self.step, figures["data_wait"])
         self.savepoints.poll()
 
-    def _spread(self, result: StepResult) -> dict[str, float]:
-        """How far this rank's representations are from a collapse."""
-        h_BE = result.seen[-1].h_BE
+    def _representations(self, h_BE: torch.Tensor | None) -> dict[str, float]:
         if h_BE is None:
             return {}
-        std, rank = torch.stack(spread(h_BE)).tolist()
-        if is_collapsed(std, rank, *h_BE.shape):
-            words = f"representations collapse: deviation {std:.3f} of 1, {rank:.1f} of {h_BE.shape[1]} dimensions"
+        std, rank, words = health_of(h_BE)
+        if words:
             self._tell("collapse", h_std=std, h_rank=rank, words=words)
         return {"h_std": std, "h_rank": rank}
 
@@ -250,11 +247,14 @@ class Trainer:
     def _heed(self, result: StepResult, batches: Sequence[Batch]) -> None:
         """Act on what all ranks know of the last steps: go back after too many bad ones, stop where asked to."""
         self.watch.saw(self.step, result, batches, stop=bool(self.signals.name))
-        for past in self.watch.past(everything=self.step == self.total_steps):
+        self._hear(everything=self.step == self.total_steps)
+
+    def _hear(self, everything: bool) -> None:
+        for past in self.watch.past(everything):
             if past.bad:
                 self._skipped(past)
             if past.stop and self.step < self.total_steps:
-                self.savepoints.save(self.step, self.seen)
+                self.savepoints.save(self.step, self.seen, self._for_good(self._finished_epoch()))
                 self.savepoints.close()
                 by = self.signals.name or "a signal to another rank"
                 raise StoppedError(f"stopped by {by} after step {self.step}, all saved; go on with --run.resume=auto")
@@ -264,23 +264,28 @@ class Trainer:
         if self.watch.bad_in_a_row < self.config.watch.bad_steps:
             return
         plan, size = self.loader.plan, self.config.data.image_size
-        captured = write_capture(self.folder / "captures", past, self.model, plan, self.train_step.precision, size)
+        captured = capture(self.folder / "captures", past, self.model, plan, self.train_step.precision, size)
         weights_of = self.savepoints.go_back()
         what = f"{self.watch.bad_in_a_row} steps in a row with gradients that are not finite"
         if weights_of is None:
-            raise NumericsError(f"step {past.step}: {what}, and no other checkpoint to go back to; see {captured}")
+            raise NumericsError(f"step {past.step}: {what}, and no other checkpoint to go back to; {captured}")
         self.watch.forget()
-        words = f"{what}; goes on with the weights of step {weights_of}, past these samples; see {captured}"
+        words = f"{what}; goes on with the weights of step {weights_of}, past these samples; {captured}"
         self._tell("went_back", to=weights_of, words=words)
 
     def _save(self, epoch: int) -> None:
-        run = self.config.run
-        # A run may end within the epoch: that is not what is kept of it.
-        for_good = bool(run.keep_every) and epoch % run.keep_every == 0 and self.seen >= epoch * self.samples
+        for_good, last = self._for_good(epoch), self.step == self.total_steps
+        if not (for_good or last or epoch % self.config.run.save_every == 0):
+            return
+        self._hear(everything=True)
         # What makes gradients bad may be in the weights: the checkpoint before is the one to go back to.
-        due = (for_good or epoch % run.save_every == 0) and not self.watch.bad_in_a_row
-        if due or self.step == self.total_steps:
+        if last or not self.watch.bad_in_a_row:
             self.savepoints.save(self.step, self.seen, for_good)
+
+    def _for_good(self, epoch: int) -> bool:
+        """Whether the checkpoint of this epoch stays; a run may end within it, and that is not what is kept of it."""
+        every = self.config.run.keep_every
+        return bool(every and epoch) and epoch % every == 0 and self.seen >= epoch * self.samples
 
     def _look(self, epoch: int) -> None:
         if self.after_epoch is not None and self.here.is_main:
@@ -288,9 +293,3 @@ class Trainer:
             self.after_epoch(epoch, self)
             self.model.train()
         self.meter.pause()
-
-
-def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    batches = iter(batches)
-    while group := list(islice(batches, size)):
-        yield group

@@ -1,8 +1,8 @@
 """Where the ranks of one launch find each other, whatever earlier launches of the same run left there.
 
 torchrun's agent serves one store to all its launches, and the addresses that killed ranks wrote into it are found by
-their successors, who then wait for the dead (pytorch/pytorch#135712). Its count of launches does not tell them apart: each
-machine's agent has one of its own. So the ranks agree on a name that no earlier launch had.
+their successors, who then wait for the dead (pytorch/pytorch#135712). Its count of launches does not tell them apart:
+each machine's agent has one of its own. So the ranks agree on a name that no earlier launch had.
 """
 
 import datetime

@@ -33,16 +33,23 @@ class Metrics:
     def write(self, kind: str, step: int, **figures: Any) -> None:
         """One record; figures that are not finite are written as null, as JSON has no NaN."""
         safe = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
-        self._file.write(json.dumps({"kind": kind, "step": step, **safe}) + "\n")
+        # A full disk ends neither the run nor the records that come when there is room again.
+        with contextlib.suppress(OSError):
+            self._file.write(json.dumps({"kind": kind, "step": step, **safe}) + "\n")
         if self._board is not None:
-            for name, value in safe.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+            with contextlib.suppress(OSError):
+                self._write_board(kind, step, safe)
+
+    def _write_board(self, kind: str, step: int, figures: dict[str, Any]) -> None:
+        for name, value in figures.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for file in (self._file, self._board):
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    file.close()
 
 
 def _lines_before(path: Path, step: int) -> list[str]:

@@ -13,7 +13,7 @@ from ccmim_fast.config.load import from_yaml
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.plan import Plan
 from ccmim_fast.errors import CheckpointError, ConfigError
-from ccmim_fast.trainer.distributed import Session, wait_for_all
+from ccmim_fast.trainer.distributed import Session, from_main, wait_for_all
 from ccmim_fast.trainer.step import TrainStep
 
 
@@ -87,7 +87,9 @@ class Savepoints:
         for problem in self._changes(progress):
             if self._here.is_main:
                 print(problem, flush=True)
-        return progress.step, progress.seen
+        # Every place where a step may begin is a multiple of the shards; another batch may have left one that is not.
+        shards = self._plan.shards
+        return progress.step, -(-progress.seen // shards) * shards
 
     def go_back(self) -> int | None:
         """Take everything but the place in the stream from the newest checkpoint: it goes on past what came since.
@@ -103,10 +105,14 @@ class Savepoints:
         return self._restore(state, in_place=True).step
 
     def _newest(self) -> tuple[Path | None, dict[str, Any] | None]:
+        """The newest checkpoint that the first rank can load, on every rank."""
+        if not self._here.is_main:
+            path = from_main(None)
+            return path, None if path is None else io.load(path)
         found = io.newest(self.folder)
         for problem in found.problems:
             print(problem, flush=True)
-        return found.path, found.state
+        return from_main(found.path), found.state
 
     def _check_settings(self, state: dict[str, Any]) -> None:
         """Tell which settings changed since; raise for those that may not, or not unasked."""

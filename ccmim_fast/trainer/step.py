@@ -20,7 +20,7 @@ from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.linear import onednn_linear
 from ccmim_fast.models.output import Known, Output
 from ccmim_fast.optim.ema import update_ema_
-from ccmim_fast.optim.gradients import Gradients, guard, update
+from ccmim_fast.optim.gradients import Gradients, drop_gradients, guard, update
 from ccmim_fast.optim.optimizer import set_lr
 from ccmim_fast.trainer.precision import Precision
 
@@ -153,9 +153,9 @@ class TrainStep:
         """`before` are the model's statistics before the step, which a step without an update does not change."""
         gradients = guard(self.optimizer, self.scaler, list(self.parts.values()), self.config.optim.clip_grad)
         update(self.optimizer, self.scaler, gradients.bad)
-        self.optimizer.zero_grad(set_to_none=True)
+        drop_gradients(self.optimizer)
         for buffer, kept in zip(self._statistics, before):
-            buffer.copy_(torch.where(gradients.bad, kept, buffer))
+            buffer.copy_(torch.where(gradients.norm.isfinite(), buffer, kept))
         if self.ema is not None:
             update_ema_(self.ema, self.model, self.config.optim.ema_decay)
         return gradients

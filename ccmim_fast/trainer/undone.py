@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ccmim_fast.data.batch import Batch
+from ccmim_fast.optim.gradients import drop_gradients
 from ccmim_fast.trainer.step import TrainStep
 
 
@@ -44,7 +45,7 @@ def undone(step: TrainStep) -> Iterator[None]:
                 tensor.copy_(value)
             for tensor in _of_optimizer(step) if fresh else ():
                 tensor.zero_()
-        step.optimizer.zero_grad(set_to_none=True)
+        drop_gradients(step.optimizer)
         step.scaler.load_state_dict(scaler)
         torch.set_rng_state(cpu)
         if cuda is not None:

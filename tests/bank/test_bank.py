@@ -102,6 +102,17 @@ def test_any_number_of_ranks_has_the_maps_of_one(world_size, shards, accumulate,
     assert len(half) == 24
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (3, 2)])
+def test_one_process_goes_on_with_another_number_of_shards(before, after):
+    """23 samples: shards of unequal length have a row too many, which is nobody's map."""
+    new = lambda plan: open_store("host", own_maps(plan), CELLS, CPU, None)  # noqa: E731
+    first = make_plan(shards=before, samples=25, batch=6)
+    maps = run(first, new(first), 5)
+    assert maps.shape == (23, CELLS, CELLS)
+    second = make_plan(shards=after, samples=25, batch=6)
+    assert torch.equal(run(second, new(second), 0, maps=maps), maps)
+
+
 def test_a_rank_keeps_its_own_shards_only():
     assert own_maps(make_plan()) == 24
     assert own_maps(make_plan(1, 2, 2)) == 12

@@ -287,6 +287,34 @@ def test_fault_14_what_changed_is_told_and_must_be_allowed(tmp_path, photos, cap
     assert newest_state(tmp_path / "run")["progress"]["step"] == 3
 
 
+def test_what_is_allowed_to_change_does(tmp_path, photos):
+    """The optimizer's groups are in the checkpoint; decay and betas are the run's."""
+    config = with_fields(config_for(tmp_path / "run", photos), "train", max_steps=2)
+    fit(config)
+    again = with_fields(with_fields(config, "run", resume="auto", allow_change=True), "train", max_steps=3)
+    fit(with_fields(again, "optim", weight_decay=0.3, betas=(0.5, 0.6)))
+    groups = newest_state(tmp_path / "run")["optimizer"]["param_groups"]
+    assert sorted({group["weight_decay"] for group in groups}) == [0, 0.3]
+    assert all(tuple(group["betas"]) == (0.5, 0.6) for group in groups)
+
+
+def test_fewer_steps_than_were_taken_are_none(tmp_path, photos):
+    config = with_fields(config_for(tmp_path / "run", photos), "train", max_steps=3)
+    fit(config)
+    fit(with_fields(with_fields(config, "run", resume="auto"), "train", max_steps=2))
+    assert newest_state(tmp_path / "run")["progress"]["step"] == 3
+
+
+def test_a_place_that_another_batch_left_between_shards_is_moved_to_the_next(tmp_path, photos):
+    """After 3 steps of 5 of 20 samples in one shard: with 2 shards steps begin at even places."""
+    config = config_for(tmp_path / "run", photos, score={"source": "bank", "shards": 1})
+    fit(with_fields(config, "train", max_steps=3))
+    again = with_fields(with_fields(config, "run", resume="auto", allow_change=True), "score", shards=2)
+    fit(with_fields(again, "train", batch_size=4, max_steps=5))
+    progress = newest_state(tmp_path / "run")["progress"]
+    assert (progress["step"], progress["seen"]) == (5, 16 + 2 * 4)
+
+
 def test_every_setting_is_free_refused_or_asked_for():
     """So that a new one is thought about: whoever adds one finds it here among those that must be allowed."""
     kinds = {key: _kind(key) for key in settings()}

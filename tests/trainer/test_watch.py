@@ -251,3 +251,15 @@ def test_spikes():
     assert not spikes.is_spike(1.05)
     silent = Spikes(0.0)
     assert not any(silent.is_spike(value) for value in [1.0] * 40 + [99.0])
+
+
+def test_a_full_disk_ends_neither_the_records_nor_the_going_back(tmp_path, capsys):
+    """Captures have no room; the run goes back all the same."""
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with not_finite({6, 7, 8}), patch("ccmim_fast.trainer.capture.write_capture", full):
+        fit(config_for(tmp_path))
+    assert [record["to"] for record in records(tmp_path, "went_back")] == [4]
+    assert "no capture: [Errno 28] No space left on device" in capsys.readouterr().out
