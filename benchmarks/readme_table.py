@@ -2,7 +2,8 @@
 
     python benchmarks/readme_table.py
 
-One table for each device and precision there is a result of; what git does not know of is left out.
+One table for each kind of device (a GPU by its name, CPUs together) and precision that there is a result of; what git
+does not know of is left out.
 """
 
 import json
@@ -18,13 +19,13 @@ HEADER = ["step", "img/s", "x transformers", "x lightly", "x naive", "peak GB", 
 
 
 def newest() -> list[Path]:
-    """The newest committed result of each device and precision, in the order of their names."""
+    """The newest committed result of each kind of device and precision, in the order of their names."""
     pattern = "benchmarks/results/throughput-*.json"
     listed = subprocess.run(["git", "ls-files", pattern], cwd=ROOT, capture_output=True, text=True, check=True)
     found = {}
     for path in map(ROOT.joinpath, listed.stdout.split()):
         result = json.loads(path.read_text())
-        key = (result["environment"]["device"], result["precision"])
+        key = (result["environment"]["device"].partition(",")[0], result["precision"])
         if key not in found or result["environment"]["time"] > found[key][0]:
             found[key] = (result["environment"]["time"], path)
     return sorted(path for _, path in found.values())

@@ -17,23 +17,24 @@ def test_the_readme_is_up_to_date(readme_table):
     )
 
 
-def test_newest_of_each_device_and_precision(readme_table, tmp_path, monkeypatch):
+def test_newest_of_each_kind_of_device_and_precision(readme_table, tmp_path, monkeypatch):
     """Only what git knows of counts."""
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
-    for name, precision, time in [
-        ("a", "fp32", "11-01"),
-        ("b", "fp32", "11-02"),
-        ("c", "bf16", "11-01"),
+    for name, device, precision, time in [
+        ("a", "cpu, 4 cores", "fp32", "11-01"),
+        ("b", "cpu, 2 cores", "fp32", "11-02"),
+        ("c", "cpu, 4 cores", "bf16", "11-01"),
+        ("d", "NVIDIA H100", "bf16", "10-01"),
     ]:
-        row = {"environment": {"device": "cpu", "time": time}, "precision": precision}
+        row = {"environment": {"device": device, "time": time}, "precision": precision}
         (results / f"throughput-{name}.json").write_text(json.dumps(row))
     monkeypatch.setattr(readme_table, "ROOT", tmp_path)
     git = ["git", "-C", str(tmp_path)]
     readme_table.subprocess.run([*git, "init", "-q"], check=True)
     assert readme_table.newest() == []
     readme_table.subprocess.run([*git, "add", "."], check=True)
-    assert [path.stem for path in readme_table.newest()] == ["throughput-b", "throughput-c"]
+    assert [path.stem for path in readme_table.newest()] == ["throughput-b", "throughput-c", "throughput-d"]
 
 
 def test_marks(readme_table):
