@@ -160,8 +160,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class WatchConfig:
-    # steps in a row with gradients that are not finite: go back to the last checkpoint, and on past their samples
-    bad_steps: int = 3
+    bad_steps: int = 3  # in a row, with gradients that are not finite, until the run goes back to its last checkpoint
     spike: float = 10.0  # standard deviations above the last logged losses from which on one is told of; 0: none
     timeout: float = 30.0  # minutes that a rank waits for another
 

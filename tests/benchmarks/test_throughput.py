@@ -184,7 +184,7 @@ def test_the_command_finds_the_script(capfd, tmp_path, monkeypatch):
     lines = capfd.readouterr().err.splitlines()
     assert [
         word in line
-        for word, line in zip(["throughput, ladder, attention, data, bank, ops", "'nothing'", "nobody"], lines)
+        for word, line in zip(["throughput, ladder, attention, data, bank, soak, ops", "'nothing'", "nobody"], lines)
     ] == [True] * 3
     monkeypatch.setattr("ccmim_fast.cli.__file__", str(tmp_path / "ccmim_fast" / "cli.py"))
     assert ccmim(["bench", "ops"]) == 6
