@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def ablate_score(argv: list[str]) -> Path:
         for name, epochs in slower.items()
     ]
     figures += run_all(more, options.runs, options.jobs)
-    return write(figures, options.out, " ".join(["ccmim ablate score", *argv]))
+    return write(figures, options.out, shlex.join(["ccmim", "ablate", "score", *argv]))
 
 
 def equal_time(figures: Sequence[dict[str, Any]], epochs: int) -> dict[str, int]:

@@ -20,6 +20,7 @@ from ccmim_fast.report.curves import read_metrics
 from ccmim_fast.trainer.loop import Trainer, fit
 
 PROBED = 1000  # training images whose scores and masks are looked at
+SUMMARY = "summary.json"  # in the folder of a run that is done
 LOOKS = 4  # moments of a run at which they are, its end included
 
 
@@ -38,10 +39,12 @@ class Run(NamedTuple):
 def run_all(runs: Sequence[Run], folder: Path, jobs: int) -> list[dict[str, Any]]:
     """Figures of each run, in their order; `jobs` at a time, each in a process with its share of the cores."""
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    found: dict[Run, dict[str, Any]] = {}
+    kept = {run: folder / run.folder_name / SUMMARY for run in runs}
+    found = {run: json.loads(path.read_text()) for run, path in kept.items() if path.exists()}
     # A process for each run: what one leaves behind (caches, threads) is not the next one's.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as processes:
-        waiting = {processes.submit(measure_run, run, folder / run.folder_name, threads): run for run in runs}
+        missing = [run for run in runs if run not in found]
+        waiting = {processes.submit(measure_run, run, folder / run.folder_name, threads): run for run in missing}
         for done in as_completed(waiting):
             run, figures = waiting[done], done.result()
             found[run] = figures
@@ -57,7 +60,7 @@ def measure_run(run: Run, folder: Path, threads: int) -> dict[str, Any]:
         variant, seed, epochs; `looks`: one dict per moment (epoch, auroc, auroc_all, leakage, recons, and the seconds
         trained so far); the last look's figures again, knn, logreg, images_per_second (median).
     """
-    summary = folder / "summary.json"
+    summary = folder / SUMMARY
     if summary.exists():
         return json.loads(summary.read_text())
     torch.set_num_threads(threads)
