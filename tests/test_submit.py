@@ -180,8 +180,10 @@ def test_a_job_on_this_machine(tmp_path):
     """What submitit pickles, and a task makes of its place: a run of one rank that is there again and goes on."""
     settings = [*SETTINGS, f"--run.dir={tmp_path / 'run'}", f"--data.root={tmp_path / 'cache'}", "--run.resume=auto"]
     given = submit._parser().parse_args(["--time=00:05:00"])
-    for epochs in ("1", "2"):
-        job = submit.hand_in(load_config(settings, ""), given, [*settings, f"--train.epochs={epochs}"], cluster="local")
+    settings += ["--train.epochs=2"]
+    for steps in ("2", "4"):
+        more = [*settings, f"--train.max_steps={steps}"]
+        job = submit.hand_in(load_config(settings, ""), given, more, cluster="local")
         job.result()
     assert read_state(tmp_path / "run").state == "done"
     assert "step 2/2" in (tmp_path / "run" / "log.txt").read_text()
