@@ -1,5 +1,6 @@
 """`ccmim runs`: every run folder below a folder, how it stands and what it logged last. Imports no torch."""
 
+import contextlib
 import json
 import os
 import re
@@ -109,18 +110,15 @@ def judge(state: RunState | None, age: float, limit: float) -> str:
 
 def last_line(path: Path) -> dict[str, Any]:
     """The last training line of a metrics.jsonl; {} where there is none. One that was cut by a kill is passed over."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            # Nearly always the end is enough; a run that told of much else since is read whole.
-            for begin in dict.fromkeys((max(0, size - _TAIL), 0)):
-                file.seek(begin)
-                for line in reversed(file.read().splitlines()):
-                    record = _record(line)
-                    if record.get("kind") == "train":
-                        return record
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        # Nearly always the end is enough; a run that told of much else since is read whole.
+        for begin in dict.fromkeys((max(0, size - _TAIL), 0)):
+            file.seek(begin)
+            for line in reversed(file.read().splitlines()):
+                record = _record(line)
+                if record.get("kind") == "train":
+                    return record
     return {}
 
 

@@ -3,6 +3,7 @@
 Without a CUDA device the Triton kernels run in Triton's interpreter, on the CPU.
 """
 
+import errno
 import os
 
 # Threads that wait do not spin: the tests stay fast on a machine that is doing something else too.
@@ -53,3 +54,19 @@ def _indexes_elsewhere(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def full(monkeypatch) -> set[int]:
+    """Steps whose checkpoints find the disk full."""
+    from ccmim_fast.checkpoints import io
+
+    steps, write = set(), io._write
+
+    def written(new, step, *rest):
+        if step in steps:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(new, step, *rest)
+
+    monkeypatch.setattr(io, "_write", written)
+    return steps

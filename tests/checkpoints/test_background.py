@@ -1,7 +1,5 @@
 """What the background saver writes is the state as it was when asked; what it cannot write is told in its turn."""
 
-import errno
-import os
 import threading
 from collections import OrderedDict
 
@@ -42,20 +40,6 @@ def gate(monkeypatch):
     monkeypatch.setattr(io, "save", held)
     yield opened
     opened.set()
-
-
-@pytest.fixture
-def full(monkeypatch):
-    """Steps whose saves find the disk full."""
-    steps, write = set(), io._write
-
-    def written(new, step, *rest):
-        if step in steps:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(new, step, *rest)
-
-    monkeypatch.setattr(io, "_write", written)
-    return steps
 
 
 def line(folder, step):

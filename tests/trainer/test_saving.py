@@ -1,8 +1,5 @@
 """Which checkpoints a run leaves, and what becomes of it where they cannot be written."""
 
-import errno
-import os
-
 import pytest
 from tiny import tiny_config
 
@@ -22,20 +19,6 @@ def config_for(tmp_path, max_steps=0, **run):
 
 def steps(tmp_path):
     return [int(path.name[5:]) for path in io.checkpoints(tmp_path / "run" / "checkpoints")]
-
-
-@pytest.fixture
-def full(monkeypatch):
-    """Steps whose saves find the disk full."""
-    full_at, write = set(), io._write
-
-    def written(new, step, *rest):
-        if step in full_at:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(new, step, *rest)
-
-    monkeypatch.setattr(io, "_write", written)
-    return full_at
 
 
 def test_keep_every_keeps_besides_the_newest(tmp_path):
