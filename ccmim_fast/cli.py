@@ -1,6 +1,7 @@
 """The command `ccmim`. Every user's mistake ends in one line on standard error and its own exit code."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -144,6 +145,11 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] not in COMMANDS:
             raise ConfigError(f"{argv[0]!r:.80}: no such command; nearest: {nearest(argv[0], COMMANDS)}")
         COMMANDS[argv[0]](argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # A reader that went away (`| head`) is nobody's mistake. What is left in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except CcmimError as error:
         print(f"ccmim: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code

@@ -71,3 +71,14 @@ def test_it_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "ccmim_fast.cli", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stdout.startswith("usage: ccmim COMMAND")
+
+
+def test_a_reader_that_went_away_is_no_traceback():
+    """As in `ccmim submit --print ... | head -1`; more than a pipe's buffer is printed."""
+    program = "import sys; from ccmim_fast import cli; cli.COMMANDS['long'] = lambda _: print('x' * 10**6); "
+    command = [sys.executable, "-c", program + "sys.exit(cli.main(['long']))"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 141
