@@ -7,6 +7,7 @@ the next save finds it mapped already.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,10 @@ import torch
 from torch import Tensor
 
 from ccmim_fast.checkpoints import io
+from ccmim_fast.checkpoints.shards import divide
+from ccmim_fast.checkpoints.together import Layout, Together
 from ccmim_fast.errors import CheckpointError
+from ccmim_fast.optim.parts import own_part
 
 _FAILURES = 3  # saves in a row that may not fail; fewer are a warning
 
@@ -33,10 +37,11 @@ class BackgroundSaver:
         folder: of the checkpoints.
         keep: newest ones kept, see `io.save`.
         note: prints a line; called in the thread of the caller.
+        together: ranks that have divided the state among them: each has a saver, and is called as the others are.
     """
 
-    def __init__(self, folder: Path, keep: int, note: Callable[[str], None]):
-        self._folder, self._keep, self._note = folder, keep, note
+    def __init__(self, folder: Path, keep: int, note: Callable[[str], None], together: Together | None = None):
+        self._folder, self._keep, self._note, self._together = folder, keep, note, together
         self._writer = ThreadPoolExecutor(1, "checkpoints")
         self._running: Future | None = None
         # Since the last save that did not fail. Lines only: an exception would hold on to the state through its frames.
@@ -53,8 +58,17 @@ class BackgroundSaver:
             Exception: the save before raised it.
         """
         self.wait()
-        copied, copies = _on_host(state)
-        self._running = self._writer.submit(self._write, step, copied, copies, for_good)
+        if self._together is None:
+            copied, copies = _on_host(state)
+            write = functools.partial(io.save, self._folder, step, copied, self._keep, for_good)
+        else:
+            rest, pieces = divide(state)
+            parts = {name: own_part(piece) for name, piece in pieces.items()}
+            layouts = {name: Layout.of(piece) for name, piece in pieces.items()}
+            copied, copies = _on_host({"rest": rest, "parts": parts})
+            given = (self._folder, step, copied["rest"], copied["parts"], layouts, self._keep, for_good)
+            write = functools.partial(self._together.save, *given)
+        self._running = self._writer.submit(_write, write, copies)
 
     def poll(self) -> None:
         """As `wait`, if that would not wait."""
@@ -97,11 +111,6 @@ class BackgroundSaver:
                 raise
             self._note(str(failure))
 
-    def _write(self, step: int, state: dict[str, Any], copies: list["torch.cuda.Event"], for_good: bool) -> None:
-        for done in copies:
-            done.synchronize()
-        io.save(self._folder, step, state, keep=self._keep, for_good=for_good)
-
     def _finish(self) -> None:
         """Wait for the running save and count it; what is no CheckpointError is raised."""
         if self._running is None:
@@ -120,6 +129,12 @@ class BackgroundSaver:
         line = self._failed[-1]
         self._failed.clear()
         return line
+
+
+def _write(write: Callable[[], Any], copies: list["torch.cuda.Event"]) -> None:
+    for done in copies:
+        done.synchronize()
+    write()
 
 
 def _on_host(state: dict[str, Any]) -> tuple[dict[str, Any], list["torch.cuda.Event"]]:

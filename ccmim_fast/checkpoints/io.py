@@ -1,34 +1,47 @@
 """Checkpoints on disk: written so that a kill or a full disk leaves the older ones whole, read without trust.
 
 A checkpoint is a folder `step_00000123/` with `state.pt` (torch.save of plain containers and tensors) and
-`manifest.json` (format, step, size and sha256 of each file). It is written under a hidden name and appears by a rename,
-so one that can be seen is complete; what is damaged afterwards fails its checksum. Nothing is unpickled before that,
-and then by `weights_only` alone, which runs no code. With an empty file `kept` in it, it is never pruned.
+`manifest.json` (format, step, size and sha256 of each file). Where ranks have divided the weights, their parts lie
+beside it, see checkpoints/shards.py. It is written under a hidden name and appears by a rename, so one that can be seen
+is complete; what is damaged afterwards fails its checksum. Nothing is unpickled before that, and then by `weights_only`
+alone, which runs no code. With an empty file `kept` in it, it is never pruned.
 
 One process at a time writes in a folder of checkpoints; it holds a lock on `.lock` meanwhile.
 """
 
 import contextlib
 import fcntl
-import hashlib
-import json
 import os
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ccmim_fast.checkpoints import shards
+from ccmim_fast.checkpoints.manifest import (
+    MANIFEST,
+    STATE,
+    Hashed,
+    Sum,
+    check_file,
+    manifest,
+    open_file,
+    read_manifest,
+    sync,
+    sync_folder,
+)
 from ccmim_fast.errors import CheckpointError
 
-FORMAT = 1
-STATE, MANIFEST, KEPT = "state.pt", "manifest.json", "kept"
-_MANIFEST_MAX = 65536  # bytes; a real one has about 200
+KEPT = "kept"
 _NEW, _OLD, _DEAD = ".new_", ".old_", ".dead_"  # hidden folders: being written, being replaced, being removed
+
+# Writes further files into the new folder; returns their sums by name.
+Beside = Callable[[Path], dict[str, Sum]]
 
 
 class Newest(NamedTuple):
@@ -39,7 +52,9 @@ class Newest(NamedTuple):
     problems: list[str]
 
 
-def save(folder: Path, step: int, state: dict[str, Any], keep: int, for_good: bool = False) -> Path:
+def save(
+    folder: Path, step: int, state: dict[str, Any], keep: int, for_good: bool = False, beside: Beside | None = None
+) -> Path:
     """Write `state` as the checkpoint of `step` in `folder`, then remove all but the newest `keep` and the kept ones.
 
     Args:
@@ -48,6 +63,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int, for_good: bo
         state: dicts, lists, tuples, tensors, numbers, strings, bytes, bools and None, at any depth.
         keep: >= 1; the one just written always stays.
         for_good: mark it as kept: no later save removes it.
+        beside: writes what else belongs to it.
 
     Returns:
         The checkpoint's folder.
@@ -66,7 +82,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int, for_good: bo
         with _lock(folder):
             _clear(folder)
             try:
-                _write(new, step, state, for_good)
+                _write(new, step, state, for_good, beside)
                 _publish(new, path)
             except BaseException:
                 _clear(folder)
@@ -81,8 +97,11 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int, for_good: bo
     return path
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, divided: bool = False) -> dict[str, Any]:
     """The state in the checkpoint `path`, on the CPU; no code of it is run.
+
+    Args:
+        divided: leave out what ranks have divided; `shards.unite` puts it in.
 
     Raises:
         CheckpointError: one line: it is missing, damaged, or holds more than plain containers and tensors.
@@ -90,9 +109,12 @@ def load(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder of a checkpoint")
     try:
-        size, sha256 = _read_manifest(path)
-        with _open_file(path / STATE) as file:
-            _check_file(file, size, sha256)
+        sums = read_manifest(path, _step_of(path))
+        for name in sums.keys() - {STATE}:
+            with open_file(path / name) as file:
+                check_file(file, sums[name])
+        with open_file(path / STATE) as file:
+            check_file(file, sums[STATE])
             state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: {Path(error.filename or '').name}: {error.strerror}") from None
@@ -103,11 +125,13 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {STATE} refused: no plain containers and tensors: {reason}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: {STATE} refused: it holds a {type(state).__name__}, expected a dict")
-    return state
+    return state if divided or len(sums) == 1 else shards.unite(state, shards.read(path))
 
 
-def newest(folder: Path) -> Newest:
+def newest(folder: Path, divided: bool = False) -> Newest:
     """The newest checkpoint in `folder` that loads; each newer one that does not is a line in `problems`.
+
+    `divided` is for `load`.
 
     What dead writers left behind is cleared; a live one's work is not touched.
     """
@@ -117,7 +141,7 @@ def newest(folder: Path) -> Newest:
     problems = []
     for path in reversed(checkpoints(folder)):
         try:
-            return Newest(path, load(path), problems)
+            return Newest(path, load(path, divided), problems)
         except CheckpointError as error:
             problems.append(f"skipped the checkpoint {error}")
     return Newest(None, None, problems)
@@ -183,34 +207,19 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-class _Hashed:
-    """Hashes what is written to a binary file on its way there: reading it back would hash what became of it."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
-
-    def write(self, data) -> int:
-        written = self.file.write(data)
-        self.sha256.update(data)
-        self.size += written
-        return written
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def _write(new: Path, step: int, state: dict[str, Any], for_good: bool) -> None:
+def _write(new: Path, step: int, state: dict[str, Any], for_good: bool, beside: Beside | None) -> None:
     new.mkdir()
     if for_good:
         (new / KEPT).touch()
+    others = {} if beside is None else beside(new)
     with open(new / STATE, "wb") as file:
-        hashed = _Hashed(file)
+        hashed = Hashed(file)
         torch.save(state, hashed)
-        _sync(file)
+        sync(file)
     with open(new / MANIFEST, "wb") as file:
-        file.write(_manifest(step, hashed.size, hashed.sha256.hexdigest()))
-        _sync(file)
-    _sync_folder(new)
+        file.write(manifest(step, {STATE: hashed.sum(), **others}))
+        sync(file)
+    sync_folder(new)
 
 
 def _publish(new: Path, path: Path) -> None:
@@ -219,7 +228,7 @@ def _publish(new: Path, path: Path) -> None:
     if path.exists():
         os.rename(path, old)
     os.rename(new, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -238,59 +247,3 @@ def _prune(folder: Path, written: Path, keep: int) -> None:
         with contextlib.suppress(OSError):
             os.rename(path, dead)
             shutil.rmtree(dead)
-
-
-def _manifest(step: int, size: int, sha256: str) -> bytes:
-    files = {STATE: {"size": size, "sha256": sha256}}
-    return json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1).encode()
-
-
-def _read_manifest(path: Path) -> tuple[int, str]:
-    """Size and sha256 that `state.pt` of the checkpoint `path` must have."""
-    with _open_file(path / MANIFEST) as file:
-        text = file.read(_MANIFEST_MAX)
-    try:
-        manifest = json.loads(text)
-        version, step, state = manifest["format"], manifest["step"], manifest["files"][STATE]
-        size, sha256 = state["size"], state["sha256"]
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-        raise CheckpointError(f"{MANIFEST} is damaged") from None
-    if version != FORMAT:
-        raise CheckpointError(f"{MANIFEST}: format={version!r:.20} must be {FORMAT}, the one this version reads")
-    # Written back, it must be the same bytes: so the manifest, which no checksum covers, is checked too.
-    if text != _manifest(step, size, sha256) or _step_of(path) not in (None, step):
-        raise CheckpointError(f"{MANIFEST} is damaged")
-    return size, sha256
-
-
-def _check_file(file: BinaryIO, size: int, sha256: str) -> None:
-    """Compare an open file with its manifest, and go back to its start."""
-    found = os.fstat(file.fileno()).st_size
-    if found != size:
-        raise CheckpointError(f"{STATE} is damaged: {found} bytes, expected {size}")
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    if digest.hexdigest() != sha256:
-        raise CheckpointError(f"{STATE} is damaged: its sha256 is not the manifest's")
-    file.seek(0)
-
-
-def _open_file(path: Path) -> BinaryIO:
-    if path.exists() and not path.is_file():  # a named pipe would be waited for
-        raise CheckpointError(f"{path.name} is not a file")
-    return open(path, "rb")
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

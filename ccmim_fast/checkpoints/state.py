@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from ccmim_fast.config.load import to_yaml
@@ -42,7 +43,7 @@ def capture(
     config: Config,
     maps_NGG: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Plain dictionaries and tensors; `maps_NGG` are those of a score bank."""
+    """Plain dictionaries and tensors, DTensors of what is divided; `maps_NGG` are those of a score bank."""
     return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -52,6 +53,14 @@ def capture(
         "config": to_yaml(config),
         "maps": maps_NGG,
     }
+
+
+def patterns(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Of each tensor of a state that is divided among ranks, by its path, one that is divided so; see `shards.read`."""
+    named = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
+    found = {f"{where}{name}": p for name, p in named.items() for where in ("model/", "ema/module.")}
+    trained = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return found | {f"optimizer/state/{index}": p for index, p in enumerate(trained) if isinstance(p, DTensor)}
 
 
 def restore(

@@ -148,6 +148,8 @@ class TrainConfig:
     kernels: Literal["auto", "triton", "reference"] = "auto"
     # backend, see models/attention.py; auto: the one measured best for the device, the dtype and the number of tokens
     attention: Literal["auto", "sdpa", "plain", "flash", "cudnn", "efficient", "xformers"] = "auto"
+    # many processes: whole weights on each, or (FSDP2) each block's divided among them and gathered when it runs
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     recompute: bool = False  # activation checkpointing: keep each block's input alone, compute the rest again
     # torch.compile: per block, or forward and losses as one graph; auto: `step` on CUDA from compute capability 7.0 on
     compile: Literal["auto", "off", "blocks", "step"] = "auto"

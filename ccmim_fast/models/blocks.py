@@ -93,6 +93,15 @@ def block_for(block: nn.Module, asking_BQD: Tensor, x_BTD: Tensor, backend: str 
     return finish(block, asking_BQD, attended)
 
 
+def inside(block: nn.Module, way: Callable, *args: Any) -> Any:
+    """`way(block, *args)`, with the block's weights whole: who divides them among ranks hangs `around` on the block.
+
+    What reads a block's weights without calling the block goes through here.
+    """
+    around = getattr(block, "around", None)
+    return way(block, *args) if around is None else around(way, *args)
+
+
 class RowReader(NamedTuple):
     """What is read of a block's attention: [CLS]'s softmaxed row over the patches, averaged over heads.
 
@@ -177,8 +186,8 @@ class BlockRunner:
 
     def _run(self, way: Callable, block: nn.Module, x_BTD: Tensor, *others: Any) -> Any:
         if self.recompute and x_BTD.requires_grad:
-            return checkpoint(way, block, x_BTD, *others, self.attention, use_reentrant=False)
-        return way(block, x_BTD, *others, self.attention)
+            return checkpoint(inside, block, way, x_BTD, *others, self.attention, use_reentrant=False)
+        return inside(block, way, x_BTD, *others, self.attention)
 
 
 _WAYS = (whole_block, block_for, block_and_row, cls_and_row)

@@ -8,11 +8,11 @@ What the two training passes themselves show of it is read by `encoder.encode_an
 from typing import NamedTuple
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.models.blocks import PLAIN, BlockRunner, RowReader, is_plain, keys, queries
+from ccmim_fast.models.blocks import PLAIN, BlockRunner, RowReader, inside, is_plain, keys, queries
 from ccmim_fast.models.embedding import prefix_tokens
 from ccmim_kernels import cls_row
 
@@ -73,10 +73,15 @@ def score(
 
 def eq4_logits(vit: VisionTransformer, block: int, x_BTD: Tensor, kernels: str = "auto") -> Tensor:
     """E_h[q_0 K_{1:}^T / sqrt(H)] [B, L] at one block, from the tokens that enter it (Eq. 4)."""
-    attn, normed_BTD = vit.blocks[block].attn, vit.blocks[block].norm1(x_BTD)
-    q_BNH = queries(attn, normed_BTD[:, :1])[:, 0]
-    k_BTNH = keys(attn, normed_BTD)
-    return cls_row(q_BNH, k_BTNH, prefix=vit.num_prefix_tokens, kind="logits", scale=attn.scale, kernels=kernels)
+    q_B1NH, k_BTNH = inside(vit.blocks[block], _cls_and_keys, x_BTD)
+    scale = vit.blocks[block].attn.scale
+    return cls_row(q_B1NH[:, 0], k_BTNH, prefix=vit.num_prefix_tokens, kind="logits", scale=scale, kernels=kernels)
+
+
+def _cls_and_keys(block: Block, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    """The query of [CLS] [B, 1, N, H] and the keys [B, T, N, H] of the tokens that enter a block."""
+    normed_BTD = block.norm1(x_BTD)
+    return queries(block.attn, normed_BTD[:, :1]), keys(block.attn, normed_BTD)
 
 
 def can_fold(vit: VisionTransformer) -> bool:
@@ -95,11 +100,14 @@ def folded_direction(vit: VisionTransformer) -> Tensor:
     [CLS] is the same for every image here, so q_0 is one vector and the mean over heads moves inside. gamma is the
     LayerNorm's weight; its bias and the key's bias add the same to every patch, which the softmax does not see.
     """
-    first = vit.blocks[0]
+    return inside(vit.blocks[0], _direction, prefix_tokens(vit)[None, :1])
+
+
+def _direction(first: Block, cls_11D: Tensor) -> Tensor:
     attn = first.attn
     # Always float32: the fold multiplies three tensors, and the result is one vector.
-    with torch.autocast(vit.cls_token.device.type, enabled=False):
-        q_D = queries(attn, first.norm1(prefix_tokens(vit)[None, :1].to(attn.qkv.weight.dtype))).flatten()
+    with torch.autocast(cls_11D.device.type, enabled=False):
+        q_D = queries(attn, first.norm1(cls_11D.to(attn.qkv.weight.dtype))).flatten()
         width = len(q_D)
         direction_D = q_D @ attn.qkv.weight[width : 2 * width] * (attn.scale / attn.num_heads)
         return direction_D if first.norm1.weight is None else direction_D * first.norm1.weight
@@ -114,8 +122,7 @@ def _all_blocks(
     for block in others:
         x_BTD, total_BL = run.reading(block, x_BTD, total_BL, read)
     if cls_only:
-        normed_BTD = last.norm1(x_BTD)
-        total_BL = read.add(last.attn, queries(last.attn, normed_BTD[:, :1]), keys(last.attn, normed_BTD), total_BL)
+        total_BL = read.add(last.attn, *inside(last, _cls_and_keys, x_BTD), total_BL)
     else:
         _, total_BL = run.reading(last, x_BTD, total_BL, read)
     # Up to a constant per row: renormalising subtracts log sum; the second softmax's logits are the sums themselves.

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from ccmim_fast.optim.parts import own_part
+
 
 def build_ema(model: nn.Module, decay: float) -> AveragedModel | None:
     """A copy of `model` to average into, or None where `decay` is 0."""
@@ -16,7 +18,7 @@ def update_ema_(ema: AveragedModel, model: nn.Module, decay: float) -> None:
 
     `AveragedModel.update_parameters` reads its count from the device at every step, which waits for it.
     """
-    averaged, weights = list(ema.module.parameters()), [p.detach() for p in model.parameters()]
+    averaged, weights = ([own_part(p) for p in one.parameters()] for one in (ema.module, model))
     torch._foreach_lerp_(averaged, weights, 1 - decay)
     for kept, buffer in zip(ema.module.buffers(), model.buffers()):
         kept.copy_(buffer)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ccmim_fast.optim.parts import whole
+
 
 class Gradients(NamedTuple):
     """On the device, float32, unscaled and before clipping.
@@ -45,7 +47,7 @@ def guard(
     if scaler.is_enabled() and limit:
         scaler.unscale_(optimizer)
     gradients = [[p.grad for p in part if p.grad is not None] for part in parts]
-    norms_P = torch.stack([nn.utils.get_total_norm(part) for part in gradients])
+    norms_P = torch.stack([whole(nn.utils.get_total_norm(part)) for part in gradients])
     scale = scaler.scale(torch.ones_like(norms_P[0]))
     if scaler.is_enabled() and not limit:
         norms_P = norms_P / scale

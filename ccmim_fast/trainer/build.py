@@ -23,6 +23,7 @@ from ccmim_fast.trainer.distributed import Session, node_count
 from ccmim_fast.trainer.graphed import GraphedStep
 from ccmim_fast.trainer.host_memory import keep_freed_memory
 from ccmim_fast.trainer.precision import choose_precision
+from ccmim_fast.trainer.sharded import is_sharded, shard
 from ccmim_fast.trainer.step import TrainStep
 from ccmim_kernels.dispatch import check_triton
 
@@ -44,6 +45,8 @@ def check_device(config: Config, here: Session) -> None:
             raise ConfigError(f"train.{key}=true needs CUDA, got {here.device.type}; use train.{key}=false")
     if config.train.cuda_graph and here.world_size > 1:
         raise ConfigError(f"train.cuda_graph=true: one process only, got {here.world_size}; use train.cuda_graph=false")
+    if is_divided(config, here):
+        _check_divided(config, here)
     if config.train.compile in ("blocks", "step") and here.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(here.device)
         if major < 7:
@@ -52,12 +55,26 @@ def check_device(config: Config, here: Session) -> None:
             )
 
 
+def _check_divided(config: Config, here: Session) -> None:
+    if choose_precision(config.train.precision, here.device).scaled:
+        raise ConfigError("train.parallel=fsdp: has no loss scaling, which fp16 needs; use bf16, fp32, or parallel=ddp")
+    if config.optim.name != "adamw":
+        raise ConfigError(f"train.parallel=fsdp: optim.name={config.optim.name} knows no divided weights; use adamw")
+    if config.train.compile == "step":
+        raise ConfigError("train.parallel=fsdp: train.compile=step makes one graph of all blocks; use blocks")
+
+
 def build_step(config: Config, here: Session) -> TrainStep:
     """Model with initial weights drawn from `config.seed`, optimizer and precision, on this rank's device; eager."""
     if here.device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(config.seed)
     model = build_model(config).to(here.device).train()
+    precision = choose_precision(config.train.precision, here.device)
+    ema = build_ema(model, config.optim.ema_decay)
+    if is_divided(config, here):
+        for one in (model, *(() if ema is None else (ema.module,))):
+            shard(one, here, precision.dtype)
     optimizer = build_optimizer(
         config.optim.name,
         model,
@@ -66,9 +83,12 @@ def build_step(config: Config, here: Session) -> TrainStep:
         betas=config.optim.betas,
         capturable=config.train.cuda_graph,
     )
-    precision = choose_precision(config.train.precision, here.device)
-    ema = build_ema(model, config.optim.ema_decay)
     return TrainStep(model, _wrapped(model, here), optimizer, precision, config, ema)
+
+
+def is_divided(config: Config, here: Session) -> bool:
+    """Whether ranks share the weights among them; a process alone has them all, whatever `train.parallel` says."""
+    return config.train.parallel == "fsdp" and here.world_size > 1
 
 
 def has_bank(config: Config) -> bool:
@@ -102,7 +122,7 @@ def prepare_step(step: TrainStep, micro_batch: int) -> TrainStep | GraphedStep:
     To be done before a checkpoint is loaded into the step.
     """
     train = step.config.train
-    what = choose_compile(train.compile, step.device)
+    what = choose_compile(train.compile, step.device, divided=is_sharded(step.model))
     compile_step(step, what, train.compile_mode)
     if train.cuda_graph:
         # A graph is captured with warm caches and the optimizer's state in its place; three steps, on a stream of their
@@ -119,7 +139,7 @@ def prepare_step(step: TrainStep, micro_batch: int) -> TrainStep | GraphedStep:
 
 
 def _wrapped(model: CCMIM, here: Session) -> nn.Module:
-    if here.world_size == 1:
+    if here.world_size == 1 or is_sharded(model):
         return model
     devices = [here.device.index] if here.device.type == "cuda" else None
     # BatchNorm's running statistics are equal on all ranks already; broadcasting them would cost a collective a step.

@@ -18,6 +18,7 @@ from ccmim_fast.data.torch_loader import crop_of
 from ccmim_fast.errors import CcmimError
 from ccmim_fast.models.blocks import BlockRunner
 from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.optim.parts import own_part
 from ccmim_fast.trainer.precision import Precision
 from ccmim_fast.trainer.watch import Past
 from ccmim_kernels.partition import partition_from_mask
@@ -60,12 +61,16 @@ def write_capture(
 
 
 def figures_of(tensor: Tensor) -> dict[str, float]:
-    """Share of elements that are finite; of those that are, the largest magnitude, mean and standard deviation."""
-    finite = tensor.detach().float()[tensor.isfinite()]
+    """Share of elements that are finite; of those that are, the largest magnitude, mean and standard deviation.
+
+    Of a tensor that is divided among ranks: of this rank's part.
+    """
+    own = own_part(tensor).float()
+    finite = own[own.isfinite()]
     if not len(finite):
-        return {"finite": 0.0}
+        return {"finite": 0.0 if len(own) else 1.0}
     figures = {"largest": finite.abs().max(), "mean": finite.mean(), "std": finite.std(correction=0)}
-    return {"finite": len(finite) / tensor.numel(), **{name: float(value) for name, value in figures.items()}}
+    return {"finite": len(finite) / own.numel(), **{name: float(value) for name, value in figures.items()}}
 
 
 @contextmanager

@@ -1,24 +1,27 @@
 """The checkpoints of a run: written from its parts while it goes on, and read back into them."""
 
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from ccmim_fast.bank.bank import ScoreBank
-from ccmim_fast.checkpoints import io
+from ccmim_fast.checkpoints import io, shards
 from ccmim_fast.checkpoints.background import BackgroundSaver
 from ccmim_fast.checkpoints.changes import changes
-from ccmim_fast.checkpoints.state import Progress, capture, maps_in, restore
+from ccmim_fast.checkpoints.state import Progress, capture, maps_in, patterns, restore
+from ccmim_fast.checkpoints.together import Together
 from ccmim_fast.config.load import from_yaml
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.plan import Plan
 from ccmim_fast.errors import CheckpointError, ConfigError
 from ccmim_fast.trainer.distributed import Session, from_main, wait_for_all
+from ccmim_fast.trainer.sharded import is_sharded
 from ccmim_fast.trainer.step import TrainStep
 
 
 class Savepoints:
-    """Of one run; every rank calls each of its functions, the first rank writes.
+    """Of one run; every rank calls each of its functions, the first rank writes, or all do that share the weights.
 
     As a context manager it waits for the last save at its end.
 
@@ -39,7 +42,10 @@ class Savepoints:
     ):
         self._config, self._here, self._step, self._plan, self._bank = config, here, step, plan, bank
         self.folder = folder / "checkpoints"
-        self._saver = BackgroundSaver(self.folder, config.run.keep, note)
+        self._together = None
+        if is_sharded(step.model):
+            self._together = Together(timedelta(minutes=config.watch.timeout))
+        self._saver = BackgroundSaver(self.folder, config.run.keep, note, self._together)
         self._gone_back_to: Path | None = None
 
     def __enter__(self) -> "Savepoints":
@@ -51,7 +57,7 @@ class Savepoints:
     def save(self, step: int, seen: int, for_good: bool = False) -> None:
         """The run as it is after `step` optimizer steps and `seen` samples; see `BackgroundSaver.save`."""
         maps_NGG = None if self._bank is None else self._bank.contents()
-        if self._here.is_main:
+        if self._here.is_main or self._together is not None:
             now, plan = self._step, self._plan
             progress = Progress(step, seen, plan.samples, plan.source.fingerprint, plan.shards)
             state = capture(now.model, now.optimizer, now.scaler, now.ema, progress, self._config, maps_NGG)
@@ -79,7 +85,7 @@ class Savepoints:
         resume = self._config.run.resume
         if resume == "never":
             return 0, 0
-        state = self._newest()[1] if resume == "auto" else io.load(Path(resume))
+        state = self._newest()[1] if resume == "auto" else self._load(Path(resume))
         if state is None:
             return 0, 0
         self._check_settings(state)
@@ -108,11 +114,24 @@ class Savepoints:
         """The newest checkpoint that the first rank can load, on every rank."""
         if not self._here.is_main:
             path = from_main(None)
-            return path, None if path is None else io.load(path)
-        found = io.newest(self.folder)
+            return path, None if path is None else self._load(path)
+        found = io.newest(self.folder, divided=self._together is not None)
         for problem in found.problems:
             print(problem, flush=True)
-        return from_main(found.path), found.state
+        from_main(found.path)
+        return found.path, found.state if found.path is None else self._own(found.path, found.state)
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        return self._own(path, io.load(path, divided=self._together is not None))
+
+    def _own(self, path: Path, state: dict[str, Any]) -> dict[str, Any]:
+        """The state as this rank has it: of divided weights its own parts, whoever wrote them."""
+        if self._together is None:
+            return state
+        like = patterns(self._step.model, self._step.optimizer)
+        if shards.are_in(path):
+            return shards.unite(state, shards.read(path, like))
+        return shards.spread(state, like)
 
     def _check_settings(self, state: dict[str, Any]) -> None:
         """Tell which settings changed since; raise for those that may not, or not unasked."""

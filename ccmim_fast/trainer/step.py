@@ -23,6 +23,7 @@ from ccmim_fast.optim.ema import update_ema_
 from ccmim_fast.optim.gradients import Gradients, drop_gradients, guard, update
 from ccmim_fast.optim.optimizer import set_lr
 from ccmim_fast.trainer.precision import Precision
+from ccmim_fast.trainer.sharded import is_sharded
 
 
 class Seen(NamedTuple):
@@ -67,7 +68,7 @@ class TrainStep:
 
     Args:
         model: the bare model, whose weights are trained.
-        wrapped: the same model as it is called (DDP or bare).
+        wrapped: the same model as it is called (DDP, or bare, which FSDP's is too).
         optimizer: over the model's parameters.
         precision: autocast and scaling.
         config: of the run.
@@ -144,8 +145,10 @@ class TrainStep:
         return losses, Seen(partition.nan_B, partition.mask_BL, _entropy(output), h_BE, maps_BGG)
 
     def _gradients_summed_over_ranks(self, last: bool):
-        """DDP reduces gradients with the last micro-batch only."""
-        if isinstance(self.wrapped, DistributedDataParallel) and not last:
+        """Gradients are reduced with the last micro-batch only."""
+        if is_sharded(self.model):
+            self.model.set_requires_gradient_sync(last)
+        elif isinstance(self.wrapped, DistributedDataParallel) and not last:
             return self.wrapped.no_sync()
         return contextlib.nullcontext()
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ccmim_fast.data.batch import Batch
 from ccmim_fast.optim.gradients import drop_gradients
+from ccmim_fast.optim.parts import own_part
 from ccmim_fast.trainer.step import TrainStep
 
 
@@ -34,7 +35,8 @@ def undone(step: TrainStep) -> Iterator[None]:
     tensors = [*step.model.parameters(), *step.model.buffers(), *_of_optimizer(step)]
     if step.ema is not None:
         tensors += [*step.ema.parameters(), *step.ema.buffers()]
-    saved = [(tensor, tensor.detach().cpu().clone()) for tensor in tensors]
+    tensors = [own_part(tensor) for tensor in tensors]
+    saved = [(tensor, tensor.cpu().clone()) for tensor in tensors]
     fresh, scaler, cpu = not step.optimizer.state, step.scaler.state_dict(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state(step.device) if step.device.type == "cuda" else None
     try:

@@ -177,7 +177,7 @@ def breaking(function, at: int, counter: list[int]):
 
 
 @pytest.mark.parametrize("step", [2, 3], ids=["replaces", "new step"])
-@pytest.mark.parametrize(("owner", "name"), [(io._Hashed, "write"), (os, "fsync"), (os, "rename"), (os, "mkdir")])
+@pytest.mark.parametrize(("owner", "name"), [(io.Hashed, "write"), (os, "fsync"), (os, "rename"), (os, "mkdir")])
 def test_full_disk_at_every_call(two, monkeypatch, owner, name, step, state_of):
     at, messages = 0, []
     while True:

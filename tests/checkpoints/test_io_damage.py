@@ -105,8 +105,10 @@ def test_manifest_of_another_step_or_format(two):
     content = manifest.read_bytes()
     shutil.copy(two / "step_00000001" / io.MANIFEST, manifest)
     fails(path, "manifest.json is damaged")
+    manifest.write_bytes(content.replace(b'"format": 1', b'"format": 3'))
+    fails(path, "format=3 must be 1 or 2")
     manifest.write_bytes(content.replace(b'"format": 1', b'"format": 2'))
-    fails(path, "format=2 must be 1")
+    fails(path, "manifest.json is damaged")
     manifest.write_bytes(content)
     path.rename(two / "best")
     assert load(two / "best")["value"] == 2, "a renamed checkpoint is still one"
@@ -152,8 +154,8 @@ class Hostile:
 def seal(path: Path) -> None:
     """Give a checkpoint a manifest that fits its state.pt."""
     content = (path / io.STATE).read_bytes()
-    manifest = io._manifest(int(path.name[5:]), len(content), hashlib.sha256(content).hexdigest())
-    (path / io.MANIFEST).write_bytes(manifest)
+    found = io.Sum(len(content), hashlib.sha256(content).hexdigest())
+    (path / io.MANIFEST).write_bytes(io.manifest(int(path.name[5:]), {io.STATE: found}))
 
 
 @pytest.mark.parametrize("kind", ["torch", "torch legacy", "pickle"])

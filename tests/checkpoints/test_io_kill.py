@@ -25,7 +25,7 @@ def die_at(n):
         if seen == n:
             (base / "died_at").write_text(name)
             os.kill(os.getpid(), signal.SIGKILL)
-    write, fsync = io._Hashed.write, os.fsync
+    write, fsync = io.Hashed.write, os.fsync
     def half_writes(self, data):
         event("before a write")
         half = len(data) // 2
@@ -36,7 +36,7 @@ def die_at(n):
     def counted_fsync(descriptor):
         event("fsync")
         fsync(descriptor)
-    io._Hashed.write, os.fsync = half_writes, counted_fsync
+    io.Hashed.write, os.fsync = half_writes, counted_fsync
     kinds = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
     active = True
     def hook(name, args):

@@ -1,0 +1,126 @@
+"""The files of a checkpoint, and the manifest that says of each how long it is and what its sha256 is."""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from ccmim_fast.errors import CheckpointError
+
+STATE, MANIFEST = "state.pt", "manifest.json"
+_ONE_FILE, _MANY = 1, 2  # formats; the first is read by all versions
+_LONGEST = 1 << 20  # bytes of a manifest; a real one has about 130 for each file
+
+
+class Sum(NamedTuple):
+    """Of one file: bytes, and their sha256 in hexadecimal digits."""
+
+    size: int
+    sha256: str
+
+
+class Hashed:
+    """Hashes what is written to a binary file on its way there: reading it back would hash what became of it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data) -> int:
+        written = self.file.write(data)
+        self.sha256.update(data)
+        self.size += written
+        return written
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+    def sum(self) -> Sum:
+        return Sum(self.size, self.sha256.hexdigest())
+
+
+def manifest(step: int, sums: dict[str, Sum]) -> bytes:
+    """The content of `manifest.json`; `sums` by file name, `state.pt` among them."""
+    files = {name: found._asdict() for name, found in sums.items()}
+    return json.dumps({"format": _format(sums), "step": step, "files": files}, indent=1).encode()
+
+
+def _format(sums: dict[str, Sum]) -> int:
+    return _ONE_FILE if set(sums) == {STATE} else _MANY
+
+
+def read_manifest(path: Path, step: int | None) -> dict[str, Sum]:
+    """What each file in the folder `path` must be; `step` is the one that the folder's name tells, if it does.
+
+    Raises:
+        CheckpointError: it is damaged, or of another version.
+        OSError: it cannot be read.
+    """
+    with open_file(path / MANIFEST) as file:
+        text = file.read(_LONGEST)
+    try:
+        told = json.loads(text)
+        version, told_step = told["format"], told["step"]
+        sums = {name: Sum(entry["size"], entry["sha256"]) for name, entry in told["files"].items()}
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        raise CheckpointError(f"{MANIFEST} is damaged") from None
+    if version not in (_ONE_FILE, _MANY):
+        raise CheckpointError(
+            f"{MANIFEST}: format={version!r:.20} must be {_ONE_FILE} or {_MANY}, those that this version reads"
+        )
+    # Written back, it must be the same bytes: so the manifest, which no checksum covers, is checked too.
+    plain = STATE in sums and all(re.fullmatch(r"[\w.]+", name, re.ASCII) for name in sums)
+    if not plain or text != manifest(told_step, sums) or step not in (None, told_step):
+        raise CheckpointError(f"{MANIFEST} is damaged")
+    return sums
+
+
+def check_file(file: BinaryIO, expected: Sum) -> None:
+    """Compare an open file with its manifest, and go back to its start.
+
+    Raises:
+        CheckpointError: it is another one.
+    """
+    name, found = Path(file.name).name, os.fstat(file.fileno()).st_size
+    if found != expected.size:
+        raise CheckpointError(f"{name} is damaged: {found} bytes, expected {expected.size}")
+    if _digest(file) != expected.sha256:
+        raise CheckpointError(f"{name} is damaged: its sha256 is not the manifest's")
+    file.seek(0)
+
+
+def _digest(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def open_file(path: Path) -> BinaryIO:
+    if path.exists() and not path.is_file():  # a named pipe would be waited for
+        raise CheckpointError(f"{path.name} is not a file")
+    return open(path, "rb")
+
+
+def sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
