@@ -116,6 +116,9 @@ def load(path: Path, divided: bool = False) -> dict[str, Any]:
         with open_file(path / STATE) as file:
             check_file(file, sums[STATE])
             state = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{STATE} refused: it holds a {type(state).__name__}, expected a dict")
+        return state if divided or len(sums) == 1 else shards.unite(state, shards.read(path))
     except OSError as error:
         raise CheckpointError(f"{path}: {Path(error.filename or '').name}: {error.strerror}") from None
     except CheckpointError as error:
@@ -123,9 +126,6 @@ def load(path: Path, divided: bool = False) -> dict[str, Any]:
     except Exception as error:  # torch.load raises anything on what torch.save did not write
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: {STATE} refused: no plain containers and tensors: {reason}") from None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: {STATE} refused: it holds a {type(state).__name__}, expected a dict")
-    return state if divided or len(sums) == 1 else shards.unite(state, shards.read(path))
 
 
 def newest(folder: Path, divided: bool = False) -> Newest:

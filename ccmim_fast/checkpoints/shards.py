@@ -148,11 +148,22 @@ def read(folder: Path, like: Mapping[str, DTensor] | None = None) -> dict[str, T
             read. What has another shape, and all else, is read whole, into the host's memory.
 
     Raises:
-        CheckpointError, or anything else that torch raises on what it did not write.
+        CheckpointError: they are not what `write` leaves.
+        OSError: they cannot be read.
     """
-    reader, pieces = _Reader(folder), {}
+    try:
+        return _read(_Reader(folder), like or {})
+    except (CheckpointError, OSError):
+        raise
+    except (Exception, CheckpointException) as error:  # torch raises anything on what it did not write
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{_INDEX} refused: {type(error).__name__}: {reason}") from None
+
+
+def _read(reader: _Reader, like: Mapping[str, DTensor]) -> dict[str, Tensor]:
+    pieces = {}
     for path, entry in reader.read_metadata().state_dict_metadata.items():
-        pattern = _pattern(path, entry.size, like or {})
+        pattern = _pattern(path, entry.size, like)
         dtype = entry.properties.dtype
         pieces[path] = (
             torch.empty(entry.size, dtype=dtype) if pattern is None else torch.empty_like(pattern, dtype=dtype)

@@ -22,7 +22,7 @@ from ccmim_fast.trainer.compiled import choose_compile, compile_step, warm_up
 from ccmim_fast.trainer.distributed import Session, node_count
 from ccmim_fast.trainer.graphed import GraphedStep
 from ccmim_fast.trainer.host_memory import keep_freed_memory
-from ccmim_fast.trainer.precision import choose_precision
+from ccmim_fast.trainer.precision import Precision, choose_precision
 from ccmim_fast.trainer.sharded import is_sharded, shard
 from ccmim_fast.trainer.step import TrainStep
 from ccmim_kernels.dispatch import check_triton
@@ -55,6 +55,14 @@ def check_device(config: Config, here: Session) -> None:
             )
 
 
+def _gathered_in(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """The type in which FSDP gathers blocks; None: as they are kept.
+
+    A CPU's layer norm takes no weights of another type than its input's, which CUDA's autocast turns into float32.
+    """
+    return precision.dtype if device.type == "cuda" else None
+
+
 def _check_divided(config: Config, here: Session) -> None:
     if choose_precision(config.train.precision, here.device).scaled:
         raise ConfigError("train.parallel=fsdp: has no loss scaling, which fp16 needs; use bf16, fp32, or parallel=ddp")
@@ -74,7 +82,7 @@ def build_step(config: Config, here: Session) -> TrainStep:
     ema = build_ema(model, config.optim.ema_decay)
     if is_divided(config, here):
         for one in (model, *(() if ema is None else (ema.module,))):
-            shard(one, here, precision.dtype)
+            shard(one, here, _gathered_in(precision, here.device))
     optimizer = build_optimizer(
         config.optim.name,
         model,

@@ -17,11 +17,11 @@ class Precision(NamedTuple):
     dtype: torch.dtype | None
     scaled: bool
 
-    def autocast(self, device: torch.device):
-        """Context of the forward pass."""
+    def autocast(self, device: torch.device, cache: bool = True):
+        """Context of the forward pass; `cache`: a weight that is used twice is cast once."""
         if self.dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(device.type, dtype=self.dtype)
+        return torch.autocast(device.type, dtype=self.dtype, cache_enabled=cache)
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:

@@ -135,7 +135,9 @@ class TrainStep:
         """Eq. 10 of one micro-batch, and what it showed."""
         model, momentum = self.model, self.config.score.momentum
         known = None if maps_BGG is None else Known(*warp.read(maps_BGG, boxes_B4, model.grid))
-        with self.precision.autocast(images_BHWC.device), onednn_linear(self.onednn):
+        # A cast weight that was kept while FSDP let go of the weight itself gave it no gradient (seen with torch 2.15).
+        cache = not is_sharded(model)
+        with self.precision.autocast(images_BHWC.device, cache), onednn_linear(self.onednn):
             output = self.wrapped(images_BHWC, ids_B, epochs_B, known=known)
         if maps_BGG is not None:
             maps_BGG = warp.update(maps_BGG, boxes_B4, output.shares_BL, model.grid, momentum)

@@ -1,0 +1,188 @@
+"""Two ranks that train with divided and with whole weights, save and go on; one of them writes what was found.
+
+Started by tests/trainer/test_sharded.py, which looks at it.
+"""
+
+import errno
+import os
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from bank_ranks import Sizes
+from tiny import images, tiny_config
+
+from ccmim_fast.checkpoints.shards import _HashedFiles
+from ccmim_fast.data.batch import Batch
+from ccmim_fast.data.plan import Plan
+from ccmim_fast.errors import CheckpointError
+from ccmim_fast.optim.parts import own_part, whole
+from ccmim_fast.trainer.build import build_step
+from ccmim_fast.trainer.distributed import Session
+from ccmim_fast.trainer.savepoints import Savepoints
+
+STEPS, FEW = 20, 5
+LR = 1e-3
+CASES = {
+    "bank": {"score": {"source": "bank"}},
+    "first": {"score": {"source": "first"}, "contrast": {"loss": "align"}},
+    "all": {"contrast": {"loss": "moco"}, "optim": {"clip_grad": 0.5, "ema_decay": 0.9}},
+    "block": {"score": {"source": "block", "block": 1}, "fast": {"cls_only": False}},
+    "accumulate": {"score": {"source": "bank"}, "train": {"accumulate": 2}},
+    "recompute": {"score": {"source": "bank"}, "train": {"recompute": True}},
+    "mae": {"mask": {"strategy": "random"}, "contrast": {"loss": "none"}},
+}
+
+
+def config_of(parallel, precision="fp32", **sections):
+    train = {"precision": precision, "device": "cpu", "parallel": parallel, **sections.pop("train", {})}
+    return tiny_config(**sections, train=train)
+
+
+def take(step, here, numbers, accumulate=1):
+    """Steps of these numbers on images that step and rank decide; [steps, 4] losses and gradient norm."""
+    found = []
+    for number in numbers:
+        torch.manual_seed(1000 * number + here.rank)
+        batches = []
+        for _ in range(accumulate):
+            ids_B = torch.randint(2**40, (4,))
+            batch = Batch(images(4), ids_B, torch.zeros_like(ids_B))
+            if step.model.banked:
+                boxes_B4 = torch.tensor([0, 0, 1, 1], dtype=torch.float64).expand(4, 4)
+                batch = batch._replace(boxes_B4=boxes_B4, maps_BGG=torch.randn(4, 16, 16).half())
+            batches.append(batch)
+        result = step(batches, LR)
+        means = torch.stack([result.total, result.recons, result.contrast])
+        dist.all_reduce(means)
+        found.append([*(means / 2).tolist(), result.gradients.norm.item()])
+    return torch.tensor(found)
+
+
+def weights(step):
+    """All weights, averages and moments, whole."""
+    state = [*step.model.state_dict().values(), *(step.ema.state_dict().values() if step.ema else ())]
+    state += [value for of_one in step.optimizer.state.values() for value in of_one.values()]
+    return [whole(tensor).detach().clone() for tensor in state]
+
+
+def savepoints(step, here, folder, notes):
+    plan = Plan(Sizes(64), 0, 8, 1, here.rank, here.world_size)
+    return Savepoints(step.config, here, folder, step, plan, None, notes.append)
+
+
+def saved(step, here, folder, at):
+    with savepoints(step, here, folder, []) as points:
+        points.save(at, 8 * at)
+        points.close()
+
+
+def resumed(parallel, here, folder):
+    """A new step that goes on where `folder` is."""
+    config = config_of(parallel, optim={"ema_decay": 0.9}, run={"resume": "auto"})
+    step = build_step(config, here)
+    assert savepoints(step, here, folder, []).resume() == (3, 24)
+    return step
+
+
+def equality(here):
+    found = {}
+    for name, sections in CASES.items():
+        of_both = []
+        for parallel in ("ddp", "fsdp"):
+            step = build_step(config_of(parallel, **{k: dict(v) for k, v in sections.items()}), here)
+            steps = range(STEPS if name == "bank" else FEW)
+            losses = take(step, here, steps, sections.get("train", {}).get("accumulate", 1))
+            of_both.append((losses, weights(step)))
+        found[name] = of_both
+    return found
+
+
+def half_precision(here):
+    """With blocks gathered in bfloat16, as on CUDA, where autocast's layer norm is float32 whatever its weights are."""
+    layer_norm = F.layer_norm
+
+    def exact(x, shape, weight=None, bias=None, eps=1e-5):
+        return layer_norm(x.float(), shape, weight.float(), bias.float(), eps)
+
+    with (
+        patch("torch.nn.functional.layer_norm", exact),
+        patch("ccmim_fast.trainer.build._gathered_in", lambda precision, device: precision.dtype),
+    ):
+        return [take(build_step(config_of(parallel, "bf16"), here), here, range(FEW)) for parallel in ("ddp", "fsdp")]
+
+
+def shares(here):
+    """Elements of weights, gradients and moments that a rank has, of all."""
+    step = build_step(config_of("fsdp"), here)
+    held = {}
+    with patch("ccmim_fast.trainer.step.drop_gradients", lambda optimizer: None):
+        take(step, here, [0])
+    trained = [p for p in step.model.parameters() if p.requires_grad]
+    moments = [step.optimizer.state[p]["exp_avg"] for p in trained]
+    for name, tensors in (("weights", trained), ("gradients", [p.grad for p in trained]), ("moments", moments)):
+        held[name] = sum(own_part(t).numel() for t in tensors), sum(t.numel() for t in tensors)
+    return held
+
+
+def going_on(here, folder):
+    """Steps 0..2, saved; steps 3..5 of the same run, and of others that go on from what was saved."""
+    found = {}
+    for writer in ("ddp", "fsdp"):
+        step = build_step(config_of(writer, optim={"ema_decay": 0.9}), here)
+        take(step, here, range(3))
+        saved(step, here, folder / writer, 3)
+        before, losses = weights(step), take(step, here, range(3, 6))
+        found[writer] = before, losses, weights(step)
+        for reader in ("ddp", "fsdp"):
+            other = resumed(reader, here, folder / writer)
+            before, losses = weights(other), take(other, here, range(3, 6))
+            found[writer, reader] = before, losses, weights(other)
+    return found
+
+
+def full_disk(here, folder):
+    """The second rank's disk is full at one save, and then at three in a row."""
+    step, notes = build_step(config_of("fsdp"), here), []
+    points, full = savepoints(step, here, folder / "full", notes), False
+    create = _HashedFiles.create_stream
+
+    def create_stream(self, path, mode):
+        if full and here.rank == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return create(self, path, mode)
+
+    with patch.object(_HashedFiles, "create_stream", create_stream):
+        points.save(1, 8)
+        points._saver.wait()
+        full = True
+        points.save(2, 16)
+        points._saver.wait()
+        left = sorted(path.name for path in points.folder.iterdir())
+        full = False
+        points.save(3, 24)
+        points._saver.wait()
+        told = len(notes)
+        full = True
+        try:
+            for at in (4, 5, 6, 7):
+                points.save(at, 8 * at)
+            failure = "none"
+        except CheckpointError as error:
+            failure = str(error)
+    return notes[:told], left, failure
+
+
+def rank_main(rank, folder):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    here, folder = Session(rank, 2, torch.device("cpu")), Path(folder)
+    found = {"equality": equality(here), "half": half_precision(here), "shares": shares(here)}
+    found["going on"] = going_on(here, folder)
+    found["full disk"] = full_disk(here, folder)
+    torch.save(found, folder / f"found_{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
