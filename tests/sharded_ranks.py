@@ -20,8 +20,10 @@ from ccmim_fast.data.plan import Plan
 from ccmim_fast.errors import CheckpointError
 from ccmim_fast.optim.parts import own_part, whole
 from ccmim_fast.trainer.build import build_step
+from ccmim_fast.trainer.compiled import compile_step
 from ccmim_fast.trainer.distributed import Session
 from ccmim_fast.trainer.savepoints import Savepoints
+from ccmim_fast.trainer.sharded import let_go
 
 STEPS, FEW = 20, 5
 LR = 1e-3
@@ -32,6 +34,7 @@ CASES = {
     "block": {"score": {"source": "block", "block": 1}, "fast": {"cls_only": False}},
     "accumulate": {"score": {"source": "bank"}, "train": {"accumulate": 2}},
     "recompute": {"score": {"source": "bank"}, "train": {"recompute": True}},
+    "compiled": {"score": {"source": "bank"}},
     "mae": {"mask": {"strategy": "random"}, "contrast": {"loss": "none"}},
 }
 
@@ -94,6 +97,8 @@ def equality(here):
         for parallel in ("ddp", "fsdp"):
             step = build_step(config_of(parallel, **{k: dict(v) for k, v in sections.items()}), here)
             steps = range(STEPS if name == "bank" else FEW)
+            if name == "compiled":
+                compile_step(step, "blocks", backend="eager")
             losses = take(step, here, steps, sections.get("train", {}).get("accumulate", 1))
             of_both.append((losses, weights(step)))
         found[name] = of_both
@@ -125,6 +130,23 @@ def shares(here):
     for name, tensors in (("weights", trained), ("gradients", [p.grad for p in trained]), ("moments", moments)):
         held[name] = sum(own_part(t).numel() for t in tensors), sum(t.numel() for t in tensors)
     return held
+
+
+def looking(here):
+    """Predictions of changed weights: of FSDP before and after it lets go of what it had gathered, and of DDP."""
+    found = []
+    for parallel in ("fsdp", "ddp"):
+        step = build_step(config_of(parallel), here)
+        torch.manual_seed(0)
+        given = images(4), torch.arange(4), torch.zeros(4, dtype=torch.int64)
+        with torch.no_grad():
+            step.model(*given)
+            for parameter in step.optimizer.param_groups[0]["params"]:
+                own_part(parameter).mul_(1.5)
+            found.append(step.model(*given).pred_BMP)
+            let_go(step.model)
+            found.append(step.model(*given).pred_BMP)
+    return found[:3]
 
 
 def going_on(here, folder):
@@ -181,6 +203,7 @@ def rank_main(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     here, folder = Session(rank, 2, torch.device("cpu")), Path(folder)
     found = {"equality": equality(here), "half": half_precision(here), "shares": shares(here)}
+    found["looking"] = looking(here)
     found["going on"] = going_on(here, folder)
     found["full disk"] = full_disk(here, folder)
     torch.save(found, folder / f"found_{rank}.pt")

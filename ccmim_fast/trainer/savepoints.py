@@ -16,7 +16,7 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.data.plan import Plan
 from ccmim_fast.errors import CheckpointError, ConfigError
 from ccmim_fast.trainer.distributed import Session, from_main, wait_for_all
-from ccmim_fast.trainer.sharded import is_sharded
+from ccmim_fast.trainer.sharded import is_sharded, let_go
 from ccmim_fast.trainer.step import TrainStep
 
 
@@ -104,6 +104,7 @@ class Savepoints:
             The step that weights are of; None where there is no checkpoint, or the run went back to this one before.
         """
         self._saver.wait()
+        let_go(self._step.model)
         path, state = self._newest()
         if state is None or path == self._gone_back_to:
             return None

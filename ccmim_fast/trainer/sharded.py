@@ -1,7 +1,10 @@
-"""FSDP2: weights, gradients and moments divided among ranks, a block's weights gathered while it runs.
+"""FSDP2: weights, gradients and moments divided among ranks, a block's weights gathered when it first runs.
 
-Each block of encoder and decoder is a unit, the rest of the model another, whose weights stay from the forward to the
-backward pass. A block runs by functions of its own (models/blocks.py), not by its `forward`: they are what gathers.
+Each block of encoder and decoder is a unit, the rest of the model another. What is gathered stays until the backward
+pass is done with it: a step runs the encoder up to three times (scores, visible, masked) and back, and a copy in half
+precision is 2 bytes of the 16 that a weight has in float32 with gradient and moments, 1.3 GB for ViT-H.
+
+A block runs by functions of its own (models/blocks.py), not by its `forward`: they are what gathers.
 """
 
 import types
@@ -29,10 +32,18 @@ def shard(model: CCMIM, here: Session, dtype: torch.dtype | None) -> None:
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in [*model.encoder.blocks, *model.decoder.blocks]:
-        fully_shard(block, mesh=mesh, mp_policy=exact if block is model.encoder.blocks[0] else half)
+        policy = exact if block is model.encoder.blocks[0] else half
+        fully_shard(block, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
         block.around = types.MethodType(_run, block)
         register_fsdp_forward_method(block, "around")
-    fully_shard(model, mesh=mesh, mp_policy=exact)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=exact)
+
+
+def let_go(model: nn.Module) -> None:
+    """Drop what a forward pass without a backward pass has gathered: weights may be changed after it."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -85,3 +85,15 @@ def test_a_score_bank_goes_on_at_another_world_size(tmp_path):
     assert len(legs) == 12
     for a, b in zip(whole, legs):
         assert a == pytest.approx(b, rel=2e-3)
+
+
+@pytest.mark.slow
+def test_divided_weights_go_on_at_another_world_size(tmp_path):
+    """Two processes that have divided the weights, one, two again; stopped within epochs, averages and all."""
+    extra = ("--train.epochs=4", "--train.parallel=fsdp", "--optim.ema_decay=0.9")
+    whole = losses(tmp_path / "whole", 1, *extra)
+    for processes, steps in ((2, 4), (1, 8), (2, 12)):
+        legs = losses(tmp_path / "legs", processes, *extra, f"--train.max_steps={steps}", "--resume=auto")
+    assert len(legs) == 12
+    for a, b in zip(whole, legs):
+        assert a == pytest.approx(b, rel=2e-3)

@@ -67,6 +67,13 @@ def test_a_rank_has_half_of_everything(ranks):
         assert all(share == pytest.approx(total[0] / 2, rel=0.03) for share in held)
 
 
+def test_what_was_gathered_to_look_is_let_go(ranks):
+    for found in ranks:
+        stale, fresh, expected = found["looking"]
+        torch.testing.assert_close(fresh, expected)
+        assert not torch.allclose(stale, expected), "nothing was kept: the test tests nothing"
+
+
 def test_both_go_on_from_the_checkpoints_of_both(ranks):
     for found in ranks:
         found = found["going on"]

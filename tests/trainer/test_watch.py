@@ -187,8 +187,9 @@ def two_ranks(folder, fault, at, rank, *settings):
 
 
 @pytest.mark.slow
-def test_all_ranks_agree_on_a_step_that_is_not_finite_on_one(tmp_path):
-    done = two_ranks(tmp_path, "nan", "4,5,6", 1)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_all_ranks_agree_on_a_step_that_is_not_finite_on_one(tmp_path, parallel):
+    done = two_ranks(tmp_path, "nan", "4,5,6", 1, f"--train.parallel={parallel}")
     assert done.returncode == 0, done.stderr[-2000:]
     assert [record["at"] for record in records(tmp_path, "skipped_step")] == [4, 5, 6]
     assert [record["to"] for record in records(tmp_path, "went_back")] == [2]
