@@ -1,4 +1,4 @@
-"""The command: one line and an exit code for every mistake, and what `export` and `doctor` give."""
+"""The command: one line and an exit code for every mistake, and what `export` gives."""
 
 import subprocess
 import sys
@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from tiny import TINY
 
-from ccmim_fast import doctor
 from ccmim_fast.checkpoints import io
 from ccmim_fast.cli import main
 
@@ -40,16 +39,6 @@ def test_mistakes_end_in_one_line(argv, code, words, capsys, tmp_path, monkeypat
 def test_help(capsys):
     assert main([]) == 0
     assert "pretrain" in capsys.readouterr().out
-
-
-def test_doctor(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "_OPTIONAL", [("no-such-package", "something else runs", "pip install 'x[cuda13]'")])
-    assert main(["doctor"]) == 0
-    out = capsys.readouterr().out
-    assert torch.__version__ in out
-    assert "precision auto" in out
-    # The brackets are text, not markup.
-    assert "x[cuda13]" in " ".join(out.split())
 
 
 def test_export_loads_into_timm(tmp_path, capsys):
