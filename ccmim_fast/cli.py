@@ -1,5 +1,6 @@
 """The command `ccmim`. Every user's mistake ends in one line on standard error and its own exit code."""
 
+import errno
 import io
 import os
 import signal
@@ -165,7 +166,8 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno is None:
             raise
         where = f"{error.filename!r}: " if error.filename is not None else ""
-        return _end(f"{where}{error.strerror}", MachineError.exit_code)
+        kind = ConfigError if error.errno == errno.ENAMETOOLONG else MachineError
+        return _end(f"{where}{error.strerror}", kind.exit_code)
     return 0
 
 

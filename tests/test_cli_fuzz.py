@@ -118,7 +118,7 @@ def test_fault_27_command_lines(monkeypatch):
     seen = Counter()
     for name in (
         *("trainer.loop.fit", "demo.run_demo", "submit.hand_in", "ablation.command.run_all"),
-        *("data.rates.measure_rates", "data.verify.verify", "doctor.print_report"),
+        *("data.rates.measure_rates", "data.verify.verify", "doctor.gpus"),
     ):
         monkeypatch.setattr(f"ccmim_fast.{name}", begin)
     monkeypatch.setattr(cli, "subprocess", SimpleNamespace(run=begin))

@@ -1,4 +1,4 @@
-"""What a run does with constant images, a compiler that fails and a TensorBoard that fails (faults 24, 25 and 26)."""
+"""What a run does without libraries, with constant images, a failing compiler or TensorBoard (faults 21, 24 to 26)."""
 
 import itertools
 import json
@@ -13,6 +13,7 @@ from tiny import tiny_config
 from torch._inductor import config as inductor
 from torch.utils import tensorboard
 
+from ccmim_fast.data import dali_loader
 from ccmim_fast.trainer import compiled
 from ccmim_fast.trainer.build import build_step
 from ccmim_fast.trainer.distributed import Session
@@ -42,6 +43,38 @@ def config_for(tmp_path, **sections):
 
 def records(tmp_path):
     return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+# Fault 21: nothing but a CPU
+
+
+def made_images(folder):
+    folder.mkdir()
+    for number in range(8):
+        Image.new("RGB", (40, 40), (255 * (number % 2),) * 3).save(folder / f"{number}.png")
+    return str(folder)
+
+
+@pytest.mark.parametrize("has_dali", [False, True])
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_fault_21_the_next_best_runs_and_the_first_line_says_which(tmp_path, monkeypatch, capsys, has_dali, has_bf16):
+    if has_dali and not dali_loader.is_installed():
+        pytest.skip("DALI is not installed")
+    for module, name, value in (
+        (torch.cuda, "is_available", False),
+        (torch.cpu, "_is_avx512_bf16_supported", has_bf16),
+        (dali_loader, "is_installed", has_dali),
+    ):
+        monkeypatch.setattr(module, name, lambda value=value: value)
+    for library in ("xformers", "xformers.ops", "apex", "apex.optimizers"):
+        monkeypatch.setitem(sys.modules, library, None)
+    train = {"epochs": 1, "batch_size": 4}  # all the rest on auto
+    fit(config_for(tmp_path, data={"root": made_images(tmp_path / "images")}, train=train))
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(
+        f"8 images · {'DaliLoader' if has_dali else 'TorchLoader'} · 1 x cpu, {'bf16' if has_bf16 else 'fp32'} · "
+    )
+    assert len(records(tmp_path)) == 2
 
 
 # Fault 24: constant images
@@ -105,11 +138,8 @@ def test_fault_24_ties_are_broken_by_the_seed():
 
 
 def test_fault_24_a_run_on_constant_images_skips_no_step(tmp_path):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for number in range(8):
-        Image.new("RGB", (40, 40), (255 * (number % 2),) * 3).save(folder / f"{number}.png")
-    fit(config_for(tmp_path, data={"root": str(folder), "loader": "torch"}, score={"source": "bank"}))
+    root = made_images(tmp_path / "images")
+    fit(config_for(tmp_path, data={"root": root, "loader": "torch"}, score={"source": "bank"}))
     assert {record["kind"] for record in records(tmp_path)} <= {"train", "collapse"}
     assert all(math.isfinite(record["loss"]) for record in records(tmp_path) if record["kind"] == "train")
 
