@@ -4,65 +4,17 @@ from hypothesis import strategies as st
 
 from ccmim_fast.config.keys import settings
 
+WORDS = """
+0 1 -1 2 16 0.5 1.5 1e3 1e999 1e-400 -0.0 .nan -.inf nan 0x1f 0b1 1_0 +1 007 1:30 2024-13-45 ½ ٣ １ true yes off null ~
+auto never random block importance cpu fp16 hog resnet50 flexivit_small vit_base_patch16_224 vit_huge_patch14_224
+mask.ratio a.b.c.d ../../x ${HOME} $(id) ' " % @ ` | > # - -- --- = --= -h --help [] [1] [a] {} *a
+!!python/name:os.system"""
 SCRAPS = [
-    *(
-        "",
-        "0",
-        "1",
-        "-1",
-        "2",
-        "16",
-        "0.5",
-        "1.5",
-        "1e3",
-        "1e999",
-        "-0.0",
-        ".nan",
-        "-.inf",
-        "nan",
-        "0x1f",
-        "0b1",
-        "1_0",
-    ),
-    *("9" * 30, "9" * 5000, "0x" + "f" * 5000, "1:30", "007", "true", "yes", "off", "null", "~", "auto", "never"),
-    *("[]", "[1]", "[1, 2]", "[0.5, 0.5, 0.5]", "[a]", "[[1], 2]", "[224, 224]", "{}", "{a: 1}", "{ratio: 2}", "*a"),
-    *("&a [*a]", "!!int ''", "!!bool x", "!!binary x", "!!python/name:os.system", "2024-13-45", "'", '"', "- a", "? b"),
-    *("a: b", "a\nb", "a\tb", "\0", "\x85", "\u2028", "\ud800", "\udcff", '"\\ud800"', "\U0001f600", "%", "@", "`"),
-    *(
-        "|",
-        ">",
-        "#",
-        "-",
-        "--",
-        "---",
-        "=",
-        "--=",
-        "-h",
-        "--help",
-        "random",
-        "block",
-        "importance",
-        "cpu",
-        "fp16",
-        "hog",
-    ),
-    *("vit_base_patch16_224", "vit_huge_patch14_224", "resnet50", "flexivit_small", "a.b.c.d", "mask.ratio", "../../x"),
-    *(
-        "[" * 3000,
-        "{" * 3000,
-        "x" * 3000,
-        "${HOME}",
-        "$(id)",
-        "\x1b[31m",
-        "٣",
-        "１",
-        "½",
-        "1e-400",
-        "+1",
-        " 1",
-        "1 ",
-        "-0.0",
-    ),
+    *WORDS.split(),
+    *("", " 1", "1 ", "[1, 2]", "[0.5, 0.5, 0.5]", "[[1], 2]", "[224, 224]", "{a: 1}", "{ratio: 2}", "&a [*a]", "- a"),
+    *("!!int ''", "!!bool x", "!!binary x", "? b", "a: b", "a\nb", "a\tb", "\0", "\x85", "\x1b[31m", "\u2028"),
+    *("\ud800", "\udcff", '"\\ud800"', "\U0001f600", "9" * 30, "9" * 5000, "0x" + "f" * 5000, "x" * 3000),
+    *("[" * 3000, "{" * 3000),
 ]
 KEYS = [
     *settings(),

@@ -34,6 +34,7 @@ WORKING = [
     ["pretrain", "--data.root=images", "--train.batch_size=2", "--mask.ratio", "0.5", "--overwrite"],
     ["demo", "--run.dir=new", "--train.epochs=1"],
     ["submit", "--nodes", "2", "--gpus-per-node=8", "--print", "--", "--config", "demo", "--train.batch_size=256"],
+    ["submit", "--print", "--", "--config", "demo", "--run.dir=\udcff"],
     ["submit", "--time", "1:00:00", "--no-requeue", "--partition=gpu", "--", "--config", "demo"],
     ["runs"],
     ["runs", "runs"],
