@@ -199,10 +199,9 @@ def _outcome(process: subprocess.Popen, error: BinaryIO, patience: float) -> str
         return "yes"
     error.seek(0)
     lines = [line for line in error.read().decode(errors="replace").splitlines() if line.strip()]
-    reason = (
-        f"ended by {signal.Signals(-code).name}" if code < 0 else lines[-1].strip() if lines else f"exit code {code}"
-    )
-    return f"no: {reason[:200]}"
+    if code < 0:
+        return f"no: ended by {signal.Signals(-code).name}"
+    return f"no: {lines[-1].strip()[:200] if lines else f'exit code {code}'}"
 
 
 def _is_there(module: str) -> bool:
