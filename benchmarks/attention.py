@@ -28,7 +28,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    made = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    made = argparse.ArgumentParser("ccmim bench attention", description=__doc__.split("\n")[0])
+    # One line for a mistake, as everywhere in `ccmim`.
+    made.error = lambda message: made.exit(2, f"ccmim: {made.prog}: {message}\n")
     made.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--batch", type=int, default=16)
     made.add_argument("--threads", type=int, default=2, help="of a CPU")

@@ -50,6 +50,8 @@ PYTHON = "dali, bytes in memory, nothing decoded"
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     made = argparse.ArgumentParser("ccmim bench data", description=__doc__.split("\n")[0])
+    # One line for a mistake, as everywhere in `ccmim`.
+    made.error = lambda message: made.exit(2, f"ccmim: {made.prog}: {message}\n")
     made.add_argument("--root", type=Path, help="an ImageFolder tree; default: photographs made for the purpose")
     made.add_argument("--images", type=int, default=480, help="made, and measured in each round")
     made.add_argument("--batch", type=int, default=64)

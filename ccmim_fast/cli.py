@@ -1,5 +1,7 @@
 """The command `ccmim`. Every user's mistake ends in one line on standard error and its own exit code."""
 
+import errno
+import io
 import os
 import signal
 import subprocess
@@ -116,11 +118,13 @@ def bench(argv: list[str]) -> None:
 
 
 def doctor(argv: list[str]) -> None:
-    """`ccmim doctor`: a table of device and libraries."""
+    """`ccmim doctor`: a table of device and libraries, each tried."""
     from ccmim_fast.doctor import print_report
 
-    print_report()
+    print_report(argv)
 
+
+_LINE = 1000  # characters; a line of ours has 400 at most, and the user's words in it are without end
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo,
@@ -141,6 +145,9 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files may be bytes that are no text: they are printed as they are, in every locale.
+        sys.stdout.reconfigure(errors="surrogateescape")
     try:
         if argv[0] not in COMMANDS:
             raise ConfigError(f"{argv[0]!r:.80}: no such command; nearest: {nearest(argv[0], COMMANDS)}")
@@ -151,9 +158,24 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except CcmimError as error:
-        print(f"ccmim: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
+        return _end(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _end("interrupted", 128 + signal.SIGINT)
+    except OSError as error:
+        # What no command has an advice for, but no mistake of ours: a full disk, too many open files, a lost right.
+        if error.errno is None:
+            raise
+        where = f"{error.filename!r}: " if error.filename is not None else ""
+        kind = ConfigError if error.errno == errno.ENAMETOOLONG else MachineError
+        return _end(f"{where}{error.strerror}", kind.exit_code)
     return 0
+
+
+def _end(line: str, code: int) -> int:
+    """Print one line that a terminal shows as it is, whatever words of the user are in it."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(line.split()))
+    print(f"ccmim: {line if len(line) <= _LINE else line[:_LINE] + '...'}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command: one line and an exit code for every mistake, and what `export` and `doctor` give."""
+"""The command: one line and an exit code for every mistake, and what `export` gives."""
 
 import subprocess
 import sys
@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 from tiny import TINY
 
-from ccmim_fast import doctor
+from ccmim_fast import cli
 from ccmim_fast.checkpoints import io
 from ccmim_fast.cli import main
+from ccmim_fast.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -37,19 +38,38 @@ def test_mistakes_end_in_one_line(argv, code, words, capsys, tmp_path, monkeypat
     assert all(word in printed[0] for word in words), printed
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "ccmim: interrupted"),
+        (OSError(28, "No space left on device"), 6, "ccmim: No space left on device"),
+        (OSError(28, "No space left on device", "runs/a"), 6, "ccmim: 'runs/a': No space left on device"),
+        (OSError(36, "File name too long", "runs/a"), 2, "ccmim: 'runs/a': File name too long"),
+        (ConfigError("--a=\x1b[31m\n: is\u2028 wrong"), 2, r"ccmim: --a=\x1b[31m : is wrong"),
+        (ConfigError("x" * 2000), 2, f"ccmim: {'x' * 1000}..."),
+    ],
+)
+def test_what_ends_any_command_is_one_line(error, code, line, monkeypatch, capsys):
+    def fails(argv):
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "runs", fails)
+    assert main(["runs"]) == code
+    assert capsys.readouterr().err == line + "\n"
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+    def fails(argv):
+        raise OSError("no number: not the system's")
+
+    monkeypatch.setitem(cli.COMMANDS, "runs", fails)
+    with pytest.raises(OSError, match="no number"):
+        main(["runs"])
+
+
 def test_help(capsys):
     assert main([]) == 0
     assert "pretrain" in capsys.readouterr().out
-
-
-def test_doctor(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "_OPTIONAL", [("no-such-package", "something else runs", "pip install 'x[cuda13]'")])
-    assert main(["doctor"]) == 0
-    out = capsys.readouterr().out
-    assert torch.__version__ in out
-    assert "precision auto" in out
-    # The brackets are text, not markup.
-    assert "x[cuda13]" in " ".join(out.split())
 
 
 def test_export_loads_into_timm(tmp_path, capsys):
@@ -65,6 +85,15 @@ def test_export_loads_into_timm(tmp_path, capsys):
     )
     target.load_state_dict(weights, strict=True)
     assert torch.equal(target.blocks[2].mlp.fc1.weight, model.encoder.blocks[2].mlp.fc1.weight)
+
+
+@pytest.mark.parametrize("state", [{}, {"model": 5, "ema": None}, {"model": {}, "ema": None}, {"model": {}, "ema": 5}])
+def test_export_of_what_is_no_run(tmp_path, capsys, state):
+    io.save(tmp_path / "checkpoints", 1, state, keep=1)
+    assert main(["export", str(tmp_path), str(tmp_path / "out.safetensors")]) == 5
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("step_00000001: state.pt is no run's: there is no encoder in it")
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_it_runs_as_a_module():

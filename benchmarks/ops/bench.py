@@ -34,7 +34,9 @@ LEAST_ROUNDS = 20
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("ccmim bench ops", description=__doc__.split("\n")[0])
+    # One line for a mistake, as everywhere in `ccmim`.
+    parser.error = lambda message: parser.exit(2, f"ccmim: {parser.prog}: {message}\n")
     parser.add_argument("--op", nargs="+", default=list(FLOORS), choices=list(FLOORS))
     parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES), help="images")
     parser.add_argument("--width", nargs="+", type=int, default=list(WIDTHS), help="of the encoder")

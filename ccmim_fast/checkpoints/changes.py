@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from ccmim_fast.config.keys import show
 from ccmim_fast.config.load import difference
 from ccmim_fast.config.schema import Config
 
@@ -36,13 +37,23 @@ class Change(NamedTuple):
     now: object
     kind: str
 
-    def __str__(self) -> str:
-        return f"{self.key}: {self.before} -> {self.now}"
+
+_WORDS = {"free": "", "shape": "another model", "asked": "needs --allow-change"}
 
 
 def changes(before: Config, now: Config) -> list[Change]:
     """The settings in which they differ, in the schema's order."""
     return [Change(key, old, new, _kind(key)) for key, old, new in difference(before, now)]
+
+
+def table(found: list[Change]) -> list[str]:
+    """The changes, one a line under a head; those of the run's own folder and logging are left out. None: no line."""
+    rows = [(c.key, show(c.before), show(c.now), _WORDS[c.kind]) for c in found if not c.key.startswith("run.")]
+    if not rows:
+        return []
+    rows.insert(0, ("changed since the checkpoint", "then", "now", ""))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
 def _kind(key: str) -> str:

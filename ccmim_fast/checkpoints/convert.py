@@ -78,16 +78,22 @@ def export_timm(run: str, out: str) -> Path:
     """Write the encoder of a run's newest checkpoint as safetensors under timm's names; EMA weights where it has them.
 
     Raises:
-        CheckpointError: the run has no checkpoint that loads, or `out` cannot be written.
+        CheckpointError: the run has no checkpoint that loads and holds an encoder, or `out` cannot be written.
     """
     found = io.newest(Path(run) / "checkpoints")
     if found.state is None:
         raise CheckpointError(f"{run}: no complete checkpoint in it; {'; '.join(found.problems) or 'none at all'}")
-    weights = found.state["model"]
-    if found.state["ema"] is not None:
-        weights = {k.removeprefix("module."): v for k, v in found.state["ema"].items() if k.startswith("module.")}
     try:
-        save_file({name: value.contiguous() for name, value in to_timm(weights).items()}, out)
+        weights = found.state["model"]
+        if found.state["ema"] is not None:
+            weights = {k.removeprefix("module."): v for k, v in found.state["ema"].items() if k.startswith("module.")}
+        encoder = {name: value.contiguous() for name, value in to_timm(weights).items()}
+    except (KeyError, TypeError, AttributeError):
+        encoder = {}
+    if not encoder:
+        raise CheckpointError(f"{found.path}: {io.STATE} is no run's: there is no encoder in it")
+    try:
+        save_file(encoder, out)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{out}: not written: {error}") from None
     return Path(out)

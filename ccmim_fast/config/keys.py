@@ -69,6 +69,7 @@ def build(values: dict[str, Any]) -> Config:
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """The one of `words` (not empty) that looks most like `word`."""
+    word = word[:80]  # no name of ours is as long, and the time that it takes grows with its square
     return max(words, key=lambda candidate: difflib.SequenceMatcher(None, word, candidate).ratio())
 
 

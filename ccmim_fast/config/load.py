@@ -7,6 +7,7 @@ ranges validated. Whatever is wrong is a ConfigError of one line.
 import json
 import math
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -164,15 +165,20 @@ def _typed(key: str, raw: str | list[str], source: str) -> Any:
         return raw  # as it stands: jsonargparse takes a text such as `!!bool x` for YAML first
     if kind is str:
         raise _refusal(key, raw, source)
-    # A parser of this one option: a full one checks all 60 for each, 7 ms a setting.
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=kind)
     try:
-        value = parser.parse_args([f"--value={raw if isinstance(raw, str) else json.dumps(raw)}"]).value
+        value = _parser_of(kind).parse_args([f"--value={raw if isinstance(raw, str) else json.dumps(raw)}"]).value
         str(value)  # fails for an integer of more digits than Python prints
     except Exception:  # whatever the parser or YAML below it makes of the text, it is no such value
         raise _refusal(key, raw, source) from None
     return value
+
+
+@cache
+def _parser_of(kind: Any) -> ArgumentParser:
+    """A parser of one option: a full one checks all 60 for each, 7 ms a setting."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=kind)
+    return parser
 
 
 def _refusal(key: str, raw: str | list[str], source: str) -> ConfigError:

@@ -86,6 +86,8 @@ def validate(config: Config, world_size: int = 1) -> None:
     for key, value in values.items():
         if isinstance(value, str) and "\0" in value:
             _refuse(key, value, "without NUL characters", value.replace("\0", ""))
+        if isinstance(value, str) and value != (possible := _without_halves(value)):
+            _refuse(key, value, "text that a file name can hold", possible)
     for check in (_check_run, _check_images, _check_arch, _check_widths, _check_patches, _check_mask, _check_device):
         check(config)
     _check_batch(config, world_size)
@@ -93,6 +95,11 @@ def validate(config: Config, world_size: int = 1) -> None:
 
 def _refuse(key: str, value: Any, must: str, near: Any) -> NoReturn:
     raise ConfigError(f"{key}={show(value)}: must be {must}; nearest valid is {show(near)}")
+
+
+def _without_halves(text: str) -> str:
+    """`text` without halves of UTF-16 pairs, which YAML can write; those stay that stand for a file name's bytes."""
+    return "".join(c for c in text if not "\ud800" <= c <= "\udfff" or "\udc80" <= c <= "\udcff")
 
 
 def _check_range(key: str, value: Any, interval: str) -> None:

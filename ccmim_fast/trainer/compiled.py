@@ -24,7 +24,7 @@ def choose_compile(name: str, device: torch.device, divided: bool = False) -> st
 
 
 def compile_step(step: TrainStep, what: str, mode: str = "default", backend: str = "inductor") -> None:
-    """Make `step` run compiled, at its next call.
+    """Make `step` run compiled, at its next call; eagerly, after one line, where there is no torch.compile.
 
     Args:
         what: `blocks`: each transformer block as one graph, the same for all blocks of a shape, the rest eager; `step`:
@@ -34,11 +34,14 @@ def compile_step(step: TrainStep, what: str, mode: str = "default", backend: str
     """
     step.onednn = step.onednn and what == "off"
     options = {"backend": backend, **({"mode": mode} if backend == "inductor" else {})}
-    if what == "blocks":
-        step.model.run.compile(**options)
-    elif what == "step":
-        # DDP cuts the graph into buckets itself.
-        step.forward = torch.compile(step.losses, fullgraph=step.wrapped is step.model, dynamic=False, **options)
+    try:
+        if what == "blocks":
+            step.model.run.compile(**options)
+        elif what == "step":
+            # DDP cuts the graph into buckets itself.
+            step.forward = torch.compile(step.losses, fullgraph=step.wrapped is step.model, dynamic=False, **options)
+    except Exception as error:  # such as: a Python that torch.compile does not know yet
+        _give_up(step, error)
 
 
 def uncompile(step: TrainStep) -> None:
@@ -70,12 +73,16 @@ def warm_up(step: TrainStep, batch: int, accumulate: int, steps: int = 2) -> boo
         except Exception as error:
             if step.forward == step.losses and not step.model.run.compiled:
                 raise
-            reason = " ".join(str(error).split())[:300]
-            print(f"train.compile failed, the run goes on without: {type(error).__name__}: {reason}", file=sys.stderr)
-        uncompile(step)
-        drop_gradients(step.optimizer)
+            _give_up(step, error)
         _take(step, batches, steps)
         return False
+
+
+def _give_up(step: TrainStep, error: Exception) -> None:
+    reason = " ".join(str(error).split())[:300]
+    print(f"train.compile failed, the run goes on without: {type(error).__name__}: {reason}", file=sys.stderr)
+    uncompile(step)
+    drop_gradients(step.optimizer)
 
 
 def _take(step: TrainStep, batches: list[Batch], steps: int) -> None:

@@ -21,6 +21,7 @@ from ccmim_fast.trainer.distributed import Session, main_first, max_over_ranks, 
 from ccmim_fast.trainer.find_batch import with_largest_batch
 from ccmim_fast.trainer.health import Spikes, health_of
 from ccmim_fast.trainer.metrics import Metrics, ProgressLine
+from ccmim_fast.trainer.out_of_memory import tells_what_fits
 from ccmim_fast.trainer.profile import Profile, check_room
 from ccmim_fast.trainer.run_folder import describe_run, open_run_folder
 from ccmim_fast.trainer.run_state import recorded
@@ -35,6 +36,7 @@ from ccmim_fast.trainer.watch import Past, Watch
 AfterEpoch = Callable[[int, "Trainer"], None]
 
 
+@tells_what_fits
 def fit(config: Config, after_epoch: AfterEpoch | None = None) -> Path:
     """Pretrain as `config` says; returns the run's folder.
 

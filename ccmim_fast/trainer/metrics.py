@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,10 @@ class Metrics:
         kept = _lines_before(self.path, resume_step) if resume_step else []
         self.path.write_text("".join(kept))
         self._file = self.path.open("a", buffering=1)
-        self._board = _open_board(folder, resume_step) if tensorboard else None
+        self._board = None
+        if tensorboard:
+            with self._board_off_if_it_fails():
+                self._board = _open_board(folder, resume_step)
 
     def write(self, kind: str, step: int, **figures: Any) -> None:
         """One record; figures that are not finite are written as null, as JSON has no NaN."""
@@ -37,19 +41,28 @@ class Metrics:
         with contextlib.suppress(OSError):
             self._file.write(json.dumps({"kind": kind, "step": step, **safe}) + "\n")
         if self._board is not None:
-            with contextlib.suppress(OSError):
-                self._write_board(kind, step, safe)
-
-    def _write_board(self, kind: str, step: int, figures: dict[str, Any]) -> None:
-        for name, value in figures.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            with self._board_off_if_it_fails():
+                for name, value in safe.items():
+                    if isinstance(value, int | float):
+                        self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        for file in (self._file, self._board):
-            if file is not None:
-                with contextlib.suppress(OSError):
-                    file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+        if self._board is not None:
+            with self._board_off_if_it_fails():
+                self._board.close()
+
+    @contextlib.contextmanager
+    def _board_off_if_it_fails(self) -> Iterator[None]:
+        """TensorBoard fails in its own ways (a full disk, a protobuf of another version): one line, then without it."""
+        try:
+            yield
+        except Exception as error:
+            self._board = None
+            reason = " ".join(str(error).split())[:200]
+            line = f"TensorBoard is off, metrics.jsonl goes on: {type(error).__name__}: {reason}"
+            Console(stderr=True, soft_wrap=True).print(line, highlight=False, markup=False)
 
 
 def _lines_before(path: Path, step: int) -> list[str]:
@@ -67,13 +80,9 @@ def _lines_before(path: Path, step: int) -> list[str]:
 
 
 def _open_board(folder: Path, resume_step: int):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step or None)
-    except (ImportError, OSError) as error:
-        Console(stderr=True).print(f"TensorBoard is off: {error}", highlight=False)
-        return None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step or None)
 
 
 class ProgressLine:

@@ -8,7 +8,7 @@ from typing import Any
 from ccmim_fast.bank.bank import ScoreBank
 from ccmim_fast.checkpoints import io, shards
 from ccmim_fast.checkpoints.background import BackgroundSaver
-from ccmim_fast.checkpoints.changes import changes
+from ccmim_fast.checkpoints.changes import changes, table
 from ccmim_fast.checkpoints.state import Progress, capture, maps_in, patterns, restore
 from ccmim_fast.checkpoints.together import Together
 from ccmim_fast.config.load import from_yaml
@@ -141,9 +141,8 @@ class Savepoints:
         except (ConfigError, KeyError):  # of another version, with other settings: shapes will tell
             return
         found = changes(before, self._config)
-        for change in found:
-            if self._here.is_main and not change.key.startswith("run."):
-                print(f"changed since the checkpoint: {change}", flush=True)
+        if self._here.is_main and (lines := table(found)):
+            print("\n".join(lines), flush=True)
         for change in found:
             if change.kind == "shape":
                 raise CheckpointError(

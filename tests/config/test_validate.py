@@ -76,6 +76,7 @@ REFUSED = [
     ("run.resume=atuo", "never, auto or the path of a checkpoint", "auto"),
     ("run.overwrite=true run.resume=auto", "false with run.resume=auto, which goes on with what it", "false"),
     ("data.root=a\0b", "without NUL characters", "ab"),
+    ("run.dir=a\ud800b", "text that a file name can hold", "ab"),
     ("data.image_size=[225,224]", "a multiple of the patch size 16", "[224, 224]"),
     ("data.image_size=[32,239]", "a multiple of the patch size 16", "[32, 240]"),
     ("data.image_size=[3,224]", "a multiple of the patch size 16", "[16, 224]"),

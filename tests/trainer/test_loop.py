@@ -271,8 +271,12 @@ def test_fault_14_what_changed_is_told_and_must_be_allowed(tmp_path, photos, cap
     fit(config)
     again = with_fields(config, "run", resume="auto", log_every=2)
     fit(with_fields(with_fields(again, "train", max_steps=3), "data", workers=2))
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed since")]
-    assert told == [f"changed since the checkpoint: {c}" for c in ("data.workers: 0 -> 2", "train.max_steps: 2 -> 3")]
+    told = capsys.readouterr().out.splitlines()
+    at = told.index("changed since the checkpoint  then  now")
+    assert [line.split() for line in told[at + 1 : at + 3]] == [
+        ["data.workers", "0", "2"],
+        ["train.max_steps", "2", "3"],
+    ]
     for section, field, value, before in (
         ("optim", "base_lr", 1e-3, "0.00015"),
         ("train", "batch_size", 10, "5"),
@@ -283,6 +287,8 @@ def test_fault_14_what_changed_is_told_and_must_be_allowed(tmp_path, photos, cap
         message = f"{section}.{field}={value}: the checkpoint has {before}; use that, or --allow-change"
         with pytest.raises(ConfigError, match=re.escape(message)):
             fit(other)
+        told = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert [f"{section}.{field}", before, str(value), "needs", "--allow-change"] in told
         fit(with_fields(with_fields(other, "run", allow_change=True), "train", max_steps=3))
     assert newest_state(tmp_path / "run")["progress"]["step"] == 3
 
@@ -323,9 +329,11 @@ def test_every_setting_is_free_refused_or_asked_for():
     assert {kinds[key] for key in ("seed", "train.batch_size", "score.momentum", "data.crop_scale")} == {"asked"}
 
 
-def test_resume_of_another_model_is_refused(tmp_path, photos):
+def test_fault_14_resume_of_another_model_is_refused(tmp_path, photos, capsys):
     config = with_fields(config_for(tmp_path / "run", photos), "train", max_steps=1)
     fit(config)
     other = with_fields(with_fields(config, "model", depth=2), "run", resume="auto")
-    with pytest.raises(CheckpointError, match="the checkpoint is of another model"):
+    with pytest.raises(CheckpointError, match=r"model\.depth=2: the checkpoint is of another model; use 3"):
         fit(other)
+    told = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["model.depth", "3", "2", "another", "model"] in told
