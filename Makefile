@@ -30,8 +30,9 @@ AT_HAND := PYTHONPATH=.:kernels $(PYTHON)
 demo: $(STAMP)
 	$(BIN)/ccmim demo --overwrite
 
+# A process per core, up to eight; the tests of a file stay together, for what they share.
 test: $(STAMP)
-	$(BIN)/pytest $(TESTS)
+	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(TESTS)
 
 test-gpu:
 	$(AT_HAND) -m pytest -m gpu $(ARGS)

@@ -39,7 +39,14 @@ EXTRAS = {
     # What `ccmim bench throughput` compares with, but for lightly: its list has pytorch_lightning, which is not to be
     # installed. Its MAE needs torch, torchvision, timm and numpy only: pip install --no-deps lightly
     "bench": ["transformers>=5"],
-    "dev": ["pytest>=8", "hypothesis>=6.100", "fsspec[http]>=2024.2", "submitit>=1.5", "ruff>=0.11"],
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.100",
+        "fsspec[http]>=2024.2",
+        "submitit>=1.5",
+        "ruff>=0.11",
+    ],
 }
 
 setup(

@@ -9,6 +9,10 @@ import os
 # Threads that wait do not spin: the tests stay fast on a machine that is doing something else too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Each of several test processes has a core to itself.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
