@@ -1,6 +1,5 @@
 """From the configuration to the training step."""
 
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from ccmim_fast.optim.ema import build_ema
 from ccmim_fast.optim.optimizer import build_optimizer
 from ccmim_fast.optim.schedule import scaled_lr
 from ccmim_fast.trainer.compiled import choose_compile, compile_step, warm_up
-from ccmim_fast.trainer.distributed import Session, node_count
+from ccmim_fast.trainer.distributed import Session, backend_timeout, node_count
 from ccmim_fast.trainer.graphed import GraphedStep
 from ccmim_fast.trainer.host_memory import keep_freed_memory
 from ccmim_fast.trainer.precision import choose_precision
@@ -93,7 +92,7 @@ def build_bank(config: Config, plan: Plan, here: Session, folder: Path) -> Score
     maps, cells, score = own_maps(plan), config.score.grid, config.score
     store = choose_store(score.store, maps, cells, here.device, score.device_gb, score.host_gb)
     opened = open_store(store, maps, cells, here.device, folder / f"scores_{here.rank}.bin")
-    return ScoreBank(plan, opened, here.device, timedelta(minutes=config.watch.timeout))
+    return ScoreBank(plan, opened, here.device, backend_timeout(config.watch.timeout))
 
 
 def prepare_step(step: TrainStep, micro_batch: int) -> TrainStep | GraphedStep:

@@ -61,6 +61,7 @@ class Trainer:
     def __init__(self, config: Config, here: Session, after_epoch: AfterEpoch | None = None):
         self.config, self.here, self.after_epoch = config, here, after_epoch
         self.folder = open_run_folder(config) if here.is_main else Path(config.run.dir)
+        here.vigil.open(self.folder)
         with main_first(here):  # that indexes the images, if nobody has
             self.source = build_source(config.data, config.seed)
         self.loader = build_loader(
@@ -94,7 +95,8 @@ class Trainer:
         self.total_steps = self._total_steps()
         check_room(config.train.profile, left=self.total_steps - self.step)
         self.nan_id = torch.full((), -1, device=here.device)
-        self.watch, self.signals, self.spikes = Watch(here), StopSignals(), Spikes(config.watch.spike)
+        self.watch, self.spikes = Watch(here), Spikes(config.watch.spike)
+        self.signals = StopSignals(to_the_end=here.world_size > 1)
         self.meter = Meter(config.train.batch_size, here, self.train_step)
         self.metrics = None
         if here.is_main:
@@ -119,7 +121,7 @@ class Trainer:
     def run(self) -> None:
         if self.step == 0:
             self._look(0)
-        with self.signals, self.savepoints, closing(self.loader.stream(self.seen)) as stream:
+        with self.signals, self.here.vigil, self.savepoints, closing(self.loader.stream(self.seen)) as stream:
             for batches in self.profile.watch(self._steps(stream)):
                 result = self._train(batches)
                 self._log(result)
@@ -129,9 +131,6 @@ class Trainer:
                     self._save(epoch)
                     self._look(epoch)
         self.data_report.close()
-
-    def _note(self, line: str) -> None:
-        self.progress.note(line)
 
     def close(self) -> None:
         self.progress.close()
@@ -170,6 +169,7 @@ class Trainer:
         return epochs if epochs > (self.seen - self.config.train.batch_size) // self.samples else 0
 
     def _train(self, batches: list[Batch]) -> StepResult:
+        self.here.vigil.mark("in its step", self.step + 1)
         if self.config.model.drop_path > 0:
             # Stochastic depth draws from the global generator: keyed by step and rank, so that a resumed run repeats.
             torch.manual_seed((self.config.seed << 40) + self.step * self.here.world_size + self.here.rank)
@@ -288,6 +288,7 @@ class Trainer:
         return bool(every and epoch) and epoch % every == 0 and self.seen >= epoch * self.samples
 
     def _look(self, epoch: int) -> None:
+        self.here.vigil.mark("looking at the model")
         if self.after_epoch is not None and self.here.is_main:
             self.model.eval()
             self.after_epoch(epoch, self)

@@ -50,6 +50,7 @@ class Savepoints:
 
     def save(self, step: int, seen: int, for_good: bool = False) -> None:
         """The run as it is after `step` optimizer steps and `seen` samples; see `BackgroundSaver.save`."""
+        self._here.vigil.mark("saving")
         maps_NGG = None if self._bank is None else self._bank.contents()
         if self._here.is_main:
             now, plan = self._step, self._plan
@@ -77,6 +78,7 @@ class Savepoints:
             ConfigError: another setting is not that of the checkpoint, and `run.allow_change` is not set.
         """
         resume = self._config.run.resume
+        self._here.vigil.mark("loading a checkpoint")
         if resume == "never":
             return 0, 0
         state = self._newest()[1] if resume == "auto" else io.load(Path(resume))
@@ -84,6 +86,7 @@ class Savepoints:
             return 0, 0
         self._check_settings(state)
         progress = self._restore(state, in_place=False)
+        self._here.vigil.mark("loading a checkpoint", progress.step)
         for problem in self._changes(progress):
             if self._here.is_main:
                 print(problem, flush=True)
