@@ -77,6 +77,13 @@ def image(at, act):
     return patch.object(ShapesSource, "decode", acting)
 
 
+def hold(flag):
+    """What the first one to call it does for ever, and no later one."""
+    if not flag.exists():
+        flag.touch()
+        time.sleep(600)
+
+
 def full_disk():
     """Within it no checkpoint can be written."""
 
@@ -84,6 +91,12 @@ def full_disk():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     return patch.object(io, "_write", written)
+
+
+def stop():
+    """After a moment, in which it says where it is."""
+    time.sleep(2)
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def fail():
@@ -94,10 +107,10 @@ FAULTS = {
     "nan": not_finite,
     "term": lambda steps: signalled(min(steps)),
     "kill": lambda steps: signalled(min(steps), signal.SIGKILL),
-    "stop": lambda steps: signalled(min(steps), signal.SIGSTOP),
-    "error": lambda steps: in_step(min(steps), fail),
+    "stop": lambda steps: in_step(min(steps), stop),
     "thread": lambda images: image(min(images), fail),
     "blocked": lambda images: image(min(images), lambda: time.sleep(600)),
+    "hold": lambda steps: in_step(min(steps), lambda: hold(Path(os.environ["HELD"]))),
     "full": lambda _: full_disk(),
     "ids": lambda _: recorded_ids(Path(os.environ["IDS"]) / f"{os.environ['RANK']}.jsonl"),
 }

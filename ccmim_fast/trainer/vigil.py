@@ -96,13 +96,12 @@ class Vigil:
             self._end = "another rank was lost"
             line = " ".join(str(error).split())[:200]
             return MachineError(f"rank {self._rank} ends: another rank did, see its own line: {line}")
-        self._tell()
         deadline = time.monotonic() + self._silence + 2 * self._interval
         while not self._report.exists() and time.monotonic() < deadline:
-            beats = self._beats()
-            if what_is_wrong(beats, time.time(), self._silence).why in ("ended", "gone", "silent"):
+            self._tell()
+            if what_is_wrong(self._beats(), time.time(), self._silence).why in ("ended", "gone", "silent"):
                 break
-            time.sleep(self._interval / 4)
+            time.sleep(self._interval)
         line = self._write_report(self._beats())
         self._end_with("ended as another rank was lost")
         return MachineError(f"rank {self._rank} ends: {line}")
@@ -192,7 +191,7 @@ def is_of_others(error: BaseException) -> bool:
 
 
 def stacks() -> str:
-    """What the threads of this process do, the main thread first; without this one and those that have nothing to do."""
+    """What the threads of this process do, the main thread first; but for this one and those without work."""
     frames, told = sys._current_frames(), {}
     for thread in sorted(threading.enumerate(), key=lambda thread: thread is not threading.main_thread()):
         frame = frames.get(thread.ident)
