@@ -84,6 +84,17 @@ def hold(flag):
         time.sleep(600)
 
 
+def other_images():
+    """Within it this process has other images, though as many."""
+    init = ShapesSource.__init__
+
+    def built(self, *args):
+        init(self, *args)
+        self.fingerprint = "others"
+
+    return patch.object(ShapesSource, "__init__", built)
+
+
 def full_disk():
     """Within it no checkpoint can be written."""
 
@@ -112,14 +123,15 @@ FAULTS = {
     "blocked": lambda images: image(min(images), lambda: time.sleep(600)),
     "hold": lambda steps: in_step(min(steps), lambda: hold(Path(os.environ["HELD"]))),
     "full": lambda _: full_disk(),
-    "ids": lambda _: recorded_ids(Path(os.environ["IDS"]) / f"{os.environ['RANK']}.jsonl"),
+    "images": lambda _: other_images(),
+    "ids": lambda _: recorded_ids(Path(os.environ["IDS"]) / f"{os.environ.get('RANK', '0')}.jsonl"),
 }
 
 
 def main() -> int:
     """FAULT AT RANK [settings]: one of `FAULTS` at the steps or images AT (with commas) of one rank, or of `all`."""
     fault, at, rank, *settings = sys.argv[1:]
-    concerned = rank in ("all", os.environ["RANK"])
+    concerned = rank in ("all", os.environ.get("RANK"))
     spoil = FAULTS[fault]({int(step) for step in at.split(",")}) if concerned else contextlib.nullcontext()
     # Both take a while before the run, for figures that nobody reads here.
     counted = patch("ccmim_fast.trainer.throughput.count_flops", lambda step: {})

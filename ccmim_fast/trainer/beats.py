@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,9 +91,9 @@ def write_beat(folder: Path, beat: Beat) -> None:
         new.replace(path)
 
 
-def read_beats(folder: Path, launch: str, world_size: int) -> list[Beat | None]:
-    """Of each rank; None where it has said nothing in this launch."""
-    return [_read_beat(folder / f"rank_{rank}.json", launch) for rank in range(world_size)]
+def read_beats(folder: Path, launch: str, ranks: Iterable[int]) -> list[Beat | None]:
+    """Of each of these ranks; None where it has said nothing in this launch."""
+    return [_read_beat(folder / f"rank_{rank}.json", launch) for rank in ranks]
 
 
 def _read_beat(path: Path, launch: str) -> Beat | None:

@@ -1,5 +1,6 @@
 """From the configuration to the training step."""
 
+import socket
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ from ccmim_fast.bank.bank import ScoreBank, own_maps
 from ccmim_fast.bank.stores import choose_store, open_store
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.plan import Plan
-from ccmim_fast.errors import ConfigError
+from ccmim_fast.data.source import Source
+from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.models.attention import check_attention
 from ccmim_fast.models.build import build_model
 from ccmim_fast.models.ccmim import CCMIM
@@ -18,7 +20,7 @@ from ccmim_fast.optim.ema import build_ema
 from ccmim_fast.optim.optimizer import build_optimizer
 from ccmim_fast.optim.schedule import scaled_lr
 from ccmim_fast.trainer.compiled import choose_compile, compile_step, warm_up
-from ccmim_fast.trainer.distributed import Session, backend_timeout, node_count
+from ccmim_fast.trainer.distributed import Session, backend_timeout, from_main, node_count
 from ccmim_fast.trainer.graphed import GraphedStep
 from ccmim_fast.trainer.host_memory import keep_freed_memory
 from ccmim_fast.trainer.precision import choose_precision
@@ -49,6 +51,20 @@ def check_device(config: Config, here: Session) -> None:
             raise ConfigError(
                 f"train.compile={config.train.compile}: needs compute capability 7.0, got {major}.{minor}; use off"
             )
+
+
+def check_images(source: Source, here: Session) -> None:
+    """Return if this rank has the images of the first one: machines may have copies of their own. All ranks call it.
+
+    Raises:
+        DataError: it has others.
+    """
+    fingerprint, count = from_main((source.fingerprint, len(source)))
+    if fingerprint != source.fingerprint:
+        raise DataError(
+            f"rank {here.rank} on {socket.gethostname()} has other images than rank 0 ({len(source)}, there {count}); "
+            "data.root must hold the same files on all machines, and data.index be of them"
+        )
 
 
 def build_step(config: Config, here: Session) -> TrainStep:

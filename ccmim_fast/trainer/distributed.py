@@ -62,7 +62,7 @@ def session(device: str, timeout: float = 30.0) -> Iterator[Session]:
         address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         line = " ".join(str(error).split())[:200]
         raise MachineError(f"rank {os.environ['RANK']} does not find the others at {address}: {line}") from error
-    vigil = Vigil(rank, world_size, launch, 60 * timeout)
+    vigil = Vigil(rank, world_size, launch, 60 * timeout, _ranks_here(rank))
     try:
         with vigil:
             yield Session(rank, world_size, local, vigil)
@@ -75,6 +75,12 @@ def session(device: str, timeout: float = 30.0) -> Iterator[Session]:
 def backend_timeout(timeout: float) -> datetime.timedelta:
     """Of a process group, where ranks wait for each other for `timeout` minutes."""
     return datetime.timedelta(minutes=timeout + _LONGER)
+
+
+def _ranks_here(rank: int) -> range:
+    """The ranks of this machine, as torchrun numbers them."""
+    first = rank - int(os.environ["LOCAL_RANK"])
+    return range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _own_cache() -> str:

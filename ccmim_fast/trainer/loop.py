@@ -14,7 +14,7 @@ from ccmim_fast.data.batch import Batch, in_groups
 from ccmim_fast.data.loader import build_loader, build_source
 from ccmim_fast.errors import NumericsError, StoppedError
 from ccmim_fast.optim.schedule import lr_at, scaled_lr
-from ccmim_fast.trainer.build import build_bank, build_step, check_device, choose_shards, prepare_step
+from ccmim_fast.trainer.build import build_bank, build_step, check_device, check_images, choose_shards, prepare_step
 from ccmim_fast.trainer.capture import capture
 from ccmim_fast.trainer.data_report import DataReport
 from ccmim_fast.trainer.distributed import Session, main_first, max_over_ranks, mean_over_ranks, session
@@ -64,6 +64,7 @@ class Trainer:
         here.vigil.open(self.folder)
         with main_first(here):  # that indexes the images, if nobody has
             self.source = build_source(config.data, config.seed)
+        check_images(self.source, here)
         self.loader = build_loader(
             self.source,
             config.data,

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -32,10 +33,19 @@ class Vigil:
     Args:
         launch: a name that all ranks of this launch have, and no other launch.
         timeout: seconds in one phase, after which the rank stands still.
+        mates: the ranks of this machine.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, launch: str = "", timeout: float = float("inf")):
+    def __init__(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        launch: str = "",
+        timeout: float = float("inf"),
+        mates: Sequence[int] = (),
+    ):
         self._rank, self._world_size, self._launch, self._timeout = rank, world_size, launch, timeout
+        self._mates = mates
         self._interval = max(_INTERVAL, world_size / _WORDS)
         self._silence = min(_SILENCE, timeout / 3)
         self._place = ("beginning", 0, time.monotonic())
@@ -107,16 +117,24 @@ class Vigil:
         return MachineError(f"rank {self._rank} ends: {line}")
 
     def _keep(self) -> None:
-        """The thread: tells, and looks whether this rank stands still or all are to end."""
+        """The thread."""
         while not self._over.wait(self._interval):
             self._tell()
-            if time.monotonic() - self._place[2] > self._timeout:
-                self._stands_still()
-            elif not self._end and self._report.exists():
-                # The loop mostly hears of it by itself, by a connection that breaks.
-                self._over.wait(self._silence)
-                if not self._end:
-                    self._exit(self._write_report(self._beats()))
+            self._look()
+
+    def _look(self) -> None:
+        """Whether this rank stands still, or all are to end."""
+        age = time.monotonic() - self._place[2]
+        if age > self._timeout:
+            self._stands_still()
+        elif not self._end and self._report.exists():
+            # The loop mostly hears of it by itself, by a connection that breaks.
+            self._over.wait(self._silence)
+            if not self._end:
+                self._exit(self._write_report(self._beats()))
+        elif age > self._silence and any(beat and beat.is_gone for beat in self._beats(self._mates)):
+            # One of this machine was killed, and the loop has not heard of it: so it may be under NCCL.
+            self._exit(self._write_report(self._beats()))
 
     def _stands_still(self) -> None:
         place = self._place
@@ -156,8 +174,9 @@ class Vigil:
             print(f"\n{text}", file=sys.stderr, flush=True)
         return f"{headline(beats, wrong)}; see {self._report}"
 
-    def _beats(self) -> list[Beat | None]:
-        return read_beats(self._folder, self._launch, self._world_size)
+    def _beats(self, ranks: Sequence[int] = ()) -> list[Beat | None]:
+        """Of some ranks, or of all."""
+        return read_beats(self._folder, self._launch, ranks or range(self._world_size))
 
     def _tell(self) -> None:
         with self._one_at_a_time:

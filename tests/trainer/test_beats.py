@@ -101,7 +101,7 @@ def test_files_of_other_launches_and_damaged_ones_are_silence(tmp_path):
         (tmp_path / f"rank_{rank}.json").write_text(text)
     write_beat(tmp_path, beat(3))
     write_beat(tmp_path, beat(4)._replace(launch="before"))
-    assert read_beats(tmp_path, "launch", 6) == [None, None, None, beat(3), None, None]
+    assert read_beats(tmp_path, "launch", range(6)) == [None, None, None, beat(3), None, None]
     write_beat(tmp_path / "nowhere", beat(3))
 
 

@@ -14,7 +14,7 @@ from small_run import SETTINGS
 
 from ccmim_fast.errors import DataError, MachineError, StoppedError
 from ccmim_fast.trainer.beats import read_beats
-from ccmim_fast.trainer.run_state import read_state
+from ccmim_fast.trainer.run_state import process_start, read_state
 from ccmim_fast.trainer.vigil import Vigil, is_of_others, stacks
 
 FAULTY = str(Path(__file__).parents[1] / "faulty.py")
@@ -99,6 +99,17 @@ def test_fault_19_rank_0_raises(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_machine_with_other_images(tmp_path):
+    codes, errors = two_ranks(tmp_path, "images", "0", 1, HALF_AN_HOUR)
+    assert codes == [6, 3]
+    assert (
+        f"ccmim: rank 1 on {socket.gethostname()} has other images than rank 0 (48, there 48); data.root" in errors[1]
+    )
+    assert "DataError: rank 1 on" in last_line(errors[0])
+    assert "Traceback" not in errors[0] + errors[1]
+
+
+@pytest.mark.slow
 def test_a_rank_that_is_stopped(tmp_path):
     codes, errors = two_ranks(tmp_path, "stop", "5", 1, 0.1)
     assert codes == [6, None]
@@ -143,7 +154,7 @@ def test_the_last_words_of_a_rank(tmp_path):
 
     with pytest.raises(DataError):
         ends(DataError("a.jpg\ncannot be read"), 1, step=7)
-    beat = read_beats(tmp_path, LAUNCH, 2)[1]
+    beat = read_beats(tmp_path, LAUNCH, [1])[0]
     assert (beat.step, beat.end) == (7, "DataError: a.jpg cannot be read")
     with pytest.raises(
         MachineError, match=r"rank 0 ends: rank 1 \(.* ended, in its step 7: DataError: a\.jpg"
@@ -166,6 +177,21 @@ def test_a_lost_rank_of_another_machine_is_known_by_its_silence(tmp_path):
     assert "rank 1 (node-b, process" in str(vigil.last_words(BROKEN))
     assert "is silent" in (tmp_path / "stopped.txt").read_text()
     assert time.monotonic() - start > 1
+
+
+def test_a_killed_rank_of_this_machine_is_noticed_where_no_connection_tells(tmp_path, monkeypatch):
+    """As under NCCL: the loop hangs in a collective. One that is there, and of another machine, is let alone."""
+    vigil, ends = opened(tmp_path, timeout=60, mates=[0, 1]), []
+    monkeypatch.setattr(vigil, "_exit", ends.append)
+    opened(tmp_path, 1)
+    now, gone = time.monotonic(), json.loads((tmp_path / "rank_1.json").read_text()) | {"started": 1}
+    for age, changed in [(21, {"started": process_start(os.getpid())}), (19, {}), (21, {"host": "node-b"}), (21, {})]:
+        assert not ends
+        vigil._place = ("in its step", 8, now - age)
+        (tmp_path / "rank_1.json").write_text(json.dumps(gone | changed))
+        vigil._look()
+    assert "rank 1 (" in ends[0]
+    assert "is gone without a word" in ends[0]
 
 
 def test_before_the_folder_is_known_and_alone():
