@@ -91,7 +91,7 @@ def nodes():
 
 
 def settings(folder):
-    return ["pretrain", f"--run.dir={folder / 'run'}", f"--data.root={folder / 'shapes'}", *SETTINGS, *MORE][1:]
+    return [f"--run.dir={folder / 'run'}", f"--data.root={folder / 'shapes'}", *SETTINGS, *MORE]
 
 
 def wait_for(happened, *nodes):
@@ -102,11 +102,10 @@ def wait_for(happened, *nodes):
         time.sleep(0.1)
 
 
-@pytest.fixture
-def alone(tmp_path):
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
     """Losses and last checkpoint of two ranks on one machine, left alone."""
-    folder = tmp_path / "alone"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("alone")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [FAULTY, "nan", "0", "none", *settings(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -13,8 +13,7 @@ from small_run import SETTINGS
 FAULTY = str(Path(__file__).parents[1] / "faulty.py")
 EPOCHS, SAMPLES, STEPS = 3, 40, 8  # of 16 samples: each epoch ends within a step, the 3rd, the 5th and the 8th
 LEGS = [(1, 2), (2, 6), (1, 8)]  # ranks, and the step until which they go: stops within the first and the third epoch
-# Sums over 16 images in another order: 2e-7 of each loss was seen in these eight steps.
-ROUNDING = 1e-5
+ROUNDING = 2e-6  # sums over 16 images in another order; 2e-7 of a loss was seen (AMD EPYC)
 
 
 def leg(folder, ranks, *settings):
@@ -42,14 +41,13 @@ def recons(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("masks", [("--mask.strategy=random",), ("--score.source=first",)], ids=["random", "first"])
-def test_one_rank_then_two_then_one(tmp_path, masks):
+def test_one_rank_then_two_then_one(tmp_path):
     whole, legs = tmp_path / "whole", tmp_path / "legs"
     for folder in (whole, legs):
         folder.mkdir()
-    leg(whole, 1, *masks)
+    leg(whole, 1, "--score.source=first")
     for ranks, until in LEGS:
-        leg(legs, ranks, *masks, f"--train.max_steps={until}", "--run.resume=auto")
+        leg(legs, ranks, "--score.source=first", f"--train.max_steps={until}", "--run.resume=auto")
     one, other = ids_of_steps(whole), ids_of_steps(legs)
     assert list(one) == list(range(1, STEPS + 1))
     assert other == one
