@@ -18,14 +18,16 @@ from ccmim_fast.trainer.run_state import process_start
 PHASES = (
     "beginning",
     "indexing images",
+    "waiting for the index",
     "building the model",
     "loading a checkpoint",
-    "in its step",
+    "in step",
     "saving",
     "looking at the model",
     "waiting for images",
 )
 DONE = "done"
+_STACKS = 4  # different ones in a report
 
 
 class Beat(NamedTuple):
@@ -63,8 +65,8 @@ class Beat(NamedTuple):
 
     @property
     def where(self) -> str:
-        """`in its step 8`, `saving after step 7`, `building the model`."""
-        if self.phase == "in its step":
+        """`in step 8`, `saving after step 7`, `building the model`."""
+        if self.phase == "in step":
             return f"{self.phase} {self.step}"
         return f"{self.phase} after step {self.step}" if self.step else self.phase
 
@@ -152,7 +154,7 @@ def report(beats: Sequence[Beat | None], wrong: Wrong, stacks: dict[int, str]) -
     """The headline, where every rank is, and what some of them are doing.
 
     Args:
-        stacks: of ranks that gave one.
+        stacks: of ranks that gave one; equal ones are told once, and those of the fewest ranks first.
     """
     places: dict[str, list[int]] = {}
     for rank, beat in enumerate(beats):
@@ -163,8 +165,11 @@ def report(beats: Sequence[Beat | None], wrong: Wrong, stacks: dict[int, str]) -
         span = [clock(since[i]) for i in (0, -1)] if since else []
         words = f", since {' to '.join(dict.fromkeys(span))}" if span else ""
         lines.append(f"  {_named(ranks)}: {place}{words}")
+    shared: dict[str, list[int]] = {}
     for rank, stack in stacks.items():
-        lines += ["", f"stack of rank {rank}:", stack.rstrip()]
+        shared.setdefault(stack.rstrip(), []).append(rank)
+    for stack, ranks in sorted(shared.items(), key=lambda pair: len(pair[1]))[:_STACKS]:
+        lines += ["", f"stack of {_named(ranks)}:", stack]
     return "\n".join(lines) + "\n"
 
 

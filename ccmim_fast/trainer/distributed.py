@@ -94,6 +94,7 @@ def main_first(here: Session) -> Iterator[None]:
     Behind it comes the first rank of each other machine, where that file may not be, and then all others.
     """
     turn = 0 if here.is_main else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+    here.vigil.mark("waiting for the index")
     for _ in range(turn):
         wait_for_all()
     here.vigil.mark("indexing images")

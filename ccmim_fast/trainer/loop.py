@@ -170,7 +170,7 @@ class Trainer:
         return epochs if epochs > (self.seen - self.config.train.batch_size) // self.samples else 0
 
     def _train(self, batches: list[Batch]) -> StepResult:
-        self.here.vigil.mark("in its step", self.step + 1)
+        self.here.vigil.mark("in step", self.step + 1)
         if self.config.model.drop_path > 0:
             # Stochastic depth draws from the global generator: keyed by step and rank, so that a resumed run repeats.
             torch.manual_seed((self.config.seed << 40) + self.step * self.here.world_size + self.here.rank)

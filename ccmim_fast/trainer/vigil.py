@@ -24,7 +24,6 @@ from ccmim_fast.trainer.run_state import read_state, write_state
 _WORDS = 200  # small files that all ranks write in a second, at most: a thousand ranks one each in 5 seconds
 _INTERVAL = 0.5  # seconds between two words of a rank, at least
 _SILENCE = 20.0  # seconds without a word of a rank, after which it is out of action; a third of the time-out at most
-_STACKS = 4  # in a report, where no rank is behind the others
 
 
 class Vigil:
@@ -127,7 +126,9 @@ class Vigil:
         age = time.monotonic() - self._place[2]
         if age > self._timeout:
             self._stands_still()
-        elif not self._end and self._report.exists():
+        elif self._end:
+            return
+        elif self._report.exists():
             # The loop mostly hears of it by itself, by a connection that breaks.
             self._over.wait(self._silence)
             if not self._end:
@@ -158,8 +159,10 @@ class Vigil:
     def _write_report(self, beats: list[Beat | None], printed: bool = True) -> str:
         """Write the report of this launch, if no other rank has; returns its headline and where it is."""
         wrong = what_is_wrong(beats, time.time(), self._silence)
-        whose = wrong.ranks[:_STACKS] or range(min(len(beats), _STACKS))
-        text = report(beats, wrong, {rank: stack for rank in whose if (stack := self._read_stack(rank))})
+        found = {rank: stack for rank in wrong.ranks or range(len(beats)) if (stack := self._read_stack(rank))}
+        if not wrong.ranks:  # the main threads tell who does not wait in the same place
+            found = {rank: stack.partition("\n\n")[0] for rank, stack in found.items()}
+        text = report(beats, wrong, found)
         own = self._report.with_suffix(f".{self._rank}")
         try:
             own.write_text(text)
@@ -220,4 +223,4 @@ def stacks() -> str:
         if "work_queue.get" not in (calls[-1].line or ""):
             lines = [f"    {call.filename}:{call.lineno} {call.name}: {call.line}" for call in calls]
             told.setdefault("\n".join(lines), []).append(thread.name)
-    return "".join(f"  {', '.join(names)}:\n{lines}\n" for lines, names in told.items())
+    return "\n\n".join(f"  {', '.join(names)}:\n{lines}" for lines, names in told.items())

@@ -22,7 +22,7 @@ NOW = 1_800_000_000.0
 OTHER = "node-b"  # of whose processes nobody here knows
 
 
-def beat(rank, step=8, phase="in its step", host=OTHER, pid=100, since=NOW - 60, told=NOW - 1, **rest):
+def beat(rank, step=8, phase="in step", host=OTHER, pid=100, since=NOW - 60, told=NOW - 1, **rest):
     return Beat("launch", rank, host, pid, 1, step, phase, since, told, **rest)
 
 
@@ -46,14 +46,14 @@ def test_who_waits_for_images_is_behind_those_in_the_next_step():
 
 def test_who_saves_is_behind_those_that_have_saved():
     assert wrong(beat(0, 7, "saving"), beat(1, 7, "waiting for images"))[:2] == ("behind", [0])
-    assert wrong(beat(0, 0, "indexing images"), beat(1, 0, "building the model"))[:2] == ("behind", [0])
+    assert wrong(beat(0, 0, "indexing images"), beat(1, 0, "waiting for the index"))[:2] == ("behind", [0])
 
 
 def test_a_silent_rank_is_worse_than_one_that_is_behind():
     why, ranks, line = wrong(beat(0, told=NOW - 21), beat(1, 7, "waiting for images"))
     assert (why, ranks) == ("silent", [0])
     assert line == (
-        f"rank 0 (node-b, process 100) is silent: last heard of in its step 8 at {at(NOW - 21)}; rank 1 waits for it"
+        f"rank 0 (node-b, process 100) is silent: last heard of in step 8 at {at(NOW - 21)}; rank 1 waits for it"
     )
     assert wrong(beat(0), None)[1:] == ([1], "rank 1 has said nothing yet; rank 0 waits for it")
 
@@ -62,14 +62,14 @@ def test_a_process_that_is_not_there_is_gone_and_one_that_told_its_error_ended()
     mine = {"host": socket.gethostname(), "pid": os.getpid()}
     why, ranks, line = wrong(beat(0), beat(1, **mine), beat(2, told=NOW - 99))
     assert (why, ranks) == ("gone", [1])
-    assert f"process {os.getpid()}) is gone without a word, perhaps killed: last heard of in its step 8" in line
+    assert f"process {os.getpid()}) is gone without a word, perhaps killed: last heard of in step 8" in line
     ended = beat(2, end="DataError: a.jpg")
     assert wrong(beat(0), beat(1, **mine), ended) == (
         *("ended", [2]),
-        "rank 2 (node-b, process 100) ended, in its step 8: DataError: a.jpg",
+        "rank 2 (node-b, process 100) ended, in step 8: DataError: a.jpg",
     )
     # This very process is there.
-    alive = beat_of("launch", 0, 8, "in its step", 0.0, "")
+    alive = beat_of("launch", 0, 8, "in step", 0.0, "")
     assert not alive.is_gone
     assert alive._replace(started=alive.started - 1).is_gone
     assert not alive._replace(started=alive.started - 1, host=OTHER).is_gone
@@ -77,7 +77,7 @@ def test_a_process_that_is_not_there_is_gone_and_one_that_told_its_error_ended()
 
 def test_ranks_that_came_to_the_end_are_not_missed():
     assert wrong(beat(0, end=DONE, told=NOW - 99), beat(1))[0] == "level"
-    assert wrong(beat(0), beat(1))[2] == "no rank is behind the others: all are in its step 8"
+    assert wrong(beat(0), beat(1))[2] == "no rank is behind the others: all are in step 8"
 
 
 def test_the_report_says_where_all_are():
@@ -86,7 +86,7 @@ def test_the_report_says_where_all_are():
     first, _, _, *lines = text.splitlines()
     assert first.startswith("rank 1 (node-b")
     assert lines == [
-        f"  ranks 0, 2: in its step 8, since {at(NOW - 60)} to {at(NOW - 59)}",
+        f"  ranks 0, 2: in step 8, since {at(NOW - 60)} to {at(NOW - 59)}",
         f"  rank 1: waiting for images after step 7, since {at(NOW - 60)}",
         "  rank 3: nothing said",
         "",
@@ -94,6 +94,13 @@ def test_the_report_says_where_all_are():
         "  MainThread:",
         "    a.py:3 read: open(path)",
     ]
+
+
+def test_where_no_rank_is_behind_the_stack_that_few_have_comes_first():
+    waits, hangs = "  MainThread:\n    a.py:1 all_reduce", "  MainThread:\n    b.py:2 read"
+    beats = [beat(rank) for rank in range(4)]
+    text = report(beats, what_is_wrong(beats, NOW, 20), {0: waits, 1: waits, 2: hangs, 3: waits})
+    assert text.endswith(f"\n\nstack of rank 2:\n{hangs}\n\nstack of ranks 0-1, 3:\n{waits}\n")
 
 
 def test_files_of_other_launches_and_damaged_ones_are_silence(tmp_path):

@@ -5,7 +5,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -115,7 +117,7 @@ def test_a_rank_that_is_stopped(tmp_path):
     assert codes == [6, None]
     assert "is silent: last heard of waiting for images after step 4 at " in last_line(errors[0])
     assert "; rank 0 waits for it; see " in last_line(errors[0])
-    assert "\n  rank 0: in its step 5, since " in the_report(tmp_path)
+    assert "\n  rank 0: in step 5, since " in the_report(tmp_path)
     assert read_state(tmp_path / "run").exit_code == 6
 
 
@@ -149,16 +151,14 @@ def test_the_last_words_of_a_rank(tmp_path):
 
     def ends(error, rank, step=0):
         with opened(tmp_path, rank, timeout=60) as vigil:
-            vigil.mark("in its step", step)
+            vigil.mark("in step", step)
             raise error
 
     with pytest.raises(DataError):
         ends(DataError("a.jpg\ncannot be read"), 1, step=7)
     beat = read_beats(tmp_path, LAUNCH, [1])[0]
     assert (beat.step, beat.end) == (7, "DataError: a.jpg cannot be read")
-    with pytest.raises(
-        MachineError, match=r"rank 0 ends: rank 1 \(.* ended, in its step 7: DataError: a\.jpg"
-    ) as caught:
+    with pytest.raises(MachineError, match=r"rank 0 ends: rank 1 \(.* ended, in step 7: DataError: a\.jpg") as caught:
         ends(BROKEN, 0)
     assert caught.value.exit_code == 6
     assert caught.value.__cause__ is BROKEN
@@ -187,7 +187,7 @@ def test_a_killed_rank_of_this_machine_is_noticed_where_no_connection_tells(tmp_
     now, gone = time.monotonic(), json.loads((tmp_path / "rank_1.json").read_text()) | {"started": 1}
     for age, changed in [(21, {"started": process_start(os.getpid())}), (19, {}), (21, {"host": "node-b"}), (21, {})]:
         assert not ends
-        vigil._place = ("in its step", 8, now - age)
+        vigil._place = ("in step", 8, now - age)
         (tmp_path / "rank_1.json").write_text(json.dumps(gone | changed))
         vigil._look()
     assert "rank 1 (" in ends[0]
@@ -212,5 +212,19 @@ def test_errors_of_others_are_told_from_own_ones():
     assert not is_of_others(ValueError("gloo/"))
 
 
-def test_a_stack_leaves_out_its_own_thread():
-    assert stacks().startswith("  MainThread:\n") is False  # it is the one that asks
+def test_stacks_of_threads_that_have_something_to_do():
+    """Asked by another thread, as a vigil asks; two that wait in the same place are told once."""
+    go = threading.Event()
+    waiting = [threading.Thread(target=go.wait, name=name) for name in ("w0", "w1")]
+    for thread in waiting:
+        thread.start()
+    with ThreadPoolExecutor(1, "idle") as idle, ThreadPoolExecutor(1, "asks") as asks:
+        idle.submit(int).result()
+        # Until all have come to where they wait.
+        told = next(told for _ in range(999) if "  w0, w1:\n" in (told := asks.submit(stacks).result()))
+        go.set()
+    main = told.partition("\n\n")[0]
+    assert main.startswith("  MainThread:\n")
+    assert "told = next(" in main
+    assert "idle_0" not in told
+    assert "asks_0" not in told
