@@ -22,8 +22,8 @@ HELD_STEP = "8"  # of 12: checkpoints of steps 3 and 6 are there
 PATIENCE = 180  # seconds, for a machine with much to do
 
 
-def ip(*words):
-    return subprocess.run(["ip", *words], capture_output=True, text=True, check=True, timeout=30).stdout
+def ip(words):
+    return subprocess.run(["ip", *words.split()], capture_output=True, text=True, check=True, timeout=30).stdout
 
 
 class Node:
@@ -49,15 +49,15 @@ class Node:
             self.agent = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
     def kill(self):
-        """As if the plug were pulled: agent and ranks at once."""
-        for pid in ip("netns", "pids", self.name).split():
+        """Agent and ranks at once."""
+        for pid in ip(f"netns pids {self.name}").split():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
         if self.agent is not None:
             self.agent.wait(PATIENCE)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def nodes():
     """Two nodes that see each other and nothing else."""
     names = [f"cc{os.getpid()}-{letter}" for letter in "ab"]
@@ -65,26 +65,15 @@ def nodes():
     with contextlib.ExitStack() as undo:
         try:
             for node in found:
-                ip("netns", "add", node.name)
-                undo.callback(ip, "netns", "delete", node.name)
-            ip(
-                "link",
-                "add",
-                found[0].link,
-                "netns",
-                names[0],
-                "type",
-                "veth",
-                "peer",
-                found[1].link,
-                "netns",
-                names[1],
-            )
+                ip(f"netns add {node.name}")
+                undo.callback(ip, f"netns delete {node.name}")
+            one, other = found
+            ip(f"link add {one.link} netns {one.name} type veth peer {other.link} netns {other.name}")
             for node in found:
                 undo.callback(node.kill)
-                ip("-n", node.name, "address", "add", f"{node.address}/24", "dev", node.link)
+                ip(f"-n {node.name} address add {node.address}/24 dev {node.link}")
                 for link in ("lo", node.link):
-                    ip("-n", node.name, "link", "set", link, "up")
+                    ip(f"-n {node.name} link set {link} up")
         except (OSError, subprocess.CalledProcessError) as error:
             pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', None) or error}")
         yield found
@@ -103,7 +92,7 @@ def wait_for(happened, *nodes):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def alone(tmp_path_factory, nodes):
     """Losses and last checkpoint of two ranks on one machine, left alone."""
     folder = tmp_path_factory.mktemp("alone")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -135,6 +124,7 @@ def test_a_node_that_dies_and_comes_back(tmp_path, nodes, alone, dies):
     host, guest = nodes
     lost, left = (guest, host) if dies == "guest" else (host, guest)
     for node in nodes:
+        node.kill()  # what a test that failed may have left
         node.launch(tmp_path, host, lost)
     wait_for((tmp_path / "held").exists, *nodes)
     assert [path.name for path in io.checkpoints(tmp_path / "run" / "checkpoints")] == [
