@@ -79,7 +79,7 @@ def backend_timeout(timeout: float) -> datetime.timedelta:
 
 def _ranks_here(rank: int) -> range:
     """The ranks of this machine, as torchrun numbers them."""
-    first = rank - int(os.environ["LOCAL_RANK"])
+    first = rank - int(os.environ.get("LOCAL_RANK", 0))
     return range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
