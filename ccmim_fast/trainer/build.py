@@ -1,6 +1,6 @@
 """From the configuration to the training step."""
 
-from datetime import timedelta
+import socket
 from pathlib import Path
 
 import torch
@@ -11,7 +11,8 @@ from ccmim_fast.bank.bank import ScoreBank, own_maps
 from ccmim_fast.bank.stores import choose_store, open_store
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.plan import Plan
-from ccmim_fast.errors import ConfigError
+from ccmim_fast.data.source import Source
+from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.models.attention import check_attention
 from ccmim_fast.models.build import build_model
 from ccmim_fast.models.ccmim import CCMIM
@@ -19,7 +20,7 @@ from ccmim_fast.optim.ema import build_ema
 from ccmim_fast.optim.optimizer import build_optimizer
 from ccmim_fast.optim.schedule import scaled_lr
 from ccmim_fast.trainer.compiled import choose_compile, compile_step, warm_up
-from ccmim_fast.trainer.distributed import Session, node_count
+from ccmim_fast.trainer.distributed import Session, backend_timeout, from_main, node_count
 from ccmim_fast.trainer.graphed import GraphedStep
 from ccmim_fast.trainer.host_memory import keep_freed_memory
 from ccmim_fast.trainer.precision import Precision, choose_precision
@@ -28,8 +29,11 @@ from ccmim_fast.trainer.step import TrainStep
 from ccmim_kernels.dispatch import check_triton
 
 
-def check_device(config: Config, here: Session) -> None:
+def check_device(config: Config, here: Session, looks: bool = False) -> None:
     """Return if this device can run what `config.train` asks for.
+
+    Args:
+        looks: the first rank alone runs the model now and then.
 
     Raises:
         ConfigError, MachineError: one line that names the setting and what to use instead.
@@ -46,7 +50,7 @@ def check_device(config: Config, here: Session) -> None:
     if config.train.cuda_graph and here.world_size > 1:
         raise ConfigError(f"train.cuda_graph=true: one process only, got {here.world_size}; use train.cuda_graph=false")
     if is_divided(config, here):
-        _check_divided(config, here)
+        _check_divided(config, here, looks)
     if config.train.compile in ("blocks", "step") and here.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(here.device)
         if major < 7:
@@ -63,13 +67,29 @@ def _gathered_in(precision: Precision, device: torch.device) -> torch.dtype | No
     return precision.dtype if device.type == "cuda" else None
 
 
-def _check_divided(config: Config, here: Session) -> None:
+def _check_divided(config: Config, here: Session, looks: bool) -> None:
+    if looks:
+        raise ConfigError("train.parallel=fsdp: no rank can look at the model alone; use train.parallel=ddp")
     if choose_precision(config.train.precision, here.device).scaled:
         raise ConfigError("train.parallel=fsdp: has no loss scaling, which fp16 needs; use bf16, fp32, or parallel=ddp")
     if config.optim.name != "adamw":
         raise ConfigError(f"train.parallel=fsdp: optim.name={config.optim.name} knows no divided weights; use adamw")
     if config.train.compile == "step":
         raise ConfigError("train.parallel=fsdp: train.compile=step makes one graph of all blocks; use blocks")
+
+
+def check_images(source: Source, here: Session) -> None:
+    """Return if this rank has the images of the first one: machines may have copies of their own. All ranks call it.
+
+    Raises:
+        DataError: it has others.
+    """
+    fingerprint, count = from_main((source.fingerprint, len(source)))
+    if fingerprint != source.fingerprint:
+        raise DataError(
+            f"rank {here.rank} on {socket.gethostname()} has other images than rank 0 ({len(source)}, there {count}); "
+            "data.root must hold the same files on all machines, and data.index be of them"
+        )
 
 
 def build_step(config: Config, here: Session) -> TrainStep:
@@ -121,7 +141,7 @@ def build_bank(config: Config, plan: Plan, here: Session, folder: Path) -> Score
     maps, cells, score = own_maps(plan), config.score.grid, config.score
     store = choose_store(score.store, maps, cells, here.device, score.device_gb, score.host_gb)
     opened = open_store(store, maps, cells, here.device, folder / f"scores_{here.rank}.bin")
-    return ScoreBank(plan, opened, here.device, timedelta(minutes=config.watch.timeout))
+    return ScoreBank(plan, opened, here.device, backend_timeout(config.watch.timeout))
 
 
 def prepare_step(step: TrainStep, micro_batch: int) -> TrainStep | GraphedStep:

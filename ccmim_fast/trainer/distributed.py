@@ -12,14 +12,18 @@ import torch.distributed as dist
 
 from ccmim_fast.errors import MachineError
 from ccmim_fast.trainer.meeting import meet
+from ccmim_fast.trainer.vigil import Vigil
+
+_LONGER = 1.0  # minutes that the backend waits beyond `watch.timeout`: the vigil is to be first, which knows more
 
 
 class Session(NamedTuple):
-    """This process's place: `rank` of `world_size`, and its device."""
+    """This process's place: `rank` of `world_size`, and its device; `vigil` is told what it does."""
 
     rank: int
     world_size: int
     device: torch.device
+    vigil: Vigil = Vigil()
 
     @property
     def is_main(self) -> bool:
@@ -32,10 +36,10 @@ def session(device: str, timeout: float = 30.0) -> Iterator[Session]:
 
     Args:
         device: `auto`, `cpu` or `cuda`; auto takes CUDA where there is a GPU.
-        timeout: minutes that a rank waits for another in a collective.
+        timeout: minutes that a rank waits for another.
 
     Raises:
-        MachineError: `cuda` without a GPU.
+        MachineError: `cuda` without a GPU; the ranks do not find each other; within, when another rank is lost.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise MachineError("train.device=cuda: no CUDA device is visible; use train.device=cpu")
@@ -49,14 +53,34 @@ def session(device: str, timeout: float = 30.0) -> Iterator[Session]:
     # Each rank compiles for itself: two that write one cache at a time have broken it.
     os.environ.setdefault("TRITON_CACHE_DIR", _own_cache())
     backend, own = ("nccl", local) if kind == "cuda" else ("gloo", None)
-    patience = datetime.timedelta(minutes=timeout)
-    store, rank, world_size = meet(patience)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=own, timeout=patience)
     try:
-        yield Session(dist.get_rank(), dist.get_world_size(), local)
-        dist.barrier()
+        store, rank, world_size, launch = meet(datetime.timedelta(minutes=timeout))
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, device_id=own, timeout=backend_timeout(timeout)
+        )
+    except (TimeoutError, dist.DistError) as error:
+        address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        line = " ".join(str(error).split())[:200]
+        raise MachineError(f"rank {os.environ['RANK']} does not find the others at {address}: {line}") from error
+    vigil = Vigil(rank, world_size, launch, 60 * timeout, _ranks_here(rank))
+    try:
+        with vigil:
+            yield Session(rank, world_size, local, vigil)
+            dist.barrier()
+            vigil.close()
     finally:
         dist.destroy_process_group()
+
+
+def backend_timeout(timeout: float) -> datetime.timedelta:
+    """Of a process group, where ranks wait for each other for `timeout` minutes."""
+    return datetime.timedelta(minutes=timeout + _LONGER)
+
+
+def _ranks_here(rank: int) -> range:
+    """The ranks of this machine, as torchrun numbers them."""
+    first = rank - int(os.environ.get("LOCAL_RANK", 0))
+    return range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _own_cache() -> str:
@@ -65,14 +89,21 @@ def _own_cache() -> str:
 
 @contextlib.contextmanager
 def main_first(here: Session) -> Iterator[None]:
-    """What rank 0 does within is done before the others begin: it writes a file, they find it."""
-    if here.world_size > 1 and not here.is_main:
-        dist.barrier()
+    """What rank 0 does within is done before the others begin: it writes a file, they find it.
+
+    Behind it comes the first rank of each other machine, where that file may not be, and then all others.
+    """
+    turn = 0 if here.is_main else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+    here.vigil.mark("waiting for the index")
+    for _ in range(turn):
+        wait_for_all()
+    here.vigil.mark("indexing images")
     try:
         yield
     finally:
-        if here.world_size > 1 and here.is_main:
-            dist.barrier()
+        here.vigil.mark("building the model")
+        for _ in range(turn, 2):
+            wait_for_all()
 
 
 def from_main(value: Any) -> Any:

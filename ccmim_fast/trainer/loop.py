@@ -14,7 +14,7 @@ from ccmim_fast.data.batch import Batch, in_groups
 from ccmim_fast.data.loader import build_loader, build_source
 from ccmim_fast.errors import NumericsError, StoppedError
 from ccmim_fast.optim.schedule import lr_at, scaled_lr
-from ccmim_fast.trainer.build import build_bank, build_step, check_device, choose_shards, prepare_step
+from ccmim_fast.trainer.build import build_bank, build_step, check_device, check_images, choose_shards, prepare_step
 from ccmim_fast.trainer.capture import capture
 from ccmim_fast.trainer.data_report import DataReport
 from ccmim_fast.trainer.distributed import Session, main_first, max_over_ranks, mean_over_ranks, session
@@ -45,7 +45,7 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None) -> Path:
     """
     with session(config.train.device, config.watch.timeout) as here:
         validate(config, here.world_size)
-        check_device(config, here)
+        check_device(config, here, looks=after_epoch is not None)
         if config.train.find_batch:
             config = with_largest_batch(config, here)
         trainer = Trainer(config, here, after_epoch)
@@ -63,8 +63,10 @@ class Trainer:
     def __init__(self, config: Config, here: Session, after_epoch: AfterEpoch | None = None):
         self.config, self.here, self.after_epoch = config, here, after_epoch
         self.folder = open_run_folder(config) if here.is_main else Path(config.run.dir)
+        here.vigil.open(self.folder)
         with main_first(here):  # that indexes the images, if nobody has
             self.source = build_source(config.data, config.seed)
+        check_images(self.source, here)
         self.loader = build_loader(
             self.source,
             config.data,
@@ -96,7 +98,8 @@ class Trainer:
         self.total_steps = self._total_steps()
         check_room(config.train.profile, left=self.total_steps - self.step)
         self.nan_id = torch.full((), -1, device=here.device)
-        self.watch, self.signals, self.spikes = Watch(here), StopSignals(), Spikes(config.watch.spike)
+        self.watch, self.spikes = Watch(here), Spikes(config.watch.spike)
+        self.signals = StopSignals(to_the_end=here.world_size > 1)
         self.meter = Meter(config.train.batch_size, here, self.train_step)
         self.metrics = None
         if here.is_main:
@@ -121,7 +124,7 @@ class Trainer:
     def run(self) -> None:
         if self.step == 0:
             self._look(0)
-        with self.signals, self.savepoints, closing(self.loader.stream(self.seen)) as stream:
+        with self.signals, self.here.vigil, self.savepoints, closing(self.loader.stream(self.seen)) as stream:
             for batches in self.profile.watch(self._steps(stream)):
                 result = self._train(batches)
                 self._log(result)
@@ -131,9 +134,6 @@ class Trainer:
                     self._save(epoch)
                     self._look(epoch)
         self.data_report.close()
-
-    def _note(self, line: str) -> None:
-        self.progress.note(line)
 
     def close(self) -> None:
         self.progress.close()
@@ -172,6 +172,7 @@ class Trainer:
         return epochs if epochs > (self.seen - self.config.train.batch_size) // self.samples else 0
 
     def _train(self, batches: list[Batch]) -> StepResult:
+        self.here.vigil.mark("in step", self.step + 1)
         if self.config.model.drop_path > 0:
             # Stochastic depth draws from the global generator: keyed by step and rank, so that a resumed run repeats.
             torch.manual_seed((self.config.seed << 40) + self.step * self.here.world_size + self.here.rank)
@@ -290,6 +291,7 @@ class Trainer:
         return bool(every and epoch) and epoch % every == 0 and self.seen >= epoch * self.samples
 
     def _look(self, epoch: int) -> None:
+        self.here.vigil.mark("looking at the model")
         if self.after_epoch is not None and self.here.is_main:
             self.model.eval()
             self.after_epoch(epoch, self)

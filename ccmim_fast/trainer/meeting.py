@@ -16,14 +16,15 @@ from torch.distributed.rendezvous import rendezvous
 _POLL = 0.05  # seconds
 
 
-def meet(timeout: datetime.timedelta) -> tuple[Store, int, int]:
-    """The store of this launch alone, rank and world size, as the environment tells.
+def meet(timeout: datetime.timedelta) -> tuple[Store, int, int, str]:
+    """The store of this launch alone, rank and world size, as the environment tells, and the launch's name.
 
     Raises:
         TimeoutError: some rank did not come.
     """
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    return PrefixStore(common_name(store, rank, world_size, timeout), store), rank, world_size
+    name = common_name(store, rank, world_size, timeout)
+    return PrefixStore(name, store), rank, world_size, name
 
 
 def common_name(store: Store, rank: int, world_size: int, timeout: datetime.timedelta) -> str:

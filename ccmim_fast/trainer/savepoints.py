@@ -1,7 +1,6 @@
 """The checkpoints of a run: written from its parts while it goes on, and read back into them."""
 
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ccmim_fast.config.load import from_yaml
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.plan import Plan
 from ccmim_fast.errors import CheckpointError, ConfigError
-from ccmim_fast.trainer.distributed import Session, from_main, wait_for_all
+from ccmim_fast.trainer.distributed import Session, backend_timeout, from_main, wait_for_all
 from ccmim_fast.trainer.sharded import is_sharded, let_go
 from ccmim_fast.trainer.step import TrainStep
 
@@ -44,7 +43,7 @@ class Savepoints:
         self.folder = folder / "checkpoints"
         self._together = None
         if is_sharded(step.model):
-            self._together = Together(timedelta(minutes=config.watch.timeout))
+            self._together = Together(backend_timeout(config.watch.timeout))
         self._saver = BackgroundSaver(self.folder, config.run.keep, note, self._together)
         self._gone_back_to: Path | None = None
 
@@ -56,6 +55,7 @@ class Savepoints:
 
     def save(self, step: int, seen: int, for_good: bool = False) -> None:
         """The run as it is after `step` optimizer steps and `seen` samples; see `BackgroundSaver.save`."""
+        self._here.vigil.mark("saving")
         maps_NGG = None if self._bank is None else self._bank.contents()
         if self._here.is_main or self._together is not None:
             now, plan = self._step, self._plan
@@ -83,6 +83,7 @@ class Savepoints:
             ConfigError: another setting is not that of the checkpoint, and `run.allow_change` is not set.
         """
         resume = self._config.run.resume
+        self._here.vigil.mark("loading a checkpoint")
         if resume == "never":
             return 0, 0
         state = self._newest()[1] if resume == "auto" else self._load(Path(resume))
@@ -90,6 +91,7 @@ class Savepoints:
             return 0, 0
         self._check_settings(state)
         progress = self._restore(state, in_place=False)
+        self._here.vigil.mark("loading a checkpoint", progress.step)
         for problem in self._changes(progress):
             if self._here.is_main:
                 print(problem, flush=True)

@@ -9,12 +9,16 @@ _ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class StopSignals:
     """Within it SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C are requests; a second Ctrl-C interrupts at once.
 
+    Args:
+        to_the_end: so they are after an error, too, until the process ends: a launcher ends the ranks that are left
+            when one is lost, and they have last words.
+
     Attributes:
         name: of the signal that came, empty before.
     """
 
-    def __init__(self) -> None:
-        self.name, self._before = "", {}
+    def __init__(self, to_the_end: bool = False) -> None:
+        self.name, self._before, self._to_the_end = "", {}, to_the_end
 
     def __enter__(self) -> "StopSignals":
         try:
@@ -23,7 +27,9 @@ class StopSignals:
             self._before = {}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None and self._to_the_end:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

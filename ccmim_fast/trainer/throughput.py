@@ -99,7 +99,7 @@ class Meter:
     def __init__(self, batch_size: int, here: Session, step: TrainStep):
         self._batch_size = batch_size
         self._peak = measure_matmul_rate(here.device, step.precision.dtype)
-        self._world_size = here.world_size
+        self._world_size, self._vigil = here.world_size, here.vigil
         self.flops_by_op = count_flops(step)
         self._flops_per_image = sum(self.flops_by_op.values())
         self.pause()
@@ -117,6 +117,7 @@ class Meter:
         items = iter(items)
         while True:
             asked = time.perf_counter()
+            self._vigil.mark("waiting for images")
             item = next(items, None)
             self._waited += time.perf_counter() - asked
             if item is None:

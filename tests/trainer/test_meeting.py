@@ -1,12 +1,16 @@
 """Ranks that find each other among what dead ones left in the store."""
 
+import contextlib
 import datetime
 import threading
 import time
 
 import pytest
+import torch
 from torch.distributed import HashStore
 
+from ccmim_fast.trainer import distributed
+from ccmim_fast.trainer.distributed import Session, main_first
 from ccmim_fast.trainer.meeting import common_name
 
 SOON = datetime.timedelta(seconds=20)
@@ -53,3 +57,15 @@ def test_what_a_launch_left_that_broke_off_does_not_count():
 
 def test_one_rank_waits_for_nobody():
     assert common_name(HashStore(), 0, 1, SOON)
+
+
+@pytest.mark.parametrize(("rank", "local", "turn"), [(0, "0", 0), (1, "1", 2), (2, "0", 1), (3, "1", 2)])
+def test_rank_0_then_the_first_of_each_machine_then_all(monkeypatch, rank, local, turn):
+    """Two machines with two ranks each; all come to as many barriers, whatever is raised between them."""
+    barriers = []
+    monkeypatch.setattr(distributed, "wait_for_all", lambda: barriers.append(None))
+    monkeypatch.setenv("LOCAL_RANK", local)
+    with contextlib.suppress(ValueError), main_first(Session(rank, 4, torch.device("cpu"))):
+        before = len(barriers)
+        raise ValueError("index")
+    assert (before, len(barriers)) == (turn, 2)

@@ -217,3 +217,10 @@ def test_what_it_cannot_do_is_told_before(train, optim, words):
     config = tiny_config(train={"parallel": "fsdp", "device": "cpu", **train}, optim=optim)
     with pytest.raises(ConfigError, match=words):
         check_device(config, Session(0, 2, torch.device("cpu")))
+
+
+def test_no_rank_looks_alone():
+    config = tiny_config(train={"parallel": "fsdp", "device": "cpu", "precision": "fp32"})
+    check_device(config, Session(0, 2, torch.device("cpu")))
+    with pytest.raises(ConfigError, match="look at the model alone"):
+        check_device(config, Session(0, 2, torch.device("cpu")), looks=True)

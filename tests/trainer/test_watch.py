@@ -173,6 +173,22 @@ def test_a_second_interrupt_is_one_at_once():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_after_an_error_of_several_ranks_signals_stay_requests():
+    """The launcher ends who is left, by SIGTERM; who is left has last words."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        for to_the_end in (False, True):
+            with pytest.raises(ValueError, match="lost"), StopSignals(to_the_end) as signals:
+                raise ValueError("lost")
+            assert (signal.getsignal(signal.SIGTERM) == signals._asked) == to_the_end
+        with StopSignals(to_the_end=True):
+            pass
+        assert signal.getsignal(signal.SIGTERM) == signals._asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def two_ranks(folder, fault, at, rank, *settings):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(Path(__file__).parents[1] / "faulty.py"), fault, at, str(rank)]
