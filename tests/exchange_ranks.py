@@ -24,7 +24,7 @@ def join(target, world_size, folder, *arguments):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(2 * PATIENCE)
+        process.join(5 * PATIENCE)
         process.kill()
     assert [process.exitcode for process in processes] == [0] * world_size
 
