@@ -15,9 +15,11 @@ import contenders
 import numpy as np
 import torch
 import torch.distributed as dist
+from cluster import BUCKET, GRADIENT
 from measure import random_images
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ccmim_fast.config.schema import Config
 from ccmim_fast.data.batch import Batch
 from ccmim_fast.data.plan import Plan
 from ccmim_fast.errors import MachineError
@@ -27,7 +29,6 @@ from ccmim_fast.trainer.step import TrainStep
 from ccmim_fast.trainer.watch import Watch
 
 PATIENCE = 600  # seconds until a process that does not answer is given up
-BUCKET = 25 * 2**20  # bytes of gradients that DDP sums at a time: torch's default
 
 # The tensors that each collective is given, by its place among the arguments.
 _GIVEN = {"allreduce_": ("all_reduce", 0), "_reduce_scatter_base_": ("reduce_scatter", 1)}
@@ -58,6 +59,17 @@ def _tensors(given: Any) -> list[torch.Tensor]:
     if isinstance(given, torch.Tensor):
         return [given]
     return [x for one in given for x in _tensors(one)] if isinstance(given, (list, tuple)) else []
+
+
+def config_of(options: Namespace, world_size: int) -> Config:
+    """Of the processes' runs.
+
+    Raises:
+        ConfigError: a setting.
+    """
+    shape = (options.batch * world_size, options.image_size, options.image_size, 3)
+    given = ["--config=ccmim_vit_small", "--train.device=cpu", *options.settings]
+    return contenders.ours_config(given, options.arch, shape, options.precision)
 
 
 class FewSizes(contenders.MadeSizes):
@@ -163,9 +175,7 @@ class _Work:
     """What a member can be asked."""
 
     def __init__(self, here: Session, options: Namespace):
-        shape = (options.batch * here.world_size, options.image_size, options.image_size, 3)
-        given = ["--config=ccmim_vit_small", "--train.device=cpu", *options.settings]
-        self._config = contenders.ours_config(given, options.arch, shape, options.precision)
+        self._config = config_of(options, here.world_size)
         self._here, self._step, self._runs = here, build_step(self._config, here), {}
 
     def _run(self, images: int, accumulate: int = 1) -> Run:
@@ -199,7 +209,7 @@ class _Work:
 
     def all_reduce(self, count: int) -> float:
         """Seconds to sum so many float32 values, in buckets as DDP's, with nothing beside it."""
-        buckets = torch.zeros(count).split(BUCKET // 4)
+        buckets = torch.zeros(count).split(BUCKET // GRADIENT)
         dist.barrier()
         start = time.perf_counter()
         for work in [dist.all_reduce(bucket, async_op=True) for bucket in buckets]:

@@ -16,7 +16,7 @@ from argparse import Namespace
 import cluster
 import command_line
 import pages
-from ranks import Team
+from ranks import Team, config_of
 from rounds import over_rounds
 
 from ccmim_fast.errors import ConfigError, MachineError
@@ -146,6 +146,7 @@ def parse(arguments: list[str]) -> Namespace:
         raise ConfigError(f"{made.prog}: --batch={options.batch}: must be even and at least {2 * RANKS}")
     if options.steps < 1:
         raise ConfigError(f"{made.prog}: --steps={options.steps}: must be at least 1")
+    config_of(options, RANKS)  # a mistake is found before any process is started
     return options
 
 

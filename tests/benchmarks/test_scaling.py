@@ -44,6 +44,7 @@ def test_ratios_tell_what_is_shared_from_what_is_sent(scaling):
         (["--batch=5"], "--batch=5: must be even and at least 4"),
         (["--steps=0"], "--steps=0: must be at least 1"),
         (["--train.accumulate=2"], "--train.accumulate=2: is 1 here"),
+        (["--batch=4", "--score.grid=0"], "score.grid=0"),
     ],
 )
 def test_mistakes(scaling, arguments, message):
