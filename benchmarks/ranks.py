@@ -184,11 +184,11 @@ class _Work:
             self._runs[key] = Run(self._step, self._here, images, accumulate)
         return self._runs[key]
 
-    def steps(self, images: int, count: int) -> tuple[float, list[float]]:
-        """Seconds of so many steps of so many images each, and their losses."""
-        run, start = self._run(images), time.perf_counter()
+    def steps(self, images: int, count: int) -> tuple[float, float, list[float]]:
+        """Seconds of so many steps of so many images each; those that this process's threads computed; the losses."""
+        run, start, computed = self._run(images), time.perf_counter(), time.process_time()
         losses = [run() for _ in range(count)]
-        return time.perf_counter() - start, losses
+        return time.perf_counter() - start, time.process_time() - computed, losses
 
     def counted(self, images: int, accumulate: int) -> tuple[dict[str, int], dict[str, int]]:
         """Calls and bytes of a step of so many micro-batches, by collective."""

@@ -37,19 +37,21 @@ def ways(batch: int) -> dict[str, tuple[bool, int, int]]:
 
 
 def measured(apart: Team, together: Team, options: Namespace) -> dict:
-    """Images per second of each way in each round, first and last losses, seconds of the all-reduce alone."""
+    """Of each way images per second and CPU seconds per image in each round, and losses; seconds of the sum alone."""
     chosen = ways(options.batch)
     for team, _, images in chosen.values():
         (together if team else apart).ask("steps", images, 2)  # the optimizer's state is made, malloc learns its sizes
     count = together.ask("facts")[0]["parameters"]
     together.ask("all_reduce", count)
-    found = {"rates": {name: [] for name in chosen}, "all_reduce_s": [], "losses": {}}
+    found = {"all_reduce_s": [], **{what: {name: [] for name in chosen} for what in ("rates", "cpu_s", "losses")}}
     for turn in range(options.rounds):
         for name, (team, processes, images) in chosen.items():
             answers = (together if team else apart).ask("steps", images, options.steps, only=processes)
-            rate = sum(images * options.steps / seconds for seconds, _ in answers)
+            trained = images * options.steps
+            rate = sum(trained / seconds for seconds, _, _ in answers)
             found["rates"][name].append(rate)
-            found["losses"].setdefault(name, []).extend(answers[0][1])
+            found["cpu_s"][name].append(sum(computed for _, computed, _ in answers) / (processes * trained))
+            found["losses"][name] += answers[0][2]
             print(f"round {turn + 1}: {name}: {rate:.2f} img/s", flush=True)
         found["all_reduce_s"].append(max(together.ask("all_reduce", count)))
     for name, losses in found["losses"].items():
@@ -76,12 +78,12 @@ def sent(together: Team, batch: int, accumulate: int) -> list[dict]:
     return rows
 
 
-def rows_of(rates: dict[str, list[float]]) -> list[dict]:
-    """Each way with its rates, what of twice one process it is, and, of ranks, what of two apart; round by round."""
+def rows_of(rates: dict[str, list[float]], cpu_s: dict[str, list[float]]) -> list[dict]:
+    """Each way with its rates and CPU seconds; what of one process twice it is, of ranks what of two apart."""
     one, rows = rates["one process"], []
     for name, own in rates.items():
         processes = 1 if name == "one process" else RANKS
-        row = {"name": name, "rate": over_rounds(own)}
+        row = {"name": name, "rate": over_rounds(own), "cpu_s": over_rounds(cpu_s[name])}
         row["of_ideal"] = over_rounds([a / (processes * b) for a, b in zip(own, one)])
         apart = rates.get(name.replace("two ranks", "two apart"))
         if name.endswith("two ranks"):
@@ -104,10 +106,11 @@ def body(result: dict) -> str:
                 pages.spread(row["rate"], 2),
                 pages.spread(row["of_ideal"], 2),
                 of_apart,
+                pages.spread(row["cpu_s"], 3),
                 f"{first:.3f} -> {last:.3f}",
             ]
         )
-    speed = pages.table(lines, ["", "images", "img/s", "of ideal", "of two apart", "loss"])
+    speed = pages.table(lines, ["", "images", "img/s", "of ideal", "of two apart", "CPU s per image", "loss"])
     volume = [
         [
             f"`{row['op']}`: {row['what']}",
@@ -130,8 +133,9 @@ def notes(result: dict) -> str:
         f"training steps, {result['rounds']} rounds of {result['steps']} in turn; medians, in brackets the least and "
         "the largest round; ratios are taken round by round. `of ideal`: of so many times one process. `two apart` "
         "know nothing of each other: what they lack is cores, caches and memory that they share, and `of two apart` is "
-        f"what communication leaves. Summing the gradients alone, with nothing beside it: {alone} ms. Load of the "
-        f"machine in the minute before and at the end: {before:.1f}, {after:.1f}, on {os.cpu_count()} cores."
+        "what communication leaves. CPU seconds are those of a process's threads, gloo's too, without waiting: other "
+        f"work on the machine changes them least. Summing the gradients alone, with nothing beside it: {alone} ms. "
+        f"Load of the machine in the minute before and at the end: {before:.1f}, {after:.1f}, on {os.cpu_count()} cores."
     )
 
 
@@ -164,7 +168,7 @@ def main(arguments: list[str]) -> int:
     finally:
         apart.close()
         together.close()
-    result |= {"rows": rows_of(found["rates"]), "all_reduce": over_rounds(found["all_reduce_s"])}
+    result |= {"rows": rows_of(found["rates"], found["cpu_s"]), "all_reduce": over_rounds(found["all_reduce_s"])}
     result |= {"losses": found["losses"], "load": [load, os.getloadavg()[0]]}
     prefix = pages.prefix_of("scaling", options, result["environment"])
     print(f"\n{body(result)}\n")

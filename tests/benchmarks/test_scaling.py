@@ -24,13 +24,14 @@ def test_ranks_send_what_the_page_says(scaling, small, tmp_path):
     assert four["bytes"] < 1.2 * once["bytes"]
     assert [sent["reduce_scatter", count]["calls"] for count in (1, 4)] == [1, 4]
     assert [row["name"] for row in result["rows"]] == list(scaling.ways(4))
+    assert all(row["cpu_s"]["median"] > 0 for row in result["rows"])
     assert "| weak: two ranks | 2 x 4 |" in out.with_suffix(".md").read_text()
 
 
 def test_ratios_tell_what_is_shared_from_what_is_sent(scaling):
     """Half of the machine's speed is lost to sharing, and a fifth of the rest to communication; in each round."""
     rates = {"one process": [10.0, 20.0], "weak: two apart": [10.0, 20.0], "weak: two ranks": [8.0, 16.0]}
-    one, apart, ranks = scaling.rows_of(rates)
+    one, apart, ranks = scaling.rows_of(rates, rates)
     assert one["of_ideal"]["median"] == 1
     assert apart["of_ideal"]["rounds"] == [0.5, 0.5]
     assert "of_apart" not in apart
