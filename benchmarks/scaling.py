@@ -135,7 +135,7 @@ def notes(result: dict) -> str:
         "know nothing of each other: what they lack is cores, caches and memory that they share, and `of two apart` is "
         "what communication leaves. CPU seconds are those of a process's threads, gloo's too, without waiting: other "
         f"work on the machine changes them least. Summing the gradients alone, with nothing beside it: {alone} ms. "
-        f"Load of the machine in the minute before and at the end: {before:.1f}, {after:.1f}, on {os.cpu_count()} cores."
+        f"Load of the machine before and at the end: {before:.1f} and {after:.1f} on {os.cpu_count()} cores."
     )
 
 
