@@ -2,7 +2,7 @@
 # make test        sets up and passes the tests; ENV=torch211 or ENV=pascal: those that another torch could break
 # make test-gpu    the tests marked `gpu`, with $(PYTHON) and its own torch: nothing is installed
 # make sanitize-gpu  memcheck and racecheck of the small kernel tests (compute-sanitizer is part of the CUDA toolkit)
-# make bench       sets up, installs the peers, and writes benchmarks/results/: throughput, ladder, attention, bank, data, ops; CPU, 35 minutes
+# make bench       sets up, installs the peers, and writes benchmarks/results/: throughput, ladder, attention, bank, scaling, data, ops; CPU, 40 minutes
 # make bench-gpu   the same on the GPU, with $(PYTHON) and what it has; BENCH=ops ARGS="--op info_nce": one of them
 PYTHON ?= python3
 # Not from the environment, where ENV is the name of a shell's start-up file.
@@ -53,6 +53,7 @@ bench: $(STAMP)
 	$(BIN)/ccmim bench ladder --device cpu --batch 16 --precision bf16 --rounds 1
 	$(BIN)/ccmim bench attention --device cpu --shapes 5
 	$(BIN)/ccmim bench bank --device cpu --batch 16 --precision bf16
+	$(BIN)/ccmim bench scaling --precision bf16
 	$(BIN)/ccmim bench data
 	$(BIN)/ccmim bench ops --out benchmarks/results/ops-floors-$(shell date +%F)
 

@@ -1,4 +1,4 @@
-"""On paper: FLOPs of one image, what a step on a cluster computes and sends. Prints the tables of docs/performance.md.
+"""On paper: FLOPs of one image, and what our ops must move. Prints the tables of docs/performance.md.
 
     python benchmarks/arithmetic.py             # the formulas
     python benchmarks/arithmetic.py --count     # beside torch's count of a real step: minutes on a CPU, 12 GB
@@ -10,7 +10,6 @@ Nothing here is a measurement of speed.
 
 import argparse
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,13 +93,6 @@ def parts(vit: Vit, source: str, decoder_blocks: int) -> dict[str, float]:
     return found
 
 
-def backward_share(vit: Vit, source: str, decoder_blocks: int) -> float:
-    """Of a step's FLOPs, what runs in the backward pass: gradients can travel meanwhile."""
-    found = parts(vit, source, decoder_blocks)
-    differentiated = sum(flops for name, flops in found.items() if name not in ("masked", "score"))
-    return 2 / 3 * differentiated / sum(found.values())
-
-
 def config_of(vit: Vit, source: str, decoder_blocks: int, precision: str = "fp32") -> Config:
     """The run that `parts` describes."""
     settings = {
@@ -131,12 +123,17 @@ def counted(vit: Vit, source: str, decoder_blocks: int) -> float:
     return counter.get_total_flops() / 2
 
 
+def block_parameters(width: int) -> int:
+    """Of a transformer block."""
+    return 12 * width**2 + 13 * width
+
+
 def parameters(vit: Vit, source: str = "all", decoder_blocks: int = 2) -> int:
     """Trainable ones: each has a gradient that ranks exchange."""
     D, d, A = vit.width, DECODER_WIDTH, 3 * vit.patch**2
     # Patch projection with bias, [CLS], blocks, last norm; and projection, mask token, blocks, last norm, prediction.
-    encoder = A * D + D + D + vit.depth * (12 * D**2 + 13 * D) + 2 * D
-    decoder = D * d + d + d + decoder_blocks * (12 * d**2 + 13 * d) + 2 * d + d * A + A
+    encoder = A * D + D + D + vit.depth * block_parameters(D) + 2 * D
+    decoder = D * d + d + d + decoder_blocks * block_parameters(d) + 2 * d + d * A + A
     heads = 0 if source == "none" else D * D + 2 * D + D * E
     return encoder + decoder + heads
 
@@ -144,69 +141,6 @@ def parameters(vit: Vit, source: str = "all", decoder_blocks: int = 2) -> int:
 RATE = 0.5 * 800e12  # FLOP/s: half of what is assumed for a large bf16 product on an H100
 MEMORY = 3.0e12  # bytes/s: assumed for an H100, whose data sheet has 3.35e12
 PASSES = ("forward", "backward", "both")
-NVLINK = 450e9  # bytes/s and GPU in one direction: H100 data sheet, 900 GB/s for both
-NETWORK = 50e9  # bytes/s and GPU in one direction: 400 Gbit/s, one adapter for each GPU
-NODE = 8  # GPUs
-GRADIENT = 4  # bytes: float32
-
-
-def all_reduce(count: float, gpus: int) -> float:
-    """Seconds to sum `count` bytes over GPUs.
-
-    Within a node one ring, 2 (n - 1) / n of the bytes out of each GPU. Beyond: a reduce-scatter in the node, an
-    all-reduce of an eighth by each GPU's own adapter over the m nodes, a gather in the node.
-    """
-    local = min(gpus, NODE)
-    nodes = gpus // local
-    return 2 * (local - 1) / local * count / NVLINK + 2 * (nodes - 1) / nodes * count / local / NETWORK
-
-
-def all_gather(count: float, gpus: int) -> float:
-    """Seconds until every GPU has the `count` bytes of each other one.
-
-    Each GPU gets those of its peers in the other nodes by its own adapter, then all of them are gathered in the node.
-    """
-    local = min(gpus, NODE)
-    nodes = gpus // local
-    return (nodes - 1) * count / NETWORK + (local - 1) * nodes * count / NVLINK
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step on paper; times in seconds, sizes in bytes.
-
-    Attributes:
-        compute, backward: of the FLOPs at `RATE`; of which in the backward pass.
-        sent: gradient bytes out of each GPU; `gradients`: their time.
-        rows: bytes of all ranks' negatives; `negatives`: time to gather them and to sum their gradient.
-    """
-
-    compute: float
-    backward: float
-    sent: float
-    gradients: float
-    rows: float
-    negatives: float
-
-    @property
-    def exposed(self) -> float:
-        """Nothing else runs during the negatives; the gradients travel behind the backward pass as far as it lasts."""
-        return self.negatives + max(0.0, self.gradients - self.backward)
-
-
-def step(vit: Vit, images: int, gpus: int, source: str = "all", decoder_blocks: int = 2) -> Step:
-    """One optimizer step of `images` per GPU on `gpus`, DDP with float32 gradients."""
-    compute = images * sum(parts(vit, source, decoder_blocks).values()) / RATE
-    size = GRADIENT * parameters(vit, source, decoder_blocks)
-    row_bytes = images * E * 4
-    return Step(
-        compute=compute,
-        backward=compute * backward_share(vit, source, decoder_blocks),
-        sent=2 * (gpus - 1) / gpus * size,
-        gradients=all_reduce(size, gpus),
-        rows=gpus * row_bytes,
-        negatives=all_gather(row_bytes, gpus) + all_reduce(gpus * row_bytes, gpus),
-    )
 
 
 def lines(header: list[str], rows: list[list[str]]) -> str:
@@ -241,30 +175,6 @@ def parts_table(name: str = "ViT-B/16") -> str:
     return lines([name, *names], rows)
 
 
-def cluster_rows() -> Iterator[list[str]]:
-    for name in ("ViT-B/16", "ViT-L/16"):
-        for gpus in (8, 64, 512):
-            # 128 per GPU last; on 8 GPUs that is 1024.
-            for batch in dict.fromkeys((1024, 4096, 128 * gpus)):
-                on = step(VITS[name], batch // gpus, gpus)
-                yield [
-                    f"{name}, {gpus} GPUs",
-                    str(batch),
-                    str(batch // gpus),
-                    f"{on.compute * 1e3:.2f}",
-                    f"{on.backward * 1e3:.2f}",
-                    f"{on.gradients * 1e3:.2f}",
-                    f"{on.negatives * 1e3:.2f}",
-                    f"{on.rows / 1e6:.1f}",
-                    f"{on.compute / (on.compute + on.exposed):.0%}",
-                ]
-
-
-def cluster_table() -> str:
-    header = ["ccMIM `all`", "batch", "per GPU", "compute ms", "of it backward", "gradients ms", "negatives ms"]
-    return lines([*header, "negatives MB", "efficiency"], list(cluster_rows()))
-
-
 def count_table() -> str:
     rows = []
     for name, vit in VITS.items():
@@ -280,5 +190,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", action="store_true", help="count real steps too")
     chosen = parser.parse_args()
-    tables = [arithmetic_table(), parts_table(), floors_table(), cluster_table()]
+    tables = [arithmetic_table(), parts_table(), floors_table()]
     print("\n\n".join([*tables, count_table()] if chosen.count else tables))

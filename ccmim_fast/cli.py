@@ -22,7 +22,7 @@ commands:
   data      index, check, gather and measure images: ccmim data index|verify|shard|stats|bench ROOT [options]
   export    write a run's encoder as timm weights: ccmim export RUN OUT.safetensors
   ablate    train variants side by side, several seeds, one table: ccmim ablate score [options] [settings]
-  bench     measure, in a checkout: ccmim bench throughput|ladder|attention|data|bank|soak|ops [options]
+  bench     measure, in a checkout: ccmim bench throughput|ladder|attention|data|bank|soak|scaling|ops [options]
   doctor    show what this machine has, and what to install for more
 
 ccmim COMMAND --help lists the settings of a command."""
@@ -98,12 +98,13 @@ BENCHMARKS = {
     "data": "data.py",
     "bank": "bank.py",
     "soak": "soak.py",
+    "scaling": "scaling.py",
     "ops": "ops/bench.py",
 }
 
 
 def bench(argv: list[str]) -> None:
-    """`ccmim bench throughput|ladder|attention|data|bank|soak|ops [options]`: a script of benchmarks/."""
+    """`ccmim bench throughput|ladder|attention|data|bank|soak|scaling|ops [options]`: a script of benchmarks/."""
     if not argv or argv[0] not in BENCHMARKS:
         asked = f"{argv[0]!r:.80}: no such benchmark" if argv else "which benchmark"
         raise ConfigError(f"ccmim bench: {asked}; one of {', '.join(BENCHMARKS)}")

@@ -54,23 +54,7 @@ def test_a_bank_costs_a_thousandth_at_most():
         assert 0 < bank / first - 1 < 1e-3
 
 
-def test_communication():
-    assert arithmetic.all_reduce(1e9, 1) == 0
-    assert arithmetic.all_reduce(450e9, 8) == pytest.approx(2 * 7 / 8)
-    # Two nodes: the same within each, and an eighth to and from the other one.
-    assert arithmetic.all_reduce(450e9, 16) == pytest.approx(2 * 7 / 8 + 450 / 8 / 50)
-    assert arithmetic.all_gather(450e9, 8) == pytest.approx(7)
-    assert arithmetic.all_gather(450e9, 16) == pytest.approx(450 / 50 + 14)
-
-
-def test_gradients_that_travel_behind_the_backward_pass_cost_nothing():
-    few, many = (arithmetic.step(arithmetic.VITS["ViT-B/16"], images, 64) for images in (2, 128))
-    assert few.gradients == many.gradients
-    assert many.exposed == many.negatives
-    assert few.exposed == pytest.approx(few.negatives + few.gradients - few.backward)
-
-
-@pytest.mark.parametrize("name", ["arithmetic", "parts", "floors", "cluster"])
+@pytest.mark.parametrize("name", ["arithmetic", "parts", "floors"])
 def test_the_page_holds_the_table(name):
     assert getattr(arithmetic, f"{name}_table")() in (ROOT / "docs" / "performance.md").read_text()
 

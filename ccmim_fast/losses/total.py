@@ -39,7 +39,7 @@ def recons_loss(model: CCMIM, output: Output, images_BHWC: Tensor, config: Confi
 def total_loss(model: CCMIM, output: Output, images_BHWC: Tensor, config: Config) -> Losses:
     """Eq. 10 of one micro-batch on this rank: DDP's mean over ranks is the loss of the global batch.
 
-    Every rank must call it: the contrastive half gathers rows from all of them.
+    Every rank must go back through it: gradients of the contrastive half are summed over all of them.
     """
     recons = recons_loss(model, output, images_BHWC, config)
     if config.contrast.loss == "none":
@@ -47,6 +47,7 @@ def total_loss(model: CCMIM, output: Output, images_BHWC: Tensor, config: Config
     contrast = contrastive_loss(
         output.visible_BE,
         output.masked_BE,
+        output.rows_NE,
         kind=config.contrast.loss,
         tau=config.contrast.temperature,
         kernels=config.train.kernels,

@@ -18,6 +18,7 @@ from ccmim_fast.models.blocks import BlockRunner, RowReader
 from ccmim_fast.models.decoder import Decoder
 from ccmim_fast.models.embedding import embed, folded_projection, patch_size_of, prefix_tokens, with_gradient
 from ccmim_fast.models.encoder import encode, encode_and_read, encode_cls, grid_of
+from ccmim_fast.models.exchange import arrived, send
 from ccmim_fast.models.heads import build_predictor, build_projector
 from ccmim_fast.models.output import Known, Output
 from ccmim_fast.models.scores import Score, check_scores, score
@@ -142,21 +143,26 @@ class CCMIM(nn.Module):
         """
         divided = self._tokens(images_BHWC, ids_B, epoch, partition, known)
         encoded_BTD, seen_BK = self._encode(divided.visible)
+        visible_BE, masked_BE, shares_BL, sent = None, None, None, None
+        if self.contrast != "none":
+            visible_BE = self.projector(encoded_BTD[:, 0])
+            # What the other ranks need is sent as soon as it is known, and travels while the rest is computed.
+            if self.contrast == "nce" and self.training:
+                sent = send(visible_BE)
+            masked_BE, hidden_BM = self.encode_masked(divided.masked)
+            if self.contrast == "moco" and self.training:
+                sent = send(masked_BE)
+            if self.banked:
+                shares_BL = torch.cat([seen_BK, hidden_BM], dim=1).gather(1, divided.partition.ids_restore_BL)
+        if self.contrast == "align":
+            visible_BE = self.predictor(visible_BE)
         # Registers stay in the encoder: the decoder sees [CLS] and patches, as in MAE.
         registers = self.encoder.num_prefix_tokens - 1
         decoder_input = (
             torch.cat([encoded_BTD[:, :1], encoded_BTD[:, 1 + registers :]], 1) if registers else encoded_BTD
         )
         pred_BMP = self.decoder(decoder_input, divided.partition)
-        visible_BE, masked_BE, shares_BL = None, None, None
-        if self.contrast != "none":
-            visible_BE = self.projector(encoded_BTD[:, 0])
-            masked_BE, hidden_BM = self.encode_masked(divided.masked)
-            if self.banked:
-                shares_BL = torch.cat([seen_BK, hidden_BM], dim=1).gather(1, divided.partition.ids_restore_BL)
-        if self.contrast == "align":
-            visible_BE = self.predictor(visible_BE)
-        return Output(pred_BMP, divided.partition, visible_BE, masked_BE, divided.logits, shares_BL)
+        return Output(pred_BMP, divided.partition, visible_BE, masked_BE, divided.logits, shares_BL, arrived(sent))
 
     def _tokens(
         self,

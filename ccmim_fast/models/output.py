@@ -1,6 +1,6 @@
 """What goes into one forward pass beside the images, and what comes out of it."""
 
-# B batch, L patches, M masked, P values per patch, E embedding dim
+# B batch, N global batch, L patches, M masked, P values per patch, E embedding dim
 
 from typing import NamedTuple
 
@@ -20,6 +20,8 @@ class Output(NamedTuple):
         logits_BL: [B, L] log-scores up to a constant per row, or None where nothing was scored.
         shares_BL: [B, L] log of how much more than its share of [CLS]'s attention each patch got in the pass it was in,
             float32 without gradient; None unless scores come from a bank of them.
+        rows_NE: [N, E] what a contrastive loss compares with, of all ranks in rank order: hV for `nce`, hM for `moco`,
+            else None; and None for one rank, and in eval mode, where each is alone.
     """
 
     pred_BMP: Tensor
@@ -28,6 +30,7 @@ class Output(NamedTuple):
     masked_BE: Tensor | None
     logits_BL: Tensor | None
     shares_BL: Tensor | None = None
+    rows_NE: Tensor | None = None
 
 
 class Known(NamedTuple):

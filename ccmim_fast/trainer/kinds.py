@@ -71,7 +71,7 @@ _NO_TRAFFIC = re.compile(
 
 
 # Collectives, DDP's buckets, and the autograd functions that wait for a collective (ours and torch's).
-_BETWEEN_RANKS = re.compile(r"^(?:c10d::|gloo:|nccl:|record_param_comms|_All|_GatherRows)|\breducer::")
+_BETWEEN_RANKS = re.compile(r"^(?:c10d::|gloo:|nccl:|record_param_comms|_All|_Send|_Arrive)|\breducer::")
 
 
 def kind_of_kernel(name: str) -> str:

@@ -1,0 +1,69 @@
+"""What a step sends, on paper: against the sums that anyone can do, and the page against the tables."""
+
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
+
+
+@pytest.fixture
+def cluster(module):
+    return module("cluster")
+
+
+def test_collectives(cluster):
+    assert cluster.all_reduce(1e9, 1) == cluster.all_gather(1e9, 1) == 0
+    assert cluster.all_reduce(450e9, 8) == pytest.approx(2 * 7 / 8)
+    # Two nodes: the same within each, and an eighth to and from the other one.
+    assert cluster.all_reduce(450e9, 16) == pytest.approx(2 * 7 / 8 + 450 / 8 / 50)
+    assert cluster.all_gather(450e9, 8) == pytest.approx(7)
+    assert cluster.all_gather(450e9, 16) == pytest.approx(450 / 50 + 14)
+
+
+def test_latency(cluster):
+    """NCCL's model: a ring takes a step for each other GPU, a tree two for each level."""
+    assert cluster.ring_latency(1) == cluster.tree_latency(1) == 0
+    assert cluster.ring_latency(8) == pytest.approx(10e-6 + 7 * 1.9e-6)
+    assert cluster.ring_latency(32) == pytest.approx(10e-6 + 28 * 1.9e-6 + 3 * 4e-6)
+    assert cluster.tree_latency(32) == pytest.approx(4.4e-6 + 2 * (7 * 1.2e-6 + 2 * 8.5e-6))
+
+
+def test_traffic_of_a_step(cluster):
+    """ViT of width 8 with 1,000 weights, 4 images each on 2 ranks, 2 micro-batches, maps of 16 x 16."""
+    found = {t.what: t for t in cluster.traffic(1000, 8, 4, 2, accumulate=2, cells=16)}
+    assert found["gradients"].size == 4000
+    assert (found["rows"].op, found["rows"].calls, found["rows"].size) == ("all_gather", 2, 2 * 4 * 256 * 4)
+    assert found["their gradient"].size == 2 * found["rows"].size
+    assert (found["statistics"].calls, found["statistics"].size) == (24, 2 * 6 * (8 + 256) * 4)
+    assert found["maps"].size == 2 * 4 * 512
+    # Out of a GPU: of four, three quarters of a scattered tensor, twice that of a summed one, a gathered part to three.
+    sent = [cluster.out_of_a_gpu(found[what], 4) for what in ("their gradient", "gradients", "rows")]
+    assert sent == [2 * found["rows"].size * 0.75, 6000, 3 * found["rows"].size]
+
+
+def test_what_travels_behind_arithmetic_costs_nothing(cluster):
+    few, many = (cluster.step(cluster.VITS["ViT-B/16"], images, 64) for images in (8, 128))
+    assert few.backward.travel < many.backward.travel  # more rows, as many gradients
+    assert many.exposed == many.small
+    assert few.exposed == pytest.approx(few.small + few.backward.travel - few.backward.compute)
+    assert few.efficiency < 0.4 < 0.95 < many.efficiency
+
+
+def test_fsdp_gathers_the_encoder_three_times(cluster):
+    """ViT-L on one node: 24 blocks for the visible set, the masked set, backward; the decoder's 2 for two passes."""
+    vit = cluster.VITS["ViT-L/16"]
+    step, encoder = cluster.step(vit, 128, 8, "fsdp"), 24 * (12 * 1024**2 + 13 * 1024) * 2
+    gather = encoder / 8 * 7 / 450e9 + 24 * cluster.ring_latency(8)
+    assert step.first.travel == pytest.approx(gather)
+    assert step.rest.travel > gather
+    assert step.backward.travel > gather
+    count, decoder = cluster.parameters(vit, "bank", 2), 2 * (12 * 512**2 + 13 * 512) * 2
+    expected = 7 / 8 * (3 * encoder + 2 * decoder + (2 * count - encoder - decoder) + 4 * count)
+    assert cluster.weight_bytes(vit, 8, "fsdp") == pytest.approx(expected)
+    assert cluster.weight_bytes(vit, 8, "ddp") == pytest.approx(7 / 8 * 8 * count)
+
+
+@pytest.mark.parametrize("name", ["volume", "windows", "efficiency"])
+def test_the_page_holds_the_table(cluster, name):
+    assert getattr(cluster, f"{name}_table")() in PAGE.read_text()
