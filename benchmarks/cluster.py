@@ -20,7 +20,7 @@ NODE = 8  # GPUs
 NVLINK = 450e9  # bytes/s and GPU in one direction: H100 data sheet, 900 GB/s for both
 NETWORK = 50e9  # bytes/s and GPU in one direction: 400 Gbit/s, one adapter for each GPU
 GRADIENT = 4  # bytes: float32
-WEIGHT = 2  # bytes that FSDP gathers of each: bf16
+WEIGHT, EXACT = 2, 4  # bytes that FSDP gathers of each: bf16; float32 in the first block and outside blocks
 BUCKET = 25 * 2**20  # bytes of gradients that DDP sums at a time: torch's default
 LARGE = ("ViT-B/16", "ViT-L/16", "ViT-H/14")
 HOW = ("ddp", "fsdp")
@@ -159,9 +159,9 @@ def step(vit: Vit, images: float, gpus: int, how: str = "ddp", source: str = "ba
     rows = (all_gather(images * E * 4, gpus) + ring_latency(gpus)) * contrast
     encoder, decoder, sums = _weights(vit, source, decoder_blocks, gpus, how)
     return Step(
-        Window(seconds["score"] + trained / 3, encoder * (2 if source == "all" else 1)),
-        Window(seconds["masked"] + seconds["decoder"] / 3, rows + encoder * contrast + decoder),
-        Window(2 / 3 * (trained + seconds["decoder"]), rows + encoder + decoder + sums),
+        Window(seconds["score"] + trained / 3, encoder),
+        Window(seconds["masked"] + seconds["decoder"] / 3, rows + decoder),
+        Window(2 / 3 * (trained + seconds["decoder"]), rows + sums),
         (12 * contrast + 1) * tree_latency(gpus, SMALL),
     )
 
@@ -173,12 +173,20 @@ def _weights(vit: Vit, source: str, decoder_blocks: int, gpus: int, how: str) ->
         buckets = math.ceil(GRADIENT * count / BUCKET)
         return 0.0, 0.0, all_reduce(GRADIENT * count, gpus) + buckets * tree_latency(gpus)
 
-    def gathered(width: int, blocks: int) -> float:
-        return blocks * (all_gather(WEIGHT * block_parameters(width) / gpus, gpus) + ring_latency(gpus))
+    def travelling(size: float, units: int) -> float:
+        return all_gather(size / gpus, gpus) + units * ring_latency(gpus)
 
     units = vit.depth + decoder_blocks + 1  # what is in no block, too
-    scattered = all_gather(GRADIENT * count / gpus, gpus) + units * ring_latency(gpus)
-    return gathered(vit.width, vit.depth), gathered(512, decoder_blocks), scattered
+    in_decoder = WEIGHT * decoder_blocks * block_parameters(512)
+    before_it = gathered_bytes(vit, source, decoder_blocks) - in_decoder
+    encoder, decoder = travelling(before_it, vit.depth + 1), travelling(in_decoder, decoder_blocks)
+    return encoder, decoder, travelling(GRADIENT * count, units)
+
+
+def gathered_bytes(vit: Vit, source: str = "bank", decoder_blocks: int = 2) -> float:
+    """Bytes of all weights as FSDP gathers them, once a step: what trainer/sharded.py keeps exact is in float32."""
+    half = (vit.depth - 1) * block_parameters(vit.width) + decoder_blocks * block_parameters(512)
+    return WEIGHT * half + EXACT * (parameters(vit, source, decoder_blocks) - half)
 
 
 def weight_bytes(vit: Vit, gpus: int, how: str, source: str = "bank", decoder_blocks: int = 2) -> float:
@@ -186,10 +194,7 @@ def weight_bytes(vit: Vit, gpus: int, how: str, source: str = "bank", decoder_bl
     count = parameters(vit, source, decoder_blocks)
     if how == "ddp":
         return 2 * (gpus - 1) / gpus * GRADIENT * count
-    encoder, decoder = vit.depth * block_parameters(vit.width), decoder_blocks * block_parameters(512)
-    # Encoder: visible set, masked set, backward; decoder: forward, backward; the rest stays gathered.
-    gathers = WEIGHT * (3 * encoder + 2 * decoder + (count - encoder - decoder))
-    return (gpus - 1) / gpus * (gathers + GRADIENT * count)
+    return (gpus - 1) / gpus * (gathered_bytes(vit, source, decoder_blocks) + GRADIENT * count)
 
 
 def volume_table(gpus: int = 1024) -> str:
