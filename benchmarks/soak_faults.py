@@ -134,6 +134,7 @@ def inject(job: Job, kind: str, draw: random.Random) -> dict[str, Any]:
     """Do it, wait until the run says so and logs a step again; what it led to.
 
     Raises:
+        EndedError: the run was complete before that.
         MachineError: it did not come back.
     """
     fault, start = FAULTS[kind], time.monotonic()

@@ -22,7 +22,7 @@ from typing import Any
 import pages
 from PIL import Image
 from soak_faults import FAULTS, SIGNS, inject, small_disk
-from soak_job import PATIENCE, RANKS, Job
+from soak_job import PATIENCE, RANKS, EndedError, Job
 from soak_samples import Sampler, lives, plot
 
 from ccmim_fast.checkpoints import io
@@ -68,8 +68,9 @@ def torment(job: Job, kinds: list[str], minutes: float, draw: random.Random, sta
         storm = now / (60 * minutes) * THIRDS % 1 < STORM
         time.sleep(min(draw.expovariate(1 / PAUSES[storm]), 60 * minutes - now))
         at = time.monotonic() - start
-        fault = {"at": round(at, 1)} | inject(job, draw.choice(fitting(kinds, storm)), draw)
-        if job.agent.returncode == 0:
+        try:
+            fault = {"at": round(at, 1)} | inject(job, draw.choice(fitting(kinds, storm)), draw)
+        except EndedError:
             break
         faults.append(fault)
         print(f"{at / 60:5.1f} min, step {fault['step']}: {fault['what']}: {words(fault)}", flush=True)
@@ -267,12 +268,12 @@ def _lives(living: list[dict[str, Any]]) -> str:
                 f"{life['name']}, from minute {life['from_seconds'] / 60:.0f}",
                 f"{life['minutes']:.1f}",
                 str(life["steps"]),
-                f"{memory['first']:.1f} -> {memory['last']:.1f}",
+                "{first:.1f}, {last:.1f}, {max:.1f}".format(**memory),
                 f"{hour['rise']:+.2f} ± {hour['error']:.2f}",
                 f"{steps['rise']:+.3f} ± {steps['error']:.3f}" if steps else "-",
                 "{first}, {last}, {max}".format(**life["handles"]),
                 "{first}, {last}, {max}".format(**life["threads"]),
             ]
         )
-    header = ["process", "minutes", "steps", "MB", "MB per hour", "MB per 1,000 steps"]
+    header = ["process", "minutes", "steps", "MB: first, last, most", "MB per hour", "MB per 1,000 steps"]
     return pages.table(rows, [*header, "handles: first, last, most", "threads: first, last, most"])

@@ -15,10 +15,14 @@ from ccmim_fast.errors import MachineError
 from ccmim_fast.trainer.run_state import process_start
 
 RANKS = 2
-PATIENCE = 300  # seconds that anything may take: far more than a launch, a save or an epoch
+PATIENCE = 600  # seconds that anything may take: far more than a launch, a save or an epoch
 _RESTARTS = 10_000
 STEP = r"step (\d+)/\d+ · loss"
 LAUNCHED = r"^\d+ images · "
+
+
+class EndedError(Exception):
+    """The run is complete: there is nothing left to wait for."""
 
 
 class Job:
@@ -110,20 +114,21 @@ class Job:
     def wait_for(self, pattern: str, since: int) -> int:
         """The number of the first line from `since` on that holds `pattern`, when it is there; see `wait_until`."""
         self.wait_until(lambda: bool(self.printed(pattern, since)), repr(pattern))
-        return next(iter(self.printed(pattern, since)), len(self.lines))
+        return self.printed(pattern, since)[0]
 
     def wait_until(self, happened: Callable[[], bool], what: str) -> None:
-        """Return when `happened`, or when torchrun has ended in order.
+        """Return when `happened`.
 
         Raises:
+            EndedError: torchrun has ended in order.
             MachineError: it did not happen in time, or torchrun failed.
         """
         start = time.monotonic()
         while not happened():
-            if self.agent.poll():
+            if self.agent.poll() == 0:
+                raise EndedError
+            if self.agent.returncode is not None:
                 raise MachineError(f"torchrun ended with {self.agent.returncode}; {self.log} tells why")
-            if self.agent.returncode == 0:
-                return
             if time.monotonic() - start > PATIENCE:
                 raise MachineError(f"waited {PATIENCE} seconds for {what}; {self.log} tells more")
             time.sleep(0.1)

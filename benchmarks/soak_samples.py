@@ -129,7 +129,8 @@ def lives(samples: Sequence[Sample], shortest: float, warm_up: float) -> list[di
     found = []
     for group in of_pid.values():
         lived = group[-1].seconds - group[0].seconds
-        warm = [sample for sample in group if sample.seconds >= group[0].seconds + warm_up]
+        # The last two may have met it while it ended.
+        warm = [sample for sample in group[:-2] if sample.seconds >= group[0].seconds + warm_up]
         if lived >= shortest and len(warm) > 3:
             found.append(_life(group, warm, lived))
     return found
@@ -145,7 +146,11 @@ def _life(group: list[Sample], warm: list[Sample], lived: float) -> dict[str, An
         "from_seconds": group[0].seconds,
         "minutes": lived / 60,
         "steps": steps,
-        "anonymous_mb": {"first": warm[0].anonymous, "last": warm[-1].anonymous},
+        "anonymous_mb": {
+            "first": warm[0].anonymous,
+            "last": warm[-1].anonymous,
+            "max": max(s.anonymous for s in group),
+        },
         "resident_mb_last": warm[-1].resident,
         "mb_per_hour": memory._asdict(),
         "mb_per_1000_steps": per_1000._asdict() if per_1000 else None,

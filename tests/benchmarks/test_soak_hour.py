@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 TINY = ["--data.samples=64", "--data.image_size=[32,32]", "--model.patch_size=8", "--model.embed_dim=48"]
-TINY += ["--model.depth=2", "--model.num_heads=3", "--decoder.dim=32", "--train.batch_size=16", "--data.max_bad=0.5"]
+TINY += [
+    "--train.epochs=4000",
+    "--model.depth=2",
+    "--model.num_heads=3",
+    "--decoder.dim=32",
+    "--train.batch_size=16",
+    "--data.max_bad=0.5",
+]
 
 
 @pytest.fixture
