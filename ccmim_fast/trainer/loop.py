@@ -33,9 +33,11 @@ from ccmim_fast.trainer.watch import Past, Watch
 # Called on the first rank after an epoch (and once before the first, as epoch 0) with the number of the epoch and the
 # run, whose model is in eval mode.
 AfterEpoch = Callable[[int, "Trainer"], None]
+# Called on the first rank with each step that is logged: more figures for its record.
+More = Callable[["Trainer", Sequence[Batch], StepResult], dict[str, float | None]]
 
 
-def fit(config: Config, after_epoch: AfterEpoch | None = None) -> Path:
+def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None = None) -> Path:
     """Pretrain as `config` says; returns the run's folder.
 
     Raises:
@@ -46,7 +48,7 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None) -> Path:
         check_device(config, here)
         if config.train.find_batch:
             config = with_largest_batch(config, here)
-        trainer = Trainer(config, here, after_epoch)
+        trainer = Trainer(config, here, after_epoch, more if here.is_main else None)
         try:
             with recorded(trainer.folder, here.is_main, lambda: trainer.step >= trainer.total_steps):
                 trainer.run()
@@ -58,8 +60,8 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None) -> Path:
 class Trainer:
     """Everything a run owns. Built in the order in which a mistake is cheapest to find: folder, images, model."""
 
-    def __init__(self, config: Config, here: Session, after_epoch: AfterEpoch | None = None):
-        self.config, self.here, self.after_epoch = config, here, after_epoch
+    def __init__(self, config: Config, here: Session, after_epoch: AfterEpoch | None = None, more: More | None = None):
+        self.config, self.here, self.after_epoch, self.more = config, here, after_epoch, more
         self.folder = open_run_folder(config) if here.is_main else Path(config.run.dir)
         with main_first(here):  # that indexes the images, if nobody has
             self.source = build_source(config.data, config.seed)
@@ -122,16 +124,13 @@ class Trainer:
         with self.signals, self.savepoints, closing(self.loader.stream(self.seen)) as stream:
             for batches in self.profile.watch(self._steps(stream)):
                 result = self._train(batches)
-                self._log(result)
+                self._log(result, batches)
                 self._heed(result, batches)
                 epoch = self._finished_epoch()
                 if epoch:
                     self._save(epoch)
                     self._look(epoch)
         self.data_report.close()
-
-    def _note(self, line: str) -> None:
-        self.progress.note(line)
 
     def close(self) -> None:
         self.progress.close()
@@ -192,7 +191,7 @@ class Trainer:
         self.nan_id = torch.maximum(self.nan_id, result.nan_id)
         return result
 
-    def _log(self, result: StepResult) -> None:
+    def _log(self, result: StepResult, batches: Sequence[Batch]) -> None:
         """The only place in the loop that reads from the device and waits for it."""
         if self.step % self.config.run.log_every and self.step != self.total_steps:
             return
@@ -209,6 +208,7 @@ class Trainer:
             "grad_norm": norm,
             **{f"grad_norm_{part}": value for part, value in zip(self.train_step.parts, norms)},
             **self._representations(result.seen[-1].h_BE),
+            **(self.more(self, batches, result) if self.more else {}),
             "lr": float(self.train_step.optimizer.param_groups[0]["lr"]),
             **self.meter.read(self.total_steps - self.step),
         }
