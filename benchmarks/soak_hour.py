@@ -2,8 +2,8 @@
 
     ccmim bench soak --minutes 60 [--seed 0] [--kinds kill,nan,...] [--work DIR] [settings]
 
-Two ranks under torchrun on this CPU, the demo's pretraining of ccMIM on 1,280 image files, a checkpoint each epoch of
-10 steps. In the first 40 % of each third all kinds of faults are drawn, in the rest those that end no process, so that
+Two ranks under torchrun on this CPU, the demo's pretraining of ccMIM on 1,280 image files in steps of 32, a checkpoint
+each epoch. In the first 40 % of each third all kinds of faults are drawn, in the rest those that end no process, so that
 some live for long. When the time is over the run is asked to end with one more epoch. The run's folder is on a small
 disk of its own, which is filled now and then; that takes the right to mount one: root's, or that of
 `unshare -rm ccmim bench soak ...`.
@@ -46,11 +46,11 @@ def job_settings(given: list[str], work: Path, minutes: float) -> list[str]:
     """What the job is given, but for its folder."""
     return [
         # Short epochs: where faults come faster than checkpoints a run gets nowhere.
-        *("--config=demo", "--data.samples=1280", "--data.max_bad=0.05"),
+        *("--config=demo", "--data.samples=1280", "--data.max_bad=0.05", "--train.batch_size=32"),
         *(f"--train.epochs={max(2, round(minutes * EPOCHS_PER_MINUTE))}", *given),
         *("--data.source=images", f"--data.root={work / 'images'}", f"--data.index={work / 'index.arrow'}"),
         *("--data.loader=torch", "--data.workers=1", "--train.device=cpu", "--run.save_every=1", "--run.keep=3"),
-        "--run.log_every=5",
+        "--run.log_every=10",
     ]
 
 
@@ -221,7 +221,7 @@ def main(options: Namespace, arguments: list[str]) -> int:
 
 
 NOTE = (
-    f"The demo's pretraining of ccMIM by {RANKS} ranks under torchrun, on image files. Memory is anonymous memory "
+    f"The demo's pretraining of ccMIM by {RANKS} ranks under torchrun, 32 images a step, on image files. Memory is anonymous memory "
     "(heap and stacks), sampled from outside every two seconds; a slope is of least squares, ± its standard error "
     "(corrected for neighbouring samples being alike), the first two minutes of a process left out."
 )
