@@ -3,9 +3,9 @@
     ccmim bench soak --minutes 60 [--seed 0] [--kinds kill,nan,...] [--work DIR] [settings]
 
 Two ranks under torchrun on this CPU, the demo's pretraining of ccMIM on 1,280 image files in steps of 32, a checkpoint
-each epoch. In the first 40 % of each third all kinds of faults are drawn, in the rest those that end no process, so that
-some live for long. When the time is over the run is asked to end with one more epoch. The run's folder is on a small
-disk of its own, which is filled now and then; that takes the right to mount one: root's, or that of
+each epoch. In the first 40 % of each third all kinds of faults are drawn, in the rest those that end no process, so
+that some live for long. When the time is over the run is asked to end with one more epoch. The run's folder is on a
+small disk of its own, which is filled now and then; that takes the right to mount one: root's, or that of
 `unshare -rm ccmim bench soak ...`.
 """
 
@@ -30,7 +30,7 @@ from ccmim_fast.checkpoints import io
 from ccmim_fast.config.load import load_config
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.shapes import ShapesSource
-from ccmim_fast.errors import ConfigError
+from ccmim_fast.errors import ConfigError, MachineError
 from ccmim_fast.trainer.run_state import read_state
 
 THIRDS = 3
@@ -64,20 +64,25 @@ def write_images(folder: Path, config: Config) -> None:
         Image.fromarray(source.decode(i)).save(path, quality=95)
 
 
-def torment(job: Job, kinds: list[str], minutes: float, draw: random.Random, start: float) -> list[dict[str, Any]]:
-    """Faults until the time is over or the job has ended."""
-    faults = []
-    while (now := time.monotonic() - start) < 60 * minutes:
+def torment(
+    job: Job, kinds: list[str], minutes: float, draw: random.Random, start: float
+) -> tuple[list[dict[str, Any]], str]:
+    """Faults until the time is over or the job has ended; what each led to, and what was too much for it."""
+    faults, began = [], time.monotonic()
+    while (now := time.monotonic() - began) < 60 * minutes:
         storm = now / (60 * minutes) * THIRDS % 1 < STORM
         time.sleep(min(draw.expovariate(1 / PAUSES[storm]), 60 * minutes - now))
-        at = time.monotonic() - start
+        at, kind = time.monotonic() - start, draw.choice(fitting(kinds, storm))
         try:
-            fault = {"at": round(at, 1)} | inject(job, draw.choice(fitting(kinds, storm)), draw)
+            faults.append({"at": round(at, 1)} | inject(job, kind, draw))
         except EndedError:
             break
-        faults.append(fault)
-        print(f"{at / 60:5.1f} min, step {fault['step']}: {fault['what']}: {words(fault)}", flush=True)
-    return faults
+        except MachineError as error:
+            job.kill()
+            job.codes.append(job.agent.returncode)
+            return faults, f"{kind} at {at / 60:.1f} minutes: {error}"
+        print(f"{at / 60:5.1f} min, step {faults[-1]['step']}: {words(faults[-1])}", flush=True)
+    return faults, ""
 
 
 def fitting(kinds: list[str], storm: bool) -> list[str]:
@@ -88,7 +93,7 @@ def fitting(kinds: list[str], storm: bool) -> list[str]:
 
 def words(fault: dict[str, Any]) -> str:
     told = ", ".join(name if count == 1 else f"{count} x {name}" for name, count in fault["led_to"].items())
-    return f"{told or 'nothing was said'}; {fault['seconds']:.0f} s until a step"
+    return f"{fault['what']}: {told or 'nothing was said'}; {fault['seconds']:.0f} s until a step"
 
 
 def finish(job: Job, config: Config) -> int:
@@ -167,16 +172,16 @@ def measure(options: Namespace, work: Path) -> dict[str, Any]:
             job.start()
             sampler.start()
             job.wait_until(lambda: len(io.checkpoints(job.folder / "checkpoints")) > 1, "two checkpoints")
-            faults = torment(job, kinds, options.minutes, draw, start)
-            finish(job, config)
+            faults, failed = torment(job, kinds, options.minutes, draw, start)
+            if not failed:
+                finish(job, config)
             sampler.stop()
-            end = ending(job, config.run.log_every)
+            end = ending(job, config.run.log_every) | {"failed": failed}
         finally:
             job.kill()
             if job.folder.exists():
                 shutil.copytree(job.folder, work / "run", ignore=shutil.ignore_patterns("checkpoints"))
-    scale = min(1.0, options.minutes / 15)
-    living = lives(sampler.samples, scale * LIFE, scale * WARM_UP)
+    living = lives(sampler.samples, LIFE, WARM_UP)
     return {
         "minutes": (time.monotonic() - start) / 60,
         "kinds": kinds,
@@ -221,9 +226,9 @@ def main(options: Namespace, arguments: list[str]) -> int:
 
 
 NOTE = (
-    f"The demo's pretraining of ccMIM by {RANKS} ranks under torchrun, 32 images a step, on image files. Memory is anonymous memory "
-    "(heap and stacks), sampled from outside every two seconds; a slope is of least squares, ± its standard error "
-    "(corrected for neighbouring samples being alike), the first two minutes of a process left out."
+    f"The demo's pretraining of ccMIM by {RANKS} ranks under torchrun, 32 images a step, on image files. Memory is "
+    "anonymous memory (heap and stacks), sampled from outside every two seconds; a slope is of least squares, ± its "
+    "standard error (corrected for neighbouring samples being alike), the first two minutes of a process left out."
 )
 
 
@@ -250,7 +255,7 @@ def _end(result: dict[str, Any]) -> str:
     end, disk = result["end"], result["disk_bytes"]
     facts = {
         "minutes": f"{result['minutes']:.1f}",
-        "exit code, state": f"{end['exit_code']}, {end['state']}",
+        "exit code, state": f"{end['exit_code']}, {end['state']}{end['failed'] and '; '}{end['failed']}",
         "steps, epochs": f"{end['steps']}, {end['epochs']:.1f}",
         "launches of the ranks, steps taken again": f"{result['launches']}, {result['steps_repeated']}",
         "records of steps, missing, twice, broken": f"{end['records']}, {len(end['records_missing'])}, "

@@ -107,15 +107,14 @@ def test_what_must_be_so(hour, changed, what):
 
 @pytest.mark.slow
 def test_a_few_seconds_of_faults(module, tmp_path):
-    out, work = tmp_path / "hour", tmp_path / "work"
-    code = module("soak").main(
-        ["--minutes=0.15", "--kinds=kill,image,disk", "--seed=3", f"--work={work}", f"--out={out}", *TINY]
-    )
+    """And the launch that ends the run; a full disk only where one may be mounted."""
+    out = tmp_path / "hour"
+    code = module("soak").main(["--minutes=0.05", "--kinds=nan,disk", f"--out={out}", *TINY])
     result = json.loads(out.with_suffix(".json").read_text())
     assert code == 0, result["verdict"]
-    assert result["end"]["records_missing"] == []
-    assert result["launches"] >= 2
-    assert {fault["kind"] for fault in result["faults"]} <= {"kill", "image", "disk"}
+    assert (result["end"]["records_missing"], result["end"]["failed"], result["launches"]) == ([], "", 2)
+    assert {fault["kind"] for fault in result["faults"]} & {"nan", "disk"}
+    assert all(fault["led_to"] for fault in result["faults"])
     assert len({sample.split()[1] for sample in result["samples"]}) >= 3
     assert "| ended complete | yes |" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").stat().st_size > 1000
