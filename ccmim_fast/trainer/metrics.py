@@ -4,12 +4,15 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+_ROOM = 2**20  # bytes; a record for TensorBoard has a few hundred
 
 
 class Metrics:
@@ -37,8 +40,10 @@ class Metrics:
         with contextlib.suppress(OSError):
             self._file.write(json.dumps({"kind": kind, "step": step, **safe}) + "\n")
         if self._board is not None:
+            # TensorBoard's thread ends with the first write that fails, and takes nothing afterwards.
             with contextlib.suppress(OSError):
-                self._write_board(kind, step, safe)
+                if shutil.disk_usage(self.path).free > _ROOM:
+                    self._write_board(kind, step, safe)
 
     def _write_board(self, kind: str, step: int, figures: dict[str, Any]) -> None:
         for name, value in figures.items():
