@@ -1,6 +1,7 @@
 """Kills ranks of a run at random moments, which torchrun launches again; the run must end as if nothing had been.
 
     ccmim bench soak [--kills 100] [--seed 0]
+    ccmim bench soak --minutes 60 ...           faults of all kinds, memory and handles: see soak_hour.py
 
 Two ranks on this CPU, a small model with a score bank, a checkpoint each epoch. First without a kill, then with: `kill
 -9` of a random rank, a random moment after a checkpoint appeared. Weights and maps must be equal bit for bit; exit
@@ -20,7 +21,9 @@ from typing import Any
 
 import command_line
 import pages
+import soak_hour
 import torch
+from soak_faults import FAULTS
 
 from ccmim_fast.checkpoints import io
 from ccmim_fast.errors import ConfigError, MachineError
@@ -93,15 +96,23 @@ def parse(arguments: list[str]) -> Namespace:
     made = command_line.Parser("ccmim bench soak", description=__doc__.split("\n")[0], allow_abbrev=False)
     made.add_argument("--kills", type=int, default=100)
     made.add_argument("--seed", type=int, default=0, help="of the moments")
+    made.add_argument("--minutes", type=float, help="another soak: faults of all kinds for so long")
+    made.add_argument("--kinds", type=lambda text: text.split(","), default=[*FAULTS], help="of the faults, by commas")
+    made.add_argument("--work", type=Path, help="folder that keeps images, output and metrics; default: none")
     made.add_argument("--out", type=Path, help="path of the results, without a suffix")
-    options = made.parse_args(arguments)
-    if options.kills < 1:
-        raise ConfigError(f"--kills={options.kills}: must be at least 1")
+    made.epilog = "With --minutes any further --section.key=value is a setting of the job."
+    options, options.settings = made.parse_known_args(arguments)
+    if options.minutes is None and options.settings:
+        raise ConfigError(f"{made.prog}: {options.settings[0]:.80}: a setting of the job needs --minutes")
+    if options.kills < 1 or (options.minutes is not None and not options.minutes > 0):
+        raise ConfigError(f"--kills={options.kills} must be at least 1, --minutes={options.minutes} more than 0")
     return options
 
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
+    if options.minutes is not None:
+        return soak_hour.main(options, arguments)
     options.device, options.precision, options.threads = "cpu", "fp32", 1
     environment, epochs = pages.environment("soak", arguments, options), 30 + 5 * options.kills
     with tempfile.TemporaryDirectory() as at:

@@ -42,7 +42,13 @@ def pretrain(argv: list[str]) -> None:
     from ccmim_fast.config.load import load_config
     from ccmim_fast.trainer.loop import fit
 
-    fit(load_config(argv, "ccmim pretrain"))
+    config = load_config(argv, "ccmim pretrain")
+    if config.data.source != "shapes":
+        fit(config)
+        return
+    from ccmim_fast.evaluation.objects import object_figures
+
+    fit(config, more=object_figures)
 
 
 def submit(argv: list[str]) -> None:

@@ -63,6 +63,12 @@ def usable(source: Source) -> int:
     return len(source) - len(source.excluded_X)
 
 
+def left_out(source: Source) -> list[str]:
+    """How many samples are excluded, in words that name the first one; nothing without any."""
+    count = len(source.excluded_X)
+    return [f"{count} of {len(source)} left out, the first {source.name(int(source.excluded_X[0]))!r}"] if count else []
+
+
 def usable_ids(source: Source, places_P: np.ndarray) -> np.ndarray:
     """Ids [P] int64 of the usable samples at the places 0 .. `usable(source)` - 1, in ascending order of ids."""
     # Before excluded id x_k lie x_k - k usable ones; a sample at place p is moved on by every x_k - k <= p.

@@ -4,10 +4,6 @@
 
 from collections.abc import Sequence
 
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 # Inverse strength of the L2 penalty, beside a sum over images. Weaker ones need more than 1000 iterations on the
@@ -38,6 +34,12 @@ def logreg_accuracy(
         ValueError: features that are not finite, a C that is not positive, one class only, or no class with five
             training images.
     """
+    # A second, which those who only look at masks need not wait.
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     folds = StratifiedKFold(n_splits=5, shuffle=True, random_state=0)
     held_out_split = next(folds.split(train_ND.numpy(), train_labels_N.numpy()))
     search = GridSearchCV(

@@ -1,6 +1,6 @@
 """How a run's own scores and masks, on its training images, fall on the objects in them."""
 
-# B images, H height, W width, L patches
+# B images, L patches
 
 from typing import NamedTuple
 
@@ -9,11 +9,11 @@ import torch
 
 from ccmim_fast.bank.warp import read
 from ccmim_fast.data.batch import make_batch
-from ccmim_fast.data.plan import MicroBatch
 from ccmim_fast.data.shapes import ShapesSource
-from ccmim_fast.data.torch_loader import crop_and_resize, crop_of
+from ccmim_fast.data.torch_loader import crop_of
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.evaluation.masks import object_leakage, object_patches, score_auroc
+from ccmim_fast.evaluation.masks import object_leakage, score_auroc
+from ccmim_fast.evaluation.objects import objects_of
 from ccmim_fast.losses.total import recons_loss
 from ccmim_fast.models.output import Known
 from ccmim_fast.trainer.loop import Trainer
@@ -51,14 +51,13 @@ def probe_scores(run: Trainer, epoch: int, count: int) -> ScoreProbe:
     own_P = np.isin(places_P % plan.samples % plan.shards, plan.own_shards)
     shown = plan.showing(*plan.ids_at(places_P[own_P]))
     images_BHWC = torch.from_numpy(np.stack([crop_of(run.source, one, size) for one in shown.samples()]))
-    objects_BHW = torch.from_numpy(np.stack([_object_of(run.source, one, size) for one in shown.samples()]))
     batch = make_batch(images_BHWC.to(run.here.device), shown, run.source, run.here.device)
     known = None
     if run.bank is not None:
         known = Known(*read(run.bank.maps_of(shown.ids_B), batch.boxes_B4, model.grid))
     output = model(batch.images_BHWC, batch.ids_B, batch.epochs_B, known=known)
     all_BL = model.score(model.embed(batch.images_BHWC), source="all", normalise="renorm").logits_BL
-    object_BL = object_patches(objects_BHW, model.patch)
+    object_BL = objects_of(run.source, shown, size, model.patch)
     logits_BL = output.logits_BL if output.logits_BL is not None else torch.zeros(object_BL.shape)
     return ScoreProbe(
         auroc=score_auroc(logits_BL.cpu(), object_BL),
@@ -66,9 +65,3 @@ def probe_scores(run: Trainer, epoch: int, count: int) -> ScoreProbe:
         leakage=object_leakage(output.partition.mask_BL.cpu(), object_BL, 1 - model.keep / object_BL.shape[1]),
         recons=float(recons_loss(model, output, batch.images_BHWC, run.config)),
     )
-
-
-def _object_of(source: ShapesSource, one: MicroBatch, image_size: tuple[int, int]) -> np.ndarray:
-    """Which pixels of a crop show the object, [H, W] bool."""
-    mask_HW1 = 255 * source.mask(one.ids_B.item()).astype(np.uint8)[..., None]
-    return crop_and_resize(mask_HW1, one.boxes_B4[0], one.flips_B.item(), image_size)[..., 0] > 127

@@ -12,6 +12,7 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.config.validate import validate
 from ccmim_fast.data.batch import Batch, in_groups
 from ccmim_fast.data.loader import build_loader, build_source
+from ccmim_fast.data.source import left_out
 from ccmim_fast.errors import NumericsError, StoppedError
 from ccmim_fast.optim.schedule import lr_at, scaled_lr
 from ccmim_fast.trainer.build import build_bank, build_step, check_device, check_images, choose_shards, prepare_step
@@ -34,10 +35,12 @@ from ccmim_fast.trainer.watch import Past, Watch
 # Called on the first rank after an epoch (and once before the first, as epoch 0) with the number of the epoch and the
 # run, whose model is in eval mode.
 AfterEpoch = Callable[[int, "Trainer"], None]
+# Called on the first rank with each step that is logged: more figures for its record.
+More = Callable[["Trainer", Sequence[Batch], StepResult], dict[str, float | None]]
 
 
 @tells_what_fits
-def fit(config: Config, after_epoch: AfterEpoch | None = None) -> Path:
+def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None = None) -> Path:
     """Pretrain as `config` says; returns the run's folder.
 
     Raises:
@@ -48,7 +51,7 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None) -> Path:
         check_device(config, here, looks=after_epoch is not None)
         if config.train.find_batch:
             config = with_largest_batch(config, here)
-        trainer = Trainer(config, here, after_epoch)
+        trainer = Trainer(config, here, after_epoch, more if here.is_main else None)
         try:
             with recorded(trainer.folder, here.is_main, lambda: trainer.step >= trainer.total_steps):
                 trainer.run()
@@ -60,8 +63,8 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None) -> Path:
 class Trainer:
     """Everything a run owns. Built in the order in which a mistake is cheapest to find: folder, images, model."""
 
-    def __init__(self, config: Config, here: Session, after_epoch: AfterEpoch | None = None):
-        self.config, self.here, self.after_epoch = config, here, after_epoch
+    def __init__(self, config: Config, here: Session, after_epoch: AfterEpoch | None = None, more: More | None = None):
+        self.config, self.here, self.after_epoch, self.more = config, here, after_epoch, more
         self.folder = open_run_folder(config) if here.is_main else Path(config.run.dir)
         here.vigil.open(self.folder)
         with main_first(here):  # that indexes the images, if nobody has
@@ -127,7 +130,7 @@ class Trainer:
         with self.signals, self.here.vigil, self.savepoints, closing(self.loader.stream(self.seen)) as stream:
             for batches in self.profile.watch(self._steps(stream)):
                 result = self._train(batches)
-                self._log(result)
+                self._log(result, batches)
                 self._heed(result, batches)
                 epoch = self._finished_epoch()
                 if epoch:
@@ -142,16 +145,10 @@ class Trainer:
 
     def _headline(self) -> str:
         """What the run works on and with, `auto` resolved, and what it leaves out."""
-        parts = [
-            f"{self.samples} images",
-            f"{type(self.loader).__name__}",
-            f"{self.here.world_size} x {self.here.device}, {self.train_step.precision.name}",
-            f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters",
-        ]
-        if len(self.source.excluded_X):
-            first = self.source.name(int(self.source.excluded_X[0]))
-            parts.insert(1, f"{len(self.source.excluded_X)} of {len(self.source)} left out, the first {first!r}")
-        return " · ".join(parts)
+        with_what = f"{self.here.world_size} x {self.here.device}, {self.train_step.precision.name}"
+        size = f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters"
+        loader = type(self.loader).__name__
+        return " · ".join([f"{self.samples} images", *left_out(self.source), loader, with_what, size])
 
     def _total_steps(self) -> int:
         """Of the whole run: until every sample was seen in every epoch. The last step may see some once more."""
@@ -195,7 +192,7 @@ class Trainer:
         self.nan_id = torch.maximum(self.nan_id, result.nan_id)
         return result
 
-    def _log(self, result: StepResult) -> None:
+    def _log(self, result: StepResult, batches: Sequence[Batch]) -> None:
         """The only place in the loop that reads from the device and waits for it."""
         if self.step % self.config.run.log_every and self.step != self.total_steps:
             return
@@ -212,6 +209,7 @@ class Trainer:
             "grad_norm": norm,
             **{f"grad_norm_{part}": value for part, value in zip(self.train_step.parts, norms)},
             **self._representations(result.seen[-1].h_BE),
+            **(self.more(self, batches, result) if self.more else {}),
             "lr": float(self.train_step.optimizer.param_groups[0]["lr"]),
             **self.meter.read(self.total_steps - self.step),
         }

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+_ROOM = 2**20  # bytes; a record for TensorBoard has a few hundred
 
 
 class Metrics:
@@ -41,10 +44,15 @@ class Metrics:
         with contextlib.suppress(OSError):
             self._file.write(json.dumps({"kind": kind, "step": step, **safe}) + "\n")
         if self._board is not None:
+            # TensorBoard's thread ends with the first write that fails, and takes nothing afterwards.
             with self._board_off_if_it_fails():
-                for name, value in safe.items():
-                    if isinstance(value, int | float):
-                        self._board.add_scalar(f"{kind}/{name}", value, step)
+                if shutil.disk_usage(self.path).free > _ROOM:
+                    self._write_board(kind, step, safe)
+
+    def _write_board(self, kind: str, step: int, figures: dict[str, Any]) -> None:
+        for name, value in figures.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

@@ -35,6 +35,7 @@ class Seen(NamedTuple):
         entropy: of the scores' softmax as a share of log L, mean over images; NaN where nothing is scored.
         h_BE: hV of Eq. 7 (for `align`: p(hV)), None without a contrastive loss.
         maps_BGG: of a run with a score bank, the maps after the step, as `Batch.maps_BGG`.
+        logits_BL: log-scores up to a constant per row; None where nothing is scored.
     """
 
     nan_B: Tensor
@@ -42,6 +43,7 @@ class Seen(NamedTuple):
     entropy: Tensor
     h_BE: Tensor | None
     maps_BGG: Tensor | None
+    logits_BL: Tensor | None
 
 
 class StepResult(NamedTuple):
@@ -144,7 +146,8 @@ class TrainStep:
         # Outside autocast: losses are float32 whatever the forward pass ran in.
         losses, partition = total_loss(model, output, images_BHWC, self.config), output.partition
         h_BE = None if output.visible_BE is None else output.visible_BE.detach()
-        return losses, Seen(partition.nan_B, partition.mask_BL, _entropy(output), h_BE, maps_BGG)
+        logits_BL = None if output.logits_BL is None else output.logits_BL.detach()
+        return losses, Seen(partition.nan_B, partition.mask_BL, _entropy(output), h_BE, maps_BGG, logits_BL)
 
     def _gradients_summed_over_ranks(self, last: bool):
         """Gradients are reduced with the last micro-batch only."""
