@@ -1,6 +1,6 @@
 """Kills ranks of a run at random moments, which torchrun launches again; the run must end as if nothing had been.
 
-    ccmim bench soak [--kills 100] [--seed 0]
+    ccmim bench soak [--kills 100] [--seed 0] [--section.key=value ...]
     ccmim bench soak --minutes 60 ...           faults of all kinds, memory and handles: see soak_hour.py
 
 Two ranks on this CPU, a small model with a score bank, a checkpoint each epoch. First without a kill, then with: `kill
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 from soak_faults import FAULTS
 
 from ccmim_fast.checkpoints import io
+from ccmim_fast.config.load import load_config
 from ccmim_fast.errors import ConfigError, MachineError
 
 RANKS = 2
@@ -33,7 +35,7 @@ MOMENT = 0.5  # seconds; a checkpoint comes every 0.3, so kills fall on steps, s
 PATIENCE = 600  # seconds without a new checkpoint
 
 
-def command(folder: Path, epochs: int, restarts: int) -> list[str]:
+def command(folder: Path, epochs: int, restarts: int, settings: Sequence[str] = ()) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     launcher += [f"--max-restarts={restarts}", "--monitor-interval=0.1"]
     given = ["--data.source=shapes", f"--data.root={folder.parent / 'shapes'}", "--data.samples=48"]
@@ -41,10 +43,10 @@ def command(folder: Path, epochs: int, restarts: int) -> list[str]:
     given += ["--model.arch=vit_tiny_patch16_224", "--model.patch_size=8", "--model.embed_dim=48", "--model.depth=2"]
     given += ["--model.num_heads=3", "--train.batch_size=16", f"--train.epochs={epochs}", "--train.precision=fp32"]
     given += ["--train.device=cpu", "--run.save_every=1", "--run.tensorboard=false", "--run.resume=auto"]
-    return [sys.executable, *launcher, "-m", "ccmim_fast.cli", "pretrain", f"--run.dir={folder}", *given]
+    return [sys.executable, *launcher, "-m", "ccmim_fast.cli", "pretrain", f"--run.dir={folder}", *given, *settings]
 
 
-def train(folder: Path, epochs: int, kills: int, draw: random.Random) -> dict[str, Any]:
+def train(folder: Path, epochs: int, kills: int, draw: random.Random, settings: Sequence[str] = ()) -> dict[str, Any]:
     """Run to the end with so many kills; the state of the last checkpoint.
 
     Raises:
@@ -53,7 +55,7 @@ def train(folder: Path, epochs: int, kills: int, draw: random.Random) -> dict[st
     log_path = folder.with_suffix(".log")
     with log_path.open("w") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        agent = subprocess.Popen(command(folder, epochs, kills), stdout=log, stderr=log, env=environment)
+        agent = subprocess.Popen(command(folder, epochs, kills, settings), stdout=log, stderr=log, env=environment)
         try:
             done = 0
             while done < kills:
@@ -100,10 +102,9 @@ def parse(arguments: list[str]) -> Namespace:
     made.add_argument("--kinds", type=lambda text: text.split(","), default=[*FAULTS], help="of the faults, by commas")
     made.add_argument("--work", type=Path, help="folder that keeps images, output and metrics; default: none")
     made.add_argument("--out", type=Path, help="path of the results, without a suffix")
-    made.epilog = "With --minutes any further --section.key=value is a setting of the job."
+    made.epilog = "Any further --section.key=value is a setting of the job."
     options, options.settings = made.parse_known_args(arguments)
-    if options.minutes is None and options.settings:
-        raise ConfigError(f"{made.prog}: {options.settings[0]:.80}: a setting of the job needs --minutes")
+    load_config(options.settings, made.prog)  # a mistake is to be told here
     if options.kills < 1 or (options.minutes is not None and not options.minutes > 0):
         raise ConfigError(f"--kills={options.kills} must be at least 1, --minutes={options.minutes} more than 0")
     return options
@@ -117,9 +118,9 @@ def main(arguments: list[str]) -> int:
     environment, epochs = pages.environment("soak", arguments, options), 30 + 5 * options.kills
     with tempfile.TemporaryDirectory() as at:
         draw, start = random.Random(options.seed), time.perf_counter()
-        whole = train(Path(at) / "whole", epochs, 0, draw)
+        whole = train(Path(at) / "whole", epochs, 0, draw, options.settings)
         left_alone = time.perf_counter() - start
-        killed = train(Path(at) / "killed", epochs, options.kills, draw)
+        killed = train(Path(at) / "killed", epochs, options.kills, draw, options.settings)
     seconds = time.perf_counter() - start - left_alone
     same = equal(whole, killed)
     result = {"environment": environment, "kills": options.kills, "epochs": epochs, "same": same}
