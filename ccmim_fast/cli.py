@@ -21,7 +21,7 @@ commands:
   runs      list runs, how each stands and what it logged last: ccmim runs [FOLDER]
   data      index, check, gather and measure images: ccmim data index|verify|shard|stats|bench ROOT [options]
   export    write a run's encoder as timm weights: ccmim export RUN OUT.safetensors
-  ablate    train variants side by side, several seeds, one table: ccmim ablate score [options] [settings]
+  ablate    train variants side by side, several seeds, one table: ccmim ablate score | strategy | lambda | decoder
   bench     measure, in a checkout: ccmim bench throughput|ladder|attention|data|bank|soak|scaling|ops [options]
   doctor    show what this machine has, and what to install for more
 
@@ -88,13 +88,10 @@ def data(argv: list[str]) -> None:
 
 
 def ablate(argv: list[str]) -> None:
-    """`ccmim ablate score [options] [settings]`: where scores come from."""
-    if not argv or argv[0] != "score":
-        asked = f"{argv[0]!r:.80}: no such ablation" if argv else "which ablation"
-        raise ConfigError(f"ccmim ablate: {asked}; one of score")
-    from ccmim_fast.ablation.command import ablate_score
+    """`ccmim ablate score|strategy|lambda|decoder [options] [settings]`: variants side by side."""
+    from ccmim_fast.ablation.command import ablate
 
-    print(ablate_score(argv[1:]))
+    print(ablate(argv))
 
 
 BENCHMARKS = {

@@ -1,9 +1,32 @@
 """What an ablation compares: names and the settings that make each of them, on top of a base."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 from ccmim_fast.config.schema import Config
 
+Variants = dict[str, list[str]]
 
-def score_variants(base: Config) -> dict[str, list[str]]:
+
+class Ablation(NamedTuple):
+    """One question.
+
+    Attributes:
+        title: of its page.
+        variants: settings by name, on top of a base.
+        lines: variants whose way is drawn, too.
+        compared: pairs whose difference is given, run by run with the same seed.
+        time_of: a variant in whose time the slower ones are trained once more; empty: none.
+    """
+
+    title: str
+    variants: Callable[[Config], Variants]
+    lines: tuple[str, ...]
+    compared: tuple[tuple[str, str], ...]
+    time_of: str = ""
+
+
+def score_variants(base: Config) -> Variants:
     """Where scores come from, of which the paper says Eq. 4 alone, and the bank's settings, one changed at a time."""
     found = {
         "MAE": ["--mask.strategy=random", "--contrast.loss=none"],
@@ -29,3 +52,46 @@ def score_variants(base: Config) -> dict[str, list[str]]:
                 f"--score.{key}={value}",
             ]
     return found
+
+
+def strategy_variants(base: Config) -> Variants:
+    """Table 5: how patches are divided, with the base's own losses and scores; and the authors' code's noise."""
+    found = {name.replace("_", " "): [f"--mask.strategy={name}"] for name in ("random", "block", "importance")}
+    sampling = "--mask.strategy=importance_sampling"
+    return found | {"importance sampling": [sampling], "importance, uniform noise": [sampling, "--mask.noise=uniform"]}
+
+
+def lambda_variants(base: Config) -> Variants:
+    """Figure 2: lambda of Eq. 10 with both losses, from no regularisation on."""
+    found = {"lambda 0": ["--contrast.weight=0"]}
+    for name, loss in (("NCE", "nce"), ("align", "align")):
+        for weight in (0.1, 0.2, 0.5, 0.8, 1.0):
+            found[f"{name}, lambda {weight:g}"] = [f"--contrast.loss={loss}", f"--contrast.weight={weight}"]
+    return found
+
+
+def decoder_variants(base: Config) -> Variants:
+    """Blocks of the decoder: the paper has 2, MAE and the authors' code 8."""
+    return {f"{depth} block{'s' * (depth > 1)}": [f"--decoder.depth={depth}"] for depth in (1, 2, 4, 8)}
+
+
+ABLATIONS = {
+    "score": Ablation(
+        "Where scores come from", score_variants, ("random", "first", "all", "bank"), (("bank", "all"),), "bank"
+    ),
+    "strategy": Ablation(
+        "How patches are divided",
+        strategy_variants,
+        ("random", "block", "importance", "importance sampling"),
+        (("importance sampling", "random"), ("importance sampling", "importance")),
+    ),
+    "lambda": Ablation(
+        "How much the contrast counts",
+        lambda_variants,
+        ("lambda 0", "NCE, lambda 0.2", "NCE, lambda 1", "align, lambda 0.2"),
+        (("NCE, lambda 0.2", "lambda 0"), ("NCE, lambda 0.2", "NCE, lambda 1")),
+    ),
+    "decoder": Ablation(
+        "How deep the decoder is", decoder_variants, ("1 block", "2 blocks", "8 blocks"), (("2 blocks", "8 blocks"),)
+    ),
+}

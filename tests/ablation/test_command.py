@@ -1,4 +1,4 @@
-"""`ccmim ablate score`: what is run, what is kept, and what its tables say."""
+"""`ccmim ablate`: what is run, what is kept, and what its tables say."""
 
 import json
 import math
@@ -6,10 +6,10 @@ import math
 import pytest
 
 from ccmim_fast.ablation import runs as runs_module
-from ccmim_fast.ablation.command import ablate_score, equal_time
+from ccmim_fast.ablation.command import ablate, equal_time
 from ccmim_fast.ablation.runs import LOOKS, Run, measure_run
 from ccmim_fast.ablation.table import difference, markdown, plot
-from ccmim_fast.ablation.variants import score_variants
+from ccmim_fast.ablation.variants import ABLATIONS, score_variants
 from ccmim_fast.config.load import load_config
 from ccmim_fast.errors import ConfigError
 
@@ -68,7 +68,7 @@ def test_the_command_writes_a_table(tmp_path, capsys):
     settings = [*TINY, f"--data.root={tmp_path / 'shapes'}", "--data.samples=32"]
     options = ["--only", "random", "all", "bank", "--seeds", "1", "--jobs", "2"]
     where = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out" / "table")]
-    path = ablate_score([*options, *where, *settings])
+    path = ablate(["score", *options, *where, *settings])
     text = path.read_text()
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert [row.split(" | ")[0].strip("| ") for row in rows[2:5]] == ["random", "all", "bank"]
@@ -91,12 +91,34 @@ def test_variants_change_what_they_say():
     assert len(different) == len(found)
 
 
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_each_variant_is_another_run_that_is_valid(name):
+    ablation = ABLATIONS[name]
+    variants = ablation.variants(load_config(["--config=demo"], "test"))
+    found = [load_config(["--config=demo", *options], "test") for options in variants.values()]
+    assert len({str(config) for config in found}) == len(found)
+    named = {*ablation.lines, *(variant for pair in ablation.compared for variant in pair)}
+    assert named <= variants.keys()
+
+
+def test_the_papers_ablations():
+    """Table 5's ways to divide, Figure 2's two losses from no regularisation to lambda 1."""
+    base = load_config(["--config=demo"], "test")
+    divided = [load_config(["--config=demo", *o], "test").mask for o in ABLATIONS["strategy"].variants(base).values()]
+    assert [mask.strategy for mask in divided] == ["random", "block", "importance", *["importance_sampling"] * 2]
+    contrasts = [load_config(["--config=demo", *o], "test") for o in ABLATIONS["lambda"].variants(base).values()]
+    by_loss = {(config.contrast.loss, config.contrast.weight) for config in contrasts}
+    assert by_loss == {("nce", 0.0)} | {(loss, w) for loss in ("nce", "align") for w in (0.1, 0.2, 0.5, 0.8, 1.0)}
+    depths = [load_config(["--config=demo", *o], "test") for o in ABLATIONS["decoder"].variants(base).values()]
+    assert [config.decoder.depth for config in depths] == [1, 2, 4, 8]
+
+
 def test_slower_variants_get_the_banks_time():
     found = [figures("bank", 0, 0.9, rate) for rate in (90.0, 100.0, 130.0)]
     found += [figures("all", 0, 0.9, 60.0), figures("first", 0, 0.9, 99.0), figures("random", 0, 0.5, 120.0)]
     found += [figures("all, temperature 2", 0, 0.9, 60.0)]
-    assert equal_time(found, 20) == {"all": 12}
-    assert equal_time([figures("all", 0, 0.9, 60.0)], 20) == {}
+    assert equal_time(found, 20, "bank") == {"all": 12}
+    assert equal_time([figures("all", 0, 0.9, 60.0)], 20, "bank") == {}
 
 
 def test_figures_over_seeds(tmp_path):
@@ -111,14 +133,16 @@ def test_figures_over_seeds(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--seeds", "0"], "--seeds: '0' must be a whole number from 1 on"),
-        (["--only", "bnk"], "--only='bnk': no such variant; one of: MAE; random"),
-        (["--data.source=photos"], "data.source=photos: the ablation needs known objects; nearest: shapes"),
-        (["--score.gird=8"], "score.gird"),
+        ([], "which ablation; one of score, strategy, lambda, decoder"),
+        (["scores"], "'scores': no such ablation; one of score"),
+        (["strategy", "--seeds", "0"], "--seeds: '0' must be a whole number from 1 on"),
+        (["score", "--only", "bnk"], "--only='bnk': no such variant; one of: MAE; random"),
+        (["lambda", "--data.source=photos"], "data.source=photos: the ablation needs known objects; nearest: shapes"),
+        (["decoder", "--score.gird=8"], "score.gird"),
     ],
 )
 def test_mistakes_are_one_line(argv, said):
     with pytest.raises(ConfigError) as caught:
-        ablate_score(argv)
+        ablate(argv)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
