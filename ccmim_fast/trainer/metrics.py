@@ -43,11 +43,14 @@ class Metrics:
         # A full disk ends neither the run nor the records that come when there is room again.
         with contextlib.suppress(OSError):
             self._file.write(json.dumps({"kind": kind, "step": step, **safe}) + "\n")
-        if self._board is not None:
-            # TensorBoard's thread ends with the first write that fails, and takes nothing afterwards.
-            with self._board_off_if_it_fails():
-                if shutil.disk_usage(self.path).free > _ROOM:
-                    self._write_board(kind, step, safe)
+        if self._board is None:
+            return
+        # TensorBoard's thread ends with the first write that fails, and takes nothing afterwards: it gets nothing while
+        # the disk is full. What failed it is raised at each later call, by one object that holds on to every call's
+        # frames, and by them to the steps' tensors: so it is called no more.
+        with self._board_off_if_it_fails():
+            if shutil.disk_usage(self.path).free > _ROOM:
+                self._write_board(kind, step, safe)
 
     def _write_board(self, kind: str, step: int, figures: dict[str, Any]) -> None:
         for name, value in figures.items():
