@@ -134,7 +134,10 @@ def snapshot_grid(snapshot: Snapshot) -> bytes:
 
 
 def picture_uri(png: bytes) -> str:
-    """A PNG as the `src` of an <img>; as WebP, an eighth of its size, where it is of photographs and large."""
+    """A PNG as the `src` of an <img>; as WebP where it is large.
+
+    Four photographs of 224 pixels, with scores, take 277 KB as PNG and 87 KB as WebP.
+    """
     kind, data = "png", png
     if len(png) > PNG_BYTES:
         buffer = io.BytesIO()
