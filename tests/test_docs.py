@@ -34,7 +34,12 @@ def test_every_equation_has_its_function(number):
 
 def test_every_op_has_its_row():
     ops = {path.parent.name for path in (ROOT / "kernels" / "ccmim_kernels").glob("*/op.py")}
-    assert set(re.findall(r"^\| `(\w+)` \|", KERNELS, re.M)) == ops
+    rows = dict(re.findall(r"^\| `(\w+)`.* \| ([^|]+) \|$", KERNELS, re.M))
+    assert rows.keys() == ops
+    # The same floors as beside the kernels.
+    told = (ROOT / "kernels" / "README.md").read_text()
+    floors = dict(re.findall(r"^\| `(\w+)`[^|]*\|[^|]+\| ([\d.]+ MB)", told, re.M))
+    assert {op: floor for op, floor in rows.items() if floor.endswith("MB")} == floors
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
