@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.runs import COLUMNS, CONFIG, METRICS, describe, run_folders
+from ccmim_fast.runs import COLUMNS, CONFIG, METRICS, describe
 from ccmim_fast.trainer.run_state import FILE
 
 _SIGNS = (CONFIG, METRICS, FILE)  # a folder with one of them is a run's
+_NAMED = 5  # runs that a message names
 
 
 def report(argv: list[str]) -> Path:
@@ -52,13 +53,17 @@ def report(argv: list[str]) -> Path:
 
 
 def _run(folder: Path) -> Path:
-    """Returns a run's folder. Raises ConfigError, naming the runs below it, for another."""
-    if any((folder / name).is_file() for name in _SIGNS):
+    """Returns a run's folder. Raises ConfigError, naming the runs right below it, for another."""
+    if _is_run(folder):
         return folder
     there = "holds no run" if folder.is_dir() else "no such folder"
-    below = " ".join(map(str, run_folders(folder)))
-    nearest = f"below it are {below}" if below else "ccmim runs lists those there are"
+    below = [str(path) for path in sorted(folder.glob("*")) if _is_run(path)] if folder.is_dir() else []
+    nearest = f"below it are {' '.join(below[:_NAMED])}" if below else "ccmim runs lists those there are"
     raise ConfigError(f"ccmim report: {str(folder)!r:.80}: {there}; {nearest}")
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _SIGNS)
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

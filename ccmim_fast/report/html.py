@@ -162,7 +162,8 @@ def write_report(
         remarks=list(chain(remarks, *(lines for _, lines in evaluated), *(look.remarks for look in looks))),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    # Names of files may be bytes that are no text.
+    path.write_text(page, encoding="utf-8", errors="replace")
 
 
 def _name_of(method: str) -> str:
