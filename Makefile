@@ -60,8 +60,8 @@ BENCH := throughput ladder attention bank ops
 bench-gpu:
 	for name in $(BENCH); do $(AT_HAND) -m ccmim_fast.cli bench $$name --device cuda $(ARGS) || exit 1; done
 
+# Not --quiet, which hides warnings from --strict.
 docs: $(STAMP)
-	# Not --quiet, which hides warnings from --strict.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(STAMP)
