@@ -4,6 +4,7 @@
 # make sanitize-gpu  memcheck and racecheck of the small kernel tests (compute-sanitizer is part of the CUDA toolkit)
 # make bench       sets up, installs the peers, and writes benchmarks/results/: throughput, ladder, attention, bank, scaling, data, ops; CPU, 40 minutes
 # make bench-gpu   the same on the GPU, with $(PYTHON) and what it has; BENCH=ops ARGS="--op info_nce": one of them
+# make docs        builds the pages of docs/ into site/, strictly
 PYTHON ?= python3
 # Not from the environment, where ENV is the name of a shell's start-up file.
 ENV := current
@@ -25,7 +26,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 AT_HAND := PYTHONPATH=.:kernels $(PYTHON)
 
-.PHONY: demo test test-gpu sanitize-gpu bench bench-gpu lint format clean
+.PHONY: demo test test-gpu sanitize-gpu bench bench-gpu docs lint format clean
 
 demo: $(STAMP)
 	$(BIN)/ccmim demo --overwrite
@@ -61,6 +62,10 @@ BENCH := throughput ladder attention bank ops
 bench-gpu:
 	for name in $(BENCH); do $(AT_HAND) -m ccmim_fast.cli bench $$name --device cuda $(ARGS) || exit 1; done
 
+# Not --quiet, which hides warnings from --strict.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -70,7 +75,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv $(ENVS:%=.venv-%) build dist *.egg-info
+	rm -rf .venv $(ENVS:%=.venv-%) build dist site *.egg-info
 
 # The stamp is written last: an installation that was cut off is done again.
 $(STAMP): requirements/$(ENV).txt setup.py

@@ -26,6 +26,8 @@ INSTALL_REQUIRES = [
     "safetensors>=0.4",
 ]
 
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5"]  # `make docs`
+
 EXTRAS = {
     # NVIDIA apex is no extra: the package index's `apex` is an unrelated web toolkit; build NVIDIA's from its source.
     "cuda13": ["nvidia-dali-cuda130>=2.0", "xformers>=0.0.33"],
@@ -46,6 +48,7 @@ EXTRAS = {
         "fsspec[http]>=2024.2",
         "submitit>=1.5",
         "ruff>=0.11",
+        *DOCS,
     ],
 }
 

@@ -19,6 +19,7 @@ commands:
   pretrain  pretrain a vision transformer on your images
   submit    the same as a job of Slurm: ccmim submit [options] -- SETTINGS
   runs      list runs, how each stands and what it logged last: ccmim runs [FOLDER]
+  report    compare runs in one offline HTML page: ccmim report RUN [RUN ...] [options]
   data      index, check, gather and measure images: ccmim data index|verify|shard|stats|bench ROOT [options]
   export    write a run's encoder as timm weights: ccmim export RUN OUT.safetensors
   ablate    train variants side by side, several seeds, one table: ccmim ablate score | strategy | lambda | decoder
@@ -72,6 +73,13 @@ def export(argv: list[str]) -> None:
     from ccmim_fast.checkpoints.convert import export_timm
 
     print(export_timm(argv[0], argv[1]))
+
+
+def report(argv: list[str]) -> None:
+    """`ccmim report RUN [RUN ...] [options]`: a page that compares runs."""
+    from ccmim_fast.compare import report as run
+
+    run(argv)
 
 
 def data(argv: list[str]) -> None:
@@ -135,6 +143,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "pretrain": pretrain,
     "submit": submit,
     "runs": runs,
+    "report": report,
     "data": data,
     "export": export,
     "ablate": ablate,

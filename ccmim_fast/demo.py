@@ -22,7 +22,7 @@ from ccmim_fast.models.build import build_model
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.encoder import tokens_of
 from ccmim_fast.report import RunView, Snapshot, write_report
-from ccmim_fast.report.reconstruction import paste_prediction
+from ccmim_fast.report.reconstruction import drawn
 from ccmim_fast.trainer.loop import Trainer, fit
 from ccmim_fast.trainer.run_folder import open_run_folder
 
@@ -114,24 +114,14 @@ def take_snapshot(model: CCMIM, config: Config, held_out: HeldOut, epoch: int, f
     """Keep a few pictures of this moment, and return the probe's figures."""
     images_BHWC = held_out.images_BHWC.to(model.mean_C.device)
     figures, output, scores_BL = probe(model, config, images_BHWC, held_out.objects_BHW)
-    drawn = images_BHWC
-    if config.target.kind == "pixels":
-        drawn = paste_prediction(
-            images_BHWC,
-            output.pred_BMP,
-            output.partition,
-            patch=model.patch,
-            mean_C=model.mean_C,
-            std_C=model.std_C,
-            norm_pix=config.target.norm_pix,
-        )
+    drawn_BHWC = drawn(model, config, images_BHWC, output)
     few = slice(0, PICTURES)
     Snapshot(
         epoch,
         held_out.images_BHWC[few].numpy(),
         scores_BL[few].numpy(),
         output.partition.mask_BL[few].cpu().numpy(),
-        drawn[few].cpu().numpy(),
+        None if drawn_BHWC is None else drawn_BHWC[few].cpu().numpy(),
     ).save(folder / "snapshots" / f"epoch_{epoch:04d}.npz")
     return figures._asdict()
 

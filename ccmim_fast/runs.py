@@ -20,7 +20,7 @@ from ccmim_fast.errors import ConfigError
 from ccmim_fast.trainer.run_state import FILE, RunState, is_alive, read_state
 
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
-_COLUMNS = ("run", "state", "epoch", "loss", "recons", "contrast", "img/s", "saved", "silent")
+COLUMNS = ("run", "state", "epoch", "loss", "recons", "contrast", "img/s", "saved", "silent")
 _TAIL = 65536  # bytes of metrics.jsonl read first; a line has about 400
 _SILENT = 600  # seconds without a line, after which a run on another machine counts as gone; covers a look and a save
 _LINES = 5  # the same, in log lines that should have come meanwhile, for slow steps
@@ -55,7 +55,7 @@ def print_runs(argv: list[str]) -> None:
         return
     # Narrow: it fits 80 characters with runs of short names, and folds longer ones.
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in _COLUMNS:
+    for name in COLUMNS:
         left = name in ("run", "state")
         table.add_column(name, justify="left" if left else "right", no_wrap=name != "run", overflow="fold")
     for row in rows:

@@ -38,6 +38,8 @@ WORKING = [
     ["submit", "--time", "1:00:00", "--no-requeue", "--partition=gpu", "--", "--config", "demo"],
     ["runs"],
     ["runs", "runs"],
+    ["report", "runs/good", "--out", "page.html", "--images=1"],
+    ["report", "runs/good", "runs/bad", "--moments", "0", "--title", "\udcff"],
     ["data", "index", "images", "--channels", "3"],
     ["data", "index", "all.tar", "--index", "made.index"],
     ["data", "verify", "images", "--workers", "1", "--again"],

@@ -47,9 +47,9 @@ def read_metrics(path: Path) -> list[dict]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if not isinstance(row, dict) or row.get("kind") != "train":
+        if not isinstance(row, dict) or row.get("kind") != "train" or not isinstance(row.get("step"), int):
             continue
         while rows and rows[-1]["step"] >= row["step"]:
             rows.pop()
@@ -100,11 +100,15 @@ def curve_svg(runs: Sequence[tuple[str, list[dict]]], key: str, label: str, uid:
 
 def _points(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Epochs and values, at most POINTS of each; values that are missing or not finite are left out."""
-    pairs = [(row["epoch"], row[key]) for row in rows if row.get("epoch") is not None and row.get(key) is not None]
-    pairs = np.array([pair for pair in pairs if all(map(math.isfinite, pair))], dtype=np.float64).reshape(-1, 2)
+    pairs = [(row.get("epoch"), row.get(key)) for row in rows]
+    pairs = np.array([pair for pair in pairs if all(map(_is_figure, pair))], dtype=np.float64).reshape(-1, 2)
     groups = np.array_split(pairs, min(len(pairs), POINTS)) if len(pairs) else []
     means = np.array([group.mean(axis=0) for group in groups]).reshape(-1, 2)
     return means[:, 0], means[:, 1]
+
+
+def _is_figure(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _inline(svg: str, label: str, uid: str) -> str:

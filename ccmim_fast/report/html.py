@@ -1,21 +1,41 @@
 """The report: one HTML file that needs no network, no script and no other file."""
 
-import base64
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ccmim_fast.config.load import to_yaml
+from ccmim_fast.config.schema import Config
+
 from .curves import curve_svg, line_style
-from .pictures import Snapshot, columns_of, snapshot_grid
-from .runs import RunView, compare, differences, flatten, merge_equal
+from .evaluations import Evaluation, read_evaluations
+from .looks import Looks
+from .pictures import Snapshot, columns_of, picture_uri, snapshot_grid
+from .runs import Comparison, RunView, against, compare, differences, flatten, merge_equal, read_part
 
 MISSING = "—"
 METHODS = {"untrained": "Untrained", "mae": "MAE", "ccmim": "ccMIM"}  # any other name is shown as it is
-CURVES = {"recons": "Reconstruction loss", "contrast": "Contrastive loss", "loss": "Total loss"}
+CURVES = {
+    "recons": "Reconstruction loss",
+    "contrast": "Contrastive loss",
+    "loss": "Total loss",
+    "images_per_second": "Images per second",
+    "data_wait": "Share of the time waiting for images",
+    "mfu": "Share of the device's matmul rate",
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "entropy": "Entropy of the scores, share of log L",
+    "h_std": "Spread of the [CLS] projections",
+    "h_rank": "Effective rank of the [CLS] projections",
+}
+NO_LOOKS = Looks([], [])
 
 
 class Column(NamedTuple):
@@ -71,18 +91,25 @@ class Cell(NamedTuple):
 class Picture(NamedTuple):
     """The grid of one saved epoch; `shown` where the page opens it at first."""
 
-    epoch: int
+    epoch: float
     columns: tuple[str, ...]
     rows: int
-    png_base64: str
+    uri: str
     shown: bool
 
 
-def write_report(path: Path, title: str, runs: Sequence[RunView], summary: dict[str, Any]) -> None:
+def write_report(
+    path: Path,
+    title: str,
+    runs: Sequence[RunView],
+    summary: dict[str, Any],
+    standing: Comparison | None = None,
+    looks: Sequence[Looks] = (),
+) -> None:
     """Write a self-contained HTML page that compares runs: numbers, curves, pictures, settings.
 
     The page makes no request and runs no script (its own policy forbids both); all text is escaped. Parts that a run
-    folder lacks are left out.
+    folder lacks are left out, and what is damaged is named.
 
     Args:
         path: file to write; its folder is made.
@@ -90,12 +117,24 @@ def write_report(path: Path, title: str, runs: Sequence[RunView], summary: dict[
         runs: in the order shown; its place decides a run's colour.
         summary: {"methods": {name: {measure: number or None}}, "chance": share of 1, "setting": {key: value}}, all
             optional; measures are the keys of COLUMNS and each with `_early`. A missing one is a dash.
-
-    Raises:
-        DataError: a damaged file in a run folder.
+        standing: how each run stands, a row a run.
+        looks: of each run, what to show where it kept no snapshots.
     """
-    named = [(_name_of(run.name), run) for run in runs]
-    names = [name for name, _ in named]
+    names = [_name_of(run.name) for run in runs]
+    remarks = []
+
+    def all_of(read: Callable[[RunView], Any], nothing: Any) -> list[Any]:
+        parts = [read_part(partial(read, run), nothing) for run in runs]
+        remarks.extend(part.remark for part in parts if part.remark)
+        return [part.content for part in parts]
+
+    configs = compare(names, all_of(_options, {}))
+    galleries = [
+        (name, pictures)
+        for name, kept, look in zip(names, all_of(RunView.snapshots, []), [*looks, *[NO_LOOKS] * len(runs)])
+        if (pictures := _gallery(kept or look.snapshots))
+    ]
+    evaluated = [read_evaluations(run) for run in runs]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -111,14 +150,20 @@ def write_report(path: Path, title: str, runs: Sequence[RunView], summary: dict[
         table=_table(summary.get("methods") or {}),
         chance=summary.get("chance"),
         percent=_percent,
+        standing=standing and standing._replace(rows=[(_name_of(name), cells) for name, cells in standing.rows]),
         legend=[(name, *line_style(i)) for i, name in enumerate(names)],
-        curves=_curves([(name, run.metrics()) for name, run in named]),
-        galleries=[(name, pictures) for name, run in named if (pictures := _gallery(run.snapshots()))],
-        differences=differences(compare(names, [_options(run) for run in runs])),
-        environment=merge_equal(compare(names, [run.environment() for run in runs])),
+        curves=_curves([(name, run.metrics()) for name, run in zip(names, runs)]),
+        galleries=galleries,
+        evaluations=compare(names, [_figures(of_run) for of_run, _ in evaluated]),
+        deviations=_deviations(names, [of_run for of_run, _ in evaluated]),
+        differences=differences(configs),
+        defaults=against(_without_folder(flatten(yaml.safe_load(to_yaml(Config())))), "default", configs),
+        environment=merge_equal(compare(names, all_of(RunView.environment, {}))),
+        remarks=list(chain(remarks, *(lines for _, lines in evaluated), *(look.remarks for look in looks))),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    # Names of files may be bytes that are no text.
+    path.write_text(page, encoding="utf-8", errors="replace")
 
 
 def _name_of(method: str) -> str:
@@ -127,7 +172,26 @@ def _name_of(method: str) -> str:
 
 def _options(run: RunView) -> dict[str, str]:
     """The configuration but for the run's own folder, in which all runs differ and none does."""
-    return {key: value for key, value in run.config().items() if key != "run.dir"}
+    return _without_folder(run.config())
+
+
+def _without_folder(options: dict[str, str]) -> dict[str, str]:
+    return {key: value for key, value in options.items() if key != "run.dir"}
+
+
+def _figures(evaluations: Sequence[Evaluation]) -> dict[str, str]:
+    """The figures of one run, named by their evaluation."""
+    return {f"{one.name}: {key}": value for one in evaluations for key, value in one.metrics.items()}
+
+
+def _deviations(names: Sequence[str], evaluated: Sequence[Sequence[Evaluation]]) -> list[tuple[str, str]]:
+    """(run and evaluation, sentence) of each."""
+    return [
+        (f"{name}, {one.name}", sentence)
+        for name, of_run in zip(names, evaluated)
+        for one in of_run
+        for sentence in one.deviations
+    ]
 
 
 def _abstract(summary: dict[str, Any]) -> list[str]:
@@ -179,7 +243,7 @@ def _gallery(snapshots: Sequence[Snapshot]) -> list[Picture]:
             snapshot.epoch,
             columns_of(snapshot),
             len(snapshot.images_BHWC),
-            base64.b64encode(snapshot_grid(snapshot)).decode("ascii"),
+            picture_uri(snapshot_grid(snapshot)),
             shown=i in (0, last),
         )
         for i, snapshot in enumerate(snapshots)

@@ -5,6 +5,9 @@
 import torch
 from torch import Tensor
 
+from ccmim_fast.config.schema import Config
+from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.models.output import Output
 from ccmim_kernels import Partition, patchify, unpatchify
 from ccmim_kernels.masked_patch_loss.reference import NORM_PIX_EPS
 
@@ -41,3 +44,18 @@ def paste_prediction(
     patches_BLP = patches_BLP.scatter(1, index_BMP, pixels_BMP)
     images = unpatchify((patches_BLP * std_P + mean_P) * 255, patch, H, W)
     return images.round().clamp(0, 255).to(torch.uint8)
+
+
+def drawn(model: CCMIM, config: Config, images_BHWC: Tensor, output: Output) -> Tensor | None:
+    """What the model made of the images, as `paste_prediction`; None where it predicts no pixels."""
+    if config.target.kind != "pixels":
+        return None
+    return paste_prediction(
+        images_BHWC,
+        output.pred_BMP,
+        output.partition,
+        patch=model.patch,
+        mean_C=model.mean_C,
+        std_C=model.std_C,
+        norm_pix=config.target.norm_pix,
+    )

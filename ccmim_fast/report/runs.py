@@ -18,7 +18,7 @@ class RunView(NamedTuple):
 
     Attributes:
         name: plain text.
-        folder: may hold config.yaml, environment.json, metrics.jsonl and snapshots/epoch_*.npz.
+        folder: may hold config.yaml, environment.json, metrics.jsonl, eval/*.json and snapshots/epoch_*.npz.
     """
 
     name: str
@@ -40,6 +40,21 @@ class RunView(NamedTuple):
         """All snapshots by epoch. Raises DataError for a damaged one."""
         paths = (self.folder / "snapshots").glob("epoch_*.npz")
         return sorted(map(Snapshot.load, paths), key=lambda snapshot: snapshot.epoch)
+
+
+class Part(NamedTuple):
+    """What a part of a run folder holds, or nothing and a line that says why."""
+
+    content: Any
+    remark: str = ""
+
+
+def read_part(read: Callable[[], Any], nothing: Any) -> Part:
+    """What `read` returns; `nothing` where the file is damaged: a page tells of it, and shows the rest."""
+    try:
+        return Part(read())
+    except DataError as error:
+        return Part(nothing, str(error))
 
 
 class Comparison(NamedTuple):
@@ -67,6 +82,15 @@ def differences(comparison: Comparison) -> Comparison:
     return comparison._replace(rows=[(key, values) for key, values in comparison.rows if len(set(values)) > 1])
 
 
+def against(table: dict[str, str], name: str, comparison: Comparison) -> Comparison:
+    """Put `table` before the others as a column of that name; keep the rows in which one of them differs from it.
+
+    A key that it lacks is left out: it is of another version.
+    """
+    rows = [(key, [table[key], *values]) for key, values in comparison.rows if key in table]
+    return differences(Comparison([name, *comparison.names], rows))
+
+
 def merge_equal(comparison: Comparison) -> Comparison:
     """Make one column, "every run", of runs that differ in nothing."""
     if len(comparison.names) < 2 or differences(comparison).rows:
@@ -89,7 +113,7 @@ def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, str]:
         return {}
     try:
         parsed = parse(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     if not isinstance(parsed, dict):
         raise DataError(f"{path} must hold a mapping, got {type(parsed).__name__}")

@@ -101,7 +101,9 @@ def report(tmp_path, runs, summary=SUMMARY, title="A report"):
 
 def test_page_parses_and_shows_every_part(tmp_path, runs):
     page = Page(report(tmp_path, runs))
-    assert [a["id"] for a in page.all("section")] == ["results", "curves", "pictures", "differences", "environment"]
+    assert [a["id"] for a in page.all("section")] == [
+        *("results", "curves", "pictures", "differences", "defaults", "environment")
+    ]
     assert len(page.all("svg")) == 3
     assert "norm_pix" in page.text
     assert "chance is 16.7%" in page.text
@@ -197,7 +199,7 @@ def test_missing_parts_are_left_out(tmp_path):
     only = made_run(tmp_path, "one", score=False, epochs=(5,))
     (only.folder / "metrics.jsonl").unlink()
     page = Page(report(tmp_path, [only], {"methods": {}}))
-    assert [a["id"] for a in page.all("section")] == ["pictures", "environment"]
+    assert [a["id"] for a in page.all("section")] == ["pictures", "defaults", "environment"]
     assert ["open" in a for a in page.all("details")] == [True]
 
 

@@ -1,3 +1,4 @@
+import base64
 import io
 
 import numpy as np
@@ -6,7 +7,17 @@ from matplotlib import colormaps
 from PIL import Image
 
 from ccmim_fast.errors import DataError
-from ccmim_fast.report.pictures import GAP, GRAY, Snapshot, columns_of, grid_of, heatmap, snapshot_grid, visible_set
+from ccmim_fast.report.pictures import (
+    GAP,
+    GRAY,
+    Snapshot,
+    columns_of,
+    grid_of,
+    heatmap,
+    picture_uri,
+    snapshot_grid,
+    visible_set,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -173,3 +184,25 @@ def test_other_channels_show_the_first(channels):
     snapshot = made(1, 32, 32, 8, channels=channels)
     picture = pixels(snapshot_grid(snapshot))
     assert (picture[::5, :160:5, :3] == snapshot.images_BHWC[0, :, :, :1]).all()
+
+
+def test_large_pictures_are_webp_and_look_the_same():
+    smooth = Image.fromarray(RNG.integers(0, 256, (12, 12, 4), dtype=np.uint8)).resize((900, 900), Image.BICUBIC)
+    for size, kind in ((60, "png"), (900, "webp")):
+        buffer = io.BytesIO()
+        smooth.crop((0, 0, size, size)).convert("RGB").save(buffer, format="PNG")
+        png = buffer.getvalue() + b"\0" * (size > 100) * 250_000
+        head, data = picture_uri(png).split(",")
+        assert head == f"data:image/{kind};base64"
+        found = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"), dtype=float)
+        assert np.abs(found - np.asarray(Image.open(io.BytesIO(png)), dtype=float)).mean() < 3
+
+
+def test_a_snapshot_without_a_reconstruction(tmp_path):
+    """Of a run that predicts no pixels."""
+    snapshot = made()._replace(reconstruction_BHWC=None)
+    snapshot.save(tmp_path / "x.npz")
+    back = Snapshot.load(tmp_path / "x.npz")
+    assert back.reconstruction_BHWC is None
+    assert columns_of(back) == ("image", "score", "visible")
+    assert pixels(snapshot_grid(back)).shape[1] == 3 * (160 + GAP) - GAP
