@@ -20,7 +20,7 @@ commands:
   submit    the same as a job of Slurm: ccmim submit [options] -- SETTINGS
   runs      list runs, how each stands and what it logged last: ccmim runs [FOLDER]
   data      index, check, gather and measure images: ccmim data index|verify|shard|stats|bench ROOT [options]
-  export    write a run's encoder as timm weights: ccmim export RUN OUT.safetensors
+  export    write a run's weights for another library: ccmim export TARGET RUN OUT [options]
   ablate    train variants side by side, several seeds, one table: ccmim ablate score [options] [settings]
   bench     measure, in a checkout: ccmim bench throughput|ladder|attention|data|bank|soak|ops [options]
   doctor    show what this machine has, and what to install for more
@@ -60,12 +60,10 @@ def runs(argv: list[str]) -> None:
 
 
 def export(argv: list[str]) -> None:
-    """`ccmim export RUN OUT.safetensors`: the encoder of the newest checkpoint, under timm's names."""
-    if len(argv) != 2:
-        raise ConfigError("usage: ccmim export RUN OUT.safetensors")
-    from ccmim_fast.checkpoints.convert import export_timm
+    """`ccmim export TARGET RUN OUT`: a run's weights as another library loads them."""
+    from ccmim_fast.export.command import export as run
 
-    print(export_timm(argv[0], argv[1]))
+    run(argv)
 
 
 def data(argv: list[str]) -> None:
