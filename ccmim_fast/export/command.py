@@ -28,7 +28,7 @@ class Target(NamedTuple):
 TARGETS = {
     "timm": Target(plain.export_timm, ".safetensors", "the encoder, for timm.create_model"),
     "hf-vit": Target(hugging_face.export_vit, "", "the encoder, for ViTModel of transformers"),
-    "hf-vitmae": Target(hugging_face.export_vitmae, "", "encoder and decoder, for ViTMAEForPreTraining of transformers"),
+    "hf-vitmae": Target(hugging_face.export_vitmae, "", "encoder and decoder, for its ViTMAEForPreTraining"),
     "safetensors": Target(plain.export_safetensors, ".safetensors", "all weights, under our own names"),
 }
 

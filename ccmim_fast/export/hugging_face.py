@@ -47,7 +47,7 @@ def export_vit(trained: Trained, out: Path) -> list[Path]:
     """
     vit = trained.model.encoder
     _refuse("hf-vit", obstacles(vit))
-    weights = renamed(_with_cls_position(vit), "")
+    weights = renamed(_expressed(vit), "")
     return _write(trained, out, {"model_type": "vit", "architectures": ["ViTModel"], **_settings(vit)}, weights)
 
 
@@ -61,7 +61,7 @@ def export_vitmae(trained: Trained, out: Path) -> list[Path]:
     _refuse("hf-vitmae", [*obstacles(vit), *_obstacles_of_mae(trained)])
     flat = to_flat({name: value for name, value in trained.model.state_dict().items() if name.startswith("decoder.")})
     blocks = {name.removeprefix("decoder_"): flat.pop(name) for name in list(flat) if name.startswith("decoder_blocks")}
-    weights = renamed(_with_cls_position(vit), "vit.")
+    weights = renamed(_expressed(vit), "vit.")
     weights |= {f"decoder.{name}": value for name, value in flat.items()}
     weights |= dict(_blocks(blocks, "decoder.decoder_layers."))
     settings = _settings(vit) | {
@@ -96,7 +96,6 @@ def obstacles(vit: VisionTransformer) -> list[str]:
             "a norm in the attention": _there(attn.norm),
             "a gate in the attention": getattr(attn, "gate", None) is not None,
             "heads that do not divide the width": attn.num_heads * attn.head_dim != vit.embed_dim,
-            "layer scale (init_values)": _there(block.ls1) or _there(block.ls2),
             "an output of the attention without bias": attn.proj.bias is None,
             "an MLP that is not Linear, GELU, Linear": not _is_plain_mlp(mlp),
         }
@@ -175,18 +174,25 @@ def _write(trained: Trained, out: Path, settings: dict[str, Any], weights: dict[
     ]
 
 
-def _with_cls_position(vit: VisionTransformer) -> dict[str, Tensor]:
-    """The weights, with a position for [CLS] where the architecture has none: zero."""
+def _expressed(vit: VisionTransformer) -> dict[str, Tensor]:
+    """The weights as a ViT without layer scale has them, and with a position for [CLS]: the same function."""
     weights = vit.state_dict()
     if vit.no_embed_class:
         zero_11D = torch.zeros(1, 1, vit.embed_dim)
         weights["pos_embed"] = torch.cat([zero_11D, weights["pos_embed"]], dim=1)
+    for number in range(len(vit.blocks)):
+        for scale, scaled in (("ls1", "attn.proj"), ("ls2", "mlp.fc2")):
+            gamma_D = weights.pop(f"blocks.{number}.{scale}.gamma", None)
+            if gamma_D is not None:
+                name = f"blocks.{number}.{scaled}"
+                weights[f"{name}.weight"] = gamma_D[:, None] * weights[f"{name}.weight"]
+                weights[f"{name}.bias"] = gamma_D * weights[f"{name}.bias"]
     return weights
 
 
 def _refuse(target: str, found: list[str]) -> None:
     if found:
-        raise ConfigError(f"ccmim export {target}: it cannot express {', '.join(found)}; use timm, onnx or torch-export")
+        raise ConfigError(f"ccmim export {target}: cannot express {', '.join(found)}; take timm, onnx or torch-export")
 
 
 def _there(part: nn.Module | None) -> bool:
