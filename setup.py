@@ -39,7 +39,13 @@ EXTRAS = {
     # What `ccmim bench throughput` compares with, but for lightly: its list has pytorch_lightning, which is not to be
     # installed. Its MAE needs torch, torchvision, timm and numpy only: pip install --no-deps lightly
     "bench": ["transformers>=5"],
-    "dev": ["pytest>=8", "hypothesis>=6.100", "fsspec[http]>=2024.2", "submitit>=1.5", "ruff>=0.11"],
+    # `ccmim export onnx`; the other targets need nothing.
+    "export": ["onnx>=1.16", "onnxscript>=0.2"],
+    "dev": [
+        *("pytest>=8", "hypothesis>=6.100", "fsspec[http]>=2024.2", "submitit>=1.5", "ruff>=0.11"),
+        # What exports are loaded by in the tests.
+        *("transformers>=5", "onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"),
+    ],
 }
 
 setup(

@@ -7,7 +7,7 @@ from typing import NamedTuple, NoReturn
 
 from ccmim_fast.config.keys import nearest
 from ccmim_fast.errors import ConfigError, MachineError
-from ccmim_fast.export import hugging_face, plain
+from ccmim_fast.export import graphs, hugging_face, plain
 from ccmim_fast.export.trained import Trained, read_trained
 
 
@@ -30,6 +30,8 @@ TARGETS = {
     "hf-vit": Target(hugging_face.export_vit, "", "the encoder, for ViTModel of transformers"),
     "hf-vitmae": Target(hugging_face.export_vitmae, "", "encoder and decoder, for its ViTMAEForPreTraining"),
     "safetensors": Target(plain.export_safetensors, ".safetensors", "all weights, under our own names"),
+    "onnx": Target(graphs.export_onnx, ".onnx", "the encoder as a graph, for ONNX runtime"),
+    "torch-export": Target(graphs.export_program, ".pt2", "the encoder as a graph, for torch.export.load"),
 }
 
 
