@@ -21,6 +21,7 @@ commands:
   runs      list runs, how each stands and what it logged last: ccmim runs [FOLDER]
   data      index, check, gather and measure images: ccmim data index|verify|shard|stats|bench ROOT [options]
   export    write a run's weights for another library: ccmim export TARGET RUN OUT [options]
+  embed     features of a folder's images: ccmim embed RUN FOLDER --out FEATURES.npy|.arrow [options]
   ablate    train variants side by side, several seeds, one table: ccmim ablate score [options] [settings]
   bench     measure, in a checkout: ccmim bench throughput|ladder|attention|data|bank|soak|ops [options]
   doctor    show what this machine has, and what to install for more
@@ -62,6 +63,13 @@ def runs(argv: list[str]) -> None:
 def export(argv: list[str]) -> None:
     """`ccmim export TARGET RUN OUT`: a run's weights as another library loads them."""
     from ccmim_fast.export.command import export as run
+
+    run(argv)
+
+
+def embed(argv: list[str]) -> None:
+    """`ccmim embed RUN FOLDER --out FILE`: features of a folder's images."""
+    from ccmim_fast.export.embed import embed as run
 
     run(argv)
 
@@ -131,6 +139,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "runs": runs,
     "data": data,
     "export": export,
+    "embed": embed,
     "ablate": ablate,
     "bench": bench,
     "doctor": doctor,

@@ -46,6 +46,8 @@ WORKING = [
     ["data", "bench", "images", "--image-size", "16", "--batch", "2", "--device", "cpu"],
     ["export", "timm", "runs/good", "encoder.safetensors"],
     ["export", "safetensors", "runs/bad", "encoder.safetensors"],
+    ["export", "hf-vit", "runs/good", "new", "--push", "me/model", "--dry-run"],
+    ["embed", "runs/good", "images", "--out", "features.npy", "--batch=2", "--pool", "cls", "--device", "cpu"],
     ["ablate", "score", "--seeds", "1", "--jobs=1", "--only", "all", "bank", "--runs", "r", "--out", "t"],
     ["bench", "throughput", "--batch", "2"],
     ["doctor"],
@@ -119,7 +121,7 @@ def test_fault_27_command_lines(monkeypatch):
     seen = Counter()
     for name in (
         *("trainer.loop.fit", "demo.run_demo", "submit.hand_in", "ablation.command.run_all"),
-        *("data.rates.measure_rates", "data.verify.verify", "doctor.gpus"),
+        *("data.rates.measure_rates", "data.verify.verify", "doctor.gpus", "export.hub.push"),
     ):
         monkeypatch.setattr(f"ccmim_fast.{name}", begin)
     monkeypatch.setattr(cli, "subprocess", SimpleNamespace(run=begin))

@@ -14,6 +14,7 @@ ONE_FILE = {
     "xformers": "models/attention.py",
     "apex": "optim/apex.py",
     "submitit": "submit.py",
+    "huggingface_hub": "export/hub.py",
 }
 
 

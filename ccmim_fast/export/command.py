@@ -8,6 +8,7 @@ from typing import NamedTuple, NoReturn
 from ccmim_fast.config.keys import nearest
 from ccmim_fast.errors import ConfigError, MachineError
 from ccmim_fast.export import graphs, hugging_face, plain
+from ccmim_fast.export.card import read_result, write_card
 from ccmim_fast.export.trained import Trained, read_trained
 
 
@@ -38,21 +39,43 @@ TARGETS = {
 def export(argv: list[str]) -> None:
     """`ccmim export TARGET RUN OUT`: the newest checkpoint of a run, as another library loads it.
 
-    RUN is a run's folder, or one of its checkpoints. OUT is a new folder, or a file of the target's suffix. Averaged
-    weights are taken where the run has them.
+    RUN is a run's folder, or one of its checkpoints. OUT is a new folder, in which a model card stands beside the
+    weights, or a file of the target's suffix. Averaged weights are taken where the run has them.
     """
     given = _read(argv)
-    target, out = TARGETS[given.target], Path(given.out)
-    alone = bool(target.suffix) and out.suffix == target.suffix
+    evaluation = [row for path in given.result for row in read_result(path)]
     trained = read_trained(given.run)
+    out = Path(given.out)
     try:
-        (out.parent if alone else out).mkdir(parents=True, exist_ok=True)
-        if not alone and any(out.iterdir()):
-            raise ConfigError(f"ccmim export: {given.out!r:.200} is not empty; name a new folder")
-        for path in target.write(trained, out):
+        for path in _write(TARGETS[given.target], trained, out):
             print(path)
+        if out.is_dir():
+            print(write_card(given.target, trained, out, given.push, evaluation))
     except OSError as error:
         raise MachineError(f"{error.filename or given.out}: not written: {error.strerror or error}") from None
+    if given.push:
+        _push(out, given)
+
+
+def _write(target: Target, trained: Trained, out: Path) -> list[Path]:
+    if target.suffix and out.suffix == target.suffix:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return target.write(trained, out)
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        raise ConfigError(f"ccmim export: {str(out)!r:.200} is not empty; name a new folder")
+    return target.write(trained, out)
+
+
+def _push(folder: Path, given: argparse.Namespace) -> None:
+    from ccmim_fast.export import hub
+
+    if not given.dry_run:
+        print(hub.push(folder, given.push, given.private))
+        return
+    print(f"would go to {given.push}, {'private' if given.private else 'for everyone'}:")
+    for name, size in hub.to_upload(folder):
+        print(f"{size:>14,} bytes  {name}")
 
 
 def _read(argv: list[str]) -> argparse.Namespace:
@@ -62,6 +85,14 @@ def _read(argv: list[str]) -> argparse.Namespace:
             f"ccmim export: {given.target!r:.80}: no such target; one of {', '.join(TARGETS)}; "
             f"nearest: {nearest(given.target, TARGETS)}"
         )
+    if given.push:
+        from ccmim_fast.export.hub import check_name
+
+        check_name(given.push)
+        if TARGETS[given.target].suffix and Path(given.out).suffix == TARGETS[given.target].suffix:
+            raise ConfigError(f"ccmim export: --push needs a folder with its card, got {given.out!r:.200}")
+    elif given.dry_run or given.private:
+        raise ConfigError("ccmim export: --dry-run and --private are for --push OWNER/NAME")
     return given
 
 
@@ -87,4 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("target", metavar="TARGET")
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("out", metavar="OUT")
+    parser.add_argument(
+        "--result", metavar="FILE", action="append", default=[], help="result.json of an evaluation, for the card"
+    )
+    parser.add_argument("--push", metavar="OWNER/NAME", default="", help="upload the folder to the Hugging Face hub")
+    parser.add_argument("--private", action="store_true", help="as a private model, if it is new")
+    parser.add_argument("--dry-run", action="store_true", help="write all, say what would be uploaded, upload nothing")
     return parser

@@ -24,6 +24,7 @@ class Trained(NamedTuple):
         model: in evaluation mode, float32 on the CPU.
         config: of the run, without the places of its machine.
         step: finished optimizer steps.
+        samples: images of an epoch.
         averaged: the weights are their moving average (`optim.ema_decay`).
         run: the run's folder.
     """
@@ -31,6 +32,7 @@ class Trained(NamedTuple):
     model: CCMIM
     config: Config
     step: int
+    samples: int
     averaged: bool
     run: Path
 
@@ -96,7 +98,7 @@ def read_trained(place: str) -> Trained:
             raise CheckpointError(f"{place}: no complete checkpoint in it; {'; '.join(problems) or 'none at all'}")
     try:
         text, weights, averages = state["config"], state["model"], state["ema"]
-        step = int(state["progress"]["step"])
+        step, samples = (int(state["progress"][key]) for key in ("step", "samples"))
         if averages is not None:
             weights = {k.removeprefix("module."): v for k, v in averages.items() if k.startswith("module.")}
     except (KeyError, TypeError, AttributeError, ValueError):
@@ -110,4 +112,4 @@ def read_trained(place: str) -> Trained:
     public = dataclasses.replace(
         config, run=RunConfig(), data=dataclasses.replace(config.data, **dict.fromkeys(_PLACES, ""))
     )
-    return Trained(model.eval(), public, step, averages is not None, run)
+    return Trained(model.eval(), public, step, samples, averages is not None, run)
