@@ -22,6 +22,7 @@ commands:
   data      index, check, gather and measure images: ccmim data index|verify|shard|stats|bench ROOT [options]
   export    write a run's weights for another library: ccmim export TARGET RUN OUT [options]
   embed     features of a folder's images: ccmim embed RUN FOLDER --out FEATURES.npy|.arrow [options]
+  import    published weights as a checkpoint: ccmim import FILE --arch NAME --out RUN [settings]
   ablate    train variants side by side, several seeds, one table: ccmim ablate score [options] [settings]
   bench     measure, in a checkout: ccmim bench throughput|ladder|attention|data|bank|soak|ops [options]
   doctor    show what this machine has, and what to install for more
@@ -63,6 +64,13 @@ def runs(argv: list[str]) -> None:
 def export(argv: list[str]) -> None:
     """`ccmim export TARGET RUN OUT`: a run's weights as another library loads them."""
     from ccmim_fast.export.command import export as run
+
+    run(argv)
+
+
+def import_weights(argv: list[str]) -> None:
+    """`ccmim import FILE --arch NAME --out OUT [settings]`: published weights as a checkpoint of ours."""
+    from ccmim_fast.export.imported import import_weights as run
 
     run(argv)
 
@@ -140,6 +148,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "data": data,
     "export": export,
     "embed": embed,
+    "import": import_weights,
     "ablate": ablate,
     "bench": bench,
     "doctor": doctor,

@@ -48,6 +48,7 @@ WORKING = [
     ["export", "safetensors", "runs/bad", "encoder.safetensors"],
     ["export", "hf-vit", "runs/good", "new", "--push", "me/model", "--dry-run"],
     ["embed", "runs/good", "images", "--out", "features.npy", "--batch=2", "--pool", "cls", "--device", "cpu"],
+    ["import", "file", "--arch", "vit_tiny_patch16_224", "--out", "new", "--decoder.depth=1"],
     ["ablate", "score", "--seeds", "1", "--jobs=1", "--only", "all", "bank", "--runs", "r", "--out", "t"],
     ["bench", "throughput", "--batch", "2"],
     ["doctor"],

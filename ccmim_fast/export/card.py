@@ -91,7 +91,8 @@ def write_card(
         contrast=config.contrast.loss != "none",
         commit=commit if commit != "unknown" else None,
         facts=_facts(target, trained),
-        code=loading_code(target, trained, name, str(out)),
+        # Its own name alone: where it lies on this machine is nobody's business.
+        code=loading_code(target, trained, name, out.name),
         input=_FLOATS
         if target in ("onnx", "torch-export")
         else _NORMALISED.format(size=f"{height} x {width}", values=values),
