@@ -48,7 +48,7 @@ WORKING = [
     ["export", "safetensors", "runs/bad", "encoder.safetensors"],
     ["export", "hf-vit", "runs/good", "new", "--push", "me/model", "--dry-run"],
     ["embed", "runs/good", "images", "--out", "features.npy", "--batch=2", "--pool", "cls", "--device", "cpu"],
-    ["import", "file", "--arch", "vit_tiny_patch16_224", "--out", "new", "--decoder.depth=1"],
+    ["import", "weights.pth", "--arch", "vit_tiny_patch16_224", "--out", "new", "--decoder.depth=1"],
     ["ablate", "score", "--seeds", "1", "--jobs=1", "--only", "all", "bank", "--runs", "r", "--out", "t"],
     ["bench", "throughput", "--batch", "2"],
     ["doctor"],
@@ -94,7 +94,9 @@ def make_folder(folder: Path) -> None:
     with tarfile.open(folder / "all.tar", "w") as tar:
         tar.add(folder / "images", "images")
     (folder / "file").write_text("text")
-    for name, state in (("good", {"model": {"encoder.x": torch.zeros(1)}, "ema": None}), ("bad", {"model": 5})):
+    torch.save({"cls_token": torch.zeros(1)}, folder / "weights.pth")
+    good = {"model": {}, "ema": None, "progress": {"step": 1, "samples": 4}, "config": ""}
+    for name, state in (("good", good), ("bad", {"model": 5})):
         checkpoints.save(folder / "runs" / name / "checkpoints", 1, state, keep=1)
         (folder / "runs" / name / "config.yaml").write_text("run: {log_every: 1}\n" if name == "good" else "[" * 9)
         (folder / "runs" / name / "metrics.jsonl").write_text(json.dumps({"kind": "train", "epoch": 1}) + "\n{")
@@ -123,6 +125,7 @@ def test_fault_27_command_lines(monkeypatch):
     for name in (
         *("trainer.loop.fit", "demo.run_demo", "submit.hand_in", "ablation.command.run_all"),
         *("data.rates.measure_rates", "data.verify.verify", "doctor.gpus", "export.hub.push"),
+        *("export.trained.build_model", "export.imported.build_model"),
     ):
         monkeypatch.setattr(f"ccmim_fast.{name}", begin)
     monkeypatch.setattr(cli, "subprocess", SimpleNamespace(run=begin))
