@@ -85,11 +85,15 @@ def _read(argv: list[str]) -> argparse.Namespace:
             f"ccmim export: {given.target!r:.80}: no such target; one of {', '.join(TARGETS)}; "
             f"nearest: {nearest(given.target, TARGETS)}"
         )
+    suffix, others = TARGETS[given.target].suffix, {target.suffix for target in TARGETS.values()} - {""}
+    if Path(given.out).suffix in others - {suffix}:
+        forms = f"FILE{suffix} or a folder" if suffix else "a folder"
+        raise ConfigError(f"ccmim export {given.target}: OUT={given.out!r:.200} must be {forms}")
     if given.push:
         from ccmim_fast.export.hub import check_name
 
         check_name(given.push)
-        if TARGETS[given.target].suffix and Path(given.out).suffix == TARGETS[given.target].suffix:
+        if suffix and Path(given.out).suffix == suffix:
             raise ConfigError(f"ccmim export: --push needs a folder with its card, got {given.out!r:.200}")
     elif given.dry_run or given.private:
         raise ConfigError("ccmim export: --dry-run and --private are for --push OWNER/NAME")

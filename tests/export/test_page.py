@@ -50,5 +50,6 @@ def test_the_page(tmp_path, monkeypatch):
             torch.testing.assert_close(torch.as_tensor(names["tokens"]), expected, rtol=0, atol=1e-5)
             checked += 1
     assert checked == 4
+    assert not Path("out/onnx/model.onnx.data").exists()
     assert names["loss"] > 0
     torch.testing.assert_close(torch.tensor(names["features"]), expected[:, 1:].mean(1), rtol=0, atol=1e-5)

@@ -103,6 +103,7 @@ def test_mistakes(tmp_path, capsys):
     run = str(tmp_path / "run")
     for argv, code, words in (
         (["tim", run, "out"], 2, ["'tim'", "nearest: timm"]),
+        (["timm", run, "encoder.onnx"], 2, ["FILE.safetensors or a folder"]),
         (["timm", run, str(tmp_path / "full")], 2, ["not empty"]),
         (["timm", run, str(tmp_path / "full" / "file" / "x")], 6, ["not written"]),
         (["timm", str(tmp_path / "full"), "out"], 5, ["no complete checkpoint"]),
