@@ -41,13 +41,13 @@ EXTRAS = {
     # What `ccmim bench throughput` compares with, but for lightly: its list has pytorch_lightning, which is not to be
     # installed. Its MAE needs torch, torchvision, timm and numpy only: pip install --no-deps lightly
     "bench": ["transformers>=5"],
+    # `ccmim export onnx`; the other targets need nothing.
+    "export": ["onnx>=1.16", "onnxscript>=0.2"],
     "dev": [
-        "pytest>=8",
-        "pytest-xdist>=3.6",
-        "hypothesis>=6.100",
-        "fsspec[http]>=2024.2",
-        "submitit>=1.5",
-        "ruff>=0.11",
+        *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.11"),
+        *("fsspec[http]>=2024.2", "submitit>=1.5"),
+        # What exports are loaded by in the tests.
+        *("transformers>=5", "onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"),
         *DOCS,
     ],
 }
@@ -64,7 +64,7 @@ setup(
         "ccmim_fast.configs",
     ],
     package_dir={"ccmim_kernels": "kernels/ccmim_kernels", "ccmim_fast.configs": "configs"},
-    package_data={"ccmim_fast.configs": ["*.yaml"], "ccmim_fast.report": ["*.html"]},
+    package_data={"ccmim_fast.configs": ["*.yaml"], "ccmim_fast.report": ["*.html"], "ccmim_fast.export": ["*.md"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["ccmim = ccmim_fast.cli:main"]},

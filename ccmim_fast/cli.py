@@ -21,7 +21,9 @@ commands:
   runs      list runs, how each stands and what it logged last: ccmim runs [FOLDER]
   report    compare runs in one offline HTML page: ccmim report RUN [RUN ...] [options]
   data      index, check, gather and measure images: ccmim data index|verify|shard|stats|bench ROOT [options]
-  export    write a run's encoder as timm weights: ccmim export RUN OUT.safetensors
+  export    write a run's weights for another library: ccmim export TARGET RUN OUT [options]
+  embed     features of a folder's images: ccmim embed RUN FOLDER --out FEATURES.npy|.arrow [options]
+  import    published weights as a checkpoint: ccmim import FILE --arch NAME --out RUN [settings]
   ablate    train variants side by side, several seeds, one table: ccmim ablate score | strategy | lambda | decoder
   bench     measure, in a checkout: ccmim bench throughput|ladder|attention|data|bank|soak|scaling|ops [options]
   doctor    show what this machine has, and what to install for more
@@ -67,12 +69,24 @@ def runs(argv: list[str]) -> None:
 
 
 def export(argv: list[str]) -> None:
-    """`ccmim export RUN OUT.safetensors`: the encoder of the newest checkpoint, under timm's names."""
-    if len(argv) != 2:
-        raise ConfigError("usage: ccmim export RUN OUT.safetensors")
-    from ccmim_fast.checkpoints.convert import export_timm
+    """`ccmim export TARGET RUN OUT`: a run's weights as another library loads them."""
+    from ccmim_fast.export.command import export as run
 
-    print(export_timm(argv[0], argv[1]))
+    run(argv)
+
+
+def import_weights(argv: list[str]) -> None:
+    """`ccmim import FILE --arch NAME --out OUT [settings]`: published weights as a checkpoint of ours."""
+    from ccmim_fast.export.imported import import_weights as run
+
+    run(argv)
+
+
+def embed(argv: list[str]) -> None:
+    """`ccmim embed RUN FOLDER --out FILE`: features of a folder's images."""
+    from ccmim_fast.export.embed import embed as run
+
+    run(argv)
 
 
 def report(argv: list[str]) -> None:
@@ -146,6 +160,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "report": report,
     "data": data,
     "export": export,
+    "embed": embed,
+    "import": import_weights,
     "ablate": ablate,
     "bench": bench,
     "doctor": doctor,

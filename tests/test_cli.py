@@ -1,13 +1,10 @@
-"""The command: one line and an exit code for every mistake, and what `export` gives."""
+"""The command: one line and an exit code for every mistake, and what is no run."""
 
 import subprocess
 import sys
 
 import pytest
-import timm
 import torch
-from safetensors.torch import load_file
-from tiny import TINY
 
 from ccmim_fast import cli
 from ccmim_fast.checkpoints import io
@@ -24,8 +21,8 @@ from ccmim_fast.errors import ConfigError
         (["pretrain", "--config", "ccmim_vit_bse"], 2, ["ccmim_vit_bse", "ccmim_vit_base"]),
         (["pretrain", "--data.root=/nowhere/at/all", "--run.dir=RUN"], 3, ["/nowhere/at/all"]),
         (["pretrain", "--train.device=cuda", "--run.dir=RUN"], 6, ["no CUDA device"]),
-        (["export", "/nowhere", "out.safetensors"], 5, ["no complete checkpoint"]),
-        (["export"], 2, ["usage: ccmim export"]),
+        (["export", "timm", "/nowhere", "out.safetensors"], 5, ["no complete checkpoint"]),
+        (["export"], 2, ["TARGET, RUN, OUT"]),
         (["demo", "--data.source=photos"], 2, ["data.source=photos"]),
     ],
 )
@@ -72,27 +69,12 @@ def test_help(capsys):
     assert "pretrain" in capsys.readouterr().out
 
 
-def test_export_loads_into_timm(tmp_path, capsys):
-    from ccmim_fast.models.build import build_model
-
-    model = build_model(TINY)
-    io.save(tmp_path / "checkpoints", 1, {"model": model.state_dict(), "ema": None}, keep=1)
-    out = tmp_path / "encoder.safetensors"
-    assert main(["export", str(tmp_path), str(out)]) == 0
-    weights = load_file(out)
-    target = timm.create_model(
-        "vit_tiny_patch16_224", num_classes=0, img_size=(32, 48), patch_size=8, embed_dim=48, depth=3, num_heads=3
-    )
-    target.load_state_dict(weights, strict=True)
-    assert torch.equal(target.blocks[2].mlp.fc1.weight, model.encoder.blocks[2].mlp.fc1.weight)
-
-
 @pytest.mark.parametrize("state", [{}, {"model": 5, "ema": None}, {"model": {}, "ema": None}, {"model": {}, "ema": 5}])
 def test_export_of_what_is_no_run(tmp_path, capsys, state):
     io.save(tmp_path / "checkpoints", 1, state, keep=1)
-    assert main(["export", str(tmp_path), str(tmp_path / "out.safetensors")]) == 5
+    assert main(["export", "timm", str(tmp_path), str(tmp_path / "out.safetensors")]) == 5
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("step_00000001: state.pt is no run's: there is no encoder in it")
+    assert line.endswith("step_00000001: state.pt is no run's: it has no model, settings or progress")
     assert not (tmp_path / "out.safetensors").exists()
 
 

@@ -46,8 +46,11 @@ WORKING = [
     ["data", "shard", "images", "out", "--side", "16", "--quality=80", "--seed", "1", "--shard-bytes=4096"],
     ["data", "stats", "images", "--images", "2", "--workers=1"],
     ["data", "bench", "images", "--image-size", "16", "--batch", "2", "--device", "cpu"],
-    ["export", "runs/good", "encoder.safetensors"],
-    ["export", "runs/bad", "encoder.safetensors"],
+    ["export", "timm", "runs/good", "encoder.safetensors"],
+    ["export", "safetensors", "runs/bad", "encoder.safetensors"],
+    ["export", "hf-vit", "runs/good", "new", "--push", "me/model", "--dry-run"],
+    ["embed", "runs/good", "images", "--out", "features.npy", "--batch=2", "--pool", "cls", "--device", "cpu"],
+    ["import", "weights.pth", "--arch", "vit_tiny_patch16_224", "--out", "new", "--decoder.depth=1"],
     ["ablate", "score", "--seeds", "1", "--jobs=1", "--only", "all", "bank", "--runs", "r", "--out", "t"],
     ["bench", "throughput", "--batch", "2"],
     ["doctor"],
@@ -93,7 +96,9 @@ def make_folder(folder: Path) -> None:
     with tarfile.open(folder / "all.tar", "w") as tar:
         tar.add(folder / "images", "images")
     (folder / "file").write_text("text")
-    for name, state in (("good", {"model": {"encoder.x": torch.zeros(1)}, "ema": None}), ("bad", {"model": 5})):
+    torch.save({"cls_token": torch.zeros(1)}, folder / "weights.pth")
+    good = {"model": {}, "ema": None, "progress": {"step": 1, "samples": 4}, "config": ""}
+    for name, state in (("good", good), ("bad", {"model": 5})):
         checkpoints.save(folder / "runs" / name / "checkpoints", 1, state, keep=1)
         (folder / "runs" / name / "config.yaml").write_text("run: {log_every: 1}\n" if name == "good" else "[" * 9)
         (folder / "runs" / name / "metrics.jsonl").write_text(json.dumps({"kind": "train", "epoch": 1}) + "\n{")
@@ -121,7 +126,8 @@ def test_fault_27_command_lines(monkeypatch):
     seen = Counter()
     for name in (
         *("trainer.loop.fit", "demo.run_demo", "submit.hand_in", "ablation.command.run_all"),
-        *("data.rates.measure_rates", "data.verify.verify", "doctor.gpus"),
+        *("data.rates.measure_rates", "data.verify.verify", "doctor.gpus", "export.hub.push"),
+        *("export.trained.build_model", "export.imported.build_model"),
     ):
         monkeypatch.setattr(f"ccmim_fast.{name}", begin)
     monkeypatch.setattr(cli, "subprocess", SimpleNamespace(run=begin))

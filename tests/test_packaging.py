@@ -49,7 +49,7 @@ def test_presets_and_template_are_inside(wheel):
     presets = {f"ccmim_fast/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
     assert presets
     assert presets <= names
-    assert "ccmim_fast/report/page.html" in names
+    assert {"ccmim_fast/report/page.html", "ccmim_fast/export/card.md"} <= names
 
 
 def test_no_dependency_on_the_other_apex(wheel):

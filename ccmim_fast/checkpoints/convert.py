@@ -5,14 +5,10 @@ under `encoder.`, `decoder.` and `projector.`, so conversion is renaming.
 """
 
 import argparse
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ccmim_fast.checkpoints import io
 from ccmim_fast.errors import CheckpointError
 from ccmim_fast.models.ccmim import CCMIM
 
@@ -72,31 +68,6 @@ def load_flat(model: CCMIM, flat: dict[str, Tensor]) -> None:
 def to_timm(ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """The encoder's weights under timm's names, for `timm.create_model(arch, num_classes=0)`."""
     return {name.removeprefix("encoder."): value for name, value in ours.items() if name.startswith("encoder.")}
-
-
-def export_timm(run: str, out: str) -> Path:
-    """Write the encoder of a run's newest checkpoint as safetensors under timm's names; EMA weights where it has them.
-
-    Raises:
-        CheckpointError: the run has no checkpoint that loads and holds an encoder, or `out` cannot be written.
-    """
-    found = io.newest(Path(run) / "checkpoints")
-    if found.state is None:
-        raise CheckpointError(f"{run}: no complete checkpoint in it; {'; '.join(found.problems) or 'none at all'}")
-    try:
-        weights = found.state["model"]
-        if found.state["ema"] is not None:
-            weights = {k.removeprefix("module."): v for k, v in found.state["ema"].items() if k.startswith("module.")}
-        encoder = {name: value.contiguous() for name, value in to_timm(weights).items()}
-    except (KeyError, TypeError, AttributeError):
-        encoder = {}
-    if not encoder:
-        raise CheckpointError(f"{found.path}: {io.STATE} is no run's: there is no encoder in it")
-    try:
-        save_file(encoder, out)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{out}: not written: {error}") from None
-    return Path(out)
 
 
 def read_flat_file(path: str) -> dict[str, Tensor]:

@@ -166,6 +166,8 @@ class Savepoints:
     def _changes(self, progress: Progress) -> Iterator[str]:
         """What makes the stream of samples another one than that of the checkpoint."""
         plan = self._plan
+        if not progress.seen:  # imported weights: no stream has begun
+            return
         if progress.images != plan.source.fingerprint:
             what = f"the images are not those of the checkpoint ({progress.samples} then, {plan.samples} now)"
         elif progress.shards != plan.shards:

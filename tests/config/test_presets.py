@@ -117,10 +117,12 @@ def test_figures_of_the_authors_code():
 @pytest.mark.parametrize("size", SIZES)
 def test_mae_presets_differ_from_one_another_in_the_architecture_alone(size):
     config = preset(f"mae_vit_{size}")
-    assert {key for key, *_ in difference(preset("mae_vit_base"), config)} <= {"model.arch"}
+    # ViT-H's weights are divided among ranks, which no result depends on.
+    alone = {"model.arch", *(["train.parallel"] if size == "huge" else [])}
+    assert {key for key, *_ in difference(preset("mae_vit_base"), config)} <= alone
     assert (config.mask.strategy, config.contrast.loss, config.decoder.depth) == ("random", "none", 8)
     assert (config.train.batch_size, config.train.epochs, config.data.flip) == (4096, 800, True)
-    assert {key for key, *_ in difference(Config(), preset(f"ccmim_vit_{size}"))} <= {"model.arch"}
+    assert {key for key, *_ in difference(Config(), preset(f"ccmim_vit_{size}"))} <= alone
 
 
 def test_small_image_and_demo_rates():

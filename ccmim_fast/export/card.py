@@ -1,0 +1,147 @@
+"""The model card: README.md in an exported folder, filled from the run."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from ccmim_fast.config.keys import show
+from ccmim_fast.errors import ConfigError
+from ccmim_fast.export.graphs import OPSET
+from ccmim_fast.export.trained import Trained
+from ccmim_fast.models.embedding import patch_size_of
+from ccmim_fast.report.curves import read_metrics
+
+_LOSSES = ("epoch", "loss", "recons", "contrast")
+_FLOATS = "It takes float32 images [B, C, H, W] in 0..1; their normalisation is in the graph."
+_NORMALISED = (
+    "Images are resized to {size} whole, without regard to their aspect, scaled to 0..1 and normalised: {values}."
+)
+
+# The library's name on the hub, and the loading code; {place} is the folder, or its name on the hub.
+LIBRARIES = {
+    "timm": "timm",
+    "hf-vit": "transformers",
+    "hf-vitmae": "transformers",
+    "safetensors": "safetensors",
+    "onnx": "onnx",
+    "torch-export": "pytorch",
+}
+CODE = {
+    "timm": """import timm
+
+model = timm.create_model("{scheme}:{place}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+# model.forward_features(transform(image)[None]): tokens, {prefix} of them before the patches'""",
+    "hf-vit": """from transformers import AutoImageProcessor, AutoModel
+
+model = AutoModel.from_pretrained("{place}", add_pooling_layer=False).eval()
+processor = AutoImageProcessor.from_pretrained("{place}")
+# model(**processor(image, return_tensors="pt")).last_hidden_state: tokens, {prefix} of them before the patches'""",
+    "hf-vitmae": """from transformers import AutoImageProcessor, ViTMAEForPreTraining
+
+model = ViTMAEForPreTraining.from_pretrained("{place}").eval()
+processor = AutoImageProcessor.from_pretrained("{place}")
+# model(**processor(image, return_tensors="pt")).loss: of a random mask""",
+    "safetensors": """from safetensors.torch import load_file
+
+weights = load_file("{file}model.safetensors")  # encoder., decoder., projector. in the names of ccmim_fast""",
+    "onnx": """import onnxruntime
+
+session = onnxruntime.InferenceSession("{file}model.onnx")
+# session.run(["tokens"], {{"images": images}}): tokens, {prefix} of them before the patches'""",
+    "torch-export": """import torch
+
+model = torch.export.load("{file}model.pt2").module()
+# model(images): tokens, {prefix} of them before the patches'""",
+}
+
+
+def loading_code(target: str, trained: Trained, name: str = "", folder: str = "") -> str:
+    """Python that loads the export: from the hub where it has a `name` there, else from `folder`."""
+    prefix = trained.model.encoder.num_prefix_tokens
+    hub = "hf-hub" if name else "local-dir"
+    file = "" if name else f"{folder}/"
+    return CODE[target].format(scheme=hub, place=name or folder, prefix=prefix, file=file)
+
+
+def write_card(
+    target: str, trained: Trained, out: Path, name: str = "", evaluation: Sequence[tuple[str, str]] = ()
+) -> Path:
+    """Write README.md into the folder `out`.
+
+    Args:
+        name: OWNER/NAME on the hub, if it goes there.
+        evaluation: figures by name, see `read_result`.
+    """
+    config = trained.config
+    height, width = config.data.image_size
+    values = f"mean {list(config.data.mean)}, standard deviation {list(config.data.std)}"
+    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined)
+    commit = trained.environment().get("commit")
+    text = templates.get_template("card.md").render(
+        library=LIBRARIES[target],
+        method=trained.method,
+        arch=config.model.arch,
+        ratio=f"{config.mask.ratio:.0%}",
+        by_score=config.mask.strategy.startswith("importance"),
+        contrast=config.contrast.loss != "none",
+        commit=commit if commit != "unknown" else None,
+        facts=_facts(target, trained),
+        # Its own name alone: where it lies on this machine is nobody's business.
+        code=loading_code(target, trained, name, out.name),
+        input=_FLOATS
+        if target in ("onnx", "torch-export")
+        else _NORMALISED.format(size=f"{height} x {width}", values=values),
+        changed=[(key, _cell(show(value))) for key, value in trained.changed()],
+        losses=_last_losses(trained.run),
+        evaluation=evaluation,
+    )
+    path = out / "README.md"
+    path.write_text(text, errors="replace")
+    return path
+
+
+def _facts(target: str, trained: Trained) -> list[tuple[str, Any]]:
+    vit, config = trained.model.encoder, trained.config
+    height, width = config.data.image_size
+    facts = {
+        "image size": f"{height} x {width}, {config.data.channels} channels",
+        "patch": patch_size_of(vit),
+        "width, blocks": f"{vit.embed_dim}, {len(vit.blocks)}",
+        "parameters of the encoder": f"{sum(p.numel() for p in vit.parameters()) / 1e6:.1f} M",
+        "optimizer steps": f"{trained.step:,}",
+        "images of an epoch": f"{trained.samples:,}",
+        "weights": "moving average" if trained.averaged else "of the last step",
+    }
+    if target == "onnx":
+        facts["ONNX opset"] = OPSET
+    return list(facts.items())
+
+
+def read_result(path: str) -> list[tuple[str, str]]:
+    """The figures of a result.json, as an evaluation writes it: rows of the card.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        found = json.loads(Path(path).read_text())
+        said = [str(found[key]) for key in ("evaluation", "protocol") if found.get(key)]
+        figures = {str(name): float(value) for name, value in found["figures"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ConfigError(f"--result={path!r:.200}: no result of an evaluation; name its result.json") from None
+    return [(_cell(", ".join([*said, name])), f"{value:.4g}") for name, value in figures.items()]
+
+
+def _last_losses(run: Path) -> list[tuple[str, str]]:
+    found = (read_metrics(run / "metrics.jsonl") or [{}])[-1]
+    figures = {key: found[key] for key in _LOSSES if type(found.get(key)) in (int, float)}
+    return [(key, f"{value:.4g}") for key, value in figures.items() if math.isfinite(value)]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,0 +1,98 @@
+"""The encoder as a graph without Python: ONNX, and torch.export's file."""
+
+# B batch, C channels, H height, W width, T tokens (prefix tokens first), D width
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ccmim_fast.errors import MachineError
+from ccmim_fast.export.trained import Trained
+
+OPSET = 20  # of ONNX; the first with Gelu as an operator
+_ONNX_NEEDS = ("onnx", "onnxscript")
+# Protocol buffers, of which an ONNX file is one, end at 2^31 bytes; what is larger has its weights in a file beside it.
+_ONE_FILE = 1.9e9
+
+
+class Tokens(nn.Module):
+    """float32 images [B, C, H, W] in 0..1 -> the final tokens [B, T, D]; the images' normalisation is in it."""
+
+    def __init__(self, encoder: VisionTransformer, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.encoder = encoder
+        self.register_buffer("mean_C11", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std_C11", torch.tensor(std)[:, None, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.encoder.forward_features((images - self.mean_C11) / self.std_C11)
+
+
+def export_onnx(trained: Trained, out: Path) -> list[Path]:
+    """`images` -> `tokens`, see `Tokens`, of any batch; what the file is stands in its metadata.
+
+    Raises:
+        MachineError: onnx or onnxscript is not installed.
+    """
+    missing = [name for name in _ONNX_NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MachineError(f"ccmim export onnx: needs {', '.join(missing)}: pip install 'ccmim_fast[export]'")
+    file = out / "model.onnx" if out.is_dir() else out
+    with _quiet():
+        program = torch.onnx.export(
+            _tokens(trained),
+            (_example(trained),),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["tokens"],
+            dynamic_shapes=_any_batch(),
+            verbose=False,
+        )
+        program.model.metadata_props.update(trained.about())
+        beside = sum(p.nbytes for p in trained.model.encoder.parameters()) > _ONE_FILE
+        program.save(file, external_data=beside)
+    return [file, file.with_name(f"{file.name}.data")] if beside else [file]
+
+
+def export_program(trained: Trained, out: Path) -> list[Path]:
+    """For `torch.export.load(FILE).module()`: `Tokens` of any batch; what the file is stands in its `about.json`."""
+    file = out / "model.pt2" if out.is_dir() else out
+    with _quiet():
+        program = torch.export.export(_tokens(trained), (_example(trained),), dynamic_shapes=_any_batch())
+        torch.export.save(program, file, extra_files={"about.json": json.dumps(trained.about())})
+    return [file]
+
+
+def _tokens(trained: Trained) -> Tokens:
+    return Tokens(trained.model.encoder, trained.config.data.mean, trained.config.data.std).eval()
+
+
+def _example(trained: Trained) -> Tensor:
+    # More than one: a batch of one would be taken for a constant.
+    return torch.zeros(2, trained.config.data.channels, *trained.config.data.image_size)
+
+
+def _any_batch() -> dict[str, dict[int, object]]:
+    return {"images": {0: torch.export.Dim("batch")}}
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without the exporters' own progress and advice to their developers."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

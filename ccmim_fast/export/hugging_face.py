@@ -1,0 +1,209 @@
+"""ViTModel and ViTMAEForPreTraining of transformers: their settings, their names, and what they cannot express.
+
+The names are those of the published checkpoints, which every version of transformers reads; nothing of it is needed to
+write them.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ccmim_fast.checkpoints.convert import to_flat
+from ccmim_fast.errors import ConfigError
+from ccmim_fast.export.plain import write_json, write_weights
+from ccmim_fast.export.trained import Trained
+from ccmim_fast.models.blocks import is_plain
+from ccmim_fast.models.embedding import patch_size_of
+
+_BICUBIC = 3  # Pillow's number, which preprocessor_config.json holds
+
+# Of a block, timm's name -> theirs; the fused query, key and value are taken apart.
+_BLOCK = {
+    "norm1": "layernorm_before",
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+_EMBEDDING = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+    "norm.weight": "layernorm.weight",
+    "norm.bias": "layernorm.bias",
+}
+
+
+def export_vit(trained: Trained, out: Path) -> list[Path]:
+    """The encoder as a ViTModel, in the folder `out`; `AutoModel.from_pretrained(out, add_pooling_layer=False)`.
+
+    Raises:
+        ConfigError: the architecture has what ViTModel has not.
+    """
+    vit = trained.model.encoder
+    _refuse("hf-vit", obstacles(vit))
+    weights = renamed(_expressed(vit), "")
+    return _write(trained, out, {"model_type": "vit", "architectures": ["ViTModel"], **_settings(vit)}, weights)
+
+
+def export_vitmae(trained: Trained, out: Path) -> list[Path]:
+    """Encoder and decoder as a ViTMAEForPreTraining, in the folder `out`; its loss is our L_recons on the same mask.
+
+    Raises:
+        ConfigError: the architecture, the images or the target are none of ViTMAE's.
+    """
+    vit, config = trained.model.encoder, trained.config
+    _refuse("hf-vitmae", [*obstacles(vit), *_obstacles_of_mae(trained)])
+    flat = to_flat({name: value for name, value in trained.model.state_dict().items() if name.startswith("decoder.")})
+    blocks = {name.removeprefix("decoder_"): flat.pop(name) for name in list(flat) if name.startswith("decoder_blocks")}
+    weights = renamed(_expressed(vit), "vit.")
+    weights |= {f"decoder.{name}": value for name, value in flat.items()}
+    weights |= dict(_blocks(blocks, "decoder.decoder_layers."))
+    settings = _settings(vit) | {
+        "model_type": "vit_mae",
+        "architectures": ["ViTMAEForPreTraining"],
+        "decoder_num_attention_heads": config.decoder.num_heads,
+        "decoder_hidden_size": config.decoder.dim,
+        "decoder_num_hidden_layers": config.decoder.depth,
+        "decoder_intermediate_size": trained.model.decoder.blocks[0].mlp.fc1.out_features,
+        "mask_ratio": config.mask.ratio,
+        "norm_pix_loss": config.target.norm_pix,
+    }
+    return _write(trained, out, settings, weights)
+
+
+def obstacles(vit: VisionTransformer) -> list[str]:
+    """What of `vit` transformers' ViTModel cannot express, in words."""
+    blocks = list(vit.blocks)
+    norms = [vit.norm, *(norm for block in blocks if is_plain(block) for norm in (block.norm1, block.norm2))]
+    found = {
+        "registers (reg_tokens)": vit.reg_token is not None,
+        "a norm before the blocks (pre_norm)": _there(vit.norm_pre),
+        "a norm of the patches": _there(vit.patch_embed.norm),
+        "blocks that are not timm's standard one": not all(map(is_plain, blocks)),
+        "a norm that is no LayerNorm with weights and biases": not all(map(_is_layer_norm, norms)),
+        "norms of several eps": len({getattr(norm, "eps", None) for norm in norms}) > 1,
+    }
+    for block in filter(is_plain, blocks):
+        attn, mlp = block.attn, block.mlp
+        found |= {
+            "norms of queries and keys (qk_norm)": _there(attn.q_norm) or _there(attn.k_norm),
+            "a norm in the attention": _there(attn.norm),
+            "a gate in the attention": getattr(attn, "gate", None) is not None,
+            "heads that do not divide the width": attn.num_heads * attn.head_dim != vit.embed_dim,
+            "an output of the attention without bias": attn.proj.bias is None,
+            "an MLP that is not Linear, GELU, Linear": not _is_plain_mlp(mlp),
+        }
+    return [words for words, there in found.items() if there]
+
+
+def _obstacles_of_mae(trained: Trained) -> list[str]:
+    config, vit = trained.config, trained.model.encoder
+    height, width = config.data.image_size
+    found = {
+        f"images that are not square (data.image_size=[{height}, {width}])": height != width,
+        f"a target other than pixels (target.kind={config.target.kind})": config.target.kind != "pixels",
+        "another eps in the decoder's norms": vit.norm.eps != trained.model.decoder.norm.eps,
+        "queries, keys and values without bias": vit.blocks[0].attn.qkv.bias is None,
+    }
+    return [words for words, there in found.items() if there]
+
+
+def renamed(timm_weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights of a plain ViT under the names of transformers' published ViTs."""
+    blocks = {name: value for name, value in timm_weights.items() if name.startswith("blocks.")}
+    others = {prefix + _EMBEDDING[name]: value for name, value in timm_weights.items() if name not in blocks}
+    return others | dict(_blocks(blocks, f"{prefix}encoder.layer."))
+
+
+def _blocks(weights: dict[str, Tensor], prefix: str) -> Iterator[tuple[str, Tensor]]:
+    for name, value in weights.items():
+        _, number, inner = name.split(".", 2)
+        part, _, kind = inner.rpartition(".")
+        if part != "attn.qkv":
+            yield f"{prefix}{number}.{_BLOCK[part]}.{kind}", value
+            continue
+        for which, third in zip(("query", "key", "value"), value.chunk(3)):
+            yield f"{prefix}{number}.attention.attention.{which}.{kind}", third
+
+
+def _settings(vit: VisionTransformer) -> dict[str, Any]:
+    block = vit.blocks[0]
+    height, width = vit.patch_embed.img_size
+    return {
+        "hidden_size": vit.embed_dim,
+        "num_hidden_layers": len(vit.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "intermediate_size": block.mlp.fc1.out_features,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.02,
+        "layer_norm_eps": vit.norm.eps,
+        "image_size": height if height == width else [height, width],
+        "patch_size": patch_size_of(vit),
+        "num_channels": vit.patch_embed.proj.in_channels,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "dtype": "float32",
+    }
+
+
+def _write(trained: Trained, out: Path, settings: dict[str, Any], weights: dict[str, Tensor]) -> list[Path]:
+    height, width = trained.config.data.image_size
+    # As images are prepared for evaluation here: whole, without regard to their aspect.
+    preparation = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": _BICUBIC,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(trained.config.data.mean),
+        "image_std": list(trained.config.data.std),
+    }
+    return [
+        write_weights(weights, trained.about(), out),
+        write_json(out / "config.json", settings),
+        write_json(out / "preprocessor_config.json", preparation),
+    ]
+
+
+def _expressed(vit: VisionTransformer) -> dict[str, Tensor]:
+    """The weights as a ViT without layer scale has them, and with a position for [CLS]: the same function."""
+    weights = vit.state_dict()
+    if vit.no_embed_class:
+        zero_11D = torch.zeros(1, 1, vit.embed_dim)
+        weights["pos_embed"] = torch.cat([zero_11D, weights["pos_embed"]], dim=1)
+    for number in range(len(vit.blocks)):
+        for scale, scaled in (("ls1", "attn.proj"), ("ls2", "mlp.fc2")):
+            gamma_D = weights.pop(f"blocks.{number}.{scale}.gamma", None)
+            if gamma_D is not None:
+                name = f"blocks.{number}.{scaled}"
+                weights[f"{name}.weight"] = gamma_D[:, None] * weights[f"{name}.weight"]
+                weights[f"{name}.bias"] = gamma_D * weights[f"{name}.bias"]
+    return weights
+
+
+def _refuse(target: str, found: list[str]) -> None:
+    if found:
+        raise ConfigError(f"ccmim export {target}: cannot express {', '.join(found)}; take timm, onnx or torch-export")
+
+
+def _there(part: nn.Module | None) -> bool:
+    return part is not None and not isinstance(part, nn.Identity)
+
+
+def _is_layer_norm(norm: nn.Module) -> bool:
+    return isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+
+
+def _is_plain_mlp(mlp: nn.Module) -> bool:
+    names = {name for name, part in mlp.named_children() if _there(part) and not isinstance(part, nn.Dropout)}
+    exact = isinstance(getattr(mlp, "act", None), nn.GELU) and mlp.act.approximate == "none"
+    return names == {"fc1", "act", "fc2"} and exact and mlp.fc1.bias is not None and mlp.fc2.bias is not None

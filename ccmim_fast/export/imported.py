@@ -1,0 +1,184 @@
+"""`ccmim import`: published weights as a checkpoint of ours, to evaluate, to export, to pretrain on."""
+
+import argparse
+import dataclasses
+import math
+from pathlib import Path
+from typing import NoReturn
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ccmim_fast.checkpoints import io
+from ccmim_fast.checkpoints.convert import from_flat, read_flat_file
+from ccmim_fast.checkpoints.state import Progress, capture
+from ccmim_fast.config.load import load_config
+from ccmim_fast.config.schema import Config
+from ccmim_fast.errors import CheckpointError, ConfigError
+from ccmim_fast.export.plain import write_weights
+from ccmim_fast.export.trained import Trained
+from ccmim_fast.models.build import build_model
+from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.optim.optimizer import build_optimizer
+from ccmim_fast.trainer.run_folder import describe_run, open_run_folder
+
+_NEW = ("decoder", "projector", "predictor")  # parts that a file may lack as a whole: they start anew
+_SHOWN = 4  # names in one line
+
+
+def import_weights(argv: list[str]) -> None:
+    """`ccmim import FILE --arch NAME --out OUT [settings]`: published weights as a checkpoint of ours.
+
+    FILE: MAE's or the authors' ccMIM .pth; timm's .pth or .safetensors of an encoder; our own .safetensors. OUT: a new
+    run folder, for ccmim export, embed, and pretrain --run.resume OUT/checkpoints/step_00000000; or a .safetensors in
+    our names. Sizes are read off the weights; the other settings are those of ccmim pretrain. What is missing in FILE
+    or unexpected is an error, but for a whole decoder or head, which starts anew.
+    """
+    given, settings = _read(argv)
+    weights, arch = read_published(given.file)
+    arch = given.arch or arch
+    if not arch:
+        raise ConfigError(f"ccmim import: {given.file!r:.200} does not tell its architecture; add --arch NAME")
+    config = load_config([*derived(weights, arch, settings), *settings], "ccmim import FILE --arch NAME --out OUT")
+    torch.manual_seed(config.seed)
+    model = build_model(config)
+    new = fill_(model, weights, given.file)
+    path = _write(model, config, given.out)
+    print(f"{path}; not in the file, starts anew: {', '.join(new)}" if new else path)
+
+
+def read_published(path: str) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a file under our names, and the architecture if it tells; no code in the file is run.
+
+    A classifier (`head`) of timm's is left out.
+
+    Raises:
+        CheckpointError: missing, damaged, or no dictionary of tensors.
+    """
+    arch = ""
+    if path.endswith(".safetensors"):
+        try:
+            with safe_open(path, "pt") as file:
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                arch = (file.metadata() or {}).get("arch", "")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be read as weights: {str(error)[:200]}") from None
+    else:
+        found = read_flat_file(path)
+        for key in ("model", "state_dict"):
+            found = found[key] if isinstance(found.get(key), dict) else found
+    if not found or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()):
+        raise CheckpointError(f"{path}: holds no plain dictionary of tensors")
+    ours = found if any(name.startswith("encoder.") for name in found) else from_flat(found)
+    return {name: value for name, value in ours.items() if not name.startswith("encoder.head.")}, arch
+
+
+def derived(weights: dict[str, Tensor], arch: str, given: list[str]) -> list[str]:
+    """Settings that the weights tell, as options: sizes, and the method where no file of settings is given.
+
+    Raises:
+        ConfigError: timm does not know the architecture.
+    """
+    try:
+        with torch.device("meta"):
+            own = timm.create_model(arch, num_classes=0, class_token=True, global_pool="token")
+    except Exception as error:  # whatever timm raises on a name or class that is none of these
+        raise ConfigError(f"--arch={arch!r:.80}: {' '.join(str(error).split())[:200]}") from None
+    found: dict[str, object] = {"model.arch": arch}
+    kernel = weights.get("encoder.patch_embed.proj.weight")
+    if kernel is not None and kernel.ndim == 4:
+        width, channels, patch, _ = kernel.shape
+        told = {"patch_size": patch, "embed_dim": width, "depth": _blocks(weights, "encoder.blocks.")}
+        owned = {"patch_size": own.patch_embed.patch_size[0], "embed_dim": own.embed_dim, "depth": len(own.blocks)}
+        # Only what differs: a run that goes on from here is compared setting by setting.
+        found |= {f"model.{key}": value for key, value in told.items() if value != owned[key]}
+        found |= {"data.channels": channels} if channels != 3 else {}
+        positions = weights.get("encoder.pos_embed")
+        if positions is not None and positions.ndim == 3:
+            side = math.isqrt(positions.shape[1] - (0 if own.no_embed_class else own.num_prefix_tokens))
+            found["data.image_size"] = f"[{side * patch},{side * patch}]"
+    if "decoder.embed.weight" in weights:
+        found["decoder.dim"] = len(weights["decoder.embed.weight"])
+        found["decoder.depth"] = _blocks(weights, "decoder.blocks.")
+    if "projector.3.weight" in weights:
+        found["heads.dim"] = len(weights["projector.3.weight"])
+    if not any(option.startswith("--config") for option in given):
+        found |= _method(weights)
+    return [f"--{key}={value}" for key, value in found.items()]
+
+
+def fill_(model: CCMIM, weights: dict[str, Tensor], name: str) -> list[str]:
+    """Load strictly; returns the parts that `weights` lack as a whole, which stay as they are.
+
+    Raises:
+        CheckpointError: one line with the names that are missing, unexpected, or of another shape.
+    """
+    own = model.state_dict()
+    new = [part for part in _NEW if hasattr(model, part) and not any(key.startswith(f"{part}.") for key in weights)]
+    kept = {key: value for key, value in own.items() if key.partition(".")[0] in new}
+    shared = weights.keys() & own.keys()
+    wrong = {
+        "missing": own.keys() - weights.keys() - kept.keys(),
+        "unexpected": weights.keys() - own.keys(),
+        "of another shape": {key for key in shared if own[key].shape != weights[key].shape},
+    }
+    if any(wrong.values()):
+        said = "; ".join(f"{words}: {_named(keys)}" for words, keys in wrong.items() if keys)
+        raise CheckpointError(f"{name}: not the weights of this model: {said}")
+    model.load_state_dict(weights | kept)
+    return new
+
+
+def _method(weights: dict[str, Tensor]) -> dict[str, str]:
+    parts = {name.partition(".")[0] for name in weights}
+    if "predictor" in parts:
+        return {"contrast.loss": "align"}
+    if "decoder" in parts and "projector" not in parts:
+        return {"contrast.loss": "none", "mask.strategy": "random"}  # MAE
+    return {}
+
+
+def _blocks(weights: dict[str, Tensor], prefix: str) -> int:
+    return len({name.removeprefix(prefix).partition(".")[0] for name in weights if name.startswith(prefix)})
+
+
+def _named(keys: set[str]) -> str:
+    names = sorted(keys)
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _write(model: CCMIM, config: Config, out: str) -> Path:
+    if out.endswith(".safetensors"):
+        about = Trained(model, config, step=0, samples=0, averaged=False, run=Path(out).parent).about()
+        return write_weights(model.state_dict(), about, Path(out))
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=out))
+    folder = open_run_folder(config)
+    describe_run(folder, config, torch.device("cpu"))
+    # No moments yet; the rate and the decay are those of the run that goes on.
+    of = config.optim
+    optimizer = build_optimizer("adamw", model, lr=of.base_lr, weight_decay=of.weight_decay, betas=of.betas)
+    state = capture(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), None, Progress(0, 0, 0, ""), config)
+    return io.save(folder / "checkpoints", 0, state, keep=1)
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a mistake, as everywhere in `ccmim`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}")
+
+
+def _read(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    usage = "ccmim import FILE --arch NAME --out OUT [settings]"
+    said = import_weights.__doc__.replace("`", "")
+    parser = _Parser("ccmim import", usage=usage, description=said, allow_abbrev=False)
+    parser.add_argument("--arch", metavar="NAME", default="", help="timm's name; not needed where FILE tells it")
+    parser.add_argument("--out", metavar="OUT", required=True, help="a new run folder, or a .safetensors")
+    file = argv[0] if argv and not argv[0].startswith("-") else None
+    given, settings = parser.parse_known_args(argv if file is None else argv[1:])
+    if file is None:
+        raise ConfigError(f"ccmim import: the file is missing; {usage}")
+    given.file = file
+    return given, settings
