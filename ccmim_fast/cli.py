@@ -20,6 +20,7 @@ commands:
   submit    the same as a job of Slurm: ccmim submit [options] -- SETTINGS
   runs      list runs, how each stands and what it logged last: ccmim runs [FOLDER]
   data      index, check, gather and measure images: ccmim data index|verify|shard|stats|bench ROOT [options]
+  eval      measure a checkpoint: ccmim eval knn|logreg|linear|attentive|finetune CHECKPOINT [settings]
   export    write a run's encoder as timm weights: ccmim export RUN OUT.safetensors
   ablate    train variants side by side, several seeds, one table: ccmim ablate score [options] [settings]
   bench     measure, in a checkout: ccmim bench throughput|ladder|attention|data|bank|soak|ops [options]
@@ -57,6 +58,13 @@ def runs(argv: list[str]) -> None:
     from ccmim_fast.runs import print_runs
 
     print_runs(argv)
+
+
+def evaluate(argv: list[str]) -> None:
+    """`ccmim eval NAME CHECKPOINT [settings]`: a checkpoint by a published protocol."""
+    from ccmim_fast.evaluation.command import evaluate as run
+
+    run(argv)
 
 
 def export(argv: list[str]) -> None:
@@ -132,6 +140,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "submit": submit,
     "runs": runs,
     "data": data,
+    "eval": evaluate,
     "export": export,
     "ablate": ablate,
     "bench": bench,
