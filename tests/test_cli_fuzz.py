@@ -44,6 +44,9 @@ WORKING = [
     ["data", "shard", "images", "out", "--side", "16", "--quality=80", "--seed", "1", "--shard-bytes=4096"],
     ["data", "stats", "images", "--images", "2", "--workers=1"],
     ["data", "bench", "images", "--image-size", "16", "--batch", "2", "--device", "cpu"],
+    ["eval", "knn", "timm:vit_tiny_patch16_224", "--data.source=shapes", "--knn.k=[5]", "--run.dir=new"],
+    ["eval", "linear", "timm:vit_tiny_patch16_224", "--config", "linear", "--data.source", "shapes", "--overwrite"],
+    ["eval", "finetune", "runs/good", "--config=finetune_large", "--data.root=images", "--resume", "auto"],
     ["export", "runs/good", "encoder.safetensors"],
     ["export", "runs/bad", "encoder.safetensors"],
     ["ablate", "score", "--seeds", "1", "--jobs=1", "--only", "all", "bank", "--runs", "r", "--out", "t"],
@@ -119,7 +122,7 @@ def test_fault_27_command_lines(monkeypatch):
     seen = Counter()
     for name in (
         *("trainer.loop.fit", "demo.run_demo", "submit.hand_in", "ablation.command.run_all"),
-        *("data.rates.measure_rates", "data.verify.verify", "doctor.gpus"),
+        *("data.rates.measure_rates", "data.verify.verify", "doctor.gpus", "evaluation.command.open_run_folder"),
     ):
         monkeypatch.setattr(f"ccmim_fast.{name}", begin)
     monkeypatch.setattr(cli, "subprocess", SimpleNamespace(run=begin))

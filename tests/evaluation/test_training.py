@@ -59,6 +59,16 @@ def test_goes_on_bit_for_bit(evaluated, tmp_path, name):
     assert lines[0] == lines[1]
 
 
+@pytest.mark.slow
+def test_processes_that_augment_change_nothing(evaluated, tmp_path):
+    """Randomness is keyed by the image and the step, not by the process that decodes it."""
+    few = [*SHORT, *TRAINS["finetune"], "--train.max_steps=3"]
+    for workers in (1, 2):
+        evaluated("finetune", *few, f"--data.workers={workers}", folder=f"by{workers}")
+    one, two = (io.newest(tmp_path / folder / "checkpoints").state["model"] for folder in ("by1", "by2"))
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
 def test_another_setting_is_refused(evaluated):
     evaluated("attentive", *SHORT, "--train.epochs=1")
     with pytest.raises(ConfigError, match=r"optim.base_lr=0.5: the checkpoint has 0.0125; use that, or --overwrite"):
