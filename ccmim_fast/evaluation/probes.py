@@ -2,7 +2,7 @@
 
 # B batch, T tokens (prefix tokens first), D width, C classes, R heads
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import timm.optim
 import torch
@@ -14,6 +14,8 @@ from ccmim_fast.data.loader import build_loader
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.supervised import Learner, Training
+
+Groups = Sequence[tuple[Iterator[nn.Parameter], float]]  # parameters, and what their rate is multiplied by
 
 
 def linear(job: Job) -> dict[str, float]:
@@ -77,9 +79,7 @@ def _classifier(width: int, classes: int, init_std: float) -> nn.Linear:
     return linear_
 
 
-def build_head_optimizer(
-    optim: EvalOptimConfig, groups: Sequence[tuple[Iterator[nn.Parameter], float]]
-) -> torch.optim.Optimizer:
+def build_head_optimizer(optim: EvalOptimConfig, groups: Groups) -> torch.optim.Optimizer:
     """Over groups of parameters and what their rate is multiplied by.
 
     `lars` is MAE's: rates of matrices are adapted (timm's Lars leaves them alone at weight decay 0 unless it is told),
@@ -95,7 +95,6 @@ def build_head_optimizer(
         adapt = optim.name == "lars"
         split.append({"params": matrices, "lr_scale": scale, "always_adapt": adapt, "weight_decay": optim.weight_decay})
         split.append({"params": vectors, "lr_scale": scale, "always_adapt": False, "weight_decay": 0.0})
-    # Without adaptation timm's Lars is SGD with momentum; with weight decay it adapts always.
     if optim.name == "lars":
         return timm.optim.Lars(split, lr=optim.base_lr, momentum=optim.momentum, trust_coeff=optim.trust, eps=0.0)
     for group in split:
@@ -103,7 +102,9 @@ def build_head_optimizer(
     return torch.optim.SGD(split, lr=optim.base_lr, momentum=optim.momentum)
 
 
-def _train(job: Job, head: nn.Module, inputs, groups, names: tuple[str, ...]) -> dict[str, float]:
+def _train(
+    job: Job, head: nn.Module, inputs: Callable[[Tensor], Tensor], groups: Groups, names: tuple[str, ...]
+) -> dict[str, float]:
     config, here = job.config, job.here
     head.to(here.device)
     loader = build_loader(
