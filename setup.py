@@ -64,7 +64,11 @@ setup(
         "ccmim_fast.configs",
     ],
     package_dir={"ccmim_kernels": "kernels/ccmim_kernels", "ccmim_fast.configs": "configs"},
-    package_data={"ccmim_fast.configs": ["*.yaml"], "ccmim_fast.report": ["*.html"], "ccmim_fast.export": ["*.md"]},
+    package_data={
+        "ccmim_fast.configs": ["*.yaml", "eval/*.yaml"],
+        "ccmim_fast.report": ["*.html"],
+        "ccmim_fast.export": ["*.md"],
+    },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["ccmim = ccmim_fast.cli:main"]},

@@ -21,6 +21,7 @@ commands:
   runs      list runs, how each stands and what it logged last: ccmim runs [FOLDER]
   report    compare runs in one offline HTML page: ccmim report RUN [RUN ...] [options]
   data      index, check, gather and measure images: ccmim data index|verify|shard|stats|bench ROOT [options]
+  eval      measure a checkpoint: ccmim eval knn|logreg|linear|attentive|finetune CHECKPOINT [settings]
   export    write a run's weights for another library: ccmim export TARGET RUN OUT [options]
   embed     features of a folder's images: ccmim embed RUN FOLDER --out FEATURES.npy|.arrow [options]
   import    published weights as a checkpoint: ccmim import FILE --arch NAME --out RUN [settings]
@@ -66,6 +67,13 @@ def runs(argv: list[str]) -> None:
     from ccmim_fast.runs import print_runs
 
     print_runs(argv)
+
+
+def evaluate(argv: list[str]) -> None:
+    """`ccmim eval NAME CHECKPOINT [settings]`: a checkpoint by a published protocol."""
+    from ccmim_fast.evaluation.command import evaluate as run
+
+    run(argv)
 
 
 def export(argv: list[str]) -> None:
@@ -159,6 +167,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "runs": runs,
     "report": report,
     "data": data,
+    "eval": evaluate,
     "export": export,
     "embed": embed,
     "import": import_weights,

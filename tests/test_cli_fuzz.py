@@ -51,6 +51,9 @@ WORKING = [
     ["export", "hf-vit", "runs/good", "new", "--push", "me/model", "--dry-run"],
     ["embed", "runs/good", "images", "--out", "features.npy", "--batch=2", "--pool", "cls", "--device", "cpu"],
     ["import", "weights.pth", "--arch", "vit_tiny_patch16_224", "--out", "new", "--decoder.depth=1"],
+    ["eval", "knn", "timm:vit_tiny_patch16_224", "--data.source=shapes", "--knn.k=[5]", "--run.dir=new"],
+    ["eval", "linear", "timm:vit_tiny_patch16_224", "--config", "linear", "--data.source", "shapes", "--overwrite"],
+    ["eval", "finetune", "runs/good", "--config=finetune_large", "--data.root=images", "--resume", "auto"],
     ["ablate", "score", "--seeds", "1", "--jobs=1", "--only", "all", "bank", "--runs", "r", "--out", "t"],
     ["bench", "throughput", "--batch", "2"],
     ["doctor"],
@@ -126,8 +129,8 @@ def test_fault_27_command_lines(monkeypatch):
     seen = Counter()
     for name in (
         *("trainer.loop.fit", "demo.run_demo", "submit.hand_in", "ablation.command.run_all"),
-        *("data.rates.measure_rates", "data.verify.verify", "doctor.gpus", "export.hub.push"),
-        *("export.trained.build_model", "export.imported.build_model"),
+        *("data.rates.measure_rates", "data.verify.verify", "doctor.gpus", "evaluation.command.open_run_folder"),
+        *("export.trained.build_model", "export.imported.build_model", "export.hub.push"),
     ):
         monkeypatch.setattr(f"ccmim_fast.{name}", begin)
     monkeypatch.setattr(cli, "subprocess", SimpleNamespace(run=begin))

@@ -46,7 +46,8 @@ def test_two_top_level_names(wheel):
 
 def test_presets_and_template_are_inside(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    presets = {f"ccmim_fast/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    configs = ROOT / "configs"
+    presets = {f"ccmim_fast/configs/{path.relative_to(configs)}" for path in configs.rglob("*.yaml")}
     assert presets
     assert presets <= names
     assert {"ccmim_fast/report/page.html", "ccmim_fast/export/card.md"} <= names

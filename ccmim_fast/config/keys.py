@@ -1,10 +1,10 @@
-"""The schema as one flat table: every setting by its dotted key, such as `mask.ratio`."""
+"""A schema as one flat table: every setting by its dotted key, such as `mask.ratio`. `Config` is pretraining's."""
 
 import difflib
 import inspect
 import re
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, NamedTuple, get_type_hints
 
@@ -27,18 +27,18 @@ class Setting(NamedTuple):
 
 
 @cache
-def sections() -> dict[str, type]:
-    """The sections of the schema (`mask`, `train`, ...) and their dataclasses, in the schema's order."""
-    kinds = get_type_hints(Config)
-    return {item.name: kinds[item.name] for item in fields(Config) if kinds[item.name].__module__ == Config.__module__}
+def sections(schema: type = Config) -> dict[str, type]:
+    """The sections of a schema (`mask`, `train`, ...) and their dataclasses, in the schema's order."""
+    kinds = get_type_hints(schema)
+    return {item.name: kinds[item.name] for item in fields(schema) if is_dataclass(kinds[item.name])}
 
 
 @cache
-def settings() -> dict[str, Setting]:
+def settings(schema: type = Config) -> dict[str, Setting]:
     """Every setting by its dotted key, in the schema's order."""
-    default = flatten(Config())
+    default = flatten(schema())
     table = {}
-    for prefix, owner in [("", Config), *((f"{name}.", owner) for name, owner in sections().items())]:
+    for prefix, owner in [("", schema), *((f"{name}.", owner) for name, owner in sections(schema).items())]:
         comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(owner), re.MULTILINE))
         for name, kind in get_type_hints(owner).items():
             if prefix + name in default:
@@ -51,20 +51,20 @@ def flatten(config: Config) -> dict[str, Any]:
     flat = {}
     for item in fields(config):
         value = getattr(config, item.name)
-        if item.name in sections():
+        if item.name in sections(type(config)):
             flat |= {f"{item.name}.{leaf.name}": getattr(value, leaf.name) for leaf in fields(value)}
         else:
             flat[item.name] = value
     return flat
 
 
-def build(values: dict[str, Any]) -> Config:
+def build(values: dict[str, Any], schema: type = Config) -> Any:
     """The inverse of `flatten`. Keys that are missing keep their defaults; an unknown one is a TypeError."""
-    parts: dict[str, dict[str, Any]] = {"": {}, **{name: {} for name in sections()}}
+    parts: dict[str, dict[str, Any]] = {"": {}, **{name: {} for name in sections(schema)}}
     for key, value in values.items():
         section, _, name = key.rpartition(".")
         parts[section][name] = value
-    return Config(**parts.pop(""), **{name: sections()[name](**part) for name, part in parts.items()})
+    return schema(**parts.pop(""), **{name: sections(schema)[name](**part) for name, part in parts.items()})
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -86,7 +86,7 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def check_key(key: str, prefix: str = "", source: str = "", others: Iterable[str] = ()) -> None:
+def check_key(key: str, prefix: str = "", source: str = "", others: Iterable[str] = (), schema: type = Config) -> None:
     """Refuses a key that is neither a setting nor one of `others`, naming the nearest that is.
 
     Args:
@@ -97,10 +97,12 @@ def check_key(key: str, prefix: str = "", source: str = "", others: Iterable[str
     Raises:
         ConfigError: one line.
     """
-    if key in settings() or key in others:
+    if key in settings(schema) or key in others:
         return
     name = prefix + key if key.isprintable() and len(key) <= 80 else show(key)
-    if key in sections():
-        leaves = ", ".join(known for known in settings() if known.startswith(f"{key}."))
+    if key in sections(schema):
+        leaves = ", ".join(known for known in settings(schema) if known.startswith(f"{key}."))
         raise ConfigError(f"{name}: is a section{source}; its keys are {leaves}")
-    raise ConfigError(f"{name}: unknown key{source}; did you mean {prefix}{nearest(key, [*others, *settings()])}?")
+    raise ConfigError(
+        f"{name}: unknown key{source}; did you mean {prefix}{nearest(key, [*others, *settings(schema)])}?"
+    )

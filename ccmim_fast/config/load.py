@@ -7,6 +7,7 @@ ranges validated. Whatever is wrong is a ConfigError of one line.
 import json
 import math
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -32,8 +33,14 @@ class _Dumper(yaml.SafeDumper):
         return super().represent_sequence(tag, sequence, flow_style=True)
 
 
-def load_config(argv: list[str], prog: str) -> Config:
-    """The configuration that the options `argv` ask for.
+def load_config(
+    argv: list[str],
+    prog: str,
+    schema: type = Config,
+    check: Callable[[Any], None] = validate,
+    folder: str = "",
+) -> Any:
+    """The configuration that the options `argv` ask for, a `schema`.
 
     `--config PATH_OR_PRESET` (once at most), `--key=value` or `--key value` for any setting (the last one counts, and
     it counts more than the file), a bare `--key` for true, `--resume X` and `--overwrite` for those of `run`.
@@ -41,35 +48,37 @@ def load_config(argv: list[str], prog: str) -> Config:
     Args:
         argv: what stands behind the command, such as ["--config", "demo", "--mask.ratio=0.6"].
         prog: the command as the help text names it, such as "ccmim pretrain".
+        check: raises ConfigError for one that cannot run.
+        folder: below configs/, that has the presets.
 
     Raises:
         ConfigError: one line naming the key, the value and the nearest valid one.
         SystemExit: 0, after printing what `--help` or `--print_config` (the resolved configuration) ask for.
     """
     if "--help" in argv or "-h" in argv:
-        _parser(prog).print_help()
+        _parser(prog, schema, folder).print_help()
         raise SystemExit(0)
-    given = _read_options(argv)
+    given = _read_options(argv, schema)
     printing = given.pop("print_config", "")
     values = {}
     if "config" in given:
-        content, source = _read_file(given.pop("config"))
-        values = _values(content, source)
-    values |= {key: _typed(key, text, "") for key, text in given.items()}
-    config = build(values)
-    validate(config)
+        content, source = _read_file(given.pop("config"), folder)
+        values = _values(content, source, schema)
+    values |= {key: _typed(key, text, "", schema) for key, text in given.items()}
+    config = build(values, schema)
+    check(config)
     if printing:
         print(to_yaml(config), end="")
         raise SystemExit(0)
     return config
 
 
-def presets() -> dict[str, Path]:
-    """The shipped presets by name, in alphabetic order."""
+def presets(below: str = "") -> dict[str, Path]:
+    """The shipped presets by name, in alphabetic order; those of pretraining, or in a folder `below` theirs."""
     package = Path(__file__).parents[1]
     # An installed package has them as the data of ccmim_fast.configs; in a checkout they lie beside ccmim_fast/.
     folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted((folder / below).glob("*.yaml"))}
 
 
 def to_yaml(config: Config) -> str:
@@ -88,7 +97,7 @@ def from_yaml(text: str, name: str) -> Config:
     Raises:
         ConfigError: as `load_config`.
     """
-    config = build(_values(text, f" in {name}"))
+    config = build(_values(text, f" in {name}", Config))
     validate(config)
     return config
 
@@ -98,22 +107,25 @@ def difference(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
     return [(key, old, new) for (key, old), new in zip(flatten(a).items(), flatten(b).values()) if old != new]
 
 
-def _parser(prog: str) -> ArgumentParser:
+def _parser(prog: str, schema: type, folder: str) -> ArgumentParser:
     """Every option with its type and help, for `--help`."""
     parser = ArgumentParser(prog=prog)
-    parser.add_argument("--config", metavar="PATH", help=f"YAML file, or one of the presets {', '.join(presets())}")
+    parser.add_argument(
+        "--config", metavar="PATH", help=f"YAML file, or one of the presets {', '.join(presets(folder))}"
+    )
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
-    groups = {name: parser.add_argument_group(name) for name in sections()}
-    for key, setting in settings().items():
+    groups = {name: parser.add_argument_group(name) for name in sections(schema)}
+    for key, setting in settings(schema).items():
         names = [f"--{name}" for name in (key, *(short for short, long in SHORT.items() if long == key))]
         owner = groups.get(key.rpartition(".")[0], parser)
         owner.add_argument(*names, type=setting.kind, default=setting.default, help=setting.help)
     return parser
 
 
-def _read_options(argv: list[str]) -> dict[str, str]:
+def _read_options(argv: list[str], schema: type) -> dict[str, str]:
     """The text of each option in `argv` by its key; the last of several counts."""
-    flags = {"print_config", *(key for key, setting in settings().items() if setting.kind is bool)}
+    flags = {"print_config", *(key for key, setting in settings(schema).items() if setting.kind is bool)}
+    short = {name: key for name, key in SHORT.items() if key in settings(schema)}
     given: dict[str, str] = {}
     rest = list(argv)
     while rest:
@@ -121,8 +133,8 @@ def _read_options(argv: list[str]) -> dict[str, str]:
         if not token.startswith("--"):
             raise ConfigError(f"{show(token)}: unexpected argument; a setting is written --mask.ratio=0.75")
         name, equals, text = token[2:].partition("=")
-        check_key(name, prefix="--", others=("config", "print_config", *SHORT))
-        key = SHORT.get(name, name)
+        check_key(name, prefix="--", others=("config", "print_config", *short), schema=schema)
+        key = short.get(name, name)
         if key == "config" and key in given:
             raise ConfigError(f"--config={show(text)}: is given twice; one file is the limit")
         if equals:
@@ -138,38 +150,39 @@ def _read_options(argv: list[str]) -> dict[str, str]:
     return given
 
 
-def _read_file(name: str) -> tuple[bytes, str]:
+def _read_file(name: str, folder: str) -> tuple[bytes, str]:
     """The content of the file or preset that `--config name` means, and how messages name it."""
     path = Path(name)
     if os.sep not in name and path.suffix not in (".yaml", ".yml"):
-        if name not in presets():
-            raise ConfigError(f"--config={show(name)}: no such preset; nearest is {nearest(name, presets())}")
-        path = presets()[name]
+        known = presets(folder)
+        if name not in known:
+            raise ConfigError(f"--config={show(name)}: no such preset; nearest is {nearest(name, known)}")
+        path = known[name]
         name = path.name
     try:
         return path.read_bytes(), f" in {name if name.isprintable() else show(name)}"
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         reason = getattr(error, "strerror", None) or error
-        hint = nearest(path.stem, presets())
+        hint = nearest(path.stem, presets(folder))
         raise ConfigError(f"--config={show(name)}: {reason}; nearest preset is {hint}") from None
 
 
-def _values(content: bytes | str, source: str) -> dict[str, Any]:
-    return {key: _typed(key, raw, source) for key, raw in read_settings(content, source).items()}
+def _values(content: bytes | str, source: str, schema: type) -> dict[str, Any]:
+    return {key: _typed(key, raw, source, schema) for key, raw in read_settings(content, source, schema).items()}
 
 
-def _typed(key: str, raw: str | list[str], source: str) -> Any:
+def _typed(key: str, raw: str | list[str], source: str, schema: type) -> Any:
     """The value that `raw` writes, in the type of the setting `key`."""
-    kind = settings()[key].kind
+    kind = settings(schema)[key].kind
     if kind is str and isinstance(raw, str):
         return raw  # as it stands: jsonargparse takes a text such as `!!bool x` for YAML first
     if kind is str:
-        raise _refusal(key, raw, source)
+        raise _refusal(key, raw, source, schema)
     try:
         value = _parser_of(kind).parse_args([f"--value={raw if isinstance(raw, str) else json.dumps(raw)}"]).value
         str(value)  # fails for an integer of more digits than Python prints
     except Exception:  # whatever the parser or YAML below it makes of the text, it is no such value
-        raise _refusal(key, raw, source) from None
+        raise _refusal(key, raw, source, schema) from None
     return value
 
 
@@ -181,14 +194,14 @@ def _parser_of(kind: Any) -> ArgumentParser:
     return parser
 
 
-def _refusal(key: str, raw: str | list[str], source: str) -> ConfigError:
-    expected, near = _expected(key, raw)
+def _refusal(key: str, raw: str | list[str], source: str, schema: type) -> ConfigError:
+    expected, near = _expected(key, raw, schema)
     return ConfigError(f"{key}={show(raw)}{source}: expected {expected}; nearest valid is {show(near)}")
 
 
-def _expected(key: str, raw: str | list[str]) -> tuple[str, Any]:
+def _expected(key: str, raw: str | list[str], schema: type) -> tuple[str, Any]:
     """What values the setting `key` takes, in words, and the one nearest to `raw`; else its default."""
-    kind, default, _ = settings()[key]
+    kind, default, _ = settings(schema)[key]
     if get_origin(kind) is Literal:
         options = get_args(kind)
         return f"one of {', '.join(options)}", nearest(str(raw), options)

@@ -5,7 +5,7 @@ import os
 import re
 from typing import Any, NoReturn
 
-from ccmim_fast.config.keys import flatten, nearest, settings, show
+from ccmim_fast.config.keys import Setting, flatten, nearest, settings, show
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
 
@@ -80,17 +80,27 @@ def validate(config: Config, world_size: int = 1) -> None:
     Raises:
         ConfigError: one line; of several mistakes the first.
     """
-    values = flatten(config)
-    for key, interval in RANGES.items():
-        _check_range(key, values[key], interval)
+    check_values(flatten(config), settings(), RANGES)
+    for check in (_check_run, _check_images, _check_arch, _check_widths, _check_patches, _check_mask, _check_device):
+        check(config)
+    _check_batch(config, world_size)
+
+
+def check_values(values: dict[str, Any], known: dict[str, Setting], ranges: dict[str, str]) -> None:
+    """Refuse a value beyond its range, and text that no file name can hold.
+
+    Args:
+        values: by dotted key.
+        known: the settings of the schema.
+        ranges: intervals such as "[0, 1)", by key.
+    """
+    for key, interval in ranges.items():
+        _check_range(key, values[key], interval, known[key].default)
     for key, value in values.items():
         if isinstance(value, str) and "\0" in value:
             _refuse(key, value, "without NUL characters", value.replace("\0", ""))
         if isinstance(value, str) and value != (possible := _without_halves(value)):
             _refuse(key, value, "text that a file name can hold", possible)
-    for check in (_check_run, _check_images, _check_arch, _check_widths, _check_patches, _check_mask, _check_device):
-        check(config)
-    _check_batch(config, world_size)
 
 
 def _refuse(key: str, value: Any, must: str, near: Any) -> NoReturn:
@@ -102,8 +112,7 @@ def _without_halves(text: str) -> str:
     return "".join(c for c in text if not "\ud800" <= c <= "\udfff" or "\udc80" <= c <= "\udcff")
 
 
-def _check_range(key: str, value: Any, interval: str) -> None:
-    default = settings()[key].default
+def _check_range(key: str, value: Any, interval: str, default: Any) -> None:
     low, high = map(float, interval[1:-1].split(", "))
 
     def clamp(number: float, fallback: float) -> float:

@@ -7,6 +7,7 @@ import yaml
 from yaml.constructor import ConstructorError
 
 from ccmim_fast.config.keys import check_key, sections, settings, show
+from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
 
 
@@ -22,7 +23,7 @@ class _TextLoader(yaml.BaseLoader):
         return mapping
 
 
-def read_settings(content: bytes | str, source: str) -> dict[str, str | list[str]]:
+def read_settings(content: bytes | str, source: str, schema: type = Config) -> dict[str, str | list[str]]:
     """The settings that a YAML document holds, by their dotted keys: text, or a list of text.
 
     Args:
@@ -40,25 +41,29 @@ def read_settings(content: bytes | str, source: str) -> dict[str, str | list[str
         reason = getattr(error, "problem", None) or str(error)
         raise ConfigError(f"not valid YAML{source}{line}: {' '.join(reason.split())}") from None
     given: dict[str, str | list[str]] = {}
-    for key, value in _leaves(document, source):
-        check_key(key, source=source)
+    for key, value in _leaves(document, source, schema):
+        check_key(key, source=source, schema=schema)
         if key in given:
             raise ConfigError(f"{key}: is given twice{source}")
         # A deeper value is not shown: aliases make small files that are endless when printed.
         if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
-            raise ConfigError(f"{key}: nested value{source}; write one such as {show(settings()[key].default)}")
+            raise ConfigError(f"{key}: nested value{source}; write one such as {show(settings(schema)[key].default)}")
         given[key] = value
     return given
 
 
-def _leaves(document: Any, source: str) -> Iterator[tuple[str, Any]]:
+def _leaves(document: Any, source: str, schema: type) -> Iterator[tuple[str, Any]]:
     """The settings of a document and their values, down to the schema's two levels."""
     if document in (None, ""):
         return
     if not isinstance(document, dict):
         raise ConfigError(f"no settings{source}: write lines such as `seed: 0`")
     for name, value in document.items():
-        if name in sections() and isinstance(value, dict):
+        if name in sections(schema) and isinstance(value, dict):
             yield from ((f"{name}.{leaf}", item) for leaf, item in value.items())
-        elif name not in sections() or value not in ("", "null", "~"):  # a section whose keys are commented out is fine
+        elif name not in sections(schema) or value not in (
+            "",
+            "null",
+            "~",
+        ):  # a section whose keys are commented out is fine
             yield name, value

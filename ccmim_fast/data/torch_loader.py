@@ -49,18 +49,33 @@ class TorchLoader:
 
 
 def evaluation_batches(
-    source: Source, image_size: tuple[int, int], batch_size: int, device: torch.device, workers: int = 0
+    source: Source,
+    image_size: tuple[int, int],
+    batch_size: int,
+    device: torch.device,
+    workers: int = 0,
+    central: float = 0.0,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
-    """Every usable image once, in the order of its id, whole and resized without regard to its aspect; no augmentation.
+    """Every usable image once, in the order of its id; no augmentation.
 
     The last batch may be smaller. Raises DataError naming an image that does not decode.
+
+    Args:
+        central: show the largest central part of the aspect of `image_size`, so many times its sides: 0.875 is a resize
+            of the shorter side to 256 and a central crop of 224. 0: the whole image, without regard to its aspect.
+        part: (k, n): the images k, k + n, k + 2 n, ... alone.
     """
+    first, step = part
 
     def whole_images() -> Iterator[MicroBatch]:
-        for start in range(0, usable(source), batch_size):
-            ids_B = usable_ids(source, np.arange(start, min(start + batch_size, usable(source))))
+        places_P = np.arange(first, usable(source), step)
+        for start in range(0, len(places_P), batch_size):
+            ids_B = usable_ids(source, places_P[start : start + batch_size])
             sizes_B2 = source.sizes_N2[ids_B].astype(np.int64)
             boxes_B4 = np.concatenate([np.zeros_like(sizes_B2), sizes_B2], axis=1)
+            if central:
+                boxes_B4 = _central_boxes(sizes_B2, image_size, central)
             yield MicroBatch(ids_B, np.zeros_like(ids_B), boxes_B4, np.zeros(len(ids_B), dtype=bool))
 
     def load(sample: MicroBatch) -> tuple[MicroBatch, np.ndarray]:
@@ -69,6 +84,14 @@ def evaluation_batches(
     for batch, images in prefetch(load, whole_images(), thread_count(workers)):
         buffers = Buffers((len(images), *images[0].shape), device, held=1)
         yield _batch(batch, images, source, buffers.fill, device)
+
+
+def _central_boxes(sizes_B2: np.ndarray, image_size: tuple[int, int], share: float) -> np.ndarray:
+    """Boxes [B, 4] of the aspect of `image_size` in the middle of images: `share` of the sides of the largest one."""
+    sides_2 = np.array(image_size)
+    largest_B1 = (sizes_B2 / sides_2).min(axis=1, keepdims=True)
+    cut_B2 = np.clip(np.rint(share * largest_B1 * sides_2).astype(np.int64), 1, sizes_B2)
+    return np.concatenate([(sizes_B2 - cut_B2) // 2, cut_B2], axis=1)
 
 
 def crop_of(source: Source, sample: MicroBatch, image_size: tuple[int, int]) -> np.ndarray:

@@ -160,9 +160,8 @@ class ProgressLine:
 
 
 def _line(step: int, total: int, f: dict[str, float]) -> str:
-    parts = [f"epoch {f['epoch']:.2f}", f"step {step}/{total}", f"loss {f['loss']:.4f}", f"recons {f['recons']:.4f}"]
-    if f.get("contrast") is not None:
-        parts.append(f"contrast {f['contrast']:.4f}")
+    parts = [f"epoch {f['epoch']:.2f}", f"step {step}/{total}", f"loss {f['loss']:.4f}"]
+    parts += [f"{part} {f[part]:.4f}" for part in ("recons", "contrast") if f.get(part) is not None]
     parts += [f"lr {f['lr']:.2e}", f"{f['images_per_second']:.0f} img/s", f"data wait {f['data_wait']:.0%}"]
     if f.get("mfu") is not None:
         parts.append(f"MFU {f['mfu']:.0%}")

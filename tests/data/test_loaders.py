@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data import dali_loader
@@ -199,6 +200,25 @@ def test_evaluation_shows_every_image_whole_and_once(source):
     for index in (0, 21):
         expected = Image.fromarray(source.decode(index)).resize(SIZE[::-1], Image.Resampling.BICUBIC)
         assert_close(images[index].numpy(), expected)
+
+
+def test_evaluation_shows_the_middle_as_a_resize_and_a_central_crop_do(source):
+    """As MAE tests: the shorter side to 256, then the central 224, here of an eighth; up to a pixel of rounding."""
+    side = 28
+    batches = list(evaluation_batches(source, (side, side), 22, torch.device("cpu"), central=0.875))
+    for index in (0, 21):
+        image = Image.fromarray(source.decode(index))
+        resized = v2.Resize(round(side / 0.875), v2.InterpolationMode.BICUBIC)(image)
+        expected = np.asarray(v2.CenterCrop(side)(resized), dtype=float)
+        found = batches[0].images_BHWC[index].numpy().astype(float)
+        whole = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC), dtype=float)
+        assert abs(found - expected).mean() < 0.5 * abs(whole - expected).mean()
+
+
+def test_evaluation_by_parts_shows_every_image_once(source):
+    parts = [evaluation_batches(source, SIZE, 4, torch.device("cpu"), part=(rank, 3)) for rank in range(3)]
+    ids = [torch.cat([batch.ids_B for batch in part]).tolist() for part in parts]
+    assert ids == [list(range(rank, 22, 3)) for rank in range(3)]
 
 
 def test_sources_are_built_from_the_configuration(photo_folder, tmp_path):

@@ -1,0 +1,199 @@
+"""The configuration of one evaluation: frozen, typed, each field with its unit and source.
+
+A protocol's figures are a preset of `configs/eval/`; the defaults here are what protocols share. "MAE" is He et al.
+(2021) and its repository, "CAE" is Chen et al. (2022).
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from ccmim_fast.config.keys import flatten, nearest, settings
+from ccmim_fast.config.schema import DataConfig
+from ccmim_fast.config.validate import COUNT, COUNT_OR_0, check_values
+from ccmim_fast.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EvalRunConfig:
+    dir: str = ""  # output folder; empty: runs/eval/NAME. Refused if not empty, unless `resume` or `overwrite` is set
+    resume: Literal["never", "auto"] = "never"  # auto: go on from the newest complete checkpoint in `dir`
+    overwrite: bool = False  # empty `dir` first
+    save_every: int = 1  # epochs between checkpoints; the last epoch is always saved
+    keep: int = 1  # newest checkpoints kept
+    log_every: int = 20  # optimizer steps between log lines
+    test_every: int = 10  # epochs between accuracies on the test images; the last epoch is always tested
+    tensorboard: bool = False  # event files beside metrics.jsonl
+
+
+@dataclass(frozen=True)
+class EvalDataConfig:
+    source: Literal["images", "shapes"] = "images"  # `shapes` are made by code, those to test on from another seed
+    root: str = ""  # folder with train/ and val/ (or test/), or of the training images; `shapes`: the cache folder
+    test: str = ""  # folder of the test images; empty: val/ or test/ in `root`
+    index: str = ""  # as in pretraining: file that says where each training image is
+    on_error: Literal["skip", "error"] = "skip"  # an image that cannot be decoded
+    max_bad: float = 0.01  # share of the images that may be unusable; more stop the run
+    loader: Literal["auto", "dali", "torch"] = "auto"  # auto: DALI where it is installed, else PIL + torch
+    image_size: tuple[int, int] = (224, 224)  # height, width in pixels; MAE
+    mean: tuple[float, ...] = ()  # per channel on a 0..1 scale; empty: the checkpoint's, else ImageNet's
+    std: tuple[float, ...] = ()
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # random resized crop, share of the image's area; MAE
+    flip: bool = True  # horizontal flip of training images, p = 0.5; MAE
+    test_crop: float = 0.875  # share of the shorter side that a test image shows: 224 of 256; MAE
+    workers: int = 0  # decoding threads, in fine-tuning processes; 0: one per core
+    samples: int = 4000  # `shapes`: number of training images
+    test_samples: int = 1000  # `shapes`: number of test images
+    classes: int = 6  # `shapes`: number of shape classes, 2..6
+    background: Literal["plain", "textured"] = "plain"  # `shapes`: what stands behind the object
+
+
+@dataclass(frozen=True)
+class EvalModelConfig:
+    arch: str = ""  # timm's name, where the checkpoint does not tell; else vit_base_patch16_224
+    num_heads: int = 0  # of attention; 0: the run's, else the architecture's own
+    pool: Literal["avg", "cls"] = "avg"  # mean over the patches' tokens (paper, appendix C), or [CLS]
+    drop_path: float = 0.0  # stochastic depth rate, fine-tuning
+
+
+@dataclass(frozen=True)
+class KnnConfig:
+    k: tuple[int, ...] = (10, 20, 100, 200)  # neighbours; DINO
+    temperature: float = 0.07  # a neighbour's weight is exp(cosine / temperature); DINO
+
+
+@dataclass(frozen=True)
+class LogregConfig:
+    c: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)  # inverse penalties tried on a fifth held out; evaluation/linear.py
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    rates: tuple[float, ...] = (1.0,)  # linear: times `optim.base_lr`, a head of its own for each, trained at once
+    num_heads: int = 0  # attentive: of the pooling attention; 0: the encoder's
+    init_std: float = 0.01  # of the classifier's weights; MAE, linear probe
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    auto: str = ""  # timm's policy, such as rand-m9-mstd0.5-inc1; empty: none
+    erase: float = 0.0  # probability of random erasing, by pixels of noise
+    mixup: float = 0.0  # alpha; 0: none
+    cutmix: float = 0.0  # alpha; 0: none
+    smoothing: float = 0.0  # of labels
+
+
+@dataclass(frozen=True)
+class EvalOptimConfig:
+    name: Literal["lars", "sgd", "adamw"] = "adamw"  # LARS as in MAE: adapted for weights, plain for biases
+    base_lr: float = 1e-3  # per 256 images
+    min_lr: float = 0.0  # end of the cosine
+    momentum: float = 0.9  # lars, sgd
+    trust: float = 0.001  # lars: coefficient; MAE
+    betas: tuple[float, float] = (0.9, 0.999)  # adamw
+    weight_decay: float = 0.0
+    layer_decay: float = 1.0  # the rate of each block is so many times that of the one above it
+    warmup_epochs: float = 10.0  # linear warm-up
+    clip_grad: float = 0.0  # largest gradient norm; 0: no clipping
+
+
+@dataclass(frozen=True)
+class EvalTrainConfig:
+    epochs: int = 90
+    batch_size: int = 1024  # images per optimizer step, over all ranks and micro-batches
+    accumulate: int = 1  # micro-batches per optimizer step
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # auto: by device, see trainer/precision.py
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_steps: int = 0  # stop after so many optimizer steps; 0: all epochs
+    timeout: float = 30.0  # minutes that a rank waits for another
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    seed: int = 0  # 0 .. 2**32 - 1; keys initial heads, order, crops and augmentation
+    run: EvalRunConfig = field(default_factory=EvalRunConfig)
+    data: EvalDataConfig = field(default_factory=EvalDataConfig)
+    model: EvalModelConfig = field(default_factory=EvalModelConfig)
+    knn: KnnConfig = field(default_factory=KnnConfig)
+    logreg: LogregConfig = field(default_factory=LogregConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: EvalOptimConfig = field(default_factory=EvalOptimConfig)
+    train: EvalTrainConfig = field(default_factory=EvalTrainConfig)
+
+
+RANGES = {
+    "seed": "[0, 4294967295]",
+    "run.save_every": COUNT,
+    "run.keep": COUNT,
+    "run.log_every": COUNT,
+    "run.test_every": COUNT,
+    "data.max_bad": "[0, 1]",
+    "data.image_size": "[2, 65536]",
+    "data.mean": "[0, 1]",
+    "data.std": "(0, 1000]",
+    "data.crop_scale": "(0, 1]",
+    "data.test_crop": "(0, 1]",
+    "data.workers": "[0, 4096]",
+    "data.samples": COUNT,
+    "data.test_samples": COUNT,
+    "data.classes": "[2, 6]",
+    "model.num_heads": "[0, 65536]",
+    "model.drop_path": "[0, 1)",
+    "knn.k": COUNT,
+    "knn.temperature": "(0, inf)",
+    "logreg.c": "(0, inf)",
+    "head.rates": "(0, inf)",
+    "head.num_heads": "[0, 65536]",
+    "head.init_std": "[0, inf)",
+    "augment.erase": "[0, 1]",
+    "augment.mixup": "[0, inf)",
+    "augment.cutmix": "[0, inf)",
+    "augment.smoothing": "[0, 1)",
+    "optim.base_lr": "[0, inf)",
+    "optim.min_lr": "[0, inf)",
+    "optim.momentum": "[0, 1)",
+    "optim.trust": "(0, inf)",
+    "optim.betas": "[0, 1)",
+    "optim.weight_decay": "[0, inf)",
+    "optim.layer_decay": "(0, 1]",
+    "optim.warmup_epochs": "[0, inf)",
+    "optim.clip_grad": "[0, inf)",
+    "train.epochs": COUNT,
+    "train.batch_size": COUNT,
+    "train.accumulate": COUNT,
+    "train.max_steps": COUNT_OR_0,
+    "train.timeout": "(0, 100000)",
+}
+
+
+def validate_evaluation(config: EvalConfig) -> None:
+    """Returns if `config` can run, as far as can be known without checkpoint, images and device.
+
+    Raises:
+        ConfigError: one line; of several mistakes the first.
+    """
+    known = settings(EvalConfig)
+    # Without values there is no range to be in; the defaults stand for them.
+    values = {key: value or known[key].default for key, value in flatten(config).items()}
+    for key in ("knn.k", "logreg.c", "head.rates"):
+        if flatten(config)[key] == ():
+            raise ConfigError(f"{key}=[]: must hold a number at least; nearest valid is {known[key].default}")
+    ranges = {key: interval for key, interval in RANGES.items() if values[key] != ()}
+    check_values({key: flatten(config)[key] for key in values}, known, ranges)
+    if config.augment.auto and not config.augment.auto.startswith(policies := ("rand", "augmix", "original", "v0")):
+        near = nearest(config.augment.auto, policies)
+        raise ConfigError(f"augment.auto={config.augment.auto!r:.60}: no policy of timm; nearest valid is {near}")
+    low, high = config.data.crop_scale
+    if low > high:
+        raise ConfigError(
+            f"data.crop_scale=[{low}, {high}]: must be from small to large; nearest valid is [{high}, {low}]"
+        )
+
+
+def images_of(data: EvalDataConfig, mean: tuple[float, ...], std: tuple[float, ...], test: bool) -> DataConfig:
+    """What loaders are built from: the training images, or those to test on."""
+    shared = {item.name for item in fields(DataConfig)} & {item.name for item in fields(EvalDataConfig)}
+    values = {name: getattr(data, name) for name in shared} | {"mean": mean, "std": std, "channels": len(mean)}
+    if test:
+        values |= {"index": "", "samples": data.test_samples}
+    return DataConfig(**values)

@@ -1,0 +1,61 @@
+"""Images with labels: those to train on, and those to test on."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from ccmim_fast.config.evaluation import EvalConfig, images_of
+from ccmim_fast.config.schema import DataConfig
+from ccmim_fast.data.loader import build_source
+from ccmim_fast.data.source import Source, usable
+from ccmim_fast.errors import ConfigError, DataError
+
+
+class Images(NamedTuple):
+    """One of the two sets, and what its loaders are built from."""
+
+    source: Source
+    data: DataConfig
+
+    @property
+    def classes(self) -> int:
+        return len(self.source.class_names)
+
+    def words(self) -> str:
+        return f"{usable(self.source)} images of {self.classes} classes"
+
+
+def open_both(config: EvalConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Images, Images]:
+    """The training images and the test images.
+
+    Raises:
+        DataError: no readable image, no labels, or other classes in one than in the other.
+        ConfigError: nobody says where the test images are.
+    """
+    data = config.data
+    mean, std = data.mean or mean, data.std or std
+    if len(mean) != len(std):
+        raise ConfigError(f"data.std={list(std)}: must be of {len(mean)} values, as data.mean")
+    roots = (data.root, data.root) if data.source == "shapes" else _folders(data.root, data.test)
+    both = []
+    for test, root in enumerate(roots):
+        of_these = images_of(data, mean, std, test=bool(test))
+        values = {**vars(of_these), "root": root}
+        source = build_source(DataConfig(**values), config.seed + test)
+        if source.labels_N is None:
+            raise DataError(f"{root}: its images have no labels; put those of each class into a folder of its own")
+        both.append(Images(source, DataConfig(**values)))
+    train, test = both
+    if train.source.class_names != test.source.class_names:
+        other = sorted(set(train.source.class_names) ^ set(test.source.class_names))
+        raise DataError(f"{roots[1]}: not the classes of {roots[0]}; {other[0]!r:.80} is in one of them alone")
+    return train, test
+
+
+def _folders(root: str, test: str) -> tuple[str, str]:
+    train = Path(root) / "train"
+    if test:
+        return (str(train) if root and train.is_dir() else root), test
+    for name in ("val", "test"):
+        if root and train.is_dir() and (Path(root) / name).is_dir():
+            return str(train), str(Path(root) / name)
+    raise ConfigError(f"data.test='': no train/ beside val/ or test/ in data.root={root!r:.100}; say where they are")

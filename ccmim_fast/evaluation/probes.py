@@ -1,0 +1,125 @@
+"""Heads on frozen encoders: linear (MAE) and attentive (CAE)."""
+
+# B batch, T tokens (prefix tokens first), D width, C classes, R heads
+
+from collections.abc import Callable, Iterator, Sequence
+
+import timm.optim
+import torch
+from timm.layers import AttentionPoolLatent
+from torch import Tensor, nn
+
+from ccmim_fast.config.evaluation import EvalOptimConfig
+from ccmim_fast.data.loader import build_loader
+from ccmim_fast.errors import ConfigError
+from ccmim_fast.evaluation.job import Job
+from ccmim_fast.evaluation.supervised import Learner, Training
+
+Groups = Sequence[tuple[Iterator[nn.Parameter], float]]  # parameters, and what their rate is multiplied by
+
+
+def linear(job: Job) -> dict[str, float]:
+    """The linear probe: one linear layer, or one for each of `head.rates`, all on the same batches."""
+    encoder, rates = job.frozen_encoder(), job.config.head.rates
+    head = LinearHeads(encoder.width, job.test.classes, len(rates), job.config.head.init_std)
+    pool = job.config.model.pool
+    if pool == "cls" and not encoder.prefix:
+        raise ConfigError(f"model.pool=cls: {job.weights.arch} has no [CLS] token; nearest valid is avg")
+
+    @torch.no_grad()
+    def inputs(images_BHWC: Tensor) -> Tensor:
+        tokens_BTD = encoder(images_BHWC)
+        return tokens_BTD[:, 0] if pool == "cls" else tokens_BTD[:, encoder.prefix :].mean(dim=1)
+
+    names = ("accuracy",) if len(rates) == 1 else tuple(f"rate x {rate:g}" for rate in rates)
+    groups = [(linear_.parameters(), rate) for linear_, rate in zip(head.linears, rates)]
+    return _train(job, head, inputs, groups, names)
+
+
+def attentive(job: Job) -> dict[str, float]:
+    """The attentive probe: a learned query attends to all tokens."""
+    encoder = job.frozen_encoder()
+    heads = job.config.head.num_heads or encoder.vit.blocks[0].attn.num_heads
+    if encoder.width % heads:
+        raise ConfigError(f"head.num_heads={heads}: must be a divisor of the width {encoder.width}; nearest valid is 1")
+    head = AttentiveHead(encoder.width, job.test.classes, heads, job.config.head.init_std)
+    return _train(job, head, torch.no_grad()(encoder), [(head.parameters(), 1.0)], ("accuracy",))
+
+
+class LinearHeads(nn.Module):
+    """Pooled features [B, D] -> logits [R, B, C]: BatchNorm without affine, as in MAE, then R linear layers."""
+
+    def __init__(self, width: int, classes: int, heads: int, init_std: float):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
+        self.linears = nn.ModuleList(_classifier(width, classes, init_std) for _ in range(heads))
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        x_BD = self.norm(x_BD)
+        return torch.stack([linear_(x_BD) for linear_ in self.linears])
+
+
+class AttentiveHead(nn.Module):
+    """Tokens [B, T, D] -> logits [B, C]: attention pooling with one query, BatchNorm without affine, linear."""
+
+    def __init__(self, width: int, classes: int, num_heads: int, init_std: float):
+        super().__init__()
+        self.pool = AttentionPoolLatent(width, out_features=0, num_heads=num_heads)
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
+        self.linear = _classifier(width, classes, init_std)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.linear(self.norm(self.pool(x_BTD)))
+
+
+def _classifier(width: int, classes: int, init_std: float) -> nn.Linear:
+    linear_ = nn.Linear(width, classes)
+    nn.init.trunc_normal_(linear_.weight, std=init_std)
+    nn.init.zeros_(linear_.bias)
+    return linear_
+
+
+def build_head_optimizer(optim: EvalOptimConfig, groups: Groups) -> torch.optim.Optimizer:
+    """Over groups of parameters and what their rate is multiplied by.
+
+    `lars` is MAE's: rates of matrices are adapted (timm's Lars leaves them alone at weight decay 0 unless it is told),
+    those of vectors are not and have no decay.
+    """
+    if optim.name == "adamw":
+        split = [{"params": list(of_group), "lr_scale": scale} for of_group, scale in groups]
+        return torch.optim.AdamW(split, lr=optim.base_lr, betas=optim.betas, weight_decay=optim.weight_decay)
+    split = []
+    for of_group, scale in groups:
+        parameters = list(of_group)
+        matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+        adapt = optim.name == "lars"
+        split.append({"params": matrices, "lr_scale": scale, "always_adapt": adapt, "weight_decay": optim.weight_decay})
+        split.append({"params": vectors, "lr_scale": scale, "always_adapt": False, "weight_decay": 0.0})
+    if optim.name == "lars":
+        return timm.optim.Lars(split, lr=optim.base_lr, momentum=optim.momentum, trust_coeff=optim.trust, eps=0.0)
+    for group in split:
+        group.pop("always_adapt")
+    return torch.optim.SGD(split, lr=optim.base_lr, momentum=optim.momentum)
+
+
+def _train(
+    job: Job, head: nn.Module, inputs: Callable[[Tensor], Tensor], groups: Groups, names: tuple[str, ...]
+) -> dict[str, float]:
+    config, here = job.config, job.here
+    head.to(here.device)
+    loader = build_loader(
+        job.train.source,
+        job.train.data,
+        config.seed,
+        global_batch=config.train.batch_size,
+        accumulate=config.train.accumulate,
+        rank=here.rank,
+        world_size=here.world_size,
+        device=here.device,
+    )
+
+    def batches(cursor: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((batch.images_BHWC, batch.labels_B) for batch in loader.stream(cursor))
+
+    learner = Learner(head, inputs, build_head_optimizer(config.optim, groups), batches, names)
+    return Training(config, here, job.folder, learner, job.train, job.test).run()

@@ -1,0 +1,100 @@
+"""What each evaluation is, by whose figures, and in what a run of it deviates from them."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ccmim_fast.config.evaluation import EvalConfig
+from ccmim_fast.config.keys import flatten, show
+from ccmim_fast.config.load import load_config, presets
+from ccmim_fast.data.source import usable
+from ccmim_fast.errors import ConfigError
+from ccmim_fast.evaluation.images import Images
+
+FOLDER = "eval"  # of the presets, below configs/
+_SHOWN = ("data.image_size", "data.test_crop", "model.pool")
+_TRAINED = (*_SHOWN, "data.crop_scale", "data.flip", "optim.", "train.epochs", "train.batch_size", "train.max_steps")
+
+# The settings that are figures of the protocol; the others say how and where it is carried out.
+FIGURES = {
+    "knn": (*_SHOWN, "knn."),
+    "logreg": (*_SHOWN, "logreg."),
+    "linear": (*_TRAINED, "head.rates", "head.init_std", "augment."),
+    "attentive": (*_TRAINED, "head.num_heads", "head.init_std", "augment."),
+    "finetune": (*_TRAINED, "head.init_std", "augment.", "model.drop_path"),
+}
+
+
+class Protocol(NamedTuple):
+    """A preset.
+
+    Attributes:
+        name: of the preset.
+        evaluation: one of `FIGURES`.
+        config: its figures.
+        source: where they are from.
+        images: train, test and classes; None where the preset names none.
+    """
+
+    name: str
+    evaluation: str
+    config: EvalConfig
+    source: str
+    images: tuple[int, int, int] | None
+
+
+def protocol(evaluation: str, preset: str = "") -> Protocol:
+    """The preset of an evaluation, or another one of it.
+
+    Raises:
+        ConfigError: a preset of another evaluation.
+    """
+    name = preset or evaluation
+    if name not in presets(FOLDER) or not name.startswith(evaluation):
+        known = ", ".join(other for other in presets(FOLDER) if other.startswith(evaluation))
+        raise ConfigError(f"--config={show(name)}: no preset of ccmim eval {evaluation}; one of {known}, or a file")
+    text = presets(FOLDER)[name].read_text()
+    source = re.search(r"^# Source: (.*(?:\n#   .*)*)", text, re.MULTILINE)[1].replace("\n#   ", " ")
+    images = re.search(r"^# Images: .*?(\d+) to train on, (\d+) to test on, (\d+) classes", text, re.MULTILINE)
+    config = load_config(["--config", name], "ccmim eval", EvalConfig, lambda _: None, FOLDER)
+    return Protocol(name, evaluation, config, source, tuple(map(int, images.groups())) if images else None)
+
+
+def deviations(of: Protocol, config: EvalConfig, train: Images, test: Images) -> list[str]:
+    """Every figure of the protocol that a run does not keep: `what: run's (protocol's)`."""
+    asked, given = flatten(of.config), flatten(config)
+    found = [
+        f"{key}: {show(given[key])} ({show(value)})"
+        for key, value in asked.items()
+        if key.startswith(FIGURES[of.evaluation]) and given[key] != value
+    ]
+    here = (usable(train.source), usable(test.source), train.classes)
+    if of.images is not None and here != of.images:
+        words = "{} images to train on, {} to test on, {} classes"
+        found.insert(0, f"images: {words.format(*here)} ({words.format(*of.images)})")
+    return found
+
+
+def box(of: Protocol, found: list[str]) -> str:
+    """The deviations, boxed, as Markdown."""
+    lines = [
+        f"Protocol {of.name}: {of.source}",
+        "Deviations: none." if not found else "Deviations (protocol's figure):",
+    ]
+    return "\n".join(f"> {line}" for line in [*lines, *(f"- {line}" for line in found)])
+
+
+def write_result(folder: Path, result: dict[str, Any], of: Protocol) -> str:
+    """Write result.json and result.md into the run's folder; returns what to print: one line and the box."""
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    figures = ", ".join(f"{name} {value:.2%}" for name, value in result["figures"].items())
+    line = f"{of.evaluation} of {result['checkpoint']}: {figures}; chance {result['chance']:.2%}"
+    boxed = box(of, result["deviations"])
+    rows = "\n".join(f"| {name} | {value:.2%} |" for name, value in result["figures"].items())
+    where = result["environment"]
+    text = f"# {of.evaluation} of {result['checkpoint']}\n\n| measure | accuracy |\n|---|---|\n{rows}\n"
+    text += f"| chance | {result['chance']:.2%} |\n\n{boxed}\n\n"
+    text += f"{result['images']}. {where['device']}, torch {where['torch']}, commit {where['commit']}.\n"
+    (folder / "result.md").write_text(text)
+    return f"{line}\n{boxed}"

@@ -1,0 +1,259 @@
+"""Training with labels: for each batch, step, log; for each epoch, save and test. What is trained is a `Learner`."""
+
+# B batch, H height, W width, C classes, R heads
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ccmim_fast.checkpoints import io
+from ccmim_fast.config.evaluation import EvalConfig
+from ccmim_fast.config.keys import flatten
+from ccmim_fast.config.load import to_yaml
+from ccmim_fast.data.source import usable
+from ccmim_fast.data.torch_loader import evaluation_batches
+from ccmim_fast.errors import CheckpointError, ConfigError, NumericsError, StoppedError
+from ccmim_fast.evaluation.images import Images
+from ccmim_fast.optim.schedule import lr_at, scaled_lr
+from ccmim_fast.trainer.distributed import Session, from_main, max_over_ranks, mean_over_ranks, wait_for_all
+from ccmim_fast.trainer.metrics import Metrics, ProgressLine
+from ccmim_fast.trainer.precision import choose_precision
+from ccmim_fast.trainer.signals import StopSignals
+
+# May differ when a run goes on; whatever else does would make it another one.
+_FREE = ("run.", "train.device", "train.timeout", "train.max_steps", "data.workers", "data.root", "data.test")
+
+
+class Learner(NamedTuple):
+    """What is trained, and on what.
+
+    Attributes:
+        module: its weights are trained and saved; inputs -> logits [B, C], or [R, B, C] of several heads.
+        inputs: images of a batch, uint8 [B, H, W, channels] or prepared, -> what `module` takes; no gradient in it.
+        optimizer: groups may have `lr_scale`.
+        batches: from the place `cursor` of the stream on, `train.accumulate` of (images, targets) a step, on the
+            device; targets are labels [B] or shares [B, C].
+        heads: names of the R heads.
+    """
+
+    module: nn.Module
+    inputs: Callable[[Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+    batches: Callable[[int], Iterator[tuple[Tensor, Tensor]]]
+    heads: tuple[str, ...] = ("accuracy",)
+
+
+class Training:
+    """One run of a protocol that trains."""
+
+    def __init__(self, config: EvalConfig, here: Session, folder: Path, learner: Learner, train: Images, test: Images):
+        self.config, self.here, self.learner, self.test_images = config, here, learner, test
+        self.precision = choose_precision(config.train.precision, here.device)
+        self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.precision.scaled)
+        self.checkpoints, self.samples = folder / "checkpoints", usable(train.source)
+        self.step = self._resume() if config.run.resume == "auto" else 0
+        self.module = learner.module
+        if here.world_size > 1:
+            self.module = DistributedDataParallel(learner.module)
+        steps = -(-config.train.epochs * self.samples // config.train.batch_size)
+        self.steps = min(steps, config.train.max_steps or steps)
+        self.signals, self.losses, self.since = StopSignals(), [], (self.step, time.perf_counter(), 0.0)
+        self.metrics = None
+        if here.is_main:
+            self.metrics = Metrics(folder, tensorboard=config.run.tensorboard, resume_step=self.step)
+        headline = f"{train.words()} · {here.world_size} x {here.device}, {self.precision.name}"
+        self.progress = ProgressLine(headline, self.steps, self.step, here.is_main, folder / "log.txt")
+
+    def run(self) -> dict[str, float]:
+        """Train to the end; returns the accuracies of the end."""
+        try:
+            with self.signals, contextlib.closing(self._steps()) as steps:
+                for micro_batches in steps:
+                    self._train(micro_batches)
+                    self._log()
+                    if epoch := self._finished_epoch():
+                        self._save(epoch)
+                        if epoch % self.config.run.test_every == 0 and self.step < self.steps:
+                            self._tell(self.test())
+            figures = self.test()
+            self._tell(figures)
+            return figures
+        finally:
+            self.progress.close()
+            if self.metrics is not None:
+                self.metrics.close()
+
+    def _steps(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """The remaining steps; the wait for their data is counted."""
+        stream = self.learner.batches(self.step * self.config.train.batch_size)
+        for _ in range(self.steps - self.step):
+            asked = time.perf_counter()
+            micro_batches = list(islice(stream, self.config.train.accumulate))
+            first, start, waited = self.since
+            self.since = first, start, waited + time.perf_counter() - asked
+            yield micro_batches
+
+    @property
+    def epoch(self) -> float:
+        return self.step * self.config.train.batch_size / self.samples
+
+    def _train(self, micro_batches: list[tuple[Tensor, Tensor]]) -> None:
+        optim, train, optimizer = self.config.optim, self.config.train, self.learner.optimizer
+        peak = scaled_lr(optim.base_lr, train.batch_size)
+        rate = lr_at(self.epoch, peak=peak, floor=optim.min_lr, warmup=optim.warmup_epochs, epochs=train.epochs)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        # Stochastic depth draws from the global generator: keyed by step and rank, so that a resumed run repeats.
+        seed_generators(self.config.seed, self.step, self.here.rank)
+        self.module.train()
+        for number, (images, targets) in enumerate(micro_batches, 1):
+            alone = self.here.world_size > 1 and number < len(micro_batches)
+            with self.module.no_sync() if alone else contextlib.nullcontext():
+                with self.precision.autocast(self.here.device):
+                    logits_RBC = _of_heads(self.module(self.learner.inputs(images)))
+                losses_R = torch.stack([F.cross_entropy(of_head.float(), targets) for of_head in logits_RBC])
+                # The heads share no weights: the gradient of the sum is each one's own.
+                self.scaler.scale(losses_R.sum() / len(micro_batches)).backward()
+            self.losses.append(losses_R.detach().min())
+        if optim.clip_grad:
+            self.scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(self.learner.module.parameters(), optim.clip_grad)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def _log(self) -> None:
+        """The only place in the loop that waits for the device; asks whether somebody wants an end."""
+        if self.step % self.config.run.log_every and self.step != self.steps:
+            return
+        loss = float(mean_over_ranks(torch.stack(self.losses).mean()))
+        first, start, waited = self.since
+        elapsed = max(time.perf_counter() - start, 1e-9)
+        rate = (self.step - first) / elapsed
+        figures = {
+            "epoch": self.epoch,
+            "loss": loss,
+            "lr": max(group["lr"] for group in self.learner.optimizer.param_groups),
+            "images_per_second": rate * self.config.train.batch_size,
+            "data_wait": waited / elapsed,
+            "eta_seconds": (self.steps - self.step) / max(rate, 1e-9),
+        }
+        self.losses, self.since = [], (self.step, time.perf_counter(), 0.0)
+        if self.metrics is not None:
+            self.metrics.write("train", self.step, **figures)
+        self.progress.update(self.step, figures)
+        if not np.isfinite(loss):
+            raise NumericsError(
+                f"step {self.step}: the loss is not finite; lower optim.base_lr, or train.precision=fp32"
+            )
+        stop = max_over_ranks(torch.tensor(float(bool(self.signals.name)), device=self.here.device))
+        if stop.item() and self.step < self.steps:
+            self._write()
+            raise StoppedError(f"stopped after step {self.step}, all saved; go on with --run.resume=auto")
+
+    def _finished_epoch(self) -> int:
+        """The number of the epoch that the last step ended, or that the run ends in; else 0."""
+        before = (self.step - 1) * self.config.train.batch_size // self.samples
+        ended = self.step * self.config.train.batch_size // self.samples
+        return max(ended, 1) if self.step == self.steps else ended if ended > before else 0
+
+    def _tell(self, figures: dict[str, float]) -> None:
+        if self.metrics is not None:
+            self.metrics.write("test", self.step, epoch=self.epoch, **figures)
+        words = ", ".join(f"{name} {value:.2%}" for name, value in figures.items())
+        self.progress.note(f"step {self.step}: {words}")
+
+    @torch.no_grad()
+    def test(self) -> dict[str, float]:
+        """Share of the test images named right, of each head, and with five guesses where there are more classes."""
+        self.module.eval()
+        heads, data = self.learner.heads, self.config.data
+        guesses = (1, 5) if self.test_images.classes > 5 else (1,)
+        right = torch.zeros(len(guesses), len(heads), device=self.here.device)
+        batches = evaluation_batches(
+            self.test_images.source,
+            data.image_size,
+            self.config.train.batch_size // (self.config.train.accumulate * self.here.world_size),
+            self.here.device,
+            data.workers,
+            central=data.test_crop,
+            part=(self.here.rank, self.here.world_size),
+        )
+        for batch in batches:
+            with self.precision.autocast(self.here.device):
+                # Not the wrapped module: ranks may have unequal numbers of batches.
+                logits_RBC = _of_heads(self.learner.module(self.learner.inputs(batch.images_BHWC)))
+            hits = logits_RBC.topk(guesses[-1], dim=-1).indices == batch.labels_B[:, None]
+            right += torch.stack([hits[..., :n].any(-1).sum(1) for n in guesses])
+        if dist.is_initialized():
+            dist.all_reduce(right)
+        shares = (right / usable(self.test_images.source)).tolist()
+        names = [f"{head}{suffix}" for suffix in ("", ", five guesses")[: len(guesses)] for head in heads]
+        return dict(zip(names, [share for row in shares for share in row]))
+
+    def _save(self, epoch: int) -> None:
+        if epoch % self.config.run.save_every == 0 or self.step == self.steps:
+            self._write()
+
+    def _write(self) -> None:
+        if self.here.is_main:
+            state = {
+                "model": self.learner.module.state_dict(),
+                "optimizer": self.learner.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "step": self.step,
+                "config": to_yaml(self.config),
+                "settings": {key: str(value) for key, value in flatten(self.config).items()},
+            }
+            io.save(self.checkpoints, self.step, state, self.config.run.keep)
+        wait_for_all()
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint that the first rank can; returns its step, 0 where there is none.
+
+        Raises:
+            ConfigError: a setting is not that of the checkpoint.
+            CheckpointError: it is of something else.
+        """
+        path = from_main(io.newest(self.checkpoints).path if self.here.is_main else None)
+        if path is None:
+            return 0
+        state = io.load(path)
+        try:
+            self._check_settings(state["settings"])
+            self.learner.module.load_state_dict(state["model"])
+            self.learner.optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"]:
+                self.scaler.load_state_dict(state["scaler"])
+            return state["step"]
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: is of another evaluation: {' '.join(str(error).split())[:200]}") from None
+
+    def _check_settings(self, before: dict[str, Any]) -> None:
+        for key, value in flatten(self.config).items():
+            if not key.startswith(_FREE) and before[key] != str(value):
+                raise ConfigError(f"{key}={value}: the checkpoint has {before[key]}; use that, or --overwrite")
+
+
+def seed_generators(*key: int) -> None:
+    """Set the global generators of `random`, NumPy and torch, which timm draws from, by a key of whole numbers."""
+    high, low = (int(word) for word in np.random.SeedSequence(key).generate_state(2))
+    random.seed(high << 32 | low)
+    torch.manual_seed(high << 32 | low)
+    np.random.seed(high)  # noqa: NPY002  (timm's)
+
+
+def _of_heads(logits: Tensor) -> Tensor:
+    return logits if logits.ndim == 3 else logits[None]

@@ -1,0 +1,80 @@
+"""Features that are known to work, and evaluations of them as a user starts them."""
+
+import json
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from ccmim_fast.data.shapes import ShapesSource
+from ccmim_fast.data.torch_loader import evaluation_batches
+from ccmim_fast.evaluation.command import evaluate
+
+CLASSES, TRAIN, TEST, SIDE = 3, 300, 150, 32
+EPOCHS = 30
+SETTINGS = [
+    "--data.source=shapes",
+    f"--data.image_size=[{SIDE},{SIDE}]",
+    f"--data.samples={TRAIN}",
+    f"--data.test_samples={TEST}",
+    f"--data.classes={CLASSES}",
+    "--data.test_crop=1",
+    "--data.crop_scale=[0.9,1]",
+    "--data.flip=false",
+    "--data.workers=1",
+    "--model.arch=vit_tiny_patch16_224",
+    "--train.device=cpu",
+    "--train.precision=fp32",
+]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Folder of the pictures, drawn once."""
+    return tmp_path_factory.mktemp("shapes")
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory, cache):
+    """A ViT of two blocks under timm's names that was told the labels of these very shapes, those to test on too.
+
+    Its features are known to work, so an evaluation that finds nothing in them is wrong.
+    """
+    torch.manual_seed(0)
+    sizes = {"img_size": SIDE, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, global_pool="avg", fc_norm=False, **sizes)
+    parts = []
+    for seed, count in ((0, TRAIN), (1, TEST)):
+        source = ShapesSource(seed, count, (SIDE, SIDE), CLASSES, cache_dir=str(cache))
+        parts += evaluation_batches(source, (SIDE, SIDE), count, torch.device("cpu"))
+    images = torch.cat([((part.images_BHWC / 255 - 0.45) / 0.225).permute(0, 3, 1, 2) for part in parts]).contiguous()
+    labels = torch.cat([part.labels_B for part in parts])
+    optimizer = torch.optim.AdamW(vit.parameters(), lr=2e-3, weight_decay=0.0)
+    for _ in range(EPOCHS):
+        for chosen in torch.randperm(len(images)).split(50):
+            F.cross_entropy(vit(images[chosen]), labels[chosen]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
+    save_file({name: value for name, value in vit.state_dict().items() if not name.startswith("head.")}, path)
+    return path
+
+
+@pytest.fixture
+def shared_settings():
+    """What every evaluation of the tests is told."""
+    return SETTINGS
+
+
+@pytest.fixture
+def evaluated(encoder, cache, tmp_path):
+    """`evaluated("knn", "--knn.k=[5]")` -> what result.json holds."""
+
+    def run(name, *settings, checkpoint=encoder, folder="out"):
+        where = [f"--data.root={cache}", f"--run.dir={tmp_path / folder}"]
+        evaluate([name, str(checkpoint), *SETTINGS, *where, *settings])
+        return json.loads((tmp_path / folder / "result.json").read_text())
+
+    return run

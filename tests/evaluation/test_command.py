@@ -1,0 +1,166 @@
+"""`ccmim eval` end to end on shapes, what it reads and what it refuses.
+
+Chance is 1/3 of 150 test images, with a standard deviation of 0.039. Margins are six of it at least.
+"""
+
+import json
+
+import pytest
+import torch
+from tiny import tiny_config
+
+from ccmim_fast import cli
+from ccmim_fast.config.evaluation import EvalConfig
+from ccmim_fast.config.load import presets
+from ccmim_fast.evaluation.encoders import build_encoder, read_weights
+from ccmim_fast.evaluation.protocols import FIGURES, protocol
+from ccmim_fast.models.encoder import build_encoder as ours
+from ccmim_fast.trainer.loop import fit
+
+CHANCE, MARGIN = 1 / 3, 0.25
+
+
+def test_knn_beats_chance(evaluated):
+    result = evaluated("knn", "--knn.k=[1,10]")
+    assert result["figures"].keys() == {"k=1", "k=10"}
+    assert min(result["figures"].values()) > CHANCE + MARGIN
+    assert result["chance"] == pytest.approx(CHANCE)
+
+
+def test_logreg_beats_chance(evaluated):
+    assert evaluated("logreg")["figures"]["accuracy"] > CHANCE + MARGIN
+
+
+def test_random_labels_are_at_chance(evaluated, monkeypatch):
+    """What beats chance above is what the features know, not a leak of labels."""
+    from ccmim_fast.data import shapes
+
+    monkeypatch.setattr(shapes, "balanced_labels", lambda seed, n, k: torch.randint(k, (n,)).numpy())
+    figures = evaluated("knn", "--knn.k=[10]")["figures"]
+    assert abs(figures["k=10"] - CHANCE) < 0.15
+
+
+def test_deviations_are_listed_and_only_those(evaluated, tmp_path, capsys):
+    result = evaluated("knn", "--knn.k=[10,20,100,200]", "--data.test_crop=0.875", "--knn.temperature=0.1")
+    assert result["deviations"] == [
+        "images: 300 images to train on, 150 to test on, 3 classes "
+        "(1281167 images to train on, 50000 to test on, 1000 classes)",
+        "data.image_size: [32, 32] ([224, 224])",
+        "knn.temperature: 0.1 (0.07)",
+    ]
+    printed = capsys.readouterr().out
+    written = (tmp_path / "out" / "result.md").read_text()
+    for line in result["deviations"]:
+        assert f"> - {line}\n" in printed
+        assert f"> - {line}\n" in written
+    assert "DINO" in printed
+
+
+@pytest.mark.parametrize("name", presets("eval"))
+def test_presets_hold_the_figures_of_their_protocols(name):
+    of = protocol(next(evaluation for evaluation in FIGURES if name.startswith(evaluation)), name)
+    assert of.source
+    assert of.images == (1281167, 50000, 1000)
+    optim, train = of.config.optim, of.config.train
+    peak = optim.base_lr * train.batch_size / 256
+    figures = {
+        "linear": ("lars", 6.4, 16384, 90, 10, 0.0),
+        "attentive": ("sgd", 0.4, 8192, 90, 10, 0.0),
+        "finetune": ("adamw", 2e-3, 1024, 100, 5, 0.05),
+        "finetune_large": ("adamw", 4e-3, 1024, 50, 5, 0.05),
+        "finetune_huge": ("adamw", 4e-3, 1024, 50, 5, 0.05),
+    }
+    if name in figures:
+        rule, rate, *rest = figures[name]
+        assert (optim.name, pytest.approx(peak)) == (rule, rate)
+        assert [train.batch_size, train.epochs, optim.warmup_epochs, optim.weight_decay] == rest
+    else:
+        assert of.config == EvalConfig()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of pretraining of one step, with another mean of its images and six heads."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    fit(
+        tiny_config(
+            run={"dir": str(folder), "tensorboard": False},
+            data={"source": "shapes", "samples": 8, "image_size": (32, 32), "mean": (0.4, 0.5, 0.6)},
+            model={"num_heads": 6},
+            train={"batch_size": 8, "epochs": 1, "precision": "fp32", "device": "cpu"},
+        )
+    )
+    return folder
+
+
+def test_a_run_and_its_checkpoint_and_its_export_are_the_same_encoder(run, tmp_path):
+    from ccmim_fast.checkpoints.convert import export_timm
+
+    exported = str(export_timm(str(run), str(tmp_path / "e.safetensors")))
+    checkpoint = next((run / "checkpoints").glob("step_*"))
+    pixels = torch.randn(2, 3, 32, 32)
+    weights = [read_weights(str(run)), read_weights(str(checkpoint)), read_weights(exported, "vit_tiny_patch16_224")]
+    of_run, of_checkpoint, of_export = (
+        build_encoder(w, (32, 32), num_heads=6).eval().forward_features(pixels) for w in weights
+    )
+    assert torch.equal(of_run, of_checkpoint)
+    assert torch.equal(of_run, of_export)
+    assert weights[0].num_heads == 6
+    assert weights[0].mean == (0.4, 0.5, 0.6)
+    # Other heads are another function: the comparison has power.
+    assert not torch.equal(of_run, build_encoder(weights[2], (32, 32), num_heads=3).eval().forward_features(pixels))
+
+
+def test_maes_file_and_other_sizes(tmp_path):
+    """A flat file with a decoder in it; at another size its positions are resampled."""
+    vit = ours(
+        "vit_tiny_patch16_224", image_size=(32, 32), channels=3, patch_size=8, embed_dim=48, depth=2, num_heads=3
+    )
+    flat = vit.state_dict() | {"mask_token": torch.zeros(1, 1, 8), "decoder_blocks.0.norm1.weight": torch.zeros(8)}
+    torch.save({"model": flat}, tmp_path / "mae.pth")
+    weights = read_weights(str(tmp_path / "mae.pth"), "vit_tiny_patch16_224")
+    pixels = torch.randn(2, 3, 32, 32)
+    read = build_encoder(weights, (32, 32), num_heads=3).eval()
+    torch.testing.assert_close(read.forward_features(pixels), vit.eval().forward_features(pixels))
+    larger = build_encoder(weights, (64, 48), num_heads=3).eval()
+    assert larger.forward_features(torch.randn(1, 3, 64, 48)).shape == (1, 1 + 8 * 6, 48)
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ([], 2, "which one; one of knn"),
+        (["knm", "timm:vit_tiny_patch16_224"], 2, "'knm|knm: no such evaluation; nearest: knn"),
+        (["knn"], 2, "the checkpoint is missing"),
+        (["knn", "timm:vit_tiny_patch16"], 2, "no model of timm; nearest is vit_tiny_patch16_224"),
+        (["knn", "nowhere.pth"], 5, "nowhere.pth: cannot be read as weights"),
+        (["knn", "timm:vit_tiny_patch16_224", "--knn.kk=1"], 2, "did you mean --knn.k?"),
+        (["knn", "timm:vit_tiny_patch16_224", "--knn.k=[0]"], 2, "knn.k=[0]: must be in [1, 2147483647]"),
+        (["linear", "timm:vit_tiny_patch16_224", "--config", "finetune"], 2, "no preset of ccmim eval linear"),
+        (["knn", "timm:vit_tiny_patch16_224", "--data.root=nowhere"], 2, "say where they are"),
+        (["knn", "timm:vit_tiny_patch16_224", "--data.source=shapes", "--data.samples=9"], 2, "must be at most the 9"),
+    ],
+)
+def test_mistakes_are_one_line(line, code, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["eval", *line]) == code
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert any(part in error for part in words.split("|"))
+
+
+def test_an_image_folder(tmp_path):
+    """Red and blue images: train/ beside val/, no crop needed to tell them apart."""
+    from PIL import Image
+
+    for part, count in (("train", 12), ("val", 6)):
+        for name, colour in (("blue", (20, 30, 200)), ("red", (200, 30, 20))):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (48, 40), tuple(c + i for c in colour)).save(tmp_path / part / name / f"{i}.png")
+    out = tmp_path / "out"
+    line = ["eval", "knn", "timm:test_vit", f"--data.root={tmp_path}", "--data.image_size=[32,32]", "--knn.k=[3]"]
+    assert cli.main([*line, f"--run.dir={out}", "--train.device=cpu"]) == 0
+    result = json.loads((out / "result.json").read_text())
+    assert result["figures"] == {"k=3": 1.0}
+    assert result["images"] == "24 images of 2 classes to train on, 12 images of 2 classes to test on"
