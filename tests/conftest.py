@@ -27,6 +27,14 @@ def pytest_configure(config):
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """What a test prints need not be text; what one test process tells another must be."""
+    report = yield
+    report.sections = [(name, said.encode("utf-8", "backslashreplace").decode()) for name, said in report.sections]
+    return report
+
+
 # First, so that `-m gpu` sees the marks.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):

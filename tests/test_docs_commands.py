@@ -5,8 +5,11 @@ What is only parsed, by the parser of the command itself, and why:
 
 - torchrun with several processes (eight models on two cores): its options, the settings, and that the batch divides;
 - `ccmim bench`, `ccmim ablate` (minutes to hours; tests/benchmarks and tests/ablation run them small);
+- `ccmim eval`, `ccmim import` (of ImageNet, of published weights; tests/evaluation and tests/export run them small);
 - `make` (installs, or runs this suite): `make -n`; `pytest` and `python` with a file: that it is there;
 - `ccmim submit` is carried out with --print: there is no Slurm.
+
+docs/export.md is carried out, its Python too, by tests/export/test_page.py.
 """
 
 import importlib.util
@@ -20,12 +23,19 @@ import pytest
 import torch
 from PIL import Image
 
+from ccmim_fast.ablation.command import _parser as parse_ablation
+from ccmim_fast.ablation.variants import ABLATIONS
 from ccmim_fast.cli import BENCHMARKS, COMMANDS, main
+from ccmim_fast.config.evaluation import EvalConfig, validate_evaluation
 from ccmim_fast.config.load import load_config
 from ccmim_fast.config.validate import validate
+from ccmim_fast.evaluation.command import EVALUATIONS, _protocol_of
+from ccmim_fast.evaluation.protocols import FOLDER
+from ccmim_fast.export.imported import _read as read_import
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+HERE = [page for page in PAGES if page.name != "export.md"]
 BLOCK = r"^```(?P<language>\w*)\n(?P<fenced>.*?)^```|(?P<indented>(?:^    [^\n]*\n)+)"
 STARTS = ("ccmim", "make", "torchrun", "pytest", "python", "pip")
 TINY = [
@@ -79,7 +89,7 @@ def carry_out(words, images):
     elif words[0] in ("pytest", "python", "pip"):
         for path in (word for word in words[1:] if "/" in word):
             assert (ROOT / path).exists(), path
-    elif words[1] in ("bench", "ablate"):
+    elif words[1] in ("bench", "ablate", "eval", "import"):
         parse_only(words[1], words[2:])
     elif "--print_config" in words:
         with pytest.raises(SystemExit) as ended:
@@ -111,6 +121,9 @@ def parse_torchrun(words):
     assert given.module
     assert given.training_script == "ccmim_fast.cli"
     command, *settings = given.training_script_args
+    if command == "eval":
+        parse_only(command, settings)
+        return
     assert command == "pretrain"
     validate(load_config(settings, "ccmim pretrain"), int(given.nproc_per_node))
 
@@ -123,11 +136,18 @@ def parse_only(command, words):
         spec.loader.exec_module(module)
         module.parse(words[1:])
         return
-    from ccmim_fast.ablation.command import _parser
-
-    assert words[0] == "score"
-    _, settings = _parser().parse_known_args(words[1:])
-    load_config(["--config", "demo", *settings], "ccmim ablate score")
+    if command == "eval":
+        assert words[0] in EVALUATIONS
+        _, settings = _protocol_of(words[0], words[2:])
+        load_config(settings, "ccmim eval", EvalConfig, validate_evaluation, FOLDER)
+        return
+    if command == "import":
+        given, settings = read_import(words)
+        load_config([*settings, f"--model.arch={given.arch}"], "ccmim import")
+        return
+    assert words[0] in ABLATIONS
+    _, settings = parse_ablation(words[0]).parse_known_args(words[1:])
+    load_config(["--config", "demo", *settings], "ccmim ablate")
 
 
 @pytest.fixture
@@ -146,7 +166,7 @@ def images(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [p for p in PAGES if commands_of(p.read_text())], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [p for p in HERE if commands_of(p.read_text())], ids=lambda page: page.name)
 def test_commands(page, images):
     for words in commands_of(page.read_text()):
         carry_out(filled(words, images), images)
@@ -185,7 +205,7 @@ def test_commands_that_are_named_in_words_exist(page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [p for p in PAGES if python_of(p.read_text())], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [p for p in HERE if python_of(p.read_text())], ids=lambda page: page.name)
 def test_python_runs(page, tmp_path, monkeypatch):
     """With random weights of a ViT-B as the file that `ccmim export` writes."""
     import timm
