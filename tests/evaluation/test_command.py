@@ -14,6 +14,8 @@ from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.load import presets
 from ccmim_fast.evaluation.encoders import build_encoder, read_weights
 from ccmim_fast.evaluation.protocols import FIGURES, protocol
+from ccmim_fast.export.plain import export_timm
+from ccmim_fast.export.trained import read_trained
 from ccmim_fast.models.encoder import build_encoder as ours
 from ccmim_fast.trainer.loop import fit
 
@@ -94,12 +96,14 @@ def run(tmp_path_factory):
 
 
 def test_a_run_and_its_checkpoint_and_its_export_are_the_same_encoder(run, tmp_path):
-    from ccmim_fast.checkpoints.convert import export_timm
-
-    exported = str(export_timm(str(run), str(tmp_path / "e.safetensors")))
+    [exported] = export_timm(read_trained(str(run)), tmp_path / "e.safetensors")
     checkpoint = next((run / "checkpoints").glob("step_*"))
     pixels = torch.randn(2, 3, 32, 32)
-    weights = [read_weights(str(run)), read_weights(str(checkpoint)), read_weights(exported, "vit_tiny_patch16_224")]
+    weights = [
+        read_weights(str(run)),
+        read_weights(str(checkpoint)),
+        read_weights(str(exported), "vit_tiny_patch16_224"),
+    ]
     of_run, of_checkpoint, of_export = (
         build_encoder(w, (32, 32), num_heads=6).eval().forward_features(pixels) for w in weights
     )

@@ -82,7 +82,7 @@ def test_fault_18_a_rank_is_killed(tmp_path):
 @pytest.mark.slow
 def test_fault_18_a_loader_thread_dies(tmp_path):
     codes, errors = two_ranks(tmp_path, "thread", "40", 1, HALF_AN_HOUR)
-    assert codes == [6, 1]
+    assert codes == [6, 6]
     why = "ended, waiting for images after step 4: MemoryError: no memory for an image"
     assert why in last_line(errors[0])
     assert "Traceback" not in errors[0]
