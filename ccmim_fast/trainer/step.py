@@ -137,8 +137,9 @@ class TrainStep:
         """Eq. 10 of one micro-batch, and what it showed."""
         model, momentum = self.model, self.config.score.momentum
         known = None if maps_BGG is None else Known(*warp.read(maps_BGG, boxes_B4, model.grid))
-        # A cast weight that was kept while FSDP let go of the weight itself gave it no gradient (seen with torch 2.15).
-        cache = not is_sharded(model)
+        # A cast weight that is kept gives the weight no gradient where a pass without gradients made it, as scores of
+        # later blocks do (seen with torch 2.7.1), or FSDP let go of the weight meanwhile (seen with 2.15).
+        cache = self.config.score.source in ("first", "bank") and not is_sharded(model)
         with self.precision.autocast(images_BHWC.device, cache), onednn_linear(self.onednn):
             output = self.wrapped(images_BHWC, ids_B, epochs_B, known=known)
         if maps_BGG is not None:

@@ -7,10 +7,14 @@ import json
 import math
 
 import pytest
+import torch
 from tiny import tiny_config
 
 from ccmim_fast.data import dali_loader
+from ccmim_fast.trainer.build import build_step
+from ccmim_fast.trainer.distributed import Session
 from ccmim_fast.trainer.loop import fit
+from ccmim_fast.trainer.undone import made_batch
 
 STEPS = 20
 
@@ -47,3 +51,14 @@ def test_what_is_installed_can_be_imported(name):
     ):
         pytest.skip(f"{name} is not installed")
     importlib.import_module(name)
+
+
+@pytest.mark.parametrize("score", [{"source": "all"}, {"source": "block", "block": 2}, {"source": "bank"}])
+def test_every_weight_has_a_gradient_in_half_precision(score):
+    """Of weights that a pass without gradients has used before; torch 2.7.1's autocast would keep their cast copies."""
+    config = tiny_config(score=score, train={"precision": "bf16", "device": "cpu"})
+    step = build_step(config, Session(0, 1, torch.device("cpu")))
+    batch = made_batch(step, 4)
+    losses, *_ = step.losses(batch.images_BHWC, batch.ids_B, batch.epochs_B, batch.boxes_B4, batch.maps_BGG)
+    losses.total.backward()
+    assert [name for name, p in step.model.named_parameters() if p.requires_grad and p.grad is None] == []
