@@ -13,12 +13,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from bank_ranks import Sizes
 from tiny import images, tiny_config
+from torch.distributed.tensor import DTensor
 
 from ccmim_fast.checkpoints.shards import _HashedFiles
 from ccmim_fast.data.batch import Batch
 from ccmim_fast.data.plan import Plan
 from ccmim_fast.errors import CheckpointError
-from ccmim_fast.optim.parts import own_part, whole
+from ccmim_fast.optim.parts import own_part
 from ccmim_fast.trainer.build import build_step
 from ccmim_fast.trainer.compiled import compile_step
 from ccmim_fast.trainer.distributed import Session
@@ -37,6 +38,11 @@ CASES = {
     "compiled": {"score": {"source": "bank"}},
     "mae": {"mask": {"strategy": "random"}, "contrast": {"loss": "none"}},
 }
+
+
+def whole(tensor):
+    """All of a tensor, whoever has its parts."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def config_of(parallel, precision="fp32", **sections):

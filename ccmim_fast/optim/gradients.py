@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from ccmim_fast.optim.parts import whole
+from ccmim_fast.optim.parts import own_part
 
 
 class Gradients(NamedTuple):
@@ -47,7 +49,11 @@ def guard(
     if scaler.is_enabled() and limit:
         scaler.unscale_(optimizer)
     gradients = [[p.grad for p in part if p.grad is not None] for part in parts]
-    norms_P = torch.stack([whole(nn.utils.get_total_norm(part)) for part in gradients])
+    norms_P = torch.stack([nn.utils.get_total_norm([own_part(grad) for grad in part]) for part in gradients])
+    if any(isinstance(grad, DTensor) for part in gradients for grad in part):
+        squares_P = norms_P.square()  # each rank has a share of every gradient
+        dist.all_reduce(squares_P)
+        norms_P = squares_P.sqrt()
     scale = scaler.scale(torch.ones_like(norms_P[0]))
     if scaler.is_enabled() and not limit:
         norms_P = norms_P / scale

@@ -7,8 +7,3 @@ from torch.distributed.tensor import DTensor
 def own_part(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor that FSDP has divided, in the same memory; any other tensor itself. No gradient."""
     return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on every rank of those that have parts of it, which must all ask; any other tensor itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
