@@ -4,11 +4,11 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 from contenders import Contender, ours_config
 from measure import SMALL, Job
 
+from ccmim_fast.config.parser import Parser
 from ccmim_fast.errors import CcmimError, ConfigError
 from ccmim_fast.trainer.distributed import session
 from ccmim_fast.trainer.precision import choose_precision
@@ -24,13 +24,6 @@ OWNED = {
     "train.precision": "--precision",
     "train.device": "--device",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """One line for a mistake, as everywhere in `ccmim`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}")
 
 
 def parser(name: str, description: str) -> Parser:

@@ -28,6 +28,7 @@ from soak_faults import FAULTS
 
 from ccmim_fast.checkpoints import io
 from ccmim_fast.config.load import load_config
+from ccmim_fast.config.parser import Parser
 from ccmim_fast.errors import ConfigError, MachineError
 
 RANKS = 2
@@ -95,7 +96,7 @@ def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def parse(arguments: list[str]) -> Namespace:
-    made = command_line.Parser("ccmim bench soak", description=__doc__.split("\n")[0], allow_abbrev=False)
+    made = Parser("ccmim bench soak", description=__doc__.split("\n")[0], allow_abbrev=False)
     made.add_argument("--kills", type=int, default=100)
     made.add_argument("--seed", type=int, default=0, help="of the moments")
     made.add_argument("--minutes", type=float, help="another soak: faults of all kinds for so long")

@@ -4,8 +4,8 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from ccmim_fast.config.parser import Parser
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.runs import COLUMNS, CONFIG, METRICS, describe
 from ccmim_fast.trainer.run_state import FILE
@@ -78,16 +78,9 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     return [name.encode(errors="replace").decode() for name in names]
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line for a mistake, as everywhere in `ccmim`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}")
-
-
 def _parser() -> argparse.ArgumentParser:
     text = report.__doc__.replace("`", "")
-    parser = _Parser("ccmim report", description=text, allow_abbrev=False)
+    parser = Parser("ccmim report", description=text, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run; the first is compared with")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="default report.html")
     parser.add_argument("--title", help="default: the runs' names")

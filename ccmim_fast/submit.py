@@ -12,9 +12,10 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ccmim_fast.config.load import load_config
+from ccmim_fast.config.parser import Parser
 from ccmim_fast.config.schema import Config
 from ccmim_fast.config.validate import validate
 from ccmim_fast.errors import ConfigError, MachineError
@@ -182,17 +183,10 @@ def _job_name(config: Config) -> str:
     return re.sub(r"[^\w.-]", "-", Path(config.run.dir).name, flags=re.ASCII) or "ccmim"
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line for a mistake, as everywhere in `ccmim`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}")
-
-
 def _parser() -> argparse.ArgumentParser:
     usage = "ccmim submit [options] -- SETTINGS"
     text = submit.__doc__.replace("`", "")
-    parser = _Parser("ccmim submit", usage=usage, description=text, allow_abbrev=False)
+    parser = Parser("ccmim submit", usage=usage, description=text, allow_abbrev=False)
     parser.add_argument("--nodes", type=_count, default=1, help="default 1")
     parser.add_argument("--gpus-per-node", type=_count, default=1, help="ranks on each node; default 1")
     parser.add_argument("--cpus-per-gpu", type=_count, default=8, help="cores for a rank's images; default 8")

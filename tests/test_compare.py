@@ -6,10 +6,10 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from html_page import Page
 from PIL import Image
 from tiny import tiny_config
 
@@ -18,7 +18,6 @@ from ccmim_fast.compare import names_of
 from ccmim_fast.trainer.loop import fit
 from ccmim_fast.trainer.run_state import RunState, write_state
 
-VOID = {"meta", "link", "img", "br", "hr"}
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 
 
@@ -47,37 +46,6 @@ def copies(ended, tmp_path):
     return [Path(shutil.copytree(run, tmp_path / "runs" / run.name)) for run in ended]
 
 
-class Page(HTMLParser):
-    """Checks that tags nest, and keeps them."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.text, self.open, self.tags, self.rows = text, [], [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "td" in self.open or "th" in self.open:
-            self.rows[-1][-1] += data
-
-    def all(self, tag, key):
-        return [attributes[key] for name, attributes in self.tags if name == tag and key in attributes]
-
-
 def page_of(folders, out, *options):
     assert main(["report", *map(str, folders), "--out", str(out), *options]) == 0
     return Page(out.read_text(encoding="utf-8"))
@@ -86,29 +54,29 @@ def page_of(folders, out, *options):
 def test_two_runs_side_by_side(ended, tmp_path, capsys):
     page = page_of(ended, tmp_path / "page.html", "--images=2", "--moments=2")
     assert "2 runs" in capsys.readouterr().out
-    sections = page.all("section", "id")
+    sections = page.values("section", "id")
     assert sections == ["runs", "curves", "pictures", "differences", "defaults", "environment"]
     assert ["bank", "done", "3.00/3"] in [row[:3] for row in page.rows]
     assert ["contrast.loss", "nce", "none"] in page.rows
     assert ["train.epochs", "800", "3", "3"] in page.rows
-    assert any(label.startswith("Images per second: bank, MAE") for label in page.all("svg", "aria-label"))
+    assert any(label.startswith("Images per second: bank, MAE") for label in page.values("svg", "aria-label"))
     # Two checkpoints of each run, the oldest and the newest; MAE has no scores.
-    alts = page.all("img", "alt")
+    alts = page.values("img", "alt")
     assert [re.findall(r"epoch (\d+): 2 images; columns: (.*)", alt)[0] for alt in alts] == [
         *[(epoch, "image, score, visible, reconstruction") for epoch in "13"],
         *[(epoch, "image, visible, reconstruction") for epoch in "13"],
     ]
-    assert "norm_pix" in page.text
+    assert "norm_pix" in page.source
 
 
 def test_the_page_asks_for_nothing(ended, tmp_path):
     page = page_of(ended, tmp_path / "page.html")
-    assert "http://" not in page.text
-    assert "https://" not in page.text
+    assert "http://" not in page.source
+    assert "https://" not in page.source
     assert not [tag for tag, _ in page.tags if tag in ("script", "iframe", "object")]
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
-    sources = page.all("img", "src")
+    sources = page.values("img", "src")
     assert len(sources) == 6
     for source in sources:
         head, data = source.split(",")
@@ -175,10 +143,10 @@ def test_runs_in_every_state(copies, tmp_path, capsys):
     assert rows["bank"][1] == "running?"
     assert rows["young"][1:4] == ["unknown", "3", "—"]
     assert rows["young"][-1] == "no metrics yet"
-    remarks = page.text[page.text.index('id="remarks"') :]
+    remarks = page.source[page.source.index('id="remarks"') :]
     for name in (newest.name, "config.yaml", "environment.json", "damaged.json"):
         assert name in remarks[: remarks.index("</section>")]
-    assert len(page.all("img", "src")) == 2 + 3
+    assert len(page.values("img", "src")) == 2 + 3
     assert newest.name in capsys.readouterr().out
 
 
@@ -190,8 +158,8 @@ def test_evaluations(copies, tmp_path):
     page = page_of(copies, tmp_path / "page.html", "--moments=0")
     assert ["kNN: top1", "0.5124", "0.4"] in page.rows
     assert ["kNN: k.best", "20", "20"] in page.rows
-    assert "<dt>MAE, kNN</dt><dd>crops &lt;of&gt; mae</dd>" in page.text
-    assert page.all("img", "src") == []
+    assert "<dt>MAE, kNN</dt><dd>crops &lt;of&gt; mae</dd>" in page.source
+    assert page.values("img", "src") == []
 
 
 def test_images_that_are_gone_are_told_of(copies, tmp_path, capsys):
@@ -203,14 +171,14 @@ def test_images_that_are_gone_are_told_of(copies, tmp_path, capsys):
     state["config"] = re.sub(r"\n  root: ''", "", state["config"], count=1)
     checkpoints.save(folder, 99, state, keep=1)
     page = page_of(copies[:1], tmp_path / "page.html")
-    assert page.all("img", "src") == []
+    assert page.values("img", "src") == []
     assert "gone" in capsys.readouterr().out
     # Others may be named; the bank knows nothing of them.
     for i in range(3):
         (tmp_path / "others").mkdir(exist_ok=True)
         Image.new("RGB", (50 + i, 40), (i, 90, 200)).save(tmp_path / "others" / f"{i}.png")
     page = page_of(copies[:1], tmp_path / "page.html", "--data", str(tmp_path / "others"), "--images=2")
-    assert len(page.all("img", "src")) == 1
+    assert len(page.values("img", "src")) == 1
 
 
 def test_mistakes_are_one_line(ended, tmp_path, capsys):
@@ -244,7 +212,7 @@ def test_a_browser_opens_it(ended, tmp_path):
     page = page_of(ended, out, "--images=2")
     # The page's policy forbids scripts: a copy without it, with every epoch open, says in its title what it drew.
     copy = tmp_path / "copy.html"
-    text = re.sub(r"<meta http-equiv[^>]*>", "", page.text).replace("<details", "<details open")
+    text = re.sub(r"<meta http-equiv[^>]*>", "", page.source).replace("<details", "<details open")
     said = "document.title=[...document.images].map(i=>i.complete&&i.naturalWidth>0).join()"
     copy.write_text(text.replace("</body>", f"<script>onload=()=>{{{said}}}</script></body>"))
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=5000"]
@@ -260,4 +228,4 @@ def test_a_browser_opens_it(ended, tmp_path):
     assert len(Image.open(shot).convert("RGB").getcolors(1 << 24)) > 50
     dumped = subprocess.run([*command, "--dump-dom", copy.as_uri()], capture_output=True, text=True, timeout=120)
     shown = re.search(r"<title>(.*?)</title>", dumped.stdout)[1].split(",")
-    assert shown == ["true"] * len(page.all("img", "src"))
+    assert shown == ["true"] * len(page.values("img", "src"))

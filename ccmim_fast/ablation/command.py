@@ -6,7 +6,7 @@ import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -14,6 +14,7 @@ from ccmim_fast.ablation.runs import Run, run_all
 from ccmim_fast.ablation.table import difference, markdown, over_seeds, plot
 from ccmim_fast.ablation.variants import ABLATIONS, Ablation
 from ccmim_fast.config.load import load_config
+from ccmim_fast.config.parser import Parser
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.trainer.run_folder import environment
 
@@ -92,15 +93,8 @@ def _words(where: dict[str, str]) -> str:
     return f"{where['device']}, torch {where['torch']}, commit {where['commit']}."
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line for a mistake, as everywhere in `ccmim`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}")
-
-
 def _parser(name: str) -> argparse.ArgumentParser:
-    parser = _Parser(f"ccmim ablate {name}", description=ablate.__doc__, allow_abbrev=False)
+    parser = Parser(f"ccmim ablate {name}", description=ablate.__doc__, allow_abbrev=False)
     parser.add_argument("--seeds", type=_count, default=3, help="runs of each variant")
     parser.add_argument("--jobs", type=_count, default=1, help="runs at a time, which share the cores")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these variants alone")

@@ -12,14 +12,8 @@ _FREE = (
     *("data.root", "data.index", "data.on_error", "data.max_bad", "data.loader", "data.workers"),
     *("score.store", "score.device_gb", "score.host_gb", "score.shards"),
     *("train.device", "train.parallel", "train.kernels", "train.attention", "train.recompute"),
-    *(
-        "train.compile",
-        "train.compile_mode",
-        "train.cuda_graph",
-        "train.find_batch",
-        "train.max_steps",
-        "train.profile",
-    ),
+    *("train.compile", "train.compile_mode", "train.cuda_graph", "train.find_batch"),
+    *("train.max_steps", "train.profile"),
 )
 # The weights, the optimizer's state or the maps have other shapes.
 _SHAPES = (

@@ -3,12 +3,12 @@
 import argparse
 import sys
 from collections.abc import Callable
-from typing import NoReturn
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ccmim_fast.config.parser import Parser
 from ccmim_fast.data.indexed import IndexedSource, open_images
 from ccmim_fast.data.progress import progress_bar
 from ccmim_fast.errors import ConfigError
@@ -27,13 +27,6 @@ _RANGES = {
     "shard_bytes": (1, _NO_LIMIT),
     "seed": (0, 2**32 - 1),
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    """One line for a mistake, as everywhere in `ccmim`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}")
 
 
 def index(argv: list[str]) -> None:
@@ -137,9 +130,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def _parser(name: str, command: Callable) -> _Parser:
+def _parser(name: str, command: Callable) -> Parser:
     said = command.__doc__.partition(": ")[2]
-    parser = _Parser(f"ccmim data {name}", description=said[0].upper() + said[1:], allow_abbrev=False)
+    parser = Parser(f"ccmim data {name}", description=said[0].upper() + said[1:], allow_abbrev=False)
     parser.add_argument("root", help="folder of images, of tars or of tables; one of these, a pattern, a list, a URL")
     parser.add_argument("--channels", type=int, default=3, help="1: gray, 3: RGB (default), else uint8 .npy or TIFF")
     parser.add_argument("--index", default="", help="index file; default: beside the tars or in the cache folder")

@@ -3,9 +3,10 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from ccmim_fast.config.keys import nearest
+from ccmim_fast.config.parser import Parser
 from ccmim_fast.errors import ConfigError, MachineError
 from ccmim_fast.export import graphs, hugging_face, plain
 from ccmim_fast.export.card import read_result, write_card
@@ -100,19 +101,12 @@ def _read(argv: list[str]) -> argparse.Namespace:
     return given
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line for a mistake, as everywhere in `ccmim`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}")
-
-
 def _parser() -> argparse.ArgumentParser:
     targets = "".join(
         f"\n  {name:13}{target.said}{f'; or FILE{target.suffix}' if target.suffix else ''}"
         for name, target in TARGETS.items()
     )
-    parser = _Parser(
+    parser = Parser(
         "ccmim export",
         description=export.__doc__.replace("`", ""),
         epilog=f"targets:{targets}",

@@ -8,12 +8,13 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from ccmim_fast.config.parser import Parser
 from ccmim_fast.data.indexed import IndexedSource, open_images
 from ccmim_fast.data.progress import progress_bar
 from ccmim_fast.data.source import usable
@@ -130,15 +131,8 @@ def _read(argv: list[str]) -> argparse.Namespace:
     return given
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line for a mistake, as everywhere in `ccmim`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("ccmim embed", description=embed.__doc__.replace("`", ""), allow_abbrev=False)
+    parser = Parser("ccmim embed", description=embed.__doc__.replace("`", ""), allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
     parser.add_argument("folder", metavar="FOLDER", help="of images, of tars or of tables; see ccmim data")
     parser.add_argument("--out", metavar="FILE", required=True, help=" or ".join(SUFFIXES))

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import math
 from pathlib import Path
-from typing import NoReturn
 
 import timm
 import torch
@@ -15,6 +14,7 @@ from ccmim_fast.checkpoints import io
 from ccmim_fast.checkpoints.convert import from_flat, read_flat_file
 from ccmim_fast.checkpoints.state import Progress, capture
 from ccmim_fast.config.load import load_config
+from ccmim_fast.config.parser import Parser
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import CheckpointError, ConfigError
 from ccmim_fast.export.plain import write_weights
@@ -163,17 +163,10 @@ def _write(model: CCMIM, config: Config, out: str) -> Path:
     return io.save(folder / "checkpoints", 0, state, keep=1)
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line for a mistake, as everywhere in `ccmim`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}")
-
-
 def _read(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     usage = "ccmim import FILE --arch NAME --out OUT [settings]"
     said = import_weights.__doc__.replace("`", "")
-    parser = _Parser("ccmim import", usage=usage, description=said, allow_abbrev=False)
+    parser = Parser("ccmim import", usage=usage, description=said, allow_abbrev=False)
     parser.add_argument("--arch", metavar="NAME", default="", help="timm's name; not needed where FILE tells it")
     parser.add_argument("--out", metavar="OUT", required=True, help="a new run folder, or a .safetensors")
     file = argv[0] if argv and not argv[0].startswith("-") else None
