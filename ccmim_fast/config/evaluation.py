@@ -27,7 +27,9 @@ class EvalRunConfig:
 
 @dataclass(frozen=True)
 class EvalDataConfig:
-    source: Literal["images", "shapes"] = "images"  # `shapes` are made by code, those to test on from another seed
+    # Folders of images, or a data set as its owners publish it; `shapes` are made by code, those to test on from
+    # another seed. Each evaluation says which it reads.
+    source: Literal["images", "shapes", "coco", "ade20k", "inaturalist", "flowers"] = "images"
     root: str = ""  # folder with train/ and val/ (or test/), or of the training images; `shapes`: the cache folder
     test: str = ""  # folder of the test images; empty: val/ or test/ in `root`
     index: str = ""  # as in pretraining: file that says where each training image is
@@ -86,19 +88,23 @@ class AugmentConfig:
 class EvalOptimConfig:
     name: Literal["lars", "sgd", "adamw"] = "adamw"  # LARS as in MAE: adapted for weights, plain for biases
     base_lr: float = 1e-3  # per 256 images
-    min_lr: float = 0.0  # end of the cosine
+    schedule: Literal["cosine", "poly", "steps"] = "cosine"  # see optim/schedule.py
+    min_lr: float = 0.0  # end of the cosine, or of poly
+    milestones: tuple[float, ...] = ()  # steps: shares of the run at which the rate falls to a tenth
     momentum: float = 0.9  # lars, sgd
     trust: float = 0.001  # lars: coefficient; MAE
     betas: tuple[float, float] = (0.9, 0.999)  # adamw
     weight_decay: float = 0.0
     layer_decay: float = 1.0  # the rate of each block is so many times that of the one above it
     warmup_epochs: float = 10.0  # linear warm-up
+    warmup_steps: int = 0  # in place of it where not 0
     clip_grad: float = 0.0  # largest gradient norm; 0: no clipping
 
 
 @dataclass(frozen=True)
 class EvalTrainConfig:
     epochs: int = 90
+    steps: int = 0  # optimizer steps in place of epochs where not 0
     batch_size: int = 1024  # images per optimizer step, over all ranks and micro-batches
     accumulate: int = 1  # micro-batches per optimizer step
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # auto: by device, see trainer/precision.py
@@ -151,14 +157,17 @@ RANGES = {
     "augment.smoothing": "[0, 1)",
     "optim.base_lr": "[0, inf)",
     "optim.min_lr": "[0, inf)",
+    "optim.milestones": "(0, 1)",
     "optim.momentum": "[0, 1)",
     "optim.trust": "(0, inf)",
     "optim.betas": "[0, 1)",
     "optim.weight_decay": "[0, inf)",
     "optim.layer_decay": "(0, 1]",
     "optim.warmup_epochs": "[0, inf)",
+    "optim.warmup_steps": COUNT_OR_0,
     "optim.clip_grad": "[0, inf)",
     "train.epochs": COUNT,
+    "train.steps": COUNT_OR_0,
     "train.batch_size": COUNT,
     "train.accumulate": COUNT,
     "train.max_steps": COUNT_OR_0,

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,12 +21,29 @@ from ccmim_fast.trainer.distributed import Session, main_first, session
 from ccmim_fast.trainer.run_folder import describe_run, environment, open_run_folder
 from ccmim_fast.trainer.run_state import recorded
 
-EVALUATIONS: dict[str, Callable[[Job], dict[str, float]]] = {
-    "knn": frozen.knn,
-    "logreg": frozen.logreg,
-    "linear": probes.linear,
-    "attentive": probes.attentive,
-    "finetune": finetune.run,
+
+class Evaluation(NamedTuple):
+    """One of the commands.
+
+    Attributes:
+        run: on every rank; returns the figures, shares of 1.
+        sources: values of `data.source` that `open_images` reads.
+        open_images: (settings, mean, std of the checkpoint's images) -> those to train on, those to test on.
+        guessed: whether a guess among the classes is right once in as many, so that chance is known.
+    """
+
+    run: Callable[[Job], dict[str, float]]
+    sources: tuple[str, ...] = ("images", "shapes")
+    open_images: Callable[[EvalConfig, tuple[float, ...], tuple[float, ...]], tuple[Images, Images]] = open_both
+    guessed: bool = True
+
+
+EVALUATIONS = {
+    "knn": Evaluation(frozen.knn),
+    "logreg": Evaluation(frozen.logreg),
+    "linear": Evaluation(probes.linear),
+    "attentive": Evaluation(probes.attentive),
+    "finetune": Evaluation(finetune.run),
 }
 USAGE = f"""usage: ccmim eval {"|".join(EVALUATIONS)} CHECKPOINT [--config PRESET_OR_FILE] [--section.key=value ...]
 
@@ -56,6 +73,9 @@ def evaluate(argv: list[str]) -> None:
     config = load_config(rest, prog, EvalConfig, validate_evaluation, FOLDER)
     if not checkpoint:
         raise ConfigError(f"{prog}: the checkpoint is missing; a run's folder, a file, or timm:NAME")
+    if config.data.source not in (sources := EVALUATIONS[name].sources):
+        near = nearest(config.data.source, sources)
+        raise ConfigError(f"data.source={config.data.source}: {name} has {', '.join(sources)}; nearest valid is {near}")
     if not config.run.dir:
         config = replace(config, run=replace(config.run, dir=f"runs/eval/{name}"))
     _run(name, of, config, checkpoint)
@@ -76,14 +96,14 @@ def _run(name: str, of: Protocol, config: EvalConfig, checkpoint: str) -> None:
         # In the order in which a mistake is cheapest to find: weights' header, images, folder.
         weights = read_weights(checkpoint, config.model.arch)
         with main_first(here):  # that indexes the images, if nobody has
-            train, test = open_both(config, weights.mean, weights.std)
+            train, test = EVALUATIONS[name].open_images(config, weights.mean, weights.std)
         weights = weights._replace(mean=train.data.mean, std=train.data.std)
         folder = open_run_folder(config) if here.is_main else Path(config.run.dir)
         with recorded(folder, here.is_main, lambda: True):
             if here.is_main:
                 describe_run(folder, config, here.device)
             torch.manual_seed(config.seed)  # of new heads
-            figures = EVALUATIONS[name](Job(config, here, folder, weights, train, test))
+            figures = EVALUATIONS[name].run(Job(config, here, folder, weights, train, test))
             if here.is_main:
                 print(write_result(folder, _result(name, of, config, weights, train, test, figures, here), of))
 
@@ -103,7 +123,7 @@ def _result(
         "checkpoint": weights.name,
         "arch": weights.arch,
         "figures": figures,
-        "chance": 1 / test.classes,
+        "chance": 1 / test.classes if EVALUATIONS[name].guessed else None,
         "protocol": of.name,
         "source": of.source,
         "deviations": deviations(of, config, train, test),

@@ -17,9 +17,10 @@ from ccmim_fast.data.plan import MicroBatch, Plan
 from ccmim_fast.data.prefetch import thread_count
 from ccmim_fast.data.substitute import load_or_substitute
 from ccmim_fast.errors import ConfigError
+from ccmim_fast.evaluation.classification import classifier
 from ccmim_fast.evaluation.encoders import build_encoder
 from ccmim_fast.evaluation.job import Job
-from ccmim_fast.evaluation.supervised import Learner, Training, seed_generators
+from ccmim_fast.evaluation.supervised import Training, seed_generators
 
 _AHEAD = 2  # micro-batches that each process prepares
 _ATTEMPTS = 10
@@ -44,8 +45,7 @@ def run(job: Job) -> dict[str, float]:
         """Training images are prepared by timm; those to test on are uint8 [B, H, W, C]."""
         return images if images.is_floating_point() else ((images / 255 - mean_C) / std_C).permute(0, 3, 1, 2)
 
-    learner = Learner(vit, inputs, build_optimizer(vit, config.optim), Batches(job).stream)
-    return Training(config, here, job.folder, learner, job.train, job.test).run()
+    return Training(job, classifier(job, vit, inputs, build_optimizer(vit, config.optim), Batches(job).stream)).run()
 
 
 def _check(job: Job) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.data.loader import build_loader
 from ccmim_fast.errors import ConfigError
+from ccmim_fast.evaluation.classification import classifier
 from ccmim_fast.evaluation.job import Job
-from ccmim_fast.evaluation.supervised import Learner, Training
+from ccmim_fast.evaluation.supervised import Training
 
 Groups = Sequence[tuple[Iterator[nn.Parameter], float]]  # parameters, and what their rate is multiplied by
 
@@ -121,5 +122,5 @@ def _train(
     def batches(cursor: int) -> Iterator[tuple[Tensor, Tensor]]:
         return ((batch.images_BHWC, batch.labels_B) for batch in loader.stream(cursor))
 
-    learner = Learner(head, inputs, build_head_optimizer(config.optim, groups), batches, names)
-    return Training(config, here, job.folder, learner, job.train, job.test).run()
+    optimizer = build_head_optimizer(config.optim, groups)
+    return Training(job, classifier(job, head, inputs, optimizer, batches, names)).run()

@@ -14,7 +14,8 @@ from ccmim_fast.evaluation.images import Images
 
 FOLDER = "eval"  # of the presets, below configs/
 _SHOWN = ("data.image_size", "data.test_crop", "model.pool")
-_TRAINED = (*_SHOWN, "data.crop_scale", "data.flip", "optim.", "train.epochs", "train.batch_size", "train.max_steps")
+_LENGTH = ("train.epochs", "train.steps", "train.batch_size", "train.max_steps")
+_TRAINED = (*_SHOWN, "data.crop_scale", "data.flip", "optim.", *_LENGTH)
 
 # The settings that are figures of the protocol; the others say how and where it is carried out.
 FIGURES = {
@@ -88,13 +89,13 @@ def box(of: Protocol, found: list[str]) -> str:
 def write_result(folder: Path, result: dict[str, Any], of: Protocol) -> str:
     """Write result.json and result.md into the run's folder; returns what to print: one line and the box."""
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    figures = ", ".join(f"{name} {value:.2%}" for name, value in result["figures"].items())
-    line = f"{of.evaluation} of {result['checkpoint']}: {figures}; chance {result['chance']:.2%}"
+    chance = {} if result["chance"] is None else {"chance": result["chance"]}
+    shares = {name: f"{value:.2%}" for name, value in (result["figures"] | chance).items()}
+    line = f"{of.evaluation} of {result['checkpoint']}: " + ", ".join(" ".join(share) for share in shares.items())
     boxed = box(of, result["deviations"])
-    rows = "\n".join(f"| {name} | {value:.2%} |" for name, value in result["figures"].items())
+    rows = "\n".join(f"| {name} | {share} |" for name, share in shares.items())
     where = result["environment"]
-    text = f"# {of.evaluation} of {result['checkpoint']}\n\n| measure | accuracy |\n|---|---|\n{rows}\n"
-    text += f"| chance | {result['chance']:.2%} |\n\n{boxed}\n\n"
+    text = f"# {of.evaluation} of {result['checkpoint']}\n\n| measure | share |\n|---|---|\n{rows}\n\n{boxed}\n\n"
     text += f"{result['images']}. {where['device']}, torch {where['torch']}, commit {where['commit']}.\n"
     (folder / "result.md").write_text(text)
     return f"{line}\n{boxed}"

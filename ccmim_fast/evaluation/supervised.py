@@ -1,32 +1,27 @@
 """Training with labels: for each batch, step, log; for each epoch, save and test. What is trained is a `Learner`."""
 
-# B batch, H height, W width, C classes, R heads
+# R losses of a micro-batch
 
 import contextlib
 import random
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ccmim_fast.checkpoints import io
-from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.keys import flatten
 from ccmim_fast.config.load import to_yaml
 from ccmim_fast.data.source import usable
-from ccmim_fast.data.torch_loader import evaluation_batches
 from ccmim_fast.errors import CheckpointError, ConfigError, NumericsError, StoppedError
-from ccmim_fast.evaluation.images import Images
-from ccmim_fast.optim.schedule import lr_at, scaled_lr
-from ccmim_fast.trainer.distributed import Session, from_main, max_over_ranks, mean_over_ranks, wait_for_all
+from ccmim_fast.evaluation.job import Job
+from ccmim_fast.optim.schedule import scaled_lr, schedule_lr
+from ccmim_fast.trainer.distributed import from_main, max_over_ranks, mean_over_ranks, wait_for_all
 from ccmim_fast.trainer.metrics import Metrics, ProgressLine
 from ccmim_fast.trainer.precision import choose_precision
 from ccmim_fast.trainer.signals import StopSignals
@@ -39,44 +34,45 @@ class Learner(NamedTuple):
     """What is trained, and on what.
 
     Attributes:
-        module: its weights are trained and saved; inputs -> logits [B, C], or [R, B, C] of several heads.
-        inputs: images of a batch, uint8 [B, H, W, channels] or prepared, -> what `module` takes; no gradient in it.
+        module: its weights are trained and saved.
+        losses: (the module, wrapped where there are several ranks; a micro-batch) -> losses [R], float32, of parts that
+            share no weights, or of one. Calls the module once; under autocast.
         optimizer: groups may have `lr_scale`.
-        batches: from the place `cursor` of the stream on, `train.accumulate` of (images, targets) a step, on the
-            device; targets are labels [B] or shares [B, C].
-        heads: names of the R heads.
+        batches: from the place `cursor` of the stream on, `train.accumulate` micro-batches a step, on the device.
+        test: figures on the test images, the same on every rank; the module is in eval mode, without gradient.
     """
 
     module: nn.Module
-    inputs: Callable[[Tensor], Tensor]
+    losses: Callable[[nn.Module, Any], Tensor]
     optimizer: torch.optim.Optimizer
-    batches: Callable[[int], Iterator[tuple[Tensor, Tensor]]]
-    heads: tuple[str, ...] = ("accuracy",)
+    batches: Callable[[int], Iterator[Any]]
+    test: Callable[[], dict[str, float]]
 
 
 class Training:
     """One run of a protocol that trains."""
 
-    def __init__(self, config: EvalConfig, here: Session, folder: Path, learner: Learner, train: Images, test: Images):
-        self.config, self.here, self.learner, self.test_images = config, here, learner, test
+    def __init__(self, job: Job, learner: Learner):
+        config, here, folder = job.config, job.here, job.folder
+        self.config, self.here, self.learner = config, here, learner
         self.precision = choose_precision(config.train.precision, here.device)
         self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.precision.scaled)
-        self.checkpoints, self.samples = folder / "checkpoints", usable(train.source)
+        self.checkpoints, self.samples = folder / "checkpoints", usable(job.train.source)
         self.step = self._resume() if config.run.resume == "auto" else 0
         self.module = learner.module
         if here.world_size > 1:
             self.module = DistributedDataParallel(learner.module)
-        steps = -(-config.train.epochs * self.samples // config.train.batch_size)
+        steps = config.train.steps or -(-config.train.epochs * self.samples // config.train.batch_size)
         self.steps = min(steps, config.train.max_steps or steps)
         self.signals, self.losses, self.since = StopSignals(), [], (self.step, time.perf_counter(), 0.0)
         self.metrics = None
         if here.is_main:
             self.metrics = Metrics(folder, tensorboard=config.run.tensorboard, resume_step=self.step)
-        headline = f"{train.words()} · {here.world_size} x {here.device}, {self.precision.name}"
+        headline = f"{job.train.words()} · {here.world_size} x {here.device}, {self.precision.name}"
         self.progress = ProgressLine(headline, self.steps, self.step, here.is_main, folder / "log.txt")
 
     def run(self) -> dict[str, float]:
-        """Train to the end; returns the accuracies of the end."""
+        """Train to the end; returns the figures of the end."""
         try:
             with self.signals, contextlib.closing(self._steps()) as steps:
                 for micro_batches in steps:
@@ -94,7 +90,7 @@ class Training:
             if self.metrics is not None:
                 self.metrics.close()
 
-    def _steps(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    def _steps(self) -> Iterator[list[Any]]:
         """The remaining steps; the wait for their data is counted."""
         stream = self.learner.batches(self.step * self.config.train.batch_size)
         for _ in range(self.steps - self.step):
@@ -108,22 +104,34 @@ class Training:
     def epoch(self) -> float:
         return self.step * self.config.train.batch_size / self.samples
 
-    def _train(self, micro_batches: list[tuple[Tensor, Tensor]]) -> None:
-        optim, train, optimizer = self.config.optim, self.config.train, self.learner.optimizer
-        peak = scaled_lr(optim.base_lr, train.batch_size)
-        rate = lr_at(self.epoch, peak=peak, floor=optim.min_lr, warmup=optim.warmup_epochs, epochs=train.epochs)
+    @property
+    def rate(self) -> float:
+        """Of the next step, before `lr_scale`."""
+        optim, train = self.config.optim, self.config.train
+        a_step = train.batch_size / self.samples  # in epochs
+        return schedule_lr(
+            optim.schedule,
+            self.epoch,
+            peak=scaled_lr(optim.base_lr, train.batch_size),
+            floor=optim.min_lr,
+            warmup=optim.warmup_steps * a_step or optim.warmup_epochs,
+            epochs=train.steps * a_step or train.epochs,
+            milestones=optim.milestones,
+        )
+
+    def _train(self, micro_batches: list[Any]) -> None:
+        optim, optimizer, rate = self.config.optim, self.learner.optimizer, self.rate
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         # Stochastic depth draws from the global generator: keyed by step and rank, so that a resumed run repeats.
         seed_generators(self.config.seed, self.step, self.here.rank)
         self.module.train()
-        for number, (images, targets) in enumerate(micro_batches, 1):
+        for number, micro_batch in enumerate(micro_batches, 1):
             alone = self.here.world_size > 1 and number < len(micro_batches)
             with self.module.no_sync() if alone else contextlib.nullcontext():
                 with self.precision.autocast(self.here.device):
-                    logits_RBC = _of_heads(self.module(self.learner.inputs(images)))
-                losses_R = torch.stack([F.cross_entropy(of_head.float(), targets) for of_head in logits_RBC])
-                # The heads share no weights: the gradient of the sum is each one's own.
+                    losses_R = self.learner.losses(self.module, micro_batch)
+                # Parts that share no weights: the gradient of the sum is each one's own.
                 self.scaler.scale(losses_R.sum() / len(micro_batches)).backward()
             self.losses.append(losses_R.detach().min())
         if optim.clip_grad:
@@ -177,31 +185,10 @@ class Training:
 
     @torch.no_grad()
     def test(self) -> dict[str, float]:
-        """Share of the test images named right, of each head, and with five guesses where there are more classes."""
+        """The figures of this moment."""
         self.module.eval()
-        heads, data = self.learner.heads, self.config.data
-        guesses = (1, 5) if self.test_images.classes > 5 else (1,)
-        right = torch.zeros(len(guesses), len(heads), device=self.here.device)
-        batches = evaluation_batches(
-            self.test_images.source,
-            data.image_size,
-            self.config.train.batch_size // (self.config.train.accumulate * self.here.world_size),
-            self.here.device,
-            data.workers,
-            central=data.test_crop,
-            part=(self.here.rank, self.here.world_size),
-        )
-        for batch in batches:
-            with self.precision.autocast(self.here.device):
-                # Not the wrapped module: ranks may have unequal numbers of batches.
-                logits_RBC = _of_heads(self.learner.module(self.learner.inputs(batch.images_BHWC)))
-            hits = logits_RBC.topk(guesses[-1], dim=-1).indices == batch.labels_B[:, None]
-            right += torch.stack([hits[..., :n].any(-1).sum(1) for n in guesses])
-        if dist.is_initialized():
-            dist.all_reduce(right)
-        shares = (right / usable(self.test_images.source)).tolist()
-        names = [f"{head}{suffix}" for suffix in ("", ", five guesses")[: len(guesses)] for head in heads]
-        return dict(zip(names, [share for row in shares for share in row]))
+        with self.precision.autocast(self.here.device):
+            return self.learner.test()
 
     def _save(self, epoch: int) -> None:
         if epoch % self.config.run.save_every == 0 or self.step == self.steps:
@@ -253,7 +240,3 @@ def seed_generators(*key: int) -> None:
     random.seed(high << 32 | low)
     torch.manual_seed(high << 32 | low)
     np.random.seed(high)  # noqa: NPY002  (timm's)
-
-
-def _of_heads(logits: Tensor) -> Tensor:
-    return logits if logits.ndim == 3 else logits[None]

@@ -1,6 +1,8 @@
-"""Learning rate over a run: linear warm-up, then half a cosine (MAE)."""
+"""Learning rate over a run: linear warm-up, then half a cosine (MAE); or what dense predictors are trained with."""
 
 import math
+from collections.abc import Sequence
+from typing import Literal
 
 
 def scaled_lr(base_lr: float, batch_size: int) -> float:
@@ -14,3 +16,28 @@ def lr_at(epoch: float, *, peak: float, floor: float, warmup: float, epochs: flo
         return peak * epoch / warmup
     progress = (epoch - warmup) / max(epochs - warmup, 1e-12)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def schedule_lr(
+    shape: Literal["cosine", "poly", "steps"],
+    epoch: float,
+    *,
+    peak: float,
+    floor: float,
+    warmup: float,
+    epochs: float,
+    milestones: Sequence[float] = (),
+) -> float:
+    """The rate at a fractional epoch.
+
+    `cosine` is `lr_at`. The others decline from epoch 0 on, and a linear warm-up from 0 multiplies them, as in mmcv:
+    `poly` linearly to `floor` (power 1), `steps` to a tenth at each milestone, a share of the run.
+    """
+    if shape == "cosine":
+        return lr_at(epoch, peak=peak, floor=floor, warmup=warmup, epochs=epochs)
+    progress = min(epoch / epochs, 1.0)
+    if shape == "poly":
+        rate = floor + (peak - floor) * (1 - progress)
+    else:
+        rate = peak * 0.1 ** sum(progress >= milestone for milestone in milestones)
+    return rate * min(epoch / warmup, 1.0) if warmup else rate
