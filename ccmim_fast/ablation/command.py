@@ -75,7 +75,7 @@ def write(ablation: Ablation, figures: Sequence[dict[str, Any]], prefix: Path, c
     prefix.parent.mkdir(parents=True, exist_ok=True)
     where = environment(torch.device("cpu")) | {"command": command}
     prefix.with_name(prefix.name + ".json").write_text(json.dumps({"environment": where, "runs": figures}, indent=1))
-    plot(figures, ablation.lines, prefix.with_name(prefix.name + ".png"))
+    plot(figures, ablation, prefix.with_name(prefix.name + ".png"))
     text = [f"# {ablation.title}\n\n    {command}\n", markdown(figures)]
     for one, other in ablation.compared:
         if {one, other} <= over_seeds(figures).keys():

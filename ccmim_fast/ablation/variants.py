@@ -6,6 +6,7 @@ from typing import NamedTuple
 from ccmim_fast.config.schema import Config
 
 Variants = dict[str, list[str]]
+MAE = {"MAE": ["--mask.strategy=random", "--contrast.loss=none"]}
 
 
 class Ablation(NamedTuple):
@@ -17,6 +18,7 @@ class Ablation(NamedTuple):
         lines: variants whose way is drawn, too.
         compared: pairs whose difference is given, run by run with the same seed.
         time_of: a variant in whose time the slower ones are trained once more; empty: none.
+        axis: variant -> the curve it is a point of, and its place there; None: variants stand beside each other.
     """
 
     title: str
@@ -24,12 +26,13 @@ class Ablation(NamedTuple):
     lines: tuple[str, ...]
     compared: tuple[tuple[str, str], ...]
     time_of: str = ""
+    axis: Callable[[str], tuple[str, float] | None] | None = None
 
 
 def score_variants(base: Config) -> Variants:
     """Where scores come from, of which the paper says Eq. 4 alone, and the bank's settings, one changed at a time."""
     found = {
-        "MAE": ["--mask.strategy=random", "--contrast.loss=none"],
+        **MAE,
         "random": ["--mask.strategy=random"],
         "first": ["--score.source=first"],
     }
@@ -58,16 +61,26 @@ def strategy_variants(base: Config) -> Variants:
     """Table 5: how patches are divided, with the base's own losses and scores; and the authors' code's noise."""
     found = {name.replace("_", " "): [f"--mask.strategy={name}"] for name in ("random", "block", "importance")}
     sampling = "--mask.strategy=importance_sampling"
-    return found | {"importance sampling": [sampling], "importance, uniform noise": [sampling, "--mask.noise=uniform"]}
+    return (
+        MAE
+        | found
+        | {"importance sampling": [sampling], "importance, uniform noise": [sampling, "--mask.noise=uniform"]}
+    )
 
 
 def lambda_variants(base: Config) -> Variants:
     """Figure 2: lambda of Eq. 10 with both losses, from no regularisation on."""
-    found = {"lambda 0": ["--contrast.weight=0"]}
+    found = {**MAE, "lambda 0": ["--contrast.weight=0"]}
     for name, loss in (("NCE", "nce"), ("align", "align")):
         for weight in (0.1, 0.2, 0.5, 0.8, 1.0):
             found[f"{name}, lambda {weight:g}"] = [f"--contrast.loss={loss}", f"--contrast.weight={weight}"]
     return found
+
+
+def lambda_of(variant: str) -> tuple[str, float] | None:
+    """("NCE", 0.2) of "NCE, lambda 0.2"; None of what has no loss of its own."""
+    loss, _, weight = variant.rpartition(", lambda ")
+    return (loss, float(weight)) if loss else None
 
 
 def decoder_variants(base: Config) -> Variants:
@@ -83,13 +96,14 @@ ABLATIONS = {
         "How patches are divided",
         strategy_variants,
         ("random", "block", "importance", "importance sampling"),
-        (("importance sampling", "random"), ("importance sampling", "importance")),
+        (("importance sampling", "random"), ("importance sampling", "importance"), ("importance sampling", "MAE")),
     ),
     "lambda": Ablation(
         "How much the contrast counts",
         lambda_variants,
         ("lambda 0", "NCE, lambda 0.2", "NCE, lambda 1", "align, lambda 0.2"),
-        (("NCE, lambda 0.2", "lambda 0"), ("NCE, lambda 0.2", "NCE, lambda 1")),
+        (("NCE, lambda 0.2", "lambda 0"), ("NCE, lambda 0.2", "NCE, lambda 1"), ("NCE, lambda 0.2", "MAE")),
+        axis=lambda_of,
     ),
     "decoder": Ablation(
         "How deep the decoder is", decoder_variants, ("1 block", "2 blocks", "8 blocks"), (("2 blocks", "8 blocks"),)

@@ -9,7 +9,7 @@ from ccmim_fast.ablation import runs as runs_module
 from ccmim_fast.ablation.command import ablate, equal_time
 from ccmim_fast.ablation.runs import LOOKS, Run, measure_run
 from ccmim_fast.ablation.table import difference, markdown, plot
-from ccmim_fast.ablation.variants import ABLATIONS, score_variants
+from ccmim_fast.ablation.variants import ABLATIONS, lambda_of, score_variants
 from ccmim_fast.config.load import load_config
 from ccmim_fast.errors import ConfigError
 
@@ -104,11 +104,15 @@ def test_each_variant_is_another_run_that_is_valid(name):
 def test_the_papers_ablations():
     """Table 5's ways to divide, Figure 2's two losses from no regularisation to lambda 1."""
     base = load_config(["--config=demo"], "test")
-    divided = [load_config(["--config=demo", *o], "test").mask for o in ABLATIONS["strategy"].variants(base).values()]
-    assert [mask.strategy for mask in divided] == ["random", "block", "importance", *["importance_sampling"] * 2]
+    divided = [load_config(["--config=demo", *o], "test") for o in ABLATIONS["strategy"].variants(base).values()]
+    strategies = ["random", "random", "block", "importance", *["importance_sampling"] * 2]
+    assert [config.mask.strategy for config in divided] == strategies
+    assert [config.contrast.loss for config in divided] == ["none", *["nce"] * 5]
     contrasts = [load_config(["--config=demo", *o], "test") for o in ABLATIONS["lambda"].variants(base).values()]
     by_loss = {(config.contrast.loss, config.contrast.weight) for config in contrasts}
-    assert by_loss == {("nce", 0.0)} | {(loss, w) for loss in ("nce", "align") for w in (0.1, 0.2, 0.5, 0.8, 1.0)}
+    assert by_loss == {("none", 0.2), ("nce", 0.0)} | {
+        (loss, w) for loss in ("nce", "align") for w in (0.1, 0.2, 0.5, 0.8, 1.0)
+    }
     depths = [load_config(["--config=demo", *o], "test") for o in ABLATIONS["decoder"].variants(base).values()]
     assert [config.decoder.depth for config in depths] == [1, 2, 4, 8]
 
@@ -126,8 +130,23 @@ def test_figures_over_seeds(tmp_path):
     assert "| all | 8 | 0.850 ± 0.071 |" in markdown(found)
     mean, deviation = difference(found, "bank", "all", "auroc")
     assert (mean, deviation) == (pytest.approx(0.035), pytest.approx(0.0212, abs=1e-4))
-    plot(found, ("all", "bank", "random"), tmp_path / "plot.png")
+    plot(found, ABLATIONS["score"], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_lambdas_are_points_of_two_curves(tmp_path):
+    names = ["MAE", "lambda 0", *(f"{loss}, lambda {x}" for loss in ("NCE", "align") for x in (0.1, 0.2))]
+    assert [lambda_of(name) for name in names] == [
+        None,
+        None,
+        ("NCE", 0.1),
+        ("NCE", 0.2),
+        ("align", 0.1),
+        ("align", 0.2),
+    ]
+    found = [figures(name, seed, 0.8) for name in names for seed in (0, 1)]
+    plot(found, ABLATIONS["lambda"], tmp_path / "lambda.png")
+    assert (tmp_path / "lambda.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
