@@ -14,6 +14,7 @@ from torch import Tensor
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.loader import build_source
 from ccmim_fast.data.shapes import ShapesSource
+from ccmim_fast.data.source import Source
 from ccmim_fast.data.torch_loader import evaluation_batches
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation import extract, knn_accuracy, logreg_accuracy
@@ -28,6 +29,7 @@ from ccmim_fast.trainer.run_folder import open_run_folder
 
 HELD_OUT = 1000  # images that no run trains on
 PICTURES = 6  # of them are drawn
+NEIGHBOURS = 20  # of kNN, or all images where they are fewer
 LOOKS = 5  # moments of a run that are kept: the start, the end, and between
 
 
@@ -50,7 +52,7 @@ def run_demo(config: Config) -> Path:
     folder = open_run_folder(config)
     torch.manual_seed(config.seed)
     held_out = make_held_out(config)
-    methods = {"untrained": measure_features(build_model(config).eval(), config, held_out)}
+    methods = {"untrained": measure_features(build_model(config).eval(), config, held_out.source)}
     for name, method in (("mae", as_mae(config)), ("ccmim", config)):
         Console().print(f"\n[bold]{name}[/bold]: {method.train.epochs} epochs of {method.data.samples} images")
         method = replace(method, run=replace(method.run, dir=str(folder / name)))
@@ -101,7 +103,7 @@ def train_and_measure(config: Config, held_out: HeldOut) -> dict[str, float]:
         for moment in (name for name, when in moments.items() if when == epoch):
             figures.update({f"{key}{moment}": value for key, value in seen.items()})
         if epoch == last:
-            figures.update(measure_features(model, config, held_out))
+            figures.update(measure_features(model, config, held_out.source))
 
     fit(config, after_epoch=look)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -126,17 +128,20 @@ def take_snapshot(model: CCMIM, config: Config, held_out: HeldOut, epoch: int, f
     return figures._asdict()
 
 
-def measure_features(model: CCMIM, config: Config, held_out: HeldOut) -> dict[str, float]:
-    """kNN and logistic-regression accuracy of frozen, average-pooled features; fitted on the training images."""
+def measure_features(model: CCMIM, config: Config, held_out: Source) -> dict[str, float]:
+    """kNN and logistic-regression accuracy of frozen, average-pooled features; fitted on the training images.
+
+    Both sets have labels, of the same classes.
+    """
     device = model.mean_C.device
     encode = tokens_of(model.encoder, model.mean_C, model.std_C)
     prefix = model.encoder.num_prefix_tokens
     parts = []
-    for source in (build_source(config.data, config.seed), held_out.source):
+    for source in (build_source(config.data, config.seed), held_out):
         batches = evaluation_batches(source, config.data.image_size, config.train.batch_size, device)
         parts += extract(encode, batches, prefix=prefix)
     accuracy, _ = logreg_accuracy(*parts)
-    return {"knn": knn_accuracy(*parts), "logreg": accuracy}
+    return {"knn": knn_accuracy(*parts, k=min(NEIGHBOURS, len(parts[0]))), "logreg": accuracy}
 
 
 def setting_of(config: Config) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ccmim_fast.ablation.runs import Run, run_all
-from ccmim_fast.ablation.table import difference, markdown, over_seeds, plot
+from ccmim_fast.ablation.table import difference, known, markdown, over_seeds, plot
 from ccmim_fast.ablation.variants import ABLATIONS, Ablation
 from ccmim_fast.config.load import load_config
 from ccmim_fast.config.parser import Parser
@@ -24,10 +24,11 @@ def ablate(argv: list[str]) -> Path:
 
     NAME is one of ABLATIONS: where scores come from, and the bank's settings one by one (`score`); how patches are
     divided (`strategy`, Table 5); how much the contrast counts (`lambda`, Figure 2); how deep the decoder is
-    (`decoder`). On images whose objects are known. Each variant is trained for equal epochs with each seed; where
-    scores are compared, those slower than the bank then also for as long as it takes. Settings are those of
-    pretraining, for all variants alike; without --config those of the demo. Runs that were finished before in DIR are
-    not repeated. Writes PREFIX.md, .json and .png; returns the first.
+    (`decoder`). Each variant is trained for equal epochs with each seed; where scores are compared, those slower than
+    the bank then also for as long as it takes. Settings are those of pretraining, for all variants alike; without
+    --config those of the demo, whose objects and labels are known. Of other images, labels in data.root and in --test
+    give the accuracies. Runs that were finished before in DIR are not repeated. Writes PREFIX.md, .json and .png;
+    returns the first.
     """
     if not argv or argv[0] not in ABLATIONS:
         asked = f"{argv[0]!r:.80}: no such ablation" if argv else "which ablation"
@@ -36,15 +37,17 @@ def ablate(argv: list[str]) -> Path:
     options, settings = _parser(name).parse_known_args(argv[1:])
     settings = settings if any(a.startswith("--config") for a in settings) else ["--config", "demo", *settings]
     base = load_config(settings, program)
-    if base.data.source != "shapes":
-        raise ConfigError(f"data.source={base.data.source}: the ablation needs known objects; nearest: shapes")
+    if options.test and base.data.source != "images":
+        raise ConfigError(f"--test={options.test}: data.source={base.data.source} makes its own; nearest is images")
+    if options.test and not Path(options.test).is_dir():
+        raise ConfigError(f"--test={options.test}: no such folder; nearest is {Path(options.test).parent}")
     variants = ablation.variants(base)
     unknown = [variant for variant in options.only or () if variant not in variants]
     if unknown:
         raise ConfigError(f"--only={unknown[0]!r:.80}: no such variant; one of: {'; '.join(variants)}")
     names = options.only or list(variants)
     runs = [Run(variant, seed, (*settings, *variants[variant])) for seed in range(options.seeds) for variant in names]
-    figures = run_all(runs, options.runs, options.jobs)
+    figures = run_all(runs, options.runs, options.jobs, options.test)
     slower = equal_time(figures, base.train.epochs, ablation.time_of)
     more = [
         Run(
@@ -55,7 +58,7 @@ def ablate(argv: list[str]) -> Path:
         for seed in range(options.seeds)
         for variant, epochs in slower.items()
     ]
-    figures += run_all(more, options.runs, options.jobs)
+    figures += run_all(more, options.runs, options.jobs, options.test)
     return write(ablation, figures, options.out, shlex.join(["ccmim", "ablate", *argv]))
 
 
@@ -79,7 +82,7 @@ def write(ablation: Ablation, figures: Sequence[dict[str, Any]], prefix: Path, c
     text = [f"# {ablation.title}\n\n    {command}\n", markdown(figures)]
     for one, other in ablation.compared:
         if {one, other} <= over_seeds(figures).keys():
-            for key in ("auroc", "leakage", "knn", "logreg"):
+            for key in known(figures, ("auroc", "leakage", "knn", "logreg")):
                 mean, deviation = difference(figures, one, other, key)
                 text.append(f"- {one} - {other}, {key}: {mean:+.3f} ± {deviation:.3f} (same seed)")
     seeds = len({run["seed"] for run in figures})
@@ -98,6 +101,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=_count, default=3, help="runs of each variant")
     parser.add_argument("--jobs", type=_count, default=1, help="runs at a time, which share the cores")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these variants alone")
+    parser.add_argument("--test", default="", metavar="DIR", help="labelled images that features are tested on")
     parser.add_argument("--runs", type=Path, default=Path(f"runs/ablate-{name}"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=Path(f"runs/ablate-{name}/table"), help="path without its ending")
     return parser

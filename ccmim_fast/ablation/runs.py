@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,10 @@ import torch
 
 from ccmim_fast.config.load import load_config
 from ccmim_fast.config.schema import Config
+from ccmim_fast.data.loader import build_source
+from ccmim_fast.data.source import Source
 from ccmim_fast.demo import make_held_out, measure_features
+from ccmim_fast.errors import DataError
 from ccmim_fast.evaluation.score_probe import probe_scores
 from ccmim_fast.report.curves import read_metrics
 from ccmim_fast.trainer.loop import Trainer, fit
@@ -36,29 +40,35 @@ class Run(NamedTuple):
         return f"{''.join(c if c.isalnum() or c == '.' else '-' for c in self.variant)}-seed{self.seed}"
 
 
-def run_all(runs: Sequence[Run], folder: Path, jobs: int) -> list[dict[str, Any]]:
-    """Figures of each run, in their order; `jobs` at a time, each in a process with its share of the cores."""
+def run_all(runs: Sequence[Run], folder: Path, jobs: int, test: str = "") -> list[dict[str, Any]]:
+    """Figures of each run, in their order; `jobs` at a time, each in a process with its share of the cores.
+
+    Args:
+        test: folder of labelled images that features are tested on; `shapes` make their own.
+    """
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     kept = {run: folder / run.folder_name / SUMMARY for run in runs}
     found = {run: json.loads(path.read_text()) for run, path in kept.items() if path.exists()}
     # A process for each run: what one leaves behind (caches, threads) is not the next one's.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as processes:
         missing = [run for run in runs if run not in found]
-        waiting = {processes.submit(measure_run, run, folder / run.folder_name, threads): run for run in missing}
+        waiting = {processes.submit(measure_run, run, folder / run.folder_name, threads, test): run for run in missing}
         for done in as_completed(waiting):
             run, figures = waiting[done], done.result()
             found[run] = figures
-            parts = [f"{key} {figures[key]:.3f}" for key in ("auroc", "leakage", "knn", "logreg", "recons")]
+            told = (key for key in ("auroc", "leakage", "knn", "logreg", "recons") if figures.get(key) is not None)
+            parts = [f"{key} {figures[key]:.3f}" for key in told]
             print(f"{len(found)}/{len(runs)} {run.variant}, seed {run.seed}: {', '.join(parts)}", flush=True)
     return [found[run] for run in runs]
 
 
-def measure_run(run: Run, folder: Path, threads: int) -> dict[str, Any]:
+def measure_run(run: Run, folder: Path, threads: int, test: str = "") -> dict[str, Any]:
     """Pretrain, and measure at the end and at some moments before; read from the folder where that was done already.
 
     Returns:
         variant, seed, epochs; `looks`: one dict per moment (epoch, auroc, auroc_all, leakage, recons, and the seconds
-        trained so far); the last look's figures again, knn, logreg, images_per_second (median).
+        trained so far); the last look's figures again, knn, logreg, images_per_second (median). What the images do
+        not tell, objects or labels, is None or missing.
     """
     summary = folder / SUMMARY
     if summary.exists():
@@ -66,12 +76,12 @@ def measure_run(run: Run, folder: Path, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     options = [*run.options, f"--seed={run.seed}", f"--run.dir={folder}", "--run.tensorboard=false", "--overwrite"]
     config = load_config(options, "ccmim ablate")
-    figures = {"variant": run.variant, "seed": run.seed, "epochs": config.train.epochs, **_pretrain(config)}
+    figures = {"variant": run.variant, "seed": run.seed, "epochs": config.train.epochs, **_pretrain(config, test)}
     summary.write_text(json.dumps(figures, indent=1) + "\n")
     return figures
 
 
-def _pretrain(config: Config) -> dict[str, Any]:
+def _pretrain(config: Config, test: str) -> dict[str, Any]:
     epochs, looks, features = config.train.epochs, [], {}
     wanted = {round(epochs * i / LOOKS) for i in range(1, LOOKS + 1)}
     started, looked = time.perf_counter(), 0.0  # in all, of it with looking
@@ -85,11 +95,27 @@ def _pretrain(config: Config) -> dict[str, Any]:
         looks.append(
             {"epoch": epoch, "seconds": begun - started - looked, **probe_scores(run, epoch, PROBED)._asdict()}
         )
-        if epoch == epochs:
-            features.update(measure_features(run.model, config, make_held_out(config)))
+        if epoch == epochs and (held_out := held_out_of(run.source, config, test)) is not None:
+            features.update(measure_features(run.model, config, held_out))
         looked += time.perf_counter() - begun
 
     folder = fit(config, after_epoch=look)
     rates = [line["images_per_second"] for line in read_metrics(folder / "metrics.jsonl")]
     # The first line counts FLOPs as it goes, which is slow.
     return {**looks[-1], **features, "images_per_second": statistics.median(rates[1:] or rates), "looks": looks}
+
+
+def held_out_of(train: Source, config: Config, test: str) -> Source | None:
+    """What features are tested on; None: nothing to test on.
+
+    Raises:
+        DataError: images without labels, or of other classes than those trained on.
+    """
+    if config.data.source == "shapes":
+        return make_held_out(config).source
+    if not test:
+        return None
+    found = build_source(replace(config.data, root=test, index=""), config.seed)
+    if train.labels_N is None or found.labels_N is None or tuple(found.class_names) != tuple(train.class_names):
+        raise DataError(f"--test={test}: must have the classes of data.root={config.data.root}, a folder each")
+    return found

@@ -1,7 +1,7 @@
 """An ablation's figures over seeds, as a table and as a picture."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,21 @@ COLUMNS = {
     "images_per_second": "img/s",
 }
 
+Variants = dict[str, list[dict[str, Any]]]  # the runs of each, over seeds
 FEATURES = {key: COLUMNS[key] for key in ("logreg", "knn")}
 
 
-def over_seeds(figures: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def over_seeds(figures: Sequence[dict[str, Any]]) -> Variants:
     """The runs of each variant, in the order in which variants first come."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: Variants = {}
     for one in figures:
         found.setdefault(one["variant"], []).append(one)
     return found
+
+
+def known(figures: Sequence[dict[str, Any]], keys: Iterable[str]) -> list[str]:
+    """Those of the keys that every run has a figure of."""
+    return [key for key in keys if all(run.get(key) is not None for run in figures)]
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
@@ -39,10 +45,11 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 def markdown(figures: Sequence[dict[str, Any]]) -> str:
     """One row a variant: mean ± standard deviation over its seeds."""
-    rows = [f"| | epochs | {' | '.join(COLUMNS.values())} |", f"|---|{'--:|' * (1 + len(COLUMNS))}"]
+    columns = known(figures, COLUMNS)
+    rows = [f"| | epochs | {' | '.join(map(COLUMNS.get, columns))} |", f"|---|{'--:|' * (1 + len(columns))}"]
     for variant, runs in over_seeds(figures).items():
         cells = []
-        for key in COLUMNS:
+        for key in columns:
             mean, deviation = spread([run[key] for run in runs])
             cells.append(f"{mean:.0f}" if key == "images_per_second" else f"{mean:.3f} ± {deviation:.3f}")
         rows.append(f"| {variant} | {runs[0]['epochs']} | {' | '.join(cells)} |")
@@ -63,31 +70,45 @@ def difference(figures: Sequence[dict[str, Any]], one: str, other: str, key: str
 def plot(figures: Sequence[dict[str, Any]], ablation: Ablation, path: Path) -> None:
     """What the features are worth, where objects are hidden, and how the scores come to find them; a PNG."""
     variants = over_seeds(figures)
-    figure = Figure(figsize=(17, max(4.5, 0.3 * len(variants))), layout="constrained")
-    worth, end, way = figure.subplots(1, 3)
-    if ablation.axis is None:
-        _beside(worth, variants)
-    else:
-        _along(worth, variants, ablation.axis)
-    for index, (variant, runs) in enumerate(variants.items()):
-        (x, dx), (y, dy) = (spread([run[key] for run in runs]) for key in ("leakage", "auroc"))
-        style = {"color": COLOURS[index % len(COLOURS)], "marker": "osD^vPX"[index // len(COLOURS) % 7]}
-        end.errorbar(x, y, xerr=dx, yerr=dy, capsize=2, linestyle="none", label=variant, **style)
-    end.set(xlabel="object leakage (1: as random)", ylabel="AUROC of the run's scores", title="at the end, ± 1 sd")
-    end.legend(fontsize=6, ncols=2)
-    for index, variant in enumerate(name for name in ablation.lines if name in variants):
-        runs = variants[variant]
-        epochs = [look["epoch"] for look in runs[0]["looks"]]
-        means, deviations = zip(*(spread([run["looks"][i]["auroc"] for run in runs]) for i in range(len(epochs))))
-        way.errorbar(epochs, means, yerr=deviations, capsize=2, label=variant, color=COLOURS[index % len(COLOURS)])
-    way.set(xlabel="epoch", ylabel="AUROC of the run's scores", title="on the way")
-    way.legend(fontsize=7)
-    for axes in (worth, end, way):
+    panels = [_features] if known(figures, FEATURES) else []
+    panels += [_end, _way] if known(figures, ("auroc", "leakage")) else []
+    figure = Figure(figsize=(5.7 * max(len(panels), 1), max(4.5, 0.3 * len(variants))), layout="constrained")
+    for place, panel in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), place)
+        panel(axes, variants, ablation)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
 
-def _beside(axes: Axes, variants: dict[str, list[dict[str, Any]]]) -> None:
+def _features(axes: Axes, variants: Variants, ablation: Ablation) -> None:
+    if ablation.axis is None:
+        _beside(axes, variants)
+    else:
+        _along(axes, variants, ablation.axis)
+    axes.set_title("what the features are worth, ± 1 sd")
+    axes.legend(fontsize=7)
+
+
+def _end(axes: Axes, variants: Variants, ablation: Ablation) -> None:
+    for index, (variant, runs) in enumerate(variants.items()):
+        (x, dx), (y, dy) = (spread([run[key] for run in runs]) for key in ("leakage", "auroc"))
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": "osD^vPX"[index // len(COLOURS) % 7]}
+        axes.errorbar(x, y, xerr=dx, yerr=dy, capsize=2, linestyle="none", label=variant, **style)
+    axes.set(xlabel="object leakage (1: as random)", ylabel="AUROC of the run's scores", title="at the end, ± 1 sd")
+    axes.legend(fontsize=6, ncols=2)
+
+
+def _way(axes: Axes, variants: Variants, ablation: Ablation) -> None:
+    for index, variant in enumerate(name for name in ablation.lines if name in variants):
+        runs = variants[variant]
+        epochs = [look["epoch"] for look in runs[0]["looks"]]
+        means, deviations = zip(*(spread([run["looks"][i]["auroc"] for run in runs]) for i in range(len(epochs))))
+        axes.errorbar(epochs, means, yerr=deviations, capsize=2, label=variant, color=COLOURS[index % len(COLOURS)])
+    axes.set(xlabel="epoch", ylabel="AUROC of the run's scores", title="on the way")
+    axes.legend(fontsize=7)
+
+
+def _beside(axes: Axes, variants: Variants) -> None:
     """Accuracies of each variant, one below the other."""
     places = range(len(variants))
     for index, (key, label) in enumerate(FEATURES.items()):
@@ -95,11 +116,10 @@ def _beside(axes: Axes, variants: dict[str, list[dict[str, Any]]]) -> None:
         axes.errorbar(means, places, xerr=deviations, capsize=2, fmt="o", label=label, color=COLOURS[index])
     axes.set_yticks(places, variants)
     axes.invert_yaxis()
-    axes.set(xlabel="accuracy on held-out images", title="what the features are worth, ± 1 sd")
-    axes.legend(fontsize=7)
+    axes.set_xlabel("accuracy on held-out images")
 
 
-def _along(axes: Axes, variants: dict[str, list[dict[str, Any]]], axis: Callable) -> None:
+def _along(axes: Axes, variants: Variants, axis: Callable) -> None:
     """Accuracy of the linear classifier along each curve; a variant that is a point of none is a level."""
     curves: dict[str, list[tuple[float, float, float]]] = {}
     levels = [name for name in variants if axis(name) is None]
@@ -114,5 +134,4 @@ def _along(axes: Axes, variants: dict[str, list[dict[str, Any]]], axis: Callable
         mean, deviation = spread([run["logreg"] for run in variants[name]])
         axes.axhline(mean, linestyle="dashed", label=name, color=COLOURS[index])
         axes.axhspan(mean - deviation, mean + deviation, alpha=0.12, color=COLOURS[index])
-    axes.set(xlabel="lambda", ylabel="accuracy, logistic regression", title="what the features are worth, ± 1 sd")
-    axes.legend(fontsize=7)
+    axes.set(xlabel="lambda", ylabel="accuracy, logistic regression")

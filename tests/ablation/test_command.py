@@ -4,14 +4,16 @@ import json
 import math
 
 import pytest
+from PIL import Image
 
 from ccmim_fast.ablation import runs as runs_module
 from ccmim_fast.ablation.command import ablate, equal_time
-from ccmim_fast.ablation.runs import LOOKS, Run, measure_run
+from ccmim_fast.ablation.runs import LOOKS, Run, held_out_of, measure_run
 from ccmim_fast.ablation.table import difference, markdown, plot
 from ccmim_fast.ablation.variants import ABLATIONS, lambda_of, score_variants
 from ccmim_fast.config.load import load_config
-from ccmim_fast.errors import ConfigError
+from ccmim_fast.data.shapes import ShapesSource
+from ccmim_fast.errors import ConfigError, DataError
 
 TINY = [
     "--config=demo",
@@ -77,6 +79,26 @@ def test_the_command_writes_a_table(tmp_path, capsys):
     assert len(json.loads((tmp_path / "out" / "table.json").read_text())["runs"]) >= 3
     assert (tmp_path / "out" / "table.png").stat().st_size > 10_000
     assert "random, seed 0: auroc 0.500" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_images_of_a_user_have_accuracies_and_no_objects(tmp_path):
+    for part, count in (("train", 20), ("val", 8)):
+        source = ShapesSource(part == "val", count, (32, 32), 2)
+        for i in range(count):
+            folder = tmp_path / part / source.class_names[source.labels_N[i]]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(source.decode(i)).save(folder / f"{i}.png")
+    settings = [*TINY, "--data.source=images", f"--data.root={tmp_path / 'train'}", "--train.batch_size=4"]
+    where = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "table")]
+    options = ["--only", "MAE", "NCE, lambda 0.2", "--seeds", "1", *where]
+    text = ablate(["lambda", *options, "--test", str(tmp_path / "val"), *settings]).read_text()
+    head = next(line for line in text.splitlines() if line.startswith("|"))
+    assert head == "| | epochs | kNN | logistic regression | L_recons | img/s |"
+    assert "NCE, lambda 0.2 - MAE, logreg:" in text
+    assert "auroc" not in text
+    with pytest.raises(DataError, match=r"must have the classes of data\.root"):
+        held_out_of(ShapesSource(0, 4, (32, 32), 3), load_config(settings, "test"), str(tmp_path / "val"))
 
 
 def test_variants_change_what_they_say():
@@ -156,7 +178,8 @@ def test_lambdas_are_points_of_two_curves(tmp_path):
         (["scores"], "'scores': no such ablation; one of score"),
         (["strategy", "--seeds", "0"], "--seeds: '0' must be a whole number from 1 on"),
         (["score", "--only", "bnk"], "--only='bnk': no such variant; one of: MAE; random"),
-        (["lambda", "--data.source=photos"], "data.source=photos: the ablation needs known objects; nearest: shapes"),
+        (["lambda", "--test=elsewhere"], "--test=elsewhere: data.source=shapes makes its own; nearest is images"),
+        (["lambda", "--data.source=images", "--data.root=.", "--test=gone"], "--test=gone: no such folder"),
         (["decoder", "--score.gird=8"], "score.gird"),
     ],
 )

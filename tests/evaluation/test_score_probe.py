@@ -1,13 +1,9 @@
 """A run's own scores against objects whose places are known."""
 
-import dataclasses
-
 import numpy as np
-import pytest
 import torch
 from tiny import tiny_config
 
-from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.masks import object_patches, score_auroc
 from ccmim_fast.evaluation.score_probe import probe_scores
 from ccmim_fast.trainer.loop import fit
@@ -105,14 +101,20 @@ def test_objects_are_cropped_and_mirrored_with_their_images(tmp_path):
     assert probed(tmp_path, look, score={"source": "all"}) == 1.0
 
 
-def test_unknown_objects_are_refused(tmp_path):
-    def look(run):
-        run.source = dataclasses.make_dataclass("Other", [])()
-        with pytest.raises(ConfigError, match="its objects are not known; nearest: shapes"):
-            probe_scores(run, 1, COUNT)
-        return True
+def test_of_unknown_objects_the_loss_alone_is_told(tmp_path):
+    class Other:
+        """A source that is not of shapes."""
 
-    assert probed(tmp_path, look)
+        def __init__(self, source):
+            self.decode, self.sizes_N2, self.labels_N = source.decode, source.sizes_N2, source.labels_N
+
+    def look(run):
+        known = probe_scores(run, 1, COUNT)
+        run.source = Other(run.source)
+        return known, probe_scores(run, 1, COUNT)
+
+    known, unknown = probed(tmp_path, look)
+    assert unknown == (known.recons, None, None, None)
 
 
 def test_auroc_of_ties_is_a_half():
