@@ -80,11 +80,12 @@ def read_list(path: str) -> Found:
     names = tuple(sorted({name for _, name in pairs if name}))
     label_of = {name: label for label, name in enumerate(names)}
     folder = os.path.dirname(os.path.abspath(path))
-    files = [_stat(os.path.join(folder, name), label_of.get(group, -1)) for name, group in pairs]
+    files = [file_at(os.path.join(folder, name), label_of.get(group, -1)) for name, group in pairs]
     return Found(files, names, {path: mtime_ns}, [])
 
 
-def _stat(path: str, label: int) -> File:
+def file_at(path: str, label: int) -> File:
+    """What is at a path; nothing there, or nothing to be read, is the reason why it is no image."""
     try:
         status = os.stat(path)
     except OSError as error:

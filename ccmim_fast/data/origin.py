@@ -4,9 +4,11 @@ import glob
 import itertools
 import os
 import posixpath
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ccmim_fast.data.decode import file_suffixes
+from ccmim_fast.data.fine_grained import is_flowers, read_flowers, read_inaturalist
 from ccmim_fast.data.folders import File, Found, read_list, walk_folder
 from ccmim_fast.data.index import BESIDE
 from ccmim_fast.data.storage import as_os_errors, file_system, is_remote, join
@@ -43,9 +45,9 @@ def find_origin(origin: str, channels: int) -> Origin:
     if containers:
         root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in containers])
         return Origin(root, [os.path.relpath(path, root) for path in containers], None)
-    if origin.endswith(_LISTS) and not os.path.isdir(origin):
-        return Origin(os.path.dirname(os.path.abspath(origin)), [], read_list(origin))
     if not os.path.isdir(origin):
+        if read := _reader(origin):
+            return Origin(os.path.dirname(os.path.abspath(origin)), [], read(origin))
         raise DataError(f"no folder {origin!r}; set data.root to a folder of images, to tars, tables or a list")
     root = os.path.abspath(origin)
     try:
@@ -55,6 +57,15 @@ def find_origin(origin: str, channels: int) -> Origin:
     if inside:
         return Origin(root, inside, None)
     return Origin(root, [], walk_folder(root, file_suffixes(channels)))
+
+
+def _reader(origin: str) -> Callable[[str], Found] | None:
+    """What reads a file that names images, by how it is named."""
+    if origin.endswith(_LISTS):
+        return read_list
+    if origin.endswith(".json"):
+        return read_inaturalist
+    return read_flowers if is_flowers(origin) else None
 
 
 def _is_container(path: str) -> bool:
