@@ -30,7 +30,9 @@ class EvalDataConfig:
     # Folders of images, or a data set as its owners publish it; `shapes` are made by code, those to test on from
     # another seed. Each evaluation says which it reads.
     source: Literal["images", "shapes", "coco", "ade20k", "inaturalist", "flowers"] = "images"
-    root: str = ""  # folder with train/ and val/ (or test/), or of the training images; `shapes`: the cache folder
+    # Folder with train/ and val/ (or test/), or of the training images; of `inaturalist` with train2018.json (or that
+    # file), of `flowers` with setid.mat; of `shapes` the cache.
+    root: str = ""
     test: str = ""  # folder of the test images; empty: val/ or test/ in `root`
     index: str = ""  # as in pretraining: file that says where each training image is
     on_error: Literal["skip", "error"] = "skip"  # an image that cannot be decoded
@@ -82,6 +84,7 @@ class AugmentConfig:
     mixup: float = 0.0  # alpha; 0: none
     cutmix: float = 0.0  # alpha; 0: none
     smoothing: float = 0.0  # of labels
+    repeats: int = 1  # times that an image of an epoch is shown, which shows so many times fewer of them; DeiT
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class EvalOptimConfig:
     warmup_epochs: float = 10.0  # linear warm-up
     warmup_steps: int = 0  # in place of it where not 0
     clip_grad: float = 0.0  # largest gradient norm; 0: no clipping
+    ema: float = 0.0  # decay of averaged weights, tested beside the others; 0: none
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,7 @@ RANGES = {
     "augment.mixup": "[0, inf)",
     "augment.cutmix": "[0, inf)",
     "augment.smoothing": "[0, 1)",
+    "augment.repeats": COUNT,
     "optim.base_lr": "[0, inf)",
     "optim.min_lr": "[0, inf)",
     "optim.milestones": "(0, 1)",
@@ -166,6 +171,7 @@ RANGES = {
     "optim.warmup_epochs": "[0, inf)",
     "optim.warmup_steps": COUNT_OR_0,
     "optim.clip_grad": "[0, inf)",
+    "optim.ema": "[0, 1)",
     "train.epochs": COUNT,
     "train.steps": COUNT_OR_0,
     "train.batch_size": COUNT,

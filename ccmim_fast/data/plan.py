@@ -7,6 +7,9 @@ with any number of ranks and any batch size.
 
 With shards, samples belong to ranks, so that what is kept of a sample is where the sample is trained on: usable sample
 number n is of shard n % S, and an epoch shows equally many of each shard in turn, in an order of its own.
+
+With repeats, an epoch of as many places shows the first samples of its order only, each several times in a row and each
+time with another crop (repeated augmentation: Hoffer et al., 2020, as in DeiT).
 """
 
 # P places, M micro-batches, B images of one micro-batch of one rank, A micro-batches per optimizer step, W ranks
@@ -30,7 +33,8 @@ _TOGETHER = 1024
 
 
 class MicroBatch(NamedTuple):
-    """ids_B, epochs_B: int64 sample ids, and the epoch each is shown in. boxes_B4: int64 y, x, height, width of the
+    """ids_B, epochs_B: int64 sample ids, and the epoch each is shown in; with repeats, repeat r of epoch e counts as
+    epoch e * repeats + r, so that all that is drawn of a sample is drawn anew. boxes_B4: int64 y, x, height, width of the
     crops. flips_B: bool, mirrored or not."""
 
     ids_B: np.ndarray
@@ -70,6 +74,7 @@ class Plan:
     flip: bool = False  # mirror left to right, p = 0.5
     window: int = 0  # samples shuffled among each other; 0: all
     shards: int = 1  # parts of the samples, each of which belongs to some ranks
+    repeats: int = 1  # times that a sample is shown in a row
 
     def __post_init__(self) -> None:
         check_batch(self.samples, self.global_batch, self.accumulate, self.world_size)
@@ -122,16 +127,17 @@ class Plan:
         return places_MXS.swapaxes(1, 2).reshape(count, self.world_size, self.micro_batch_size)
 
     def ids_at(self, places_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and epochs, both [P] int64, at places of the stream."""
+        """Ids and epochs, both [P] int64, at places of the stream; epochs as in `MicroBatch`."""
         epochs_P, places_P = np.divmod(places_P, self.samples)
         places_P, shards_P = np.divmod(places_P, self.shards)
+        places_P, repeats_P = np.divmod(places_P, self.repeats)
         numbers_P, orders_P = np.empty_like(places_P), epochs_P * self.shards + shards_P
         for order in np.unique(orders_P):
             here, (epoch, shard) = orders_P == order, divmod(int(order), self.shards)
             among = -(-(usable(self.source) - shard) // self.shards)
             found_P = epoch_order(self.seed, epoch, among, places_P[here], self.window, shard)
             numbers_P[here] = found_P * self.shards + shard
-        return usable_ids(self.source, numbers_P), epochs_P
+        return usable_ids(self.source, numbers_P), epochs_P * self.repeats + repeats_P
 
     def showing(self, ids_B: np.ndarray, epochs_B: np.ndarray) -> MicroBatch:
         """These samples with their crops and flips, which depend on (seed, epoch, id) alone."""

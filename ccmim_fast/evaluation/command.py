@@ -33,7 +33,7 @@ class Evaluation(NamedTuple):
     """
 
     run: Callable[[Job], dict[str, float]]
-    sources: tuple[str, ...] = ("images", "shapes")
+    sources: tuple[str, ...] = ("images", "shapes", "inaturalist", "flowers")
     open_images: Callable[[EvalConfig, tuple[float, ...], tuple[float, ...]], tuple[Images, Images]] = open_both
     guessed: bool = True
 
@@ -44,6 +44,7 @@ EVALUATIONS = {
     "linear": Evaluation(probes.linear),
     "attentive": Evaluation(probes.attentive),
     "finetune": Evaluation(finetune.run),
+    "transfer": Evaluation(finetune.run),
 }
 USAGE = f"""usage: ccmim eval {"|".join(EVALUATIONS)} CHECKPOINT [--config PRESET_OR_FILE] [--section.key=value ...]
 

@@ -71,8 +71,8 @@ def build_optimizer(vit: nn.Module, optim: EvalOptimConfig) -> torch.optim.Optim
 class Augmented(Dataset):
     """One sample at a time, as the plan shows it: a micro-batch of one -> (normalised [C, H, W], label).
 
-    timm draws from the global generators of `random`, NumPy and torch: they are set by (seed, epoch, sample id), so
-    what comes does not depend on the process that makes it.
+    timm draws from the global generators of `random`, NumPy and torch: they are set by (seed, epoch, repeat, sample
+    id), so what comes does not depend on the process that makes it.
     """
 
     def __init__(self, plan: Plan, skipped: Skipped, transform: Callable[[Image.Image], Tensor], seed: int):
@@ -104,7 +104,13 @@ class Batches:
         self._config, self._here, config = job.config, job.here, job.config
         data, augment, source = job.train.data, config.augment, job.train.source
         self._plan = Plan(
-            source, config.seed, config.train.batch_size, config.train.accumulate, job.here.rank, job.here.world_size
+            source,
+            config.seed,
+            config.train.batch_size,
+            config.train.accumulate,
+            job.here.rank,
+            job.here.world_size,
+            repeats=augment.repeats,
         )
         index = getattr(source, "index", None)
         skipped = Skipped(index, len(source), len(source.excluded_X), data.on_error, data.max_bad)

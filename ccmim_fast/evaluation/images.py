@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from ccmim_fast.config.evaluation import EvalConfig, images_of
 from ccmim_fast.config.schema import DataConfig
+from ccmim_fast.data.fine_grained import flowers_origins, inaturalist_origins
 from ccmim_fast.data.loader import build_source
 from ccmim_fast.data.source import Source, usable
 from ccmim_fast.errors import ConfigError, DataError
@@ -35,11 +36,12 @@ def open_both(config: EvalConfig, mean: tuple[float, ...], std: tuple[float, ...
     mean, std = data.mean or mean, data.std or std
     if len(mean) != len(std):
         raise ConfigError(f"data.std={list(std)}: must be of {len(mean)} values, as data.mean")
-    roots = (data.root, data.root) if data.source == "shapes" else _folders(data.root, data.test)
+    roots = _ROOTS[data.source](data.root, data.test)
     both = []
     for test, root in enumerate(roots):
         of_these = images_of(data, mean, std, test=bool(test))
-        values = {**vars(of_these), "root": root}
+        # But for shapes, what is named is files, by one way or another.
+        values = {**vars(of_these), "root": root, "source": "shapes" if data.source == "shapes" else "images"}
         source = build_source(DataConfig(**values), config.seed + test)
         if source.labels_N is None:
             raise DataError(f"{root}: its images have no labels; put those of each class into a folder of its own")
@@ -59,3 +61,12 @@ def _folders(root: str, test: str) -> tuple[str, str]:
         if root and train.is_dir() and (Path(root) / name).is_dir():
             return str(train), str(Path(root) / name)
     raise ConfigError(f"data.test='': no train/ beside val/ or test/ in data.root={root!r:.100}; say where they are")
+
+
+# (data.root, data.test) -> where the images to train on and to test on are
+_ROOTS = {
+    "images": _folders,
+    "shapes": lambda root, _: (root, root),
+    "inaturalist": inaturalist_origins,
+    "flowers": flowers_origins,
+}

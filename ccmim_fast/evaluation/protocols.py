@@ -24,6 +24,7 @@ FIGURES = {
     "linear": (*_TRAINED, "head.rates", "head.init_std", "augment."),
     "attentive": (*_TRAINED, "head.num_heads", "head.init_std", "augment."),
     "finetune": (*_TRAINED, "head.init_std", "augment.", "model.drop_path"),
+    "transfer": (*_TRAINED, "head.init_std", "augment.", "model.drop_path"),
 }
 
 

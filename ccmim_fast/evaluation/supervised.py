@@ -20,6 +20,7 @@ from ccmim_fast.config.load import to_yaml
 from ccmim_fast.data.source import usable
 from ccmim_fast.errors import CheckpointError, ConfigError, NumericsError, StoppedError
 from ccmim_fast.evaluation.job import Job
+from ccmim_fast.optim.ema import averaged_in, build_ema, update_ema_
 from ccmim_fast.optim.schedule import scaled_lr, schedule_lr
 from ccmim_fast.trainer.distributed import from_main, max_over_ranks, mean_over_ranks, wait_for_all
 from ccmim_fast.trainer.metrics import Metrics, ProgressLine
@@ -58,6 +59,7 @@ class Training:
         self.precision = choose_precision(config.train.precision, here.device)
         self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.precision.scaled)
         self.checkpoints, self.samples = folder / "checkpoints", usable(job.train.source)
+        self.ema = build_ema(learner.module, config.optim.ema)
         self.step = self._resume() if config.run.resume == "auto" else 0
         self.module = learner.module
         if here.world_size > 1:
@@ -140,6 +142,8 @@ class Training:
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            update_ema_(self.ema, self.learner.module, optim.ema)
         self.step += 1
 
     def _log(self) -> None:
@@ -185,10 +189,15 @@ class Training:
 
     @torch.no_grad()
     def test(self) -> dict[str, float]:
-        """The figures of this moment."""
+        """The figures of this moment, and those of the averaged weights."""
         self.module.eval()
         with self.precision.autocast(self.here.device):
-            return self.learner.test()
+            figures = self.learner.test()
+        if self.ema is None:
+            return figures
+        # A context of its own: autocast keeps what it has cast, and would find weights of the same memory there.
+        with averaged_in(self.learner.module, self.ema), self.precision.autocast(self.here.device):
+            return figures | {f"{name}, averaged weights": value for name, value in self.learner.test().items()}
 
     def _save(self, epoch: int) -> None:
         if epoch % self.config.run.save_every == 0 or self.step == self.steps:
@@ -200,6 +209,7 @@ class Training:
                 "model": self.learner.module.state_dict(),
                 "optimizer": self.learner.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
+                "ema": None if self.ema is None else self.ema.state_dict(),
                 "step": self.step,
                 "config": to_yaml(self.config),
                 "settings": {key: str(value) for key, value in flatten(self.config).items()},
@@ -224,6 +234,8 @@ class Training:
             self.learner.optimizer.load_state_dict(state["optimizer"])
             if state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
+            if self.ema is not None:
+                self.ema.load_state_dict(state["ema"])
             return state["step"]
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: is of another evaluation: {' '.join(str(error).split())[:200]}") from None

@@ -1,5 +1,8 @@
 """Averaged weights."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -23,3 +26,26 @@ def update_ema_(ema: AveragedModel, model: nn.Module, decay: float) -> None:
     for kept, buffer in zip(ema.module.buffers(), model.buffers()):
         kept.copy_(buffer)
     ema.n_averaged += 1
+
+
+@contextlib.contextmanager
+def averaged_in(model: nn.Module, ema: AveragedModel) -> Iterator[None]:
+    """Within, `model` has the averaged weights and buffers, in the same memory; behind it its own again, bit for bit."""
+    pairs = [
+        (own_part(a), own_part(b))
+        for kind in (nn.Module.parameters, nn.Module.buffers)
+        for a, b in zip(kind(ema.module), kind(model))
+    ]
+    _exchange_(pairs)
+    try:
+        yield
+    finally:
+        _exchange_(pairs)
+
+
+@torch.no_grad()
+def _exchange_(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for a, b in pairs:
+        kept = a.clone()
+        a.copy_(b)
+        b.copy_(kept)
