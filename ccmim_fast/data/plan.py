@@ -34,8 +34,8 @@ _TOGETHER = 1024
 
 class MicroBatch(NamedTuple):
     """ids_B, epochs_B: int64 sample ids, and the epoch each is shown in; with repeats, repeat r of epoch e counts as
-    epoch e * repeats + r, so that all that is drawn of a sample is drawn anew. boxes_B4: int64 y, x, height, width of the
-    crops. flips_B: bool, mirrored or not."""
+    epoch e * repeats + r, so that all that is drawn of a sample is drawn anew. boxes_B4: int64 y, x, height, width of
+    the crops. flips_B: bool, mirrored or not."""
 
     ids_B: np.ndarray
     epochs_B: np.ndarray

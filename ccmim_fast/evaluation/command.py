@@ -95,8 +95,8 @@ def _protocol_of(name: str, argv: list[str]) -> tuple[Protocol, list[str]]:
 def _run(name: str, of: Protocol, config: EvalConfig, checkpoint: str) -> None:
     with session(config.train.device, config.train.timeout) as here:
         # In the order in which a mistake is cheapest to find: weights' header, images, folder.
-        weights = read_weights(checkpoint, config.model.arch)
-        with main_first(here):  # that indexes the images, if nobody has
+        with main_first(here):  # that downloads weights and indexes images, if nobody has
+            weights = read_weights(checkpoint, config.model.arch)
             train, test = EVALUATIONS[name].open_images(config, weights.mean, weights.std)
         weights = weights._replace(mean=train.data.mean, std=train.data.std)
         folder = open_run_folder(config) if here.is_main else Path(config.run.dir)

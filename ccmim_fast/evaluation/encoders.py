@@ -7,18 +7,18 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from ccmim_fast.checkpoints import io
-from ccmim_fast.checkpoints.convert import from_flat, read_flat_file, to_timm
+from ccmim_fast.checkpoints.convert import to_timm
+from ccmim_fast.checkpoints.published import TIMM, known_arch, read_published
 from ccmim_fast.config.load import from_yaml
 from ccmim_fast.errors import CheckpointError, ConfigError
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _DEFAULT_ARCH = "vit_base_patch16_224"
+_HEADS = ("head.", "fc_norm.", "attn_pool.")  # timm's names of what stands behind the tokens
 
 
 class Weights(NamedTuple):
@@ -44,32 +44,22 @@ def read_weights(checkpoint: str, arch: str = "") -> Weights:
     """Read the encoder of a checkpoint; no code in it is run.
 
     Args:
-        checkpoint: the folder of a run, or of one of its checkpoints; a file `.safetensors` (timm's names) or `.pth`,
-            `.pt`, `.bin` (timm's or MAE's); `timm:NAME` for initial weights.
-        arch: timm's name, where the checkpoint does not tell; empty: vit_base_patch16_224.
+        checkpoint: the folder of a run, or of one of its checkpoints; what `read_published` reads; `timm:ARCH` for
+            initial weights.
+        arch: timm's name, in place of what a file tells; empty: that, or vit_base_patch16_224.
 
     Raises:
         CheckpointError: missing, damaged, or without an encoder.
         ConfigError: a name that timm does not know.
     """
-    if checkpoint.startswith("timm:"):
-        return Weights(checkpoint, _known(checkpoint.removeprefix("timm:")), None, 0, *IMAGENET)
-    path = Path(checkpoint)
-    if path.is_dir():
-        return _of_run(path)
-    arch = _known(arch or _DEFAULT_ARCH)
-    if path.suffix == ".safetensors":
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: cannot be read as weights: {' '.join(str(error).split())[:200]}") from None
-    else:
-        flat = read_flat_file(checkpoint)
-        flat = flat.get("model", flat)
-        if not isinstance(flat, dict) or not all(isinstance(name, str) for name in flat):
-            raise CheckpointError(f"{path}: holds no tensors by name")
-        tensors = to_timm(from_flat(flat))
-    return Weights(checkpoint, arch, _encoder_in(tensors, path), 0, *IMAGENET)
+    if checkpoint.startswith(TIMM) and "." not in checkpoint:
+        return Weights(checkpoint, known_arch(checkpoint.removeprefix(TIMM)), None, 0, *IMAGENET)
+    if Path(checkpoint).is_dir():
+        return _of_run(Path(checkpoint))
+    found = read_published(checkpoint)
+    arch = known_arch(found.arch if checkpoint.startswith(TIMM) else arch or found.arch or _DEFAULT_ARCH)
+    images = (found.mean, found.std) if found.mean and found.std else IMAGENET
+    return Weights(checkpoint, arch, _encoder_in(to_timm(found.tensors), checkpoint), found.num_heads, *images)
 
 
 def _of_run(path: Path) -> Weights:
@@ -92,19 +82,10 @@ def _of_run(path: Path) -> Weights:
     return Weights(str(found.path), model.arch, _encoder_in(tensors, found.path), model.num_heads, data.mean, data.std)
 
 
-def _encoder_in(tensors: dict[str, Any], path: Path) -> dict[str, Tensor]:
+def _encoder_in(tensors: dict[str, Any], name: str | Path) -> dict[str, Tensor]:
     if "patch_embed.proj.weight" not in tensors or "blocks.0.norm1.weight" not in tensors:
-        raise CheckpointError(f"{path}: no vision transformer under timm's names in it")
-    return {name: value for name, value in tensors.items() if not name.startswith(("head.", "fc_norm."))}
-
-
-def _known(arch: str) -> str:
-    from ccmim_fast.config.keys import nearest
-
-    names = timm.list_models("*vit*") + timm.list_models("*deit*")
-    if not timm.is_model(arch):
-        raise ConfigError(f"model.arch={arch!r:.80}: no model of timm; nearest is {nearest(arch, names)}")
-    return arch
+        raise CheckpointError(f"{name}: no vision transformer under timm's names in it")
+    return {key: value for key, value in tensors.items() if not key.startswith(_HEADS)}
 
 
 def build_encoder(
@@ -132,8 +113,10 @@ def build_encoder(
     options = {"img_size": image_size, "num_classes": num_classes, "in_chans": len(weights.mean)}
     if weights.tensors is not None:
         heads = num_heads or weights.num_heads
-        options |= _sizes_in(weights.tensors) | {"class_token": True, "global_pool": "token"}
+        options |= _sizes_in(weights.tensors) | {"global_pool": "", "fc_norm": False}
         options |= {"num_heads": heads} if heads else {}
+    if pool == "cls" and not options.get("class_token", True):
+        raise ConfigError(f"model.pool=cls: {weights.name} has no [CLS] token; nearest valid is avg")
     if pool:
         options |= {"drop_path_rate": drop_path, "global_pool": {"avg": "avg", "cls": "token"}[pool]}
         options |= {"fc_norm": pool == "avg"}
@@ -147,10 +130,10 @@ def build_encoder(
     return vit
 
 
-def _sizes_in(tensors: dict[str, Tensor]) -> dict[str, int]:
+def _sizes_in(tensors: dict[str, Tensor]) -> dict[str, int | bool]:
     width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
-    return {"patch_size": patch, "embed_dim": width, "depth": depth}
+    return {"patch_size": patch, "embed_dim": width, "depth": depth, "class_token": "cls_token" in tensors}
 
 
 def _fill(vit: nn.Module, weights: Weights) -> None:

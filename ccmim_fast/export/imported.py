@@ -7,11 +7,10 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ccmim_fast.checkpoints import io
-from ccmim_fast.checkpoints.convert import from_flat, read_flat_file
+from ccmim_fast.checkpoints.published import TIMM, Published, read_published
 from ccmim_fast.checkpoints.state import Progress, capture
 from ccmim_fast.config.load import load_config
 from ccmim_fast.config.parser import Parser
@@ -31,62 +30,41 @@ _SHOWN = 4  # names in one line
 def import_weights(argv: list[str]) -> None:
     """`ccmim import FILE --arch NAME --out OUT [settings]`: published weights as a checkpoint of ours.
 
-    FILE: MAE's or the authors' ccMIM .pth; timm's .pth or .safetensors of an encoder; our own .safetensors. OUT: a new
-    run folder, for ccmim export, embed, and pretrain --run.resume OUT/checkpoints/step_00000000; or a .safetensors in
-    our names. Sizes are read off the weights; the other settings are those of ccmim pretrain. What is missing in FILE
-    or unexpected is an error, but for a whole decoder or head, which starts anew.
+    FILE: MAE's or the authors' ccMIM .pth; timm's .pth or .safetensors of an encoder; our own .safetensors; or
+    timm:ARCH.TAG, which timm downloads. OUT: a new run folder, for ccmim export, embed, and pretrain --run.resume
+    OUT/checkpoints/step_00000000; or a .safetensors in our names. Sizes are read off the weights; the other settings
+    are those of ccmim pretrain. What is missing in FILE or unexpected is an error, but for a whole decoder or head,
+    which starts anew.
     """
     given, settings = _read(argv)
-    weights, arch = read_published(given.file)
-    arch = given.arch or arch
-    if not arch:
+    found = read_published(given.file)
+    if given.arch and not given.file.startswith(TIMM):
+        found = found._replace(arch=given.arch)
+    if not found.arch:
         raise ConfigError(f"ccmim import: {given.file!r:.200} does not tell its architecture; add --arch NAME")
-    config = load_config([*derived(weights, arch, settings), *settings], "ccmim import FILE --arch NAME --out OUT")
+    config = load_config([*derived(found, settings), *settings], "ccmim import FILE --arch NAME --out OUT")
     torch.manual_seed(config.seed)
     model = build_model(config)
-    new = fill_(model, weights, given.file)
+    new = fill_(model, found.tensors, given.file)
     path = _write(model, config, given.out)
     print(f"{path}; not in the file, starts anew: {', '.join(new)}" if new else path)
 
 
-def read_published(path: str) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a file under our names, and the architecture if it tells; no code in the file is run.
-
-    A classifier (`head`) of timm's is left out.
-
-    Raises:
-        CheckpointError: missing, damaged, or no dictionary of tensors.
-    """
-    arch = ""
-    if path.endswith(".safetensors"):
-        try:
-            with safe_open(path, "pt") as file:
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                arch = (file.metadata() or {}).get("arch", "")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: cannot be read as weights: {str(error)[:200]}") from None
-    else:
-        found = read_flat_file(path)
-        for key in ("model", "state_dict"):
-            found = found[key] if isinstance(found.get(key), dict) else found
-    if not found or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()):
-        raise CheckpointError(f"{path}: holds no plain dictionary of tensors")
-    ours = found if any(name.startswith("encoder.") for name in found) else from_flat(found)
-    return {name: value for name, value in ours.items() if not name.startswith("encoder.head.")}, arch
-
-
-def derived(weights: dict[str, Tensor], arch: str, given: list[str]) -> list[str]:
+def derived(of: Published, given: list[str]) -> list[str]:
     """Settings that the weights tell, as options: sizes, and the method where no file of settings is given.
 
     Raises:
         ConfigError: timm does not know the architecture.
     """
+    weights, arch = of.tensors, of.arch
     try:
         with torch.device("meta"):
             own = timm.create_model(arch, num_classes=0, class_token=True, global_pool="token")
     except Exception as error:  # whatever timm raises on a name or class that is none of these
         raise ConfigError(f"--arch={arch!r:.80}: {' '.join(str(error).split())[:200]}") from None
     found: dict[str, object] = {"model.arch": arch}
+    found |= {"model.num_heads": of.num_heads} if of.num_heads else {}
+    found |= {"data.mean": list(of.mean), "data.std": list(of.std)} if of.mean and of.std else {}
     kernel = weights.get("encoder.patch_embed.proj.weight")
     if kernel is not None and kernel.ndim == 4:
         width, channels, patch, _ = kernel.shape

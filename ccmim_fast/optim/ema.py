@@ -30,7 +30,7 @@ def update_ema_(ema: AveragedModel, model: nn.Module, decay: float) -> None:
 
 @contextlib.contextmanager
 def averaged_in(model: nn.Module, ema: AveragedModel) -> Iterator[None]:
-    """Within, `model` has the averaged weights and buffers, in the same memory; behind it its own again, bit for bit."""
+    """Within, `model` has the averaged weights and buffers, in the same memory; then its own again, bit for bit."""
     pairs = [
         (own_part(a), own_part(b))
         for kind in (nn.Module.parameters, nn.Module.buffers)

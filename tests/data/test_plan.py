@@ -123,3 +123,37 @@ def test_batches_that_do_not_fit_are_named():
     with pytest.raises(DataError, match=r"^3 images .*at least 4 images"):
         check_batch(3, 8, accumulate=2, world_size=2)
     check_batch(32, 32, accumulate=2, world_size=2)
+
+
+@pytest.mark.parametrize(("ranks", "accumulate"), [(1, 1), (2, 1), (1, 2)])
+def test_repeats_show_a_sample_several_times_in_a_row(ranks, accumulate):
+    """As in DeiT: an epoch has as many places as before, for the first third of its order, three times each."""
+    options = {"global_batch": 12, "repeats": 3, "accumulate": accumulate, "world_size": ranks}
+    plans = [make_plan(60, rank=rank, **options) for rank in range(ranks)]
+    shown = list(itertools.chain(*steps_of(plans, 0, 10)))
+    epochs = [shown[:60], shown[60:]]
+    orders = [list(itertools.chain(*steps_of([make_plan(60, global_batch=60)], 60 * e, 1))) for e in (0, 1)]
+    for epoch, (some, order) in enumerate(zip(epochs, orders, strict=True)):
+        assert [sample[0] for sample in some[::3]] == [sample[0] for sample in order[:20]]
+        for first in range(0, 60, 3):
+            group = some[first : first + 3]
+            assert {sample[0] for sample in group} == {group[0][0]}
+            assert [sample[1] for sample in group] == [3 * epoch, 3 * epoch + 1, 3 * epoch + 2]
+            assert len({sample[2:6] for sample in group}) == 3  # crops
+    assert {s[0] for s in epochs[0]} != {s[0] for s in epochs[1]}
+    # From any place on the same, within a group too.
+    assert steps_of(plans, 24, 3) == steps_of(plans, 0, 5)[2:]
+
+
+def test_repeats_that_do_not_divide_an_epoch_are_cut_at_its_end():
+    shown = steps_of([make_plan(50, global_batch=25, repeats=3)], 0, 4)
+    counts = [np.bincount([sample[0] for sample in shown[i] + shown[i + 1]]).tolist() for i in (0, 2)]
+    assert all(sorted(c for c in count if c) == [2, *[3] * 16] for count in counts)
+
+
+def test_repeats_stay_with_the_shard_of_their_sample():
+    plans = [make_plan(60, global_batch=12, repeats=3, shards=2, world_size=2, rank=rank) for rank in (0, 1)]
+    for rank, plan in enumerate(plans):
+        ids = np.concatenate([part.ids_B for part in itertools.islice(plan.micro_batches(0), 10)])
+        assert (ids % 2 == rank).all()
+        assert (ids.reshape(-1, 3) == ids[::3, None]).all()

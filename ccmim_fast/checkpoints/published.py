@@ -1,0 +1,103 @@
+"""Published weights: files of timm, MAE, the authors' ccMIM and our exports, and what timm downloads by name."""
+
+import json
+from typing import NamedTuple
+
+import timm
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ccmim_fast.checkpoints.convert import from_flat, read_flat_file
+from ccmim_fast.config.keys import nearest
+from ccmim_fast.errors import CheckpointError, ConfigError
+
+TIMM = "timm:"  # in front of a name of timm's
+
+
+class Published(NamedTuple):
+    """What a file tells.
+
+    Attributes:
+        tensors: under our names; a classifier (`head`) of timm's is left out.
+        arch: timm's name; empty where it does not tell.
+        num_heads: of attention; 0 where it does not tell, or they are the architecture's own.
+        mean, std: of the images it was trained on, per channel; empty where it does not tell.
+    """
+
+    tensors: dict[str, Tensor]
+    arch: str = ""
+    num_heads: int = 0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+def read_published(name: str) -> Published:
+    """Read weights; no code in a file is run.
+
+    Args:
+        name: a file `.safetensors`, or `.pth`, `.pt`, `.bin`; or `timm:ARCH.TAG`, from timm's cache or the Hugging Face
+            hub.
+
+    Raises:
+        CheckpointError: missing, damaged, no dictionary of tensors, or not to be downloaded.
+        ConfigError: a name that timm does not know.
+    """
+    if name.startswith(TIMM):
+        return _downloaded(name)
+    about = {}
+    if name.endswith(".safetensors"):
+        try:
+            with safe_open(name, "pt") as file:
+                found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                about = file.metadata() or {}
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{name}: cannot be read as weights: {' '.join(str(error).split())[:200]}") from None
+    else:
+        found = read_flat_file(name)
+        for key in ("model", "state_dict"):
+            found = found[key] if isinstance(found.get(key), dict) else found
+    if not found or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()):
+        raise CheckpointError(f"{name}: holds no plain dictionary of tensors")
+    return Published(_renamed(found), *_told(about, name))
+
+
+def known_arch(arch: str) -> str:
+    """The name, if timm knows such an architecture. Raises ConfigError naming the nearest."""
+    if not timm.is_model(arch) or "." in arch:
+        names = timm.list_models("*vit*") + timm.list_models("*deit*")
+        raise ConfigError(f"model.arch={arch!r:.80}: no model of timm; nearest is {nearest(arch, names)}")
+    return arch
+
+
+def _downloaded(name: str) -> Published:
+    """The weights of a tag, loaded strictly by timm, and what it says of their images."""
+    tagged = name.removeprefix(TIMM)
+    arch = known_arch(tagged.partition(".")[0])
+    tags = timm.list_pretrained(f"{arch}.*")
+    if tagged not in tags:
+        near = f"nearest: {TIMM}{nearest(tagged, tags)}" if tags else f"{TIMM}{arch} has initial weights"
+        raise ConfigError(f"{name!r:.100}: timm has no such weights; {near}")
+    try:
+        vit = timm.create_model(tagged, pretrained=True)
+    except Exception as error:  # whatever hub, network and files lead to
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{name}: timm cannot load it: {reason}; without a network, name a file") from None
+    said = vit.pretrained_cfg
+    return Published(_renamed(vit.state_dict()), arch, 0, tuple(said["mean"]), tuple(said["std"]))
+
+
+def _renamed(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    ours = found if any(name.startswith("encoder.") for name in found) else from_flat(found)
+    return {name: value for name, value in ours.items() if not name.startswith("encoder.head.")}
+
+
+def _told(about: dict[str, str], name: str) -> tuple[str, int, tuple[float, ...], tuple[float, ...]]:
+    """Architecture, heads, mean and std in the texts of a .safetensors, as `ccmim export` writes them."""
+    try:
+        heads = int(json.loads(about.get("timm_arguments", "{}")).get("num_heads", 0))
+        mean, std = (tuple(map(float, json.loads(about.get(key, "[]")))) for key in ("mean", "std"))
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        raise CheckpointError(
+            f"{name}: what it tells of itself is damaged; expected what ccmim export writes"
+        ) from None
+    return about.get("arch", ""), heads, mean, std
