@@ -18,7 +18,7 @@ from ccmim_fast.errors import CheckpointError, ConfigError
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _DEFAULT_ARCH = "vit_base_patch16_224"
-_HEADS = ("head.", "fc_norm.", "attn_pool.")  # timm's names of what stands behind the tokens
+_HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")  # timm's names of what stands behind the tokens
 
 
 class Weights(NamedTuple):
@@ -113,7 +113,8 @@ def build_encoder(
     options = {"img_size": image_size, "num_classes": num_classes, "in_chans": len(weights.mean)}
     if weights.tensors is not None:
         heads = num_heads or weights.num_heads
-        options |= _sizes_in(weights.tensors) | {"global_pool": "", "fc_norm": False}
+        options |= _sizes_in(weights.tensors) | {"fc_norm": False}
+        options |= {"global_pool": "token" if options["class_token"] else ""}
         options |= {"num_heads": heads} if heads else {}
     if pool == "cls" and not options.get("class_token", True):
         raise ConfigError(f"model.pool=cls: {weights.name} has no [CLS] token; nearest valid is avg")
