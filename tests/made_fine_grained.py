@@ -16,19 +16,19 @@ def shapes(seed, count, classes, cache=None):
 
 
 def make_inaturalist(root, train=12, val=6, classes=3, year=2018, cache=None):
-    """`train{year}.json`, `val{year}.json` and the images of both below `train_val{year}`; categories are 0, 10, 20."""
+    """`train{year}.json`, `val{year}.json` and the images of both below `train_val{year}`; categories are 3, 10, 17."""
     for seed, (part, count) in enumerate((("train", train), ("val", val))):
         source = shapes(seed, count, classes, cache)
         images, annotations = [], []
         for number in range(count):
-            category = 10 * int(source.labels_N[number])
+            category = 3 + 7 * int(source.labels_N[number])
             name = f"train_val{year}/Plantae/{category}/{part}{number:04d}.png"
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(source.decode(number)).save(root / name)
             images.append({"id": 1000 * seed + number, "file_name": name, "width": SIDE, "height": SIDE})
             annotations.append({"id": number, "image_id": 1000 * seed + number, "category_id": category})
         categories = [
-            {"id": 10 * label, "name": f"{part} {label}", "supercategory": "Plantae"} for label in range(classes)
+            {"id": 3 + 7 * label, "name": f"{part} {label}", "supercategory": "Plantae"} for label in range(classes)
         ]
         # In an order of no meaning, as theirs.
         said = {"images": images[::-1], "annotations": annotations, "categories": categories[::-1]}

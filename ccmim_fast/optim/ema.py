@@ -30,12 +30,8 @@ def update_ema_(ema: AveragedModel, model: nn.Module, decay: float) -> None:
 
 @contextlib.contextmanager
 def averaged_in(model: nn.Module, ema: AveragedModel) -> Iterator[None]:
-    """Within, `model` has the averaged weights and buffers, in the same memory; then its own again, bit for bit."""
-    pairs = [
-        (own_part(a), own_part(b))
-        for kind in (nn.Module.parameters, nn.Module.buffers)
-        for a, b in zip(kind(ema.module), kind(model))
-    ]
+    """Within, `model` has the averaged weights, in the same memory; then its own again, bit for bit."""
+    pairs = [(own_part(a), own_part(b)) for a, b in zip(ema.module.parameters(), model.parameters())]
     _exchange_(pairs)
     try:
         yield

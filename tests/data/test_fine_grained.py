@@ -26,13 +26,13 @@ def test_inaturalist(tmp_path, year):
     """Labels by category, whatever the order and the names in the file; training and validation agree on them."""
     make_inaturalist(tmp_path, year=year)
     train, val = (open_images(origin) for origin in inaturalist_origins(str(tmp_path)))
-    assert train.class_names == val.class_names == ("00", "10", "20")
+    assert train.class_names == val.class_names == ("03", "10", "17")
     assert (len(train), len(val)) == (12, 6)
     for source, seed, part in ((train, 0, "train"), (val, 1, "val")):
         made = shapes(seed, len(source), 3)
         found = pictures(source)
         for number in range(len(source)):
-            pixels = found[f"{part}{number:04d}.png", f"{10 * made.labels_N[number]:02d}"]
+            pixels = found[f"{part}{number:04d}.png", f"{3 + 7 * made.labels_N[number]:02d}"]
             np.testing.assert_array_equal(pixels, made.decode(number))
 
 

@@ -70,6 +70,13 @@ def test_damage(compressed):
     assert refused > 500
 
 
+def test_a_file_that_is_cut_off_is_told_to_be():
+    data = saved({"labels": np.arange(500, dtype=np.uint16)[None]})
+    for length in (130, 150, 1000, len(data) - 1):
+        with pytest.raises(ValueError, match="it is cut off"):
+            read_arrays(data[:length])
+
+
 def test_little_that_stands_for_much(monkeypatch):
     monkeypatch.setattr(matlab, "_LARGEST", 1000)
     packed = zlib.compress(bytes(2000))
