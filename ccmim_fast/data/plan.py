@@ -155,7 +155,7 @@ class Plan:
 
 
 def check_batch(samples: int, global_batch: int, accumulate: int, world_size: int) -> None:
-    """Return if each rank has an equal share of a step, and no step holds a sample twice.
+    """Return if each rank has an equal share of a step, and no step, but for repeats, holds a sample twice.
 
     Raises:
         ConfigError: `global_batch` is no multiple of `accumulate` * `world_size`.
