@@ -34,7 +34,7 @@ DIVISIONS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2), (2, 4), (3, 3), (3, 1), (1,
 
 
 @given(
-    st.sampled_from(DIVISIONS), st.integers(20, 60), st.sets(st.integers(0, 19), max_size=4), st.sampled_from([0, 100])
+    st.sampled_from(DIVISIONS), st.integers(22, 60), st.sets(st.integers(0, 19), max_size=4), st.sampled_from([0, 100])
 )
 @settings(max_examples=60, deadline=None)
 def test_an_epoch_shows_equally_many_of_each_shard_once(division, samples, excluded, window):
