@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ccmim_fast.data.folders import File, Found, file_at
+from ccmim_fast.data.folders import Found, file_at
 from ccmim_fast.data.matlab import read_arrays
 from ccmim_fast.errors import ConfigError, DataError
 
@@ -25,7 +25,7 @@ def inaturalist_origins(root: str, test: str = "") -> tuple[str, str]:
         test: the annotations to test on; empty: those of validation beside the others.
 
     Raises:
-        DataError: there are none, or those of several years.
+        DataError: there are none, or those of several years, or `test` cannot be told from the name.
     """
     train = root
     if not root.endswith(".json"):
@@ -37,6 +37,8 @@ def inaturalist_origins(root: str, test: str = "") -> tuple[str, str]:
             )
         train = os.path.join(root, found[0])
     folder, name = os.path.split(train)
+    if not (test or name.startswith("train")):
+        raise DataError(f"data.root={root!r:.200}: is not named train*.json; say in data.test what to test on")
     return train, test or os.path.join(folder, name.replace("train", "val", 1))
 
 
@@ -147,7 +149,7 @@ def _found(path: str, pairs: list[tuple[str, int]], class_names: tuple[str, ...]
     for top in sorted({name.split("/")[0] for name, _ in pairs if "/" in name}):
         if not os.path.isdir(os.path.join(folder, top)):
             raise DataError(f"no folder {os.path.join(folder, top)!r}; {path!r} has its images in it")
-    files: list[File] = [file_at(os.path.join(folder, name), label) for name, label in pairs]
+    files = [file_at(os.path.join(folder, name), label) for name, label in pairs]
     folders = {_existing(os.path.dirname(file.path)) for file in files}
     watched = {place: os.stat(place).st_mtime_ns for place in [*told_by, *sorted(folders)]}
     return Found(files, class_names, watched, [])

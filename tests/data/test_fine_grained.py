@@ -91,6 +91,7 @@ def test_wrong_layouts(tmp_path):
     for call, words in (
         (lambda: inaturalist_origins(root), "no train2018.json or train2019.json; name one file"),
         (lambda: inaturalist_origins(f"{root}/none"), "No such file or directory"),
+        (lambda: inaturalist_origins(f"{root}/val2018.json"), "is not named train.*; say in data.test"),
         (lambda: flowers_origins(root), "no setid.mat in it; expected jpg/image_00001.jpg"),
         (lambda: open_images(f"{root}/train2018.json"), "cannot read the annotations"),
         (
