@@ -30,9 +30,7 @@ class EvalDataConfig:
     # Folders of images, or a data set as its owners publish it; `shapes` are made by code, those to test on from
     # another seed. Each evaluation says which it reads.
     source: Literal["images", "shapes", "coco", "ade20k", "inaturalist", "flowers"] = "images"
-    # Folder with train/ and val/ (or test/), or of the training images; of `inaturalist` with train2018.json (or that
-    # file), of `flowers` with setid.mat; of `shapes` the cache.
-    root: str = ""
+    root: str = ""  # folder with train/ and val/ (or test/), of the training images, or of a published set; of the cache
     test: str = ""  # folder of the test images; empty: val/ or test/ in `root`
     index: str = ""  # as in pretraining: file that says where each training image is
     on_error: Literal["skip", "error"] = "skip"  # an image that cannot be decoded

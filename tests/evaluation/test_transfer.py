@@ -34,11 +34,14 @@ def trees(tmp_path_factory, cache):
     return {name: make(tmp_path_factory.mktemp(name) / "set", 300, 150, cache=cache) for name, make in SETS.items()}
 
 
-@pytest.mark.parametrize(("source", "decay"), [("inaturalist", 0.7), ("flowers", 0.9999)])
-def test_beats_chance(evaluated, trees, source, decay):
-    """So does an average over the last few steps; one that has hardly left the initial weights does not."""
+@pytest.mark.parametrize(("source", "decay", "precision"), [("inaturalist", 0.7, "fp32"), ("flowers", 0.9999, "bf16")])
+def test_beats_chance(evaluated, trees, source, decay, precision):
+    """So does an average over the last few steps; one that has hardly left the initial weights does not.
+
+    In half precision too, where autocast keeps weights that it has cast.
+    """
     more = [f"--data.source={source}", f"--data.root={trees[source]}", "--train.epochs=4", f"--optim.ema={decay}"]
-    result = evaluated("transfer", *SHORT, *more)
+    result = evaluated("transfer", *SHORT, *more, f"--train.precision={precision}")
     found, averaged = result["figures"]["accuracy"], result["figures"]["accuracy, averaged weights"]
     assert found > CHANCE + MARGIN
     assert averaged > CHANCE + MARGIN if decay == 0.7 else averaged < found - MARGIN / 2
