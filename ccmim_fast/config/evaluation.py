@@ -30,7 +30,7 @@ class EvalDataConfig:
     # Folders of images, or a data set as its owners publish it; `shapes` are made by code, those to test on from
     # another seed. Each evaluation says which it reads.
     source: Literal["images", "shapes", "coco", "ade20k", "inaturalist", "flowers"] = "images"
-    root: str = ""  # folder with train/ and val/ (or test/), of the training images, or of a published set; of the cache
+    root: str = ""  # folder with train/ and val/ (or test/), of training images, or of a published set; `shapes`: cache
     test: str = ""  # folder of the test images; empty: val/ or test/ in `root`
     index: str = ""  # as in pretraining: file that says where each training image is
     on_error: Literal["skip", "error"] = "skip"  # an image that cannot be decoded
@@ -82,7 +82,7 @@ class AugmentConfig:
     mixup: float = 0.0  # alpha; 0: none
     cutmix: float = 0.0  # alpha; 0: none
     smoothing: float = 0.0  # of labels
-    repeats: int = 1  # times that an image of an epoch is shown, which shows so many times fewer of them; DeiT
+    repeats: int = 1  # times that an epoch shows an image, out of so many times fewer images; DeiT
 
 
 @dataclass(frozen=True)
