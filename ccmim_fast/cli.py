@@ -70,7 +70,12 @@ def runs(argv: list[str]) -> None:
 
 
 def evaluate(argv: list[str]) -> None:
-    """`ccmim eval NAME CHECKPOINT [settings]`: a checkpoint by a published protocol."""
+    """`ccmim eval NAME CHECKPOINT [settings]`: a checkpoint by a published protocol; or what it looks at and hides."""
+    if argv[:1] == ["masks"]:
+        from ccmim_fast.masks.command import masks
+
+        masks(argv[1:])
+        return
     from ccmim_fast.evaluation.command import evaluate as run
 
     run(argv)

@@ -39,6 +39,7 @@ def load_config(
     schema: type = Config,
     check: Callable[[Any], None] = validate,
     folder: str = "",
+    base: Any = None,
 ) -> Any:
     """The configuration that the options `argv` ask for, a `schema`.
 
@@ -50,6 +51,7 @@ def load_config(
         prog: the command as the help text names it, such as "ccmim pretrain".
         check: raises ConfigError for one that cannot run.
         folder: below configs/, that has the presets.
+        base: whose settings stand where nothing is asked for, such as a checkpoint's; None: the schema's defaults.
 
     Raises:
         ConfigError: one line naming the key, the value and the nearest valid one.
@@ -60,10 +62,10 @@ def load_config(
         raise SystemExit(0)
     given = _read_options(argv, schema)
     printing = given.pop("print_config", "")
-    values = {}
+    values = {} if base is None else flatten(base)
     if "config" in given:
         content, source = _read_file(given.pop("config"), folder)
-        values = _values(content, source, schema)
+        values |= _values(content, source, schema)
     values |= {key: _typed(key, text, "", schema) for key, text in given.items()}
     config = build(values, schema)
     check(config)

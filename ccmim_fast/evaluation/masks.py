@@ -1,6 +1,8 @@
-"""Where scores and masks fall, against the known place of the object."""
+"""Where scores and masks fall, against the known place of the object; and how far scores differ at all."""
 
 # B images, H height, W width, L patches (row by row), P patch side
+
+import math
 
 import torch
 from torch import Tensor
@@ -77,3 +79,23 @@ def object_leakage(mask_BL: Tensor, object_BL: Tensor, ratio: float) -> float:
         raise ValueError(f"none of {len(object_BL)} images has an object patch")
     visible = (~mask_BL & object_BL).sum() / object_BL.sum()
     return float(visible) / (1 - ratio)
+
+
+def score_entropy(scores_BL: Tensor) -> float:
+    """Mean entropy of the scores, as a share of log L: 1 = all patches alike, 0 = all on one.
+
+    Args:
+        scores_BL: each row sums to 1.
+    """
+    return float(torch.special.entr(scores_BL.double()).sum(1).mean()) / math.log(scores_BL.shape[1])
+
+
+def top_share(scores_BL: Tensor, share: float = 0.25) -> float:
+    """Mean sum of the scores of each image's highest patches, `share` of all; `share` itself where all are alike.
+
+    Args:
+        scores_BL: each row sums to 1.
+        share: of the patches, rounded down, but one at least.
+    """
+    count = max(1, int(scores_BL.shape[1] * share))
+    return float(scores_BL.double().topk(count, dim=1).values.sum(1).mean())

@@ -156,13 +156,20 @@ class CCMIM(nn.Module):
                 shares_BL = torch.cat([seen_BK, hidden_BM], dim=1).gather(1, divided.partition.ids_restore_BL)
         if self.contrast == "align":
             visible_BE = self.predictor(visible_BE)
+        pred_BMP = self._decode(encoded_BTD, divided.partition)
+        return Output(pred_BMP, divided.partition, visible_BE, masked_BE, divided.logits, shares_BL, arrived(sent))
+
+    def predict(self, images_BHWC: Tensor, partition: Partition) -> Tensor:
+        """[B, M, P] as `Output.pred_BMP`, of a division that is given: `forward` without the masked branch."""
+        visible = self._take(self.embed(images_BHWC), prefix_tokens(self.encoder), partition, with_masked=False).visible
+        return self._decode(self._encode(visible)[0], partition)
+
+    def _decode(self, encoded_BTD: Tensor, partition: Partition) -> Tensor:
         # Registers stay in the encoder: the decoder sees [CLS] and patches, as in MAE.
         registers = self.encoder.num_prefix_tokens - 1
-        decoder_input = (
-            torch.cat([encoded_BTD[:, :1], encoded_BTD[:, 1 + registers :]], 1) if registers else encoded_BTD
-        )
-        pred_BMP = self.decoder(decoder_input, divided.partition)
-        return Output(pred_BMP, divided.partition, visible_BE, masked_BE, divided.logits, shares_BL, arrived(sent))
+        if registers:
+            encoded_BTD = torch.cat([encoded_BTD[:, :1], encoded_BTD[:, 1 + registers :]], 1)
+        return self.decoder(encoded_BTD, partition)
 
     def _tokens(
         self,

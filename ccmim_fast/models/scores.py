@@ -61,8 +61,7 @@ def score(
     """
     if source == "first" and fold and can_fold(vit):
         return Score(None, folded_direction(vit))
-    prefix_BPD = prefix_tokens(vit).to(x_BLD.dtype).expand(len(x_BLD), -1, -1)
-    x_BTD = vit.norm_pre(torch.cat([prefix_BPD, x_BLD], dim=1))
+    x_BTD = _entering(vit, x_BLD)
     if source == "all":
         return Score(_all_blocks(vit, x_BTD, normalise, cls_only, kernels, run), None)
     index = 0 if source == "first" else block
@@ -76,6 +75,24 @@ def eq4_logits(vit: VisionTransformer, block: int, x_BTD: Tensor, kernels: str =
     q_B1NH, k_BTNH = inside(vit.blocks[block], _cls_and_keys, x_BTD)
     scale = vit.blocks[block].attn.scale
     return cls_row(q_B1NH[:, 0], k_BTNH, prefix=vit.num_prefix_tokens, kind="logits", scale=scale, kernels=kernels)
+
+
+@torch.no_grad()
+def eq4_of_blocks(
+    vit: VisionTransformer, x_BLD: Tensor, kernels: str = "auto", run: BlockRunner = PLAIN
+) -> list[Tensor]:
+    """`eq4_logits` [B, L] of every block in one pass, from embedded patches (with positions, before the blocks)."""
+    found, x_BTD = [], _entering(vit, x_BLD)
+    for index, block in enumerate(vit.blocks):
+        found.append(eq4_logits(vit, index, x_BTD, kernels))
+        x_BTD = run(block, x_BTD)
+    return found
+
+
+def _entering(vit: VisionTransformer, x_BLD: Tensor) -> Tensor:
+    """What enters the first block [B, T, D]."""
+    prefix_BPD = prefix_tokens(vit).to(x_BLD.dtype).expand(len(x_BLD), -1, -1)
+    return vit.norm_pre(torch.cat([prefix_BPD, x_BLD], dim=1))
 
 
 def _cls_and_keys(block: Block, x_BTD: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """What the checkpoints of a run make of a few of its own images: scores, masks and reconstructions, after the fact."""
 
-# B images, H height, W width, C channels, G cells per side of a map
+# B images, N samples, H height, W width, C channels, G cells per side of a map
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,8 +15,10 @@ from ccmim_fast.bank.warp import read
 from ccmim_fast.checkpoints import io
 from ccmim_fast.config.load import from_yaml
 from ccmim_fast.config.schema import Config, DataConfig
+from ccmim_fast.data.batch import Batch, make_batch
 from ccmim_fast.data.loader import build_source
-from ccmim_fast.data.source import usable, usable_ids
+from ccmim_fast.data.plan import MicroBatch
+from ccmim_fast.data.source import Source, usable, usable_ids
 from ccmim_fast.data.torch_loader import crop_and_resize
 from ccmim_fast.errors import CcmimError, CheckpointError, DataError
 from ccmim_fast.models.build import build_model
@@ -38,18 +40,16 @@ class FewImages(NamedTuple):
     """Some images of a source, each its largest central crop of the shape that the model sees.
 
     Attributes:
-        images_BHWC: uint8.
-        ids_B: int64 sample ids.
+        batch: them, on the CPU.
+        shown: which part of which image each is.
         places_B: int64, their places among the usable samples.
-        boxes_B4: float64, as `Batch.boxes_B4`.
-        fingerprint: of the source.
+        source: where they are from.
     """
 
-    images_BHWC: torch.Tensor
-    ids_B: torch.Tensor
-    places_B: torch.Tensor
-    boxes_B4: torch.Tensor
-    fingerprint: str
+    batch: Batch
+    shown: MicroBatch
+    places_B: np.ndarray
+    source: Source
 
 
 def look_back(folder: Path, images: int, moments: int, root: str = "") -> Looks:
@@ -66,7 +66,7 @@ def look_back(folder: Path, images: int, moments: int, root: str = "") -> Looks:
         root: take images from here, where the run's own are not at hand.
     """
     snapshots, remarks = [], []
-    for path in _spread(io.checkpoints(folder / "checkpoints"), moments):
+    for path in spread(io.checkpoints(folder / "checkpoints"), moments):
         try:
             snapshots.append(_snapshot(io.load(path), images, root))
         except CcmimError as error:
@@ -77,7 +77,7 @@ def look_back(folder: Path, images: int, moments: int, root: str = "") -> Looks:
     return Looks(snapshots, list(dict.fromkeys(remarks)))
 
 
-def _spread(paths: Sequence[Path], count: int) -> list[Path]:
+def spread(paths: Sequence[Path], count: int) -> list[Path]:
     """`count` of the paths at most, the first and the last among them; of one alone the last."""
     if count < 2 or len(paths) <= count:
         return list(paths[-count:]) if count else []
@@ -86,39 +86,58 @@ def _spread(paths: Sequence[Path], count: int) -> list[Path]:
 
 @torch.inference_mode()
 def _snapshot(state: dict[str, Any], count: int, root: str) -> Snapshot:
-    config = _on_cpu(from_yaml(state["config"], "the checkpoint"), root)
+    config = anywhere(from_yaml(state["config"], "the checkpoint"))
+    if root:
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, source="images", root=root, index="")
+        )
     few = few_images(config.data, config.seed, count)
-    model = build_model(config)
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"the checkpoint is of another model: {reason}") from None
-    output = model.eval()(few.images_BHWC, few.ids_B, 0, known=_known(model, state, few))
-    drawn_BHWC = drawn(model, config, few.images_BHWC, output)
-    progress = state["progress"]
-    epoch = round(progress["seen"] / progress["samples"], 2)
+    model = restored(state, config)
+    images_BHWC = few.batch.images_BHWC
+    output = model(images_BHWC, few.batch.ids_B, 0, known=known_of(model, state, few))
+    drawn_BHWC = drawn(model, config, images_BHWC, output)
     return Snapshot(
-        int(epoch) if epoch == int(epoch) else epoch,
-        few.images_BHWC.numpy(),
+        epoch_of(state),
+        images_BHWC.numpy(),
         None if output.logits_BL is None else output.logits_BL.float().softmax(1).numpy(),
         output.partition.mask_BL.numpy(),
         None if drawn_BHWC is None else drawn_BHWC.numpy(),
     )
 
 
-def _on_cpu(config: Config, root: str) -> Config:
-    """The run's configuration with what runs anywhere in place of what needs its device."""
-    data = dataclasses.replace(config.data, source="images", root=root, index="") if root else config.data
-    train = dataclasses.replace(config.train, kernels="reference", attention="auto", recompute=False)
-    return dataclasses.replace(config, data=data, train=train)
+def anywhere(config: Config) -> Config:
+    """A run's configuration with what runs anywhere in place of what needs its device."""
+    train = dataclasses.replace(config.train, device="auto", kernels="reference", attention="auto", recompute=False)
+    return dataclasses.replace(config, train=train)
 
 
-def _known(model: CCMIM, state: dict[str, Any], few: FewImages) -> Known | None:
+def restored(state: dict[str, Any], config: Config) -> CCMIM:
+    """The model of a checkpoint, in evaluation mode on the CPU; its weights as they were trained, not their average.
+
+    Raises:
+        CheckpointError: it is of another model than `config` says.
+    """
+    model = build_model(config)
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"the checkpoint is of another model: {reason}") from None
+    return model.eval()
+
+
+def epoch_of(state: dict[str, Any]) -> float:
+    """Epochs that a checkpoint was trained; a whole number where they are whole. 0 of one that was imported."""
+    epoch = round(state["progress"]["seen"] / max(state["progress"]["samples"], 1), 2)
+    return int(epoch) if epoch == int(epoch) else epoch
+
+
+def known_of(model: CCMIM, state: dict[str, Any], few: FewImages) -> Known | None:
+    """What the maps of a checkpoint say of the images; None where it has none, or they are of other images."""
     maps_NGG = state.get("maps")
-    if not model.banked or maps_NGG is None or few.fingerprint != state["progress"]["images"]:
+    if not model.banked or maps_NGG is None or few.source.fingerprint != state["progress"]["images"]:
         return None
-    return Known(*read(maps_NGG[few.places_B], few.boxes_B4, model.grid))
+    return Known(*read(maps_NGG[few.places_B], few.batch.boxes_B4, model.grid))
 
 
 @lru_cache(maxsize=1)  # runs of one data set, one after the other, open it once
@@ -137,11 +156,13 @@ def few_images(data: DataConfig, seed: int, count: int) -> FewImages:
         except DataError:
             continue
         box_4 = _central_box(image_HWC.shape[:2], data.image_size)
-        crop_HWC = crop_and_resize(image_HWC, box_4, False, data.image_size)
-        found.append((crop_HWC, index, place, box_4 / np.tile(image_HWC.shape[:2], 2)))
+        found.append((crop_and_resize(image_HWC, box_4, False, data.image_size), place, index, box_4))
     if not found:
         raise DataError(f"data.root={data.root}: none of {len(places_B)} images that were to be drawn decodes")
-    return FewImages(*(torch.from_numpy(np.stack(column)) for column in zip(*found)), source.fingerprint)
+    images_BHWC, places_B, ids_B, boxes_B4 = map(np.stack, zip(*found))
+    shown = MicroBatch(ids_B, np.zeros_like(ids_B), boxes_B4, np.zeros(len(ids_B), dtype=bool))
+    batch = make_batch(torch.from_numpy(images_BHWC), shown, source, torch.device("cpu"))
+    return FewImages(batch, shown, places_B, source)
 
 
 def _central_box(size: tuple[int, int], like: tuple[int, int]) -> np.ndarray:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 
+from ccmim_fast.checkpoints.manifest import MANIFEST
 from ccmim_fast.config.load import to_yaml
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
 
+CHECKPOINTS = "checkpoints"  # of a run, in its folder
 _PACKAGES = ("ccmim_fast", "torch", "torchvision", "timm", "triton", "xformers", "numpy", "pillow")
 
 
@@ -38,6 +40,19 @@ def open_run_folder(config: Config) -> Path:
     if occupied and config.run.resume == "never":
         raise ConfigError(f"run.dir={folder}: not empty; use --resume auto to go on, or --overwrite to start anew")
     return folder
+
+
+def evaluation_folder(checkpoint: str, name: str) -> str:
+    """Where an evaluation is written unless somebody says where: in the run's own folder, for its report.
+
+    Args:
+        checkpoint: folder of a run, or of one of its checkpoints; of anything else it is runs/eval/`name`.
+    """
+    path = Path(checkpoint)
+    if (path / MANIFEST).is_file() and path.absolute().parent.name == CHECKPOINTS:
+        path = path.parent.parent
+    run = path if (path / CHECKPOINTS).is_dir() else Path("runs")
+    return str(run / "eval" / name)
 
 
 def describe_run(folder: Path, config: Config, device: torch.device) -> None:

@@ -1,0 +1,73 @@
+"""Pictures side by side under headings, as a figure of a paper."""
+
+import io
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+_TILE = 0.92  # inches; seven columns make a text width of 6.7 inches
+_GAP = 0.05
+_LINE, _DROP = 0.145, 0.05  # of text, and of its baseline above what follows
+_DPI = 250
+_STYLE = {"font.family": "STIXGeneral", "mathtext.fontset": "stix"}  # comes with matplotlib
+_SIZE, _SMALL = 9, 7.5  # points
+_SOFT = "0.35"  # gray
+
+
+class Column(NamedTuple):
+    """What stands under one heading.
+
+    Attributes:
+        heading: one line or several.
+        under: a smaller line, or nothing.
+        pictures: uint8 [H, W, C], one a row.
+        outlined: of each picture a part [H, W] bool whose edge is drawn in white; nothing: none.
+    """
+
+    heading: str
+    under: str
+    pictures: Sequence[np.ndarray]
+    outlined: Sequence[np.ndarray] = ()
+
+
+def figure_png(columns: Sequence[Column], note: str = "") -> bytes:
+    """Draw the columns, all of equally many pictures of one size, as PNG; equal ones give equal bytes.
+
+    Args:
+        note: small, below.
+    """
+    rows = len(columns[0].pictures)
+    shape_HW = columns[0].pictures[0].shape[:2]
+    tall = _TILE * shape_HW[0] / shape_HW[1]
+    head = _LINE * (1 + max(column.heading.count("\n") for column in columns)) + 0.04
+    under = _LINE if any(column.under for column in columns) else 0
+    foot = _LINE * (1 + note.count("\n")) + _GAP if note else 0
+    width = len(columns) * (_TILE + _GAP) - _GAP
+    height = head + under + rows * (tall + _GAP) - _GAP + foot
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), dpi=_DPI)
+        for i, column in enumerate(columns):
+            left = i * (_TILE + _GAP)
+            middle = (left + _TILE / 2) / width
+            text = {"ha": "center", "va": "baseline", "linespacing": 1.1}
+            figure.text(middle, 1 - (head - _DROP) / height, column.heading, fontsize=_SIZE, **text)
+            figure.text(middle, 1 - (head + under - _DROP) / height, column.under, fontsize=_SMALL, color=_SOFT, **text)
+            for j, picture_HWC in enumerate(column.pictures):
+                bottom = height - head - under - (j + 1) * (tall + _GAP) + _GAP
+                axes = figure.add_axes((left / width, bottom / height, _TILE / width, tall / height))
+                axes.imshow(_rgb(picture_HWC), aspect="auto")
+                axes.set_axis_off()
+                if len(column.outlined) and column.outlined[j].any():
+                    axes.contour(column.outlined[j], levels=[0.5], colors="white", linewidths=0.8)
+        figure.text(0, 0.02 / height, note, fontsize=_SMALL, color=_SOFT, va="bottom")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _rgb(picture_HWC: np.ndarray) -> np.ndarray:
+    """Gray images, and those of more channels than a screen has, by their first one."""
+    return picture_HWC if picture_HWC.shape[2] == 3 else picture_HWC[..., :1].repeat(3, axis=2)
