@@ -16,7 +16,7 @@ from ccmim_fast.evaluation.objects import MaskFolder, objects_of
 from ccmim_fast.evaluation.scored import figures_of, score_and_divide
 from ccmim_fast.masks.picture import Drawn
 from ccmim_fast.masks.result import Look, write
-from ccmim_fast.masks.subject import COUNT, PROG, Subject, places, read_subject
+from ccmim_fast.masks.subject import COUNT, PROG, Subject, places, read_subject, untrained
 from ccmim_fast.models.output import Known, Output
 from ccmim_fast.report.looks import FewImages, few_images
 from ccmim_fast.report.reconstruction import drawn
@@ -42,7 +42,8 @@ def masks(argv: list[str]) -> None:
             raise ConfigError(f"{PROG}: one process only, got {here.world_size}; start it without torchrun")
         folder = open_run_folder(subject.config)
         describe_run(folder, subject.config, here.device)
-        looks = [_look(subject, few, object_BL, given.drawn, here.device)]
+        looks = [_look(untrained(subject), few, object_BL, given.drawn, here.device)] if others else []
+        looks.append(_look(subject, few, object_BL, given.drawn, here.device))
         for place in others:
             subject = read_subject(place, settings, given.images)
             looks.append(_look(subject, few, object_BL, given.drawn, here.device))
@@ -88,7 +89,7 @@ def _look(subject: Subject, few: FewImages, object_BL: Tensor | None, count: int
         output = Output(model.predict(images_DHWC, partition), partition, None, None, None)
         reconstruction_DHWC = drawn(model, config, images_DHWC, output)
     picture = Drawn(
-        f"epoch {subject.epoch}",
+        "" if subject.epoch is None else f"epoch {round(subject.epoch, 1):g}",
         few.batch.images_BHWC[rows].numpy(),
         model.grid,
         seen,

@@ -27,7 +27,7 @@ class Drawn(NamedTuple):
     """A few images at one moment of a run.
 
     Attributes:
-        moment: such as "epoch 4".
+        moment: such as "epoch 4"; nothing where nobody knows.
         images_DHWC: uint8.
         grid: rows and columns of patches.
         scored: of these images.
@@ -62,10 +62,10 @@ class Drawn(NamedTuple):
         return Column(heading, self.words(*keys), pictures)
 
     def words(self, *keys: str) -> str:
-        """Those of the figures that there are."""
+        """Those of the figures that there are, a line each."""
         named = {"auroc": "AUROC", "recons": "loss"}
         known = {key: key.partition(",")[0] for key in keys if key in self.figures}
-        return ", ".join(f"{named.get(what, what)} {self.figures[key]:.2f}" for key, what in known.items())
+        return "\n".join(f"{named.get(what, what)} {self.figures[key]:.2f}" for key, what in known.items())
 
 
 def strategies_png(drawn: Drawn, norm_pix: bool) -> bytes:

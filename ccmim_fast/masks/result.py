@@ -19,8 +19,8 @@ from ccmim_fast.trainer.run_folder import environment
 STRATEGIES_FILE, MOMENTS_FILE = "masks.png", "moments.png"
 MEANING = """auroc: in how many pairs of an object patch and another one the object's has the higher score; 0.5 where
 scores know nothing of objects. leakage: object patches left visible, relative to random masking, which is 1. recons:
-L_recons under these masks. entropy: of the scores, as a share of log L; 1 where all patches are alike. top quarter: what
-the highest 25 % of the patches have together; 0.25 where all are alike."""
+L_recons under these masks. entropy: of the scores, as a share of log L; 1 where all patches are alike. top quarter:
+what the highest 25 % of the patches have together; 0.25 where all are alike."""
 
 
 class Look(NamedTuple):

@@ -127,6 +127,11 @@ def _of_run(path: Path, settings: list[str], images: str) -> Subject:
     return Subject(str(path), model, config, True, step, epoch, kept)
 
 
+def untrained(subject: Subject) -> Subject:
+    """The same before its first step: the weights that the run's seed draws."""
+    return _initial(subject.name, subject.config)._replace(decodes=subject.decodes, step=0, epoch=0)
+
+
 def _settled(base: Config, place: str, settings: list[str], images: str) -> Config:
     base = dataclasses.replace(anywhere(base), run=RunConfig(dir=evaluation_folder(place, "masks")))
     if images:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 _TILE = 0.92  # inches; seven columns make a text width of 6.7 inches
 _GAP = 0.05
-_LINE, _DROP = 0.145, 0.05  # of text, and of its baseline above what follows
+_LINE, _SMALL_LINE, _DROP = 0.145, 0.12, 0.05  # of text, of small text, and of a baseline above what follows
 _DPI = 250
 _STYLE = {"font.family": "STIXGeneral", "mathtext.fontset": "stix"}  # comes with matplotlib
 _SIZE, _SMALL = 9, 7.5  # points
@@ -22,7 +22,7 @@ class Column(NamedTuple):
 
     Attributes:
         heading: one line or several.
-        under: a smaller line, or nothing.
+        under: smaller lines, or nothing.
         pictures: uint8 [H, W, C], one a row.
         outlined: of each picture a part [H, W] bool whose edge is drawn in white; nothing: none.
     """
@@ -43,8 +43,8 @@ def figure_png(columns: Sequence[Column], note: str = "") -> bytes:
     shape_HW = columns[0].pictures[0].shape[:2]
     tall = _TILE * shape_HW[0] / shape_HW[1]
     head = _LINE * (1 + max(column.heading.count("\n") for column in columns)) + 0.04
-    under = _LINE if any(column.under for column in columns) else 0
-    foot = _LINE * (1 + note.count("\n")) + _GAP if note else 0
+    under = _SMALL_LINE * max(column.under.count("\n") + bool(column.under) for column in columns)
+    foot = _SMALL_LINE * (1 + note.count("\n")) + _GAP if note else 0
     width = len(columns) * (_TILE + _GAP) - _GAP
     height = head + under + rows * (tall + _GAP) - _GAP + foot
     with matplotlib.rc_context(_STYLE):
