@@ -18,9 +18,9 @@ def report(argv: list[str]) -> Path:
     """`ccmim report RUN [RUN ...] [--out report.html]`: one offline HTML page that compares runs.
 
     Losses, throughput and the other figures of metrics.jsonl as curves; scores, masks and reconstructions of a few of
-    the run's images by each of its checkpoints; evaluations (eval/*.json); settings other than the first run's and than
-    the defaults; environments. Runs may be going on, stopped or damaged: the page says so. Nothing in a run changes.
-    The page needs no network, no script and no other file.
+    the run's images by each of its checkpoints; evaluations (eval/*/result.json, by ccmim eval); settings other than
+    the first run's and than the defaults; environments. Runs may be going on, stopped or damaged: the page says so.
+    Nothing in a run changes. The page needs no network, no script and no other file.
     """
     given = _parser().parse_args(argv)
     folders = [_run(path) for path in {path.resolve(): path for path in given.runs}.values()]

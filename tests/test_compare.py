@@ -132,8 +132,11 @@ def test_runs_in_every_state(copies, tmp_path, capsys):
     (newest / "state.pt").write_bytes(b"half")
     (mae / "config.yaml").write_text("a: [1")
     (mae / "environment.json").write_text("{")
-    (mae / "eval").mkdir()
-    (mae / "eval" / "damaged.json").write_text('{"name": "x", "metrics": 3}')
+    for name, content in (("damaged", '{"figures": 3}'), ("no_picture", '{"figures": {}, "pictures": ["x.png"]}')):
+        (mae / "eval" / name).mkdir(parents=True)
+        (mae / "eval" / name / "result.json").write_text(content)
+    (mae / "eval" / "no_picture" / "x.png").write_bytes(b"no picture")
+    (mae / "eval" / "under_way").mkdir()
     young = tmp_path / "runs" / "young"
     young.mkdir()
     shutil.copy(bank / "config.yaml", young)
@@ -144,22 +147,52 @@ def test_runs_in_every_state(copies, tmp_path, capsys):
     assert rows["young"][1:4] == ["unknown", "3", "—"]
     assert rows["young"][-1] == "no metrics yet"
     remarks = page.source[page.source.index('id="remarks"') :]
-    for name in (newest.name, "config.yaml", "environment.json", "damaged.json"):
+    for name in (newest.name, "config.yaml", "environment.json", "damaged/result.json", "x.png"):
         assert name in remarks[: remarks.index("</section>")]
     assert len(page.values("img", "src")) == 2 + 3
     assert newest.name in capsys.readouterr().out
 
 
 def test_evaluations(copies, tmp_path):
+    """Pictures of outside a folder are not read, whatever a file says."""
+    Image.new("RGB", (5, 4)).save(tmp_path / "runs" / "outside.png")
     for run, knn in zip(copies, (0.51239, 0.4)):
-        (run / "eval").mkdir()
-        content = {"name": "kNN", "metrics": {"top1": knn, "k": {"best": 20}}, "deviations": [f"crops <of> {run.name}"]}
-        (run / "eval" / "knn.json").write_text(json.dumps(content))
+        (run / "eval" / "knn_2").mkdir(parents=True)
+        content = {"figures": {"k=20": knn}, "chance": 0.25, "step": 7, "protocol": "knn", "source": "<DINO>"}
+        content |= {"deviations": [f"crops <of> {run.name}"] if run == copies[0] else [], "evaluation": "knn"}
+        (run / "eval" / "knn_2" / "result.json").write_text(json.dumps(content))
+    content = {"figures": {}, "pictures": ["../../../outside.png"]}
+    (run / "eval" / "x").mkdir()
+    (run / "eval" / "x" / "result.json").write_text(json.dumps(content))
     page = page_of(copies, tmp_path / "page.html", "--moments=0")
-    assert ["kNN: top1", "0.5124", "0.4"] in page.rows
-    assert ["kNN: k.best", "20", "20"] in page.rows
-    assert "<dt>MAE, kNN</dt><dd>crops &lt;of&gt; mae</dd>" in page.source
+    assert ["knn_2: k=20", "0.5124", "0.4"] in page.rows
+    assert ["knn_2: chance", "0.25", "0.25"] in page.rows
+    assert ["knn_2: step", "7", "7"] in page.rows
+    told = page.text[page.text.index("bank, knn_2") :]
+    assert told.startswith("bank, knn_2 Protocol knn: <DINO> Deviations (protocol’s figure): crops <of> bank")
+    assert "MAE, knn_2 Protocol knn: <DINO> Deviations: none." in told
     assert page.values("img", "src") == []
+
+
+def test_what_ccmim_eval_finds_is_in_the_page(copies, tmp_path):
+    """Evaluated by the commands, where they write by themselves: figures, deviations, pictures."""
+    run = copies[0]
+    few = ["--data.samples=12", "--data.test_samples=12", "--data.image_size=[32,48]", "--train.device=cpu"]
+    assert main(["eval", "knn", str(run), "--data.source=shapes", "--knn.k=[3]", *few]) == 0
+    assert main(["eval", "masks", str(run), "--moments=2", "--measure=8", "--drawn=2"]) == 0
+    page = page_of([run], tmp_path / "page.html", "--moments=0")
+    figures = {name: json.loads((run / "eval" / name / "result.json").read_text()) for name in ("knn", "masks")}
+    rows = dict(row for row in page.rows if len(row) == 2)
+    assert rows["knn: k=3"] == f"{figures['knn']['figures']['k=3']:.4g}"
+    assert rows["knn: chance"] == f"{1 / 6:.4g}"
+    assert rows["knn: step"] == rows["masks: step"] == "6"
+    assert rows["masks: leakage, importance"] == f"{figures['masks']['figures']['leakage, importance']:.4g}"
+    assert "knn.k: [3] ([10, 20, 100, 200])" in page.text
+    alts = page.values("img", "alt")
+    assert alts == ["bank, masks: masks.png", "bank, masks: moments.png"]
+    for name, source in zip(("masks.png", "moments.png"), page.values("img", "src")):
+        png = base64.b64decode(source.split(",")[1], validate=True)
+        assert png == (run / "eval" / "masks" / name).read_bytes()
 
 
 def test_images_that_are_gone_are_told_of(copies, tmp_path, capsys):

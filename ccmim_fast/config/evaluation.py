@@ -15,7 +15,9 @@ from ccmim_fast.errors import ConfigError
 
 @dataclass(frozen=True)
 class EvalRunConfig:
-    dir: str = ""  # output folder; empty: runs/eval/NAME. Refused if not empty, unless `resume` or `overwrite` is set
+    # output folder; empty: eval/NAME in the folder of the checkpoint's run, or runs/eval/NAME for another checkpoint.
+    # Refused if not empty, unless `resume` or `overwrite` is set
+    dir: str = ""
     resume: Literal["never", "auto"] = "never"  # auto: go on from the newest complete checkpoint in `dir`
     overwrite: bool = False  # empty `dir` first
     save_every: int = 1  # epochs between checkpoints; the last epoch is always saved

@@ -18,7 +18,7 @@ from ccmim_fast.evaluation.images import Images, open_both
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.protocols import FOLDER, Protocol, deviations, protocol, write_result
 from ccmim_fast.trainer.distributed import Session, main_first, session
-from ccmim_fast.trainer.run_folder import describe_run, environment, open_run_folder
+from ccmim_fast.trainer.run_folder import describe_run, environment, evaluation_folder, open_run_folder
 from ccmim_fast.trainer.run_state import recorded
 
 
@@ -46,7 +46,9 @@ EVALUATIONS = {
     "finetune": Evaluation(finetune.run),
     "transfer": Evaluation(finetune.run),
 }
+_NAMES = (*EVALUATIONS, "masks")  # that is a command of its own: it draws, and needs neither labels nor a protocol
 USAGE = f"""usage: ccmim eval {"|".join(EVALUATIONS)} CHECKPOINT [--config PRESET_OR_FILE] [--section.key=value ...]
+       ccmim eval masks CHECKPOINT [IMAGES] [options] [--section.key=value ...]
 
 CHECKPOINT is the folder of a run or of one of its checkpoints, a .safetensors or .pth file, or timm:NAME.
 ccmim eval NAME --help lists the settings."""
@@ -62,10 +64,8 @@ def evaluate(argv: list[str]) -> None:
         print(USAGE)
         return
     if not argv or argv[0] not in EVALUATIONS:
-        asked = (
-            f"{show(argv[0])}: no such evaluation; nearest: {nearest(argv[0], EVALUATIONS)}" if argv else "which one"
-        )
-        raise ConfigError(f"ccmim eval: {asked}; one of {', '.join(EVALUATIONS)}")
+        asked = f"{show(argv[0])}: no such evaluation; nearest: {nearest(argv[0], _NAMES)}" if argv else "which one"
+        raise ConfigError(f"ccmim eval: {asked}; one of {', '.join(_NAMES)}")
     name, prog = argv[0], f"ccmim eval {argv[0]} CHECKPOINT"
     rest = argv[1:]
     helping = bool({"-h", "--help"} & set(rest))
@@ -78,7 +78,7 @@ def evaluate(argv: list[str]) -> None:
         near = nearest(config.data.source, sources)
         raise ConfigError(f"data.source={config.data.source}: {name} has {', '.join(sources)}; nearest valid is {near}")
     if not config.run.dir:
-        config = replace(config, run=replace(config.run, dir=f"runs/eval/{name}"))
+        config = replace(config, run=replace(config.run, dir=evaluation_folder(checkpoint, name)))
     _run(name, of, config, checkpoint)
 
 
@@ -122,6 +122,7 @@ def _result(
     return {
         "evaluation": name,
         "checkpoint": weights.name,
+        "step": weights.step,
         "arch": weights.arch,
         "figures": figures,
         "chance": 1 / test.classes if EVALUATIONS[name].guessed else None,

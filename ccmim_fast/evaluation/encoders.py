@@ -30,6 +30,7 @@ class Weights(NamedTuple):
         tensors: under timm's names; None: the architecture's initial weights.
         num_heads: 0 where it does not tell.
         mean, std: of the images it was trained on, per channel.
+        step: optimizer steps of pretraining; None where it does not tell.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Weights(NamedTuple):
     num_heads: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    step: int | None = None
 
 
 def read_weights(checkpoint: str, arch: str = "") -> Weights:
@@ -75,11 +77,12 @@ def _of_run(path: Path) -> Weights:
         weights, config = state["model"], from_yaml(state["config"], "the checkpoint")
         if state["ema"] is not None:
             weights = {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
-        tensors = to_timm(weights)
+        tensors, step = to_timm(weights), state["progress"]["step"]
     except (KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{found.path}: it is no checkpoint of pretraining") from None
     model, data = config.model, config.data
-    return Weights(str(found.path), model.arch, _encoder_in(tensors, found.path), model.num_heads, data.mean, data.std)
+    encoder = _encoder_in(tensors, found.path)
+    return Weights(str(found.path), model.arch, encoder, model.num_heads, data.mean, data.std, step)
 
 
 def _encoder_in(tensors: dict[str, Any], name: str | Path) -> dict[str, Tensor]:

@@ -1,9 +1,12 @@
-"""Evaluations that lie in a run folder, as rows of a table."""
+"""Evaluations that lie in a run folder: rows of a table, deviations from protocols, pictures."""
 
+import io
 import json
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+from PIL import Image
 
 from ccmim_fast.errors import DataError
 
@@ -11,24 +14,30 @@ from .runs import RunView, flatten, read_part
 
 
 class Evaluation(NamedTuple):
-    """One file `RUN/eval/*.json`.
+    """One folder `RUN/eval/NAME`, as `ccmim eval` leaves it.
 
-    The file is a JSON object with the keys `name` (text), `metrics` (an object of figures) and `deviations` (a list of
-    sentences: in what this evaluation differs from the published protocol). Other keys are not looked at. Without a
-    name the file's counts.
+    Its result.json is a JSON object: `figures` by name; `deviations`, a list of sentences; `protocol` and `source`,
+    what they deviate from; `chance`, a share or null; `step`, of the checkpoint, or null; `pictures`, a list of PNG
+    files in the folder. But for `figures` each may be missing. Other keys are not looked at.
 
     Attributes:
-        metrics: each as text, by its name.
+        name: of the folder.
+        figures: each as text, by its name; chance and step among them.
+        protocol: a sentence, or nothing.
+        pictures: PNG, by the names of their files.
     """
 
     name: str
-    metrics: dict[str, str]
+    figures: dict[str, str]
+    protocol: str
     deviations: list[str]
+    pictures: dict[str, bytes]
 
 
 def read_evaluations(run: RunView) -> tuple[list[Evaluation], list[str]]:
-    """All evaluations of a run by the names of their files, and a line for each file that is none."""
-    parts = [read_part(partial(read_evaluation, path), None) for path in sorted((run.folder / "eval").glob("*.json"))]
+    """All evaluations of a run by name, and a line for each that cannot be read; those under way are left out."""
+    paths = sorted((run.folder / "eval").glob("*/result.json"))
+    parts = [read_part(partial(read_evaluation, path), None) for path in paths]
     return [part.content for part in parts if part.content], [part.remark for part in parts if part.remark]
 
 
@@ -36,13 +45,26 @@ def read_evaluation(path: Path) -> Evaluation:
     """Raises DataError naming a file that is damaged or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        metrics, deviations = content["metrics"], content.get("deviations") or []
-        if not isinstance(metrics, dict) or not isinstance(deviations, list):
-            raise TypeError("`metrics` must be an object and `deviations` a list")
+        figures, deviations, names = content["figures"], content.get("deviations") or [], content.get("pictures") or []
+        if not isinstance(figures, dict) or not isinstance(deviations, list) or not isinstance(names, list):
+            raise TypeError("`figures` must be an object, `deviations` and `pictures` lists")
+        beside = {key: content[key] for key in ("chance", "step") if content.get(key) is not None}
+        shown = {key: _shown(text) for key, text in flatten(figures | beside).items()}
+        protocol = ": ".join(str(content[key]) for key in ("protocol", "source") if content.get(key))
+        pictures = {Path(name).name: _picture(path.with_name(Path(name).name)) for name in names}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is no evaluation: {type(error).__name__}: {error}") from error
-    figures = {key: _shown(text) for key, text in flatten(metrics).items()}
-    return Evaluation(str(content.get("name") or path.stem), figures, list(map(str, deviations)))
+    return Evaluation(path.parent.name, shown, protocol, list(map(str, deviations)), pictures)
+
+
+def _picture(path: Path) -> bytes:
+    """A PNG file that decodes; OSError or ValueError for another one."""
+    png = path.read_bytes()
+    try:
+        Image.open(io.BytesIO(png), formats=["PNG"]).load()
+    except Exception as error:  # Pillow's plugins raise whatever a damaged file leads them to
+        raise ValueError(f"{path.name}: {error}") from error
+    return png
 
 
 def _shown(text: str) -> str:

@@ -155,7 +155,8 @@ def write_report(
         curves=_curves([(name, run.metrics()) for name, run in zip(names, runs)]),
         galleries=galleries,
         evaluations=compare(names, [_figures(of_run) for of_run, _ in evaluated]),
-        deviations=_deviations(names, [of_run for of_run, _ in evaluated]),
+        protocols=_of_each(names, [of_run for of_run, _ in evaluated]),
+        picture_uri=picture_uri,
         differences=differences(configs),
         defaults=against(_without_folder(flatten(yaml.safe_load(to_yaml(Config())))), "default", configs),
         environment=merge_equal(compare(names, all_of(RunView.environment, {}))),
@@ -181,16 +182,16 @@ def _without_folder(options: dict[str, str]) -> dict[str, str]:
 
 def _figures(evaluations: Sequence[Evaluation]) -> dict[str, str]:
     """The figures of one run, named by their evaluation."""
-    return {f"{one.name}: {key}": value for one in evaluations for key, value in one.metrics.items()}
+    return {f"{one.name}: {key}": value for one in evaluations for key, value in one.figures.items()}
 
 
-def _deviations(names: Sequence[str], evaluated: Sequence[Sequence[Evaluation]]) -> list[tuple[str, str]]:
-    """(run and evaluation, sentence) of each."""
+def _of_each(names: Sequence[str], evaluated: Sequence[Sequence[Evaluation]]) -> list[tuple[str, Evaluation]]:
+    """(run and evaluation, the evaluation) of each that has more to tell than figures."""
     return [
-        (f"{name}, {one.name}", sentence)
+        (f"{name}, {one.name}", one)
         for name, of_run in zip(names, evaluated)
         for one in of_run
-        for sentence in one.deviations
+        if one.protocol or one.deviations or one.pictures
     ]
 
 

@@ -18,7 +18,7 @@ class RunView(NamedTuple):
 
     Attributes:
         name: plain text.
-        folder: may hold config.yaml, environment.json, metrics.jsonl, eval/*.json and snapshots/epoch_*.npz.
+        folder: may hold config.yaml, environment.json, metrics.jsonl, eval/*/result.json and snapshots/epoch_*.npz.
     """
 
     name: str

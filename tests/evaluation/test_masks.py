@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ccmim_fast.evaluation.masks import object_leakage, object_patches, score_auroc
+from ccmim_fast.evaluation.masks import object_leakage, object_patches, score_auroc, score_entropy, top_share
 
 
 def auroc_by_pairs(scores, objects):
@@ -102,3 +102,16 @@ def test_object_patches_exactly_half_is_object():
 def test_object_patches_error():
     with pytest.raises(ValueError, match="patch=5 must divide the image's 8 x 10"):
         object_patches(torch.zeros(1, 8, 10, dtype=torch.bool), 5)
+
+
+def test_entropy_and_top_share_at_their_marks():
+    alike, one = torch.full((2, 16), 1 / 16), torch.eye(16)[:2]
+    assert score_entropy(alike) == pytest.approx(1.0)
+    assert score_entropy(one) == 0.0
+    assert top_share(alike) == pytest.approx(0.25)
+    assert top_share(one) == 1.0
+    # Half of the patches share all: log 8 of log 16, and half of it in a quarter.
+    half = (torch.arange(16) < 8).float()[None] / 8
+    assert score_entropy(half) == pytest.approx(0.75)
+    assert top_share(half) == pytest.approx(0.5)
+    assert top_share(torch.tensor([[0.7, 0.2, 0.1]])) == pytest.approx(0.7)  # of 3 patches 1, though it is a third

@@ -38,6 +38,16 @@ def test_every_strategy_hides_the_given_share(strategy, noise):
     assert output.pred_BMP.shape == (4, 18, 192)
 
 
+@pytest.mark.parametrize("contrast", ["nce", "none"])
+def test_a_prediction_alone_is_that_of_the_whole_pass(contrast):
+    model, _ = tiny_model(contrast={"loss": contrast})
+    pictures = images()
+    output = model(pictures, IDS, 0)
+    assert torch.equal(model.predict(pictures, output.partition), output.pred_BMP)
+    other = model(pictures, IDS, 1).partition
+    assert not torch.equal(model.predict(pictures, other), output.pred_BMP)
+
+
 def test_teacher_receives_no_gradient():
     """The gradient equals that of a loss whose teacher is a constant."""
     model, config = tiny_model()

@@ -8,7 +8,7 @@ from tiny import images, tiny_model
 
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.encoder import build_encoder, prefix_tokens
-from ccmim_fast.models.scores import can_fold, check_scores, score
+from ccmim_fast.models.scores import can_fold, check_scores, eq4_of_blocks, score
 from ccmim_kernels import divide_tokens
 
 
@@ -62,6 +62,14 @@ def test_one_block_equals_loops(embedded, block):
         tokens = earlier(tokens)
     for b in range(2):
         torch.testing.assert_close(logits[b].softmax(0), eq4_by_loops(vit.blocks[block], tokens[b]))
+
+
+def test_all_blocks_in_one_pass_are_those_one_by_one(embedded):
+    vit, x, _ = embedded
+    found = eq4_of_blocks(vit, x)
+    assert len(found) == len(vit.blocks)
+    for block, logits in enumerate(found):
+        assert torch.equal(logits, score(vit, x, "block", block, "renorm").logits_BL)
 
 
 def cls_rows_by_full_attention(vit, tokens):
