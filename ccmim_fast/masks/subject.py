@@ -31,7 +31,7 @@ COUNT = (
     "run.overwrite",
     "train.device",
 )  # settings that change something
-_SIZES = "model."  # and these, of weights that do not tell them
+_SIZES = ("model.", "decoder.")  # and these, of weights that do not tell them
 
 
 class Subject(NamedTuple):
@@ -138,7 +138,7 @@ def _settled(base: Config, place: str, settings: list[str], images: str) -> Conf
         data = dataclasses.replace(base.data, source="images", root=images, index="")
         base = dataclasses.replace(base, data=data)
     config = load_config(settings, PROG, base=base)
-    free = COUNT if Path(place).is_dir() else (*COUNT, _SIZES)
+    free = COUNT if Path(place).is_dir() else (*COUNT, *_SIZES)
     for key, _, value in difference(base, config):
         if not key.startswith(free):
             raise ConfigError(f"--{key}={show(value)}: changes nothing here; what does: {', '.join(free)}")

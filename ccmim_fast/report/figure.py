@@ -49,20 +49,24 @@ def figure_png(columns: Sequence[Column], note: str = "") -> bytes:
     height = head + under + rows * (tall + _GAP) - _GAP + foot
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), dpi=_DPI)
+        # One for all, in inches from the top: axes of its own for each picture take most of the time.
+        axes = figure.add_axes((0, 0, 1, 1))
         for i, column in enumerate(columns):
             left = i * (_TILE + _GAP)
-            middle = (left + _TILE / 2) / width
-            text = {"ha": "center", "va": "baseline", "linespacing": 1.1}
-            figure.text(middle, 1 - (head - _DROP) / height, column.heading, fontsize=_SIZE, **text)
-            figure.text(middle, 1 - (head + under - _DROP) / height, column.under, fontsize=_SMALL, color=_SOFT, **text)
+            text = {"x": left + _TILE / 2, "ha": "center", "linespacing": 1.1}
+            axes.text(y=head - _DROP, s=column.heading, fontsize=_SIZE, **text)
+            axes.text(y=head + under - _DROP, s=column.under, fontsize=_SMALL, color=_SOFT, **text)
             for j, picture_HWC in enumerate(column.pictures):
-                bottom = height - head - under - (j + 1) * (tall + _GAP) + _GAP
-                axes = figure.add_axes((left / width, bottom / height, _TILE / width, tall / height))
-                axes.imshow(_rgb(picture_HWC), aspect="auto")
-                axes.set_axis_off()
+                top = head + under + j * (tall + _GAP)
+                extent = (left, left + _TILE, top + tall, top)
+                axes.imshow(_rgb(picture_HWC), extent=extent, aspect="auto")
                 if len(column.outlined) and column.outlined[j].any():
-                    axes.contour(column.outlined[j], levels=[0.5], colors="white", linewidths=0.8)
-        figure.text(0, 0.02 / height, note, fontsize=_SMALL, color=_SOFT, va="bottom")
+                    axes.contour(
+                        column.outlined[j], levels=[0.5], colors="white", linewidths=0.8, origin="upper", extent=extent
+                    )
+        axes.text(0, height - 0.02, note, fontsize=_SMALL, color=_SOFT, va="bottom")
+        axes.set(xlim=(0, width), ylim=(height, 0))
+        axes.set_axis_off()
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

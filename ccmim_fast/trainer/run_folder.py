@@ -50,7 +50,7 @@ def evaluation_folder(checkpoint: str, name: str) -> str:
     """
     path = Path(checkpoint)
     if (path / MANIFEST).is_file() and path.absolute().parent.name == CHECKPOINTS:
-        path = path.parent.parent
+        path = (path if len(path.parts) > 2 else path.absolute()).parent.parent
     run = path if (path / CHECKPOINTS).is_dir() else Path("runs")
     return str(run / "eval" / name)
 
