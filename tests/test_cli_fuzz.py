@@ -54,6 +54,8 @@ WORKING = [
     ["eval", "knn", "timm:vit_tiny_patch16_224", "--data.source=shapes", "--knn.k=[5]", "--run.dir=new"],
     ["eval", "linear", "timm:vit_tiny_patch16_224", "--config", "linear", "--data.source", "shapes", "--overwrite"],
     ["eval", "finetune", "runs/good", "--config=finetune_large", "--data.root=images", "--resume", "auto"],
+    ["eval", "masks", "runs/good", "images", "--moments=2", "--masks", "images", "--measure", "4", "--mask.ratio=0.5"],
+    ["eval", "masks", "timm:vit_tiny_patch16_224", "--drawn=2", "--data.source=shapes", "--run.dir=new"],
     ["ablate", "score", "--seeds", "1", "--jobs=1", "--only", "all", "bank", "--runs", "r", "--out", "t"],
     ["bench", "throughput", "--batch", "2"],
     ["doctor"],
@@ -130,6 +132,7 @@ def test_fault_27_command_lines(monkeypatch):
     for name in (
         *("trainer.loop.fit", "demo.run_demo", "submit.hand_in", "ablation.command.run_all"),
         *("data.rates.measure_rates", "data.verify.verify", "doctor.gpus", "evaluation.command.open_run_folder"),
+        *("masks.subject.build_model", "masks.subject.restored"),
         *("export.trained.build_model", "export.imported.build_model", "export.hub.push"),
     ):
         monkeypatch.setattr(f"ccmim_fast.{name}", begin)

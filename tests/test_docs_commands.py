@@ -6,6 +6,7 @@ What is only parsed, by the parser of the command itself, and why:
 - torchrun with several processes (eight models on two cores): its options, the settings, and that the batch divides;
 - `ccmim bench`, `ccmim ablate` (minutes to hours; tests/benchmarks and tests/ablation run them small);
 - `ccmim eval`, `ccmim import` (of ImageNet, of published weights; tests/evaluation and tests/export run them small);
+  `ccmim eval masks` is carried out on the page's own run;
 - `make` (installs, or runs this suite): `make -n`; `pytest` and `python` with a file: that it is there;
 - `ccmim submit` is carried out with --print: there is no Slurm.
 
@@ -32,6 +33,7 @@ from ccmim_fast.config.validate import validate
 from ccmim_fast.evaluation.command import EVALUATIONS, _protocol_of
 from ccmim_fast.evaluation.protocols import FOLDER
 from ccmim_fast.export.imported import _read as read_import
+from ccmim_fast.masks.command import _read as read_masks
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -89,7 +91,7 @@ def carry_out(words, images):
     elif words[0] in ("pytest", "python", "pip"):
         for path in (word for word in words[1:] if "/" in word):
             assert (ROOT / path).exists(), path
-    elif words[1] in ("bench", "ablate", "eval", "import"):
+    elif words[1] in ("bench", "ablate", "eval", "import") and not is_carried_out(words):
         parse_only(words[1], words[2:])
     elif "--print_config" in words:
         with pytest.raises(SystemExit) as ended:
@@ -97,6 +99,11 @@ def carry_out(words, images):
         assert ended.value.code == 0
     else:
         assert main(made_small(words[1:], images)) == 0, shlex.join(words)
+
+
+def is_carried_out(words):
+    """`ccmim eval masks` of a run of the page; other weights are published ones."""
+    return words[1:3] == ["eval", "masks"] and words[3].startswith("runs/")
 
 
 def made_small(words, images):
@@ -135,6 +142,10 @@ def parse_only(command, words):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         module.parse(words[1:])
+        return
+    if command == "eval" and words[0] == "masks":
+        _, settings = read_masks(words[1:])
+        load_config(settings, "ccmim eval masks")
         return
     if command == "eval":
         assert words[0] in EVALUATIONS

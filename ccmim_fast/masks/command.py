@@ -119,7 +119,7 @@ def _read(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if not words:
         raise ConfigError(f"{PROG}: the checkpoint is missing; a run's folder, a file, or timm:NAME")
     given.checkpoint, given.images = words[0], words[1] if len(words) > 1 else ""
-    for name, most in (("drawn", 64), ("measure", 100_000), ("moments", 64)):
+    for name, most in (("drawn", 64), ("measure", 10_000), ("moments", 64)):
         if not 1 <= getattr(given, name) <= most:
             raise ConfigError(f"--{name}={getattr(given, name)}: must be in 1..{most}")
     return given, settings

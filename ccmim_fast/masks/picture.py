@@ -75,7 +75,8 @@ def strategies_png(drawn: Drawn, norm_pix: bool) -> bytes:
     notes = [] if drawn.object_DL is None else [OUTLINE]
     if drawn.reconstruction_DHWC is not None:
         under = drawn.words(f"recons, {drawn.strategy}")
-        columns.append(Column("reconstruction", under, drawn.reconstruction_DHWC))
+        of_which = HEADINGS[drawn.strategy].rpartition("\n")[2]
+        columns.append(Column(f"reconstruction\n({of_which})", under, drawn.reconstruction_DHWC))
         notes += [NORM_PIX] * norm_pix
     return figure_png(columns, " ".join(notes))
 
