@@ -1,6 +1,6 @@
 """`ccmim eval masks`: what a pretrained model attends to, and what it hides."""
 
-# B images, D of them drawn, L patches
+# B images, D of them drawn, H height, W width, C channels, L patches
 
 import argparse
 from pathlib import Path
@@ -42,7 +42,7 @@ def masks(argv: list[str]) -> None:
             raise ConfigError(f"{PROG}: one process only, got {here.world_size}; start it without torchrun")
         folder = open_run_folder(subject.config)
         describe_run(folder, subject.config, here.device)
-        looks = [_look(untrained(subject), few, object_BL, given.drawn, here.device)] if others else []
+        looks = [_look(untrained(subject), few, object_BL, given.drawn, here.device)] if given.moments > 1 else []
         looks.append(_look(subject, few, object_BL, given.drawn, here.device))
         for place in others:
             subject = read_subject(place, settings, given.images)
@@ -63,12 +63,13 @@ def _objects(subject: Subject, few: FewImages, folder: Path | None) -> Tensor | 
         return None
     object_BL = objects_of(objects, few.shown, subject.config.data.image_size, subject.model.patch)
     if not (object_BL.any(1) & ~object_BL.all(1)).any():
-        raise DataError(f"--masks={folder}: none of {len(object_BL)} images has both object and background patches")
+        raise DataError(f"none of {len(object_BL)} images has both object and background patches; look at the masks")
     return object_BL
 
 
 @torch.inference_mode()
 def _look(subject: Subject, few: FewImages, object_BL: Tensor | None, count: int, device: torch.device) -> Look:
+    """Measure all images, and keep `count` of them, spread over all, to be drawn."""
     model, config = subject.model.to(device), subject.config
     known = subject.known(few)
     if known is not None:
@@ -79,26 +80,26 @@ def _look(subject: Subject, few: FewImages, object_BL: Tensor | None, count: int
         raise CheckpointError(f"{subject.name}: its scores are not finite")
     figures = figures_of(scored, object_BL, 1 - model.keep / (model.grid[0] * model.grid[1]))
     rows = np.unique(np.linspace(0, len(batch.ids_B) - 1, count).round().astype(int)).tolist()
-    seen = scored.of(rows)
-    reconstruction_DHWC = None
-    if subject.decodes:
-        partition = Partition(
-            *(part.to(device) for part in partition_from_mask(seen.masks[config.mask.strategy], model.keep))
-        )
-        images_DHWC = batch.images_BHWC[rows]
-        output = Output(model.predict(images_DHWC, partition), partition, None, None, None)
-        reconstruction_DHWC = drawn(model, config, images_DHWC, output)
+    mask_DL = scored.masks[config.mask.strategy][rows]
     picture = Drawn(
         "" if subject.epoch is None else f"epoch {round(subject.epoch, 1):g}",
         few.batch.images_BHWC[rows].numpy(),
         model.grid,
-        seen,
+        scored.of(rows),
         figures,
         None if object_BL is None else object_BL[rows].numpy(),
-        None if reconstruction_DHWC is None else reconstruction_DHWC.cpu().numpy(),
+        _reconstruction(subject, batch.images_BHWC[rows], mask_DL) if subject.decodes else None,
         config.mask.strategy,
     )
     return Look(subject.name, config, subject.step, subject.epoch, scored, figures, picture)
+
+
+def _reconstruction(subject: Subject, images_DHWC: Tensor, mask_DL: Tensor) -> np.ndarray | None:
+    """uint8 images [D, H, W, C] with what was masked as the model predicts it; None where it predicts no pixels."""
+    partition = Partition(*(part.to(images_DHWC.device) for part in partition_from_mask(mask_DL, subject.model.keep)))
+    output = Output(subject.model.predict(images_DHWC, partition), partition, None, None, None)
+    drawn_DHWC = drawn(subject.model, subject.config, images_DHWC, output)
+    return None if drawn_DHWC is None else drawn_DHWC.cpu().numpy()
 
 
 def _read(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -22,16 +22,9 @@ from ccmim_fast.report.looks import FewImages, anywhere, epoch_of, known_of, res
 from ccmim_fast.trainer.run_folder import CHECKPOINTS, evaluation_folder
 
 PROG = "ccmim eval masks"
-COUNT = (
-    "data.",
-    "mask.",
-    "score.",
-    "seed",
-    "run.dir",
-    "run.overwrite",
-    "train.device",
-)  # settings that change something
-_SIZES = ("model.", "decoder.")  # and these, of weights that do not tell them
+# Settings that change something here; and the sizes of weights that do not tell them.
+COUNT = ("data.", "mask.", "score.", "seed", "run.dir", "run.overwrite", "train.device")
+_SIZES = ("model.", "decoder.")
 
 
 class Subject(NamedTuple):
@@ -92,7 +85,7 @@ def read_subject(place: str, settings: list[str], images: str = "") -> Subject:
         subject = _of_run(path, settings, images)
     else:
         subject = _of_file(place, settings, images)
-    check_scores(subject.model.encoder, "all", 0)
+    check_scores(subject.model.encoder, subject.config.score.source, subject.config.score.block)
     return subject
 
 

@@ -299,6 +299,11 @@ def test_mistakes_are_one_line(run, tmp_path, capsys, monkeypatch):
         ([here, "--model.depth=2"], 2, "--model.depth=2: changes nothing here"),
         ([here, "--mask.ration=0.5"], 2, "did you mean --mask.ratio?"),
         ([here, "--mask.ratio=1"], 2, "mask.ratio=1"),
+        (
+            [here, "--score.source=block", "--score.block=9", "--mask.strategy=random"],
+            2,
+            "score.block=9 must be in 0..2",
+        ),
         ([here, "photos", "extra"], 2, "extra"),
         ([here, "--run.dir=photos"], 2, "not empty"),
     ):
