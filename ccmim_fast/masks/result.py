@@ -77,7 +77,8 @@ def write(folder: Path, looks: Sequence[Look], object_BL: Tensor | None, device:
 
 def _remarks(look: Look) -> list[str]:
     """In what this is not what the run does."""
-    if look.config.score.source == "bank" and look.scored.source != "bank":
+    scored = look.config.mask.strategy.startswith("importance")
+    if scored and look.config.score.source == "bank" and look.scored.source != "bank":
         return ["score.source=bank: the bank knows nothing of these images; scores of all blocks stand in for it"]
     return []
 

@@ -25,6 +25,7 @@ PROG = "ccmim eval masks"
 # Settings that change something here; and the sizes of weights that do not tell them.
 COUNT = ("data.", "mask.", "score.", "seed", "run.dir", "run.overwrite", "train.device")
 _SIZES = ("model.", "decoder.")
+_NO_BANK = "--score.source=all"  # of weights without a run
 
 
 class Subject(NamedTuple):
@@ -79,7 +80,7 @@ def read_subject(place: str, settings: list[str], images: str = "") -> Subject:
     """
     path = Path(place)
     if place.startswith("timm:"):
-        base = load_config([f"--model.arch={known_arch(place.removeprefix('timm:'))}"], PROG)
+        base = load_config([f"--model.arch={known_arch(place.removeprefix('timm:'))}", _NO_BANK], PROG)
         subject = _initial(place, _settled(base, place, settings, images))
     elif path.is_dir():
         subject = _of_run(path, settings, images)
@@ -97,7 +98,7 @@ def _initial(name: str, config: Config) -> Subject:
 def _of_file(place: str, settings: list[str], images: str) -> Subject:
     weights, told = read_published(place)
     arch = told or known_arch(load_config(settings, PROG).model.arch)
-    base = load_config(derived(weights, arch, settings), PROG)
+    base = load_config([*derived(weights, arch, settings), _NO_BANK], PROG)
     subject = _initial(place, _settled(base, place, settings, images))
     return subject._replace(decodes="decoder" not in fill_(subject.model, weights, place))
 

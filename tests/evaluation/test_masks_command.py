@@ -258,6 +258,7 @@ def test_weights_of_others(trained, tmp_path, monkeypatch):
     alone, folder = looked("encoder.pth", "photos", *settings[:2], out=tmp_path / "alone")
     assert alone["figures"].keys() == {"entropy", "top quarter"}
     assert alone["sources"] == mae["sources"]
+    assert (alone["deviations"], mae["deviations"]) == ([], [])
     assert tiles(folder / "masks.png").shape == (4, 6)
     small = ["--data.image_size=[32,32]", "--model.patch_size=8", "--model.embed_dim=48", "--model.depth=1"]
     initial, _ = looked("timm:vit_tiny_patch16_224", "photos", *small, out=tmp_path / "initial")
