@@ -190,3 +190,13 @@ def test_help_and_key_mistakes_need_no_torch():
         "except SystemExit: sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_a_base_stands_where_nothing_is_asked_for(tmp_path):
+    """The options count more than the file, the file more than the base, and that more than the defaults."""
+    base = load_config(["--mask.ratio=0.5", "--seed=3", "--optim.base_lr=0.1"], "ccmim")
+    path = tmp_path / "some.yaml"
+    path.write_text("seed: 4\noptim: {base_lr: 0.2}\n")
+    config = load_config(["--config", str(path), "--optim.base_lr=0.3"], "ccmim", base=base)
+    assert (config.mask.ratio, config.seed, config.optim.base_lr) == (0.5, 4, 0.3)
+    assert load_config([], "ccmim", base=base) == base

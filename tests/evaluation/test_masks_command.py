@@ -128,6 +128,8 @@ def test_sources_are_read_as_the_method_does(trained, tmp_path):
     held_out, _ = looked(trained, "--seed=1", out=tmp_path / "held_out")
     assert held_out["scores"] == "all blocks"
     assert "bank knows nothing" in held_out["deviations"][0]
+    mae, _ = looked(trained, "--seed=1", "--mask.strategy=random", out=tmp_path / "mae")
+    assert (mae["scores"], mae["deviations"]) == ("all blocks", [])
 
 
 def test_it_is_the_same_each_time_and_another_with_another_seed(trained, tmp_path):
