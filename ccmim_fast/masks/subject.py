@@ -8,12 +8,12 @@ import torch
 
 from ccmim_fast.checkpoints import io
 from ccmim_fast.checkpoints.manifest import MANIFEST
+from ccmim_fast.checkpoints.published import TIMM, known_arch, read_published
 from ccmim_fast.config.keys import show
 from ccmim_fast.config.load import difference, from_yaml, load_config
 from ccmim_fast.config.schema import Config, RunConfig
 from ccmim_fast.errors import CheckpointError, ConfigError
-from ccmim_fast.evaluation.encoders import known_arch
-from ccmim_fast.export.imported import derived, fill_, read_published
+from ccmim_fast.export.imported import derived, fill_
 from ccmim_fast.models.build import build_model
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.output import Known
@@ -70,7 +70,8 @@ def read_subject(place: str, settings: list[str], images: str = "") -> Subject:
     """The model at a place, no code in it being run.
 
     Args:
-        place: folder of a run or of one of its checkpoints; a file of weights as `ccmim import` reads it; `timm:NAME`.
+        place: folder of a run or of one of its checkpoints; what `read_published` reads; `timm:ARCH` for initial
+            weights.
         settings: options of the user's, in place of the run's own.
         images: a folder in place of the run's own images.
 
@@ -79,8 +80,8 @@ def read_subject(place: str, settings: list[str], images: str = "") -> Subject:
         ConfigError: a setting that is wrong or changes nothing here, or attention that cannot be read.
     """
     path = Path(place)
-    if place.startswith("timm:"):
-        base = load_config([f"--model.arch={known_arch(place.removeprefix('timm:'))}", _NO_BANK], PROG)
+    if place.startswith(TIMM) and "." not in place:
+        base = load_config([f"--model.arch={known_arch(place.removeprefix(TIMM))}", _NO_BANK], PROG)
         subject = _initial(place, _settled(base, place, settings, images))
     elif path.is_dir():
         subject = _of_run(path, settings, images)
@@ -96,11 +97,12 @@ def _initial(name: str, config: Config) -> Subject:
 
 
 def _of_file(place: str, settings: list[str], images: str) -> Subject:
-    weights, told = read_published(place)
-    arch = told or known_arch(load_config(settings, PROG).model.arch)
-    base = load_config([*derived(weights, arch, settings), _NO_BANK], PROG)
+    found = read_published(place)
+    if not found.arch or any(option.startswith("--model.arch") for option in settings):
+        found = found._replace(arch=known_arch(load_config(settings, PROG).model.arch))
+    base = load_config([*derived(found, settings), _NO_BANK], PROG)
     subject = _initial(place, _settled(base, place, settings, images))
-    return subject._replace(decodes="decoder" not in fill_(subject.model, weights, place))
+    return subject._replace(decodes="decoder" not in fill_(subject.model, found.tensors, place))
 
 
 def _of_run(path: Path, settings: list[str], images: str) -> Subject:
