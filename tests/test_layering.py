@@ -15,6 +15,7 @@ ONE_FILE = {
     "apex": "optim/apex.py",
     "submitit": "submit.py",
     "huggingface_hub": "export/hub.py",
+    "segmentation_models_pytorch": "evaluation/segmentation/upernet.py",
 }
 
 

@@ -88,6 +88,20 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True)
+class SegmentConfig:
+    """Segmentation. "mmseg" is mmsegmentation, in which UPerNet's published figures on ADE20K were made."""
+
+    sides: tuple[int, int] = (512, 2048)  # pixels, short and long; images are as large as fits into them; mmseg
+    ratio: tuple[float, float] = (0.5, 2.0)  # times `sides`, drawn for each training image; mmseg
+    most: float = 0.75  # share of a crop that one class may have, else another is drawn, up to ten times; mmseg
+    stride: int = 341  # pixels from one window of a test image to the next; a window is `data.image_size`; mmseg
+    decoder_dim: int = 0  # width of UPerNet's maps; 0: the encoder's; BEiT
+    auxiliary_dim: int = 256  # width of the auxiliary classifier; mmseg
+    auxiliary_weight: float = 0.4  # of its loss; mmseg
+    dropout: float = 0.1  # before the classifiers; mmseg
+
+
+@dataclass(frozen=True)
 class EvalOptimConfig:
     name: Literal["lars", "sgd", "adamw"] = "adamw"  # LARS as in MAE: adapted for weights, plain for biases
     base_lr: float = 1e-3  # per 256 images
@@ -127,6 +141,7 @@ class EvalConfig:
     logreg: LogregConfig = field(default_factory=LogregConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    segment: SegmentConfig = field(default_factory=SegmentConfig)
     optim: EvalOptimConfig = field(default_factory=EvalOptimConfig)
     train: EvalTrainConfig = field(default_factory=EvalTrainConfig)
 
@@ -160,6 +175,14 @@ RANGES = {
     "augment.cutmix": "[0, inf)",
     "augment.smoothing": "[0, 1)",
     "augment.repeats": COUNT,
+    "segment.sides": "[2, 65536]",
+    "segment.ratio": "(0, 100]",
+    "segment.most": "(0, 1]",
+    "segment.stride": COUNT,
+    "segment.decoder_dim": "[0, 65536]",
+    "segment.auxiliary_dim": "[1, 65536]",
+    "segment.auxiliary_weight": "[0, inf)",
+    "segment.dropout": "[0, 1)",
     "optim.base_lr": "[0, inf)",
     "optim.min_lr": "[0, inf)",
     "optim.milestones": "(0, 1)",

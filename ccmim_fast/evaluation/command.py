@@ -17,6 +17,8 @@ from ccmim_fast.evaluation.encoders import Weights, read_weights
 from ccmim_fast.evaluation.images import Images, open_both
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.protocols import FOLDER, Protocol, deviations, protocol, write_result
+from ccmim_fast.evaluation.segmentation.run import open_scenes
+from ccmim_fast.evaluation.segmentation.run import run as segmentation
 from ccmim_fast.trainer.distributed import Session, main_first, session
 from ccmim_fast.trainer.run_folder import describe_run, environment, evaluation_folder, open_run_folder
 from ccmim_fast.trainer.run_state import recorded
@@ -45,6 +47,7 @@ EVALUATIONS = {
     "attentive": Evaluation(probes.attentive),
     "finetune": Evaluation(finetune.run),
     "transfer": Evaluation(finetune.run),
+    "segmentation": Evaluation(segmentation, ("ade20k", "shapes"), open_scenes, guessed=False),
 }
 _NAMES = (*EVALUATIONS, "masks")  # that is a command of its own: it draws, and needs neither labels nor a protocol
 USAGE = f"""usage: ccmim eval {"|".join(EVALUATIONS)} CHECKPOINT [--config PRESET_OR_FILE] [--section.key=value ...]

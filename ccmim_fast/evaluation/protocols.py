@@ -16,6 +16,7 @@ FOLDER = "eval"  # of the presets, below configs/
 _SHOWN = ("data.image_size", "data.test_crop", "model.pool")
 _LENGTH = ("train.epochs", "train.steps", "train.batch_size", "train.max_steps")
 _TRAINED = (*_SHOWN, "data.crop_scale", "data.flip", "optim.", *_LENGTH)
+_DENSE = ("data.image_size", "data.flip", "optim.", *_LENGTH, "head.init_std", "model.drop_path")
 
 # The settings that are figures of the protocol; the others say how and where it is carried out.
 FIGURES = {
@@ -25,6 +26,7 @@ FIGURES = {
     "attentive": (*_TRAINED, "head.num_heads", "head.init_std", "augment."),
     "finetune": (*_TRAINED, "head.init_std", "augment.", "model.drop_path"),
     "transfer": (*_TRAINED, "head.init_std", "augment.", "model.drop_path"),
+    "segmentation": (*_DENSE, "segment."),
 }
 
 

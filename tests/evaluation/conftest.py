@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 
 from ccmim_fast.data.shapes import ShapesSource
@@ -78,3 +80,25 @@ def evaluated(encoder, cache, tmp_path):
         return json.loads((tmp_path / folder / "result.json").read_text())
 
     return run
+
+
+@pytest.fixture
+def miniature(tmp_path):
+    """A folder of ADE20K's layout: five images to train on, three to test on, of three classes side by side.
+
+    Image i is 20 + i pixels high and 24 wide. Its first column is of no class; its grey value says which class the
+    other pixels are of.
+    """
+    root = tmp_path / "ADEChallengeData2016"
+    for part, count in (("training", 5), ("validation", 3)):
+        for kind in ("images", "annotations"):
+            (root / kind / part).mkdir(parents=True)
+        for index in range(count):
+            numbers_HW = np.repeat(np.arange(24, dtype=np.uint8)[None] // 8 + 1, 20 + index, axis=0)
+            numbers_HW[:, 0] = 0
+            grey = Image.fromarray(60 * numbers_HW)
+            grey.convert("RGB").save(root / "images" / part / f"ADE_{part}_{index}.jpg", quality=100)
+            Image.fromarray(numbers_HW).save(root / "annotations" / part / f"ADE_{part}_{index}.png")
+    names = "1\t.5\t9\t9\twall\n2 \t.3\t9\t9\tsea, ocean\n3\t.2\t9\t9\tbed \n"
+    (root / "objectInfo150.txt").write_text(f"Idx\tRatio\tTrain\tVal\tName\n{names}")
+    return root

@@ -20,6 +20,8 @@ from ccmim_fast.models.encoder import build_encoder as ours
 from ccmim_fast.trainer.loop import fit
 
 CHANCE, MARGIN = 1 / 3, 0.25
+IMAGENET = (1281167, 50000, 1000)  # images to train on, to test on, classes
+PUBLISHED = {"segmentation": (20210, 2000, 150)}  # ADE20K
 
 
 def test_knn_beats_chance(evaluated):
@@ -62,7 +64,7 @@ def test_deviations_are_listed_and_only_those(evaluated, tmp_path, capsys):
 def test_presets_hold_the_figures_of_their_protocols(name):
     of = protocol(next(evaluation for evaluation in FIGURES if name.startswith(evaluation)), name)
     assert of.source
-    assert of.images == (1281167, 50000, 1000)
+    assert of.images == PUBLISHED.get(of.evaluation, IMAGENET)
     optim, train = of.config.optim, of.config.train
     peak = optim.base_lr * train.batch_size / 256
     figures = {
@@ -76,7 +78,7 @@ def test_presets_hold_the_figures_of_their_protocols(name):
         rule, rate, *rest = figures[name]
         assert (optim.name, pytest.approx(peak)) == (rule, rate)
         assert [train.batch_size, train.epochs, optim.warmup_epochs, optim.weight_decay] == rest
-    else:
+    elif of.evaluation in ("knn", "logreg"):
         assert of.config == EvalConfig()
 
 
@@ -140,6 +142,11 @@ def test_maes_file_and_other_sizes(tmp_path):
         (["knn", "nowhere.pth"], 5, "nowhere.pth: cannot be read as weights"),
         (["knn", "timm:vit_tiny_patch16_224", "--knn.kk=1"], 2, "did you mean --knn.k?"),
         (["knn", "timm:vit_tiny_patch16_224", "--knn.k=[0]"], 2, "knn.k=[0]: must be in [1, 2147483647]"),
+        (
+            ["knn", "timm:vit_tiny_patch16_224", "--data.std=[0,1,1]"],
+            2,
+            "data.std=[0.0, 1.0, 1.0]: must be in (0, 1000]",
+        ),
         (["linear", "timm:vit_tiny_patch16_224", "--config", "finetune"], 2, "no preset of ccmim eval linear"),
         (["knn", "timm:vit_tiny_patch16_224", "--data.root=nowhere"], 2, "say where they are"),
         (["knn", "timm:vit_tiny_patch16_224", "--data.source=shapes", "--data.samples=9"], 2, "must be at most the 9"),

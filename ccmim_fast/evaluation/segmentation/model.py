@@ -1,0 +1,115 @@
+"""A vision transformer that names every pixel: blocks of a plain ViT -> four scales -> UPerNet."""
+
+# B batch, H height, W width of images, h w of the patches' grid, D width, E decoder's width, K classes
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ccmim_fast.evaluation.segmentation.upernet import build_decoder
+
+_SIXTHS = (2, 3, 4, 6)  # of the depth, after which the tokens are taken: blocks 3 5 7 11 of 12, counted from 0; BEiT
+_AUXILIARY = 2  # which of the four scales the second classifier looks at
+
+
+def tapped_blocks(depth: int) -> tuple[int, ...]:
+    """Indices of the four blocks whose output is decoded; of fewer than four blocks some come twice."""
+    return tuple(-(-depth * sixths // 6) - 1 for sixths in _SIXTHS)
+
+
+class Neck(nn.Module):
+    """Four maps [B, D, h, w] -> [B, D, 4 h, 4 w], [B, D, 2 h, 2 w], [B, D, h, w] and [B, D, h / 2, w / 2] (BEiT).
+
+    At patches of 16 pixels those are strides of 4, 8, 16 and 32, at patches of 4 of 1, 2, 4 and 8.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        twice = [nn.ConvTranspose2d(width, width, 2, stride=2) for _ in range(3)]
+        self.scales = nn.ModuleList(
+            [
+                nn.Sequential(twice[0], nn.BatchNorm2d(width), nn.GELU(), twice[1]),
+                twice[2],
+                nn.Identity(),
+                nn.MaxPool2d(2),
+            ]
+        )
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        return [scale(map_BDhw) for scale, map_BDhw in zip(self.scales, maps)]
+
+
+class Segmenter(nn.Module):
+    """uint8 images [B, 3, H, W] of the size the ViT was built for -> logits [B, K, H, W].
+
+    In training mode a pair of them, the second from the auxiliary classifier. Images are normalised here.
+
+    Args:
+        vit: without a head; its final norm is not used.
+        mean, std: of the encoder's images, per channel on a 0..1 scale.
+        decoder_dim: E.
+        auxiliary_dim: width of the auxiliary classifier.
+        dropout: of whole channels, before the classifiers.
+        init_std: of the classifiers' weights.
+    """
+
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        classes: int,
+        *,
+        decoder_dim: int,
+        auxiliary_dim: int,
+        dropout: float,
+        init_std: float,
+    ):
+        super().__init__()
+        vit.norm = nn.Identity()
+        width, self.vit, self.taps = vit.embed_dim, vit, tapped_blocks(len(vit.blocks))
+        self.neck, self.decoder = Neck(width), build_decoder(width, decoder_dim)
+        self.auxiliary = nn.Sequential(
+            nn.Conv2d(width, auxiliary_dim, 3, padding=1, bias=False), nn.BatchNorm2d(auxiliary_dim), nn.ReLU()
+        )
+        for part in [*self.decoder.modules(), *self.auxiliary]:
+            if isinstance(part, nn.Conv2d):
+                nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+        self.classifier = _classifier(decoder_dim, classes, dropout, init_std)
+        self.auxiliary_classifier = _classifier(auxiliary_dim, classes, dropout, init_std)
+        self.register_buffer("mean_C11", 255 * torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std_C11", 255 * torch.tensor(std)[:, None, None], persistent=False)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        pixels_BCHW = (images_BCHW - self.mean_C11) / self.std_C11
+        blocks = sorted(set(self.taps))
+        maps_of = dict(zip(blocks, self.vit.forward_intermediates(pixels_BCHW, blocks, intermediates_only=True)))
+        scales = self.neck([maps_of[block] for block in self.taps])
+        logits_BKHW = self._at_pixels(self.classifier(self.decoder([None, None, *scales])), images_BCHW)
+        if not self.training:
+            return logits_BKHW
+        coarse_BKhw = self.auxiliary_classifier(self.auxiliary(scales[_AUXILIARY]))
+        return logits_BKHW, self._at_pixels(coarse_BKhw, images_BCHW)
+
+    @staticmethod
+    def _at_pixels(logits_BKhw: Tensor, images_BCHW: Tensor) -> Tensor:
+        return F.interpolate(logits_BKhw, images_BCHW.shape[-2:], mode="bilinear", align_corners=False)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
+        """For timm's `param_groups_layer_decay`: embedding, blocks, and all that is new above them."""
+        return {
+            "stem": r"^vit\.(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre)",
+            "blocks": [(r"^vit\.blocks\.(\d+)", None)],
+        }
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are no weights, besides vectors."""
+        return {f"vit.{name}" for name in self.vit.no_weight_decay()}
+
+
+def _classifier(width: int, classes: int, dropout: float, init_std: float) -> nn.Sequential:
+    layer = nn.Conv2d(width, classes, 1)
+    nn.init.normal_(layer.weight, std=init_std)
+    nn.init.zeros_(layer.bias)
+    return nn.Sequential(nn.Dropout2d(dropout), layer)

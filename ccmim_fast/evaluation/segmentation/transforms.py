@@ -1,0 +1,124 @@
+"""Images and labels together: resized, cropped, mirrored, distorted in colour, padded (mmsegmentation's for ADE20K)."""
+
+# H height, W width, C channels; images [C, H, W] uint8
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+from torchvision.tv_tensors import Image, Mask
+
+from ccmim_fast.evaluation.segmentation.scenes import IGNORED, Scenes
+
+# Half-widths and ranges of the distortion, each with a probability of a half; mmsegmentation.
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 32, (0.5, 1.5), (0.5, 1.5), 18 / 180
+_TRIES = 11  # crops drawn until one is varied enough; the last is taken as it is
+
+
+class Pair(NamedTuple):
+    """image_CHW: uint8. labels_HW: uint8, `IGNORED` where there is no class."""
+
+    image_CHW: Image
+    labels_HW: Mask
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """H, W."""
+        return tuple(self.labels_HW.shape)
+
+    def resized(self, size: tuple[int, int]) -> "Pair":
+        """Bilinear without antialiasing, labels by the nearest, both as cv2 does."""
+        options = {"interpolation": InterpolationMode.BILINEAR, "antialias": False}
+        return Pair(*(F.resize(one, list(size), **options) for one in self))
+
+    def cut(self, y: int, x: int, height: int, width: int) -> "Pair":
+        return Pair(*(F.crop(one, y, x, height, width) for one in self))
+
+    def mirrored(self) -> "Pair":
+        return Pair(*map(F.horizontal_flip, self))
+
+    def padded(self, size: tuple[int, int], colour: tuple[int, ...]) -> "Pair":
+        """Below and to the right, by one colour that is ignored."""
+        below, beside = (max(0, asked - has) for asked, has in zip(size, self.size))
+        sides = [0, 0, beside, below]
+        return Pair(F.pad(self.image_CHW, sides, fill=list(colour)), F.pad(self.labels_HW, sides, fill=IGNORED))
+
+
+def pair_of(scenes: Scenes, index: int, image_HWC: np.ndarray) -> Pair:
+    """A decoded image with its labels. Raises DataError naming the annotation."""
+    image_CHW = torch.from_numpy(np.array(image_HWC)).permute(2, 0, 1).contiguous()
+    return Pair(Image(image_CHW), Mask(torch.from_numpy(np.array(scenes.labels(index)))))
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What happens to a pair before it is trained on: [C, *size] and [*size]; all draws are the generator's."""
+
+    size: tuple[int, int]  # height, width of the crop, pixels
+    sides: tuple[int, int]  # short and long side, see `scaled`
+    ratio: tuple[float, float]  # times `sides`
+    most: float  # share of a crop's labelled pixels that one class may have
+    flip: bool  # mirror left to right, p = 0.5
+    colour: tuple[int, ...]  # of what is padded, 0 .. 255
+
+    def __call__(self, pair: Pair, draws: np.random.Generator) -> Pair:
+        ratio = draws.uniform(*self.ratio)
+        short, long = (int(side * ratio) for side in self.sides)
+        pair = pair.resized(scaled(pair.size, (short, long)))
+        pair = self._crop(pair, draws)
+        if self.flip and draws.random() < 0.5:
+            pair = pair.mirrored()
+        return pair._replace(image_CHW=distort(pair.image_CHW, draws)).padded(self.size, self.colour)
+
+    def _crop(self, pair: Pair, draws: np.random.Generator) -> Pair:
+        room = [max(0, has - asked) for has, asked in zip(pair.size, self.size)]
+        for _ in range(_TRIES):
+            y, x = (int(draws.integers(most + 1)) for most in room)
+            crop = pair.cut(y, x, *(min(has, asked) for has, asked in zip(pair.size, self.size)))
+            counts = torch.bincount(crop.labels_HW.flatten(), minlength=IGNORED)[:IGNORED]
+            if 0 < counts.max() <= self.most * counts.sum():
+                break
+        return crop
+
+
+def scaled(size: tuple[int, int], sides: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of an image made as large as fits into sides (short, long), its aspect kept."""
+    factor = min(side / of_image for side, of_image in zip(sides, sorted(size)))
+    height, width = (max(1, int(side * factor + 0.5)) for side in size)
+    return height, width
+
+
+def distort(image_CHW: Tensor, draws: np.random.Generator) -> Tensor:
+    """Change brightness, contrast, saturation and hue, each in half of the cases; contrast first or last of the last 3.
+
+    Saturation and hue are those of HSV.
+    """
+
+    def with_contrast(pixels_CHW: Tensor) -> Tensor:
+        return (pixels_CHW * draws.uniform(*_CONTRAST)).clamp(0, 255) if draws.random() < 0.5 else pixels_CHW
+
+    pixels_CHW = image_CHW.as_subclass(Tensor).float()
+    if draws.random() < 0.5:
+        pixels_CHW = (pixels_CHW + draws.uniform(-_BRIGHTNESS, _BRIGHTNESS)).clamp(0, 255)
+    contrast_last = draws.random() < 0.5
+    if not contrast_last:
+        pixels_CHW = with_contrast(pixels_CHW)
+    if draws.random() < 0.5:
+        pixels_CHW = saturated(pixels_CHW, draws.uniform(*_SATURATION))
+    if draws.random() < 0.5:
+        pixels_CHW = 255 * F.adjust_hue(pixels_CHW / 255, draws.uniform(-_HUE, _HUE))
+    if contrast_last:
+        pixels_CHW = with_contrast(pixels_CHW)
+    return Image(pixels_CHW.round().clamp(0, 255).to(torch.uint8))
+
+
+def saturated(pixels_CHW: Tensor, factor: float) -> Tensor:
+    """HSV's saturation times `factor`, 1 at most: each channel's distance below the largest, which is the value."""
+    value_1HW = pixels_CHW.amax(0, keepdim=True)
+    below_CHW = value_1HW - pixels_CHW
+    largest_1HW = below_CHW.amax(0, keepdim=True).clamp(min=1e-6)
+    return value_1HW - below_CHW * (value_1HW / largest_1HW).clamp(max=factor)

@@ -1,0 +1,155 @@
+"""`ccmim eval segmentation` as a user starts it: it learns, goes on bit for bit, reads ADE20K, and what it refuses.
+
+Chance is to name every pixel background, the most frequent of three classes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from ccmim_fast import cli
+from ccmim_fast.checkpoints import io
+from ccmim_fast.config.schema import DataConfig
+from ccmim_fast.evaluation.protocols import protocol
+from ccmim_fast.evaluation.segmentation import upernet
+from ccmim_fast.evaluation.segmentation.scenes import shape_scenes
+
+SMALL = [
+    *("--data.classes=2", "--segment.sides=[32,128]", "--segment.ratio=[1,1.2]", "--segment.stride=21"),
+    *("--segment.decoder_dim=32", "--segment.auxiliary_dim=16", "--optim.base_lr=0.1", "--optim.layer_decay=0.9"),
+    *("--train.batch_size=20", "--optim.warmup_steps=10", "--run.log_every=1", "--run.test_every=100"),
+]
+FEW = [*SMALL, "--data.samples=30", "--data.test_samples=13", "--train.batch_size=12", "--train.accumulate=2"]
+MARGIN = 0.15  # of mIoU; 0.22 and 0.23 were seen after 120 and 160 steps
+
+
+def test_beats_chance(evaluated, cache):
+    """Two shapes on a background, from features that know the shapes."""
+    result = evaluated("segmentation", *SMALL, "--train.steps=120")
+    of_test = DataConfig(source="shapes", image_size=(32, 32), samples=150, classes=2, root=str(cache))
+    scenes = shape_scenes(of_test, seed=1)
+    background = np.mean([scenes.labels(index) == 0 for index in range(150)])
+    figures = result["figures"]
+    assert figures["mIoU"] > background / 3 + MARGIN
+    assert figures["aAcc"] > background
+    assert figures["mAcc"] > 1 / 3 + MARGIN
+    assert result["chance"] is None
+    assert "segment.stride: 21 (341)" in result["deviations"]
+
+
+def test_goes_on_bit_for_bit(evaluated, tmp_path):
+    """Stopped within an epoch, accumulating, with drop path and dropout: the same weights, statistics, and figures."""
+    whole = evaluated("segmentation", *FEW, "--train.steps=6", folder="whole")
+    evaluated("segmentation", *FEW, "--train.steps=6", "--train.max_steps=3", folder="parts")
+    parts = evaluated("segmentation", *FEW, "--train.steps=6", "--resume=auto", folder="parts")
+    states = [io.newest(tmp_path / folder / "checkpoints").state for folder in ("whole", "parts")]
+    assert [state["step"] for state in states] == [6, 6]
+    for key in ("model", "optimizer"):
+        torch.testing.assert_close(states[1][key], states[0][key], rtol=0, atol=0)
+    losses = [
+        [(r["step"], r["loss"]) for r in map(json.loads, (tmp_path / folder / "metrics.jsonl").open()) if "loss" in r]
+        for folder in ("whole", "parts")
+    ]
+    assert len(losses[0]) == 6
+    assert losses[0] == losses[1]
+    assert whole["figures"] == parts["figures"]
+
+
+def test_the_second_classifiers_loss_counts_by_its_weight(evaluated, tmp_path):
+    """The loss of the first step is a line over the weight."""
+    losses = []
+    for weight in (0, 0.4, 0.8):
+        evaluated("segmentation", *FEW, f"--segment.auxiliary_weight={weight}", "--train.steps=1", folder=f"by{weight}")
+        losses += [r["loss"] for r in map(json.loads, (tmp_path / f"by{weight}/metrics.jsonl").open()) if "loss" in r]
+    none, some, twice = losses
+    assert some - none == pytest.approx(twice - some)
+    assert some - none > 0.4 * 0.5  # the cross-entropy of three classes that are not known is about 1.1
+
+
+def test_reads_ade20k(evaluated, miniature):
+    """Images smaller than a window are made larger; the first column of each has no class and does not count."""
+    result = evaluated(
+        "segmentation",
+        *SMALL,
+        *("--data.source=ade20k", f"--data.root={miniature}", "--train.batch_size=2", "--train.steps=2"),
+    )
+    assert result["images"] == "5 images of 3 classes to train on, 3 images of 3 classes to test on"
+    assert result["figures"].keys() == {"mIoU", "aAcc", "mAcc"}
+    assert all(0 <= share <= 1 for share in result["figures"].values())
+
+
+@pytest.mark.slow
+def test_two_processes_test_what_is_saved(evaluated, encoder, cache, shared_settings, tmp_path):
+    """13 test images: one rank has one more. The checkpoint tested again by one process has the same figures."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "ccmim_fast.cli", "eval", "segmentation", str(encoder), *shared_settings]
+    command += [f"--data.root={cache}", f"--run.dir={tmp_path / 'two'}", *FEW, "--train.steps=4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert two["ranks"] == 2
+    one = evaluated("segmentation", *FEW, "--train.steps=4", "--resume=auto", folder="two")
+    assert one["ranks"] == 1
+    assert one["figures"] == pytest.approx(two["figures"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "words"),
+    [
+        (["--data.source=images"], 2, "segmentation has ade20k, shapes; nearest valid is"),
+        (["--optim.name=sgd"], 2, "optim.name=sgd: segmentation has adamw"),
+        (["--data.mean=[0.5]"], 2, "data.mean=[0.5]: segmentation needs images of 3 channels"),
+        (["--data.std=[0.5]"], 2, "data.std=[0.5]: segmentation needs images of 3 channels"),
+        (["--segment.stride=33"], 2, "segment.stride=33: windows of data.image_size=[32, 32] must touch; nearest"),
+        (["--segment.sides=[31,99]"], 2, "segment.sides=[31, 99]: the short one must hold a window"),
+        (["--segment.sides=[99,32]"], 2, "segment.sides=[99, 32]: must be from small to large"),
+        (["--segment.ratio=[2,1]"], 2, "segment.ratio=[2.0, 1.0]: must be from small to large; nearest valid is [1.0"),
+        (["--segment.most=0"], 2, "segment.most=0.0: must be in (0, 1]"),
+        (["--data.image_size=[30,32]"], 2, "whole patches of 8 pixels, two at least a side; nearest valid is [32, 32]"),
+        (["--train.batch_size=2", "--train.accumulate=2"], 2, "needs two images in each of 2 micro-batches; nearest"),
+        (["--data.source=ade20k"], 3, "images/training: no such folder"),
+        (["--config=knn"], 2, "no preset of ccmim eval segmentation; one of segmentation, segmentation_cae"),
+    ],
+)
+def test_mistakes_are_one_line(settings, code, words, encoder, shared_settings, tmp_path, capsys):
+    line = ["eval", "segmentation", str(encoder), *shared_settings, *SMALL, f"--run.dir={tmp_path / 'out'}"]
+    assert cli.main([*line, f"--data.root={tmp_path}", "--data.samples=30", "--train.max_steps=1", *settings]) == code
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert words in error
+
+
+def test_a_missing_library_is_named_with_its_command(encoder, shared_settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(upernet, "_PACKAGE", "segmentation_models_that_nobody_has")
+    line = ["eval", "segmentation", str(encoder), *shared_settings, *SMALL, f"--run.dir={tmp_path / 'out'}"]
+    assert cli.main([*line, "--data.samples=30", "--train.max_steps=1"]) == 6
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "pip install 'ccmim_fast[segmentation]'" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_other_evaluations_do_not_import_it():
+    code = "import sys, ccmim_fast.evaluation.command; print('segmentation_models_pytorch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize(("name", "rate"), [("segmentation", 1e-4), ("segmentation_cae", 3e-4)])
+def test_presets_hold_the_figures_of_their_protocols(name, rate):
+    config = protocol("segmentation", name).config
+    optim, train, segment = config.optim, config.train, config.segment
+    assert optim.base_lr * train.batch_size / 256 == pytest.approx(rate)
+    assert (optim.name, optim.weight_decay, optim.betas, optim.layer_decay) == ("adamw", 0.05, (0.9, 0.999), 0.65)
+    assert (optim.schedule, optim.min_lr, optim.warmup_steps) == ("poly", 0, 1500)
+    assert (train.steps, train.batch_size, config.model.drop_path) == (160000, 16, 0.1)
+    assert (config.data.image_size, config.data.flip) == ((512, 512), True)
+    assert (segment.sides, segment.ratio, segment.most, segment.stride) == ((512, 2048), (0.5, 2), 0.75, 341)
+    assert (segment.auxiliary_dim, segment.auxiliary_weight, segment.dropout) == (256, 0.4, 0.1)
