@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -191,6 +192,9 @@ class Training:
     def test(self) -> dict[str, float]:
         """The figures of this moment, and those of the averaged weights."""
         self.module.eval()
+        if dist.is_initialized():
+            for buffer in self.learner.module.buffers():  # BatchNorm's statistics are each rank's own: those saved count
+                dist.broadcast(buffer, 0)
         with self.precision.autocast(self.here.device):
             figures = self.learner.test()
         if self.ema is None:

@@ -111,9 +111,6 @@ def tested(job: Job, model: Segmenter) -> dict[str, float]:
     """mIoU, aAcc and mAcc over all test images of all ranks; the model is in eval mode, without gradient."""
     config, here, scenes = job.config, job.here, job.test.source
     at_once = max(1, config.train.batch_size // (config.train.accumulate * here.world_size))
-    if dist.is_initialized():
-        for buffer in model.buffers():  # where BatchNorm is not synchronised: those that are saved
-            dist.broadcast(buffer, 0)
     confusion_KK = torch.zeros(job.test.classes, job.test.classes, dtype=torch.int64, device=here.device)
     for index in usable_ids(scenes, np.arange(here.rank, usable(scenes), here.world_size)).tolist():
         pair = pair_of(scenes, index, scenes.decode(index))
