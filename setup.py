@@ -43,11 +43,14 @@ EXTRAS = {
     "bench": ["transformers>=5"],
     # `ccmim export onnx`; the other targets need nothing.
     "export": ["onnx>=1.16", "onnxscript>=0.2"],
+    # `ccmim eval detection`: average precision, and COCO's masks.
+    "detection": ["torchmetrics>=1.9", "faster-coco-eval>=1.8"],
     "dev": [
         *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.11"),
         *("fsspec[http]>=2024.2", "submitit>=1.5"),
         # What exports are loaded by in the tests.
         *("transformers>=5", "onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"),
+        *("torchmetrics>=1.9", "faster-coco-eval>=1.8"),
         *DOCS,
     ],
 }

@@ -126,7 +126,8 @@ def _check_range(key: str, value: Any, interval: str, default: Any) -> None:
         return fallback  # so for nan
 
     if isinstance(default, tuple):
-        near = tuple(clamp(number, default[min(i, len(default) - 1)]) for i, number in enumerate(value))
+        fallbacks = default or ((low + high) / 2,)
+        near = tuple(clamp(number, fallbacks[min(i, len(fallbacks) - 1)]) for i, number in enumerate(value))
     else:
         near = clamp(value, default)
     if near != value:

@@ -25,6 +25,7 @@ FIGURES = {
     "attentive": (*_TRAINED, "head.num_heads", "head.init_std", "augment."),
     "finetune": (*_TRAINED, "head.init_std", "augment.", "model.drop_path"),
     "transfer": (*_TRAINED, "head.init_std", "augment.", "model.drop_path"),
+    "detection": ("data.image_size", "data.flip", "detect.", "optim.", *_LENGTH, "model.drop_path"),
 }
 
 
