@@ -9,11 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from made_coco import write_coco
+from made_coco import SIZES, write_coco
 
 from ccmim_fast import cli
 from ccmim_fast.checkpoints import io
+from ccmim_fast.config.evaluation import DetectConfig, EvalConfig, EvalDataConfig, EvalTrainConfig
 from ccmim_fast.data.plan import Plan
+from ccmim_fast.evaluation.detection import open_images, training
 from ccmim_fast.evaluation.detection.batches import Batches
 from ccmim_fast.evaluation.detection.precision import average_precision
 from ccmim_fast.evaluation.detection.shapes import ShapesInstances
@@ -135,16 +137,36 @@ def test_a_folder_of_coco(evaluated, coco, recipe):
     assert all(0 <= figure <= 1 for figure in result["figures"].values())
 
 
-def job_of(cache, workers=1, **settings):
-    from ccmim_fast.config.evaluation import DetectConfig, EvalConfig, EvalDataConfig, EvalTrainConfig
-    from ccmim_fast.evaluation.detection import open_images
-
-    data = EvalDataConfig(source="shapes", root=str(cache), image_size=(32, 32), samples=8, classes=3, workers=workers)
-    train = EvalTrainConfig(batch_size=4, accumulate=2)
-    config = EvalConfig(data=data, train=train, detect=DetectConfig(short_sides=(24, 32, 40)))
-    images, _ = open_images(config, (0.5,) * 3, (0.25,) * 3)
+def job_of(root, workers=1, source="shapes"):
+    data = EvalDataConfig(source=source, root=str(root), image_size=(32, 32), samples=8, classes=3, workers=workers)
+    settings = EvalTrainConfig(batch_size=4, accumulate=2)
+    config = EvalConfig(data=data, train=settings, detect=DetectConfig(short_sides=(24, 32, 40)))
+    train, test = open_images(config, (0.5,) * 3, (0.25,) * 3)
     here = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
-    return SimpleNamespace(config=config, here=here, train=images, weights=SimpleNamespace(mean=(0.5,) * 3))
+    weights = SimpleNamespace(mean=(0.5,) * 3)
+    return SimpleNamespace(config=config, here=here, train=train, test=test, weights=weights)
+
+
+def test_who_finds_everything_where_it_lies_in_the_original_is_right(coco, monkeypatch):
+    """Images of four sizes, shown in others, two of them without an object."""
+    job, asked = job_of(coco, source="coco"), []
+
+    def oracle(model, images, sizes):
+        answers = []
+        for image_CHW, size in zip(images, sizes):
+            objects = job.test.source.instances(len(asked))
+            asked.append(size)
+            assert min(image_CHW.shape[1:]) == 40
+            masks_N1HW = torch.from_numpy(objects.masks_NHW)[:, None].float()
+            answer = {"boxes": torch.from_numpy(objects.boxes_N4), "masks": masks_N1HW}
+            answers.append(
+                answer | {"labels": torch.from_numpy(objects.labels_N) + 1, "scores": torch.ones(len(masks_N1HW))}
+            )
+        return answers
+
+    monkeypatch.setattr(training, "detect", oracle)
+    assert set(average_precision(training.found_in_share(None, job)).values()) == {1.0}
+    assert asked == [tuple(size) for size in SIZES]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
