@@ -45,12 +45,15 @@ EXTRAS = {
     "export": ["onnx>=1.16", "onnxscript>=0.2"],
     # `ccmim eval segmentation`: UPerNet's decoder.
     "segmentation": ["segmentation_models_pytorch>=0.5"],
+    # `ccmim eval detection`: average precision, and COCO's masks.
+    "detection": ["torchmetrics>=1.9", "faster-coco-eval>=1.8"],
     "dev": [
         *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.11"),
         *("fsspec[http]>=2024.2", "submitit>=1.5"),
         # What exports are loaded by in the tests.
         *("transformers>=5", "onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"),
         "segmentation_models_pytorch>=0.5",
+        *("torchmetrics>=1.9", "faster-coco-eval>=1.8"),
         *DOCS,
     ],
 }

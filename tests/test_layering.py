@@ -13,6 +13,7 @@ ONE_FILE = {
     "nvidia": "data/dali_loader.py",
     "xformers": "models/attention.py",
     "apex": "optim/apex.py",
+    "torchmetrics": "evaluation/detection/precision.py",
     "submitit": "submit.py",
     "huggingface_hub": "export/hub.py",
     "segmentation_models_pytorch": "evaluation/segmentation/upernet.py",

@@ -102,6 +102,20 @@ class SegmentConfig:
 
 
 @dataclass(frozen=True)
+class DetectConfig:
+    pyramid: Literal["fpn", "simple"] = "fpn"  # over the outputs of four blocks (CAE), or the last one's (ViTDet)
+    width: int = 256  # channels of the pyramid and of the heads' convolutions; FPN (Lin et al., 2017)
+    proposals: int = 512  # of an image, a quarter of them objects, that the heads are trained on; Mask R-CNN
+    resize: Literal["short_side", "jitter"] = (
+        "short_side"  # jitter: times a share, then crop or pad to `data.image_size`
+    )
+    short_sides: tuple[int, ...] = tuple(range(480, 801, 32))  # pixels, one drawn; images to test on have the last; CAE
+    long_side: int = 1333  # pixels that the longer side may have
+    jitter: tuple[float, float] = (0.1, 2.0)  # range of the share; ViTDet
+    window: int = 0  # patches: side of the windows that all blocks but four attend within; 0: all attend to the image
+
+
+@dataclass(frozen=True)
 class EvalOptimConfig:
     name: Literal["lars", "sgd", "adamw"] = "adamw"  # LARS as in MAE: adapted for weights, plain for biases
     base_lr: float = 1e-3  # per 256 images
@@ -142,6 +156,7 @@ class EvalConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     segment: SegmentConfig = field(default_factory=SegmentConfig)
+    detect: DetectConfig = field(default_factory=DetectConfig)
     optim: EvalOptimConfig = field(default_factory=EvalOptimConfig)
     train: EvalTrainConfig = field(default_factory=EvalTrainConfig)
 
@@ -183,6 +198,12 @@ RANGES = {
     "segment.auxiliary_dim": "[1, 65536]",
     "segment.auxiliary_weight": "[0, inf)",
     "segment.dropout": "[0, 1)",
+    "detect.width": "[4, 65536]",
+    "detect.proposals": "[4, 65536]",
+    "detect.short_sides": "[8, 65536]",
+    "detect.long_side": "[8, 65536]",
+    "detect.jitter": "[0.1, 10]",
+    "detect.window": "[0, 65536]",
     "optim.base_lr": "[0, inf)",
     "optim.min_lr": "[0, inf)",
     "optim.milestones": "(0, 1)",
@@ -213,7 +234,7 @@ def validate_evaluation(config: EvalConfig) -> None:
     known = settings(EvalConfig)
     # Without values there is no range to be in; the defaults stand for them.
     values = {key: value or known[key].default for key, value in flatten(config).items()}
-    for key in ("knn.k", "logreg.c", "head.rates"):
+    for key in ("knn.k", "logreg.c", "head.rates", "detect.short_sides"):
         if flatten(config)[key] == ():
             raise ConfigError(f"{key}=[]: must hold a number at least; nearest valid is {known[key].default}")
     ranges = {key: interval for key, interval in RANGES.items() if values[key] != ()}
@@ -221,11 +242,10 @@ def validate_evaluation(config: EvalConfig) -> None:
     if config.augment.auto and not config.augment.auto.startswith(policies := ("rand", "augmix", "original", "v0")):
         near = nearest(config.augment.auto, policies)
         raise ConfigError(f"augment.auto={config.augment.auto!r:.60}: no policy of timm; nearest valid is {near}")
-    low, high = config.data.crop_scale
-    if low > high:
-        raise ConfigError(
-            f"data.crop_scale=[{low}, {high}]: must be from small to large; nearest valid is [{high}, {low}]"
-        )
+    for key in ("data.crop_scale", "detect.jitter"):
+        low, high = flatten(config)[key]
+        if low > high:
+            raise ConfigError(f"{key}=[{low}, {high}]: must be from small to large; nearest valid is [{high}, {low}]")
 
 
 def images_of(data: EvalDataConfig, mean: tuple[float, ...], std: tuple[float, ...], test: bool) -> DataConfig:

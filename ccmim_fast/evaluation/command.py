@@ -12,7 +12,7 @@ from ccmim_fast.config.evaluation import EvalConfig, validate_evaluation
 from ccmim_fast.config.keys import flatten, nearest, show
 from ccmim_fast.config.load import load_config
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.evaluation import finetune, frozen, probes
+from ccmim_fast.evaluation import detection, finetune, frozen, probes
 from ccmim_fast.evaluation.encoders import Weights, read_weights
 from ccmim_fast.evaluation.images import Images, open_both
 from ccmim_fast.evaluation.job import Job
@@ -47,6 +47,7 @@ EVALUATIONS = {
     "attentive": Evaluation(probes.attentive),
     "finetune": Evaluation(finetune.run),
     "transfer": Evaluation(finetune.run),
+    "detection": Evaluation(detection.run, ("coco", "shapes"), detection.open_images, guessed=False),
     "segmentation": Evaluation(segmentation, ("ade20k", "shapes"), open_scenes, guessed=False),
 }
 _NAMES = (*EVALUATIONS, "masks")  # that is a command of its own: it draws, and needs neither labels nor a protocol

@@ -99,6 +99,7 @@ def build_encoder(
     num_classes: int = 0,
     pool: str = "",
     drop_path: float = 0.0,
+    any_size: bool = False,
 ) -> nn.Module:
     """timm's module with the weights in it; positions are resampled to the size of the images.
 
@@ -108,6 +109,7 @@ def build_encoder(
         num_classes: of a new head.
         pool: for fine-tuning, `avg` (mean of the patches' tokens, then a new norm; MAE) or `cls`; empty: frozen, tokens
             are asked for by `forward_features`.
+        any_size: images may have any multiple of the patch as sides; positions are resampled again for each batch.
 
     Raises:
         CheckpointError: names or shapes that do not fit the architecture.
@@ -121,8 +123,12 @@ def build_encoder(
         options |= {"num_heads": heads} if heads else {}
     if pool == "cls" and not options.get("class_token", True):
         raise ConfigError(f"model.pool=cls: {weights.name} has no [CLS] token; nearest valid is avg")
+    if drop_path:
+        options |= {"drop_path_rate": drop_path}
+    if any_size:
+        options |= {"dynamic_img_size": True}
     if pool:
-        options |= {"drop_path_rate": drop_path, "global_pool": {"avg": "avg", "cls": "token"}[pool]}
+        options |= {"global_pool": {"avg": "avg", "cls": "token"}[pool]}
         options |= {"fc_norm": pool == "avg"}
     try:
         vit = timm.create_model(weights.arch, pretrained=False, **options)

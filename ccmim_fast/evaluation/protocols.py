@@ -27,6 +27,7 @@ FIGURES = {
     "finetune": (*_TRAINED, "head.init_std", "augment.", "model.drop_path"),
     "transfer": (*_TRAINED, "head.init_std", "augment.", "model.drop_path"),
     "segmentation": (*_DENSE, "segment."),
+    "detection": ("data.image_size", "data.flip", "detect.", "optim.", *_LENGTH, "model.drop_path"),
 }
 
 

@@ -193,7 +193,8 @@ class Training:
         """The figures of this moment, and those of the averaged weights."""
         self.module.eval()
         if dist.is_initialized():
-            for buffer in self.learner.module.buffers():  # BatchNorm's statistics are each rank's own: those saved count
+            # BatchNorm's statistics are each rank's own; those that are saved count.
+            for buffer in self.learner.module.buffers():
                 dist.broadcast(buffer, 0)
         with self.precision.autocast(self.here.device):
             figures = self.learner.test()

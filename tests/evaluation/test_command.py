@@ -60,7 +60,7 @@ def test_deviations_are_listed_and_only_those(evaluated, tmp_path, capsys):
     assert "DINO" in printed
 
 
-@pytest.mark.parametrize("name", [name for name in presets("eval") if not name.startswith("transfer")])
+@pytest.mark.parametrize("name", [name for name in presets("eval") if not name.startswith(("transfer", "detection"))])
 def test_presets_hold_the_figures_of_their_protocols(name):
     of = protocol(next(evaluation for evaluation in FIGURES if name.startswith(evaluation)), name)
     assert of.source

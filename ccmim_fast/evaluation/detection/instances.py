@@ -1,0 +1,33 @@
+"""The objects in one image: box, class and mask of each."""
+
+# N objects, H height, W width
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from ccmim_fast.data.source import Source
+
+
+class Instances(NamedTuple):
+    """What is known of the objects in an image.
+
+    Attributes:
+        boxes_N4: float32 x0, y0, x1, y1 in pixels, the last two exclusive.
+        labels_N: int64 indices into the source's `class_names`.
+        masks_NHW: bool.
+        crowd_N: bool, regions of many objects: no one trains on them, and what is found there is no mistake.
+    """
+
+    boxes_N4: np.ndarray
+    labels_N: np.ndarray
+    masks_NHW: np.ndarray
+    crowd_N: np.ndarray
+
+
+class InstanceSource(Source, Protocol):
+    """A `Source` whose objects are known; `excluded_X` are the images without any to train on."""
+
+    def instances(self, index: int) -> Instances:
+        """The objects of one image. Raises DataError naming the image."""
+        ...

@@ -1,0 +1,86 @@
+"""What an image and its objects are turned into before the detector sees them, by torchvision's transforms.
+
+Draws are from torch's global generator.
+"""
+
+# N objects, C channels, H height, W width
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
+from torchvision.transforms import v2
+
+from ccmim_fast.config.evaluation import EvalConfig
+from ccmim_fast.evaluation.detection.instances import Instances
+
+
+class Sample(NamedTuple):
+    """An image as the detector takes it, uint8 [C, H, W], and torchvision's target: boxes, labels from 1 on, masks."""
+
+    image_CHW: Tensor
+    target: dict[str, Tensor]
+
+
+class ForTraining:
+    """Resize, crop, mirror. Objects of which nothing is left, and crowds, are left out; there may be none at all.
+
+    `short_side`: the shorter side is one of `detect.short_sides`, the longer one `detect.long_side` at most (as for
+    ResNets since Detectron). `jitter`: the image is fitted into `data.image_size` times a share of `detect.jitter`,
+    then cropped or padded to it (large-scale jitter; Ghiasi et al., 2021); boxes are drawn anew around what is left.
+
+    Args:
+        config: `detect`, `data.image_size` and `data.flip`.
+        mean: 0 .. 1 per channel, which pads.
+    """
+
+    def __init__(self, config: EvalConfig, mean: tuple[float, ...]):
+        detect, size = config.detect, config.data.image_size
+        self._redraw = detect.resize == "jitter"
+        if self._redraw:
+            fill = {tv_tensors.Image: [255 * value for value in mean], "others": 0}
+            steps = [
+                v2.ScaleJitter(size, scale_range=detect.jitter),
+                v2.RandomCrop(size, pad_if_needed=True, fill=fill),
+            ]
+        else:
+            steps = [v2.RandomShortestSize(list(detect.short_sides), max_size=detect.long_side)]
+        if config.data.flip:
+            steps.append(v2.RandomHorizontalFlip())
+        self._steps = v2.Compose([*steps, v2.ClampBoundingBoxes()])
+
+    def __call__(self, image_HWC: np.ndarray, objects: Instances) -> Sample:
+        one = ~objects.crowd_N
+        size = image_HWC.shape[:2]
+        image, boxes, masks = self._steps(
+            tv_tensors.Image(torch.from_numpy(np.array(image_HWC)).permute(2, 0, 1)),
+            tv_tensors.BoundingBoxes(torch.from_numpy(objects.boxes_N4[one]), format="XYXY", canvas_size=size),
+            tv_tensors.Mask(torch.from_numpy(objects.masks_NHW[one])),
+        )
+        image_CHW, boxes_N4, masks_NHW = (part.as_subclass(Tensor) for part in (image, boxes, masks))
+        labels_N = torch.from_numpy(objects.labels_N[one]) + 1
+        if self._redraw:
+            shown_N = masks_NHW.flatten(1).any(1)
+            boxes_N4[shown_N] = masks_to_boxes(masks_NHW[shown_N]) + boxes_N4.new_tensor([0, 0, 1, 1])
+        else:
+            shown_N = (boxes_N4[:, 2:] > boxes_N4[:, :2]).all(1)
+        target = {"boxes": boxes_N4[shown_N], "labels": labels_N[shown_N], "masks": masks_NHW[shown_N].byte()}
+        return Sample(image_CHW.contiguous(), target)
+
+
+class ForTesting:
+    """Resize alone, uint8 [H, W, C] -> [C, H, W]: the shorter side to the last of `detect.short_sides`; with `jitter`,
+    to fit into `data.image_size`."""
+
+    def __init__(self, config: EvalConfig):
+        detect = config.detect
+        if detect.resize == "jitter":
+            self._resize = v2.ScaleJitter(config.data.image_size, scale_range=(1.0, 1.0))
+        else:
+            self._resize = v2.RandomShortestSize(detect.short_sides[-1], max_size=detect.long_side)
+
+    def __call__(self, image_HWC: np.ndarray) -> Tensor:
+        return self._resize(torch.from_numpy(np.array(image_HWC)).permute(2, 0, 1)).contiguous()
