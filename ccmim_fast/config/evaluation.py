@@ -106,12 +106,10 @@ class DetectConfig:
     pyramid: Literal["fpn", "simple"] = "fpn"  # over the outputs of four blocks (CAE), or the last one's (ViTDet)
     width: int = 256  # channels of the pyramid and of the heads' convolutions; FPN (Lin et al., 2017)
     proposals: int = 512  # of an image, a quarter of them objects, that the heads are trained on; Mask R-CNN
-    resize: Literal["short_side", "jitter"] = (
-        "short_side"  # jitter: times a share, then crop or pad to `data.image_size`
-    )
+    resize: Literal["short_side", "jitter"] = "short_side"  # jitter: scaled, then cut to `data.image_size`
     short_sides: tuple[int, ...] = tuple(range(480, 801, 32))  # pixels, one drawn; images to test on have the last; CAE
     long_side: int = 1333  # pixels that the longer side may have
-    jitter: tuple[float, float] = (0.1, 2.0)  # range of the share; ViTDet
+    jitter: tuple[float, float] = (0.1, 2.0)  # range of the scale, of what fits into `data.image_size`; ViTDet
     window: int = 0  # patches: side of the windows that all blocks but four attend within; 0: all attend to the image
 
 
