@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 
 from ccmim_fast.ablation.command import _parser as parse_ablation
+from ccmim_fast.ablation.command import on_a_base
 from ccmim_fast.ablation.variants import ABLATIONS
 from ccmim_fast.cli import BENCHMARKS, COMMANDS, main
 from ccmim_fast.config.evaluation import EvalConfig, validate_evaluation
@@ -158,7 +159,7 @@ def parse_only(command, words):
         return
     assert words[0] in ABLATIONS
     _, settings = parse_ablation(words[0]).parse_known_args(words[1:])
-    load_config(["--config", "demo", *settings], "ccmim ablate")
+    load_config(on_a_base(settings), "ccmim ablate")
 
 
 @pytest.fixture

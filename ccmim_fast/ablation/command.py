@@ -35,7 +35,7 @@ def ablate(argv: list[str]) -> Path:
         raise ConfigError(f"ccmim ablate: {asked}; one of {', '.join(ABLATIONS)}")
     name, ablation, program = argv[0], ABLATIONS[argv[0]], f"ccmim ablate {argv[0]}"
     options, settings = _parser(name).parse_known_args(argv[1:])
-    settings = settings if any(a.startswith("--config") for a in settings) else ["--config", "demo", *settings]
+    settings = on_a_base(settings)
     base = load_config(settings, program)
     if options.test and base.data.source != "images":
         raise ConfigError(f"--test={options.test}: data.source={base.data.source} makes its own; nearest is images")
@@ -60,6 +60,11 @@ def ablate(argv: list[str]) -> Path:
     ]
     figures += run_all(more, options.runs, options.jobs, options.test)
     return write(ablation, figures, options.out, shlex.join(["ccmim", "ablate", *argv]))
+
+
+def on_a_base(settings: list[str]) -> list[str]:
+    """The settings, on top of the demo's where they name no file or preset."""
+    return settings if any(word.startswith("--config") for word in settings) else ["--config", "demo", *settings]
 
 
 def equal_time(figures: Sequence[dict[str, Any]], epochs: int, time_of: str) -> dict[str, int]:
