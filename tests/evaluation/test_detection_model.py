@@ -9,8 +9,9 @@ from torchvision.models.detection.image_list import ImageList
 
 from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.evaluation.detection.detector import build_detector, build_optimizer, detect
-from ccmim_fast.evaluation.detection.pyramid import LEVELS, OUTPUTS, QUARTERS, Backbone, blocks_at, strides
+from ccmim_fast.evaluation.detection.pyramid import LEVELS, Backbone, strides
 from ccmim_fast.evaluation.detection.windows import Windowed, use_windows_
+from ccmim_fast.evaluation.taps import OUTPUTS, QUARTERS, blocks_at
 
 KINDS = ("fpn", "simple")
 

@@ -10,10 +10,11 @@ from torch import nn
 from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.evaluation.finetune import build_optimizer
 from ccmim_fast.evaluation.segmentation.figures import confusion, figures_of
-from ccmim_fast.evaluation.segmentation.model import Neck, Segmenter, tapped_blocks
+from ccmim_fast.evaluation.segmentation.model import Neck, Segmenter
 from ccmim_fast.evaluation.segmentation.run import pixel_loss
 from ccmim_fast.evaluation.segmentation.scenes import IGNORED
 from ccmim_fast.evaluation.segmentation.windows import slide
+from ccmim_fast.evaluation.taps import OUTPUTS, blocks_at
 
 
 def segmenter(patch=8, side=32, depth=4, classes=5):
@@ -24,10 +25,10 @@ def segmenter(patch=8, side=32, depth=4, classes=5):
 
 
 def test_published_blocks_are_decoded():
-    assert tapped_blocks(12) == (3, 5, 7, 11)  # ViT-B
-    assert tapped_blocks(24) == (7, 11, 15, 23)  # ViT-L
-    assert tapped_blocks(2) == (0, 0, 1, 1)
-    assert tapped_blocks(1) == (0, 0, 0, 0)
+    assert blocks_at(12, OUTPUTS) == (3, 5, 7, 11)  # ViT-B
+    assert blocks_at(24, OUTPUTS) == (7, 11, 15, 23)  # ViT-L
+    assert blocks_at(2, OUTPUTS) == (0, 0, 1, 1)
+    assert blocks_at(1, OUTPUTS) == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("patch", [4, 8, 16])
@@ -58,7 +59,7 @@ def test_the_taps_are_outputs_of_their_blocks(depth):
         block.register_forward_hook(lambda _, inputs, made, number=number: of_block.update({number: made}))
     model.neck.register_forward_hook(lambda neck, inputs, made: given.extend(inputs[0]))
     model(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8))
-    for block, map_BDhw in zip(tapped_blocks(depth), given, strict=True):
+    for block, map_BDhw in zip(blocks_at(depth, OUTPUTS), given, strict=True):
         assert torch.equal(map_BDhw.flatten(2).mT, of_block[block][:, 1:])
 
 

@@ -11,19 +11,14 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from ccmim_fast.evaluation.taps import OUTPUTS, blocks_at
+
 LEVELS = ("0", "1", "2", "3", "pool")  # torchvision's names; the last is every second pixel of the fourth
-OUTPUTS = ((1, 3), (1, 2), (2, 3), (1, 1))  # blocks 3 5 7 11 of 12, 7 11 15 23 of 24; BEiT, CAE
-QUARTERS = ((1, 4), (1, 2), (3, 4), (1, 1))  # blocks 2 5 8 11 of 12; where ViTDet attends globally
 
 
 def strides(patch: int) -> tuple[int, ...]:
     """Pixels from one place of each of the five maps to the next. `patch` is a multiple of 4."""
     return tuple(patch * 2**level // 4 for level in range(5))
-
-
-def blocks_at(depth: int, shares: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
-    """The last block of each share (numerator, denominator) of an encoder; of a shallow one some come twice."""
-    return tuple(-(-depth * part // whole) - 1 for part, whole in shares)
 
 
 class Backbone(nn.Module):

@@ -13,11 +13,11 @@ from ccmim_fast.evaluation.detection.batches import Batches, MicroBatchOfObjects
 from ccmim_fast.evaluation.detection.detector import build_detector, build_optimizer, detect
 from ccmim_fast.evaluation.detection.instances import Instances
 from ccmim_fast.evaluation.detection.precision import average_precision
-from ccmim_fast.evaluation.detection.pyramid import QUARTERS, blocks_at
 from ccmim_fast.evaluation.detection.windows import use_windows_
 from ccmim_fast.evaluation.encoders import build_encoder
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.supervised import Learner, Training
+from ccmim_fast.evaluation.taps import QUARTERS, blocks_at
 
 _SURE = 0.5  # of a pixel of a mask; torchvision's and Detectron's
 

@@ -8,14 +8,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ccmim_fast.evaluation.segmentation.upernet import build_decoder
+from ccmim_fast.evaluation.taps import OUTPUTS, blocks_at
 
-_SIXTHS = (2, 3, 4, 6)  # of the depth, after which the tokens are taken: blocks 3 5 7 11 of 12, counted from 0; BEiT
 _AUXILIARY = 2  # which of the four scales the second classifier looks at
-
-
-def tapped_blocks(depth: int) -> tuple[int, ...]:
-    """Indices of the four blocks whose output is decoded; of fewer than four blocks some come twice."""
-    return tuple(-(-depth * sixths // 6) - 1 for sixths in _SIXTHS)
 
 
 class Neck(nn.Module):
@@ -68,7 +63,7 @@ class Segmenter(nn.Module):
     ):
         super().__init__()
         vit.norm = nn.Identity()
-        width, self.vit, self.taps = vit.embed_dim, vit, tapped_blocks(len(vit.blocks))
+        width, self.vit, self.taps = vit.embed_dim, vit, blocks_at(len(vit.blocks), OUTPUTS)
         self.neck, self.decoder = Neck(width), build_decoder(width, decoder_dim)
         self.auxiliary = nn.Sequential(
             nn.Conv2d(width, auxiliary_dim, 3, padding=1, bias=False), nn.BatchNorm2d(auxiliary_dim), nn.ReLU()
