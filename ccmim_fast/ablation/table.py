@@ -92,20 +92,25 @@ def _features(axes: Axes, variants: Variants, ablation: Ablation) -> None:
 def _end(axes: Axes, variants: Variants, ablation: Ablation) -> None:
     for index, (variant, runs) in enumerate(variants.items()):
         (x, dx), (y, dy) = (spread([run[key] for run in runs]) for key in ("leakage", "auroc"))
-        style = {"color": COLOURS[index % len(COLOURS)], "marker": "osD^vPX"[index // len(COLOURS) % 7]}
-        axes.errorbar(x, y, xerr=dx, yerr=dy, capsize=2, linestyle="none", label=variant, **style)
+        axes.errorbar(x, y, xerr=dx, yerr=dy, capsize=2, linestyle="none", label=variant, **_style(index))
     axes.set(xlabel="object leakage (1: as random)", ylabel="AUROC of the run's scores", title="at the end, ± 1 sd")
     axes.legend(fontsize=6, ncols=2)
 
 
 def _way(axes: Axes, variants: Variants, ablation: Ablation) -> None:
-    for index, variant in enumerate(name for name in ablation.lines if name in variants):
-        runs = variants[variant]
+    for index, (variant, runs) in enumerate(variants.items()):
+        if variant not in ablation.lines:
+            continue
         epochs = [look["epoch"] for look in runs[0]["looks"]]
         means, deviations = zip(*(spread([run["looks"][i]["auroc"] for run in runs]) for i in range(len(epochs))))
-        axes.errorbar(epochs, means, yerr=deviations, capsize=2, label=variant, color=COLOURS[index % len(COLOURS)])
+        axes.errorbar(epochs, means, yerr=deviations, capsize=2, label=variant, **_style(index))
     axes.set(xlabel="epoch", ylabel="AUROC of the run's scores", title="on the way")
     axes.legend(fontsize=7)
+
+
+def _style(index: int) -> dict[str, str]:
+    """Of a variant, the same in each panel."""
+    return {"color": COLOURS[index % len(COLOURS)], "marker": "osD^vPX"[index // len(COLOURS) % 7]}
 
 
 def _beside(axes: Axes, variants: Variants) -> None:
