@@ -21,7 +21,8 @@ commands:
   runs      list runs, how each stands and what it logged last: ccmim runs [FOLDER]
   report    compare runs in one offline HTML page: ccmim report RUN [RUN ...] [options]
   data      index, check, gather and measure images: ccmim data index|verify|shard|stats|bench ROOT [options]
-  eval      measure a checkpoint: ccmim eval knn|logreg|linear|attentive|finetune|transfer|masks CHECKPOINT [settings]
+  eval      measure a checkpoint: ccmim eval knn|logreg|linear|attentive|finetune|transfer|
+            detection|segmentation|masks CHECKPOINT [settings]
   export    write a run's weights for another library: ccmim export TARGET RUN OUT [options]
   embed     features of a folder's images: ccmim embed RUN FOLDER --out FEATURES.npy|.arrow [options]
   import    published weights as a checkpoint: ccmim import FILE --arch NAME --out RUN [settings]

@@ -35,6 +35,9 @@ def ablate(argv: list[str]) -> Path:
         raise ConfigError(f"ccmim ablate: {asked}; one of {', '.join(ABLATIONS)}")
     name, ablation, program = argv[0], ABLATIONS[argv[0]], f"ccmim ablate {argv[0]}"
     options, settings = _parser(name).parse_known_args(argv[1:])
+    for word, way in (("--seed", "--seeds N"), ("--run.dir", "--runs DIR")):
+        if any(setting.partition("=")[0] == word for setting in settings):
+            raise ConfigError(f"{word}: each run has its own; use {way}")
     settings = on_a_base(settings)
     base = load_config(settings, program)
     if options.test and base.data.source != "images":

@@ -18,7 +18,7 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.data.loader import build_source
 from ccmim_fast.data.source import Source
 from ccmim_fast.demo import make_held_out, measure_features
-from ccmim_fast.errors import DataError
+from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.score_probe import probe_scores
 from ccmim_fast.report.curves import read_metrics
 from ccmim_fast.trainer.loop import Trainer, fit
@@ -45,15 +45,20 @@ def run_all(runs: Sequence[Run], folder: Path, jobs: int, test: str = "") -> lis
 
     Args:
         test: folder of labelled images that features are tested on; `shapes` make their own.
+
+    Raises:
+        ConfigError: a run in `folder` was made with other options.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    kept = {run: folder / run.folder_name / SUMMARY for run in runs}
-    found = {run: json.loads(path.read_text()) for run, path in kept.items() if path.exists()}
+    kept = {run: finished(run, folder / run.folder_name, test) for run in runs}
+    found = {run: figures for run, figures in kept.items() if figures is not None}
     # A process for each run: what one leaves behind (caches, threads) is not the next one's.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as processes:
         missing = [run for run in runs if run not in found]
         waiting = {processes.submit(measure_run, run, folder / run.folder_name, threads, test): run for run in missing}
         for done in as_completed(waiting):
+            if done.exception() is not None:
+                processes.shutdown(wait=False, cancel_futures=True)  # it is told when those that run now have ended
             run, figures = waiting[done], done.result()
             found[run] = figures
             told = (key for key in ("auroc", "leakage", "knn", "logreg", "recons") if figures.get(key) is not None)
@@ -70,14 +75,29 @@ def measure_run(run: Run, folder: Path, threads: int, test: str = "") -> dict[st
         trained so far); the last look's figures again, knn, logreg, images_per_second (median). What the images do
         not tell, objects or labels, is None or missing.
     """
-    summary = folder / SUMMARY
-    if summary.exists():
-        return json.loads(summary.read_text())
+    if (figures := finished(run, folder, test)) is not None:
+        return figures
     torch.set_num_threads(threads)
     options = [*run.options, f"--seed={run.seed}", f"--run.dir={folder}", "--run.tensorboard=false", "--overwrite"]
     config = load_config(options, "ccmim ablate")
     figures = {"variant": run.variant, "seed": run.seed, "epochs": config.train.epochs, **_pretrain(config, test)}
-    summary.write_text(json.dumps(figures, indent=1) + "\n")
+    figures |= {"options": list(run.options), "test": test}
+    (folder / SUMMARY).write_text(json.dumps(figures, indent=1) + "\n")
+    return figures
+
+
+def finished(run: Run, folder: Path, test: str) -> dict[str, Any] | None:
+    """The figures of a run that is done; None where it is not.
+
+    Raises:
+        ConfigError: it was made with other options.
+    """
+    summary = folder / SUMMARY
+    if not summary.exists():
+        return None
+    figures = json.loads(summary.read_text())
+    if (figures.get("options"), figures.get("test")) != (list(run.options), test):
+        raise ConfigError(f"{folder}: was run with other settings; choose another --runs, or remove it")
     return figures
 
 

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import timm
+import torch
+
 from ccmim_fast.config.schema import Config
 
 Variants = dict[str, list[str]]
@@ -36,7 +39,7 @@ def score_variants(base: Config) -> Variants:
         "random": ["--mask.strategy=random"],
         "first": ["--score.source=first"],
     }
-    for block in range(1, base.model.depth or 12):
+    for block in range(1, base.model.depth or _depth(base.model.arch)):
         found[f"block {block}"] = ["--score.source=block", f"--score.block={block}"]
     found |= {"all": ["--score.source=all"], "all, temperature 2": ["--score.source=all", "--score.temperature=2"]}
     changes = {
@@ -55,6 +58,11 @@ def score_variants(base: Config) -> Variants:
                 f"--score.{key}={value}",
             ]
     return found
+
+
+def _depth(arch: str) -> int:
+    with torch.device("meta"):
+        return len(timm.create_model(arch).blocks)
 
 
 def strategy_variants(base: Config) -> Variants:

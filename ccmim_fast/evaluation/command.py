@@ -20,7 +20,7 @@ from ccmim_fast.evaluation.protocols import FOLDER, Protocol, deviations, protoc
 from ccmim_fast.evaluation.segmentation.run import open_scenes
 from ccmim_fast.evaluation.segmentation.run import run as segmentation
 from ccmim_fast.trainer.distributed import Session, main_first, session
-from ccmim_fast.trainer.run_folder import describe_run, environment, evaluation_folder, open_run_folder
+from ccmim_fast.trainer.run_folder import check_apart, describe_run, environment, evaluation_folder, open_run_folder
 from ccmim_fast.trainer.run_state import recorded
 
 
@@ -83,6 +83,7 @@ def evaluate(argv: list[str]) -> None:
         raise ConfigError(f"data.source={config.data.source}: {name} has {', '.join(sources)}; nearest valid is {near}")
     if not config.run.dir:
         config = replace(config, run=replace(config.run, dir=evaluation_folder(checkpoint, name)))
+    check_apart(config.run.dir, checkpoint)
     _run(name, of, config, checkpoint)
 
 

@@ -3,6 +3,7 @@
 # R losses of a micro-batch
 
 import contextlib
+import hashlib
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from ccmim_fast.config.keys import flatten
 from ccmim_fast.config.load import to_yaml
 from ccmim_fast.data.source import usable
 from ccmim_fast.errors import CheckpointError, ConfigError, NumericsError, StoppedError
+from ccmim_fast.evaluation.encoders import Weights
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.optim.ema import averaged_in, build_ema, update_ema_
 from ccmim_fast.optim.schedule import scaled_lr, schedule_lr
@@ -60,7 +62,7 @@ class Training:
         self.precision = choose_precision(config.train.precision, here.device)
         self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.precision.scaled)
         self.checkpoints, self.samples = folder / "checkpoints", usable(job.train.source)
-        self.ema = build_ema(learner.module, config.optim.ema)
+        self.ema, self.encoder = build_ema(learner.module, config.optim.ema), fingerprint(job.weights)
         self.step = self._resume() if config.run.resume == "auto" else 0
         self.module = learner.module
         if here.world_size > 1:
@@ -216,6 +218,7 @@ class Training:
                 "scaler": self.scaler.state_dict(),
                 "ema": None if self.ema is None else self.ema.state_dict(),
                 "step": self.step,
+                "encoder": self.encoder,
                 "config": to_yaml(self.config),
                 "settings": {key: str(value) for key, value in flatten(self.config).items()},
             }
@@ -226,7 +229,7 @@ class Training:
         """Load the newest checkpoint that the first rank can; returns its step, 0 where there is none.
 
         Raises:
-            ConfigError: a setting is not that of the checkpoint.
+            ConfigError: a setting, or the encoder it began with, is not that of the checkpoint.
             CheckpointError: it is of something else.
         """
         path = from_main(io.newest(self.checkpoints).path if self.here.is_main else None)
@@ -235,6 +238,8 @@ class Training:
         state = io.load(path)
         try:
             self._check_settings(state["settings"])
+            if state["encoder"] != self.encoder:
+                raise ConfigError(f"{path}: began with another encoder; choose another run.dir, or --overwrite")
             self.learner.module.load_state_dict(state["model"])
             self.learner.optimizer.load_state_dict(state["optimizer"])
             if state["scaler"]:
@@ -249,6 +254,17 @@ class Training:
         for key, value in flatten(self.config).items():
             if not key.startswith(_FREE) and before[key] != str(value):
                 raise ConfigError(f"{key}={value}: the checkpoint has {before[key]}; use that, or --overwrite")
+
+
+def fingerprint(weights: Weights) -> str:
+    """Of an encoder's tensors, wherever they lie; of initial weights, the name of their architecture."""
+    if weights.tensors is None:
+        return weights.name
+    found = hashlib.sha256()
+    for name, tensor in sorted(weights.tensors.items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def seed_generators(*key: int) -> None:

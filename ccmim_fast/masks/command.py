@@ -21,7 +21,7 @@ from ccmim_fast.models.output import Known, Output
 from ccmim_fast.report.looks import FewImages, few_images
 from ccmim_fast.report.reconstruction import drawn
 from ccmim_fast.trainer.distributed import session
-from ccmim_fast.trainer.run_folder import describe_run, open_run_folder
+from ccmim_fast.trainer.run_folder import check_apart, describe_run, open_run_folder
 from ccmim_kernels import Partition, partition_from_mask
 
 
@@ -35,12 +35,13 @@ def masks(argv: list[str]) -> None:
     given, settings = _read(argv)
     first, *others = places(given.checkpoint, given.moments)
     subject = read_subject(first, settings, given.images)
+    check_apart(subject.config.run.dir, given.checkpoint)
     few = few_images(subject.config.data, subject.config.seed, given.measure)
     object_BL = _objects(subject, few, given.masks)
     with session(subject.config.train.device) as here:
         if here.world_size > 1:
             raise ConfigError(f"{PROG}: one process only, got {here.world_size}; start it without torchrun")
-        folder = open_run_folder(subject.config)
+        folder = open_run_folder(subject.config, goes_on=False)
         describe_run(folder, subject.config, here.device)
         looks = [_look(untrained(subject), few, object_BL, given.drawn, here.device)] if given.moments > 1 else []
         looks.append(_look(subject, few, object_BL, given.drawn, here.device))

@@ -20,8 +20,11 @@ CHECKPOINTS = "checkpoints"  # of a run, in its folder
 _PACKAGES = ("ccmim_fast", "torch", "torchvision", "timm", "triton", "xformers", "numpy", "pillow")
 
 
-def open_run_folder(config: Config) -> Path:
+def open_run_folder(config: Config, goes_on: bool = True) -> Path:
     """Create (or, with `run.resume` or `run.overwrite`, reopen) the run's folder and prove that it can be written.
+
+    Args:
+        goes_on: whether what is done there can be stopped and gone on with.
 
     Raises:
         ConfigError: the folder holds files and neither option is set, or it cannot be written.
@@ -38,8 +41,21 @@ def open_run_folder(config: Config) -> Path:
     except OSError as error:
         raise ConfigError(f"run.dir={folder}: cannot be written: {error.strerror}; choose another folder") from None
     if occupied and config.run.resume == "never":
-        raise ConfigError(f"run.dir={folder}: not empty; use --resume auto to go on, or --overwrite to start anew")
+        way = "--resume auto to go on, or " if goes_on else ""
+        raise ConfigError(f"run.dir={folder}: not empty; use {way}--overwrite to start anew")
     return folder
+
+
+def check_apart(folder: str, checkpoint: str) -> None:
+    """Return if an evaluation that empties `folder` leaves what it evaluates.
+
+    Raises:
+        ConfigError: the checkpoint is in the folder, or the folder among the checkpoints of its run.
+    """
+    where, run = Path(folder).resolve(), Path(checkpoint).resolve()
+    kept = run / CHECKPOINTS if (run / CHECKPOINTS).is_dir() else run
+    if where in (run, kept) or where in run.parents or kept in where.parents:
+        raise ConfigError(f"run.dir={folder}: is where {checkpoint} lies; choose another folder")
 
 
 def evaluation_folder(checkpoint: str, name: str) -> str:

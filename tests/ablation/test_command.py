@@ -8,7 +8,7 @@ from PIL import Image
 
 from ccmim_fast.ablation import runs as runs_module
 from ccmim_fast.ablation.command import ablate, equal_time
-from ccmim_fast.ablation.runs import LOOKS, Run, held_out_of, measure_run
+from ccmim_fast.ablation.runs import LOOKS, Run, held_out_of, measure_run, run_all
 from ccmim_fast.ablation.table import difference, markdown, plot
 from ccmim_fast.ablation.variants import ABLATIONS, lambda_of, score_variants
 from ccmim_fast.config.load import load_config
@@ -63,6 +63,9 @@ def test_a_run_is_measured_on_its_way_and_kept(few_images, tmp_path):
     # Again: read, not run. So a figure that somebody changed comes back changed.
     (folder / "summary.json").write_text(json.dumps({**found, "knn": 2.0}))
     assert measure_run(run, folder, threads=2)["knn"] == 2.0
+    # Of other settings they are no one's figures.
+    with pytest.raises(ConfigError, match="was run with other settings"):
+        run_all([run._replace(options=(*run.options, "--train.epochs=2"))], tmp_path, jobs=1)
 
 
 @pytest.mark.slow
@@ -109,6 +112,8 @@ def test_variants_change_what_they_say():
     assert found["MAE"].contrast.loss == "none"
     assert found["bank, momentum 0.9"].score.momentum == 0.9
     assert found["bank, unseen random"].score.unseen == "random"
+    large = score_variants(load_config(["--config=ccmim_vit_large", "--data.root=."], "test"))
+    assert [name for name in large if name.startswith("block")][-1] == "block 23"
     different = {str(config) for config in found.values()}
     assert len(different) == len(found)
 
@@ -137,6 +142,16 @@ def test_the_papers_ablations():
     }
     depths = [load_config(["--config=demo", *o], "test") for o in ABLATIONS["decoder"].variants(base).values()]
     assert [config.decoder.depth for config in depths] == [1, 2, 4, 8]
+
+
+@pytest.mark.slow
+def test_a_failed_run_ends_the_others(few_images, tmp_path):
+    """Not after all that are waiting; one or two of them may have begun."""
+    options = (*TINY, f"--data.root={tmp_path / 'shapes'}")
+    bad = Run("bad", 0, (*options, "--score.gird=8"))
+    with pytest.raises(ConfigError, match=r"score\.gird"):
+        run_all([bad, *(Run("good", seed, options) for seed in range(4))], tmp_path / "runs", jobs=1)
+    assert len(list((tmp_path / "runs").glob("good*"))) < 4
 
 
 def test_slower_variants_get_the_banks_time():
@@ -181,6 +196,8 @@ def test_lambdas_are_points_of_two_curves(tmp_path):
         (["lambda", "--test=elsewhere"], "--test=elsewhere: data.source=shapes makes its own; nearest is images"),
         (["lambda", "--data.source=images", "--data.root=.", "--test=gone"], "--test=gone: no such folder"),
         (["decoder", "--score.gird=8"], "score.gird"),
+        (["decoder", "--seed", "3"], "--seed: each run has its own; use --seeds N"),
+        (["decoder", "--run.dir=here"], "--run.dir: each run has its own; use --runs DIR"),
     ],
 )
 def test_mistakes_are_one_line(argv, said):

@@ -74,6 +74,13 @@ def test_presets_hold_the_figures_of_their_protocols(name):
         "finetune_large": ("adamw", 4e-3, 1024, 50, 5, 0.05),
         "finetune_huge": ("adamw", 4e-3, 1024, 50, 5, 0.05),
     }
+    if name.startswith("finetune"):
+        size = {"finetune": (0.65, 0.1), "finetune_large": (0.75, 0.2), "finetune_huge": (0.75, 0.3)}[name]
+        augment = of.config.augment
+        assert (optim.layer_decay, of.config.model.drop_path) == size
+        assert (optim.betas, optim.min_lr, of.config.head.init_std) == ((0.9, 0.999), 1e-6, 2e-5)
+        assert (augment.auto, augment.erase) == ("rand-m9-mstd0.5-inc1", 0.25)
+        assert (augment.mixup, augment.cutmix, augment.smoothing, augment.repeats) == (0.8, 1.0, 0.1, 1)
     if name in figures:
         rule, rate, *rest = figures[name]
         assert (optim.name, pytest.approx(peak)) == (rule, rate)

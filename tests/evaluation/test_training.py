@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 
 from ccmim_fast.checkpoints import io
 from ccmim_fast.config.evaluation import EvalOptimConfig
@@ -73,6 +74,19 @@ def test_another_setting_is_refused(evaluated):
     evaluated("attentive", *SHORT, "--train.epochs=1")
     with pytest.raises(ConfigError, match=r"optim.base_lr=0.5: the checkpoint has 0.0125; use that, or --overwrite"):
         evaluated("attentive", *SHORT, "--train.epochs=1", "--resume=auto", "--optim.base_lr=0.5")
+
+
+def test_another_encoder_is_refused(evaluated, encoder, tmp_path):
+    """Moved, it is the same; with one number changed it is another."""
+    weights = load_file(encoder)
+    save_file(weights, tmp_path / "moved.safetensors")
+    weights["norm.bias"][0] += 1
+    save_file(weights, tmp_path / "other.safetensors")
+    short = [*SHORT, "--train.epochs=1"]
+    evaluated("attentive", *short)
+    evaluated("attentive", *short, "--resume=auto", checkpoint=tmp_path / "moved.safetensors")
+    with pytest.raises(ConfigError, match=r"began with another encoder; choose another run\.dir, or --overwrite"):
+        evaluated("attentive", *short, "--resume=auto", checkpoint=tmp_path / "other.safetensors")
 
 
 def test_odd_batches_cannot_be_mixed(evaluated):
