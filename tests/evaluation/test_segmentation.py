@@ -11,10 +11,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ccmim_fast import cli
 from ccmim_fast.checkpoints import io
 from ccmim_fast.config.schema import DataConfig
+from ccmim_fast.errors import DataError
 from ccmim_fast.evaluation.protocols import protocol
 from ccmim_fast.evaluation.segmentation import upernet
 from ccmim_fast.evaluation.segmentation.scenes import shape_scenes
@@ -81,6 +83,18 @@ def test_reads_ade20k(evaluated, miniature):
     assert result["images"] == "5 images of 3 classes to train on, 3 images of 3 classes to test on"
     assert result["figures"].keys() == {"mIoU", "aAcc", "mAcc"}
     assert all(0 <= share <= 1 for share in result["figures"].values())
+
+
+def test_nothing_to_test_on_is_told(evaluated, miniature, tmp_path):
+    """Annotations to test on of no class at all."""
+    for path in (miniature / "annotations" / "validation").iterdir():
+        with Image.open(path) as image:
+            nothing = Image.new("L", image.size)
+        nothing.save(path)
+    settings = [*SMALL, "--data.source=ade20k", f"--data.root={miniature}", "--train.batch_size=2", "--train.steps=1"]
+    with pytest.raises(DataError, match=r"Challenge\w+: no pixel of the 3 images to test on has a class\Z"):
+        evaluated("segmentation", *settings)
+    assert not (tmp_path / "out" / "result.json").exists()
 
 
 @pytest.mark.slow
