@@ -44,7 +44,7 @@ class EvalDataConfig:
     crop_scale: tuple[float, float] = (0.08, 1.0)  # random resized crop, share of the image's area; MAE
     flip: bool = True  # horizontal flip of training images, p = 0.5; MAE
     test_crop: float = 0.875  # share of the shorter side that a test image shows: 224 of 256; MAE
-    workers: int = 0  # decoding threads, in fine-tuning processes; 0: one per core
+    workers: int = 0  # decoding threads of a rank, in fine-tuning and detection processes; 0: its share of the cores
     samples: int = 4000  # `shapes`: number of training images
     test_samples: int = 1000  # `shapes`: number of test images
     classes: int = 6  # `shapes`: number of shape classes, 2..6

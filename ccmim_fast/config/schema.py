@@ -39,7 +39,7 @@ class DataConfig:
     crop_scale: tuple[float, float] = (0.2, 1.0)  # random resized crop, share of the image's area; MAE
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width / height of the crop; MAE
     flip: bool = False  # horizontal flip, p = 0.5; the paper uses the crop only (appendix C)
-    workers: int = 0  # decoding threads; 0: one per core
+    workers: int = 0  # decoding threads of a rank; 0: its share of the cores
     samples: int = 4000  # made sources: number of images
     classes: int = 6  # `shapes`: number of shape classes, 2..6
     background: Literal["plain", "textured"] = "plain"  # `shapes`: what stands behind the object

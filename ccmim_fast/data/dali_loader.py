@@ -47,7 +47,7 @@ class DaliLoader:
         plan: what this rank loads, and from where; images of 1 or 3 channels.
         skipped: keeps account of what cannot be shown.
         image_size: height and width of the crops, pixels.
-        workers: threads, both of Python to read files and of DALI to decode; 0: one per core.
+        workers: threads, both of Python to read files and of DALI to decode; 0: this rank's share of the cores.
         device: where the batches go; DALI works there, on "cuda" the current one.
 
     Raises:

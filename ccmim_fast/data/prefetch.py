@@ -16,10 +16,12 @@ Result = TypeVar("Result")
 
 
 def thread_count(workers: int) -> int:
-    """`workers`, or for 0 the number of cores this process may use."""
+    """`workers`, or for 0 a rank's share of the cores: those this process may use, among a machine's ranks."""
     if workers:
         return workers
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # torchrun's, as in trainer/distributed.py
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def prefetch(

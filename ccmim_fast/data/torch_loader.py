@@ -24,7 +24,7 @@ class TorchLoader:
         plan: what this rank loads, and from where; images of any number of channels.
         skipped: keeps account of what cannot be shown.
         image_size: height and width of the crops, pixels.
-        workers: decoding threads; 0: one per core.
+        workers: decoding threads; 0: this rank's share of the cores.
         device: where the batches go.
     """
 

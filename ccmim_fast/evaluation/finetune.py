@@ -9,20 +9,19 @@ from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, default_collate
 
 from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.data.marks import Skipped
 from ccmim_fast.data.plan import MicroBatch, Plan
-from ccmim_fast.data.prefetch import thread_count
 from ccmim_fast.data.substitute import load_or_substitute
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.classification import classifier
 from ccmim_fast.evaluation.encoders import build_encoder
 from ccmim_fast.evaluation.job import Job
+from ccmim_fast.evaluation.processes import prepared
 from ccmim_fast.evaluation.supervised import Training, seed_generators
 
-_AHEAD = 2  # micro-batches that each process prepares
 _ATTEMPTS = 10
 
 
@@ -137,19 +136,12 @@ class Batches:
 
     def stream(self, cursor: int) -> Iterator[tuple[Tensor, Tensor]]:
         """From a place of the stream on, without end; decoded by other processes where there is more than one core."""
-        workers = thread_count(self._config.data.workers)
-        workers = 0 if workers == 1 else workers
-        loader = DataLoader(
-            self._samples,
-            batch_sampler=(batch.samples() for batch in self._plan.micro_batches(cursor)),
-            num_workers=workers,
-            prefetch_factor=_AHEAD if workers else None,
-            pin_memory=self._here.device.type == "cuda",
-        )
+        keys = (batch.samples() for batch in self._plan.micro_batches(cursor))
+        batches = prepared(self._samples, keys, default_collate, self._config.data.workers, self._here.device)
         accumulate = self._config.train.accumulate
         place = cursor // self._plan.global_batch * accumulate
         device, smoothing = self._here.device, self._config.augment.smoothing
-        for number, (images_BCHW, labels_B) in enumerate(loader, place):
+        for number, (images_BCHW, labels_B) in enumerate(batches, place):
             images_BCHW = images_BCHW.to(device, non_blocking=True)
             labels_B = labels_B.to(device, non_blocking=True)
             if self._mix is not None:

@@ -71,6 +71,12 @@ def test_leaving_does_not_wait_for_what_is_under_way():
     assert not waited
 
 
-def test_no_workers_means_one_per_core():
+@pytest.mark.parametrize(("cores", "ranks", "each"), [(12, None, 12), (12, 1, 12), (12, 5, 2), (3, 8, 1)])
+def test_no_workers_means_a_ranks_share_of_the_cores(monkeypatch, cores, ranks, each):
+    """As torchrun tells how many ranks a machine has; a number that is given is taken."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert thread_count(0) == each
     assert thread_count(3) == 3
-    assert thread_count(0) >= 1

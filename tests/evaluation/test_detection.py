@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from made_coco import SIZES, write_coco
+from PIL import Image
 
 from ccmim_fast import cli
 from ccmim_fast.checkpoints import io
 from ccmim_fast.config.evaluation import DetectConfig, EvalConfig, EvalDataConfig, EvalTrainConfig
 from ccmim_fast.data.plan import Plan
+from ccmim_fast.errors import DataError
 from ccmim_fast.evaluation.detection import open_images, training
-from ccmim_fast.evaluation.detection.batches import Batches
+from ccmim_fast.evaluation.detection.batches import Batches, share_to_test
 from ccmim_fast.evaluation.detection.precision import average_precision
 from ccmim_fast.evaluation.detection.shapes import ShapesInstances
 from ccmim_fast.evaluation.protocols import protocol
@@ -167,6 +169,16 @@ def test_who_finds_everything_where_it_lies_in_the_original_is_right(coco, monke
     monkeypatch.setattr(training, "detect", oracle)
     assert set(average_precision(training.found_in_share(None, job)).values()) == {1.0}
     assert asked == [tuple(size) for size in SIZES]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bad_image_is_told_as_it_is(coco, workers):
+    """Without the traceback of the process that met it; what comes before it is tested on."""
+    Image.new("RGB", (30, 20)).save(coco / "val2017" / "2.png")
+    shares = share_to_test(job_of(coco, workers, source="coco"))
+    assert len(next(shares)) == 2
+    with pytest.raises(DataError, match=r"\A\S+2\.png: 20 x 30 pixels; its annotations are of 48 x 48\Z"):
+        next(shares)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -50,6 +50,23 @@ def test_images_without_an_object_are_tested_on_but_not_trained_on(root):
     assert nothing.masks_NHW.shape == (0, *SIZES[3])
 
 
+@pytest.mark.parametrize("crowds", [True, False])
+def test_nothing_to_test_on_is_told_at_opening(tmp_path, crowds):
+    """No objects, or crowds alone: there would be no average precision."""
+
+    def change(said):
+        said["annotations"] = [one for one in said["annotations"] if crowds and one["iscrowd"]]
+
+    root = write_coco(tmp_path, change)
+    with pytest.raises(DataError, match=r"instances_val2017\.json: no image of it has an object to test on\Z"):
+        CocoSource(str(root), "val2017", train=False)
+
+
+def test_a_thin_box_alone_is_tested_on(tmp_path):
+    root = write_coco(tmp_path, lambda said: said.update(annotations=said["annotations"][-1:]))
+    assert len(CocoSource(str(root), "val2017", train=False)) == 4
+
+
 def test_runs_may_be_a_list_or_text():
     from faster_coco_eval import mask
 

@@ -10,11 +10,15 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 from ccmim_fast import cli
 from ccmim_fast.checkpoints import io
 from ccmim_fast.config.schema import DataConfig
+from ccmim_fast.errors import DataError
 from ccmim_fast.evaluation.protocols import protocol
 from ccmim_fast.evaluation.segmentation import upernet
 from ccmim_fast.evaluation.segmentation.scenes import shape_scenes
@@ -81,6 +85,28 @@ def test_reads_ade20k(evaluated, miniature):
     assert result["images"] == "5 images of 3 classes to train on, 3 images of 3 classes to test on"
     assert result["figures"].keys() == {"mIoU", "aAcc", "mAcc"}
     assert all(0 <= share <= 1 for share in result["figures"].values())
+
+
+@pytest.mark.parametrize("arch", ["vit_base_patch16_siglip_224", "vit_small_patch14_reg4_dinov2"])
+def test_encoders_without_cls_or_with_registers(evaluated, tmp_path, arch):
+    """Of these kinds, but small: what pools their tokens has no part in it."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    save_file(timm.create_model(arch, num_classes=0, **sizes).state_dict(), tmp_path / "vit.safetensors")
+    given = [*FEW, f"--model.arch={arch}", "--model.num_heads=3", "--train.steps=1"]
+    result = evaluated("segmentation", *given, checkpoint=tmp_path / "vit.safetensors")
+    assert result["figures"]["mIoU"] > 0
+
+
+def test_nothing_to_test_on_is_told(evaluated, miniature, tmp_path):
+    """Annotations to test on of no class at all."""
+    for path in (miniature / "annotations" / "validation").iterdir():
+        with Image.open(path) as image:
+            nothing = Image.new("L", image.size)
+        nothing.save(path)
+    settings = [*SMALL, "--data.source=ade20k", f"--data.root={miniature}", "--train.batch_size=2", "--train.steps=1"]
+    with pytest.raises(DataError, match=r"Challenge\w+: no pixel of the 3 images to test on has a class\Z"):
+        evaluated("segmentation", *settings)
+    assert not (tmp_path / "out" / "result.json").exists()
 
 
 @pytest.mark.slow

@@ -16,10 +16,17 @@ from ccmim_fast.evaluation.segmentation.scenes import IGNORED
 from ccmim_fast.evaluation.segmentation.windows import slide
 from ccmim_fast.evaluation.taps import OUTPUTS, blocks_at
 
+# What stands before the patches' tokens, and what pools all of them.
+KINDS = {
+    "cls": {"global_pool": "token"},
+    "siglip": {"class_token": False, "global_pool": "map"},
+    "registers": {"reg_tokens": 4, "global_pool": "avg", "fc_norm": True},
+}
 
-def segmenter(patch=8, side=32, depth=4, classes=5):
+
+def segmenter(patch=8, side=32, depth=4, classes=5, kind="cls"):
     sizes = {"img_size": side, "patch_size": patch, "embed_dim": 24, "depth": depth, "num_heads": 2}
-    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, global_pool="token", **sizes)
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, **KINDS[kind], **sizes)
     sizes = {"decoder_dim": 16, "auxiliary_dim": 8, "dropout": 0.1, "init_std": 0.01}
     return Segmenter(vit, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), classes, **sizes)
 
@@ -50,17 +57,18 @@ def test_the_neck_takes_odd_grids():
     assert shapes == [(20, 28), (10, 14), (5, 7), (2, 3)]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("depth", [2, 4])
-def test_the_taps_are_outputs_of_their_blocks(depth):
+def test_the_taps_are_outputs_of_their_blocks(depth, kind):
     """Also where a block is decoded twice; the final norm has no part in it."""
-    model = segmenter(depth=depth).eval()
+    model = segmenter(depth=depth, kind=kind).eval()
     of_block, given = {}, []
     for number, block in enumerate(model.vit.blocks):
         block.register_forward_hook(lambda _, inputs, made, number=number: of_block.update({number: made}))
     model.neck.register_forward_hook(lambda neck, inputs, made: given.extend(inputs[0]))
     model(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8))
     for block, map_BDhw in zip(blocks_at(depth, OUTPUTS), given, strict=True):
-        assert torch.equal(map_BDhw.flatten(2).mT, of_block[block][:, 1:])
+        assert torch.equal(map_BDhw.flatten(2).mT, of_block[block][:, -16:])
 
 
 def test_images_are_normalised_as_for_the_encoder():
@@ -73,9 +81,10 @@ def test_images_are_normalised_as_for_the_encoder():
     torch.testing.assert_close(seen[0], (images_BCHW / 255 - mean) / std)
 
 
-def test_every_parameter_is_in_one_group_and_learns():
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_is_in_one_group_and_learns(kind):
     """Blocks' rates fall by the layer decay, all that is new has the full rate; each parameter gets a gradient."""
-    model = segmenter()
+    model = segmenter(kind=kind)
     optimizer = build_optimizer(model, EvalOptimConfig(weight_decay=0.05, layer_decay=0.65))
     grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     assert len(grouped) == len(set(map(id, grouped))) == len(list(model.parameters()))
@@ -87,7 +96,7 @@ def test_every_parameter_is_in_one_group_and_learns():
         power = 0
         if part == "vit":
             power = 4 - int(rest.split(".")[1]) if rest.startswith("blocks.") else 5
-        decay = 0.0 if parameter.ndim == 1 or rest in ("cls_token", "pos_embed") else 0.05
+        decay = 0.0 if parameter.ndim == 1 or rest in ("cls_token", "reg_token", "pos_embed") else 0.05
         assert found[id(parameter)] == (pytest.approx(0.65**power), decay), name
         assert parameter.grad.isfinite().all(), name
         # A bias before BatchNorm has a gradient of rounding errors alone.

@@ -15,6 +15,7 @@ from ccmim_fast import cli
 from ccmim_fast.checkpoints import io
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.keys import flatten
+from ccmim_fast.errors import DataError
 from ccmim_fast.evaluation import finetune
 from ccmim_fast.evaluation.protocols import protocol
 from ccmim_fast.evaluation.supervised import Training
@@ -99,7 +100,7 @@ def repeated(trees, tmp_path, **changes):
     return torch.cat([images for images, _ in parts]), ids
 
 
-def job_of(trees, tmp_path, **changes):
+def job_of(trees, tmp_path, data_changes=(), **changes):
     from dataclasses import replace
 
     from ccmim_fast.evaluation.encoders import read_weights
@@ -108,13 +109,26 @@ def job_of(trees, tmp_path, **changes):
     from ccmim_fast.trainer.distributed import session
 
     config = protocol("transfer", "transfer_flowers").config
-    data = replace(config.data, root=str(trees["flowers"]), image_size=(32, 32), workers=1)
+    data = replace(config.data, root=str(trees["flowers"]), image_size=(32, 32), **{"workers": 1, **dict(data_changes)})
     train = replace(config.train, batch_size=60, device="cpu", precision="fp32")
     augment = replace(config.augment, mixup=0.0, cutmix=0.0, **changes)
     config = replace(config, data=data, train=train, augment=augment)
     weights = read_weights("timm:test_vit")
     with session("cpu", 1.0) as here:
         return config, Job(config, here, tmp_path, weights, *open_both(config, weights.mean, weights.std))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bad_image_is_told_as_it_is(trees, tmp_path, monkeypatch, workers):
+    """Without the traceback of the process that met it."""
+    _, job = job_of(trees, tmp_path, {"workers": workers, "on_error": "error"})
+
+    def decode(index):
+        raise DataError("7.png: damaged")
+
+    monkeypatch.setattr(job.train.source, "decode", decode)
+    with pytest.raises(DataError, match=r"\A7\.png: damaged; data\.on_error=skip goes on without it\Z"):
+        next(finetune.Batches(job).stream(0))
 
 
 def test_every_repeat_is_another_picture(trees, tmp_path):

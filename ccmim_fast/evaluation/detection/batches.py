@@ -8,19 +8,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ccmim_fast.data.marks import Skipped
 from ccmim_fast.data.plan import MicroBatch, Plan
-from ccmim_fast.data.prefetch import thread_count
 from ccmim_fast.data.source import usable, usable_ids
 from ccmim_fast.data.substitute import load_or_substitute
 from ccmim_fast.evaluation.detection.instances import Instances, InstanceSource
 from ccmim_fast.evaluation.detection.transforms import ForTesting, ForTraining, Sample
 from ccmim_fast.evaluation.job import Job
+from ccmim_fast.evaluation.processes import prepared
 from ccmim_fast.evaluation.supervised import seed_generators
-
-_AHEAD = 2  # micro-batches that each process prepares
 
 
 class MicroBatchOfObjects(NamedTuple):
@@ -69,7 +67,7 @@ class Batches:
     def stream(self, cursor: int) -> Iterator[MicroBatchOfObjects]:
         """From a place of the stream on, without end; prepared by other processes where there is more than one core."""
         batches = (batch.samples() for batch in self._plan.micro_batches(cursor))
-        for samples in _loader(self._samples, batches, self._config.data.workers, self._here.device):
+        for samples in prepared(self._samples, batches, list, self._config.data.workers, self._here.device):
             images, targets = zip(*(_on_device(sample, self._here.device) for sample in samples))
             yield MicroBatchOfObjects(list(images), list(targets))
 
@@ -101,17 +99,4 @@ def share_to_test(job: Job) -> Iterator[list[Shown]]:
     share = _Share(job.test.source, ForTesting(job.config), job.here.rank, job.here.world_size)
     size = max(1, train.batch_size // (train.accumulate * job.here.world_size))
     places = (list(range(first, min(first + size, len(share)))) for first in range(0, len(share), size))
-    return iter(_loader(share, places, job.config.data.workers, job.here.device))
-
-
-def _loader(dataset: Dataset, batches: Iterator[list], workers: int, device: torch.device) -> DataLoader:
-    workers = thread_count(workers)
-    workers = 0 if workers == 1 else workers
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=list,
-        num_workers=workers,
-        prefetch_factor=_AHEAD if workers else None,
-        pin_memory=device.type == "cuda",
-    )
+    return prepared(share, places, list, job.config.data.workers, job.here.device)

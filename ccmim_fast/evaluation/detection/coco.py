@@ -57,11 +57,11 @@ class CocoSource:
         self.sizes_N2 = np.array([(image["height"], image["width"]) for image in images], dtype=np.int32).reshape(-1, 2)
         self._names = np.array([image["file_name"] for image in images])
         of_images = _by_image(content["annotations"], images, categories, file)
-        self.excluded_X = NOTHING_EXCLUDED
-        if train:
-            self.excluded_X = np.flatnonzero([not any(map(_trainable, objects)) for objects in of_images])
-        if len(self.excluded_X) == len(images):
-            raise DataError(f"{file}: no image of it has an object to train on")
+        counts, verb = (_trainable, "train") if train else (_testable, "test")
+        without_X = np.flatnonzero([not any(map(counts, objects)) for objects in of_images])
+        if len(without_X) == len(images):
+            raise DataError(f"{file}: no image of it has an object to {verb} on")
+        self.excluded_X = without_X if train else NOTHING_EXCLUDED
         # One block of bytes: objects of Python's would be copied into every process that reads them.
         parts = [json.dumps(objects).encode() for objects in of_images]
         self._ends = np.cumsum([0, *map(len, parts)])
@@ -190,5 +190,10 @@ def _by_image(annotations: list, images: list, categories: list, file: Path) -> 
 
 
 def _trainable(one: tuple) -> bool:
-    _, _, (_, _, width, height), crowd, *_ = one
-    return not crowd and min(width, height) > _LEAST_SIDE
+    _, _, (_, _, width, height), *_ = one
+    return _testable(one) and min(width, height) > _LEAST_SIDE
+
+
+def _testable(one: tuple) -> bool:
+    _, _, _, crowd, _ = one
+    return not crowd

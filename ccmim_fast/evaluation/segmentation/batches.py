@@ -31,7 +31,7 @@ class Batches:
 
     Args:
         plan: what comes, and in which order; its source are `Scenes`.
-        workers: decoding threads; 0: one per core.
+        workers: decoding threads; 0: this rank's share of the cores.
     """
 
     def __init__(self, plan: Plan, skipped: Skipped, augment: Augment, workers: int, device: torch.device):

@@ -16,9 +16,7 @@ def build_segmenter(job: Job) -> nn.Module:
         ConfigError: an architecture, a size or a batch that it cannot be built or trained with.
     """
     config, segment = job.config, job.config.segment
-    vit = build_encoder(
-        job.weights, config.data.image_size, config.model.num_heads, pool="cls", drop_path=config.model.drop_path
-    )
+    vit = build_encoder(job.weights, config.data.image_size, config.model.num_heads, drop_path=config.model.drop_path)
     if not isinstance(vit, VisionTransformer):
         raise ConfigError(f"model.arch={job.weights.arch}: is a {type(vit).__name__}, and must be a VisionTransformer")
     _check_size(config.data.image_size, vit.patch_embed.patch_size)

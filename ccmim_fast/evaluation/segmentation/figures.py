@@ -24,7 +24,7 @@ def figures_of(confusion_KK: Tensor) -> dict[str, float]:
     """mIoU and mAcc are means over classes: of those that occur in labels or answers, and of those in labels.
 
     mIoU: a class's pixels that are named right, of those that are it or are named it. mAcc: of those that are it. aAcc:
-    of all pixels.
+    of all pixels, of which there must be one.
     """
     counts_KK = confusion_KK.double()
     right_K, labelled_K, named_K = counts_KK.diagonal(), counts_KK.sum(1), counts_KK.sum(0)

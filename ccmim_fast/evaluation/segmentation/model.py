@@ -41,7 +41,7 @@ class Segmenter(nn.Module):
     In training mode a pair of them, the second from the auxiliary classifier. Images are normalised here.
 
     Args:
-        vit: without a head; its final norm is not used.
+        vit: its final norms, pooling and head are taken away.
         mean, std: of the encoder's images, per channel on a 0..1 scale.
         decoder_dim: E.
         auxiliary_dim: width of the auxiliary classifier.
@@ -62,7 +62,9 @@ class Segmenter(nn.Module):
         init_std: float,
     ):
         super().__init__()
-        vit.norm = nn.Identity()
+        # What no pixel's logits go through has no gradient, which other ranks would wait for.
+        vit.reset_classifier(0, "")
+        vit.norm = vit.fc_norm = nn.Identity()
         width, self.vit, self.taps = vit.embed_dim, vit, blocks_at(len(vit.blocks), OUTPUTS)
         self.neck, self.decoder = Neck(width), build_decoder(width, decoder_dim)
         self.auxiliary = nn.Sequential(

@@ -14,7 +14,7 @@ from ccmim_fast.config.evaluation import EvalConfig, images_of
 from ccmim_fast.data.marks import Skipped
 from ccmim_fast.data.plan import Plan
 from ccmim_fast.data.source import usable, usable_ids
-from ccmim_fast.errors import ConfigError
+from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.finetune import build_optimizer
 from ccmim_fast.evaluation.images import Images
 from ccmim_fast.evaluation.job import Job
@@ -108,7 +108,11 @@ def pixel_loss(logits_BKHW: Tensor, labels_BHW: Tensor) -> Tensor:
 
 
 def tested(job: Job, model: Segmenter) -> dict[str, float]:
-    """mIoU, aAcc and mAcc over all test images of all ranks; the model is in eval mode, without gradient."""
+    """mIoU, aAcc and mAcc over all test images of all ranks; the model is in eval mode, without gradient.
+
+    Raises:
+        DataError: none of their pixels has a class.
+    """
     config, here, scenes = job.config, job.here, job.test.source
     at_once = max(1, config.train.batch_size // (config.train.accumulate * here.world_size))
     confusion_KK = torch.zeros(job.test.classes, job.test.classes, dtype=torch.int64, device=here.device)
@@ -120,4 +124,6 @@ def tested(job: Job, model: Segmenter) -> dict[str, float]:
         confusion_KK += confusion(pair.labels_HW.to(here.device), logits_1KHW[0].argmax(0), job.test.classes)
     if dist.is_initialized():
         dist.all_reduce(confusion_KK)
+    if not confusion_KK.any():
+        raise DataError(f"{config.data.root}: no pixel of the {usable(scenes)} images to test on has a class")
     return figures_of(confusion_KK)
