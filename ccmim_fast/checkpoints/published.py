@@ -12,6 +12,16 @@ from ccmim_fast.config.keys import nearest
 from ccmim_fast.errors import CheckpointError, ConfigError
 
 TIMM = "timm:"  # in front of a name of timm's
+_ASSUMED = "vit_base_patch16_224"
+_OF_WIDTH = {  # timm's, by width: what to propose; patch and blocks are read off the weights
+    192: "vit_tiny_patch16_224",
+    384: "vit_small_patch16_224",
+    768: "vit_base_patch16_224",
+    1024: "vit_large_patch16_224",
+    1280: "vit_huge_patch14_224",
+    1408: "vit_giant_patch14_224",
+    1664: "vit_gigantic_patch14_224",
+}
 
 
 class Published(NamedTuple):
@@ -67,6 +77,26 @@ def known_arch(arch: str) -> str:
         names = timm.list_models("*vit*") + timm.list_models("*deit*")
         raise ConfigError(f"model.arch={arch!r:.80}: no model of timm; nearest is {nearest(arch, names)}")
     return arch
+
+
+def assumed_arch(of: Published, name: str, num_heads: int) -> str:
+    """The architecture of weights of which nobody tells it: vit_base_patch16_224.
+
+    Args:
+        num_heads: what the user tells; 0: nothing.
+
+    Raises:
+        ConfigError: another width, and nobody tells the heads, of which any number that divides the width would load.
+    """
+    kernel = of.tensors.get("encoder.patch_embed.proj.weight")
+    width = 0 if kernel is None or kernel.ndim != 4 else len(kernel)
+    if width and _OF_WIDTH.get(width) != _ASSUMED and not (num_heads or of.num_heads):
+        near = _OF_WIDTH[min(_OF_WIDTH, key=lambda known: abs(known - width))]
+        raise ConfigError(
+            f"{name}: does not tell its architecture and is {width} wide, which {_ASSUMED} is not; add "
+            f"--model.arch=NAME or --model.num_heads=N; nearest is --model.arch={near}"
+        )
+    return _ASSUMED
 
 
 def _downloaded(name: str) -> Published:

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from ccmim_fast.checkpoints import io
 from ccmim_fast.checkpoints.convert import to_timm
-from ccmim_fast.checkpoints.published import TIMM, known_arch, read_published
+from ccmim_fast.checkpoints.published import TIMM, assumed_arch, known_arch, read_published
 from ccmim_fast.config.load import from_yaml
 from ccmim_fast.errors import CheckpointError, ConfigError
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_DEFAULT_ARCH = "vit_base_patch16_224"
 _HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")  # timm's names of what stands behind the tokens
 
 
@@ -42,24 +41,26 @@ class Weights(NamedTuple):
     step: int | None = None
 
 
-def read_weights(checkpoint: str, arch: str = "") -> Weights:
+def read_weights(checkpoint: str, arch: str = "", num_heads: int = 0) -> Weights:
     """Read the encoder of a checkpoint; no code in it is run.
 
     Args:
         checkpoint: the folder of a run, or of one of its checkpoints; what `read_published` reads; `timm:ARCH` for
             initial weights.
-        arch: timm's name, in place of what a file tells; empty: that, or vit_base_patch16_224.
+        arch: timm's name, in place of what a file tells; empty: that, or what `assumed_arch` says.
+        num_heads: what the user tells of attention; 0: nothing.
 
     Raises:
         CheckpointError: missing, damaged, or without an encoder.
-        ConfigError: a name that timm does not know.
+        ConfigError: a name that timm does not know, or one that must be told.
     """
     if checkpoint.startswith(TIMM) and "." not in checkpoint:
         return Weights(checkpoint, known_arch(checkpoint.removeprefix(TIMM)), None, 0, *IMAGENET)
     if Path(checkpoint).is_dir():
         return _of_run(Path(checkpoint))
     found = read_published(checkpoint)
-    arch = known_arch(found.arch if checkpoint.startswith(TIMM) else arch or found.arch or _DEFAULT_ARCH)
+    told = found.arch if checkpoint.startswith(TIMM) else arch or found.arch
+    arch = known_arch(told) if told else assumed_arch(found, checkpoint, num_heads)
     images = (found.mean, found.std) if found.mean and found.std else IMAGENET
     return Weights(checkpoint, arch, _encoder_in(to_timm(found.tensors), checkpoint), found.num_heads, *images)
 
