@@ -32,6 +32,7 @@ class Published(NamedTuple):
         arch: timm's name; empty where it does not tell.
         num_heads: of attention; 0 where it does not tell, or they are the architecture's own.
         mean, std: of the images it was trained on, per channel; empty where it does not tell.
+        image_size: height and width of those images in pixels; empty where it does not tell.
     """
 
     tensors: dict[str, Tensor]
@@ -39,6 +40,7 @@ class Published(NamedTuple):
     num_heads: int = 0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    image_size: tuple[int, ...] = ()
 
 
 def read_published(name: str) -> Published:
@@ -121,13 +123,14 @@ def _renamed(found: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in ours.items() if not name.startswith("encoder.head.")}
 
 
-def _told(about: dict[str, str], name: str) -> tuple[str, int, tuple[float, ...], tuple[float, ...]]:
-    """Architecture, heads, mean and std in the texts of a .safetensors, as `ccmim export` writes them."""
+def _told(about: dict[str, str], name: str) -> tuple[str, int, tuple[float, ...], tuple[float, ...], tuple[int, ...]]:
+    """What a `Published` has behind its tensors, of the texts in a .safetensors as `ccmim export` writes them."""
     try:
-        heads = int(json.loads(about.get("timm_arguments", "{}")).get("num_heads", 0))
+        arguments = json.loads(about.get("timm_arguments", "{}"))
+        heads, size = int(arguments.get("num_heads", 0)), tuple(map(int, arguments.get("img_size", ())))
         mean, std = (tuple(map(float, json.loads(about.get(key, "[]")))) for key in ("mean", "std"))
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise CheckpointError(
             f"{name}: what it tells of itself is damaged; expected what ccmim export writes"
         ) from None
-    return about.get("arch", ""), heads, mean, std
+    return about.get("arch", ""), heads, mean, std, size

@@ -3,8 +3,6 @@
 The hub is stood in for at the one function of timm's that asks it.
 """
 
-import json
-
 import pytest
 import timm
 import torch
@@ -125,14 +123,21 @@ def test_import_reads_them_too(hub, published, tmp_path):
 
 def test_an_export_tells_its_heads_and_images(tmp_path):
     tensors = {"patch_embed.proj.weight": torch.zeros(8, 3, 2, 2), "blocks.0.norm1.weight": torch.zeros(8)}
-    about = {"arch": "test_vit", "timm_arguments": json.dumps({"num_heads": 4}), "mean": "[0.1]", "std": "[0.2]"}
+    arguments = '{"num_heads": 4, "img_size": [4, 6]}'
+    about = {"arch": "test_vit", "timm_arguments": arguments, "mean": "[0.1]", "std": "[0.2]"}
     save_file(tensors, tmp_path / "told.safetensors", metadata=about)
     save_file(tensors, tmp_path / "bare.safetensors")
     told, bare = (read_published(str(tmp_path / f"{name}.safetensors")) for name in ("told", "bare"))
-    assert told[1:] == ("test_vit", 4, (0.1,), (0.2,))
-    assert bare[1:] == ("", 0, (), ())
+    assert told[1:] == ("test_vit", 4, (0.1,), (0.2,), (4, 6))
+    assert bare[1:] == ("", 0, (), (), ())
     assert to_timm(told.tensors).keys() == tensors.keys()
-    for key, value in (("mean", "no"), ("mean", "[[1]]"), ("timm_arguments", "[]"), ("std", '{"a": 1}')):
+    for key, value in (
+        ("mean", "no"),
+        ("mean", "[[1]]"),
+        ("timm_arguments", "[]"),
+        ("timm_arguments", '{"img_size": 4}'),
+        ("std", '{"a": 1}'),
+    ):
         save_file(tensors, tmp_path / "bad.safetensors", metadata=about | {key: value})
         with pytest.raises(CheckpointError, match="what it tells of itself is damaged"):
             read_published(str(tmp_path / "bad.safetensors"))
