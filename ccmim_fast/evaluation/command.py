@@ -132,7 +132,7 @@ def _result(
         "chance": 1 / test.classes if EVALUATIONS[name].guessed else None,
         "protocol": of.name,
         "source": of.source,
-        "deviations": deviations(of, config, train, test),
+        "deviations": deviations(of, config, weights, train, test),
         "images": f"{train.words()} to train on, {test.words()} to test on",
         "ranks": here.world_size,
         "config": flatten(config),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -102,6 +103,16 @@ def _encoder_in(tensors: dict[str, Any], name: str | Path) -> dict[str, Tensor]:
 def _grid_of(image_size: tuple[int, ...], tensors: dict[str, Tensor]) -> tuple[int, ...]:
     patch = tensors["patch_embed.proj.weight"].shape[-1]
     return tuple(side // patch for side in image_size)
+
+
+def width_and_patch(weights: Weights) -> tuple[int, int]:
+    """Of the encoder; the patch in pixels, 0 where an architecture of timm's names none."""
+    if weights.tensors is not None:
+        sizes = _sizes_in(weights.tensors)
+        return sizes["embed_dim"], sizes["patch_size"]
+    with torch.device("meta"):
+        vit = timm.create_model(weights.arch, num_classes=0)
+    return vit.num_features, to_2tuple(getattr(getattr(vit, "patch_embed", None), "patch_size", 0))[0]
 
 
 def build_encoder(
