@@ -12,6 +12,16 @@ from ccmim_fast.config.keys import nearest
 from ccmim_fast.errors import CheckpointError, ConfigError
 
 TIMM = "timm:"  # in front of a name of timm's
+_ASSUMED = "vit_base_patch16_224"
+_OF_WIDTH = {  # timm's, by width: what to propose; patch and blocks are read off the weights
+    192: "vit_tiny_patch16_224",
+    384: "vit_small_patch16_224",
+    768: "vit_base_patch16_224",
+    1024: "vit_large_patch16_224",
+    1280: "vit_huge_patch14_224",
+    1408: "vit_giant_patch14_224",
+    1664: "vit_gigantic_patch14_224",
+}
 
 
 class Published(NamedTuple):
@@ -22,6 +32,7 @@ class Published(NamedTuple):
         arch: timm's name; empty where it does not tell.
         num_heads: of attention; 0 where it does not tell, or they are the architecture's own.
         mean, std: of the images it was trained on, per channel; empty where it does not tell.
+        image_size: height and width of those images in pixels; empty where it does not tell.
     """
 
     tensors: dict[str, Tensor]
@@ -29,6 +40,7 @@ class Published(NamedTuple):
     num_heads: int = 0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    image_size: tuple[int, ...] = ()
 
 
 def read_published(name: str) -> Published:
@@ -69,6 +81,26 @@ def known_arch(arch: str) -> str:
     return arch
 
 
+def assumed_arch(of: Published, name: str, num_heads: int) -> str:
+    """The architecture of weights of which nobody tells it: vit_base_patch16_224.
+
+    Args:
+        num_heads: what the user tells; 0: nothing.
+
+    Raises:
+        ConfigError: another width, and nobody tells the heads, of which any number that divides the width would load.
+    """
+    kernel = of.tensors.get("encoder.patch_embed.proj.weight")
+    width = 0 if kernel is None or kernel.ndim != 4 else len(kernel)
+    if width and _OF_WIDTH.get(width) != _ASSUMED and not (num_heads or of.num_heads):
+        near = _OF_WIDTH[min(_OF_WIDTH, key=lambda known: abs(known - width))]
+        raise ConfigError(
+            f"{name}: does not tell its architecture and is {width} wide, which {_ASSUMED} is not; add "
+            f"--model.arch=NAME or --model.num_heads=N; nearest is --model.arch={near}"
+        )
+    return _ASSUMED
+
+
 def _downloaded(name: str) -> Published:
     """The weights of a tag, loaded strictly by timm, and what it says of their images."""
     tagged = name.removeprefix(TIMM)
@@ -91,13 +123,14 @@ def _renamed(found: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in ours.items() if not name.startswith("encoder.head.")}
 
 
-def _told(about: dict[str, str], name: str) -> tuple[str, int, tuple[float, ...], tuple[float, ...]]:
-    """Architecture, heads, mean and std in the texts of a .safetensors, as `ccmim export` writes them."""
+def _told(about: dict[str, str], name: str) -> tuple[str, int, tuple[float, ...], tuple[float, ...], tuple[int, ...]]:
+    """What a `Published` has behind its tensors, of the texts in a .safetensors as `ccmim export` writes them."""
     try:
-        heads = int(json.loads(about.get("timm_arguments", "{}")).get("num_heads", 0))
+        arguments = json.loads(about.get("timm_arguments", "{}"))
+        heads, size = int(arguments.get("num_heads", 0)), tuple(map(int, arguments.get("img_size", ())))
         mean, std = (tuple(map(float, json.loads(about.get(key, "[]")))) for key in ("mean", "std"))
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise CheckpointError(
             f"{name}: what it tells of itself is damaged; expected what ccmim export writes"
         ) from None
-    return about.get("arch", ""), heads, mean, std
+    return about.get("arch", ""), heads, mean, std, size

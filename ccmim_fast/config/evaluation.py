@@ -53,7 +53,7 @@ class EvalDataConfig:
 
 @dataclass(frozen=True)
 class EvalModelConfig:
-    arch: str = ""  # timm's name, where the checkpoint does not tell; else vit_base_patch16_224
+    arch: str = ""  # timm's name, where the checkpoint does not tell; else vit_base_patch16_224 if 768 wide
     num_heads: int = 0  # of attention; 0: the run's, else the architecture's own
     pool: Literal["avg", "cls"] = "avg"  # mean over the patches' tokens (paper, appendix C), or [CLS]
     drop_path: float = 0.0  # stochastic depth rate, fine-tuning

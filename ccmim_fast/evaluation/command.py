@@ -101,7 +101,7 @@ def _run(name: str, of: Protocol, config: EvalConfig, checkpoint: str) -> None:
     with session(config.train.device, config.train.timeout) as here:
         # In the order in which a mistake is cheapest to find: weights' header, images, folder.
         with main_first(here):  # that downloads weights and indexes images, if nobody has
-            weights = read_weights(checkpoint, config.model.arch)
+            weights = read_weights(checkpoint, config.model.arch, config.model.num_heads)
             train, test = EVALUATIONS[name].open_images(config, weights.mean, weights.std)
         weights = weights._replace(mean=train.data.mean, std=train.data.std)
         folder = open_run_folder(config) if here.is_main else Path(config.run.dir)
@@ -133,7 +133,7 @@ def _result(
         "chance": 1 / test.classes if EVALUATIONS[name].guessed else None,
         "protocol": of.name,
         "source": of.source,
-        "deviations": deviations(of, config, train, test),
+        "deviations": deviations(of, config, weights, train, test),
         "images": f"{train.words()} to train on, {test.words()} to test on",
         "ranks": here.world_size,
         "config": flatten(config),

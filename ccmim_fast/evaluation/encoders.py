@@ -2,22 +2,24 @@
 
 # B batch, H height, W width, C channels, T tokens (prefix tokens first), D width
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
 import torch
+import torch.nn.functional as F
+from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from ccmim_fast.checkpoints import io
 from ccmim_fast.checkpoints.convert import to_timm
-from ccmim_fast.checkpoints.published import TIMM, known_arch, read_published
+from ccmim_fast.checkpoints.published import TIMM, assumed_arch, known_arch, read_published
 from ccmim_fast.config.load import from_yaml
 from ccmim_fast.errors import CheckpointError, ConfigError
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_DEFAULT_ARCH = "vit_base_patch16_224"
 _HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")  # timm's names of what stands behind the tokens
 
 
@@ -31,6 +33,7 @@ class Weights(NamedTuple):
         num_heads: 0 where it does not tell.
         mean, std: of the images it was trained on, per channel.
         step: optimizer steps of pretraining; None where it does not tell.
+        grid: rows and columns of patches that the positions are of; empty where it does not tell.
     """
 
     name: str
@@ -40,28 +43,33 @@ class Weights(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     step: int | None = None
+    grid: tuple[int, ...] = ()
 
 
-def read_weights(checkpoint: str, arch: str = "") -> Weights:
+def read_weights(checkpoint: str, arch: str = "", num_heads: int = 0) -> Weights:
     """Read the encoder of a checkpoint; no code in it is run.
 
     Args:
         checkpoint: the folder of a run, or of one of its checkpoints; what `read_published` reads; `timm:ARCH` for
             initial weights.
-        arch: timm's name, in place of what a file tells; empty: that, or vit_base_patch16_224.
+        arch: timm's name, in place of what a file tells; empty: that, or what `assumed_arch` says.
+        num_heads: what the user tells of attention; 0: nothing.
 
     Raises:
         CheckpointError: missing, damaged, or without an encoder.
-        ConfigError: a name that timm does not know.
+        ConfigError: a name that timm does not know, or one that must be told.
     """
     if checkpoint.startswith(TIMM) and "." not in checkpoint:
         return Weights(checkpoint, known_arch(checkpoint.removeprefix(TIMM)), None, 0, *IMAGENET)
     if Path(checkpoint).is_dir():
         return _of_run(Path(checkpoint))
     found = read_published(checkpoint)
-    arch = known_arch(found.arch if checkpoint.startswith(TIMM) else arch or found.arch or _DEFAULT_ARCH)
+    told = found.arch if checkpoint.startswith(TIMM) else arch or found.arch
+    arch = known_arch(told) if told else assumed_arch(found, checkpoint, num_heads)
     images = (found.mean, found.std) if found.mean and found.std else IMAGENET
-    return Weights(checkpoint, arch, _encoder_in(to_timm(found.tensors), checkpoint), found.num_heads, *images)
+    encoder = _encoder_in(to_timm(found.tensors), checkpoint)
+    grid = _grid_of(found.image_size, encoder)
+    return Weights(checkpoint, arch, encoder, found.num_heads, *images, grid=grid)
 
 
 def _of_run(path: Path) -> Weights:
@@ -82,13 +90,29 @@ def _of_run(path: Path) -> Weights:
         raise CheckpointError(f"{found.path}: it is no checkpoint of pretraining") from None
     model, data = config.model, config.data
     encoder = _encoder_in(tensors, found.path)
-    return Weights(str(found.path), model.arch, encoder, model.num_heads, data.mean, data.std, step)
+    grid = _grid_of(data.image_size, encoder)
+    return Weights(str(found.path), model.arch, encoder, model.num_heads, data.mean, data.std, step, grid)
 
 
 def _encoder_in(tensors: dict[str, Any], name: str | Path) -> dict[str, Tensor]:
     if "patch_embed.proj.weight" not in tensors or "blocks.0.norm1.weight" not in tensors:
         raise CheckpointError(f"{name}: no vision transformer under timm's names in it")
     return {key: value for key, value in tensors.items() if not key.startswith(_HEADS)}
+
+
+def _grid_of(image_size: tuple[int, ...], tensors: dict[str, Tensor]) -> tuple[int, ...]:
+    patch = tensors["patch_embed.proj.weight"].shape[-1]
+    return tuple(side // patch for side in image_size)
+
+
+def width_and_patch(weights: Weights) -> tuple[int, int]:
+    """Of the encoder; the patch in pixels, 0 where an architecture of timm's names none."""
+    if weights.tensors is not None:
+        sizes = _sizes_in(weights.tensors)
+        return sizes["embed_dim"], sizes["patch_size"]
+    with torch.device("meta"):
+        vit = timm.create_model(weights.arch, num_classes=0)
+    return vit.num_features, to_2tuple(getattr(getattr(vit, "patch_embed", None), "patch_size", 0))[0]
 
 
 def build_encoder(
@@ -151,7 +175,7 @@ def _fill(vit: nn.Module, weights: Weights) -> None:
     if not isinstance(vit, VisionTransformer):
         raise ConfigError(f"model.arch={weights.arch} is a {type(vit).__name__}; weights go into a VisionTransformer")
     try:
-        result = vit.load_state_dict(checkpoint_filter_fn(dict(weights.tensors), vit), strict=False)
+        result = vit.load_state_dict(_fitted(vit, weights), strict=False)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{weights.name}: does not fit {weights.arch}: {reason}") from None
@@ -160,6 +184,26 @@ def _fill(vit: nn.Module, weights: Weights) -> None:
     if missing or surplus:
         which = f"lacks {missing[0]}" if missing else f"has {surplus[0]}, which it has not"
         raise CheckpointError(f"{weights.name}: does not fit {weights.arch}: it {which}")
+
+
+def _fitted(vit: VisionTransformer, weights: Weights) -> dict[str, Tensor]:
+    """The tensors, their positions resampled to the module's grid, from the checkpoint's or timm's guess of it."""
+    tensors = dict(weights.tensors)
+    if not weights.grid or "pos_embed" not in tensors:
+        return checkpoint_filter_fn(tensors, vit)
+    positions, new = tensors.pop("pos_embed"), tuple(vit.patch_embed.grid_size)
+    if new != weights.grid:
+        positions = _resampled(positions, weights.grid, new)
+    return checkpoint_filter_fn(tensors, vit) | {"pos_embed": positions}
+
+
+def _resampled(positions_1TD: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
+    """As timm's `resample_abs_pos_embed`, which once left alone what had as many patches as a new square."""
+    patches = math.prod(old)
+    prefix_1PD, x_1LD = positions_1TD[:, :-patches], positions_1TD[:, -patches:]
+    x_1DRC = x_1LD.float().unflatten(1, old).permute(0, 3, 1, 2)
+    x_1DRC = F.interpolate(x_1DRC, size=new, mode="bicubic", antialias=True)
+    return torch.cat([prefix_1PD, x_1DRC.flatten(2).transpose(1, 2).to(x_1LD.dtype)], dim=1)
 
 
 class Encoder(nn.Module):

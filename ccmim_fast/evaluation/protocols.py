@@ -10,6 +10,7 @@ from ccmim_fast.config.keys import flatten, show
 from ccmim_fast.config.load import load_config, presets
 from ccmim_fast.data.source import usable
 from ccmim_fast.errors import ConfigError
+from ccmim_fast.evaluation.encoders import Weights, width_and_patch
 from ccmim_fast.evaluation.images import Images
 
 FOLDER = "eval"  # of the presets, below configs/
@@ -17,6 +18,8 @@ _SHOWN = ("data.image_size", "data.test_crop", "model.pool")
 _LENGTH = ("train.epochs", "train.steps", "train.batch_size", "train.max_steps")
 _TRAINED = (*_SHOWN, "data.crop_scale", "data.flip", "optim.", *_LENGTH)
 _DENSE = ("data.image_size", "data.flip", "optim.", *_LENGTH, "head.init_std", "model.drop_path")
+
+ENCODERS = {"ViT-B/16": (768, 16), "ViT-L/16": (1024, 16), "ViT-H/14": (1280, 14)}  # width, patch in pixels
 
 # The settings that are figures of the protocol; the others say how and where it is carried out.
 FIGURES = {
@@ -40,6 +43,7 @@ class Protocol(NamedTuple):
         config: its figures.
         source: where they are from.
         images: train, test and classes; None where the preset names none.
+        encoder: one of `ENCODERS`, of which the figures are; empty: of any.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Protocol(NamedTuple):
     config: EvalConfig
     source: str
     images: tuple[int, int, int] | None
+    encoder: str
 
 
 def protocol(evaluation: str, preset: str = "") -> Protocol:
@@ -62,11 +67,13 @@ def protocol(evaluation: str, preset: str = "") -> Protocol:
     text = presets(FOLDER)[name].read_text()
     source = re.search(r"^# Source: (.*(?:\n#   .*)*)", text, re.MULTILINE)[1].replace("\n#   ", " ")
     images = re.search(r"^# Images: .*?(\d+) to train on, (\d+) to test on, (\d+) classes", text, re.MULTILINE)
+    encoder = re.search(r"^# Encoder: (.*)", text, re.MULTILINE)
     config = load_config(["--config", name], "ccmim eval", EvalConfig, lambda _: None, FOLDER)
-    return Protocol(name, evaluation, config, source, tuple(map(int, images.groups())) if images else None)
+    counts = tuple(map(int, images.groups())) if images else None
+    return Protocol(name, evaluation, config, source, counts, encoder[1] if encoder else "")
 
 
-def deviations(of: Protocol, config: EvalConfig, train: Images, test: Images) -> list[str]:
+def deviations(of: Protocol, config: EvalConfig, weights: Weights, train: Images, test: Images) -> list[str]:
     """Every figure of the protocol that a run does not keep: `what: run's (protocol's)`."""
     asked, given = flatten(of.config), flatten(config)
     found = [
@@ -78,6 +85,8 @@ def deviations(of: Protocol, config: EvalConfig, train: Images, test: Images) ->
     if of.images is not None and here != of.images:
         words = "{} images to train on, {} to test on, {} classes"
         found.insert(0, f"images: {words.format(*here)} ({words.format(*of.images)})")
+    if of.encoder and (sizes := width_and_patch(weights)) != ENCODERS[of.encoder]:
+        found.insert(0, f"encoder: width {sizes[0]}, patch {sizes[1]} ({of.encoder})")
     return found
 
 

@@ -67,8 +67,8 @@ def derived(of: Published, given: list[str]) -> list[str]:
     found |= {"data.mean": list(of.mean), "data.std": list(of.std)} if of.mean and of.std else {}
     kernel = weights.get("encoder.patch_embed.proj.weight")
     if kernel is not None and kernel.ndim == 4:
-        width, channels, patch, _ = kernel.shape
-        told = {"patch_size": patch, "embed_dim": width, "depth": _blocks(weights, "encoder.blocks.")}
+        dim, channels, patch, _ = kernel.shape
+        told = {"patch_size": patch, "embed_dim": dim, "depth": _blocks(weights, "encoder.blocks.")}
         owned = {"patch_size": own.patch_embed.patch_size[0], "embed_dim": own.embed_dim, "depth": len(own.blocks)}
         # Only what differs: a run that goes on from here is compared setting by setting.
         found |= {f"model.{key}": value for key, value in told.items() if value != owned[key]}
@@ -76,7 +76,8 @@ def derived(of: Published, given: list[str]) -> list[str]:
         positions = weights.get("encoder.pos_embed")
         if positions is not None and positions.ndim == 3:
             side = math.isqrt(positions.shape[1] - (0 if own.no_embed_class else own.num_prefix_tokens))
-            found["data.image_size"] = f"[{side * patch},{side * patch}]"
+            height, width = of.image_size or (side * patch, side * patch)
+            found["data.image_size"] = f"[{height},{width}]"
     if "decoder.embed.weight" in weights:
         found["decoder.dim"] = len(weights["decoder.embed.weight"])
         found["decoder.depth"] = _blocks(weights, "decoder.blocks.")

@@ -8,10 +8,10 @@ import torch
 
 from ccmim_fast.checkpoints import io
 from ccmim_fast.checkpoints.manifest import MANIFEST
-from ccmim_fast.checkpoints.published import TIMM, known_arch, read_published
+from ccmim_fast.checkpoints.published import TIMM, assumed_arch, known_arch, read_published
 from ccmim_fast.config.keys import show
 from ccmim_fast.config.load import difference, from_yaml, load_config
-from ccmim_fast.config.schema import Config, RunConfig
+from ccmim_fast.config.schema import Config, ModelConfig, RunConfig
 from ccmim_fast.errors import CheckpointError, ConfigError
 from ccmim_fast.export.imported import derived, fill_
 from ccmim_fast.models.build import build_model
@@ -77,7 +77,8 @@ def read_subject(place: str, settings: list[str], images: str = "") -> Subject:
 
     Raises:
         CheckpointError: missing, damaged, or of another model.
-        ConfigError: a setting that is wrong or changes nothing here, or attention that cannot be read.
+        ConfigError: a setting that is wrong or changes nothing here, an architecture that must be told, or attention
+            that cannot be read.
     """
     path = Path(place)
     if place.startswith(TIMM) and "." not in place:
@@ -98,8 +99,12 @@ def _initial(name: str, config: Config) -> Subject:
 
 def _of_file(place: str, settings: list[str], images: str) -> Subject:
     found = read_published(place)
-    if not found.arch or any(option.startswith("--model.arch") for option in settings):
-        found = found._replace(arch=known_arch(load_config(settings, PROG).model.arch))
+    named = any(option.startswith("--model.arch") for option in settings)
+    if named or not found.arch:
+        model = load_config(settings, PROG).model
+        told = named or model.arch != ModelConfig.arch  # by a file of settings
+        arch = known_arch(model.arch) if told else assumed_arch(found, place, model.num_heads)
+        found = found._replace(arch=arch)
     base = load_config([*derived(found, settings), _NO_BANK], PROG)
     subject = _initial(place, _settled(base, place, settings, images))
     return subject._replace(decodes="decoder" not in fill_(subject.model, found.tensors, place))

@@ -3,8 +3,6 @@
 The hub is stood in for at the one function of timm's that asks it.
 """
 
-import json
-
 import pytest
 import timm
 import torch
@@ -16,6 +14,7 @@ from ccmim_fast.checkpoints.published import read_published
 from ccmim_fast.cli import main
 from ccmim_fast.errors import CheckpointError, ConfigError
 from ccmim_fast.evaluation.encoders import IMAGENET, build_encoder, read_weights
+from ccmim_fast.masks.subject import read_subject
 
 NAME = "test_vit.r160_in1k"
 
@@ -124,14 +123,57 @@ def test_import_reads_them_too(hub, published, tmp_path):
 
 def test_an_export_tells_its_heads_and_images(tmp_path):
     tensors = {"patch_embed.proj.weight": torch.zeros(8, 3, 2, 2), "blocks.0.norm1.weight": torch.zeros(8)}
-    about = {"arch": "test_vit", "timm_arguments": json.dumps({"num_heads": 4}), "mean": "[0.1]", "std": "[0.2]"}
+    arguments = '{"num_heads": 4, "img_size": [4, 6]}'
+    about = {"arch": "test_vit", "timm_arguments": arguments, "mean": "[0.1]", "std": "[0.2]"}
     save_file(tensors, tmp_path / "told.safetensors", metadata=about)
     save_file(tensors, tmp_path / "bare.safetensors")
     told, bare = (read_published(str(tmp_path / f"{name}.safetensors")) for name in ("told", "bare"))
-    assert told[1:] == ("test_vit", 4, (0.1,), (0.2,))
-    assert bare[1:] == ("", 0, (), ())
+    assert told[1:] == ("test_vit", 4, (0.1,), (0.2,), (4, 6))
+    assert bare[1:] == ("", 0, (), (), ())
     assert to_timm(told.tensors).keys() == tensors.keys()
-    for key, value in (("mean", "no"), ("mean", "[[1]]"), ("timm_arguments", "[]"), ("std", '{"a": 1}')):
+    for key, value in (
+        ("mean", "no"),
+        ("mean", "[[1]]"),
+        ("timm_arguments", "[]"),
+        ("timm_arguments", '{"img_size": 4}'),
+        ("std", '{"a": 1}'),
+    ):
         save_file(tensors, tmp_path / "bad.safetensors", metadata=about | {key: value})
         with pytest.raises(CheckpointError, match="what it tells of itself is damaged"):
             read_published(str(tmp_path / "bad.safetensors"))
+
+
+def bare(path, arch, **sizes):
+    """A file that tells nothing of itself."""
+    vit = timm.create_model(arch, num_classes=0, img_size=32, depth=1, **sizes)
+    torch.save(vit.state_dict(), path)
+
+
+@pytest.mark.parametrize("command", ["knn", "masks"])
+def test_heads_are_not_guessed(command, tmp_path, monkeypatch, capsys):
+    """ViT-S has 6 heads; the 12 of ViT-B would load, and be another function."""
+    monkeypatch.chdir(tmp_path)
+    bare("small.pth", "vit_small_patch16_224")
+    assert main(["eval", command, "small.pth"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "small.pth: does not tell its architecture and is 384 wide, which vit_base_patch16_224 is not" in line
+    assert "nearest is --model.arch=vit_small_patch16_224" in line
+    bare("narrow.pth", "vit_tiny_patch16_224", embed_dim=56, num_heads=2)
+    with pytest.raises(ConfigError, match=r"is 56 wide.* nearest is --model\.arch=vit_tiny_patch16_224"):
+        read_weights("narrow.pth")
+
+
+def test_heads_that_are_told_are_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bare("small.pth", "vit_small_patch16_224")
+    bare("base.pth", "vit_base_patch16_224")
+    for name, arch, heads, expected in (
+        ("base.pth", "", 0, "vit_base_patch16_224"),
+        ("small.pth", "vit_small_patch16_224", 0, "vit_small_patch16_224"),
+        ("small.pth", "", 6, "vit_base_patch16_224"),
+    ):
+        assert read_weights(name, arch, heads).arch == expected
+        told = [f"--model.arch={arch}"] * bool(arch) + [f"--model.num_heads={heads}"] * bool(heads)
+        assert read_subject(name, [*told, "--decoder.depth=1"]).config.model.arch == expected
+    preset = ["--config", "ccmim_vit_small", "--decoder.depth=1"]
+    assert read_subject("small.pth", preset).config.model.arch == "vit_small_patch16_224"

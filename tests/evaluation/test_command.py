@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from timm.layers import resample_abs_pos_embed
 from tiny import tiny_config
 
 from ccmim_fast import cli
@@ -16,6 +17,7 @@ from ccmim_fast.evaluation.encoders import build_encoder, read_weights
 from ccmim_fast.evaluation.protocols import FIGURES, protocol
 from ccmim_fast.export.plain import export_timm
 from ccmim_fast.export.trained import read_trained
+from ccmim_fast.masks.subject import read_subject
 from ccmim_fast.models.encoder import build_encoder as ours
 from ccmim_fast.trainer.loop import fit
 
@@ -89,18 +91,23 @@ def test_presets_hold_the_figures_of_their_protocols(name):
         assert of.config == EvalConfig()
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run of pretraining of one step, with another mean of its images and six heads."""
-    folder = tmp_path_factory.mktemp("run") / "run"
+def tiny_run(folder, size=(32, 32), **model):
+    """A run of pretraining of one step, with another mean of its images."""
     fit(
         tiny_config(
             run={"dir": str(folder), "tensorboard": False},
-            data={"source": "shapes", "samples": 8, "image_size": (32, 32), "mean": (0.4, 0.5, 0.6)},
-            model={"num_heads": 6},
+            data={"source": "shapes", "samples": 8, "image_size": size, "mean": (0.4, 0.5, 0.6)},
+            model=model,
             train={"batch_size": 8, "epochs": 1, "precision": "fp32", "device": "cpu"},
         )
     )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Of six heads."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    tiny_run(folder, num_heads=6)
     return folder
 
 
@@ -137,6 +144,34 @@ def test_maes_file_and_other_sizes(tmp_path):
     torch.testing.assert_close(read.forward_features(pixels), vit.eval().forward_features(pixels))
     larger = build_encoder(weights, (64, 48), num_heads=3).eval()
     assert larger.forward_features(torch.randn(1, 3, 64, 48)).shape == (1, 1 + 8 * 6, 48)
+    expected = resample_abs_pos_embed(vit.pos_embed, new_size=(8, 6), old_size=(4, 4))
+    torch.testing.assert_close(larger.pos_embed, expected)
+
+
+@pytest.mark.parametrize("any_size", [False, True])
+@pytest.mark.parametrize("told_by", ["run", "export"])
+def test_positions_stay_where_the_run_had_them(told_by, any_size, tmp_path):
+    """A run of 2 x 8 patches, read at as many in a square, at its transpose, and at other numbers."""
+    tiny_run(tmp_path / "run", (16, 64))
+    trained = read_trained(str(tmp_path / "run"))
+    [exported] = export_timm(trained, tmp_path / "e.safetensors")
+    weights = read_weights(str({"run": tmp_path / "run", "export": exported}[told_by]))
+    assert told_by == "run" or read_subject(str(exported), ["--decoder.depth=1"]).config.data.image_size == (16, 64)
+    own = trained.model.encoder.pos_embed
+    for rows, columns in ((2, 8), (4, 4), (8, 2), (7, 7)):
+        size = (8 * rows, 8 * columns)
+        vit = build_encoder(weights, size, any_size=any_size).eval()
+        expected = resample_abs_pos_embed(own, new_size=(rows, columns), old_size=(2, 8))
+        torch.testing.assert_close(vit.pos_embed, expected, msg=f"{rows} x {columns}")
+        assert torch.equal(vit.pos_embed, own) == ((rows, columns) == (2, 8))
+        assert vit.forward_features(torch.zeros(1, 3, *size)).isfinite().all()
+
+
+def test_positions_are_not_resampled_by_the_size_of_timms_weights(tmp_path):
+    """7 x 28 patches of 16 pixels are as many as 14 x 14, timm's own: they are no square for that."""
+    tiny_run(tmp_path / "run", (112, 448), patch_size=16)
+    vit = build_encoder(read_weights(str(tmp_path / "run")), (112, 448))
+    assert torch.equal(vit.pos_embed, read_trained(str(tmp_path / "run")).model.encoder.pos_embed)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_beats_a_constant_guess_and_itself_untrained(evaluated, cache):
         assert result["figures"][figure] > chance + MARGIN, (figure, chance)
     assert result["chance"] is None
     assert "detect.width: 16 (256)" in result["deviations"]
-    assert result["deviations"][0].endswith("(117266 images to train on, 5000 to test on, 80 classes)")
+    assert result["deviations"][1].endswith("(117266 images to train on, 5000 to test on, 80 classes)")
 
 
 def test_goes_on_bit_for_bit(evaluated, tmp_path):

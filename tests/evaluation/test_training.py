@@ -38,6 +38,7 @@ def test_beats_chance(evaluated, name):
     result = evaluated(name, *SHORT, *TRAINS[name])
     assert max(result["figures"].values()) > CHANCE + MARGIN
     assert any(line.startswith("train.batch_size: 100 (") for line in result["deviations"])
+    assert (result["deviations"][0] == "encoder: width 48, patch 8 (ViT-B/16)") == (name == "finetune")
 
 
 @pytest.mark.parametrize("name", TRAINS)

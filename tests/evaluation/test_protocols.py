@@ -1,0 +1,73 @@
+"""Whose encoder the figures of a preset are of."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ccmim_fast.config.load import presets
+from ccmim_fast.evaluation.encoders import IMAGENET, Weights, read_weights
+from ccmim_fast.evaluation.images import Images
+from ccmim_fast.evaluation.protocols import deviations, protocol
+
+OWN = {"ViT-B/16": (768, 16), "ViT-L/16": (1024, 16), "ViT-H/14": (1280, 14)}
+PRESETS = {
+    "finetune": "ViT-B/16",
+    "finetune_large": "ViT-L/16",
+    "finetune_huge": "ViT-H/14",
+    "detection": "ViT-B/16",
+    "detection_vitdet": "ViT-B/16",
+    "segmentation": "ViT-B/16",
+    "segmentation_cae": "ViT-B/16",
+}
+
+
+class Counted(SimpleNamespace):
+    """So many images of so many classes."""
+
+    excluded_X = ()
+
+    def __len__(self):
+        return self.count
+
+
+def found(name, weights):
+    """Deviations of a run that keeps all of the preset's figures and images."""
+    of = protocol(name.partition("_")[0], name)
+    train, test, classes = of.images or (2, 2, 2)
+    images = (Images(Counted(count=count, class_names=range(classes)), None) for count in (train, test))
+    return deviations(of, of.config, weights, *images)
+
+
+def of_size(width, patch):
+    tensors = {
+        "patch_embed.proj.weight": torch.zeros(width, 3, patch, patch),
+        "blocks.0.norm1.weight": torch.zeros(width),
+    }
+    return Weights("a.pth", "x", tensors, 0, *IMAGENET)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_figures_are_of_one_encoder(name):
+    own = PRESETS[name]
+    assert found(name, of_size(*OWN[own])) == []
+    for width, patch in {(384, 16), (768, 8), *OWN.values()} - {OWN[own]}:
+        assert found(name, of_size(width, patch)) == [f"encoder: width {width}, patch {patch} ({own})"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "expected"),
+    [
+        ("vit_base_patch16_224", []),
+        ("vit_small_patch32_224", ["encoder: width 384, patch 32 (ViT-B/16)"]),
+        ("xcit_nano_12_p8_224", ["encoder: width 128, patch 8 (ViT-B/16)"]),
+        ("mvitv2_tiny", ["encoder: width 768, patch 0 (ViT-B/16)"]),
+    ],
+)
+def test_initial_weights_have_an_encoder_too(arch, expected):
+    assert found("finetune", read_weights(f"timm:{arch}")) == expected
+
+
+@pytest.mark.parametrize("name", [name for name in presets("eval") if name not in PRESETS])
+def test_other_figures_are_of_any_encoder(name):
+    assert found(name, of_size(384, 8)) == []
