@@ -19,9 +19,9 @@ from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.protocols import FOLDER, Protocol, deviations, protocol, write_result
 from ccmim_fast.evaluation.segmentation.run import open_scenes
 from ccmim_fast.evaluation.segmentation.run import run as segmentation
-from ccmim_fast.trainer.distributed import Session, main_first, session
-from ccmim_fast.trainer.run_folder import check_apart, describe_run, environment, evaluation_folder, open_run_folder
-from ccmim_fast.trainer.run_state import recorded
+from ccmim_fast.ranks.session import Session, main_first, session
+from ccmim_fast.runs.folder import check_apart, describe_run, environment, evaluation_folder, open_run_folder
+from ccmim_fast.runs.state import recorded
 
 
 class Evaluation(NamedTuple):

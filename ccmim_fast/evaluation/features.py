@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ccmim_fast.data.batch import Batch
+from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.errors import DataError, NumericsError
 
 

@@ -7,15 +7,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ccmim_fast.data.source import usable
-from ccmim_fast.data.torch_loader import evaluation_batches
+from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.features import extract
 from ccmim_fast.evaluation.images import Images
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.knn import knn_accuracies
 from ccmim_fast.evaluation.linear import logreg_accuracy
-from ccmim_fast.trainer.distributed import from_main
-from ccmim_fast.trainer.precision import choose_precision
+from ccmim_fast.models.precision import choose_precision
+from ccmim_fast.ranks.session import from_main
 
 _BATCH = 256  # images encoded at once by a rank
 

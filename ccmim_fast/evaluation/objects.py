@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ccmim_fast.data.batch import Batch
-from ccmim_fast.data.plan import MicroBatch
 from ccmim_fast.data.source import Source
-from ccmim_fast.data.torch_loader import crop_and_resize
+from ccmim_fast.data.stream.batch import Batch
+from ccmim_fast.data.stream.plan import MicroBatch
+from ccmim_fast.data.stream.torch_loader import crop_and_resize
+from ccmim_fast.engine.loop import Trainer
+from ccmim_fast.engine.step import StepResult
 from ccmim_fast.errors import DataError
 from ccmim_fast.evaluation.masks import object_leakage, object_patches, score_auroc
-from ccmim_fast.trainer.loop import Trainer
-from ccmim_fast.trainer.step import StepResult
 
 LOOKED_AT = 256  # images of a step at most: 26 ms of a core at 64 pixels a side, 143 ms at 224 (AMD EPYC)
 

@@ -21,7 +21,7 @@ from ccmim_fast.export.trained import Trained
 from ccmim_fast.models.build import build_model
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.optim.optimizer import build_optimizer
-from ccmim_fast.trainer.run_folder import describe_run, open_run_folder
+from ccmim_fast.runs.folder import describe_run, open_run_folder
 
 _NEW = ("decoder", "projector", "predictor")  # parts that a file may lack as a whole: they start anew
 _SHOWN = 4  # names in one line

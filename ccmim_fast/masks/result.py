@@ -14,7 +14,7 @@ from ccmim_fast.config.keys import flatten
 from ccmim_fast.config.schema import Config
 from ccmim_fast.evaluation.scored import Scored, of_scores
 from ccmim_fast.masks.picture import HEADINGS, Drawn, moments_png, strategies_png
-from ccmim_fast.trainer.run_folder import environment
+from ccmim_fast.runs.folder import environment
 
 STRATEGIES_FILE, MOMENTS_FILE = "masks.png", "moments.png"
 MEANING = """auroc: in how many pairs of an object patch and another one the object's has the higher score; 0.5 where

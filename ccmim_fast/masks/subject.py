@@ -19,7 +19,7 @@ from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.output import Known
 from ccmim_fast.models.scores import check_scores
 from ccmim_fast.report.looks import FewImages, anywhere, epoch_of, known_of, restored, spread
-from ccmim_fast.trainer.run_folder import CHECKPOINTS, evaluation_folder
+from ccmim_fast.runs.folder import CHECKPOINTS, evaluation_folder
 
 PROG = "ccmim eval masks"
 # Settings that change something here; and the sizes of weights that do not tell them.

@@ -15,11 +15,11 @@ from ccmim_fast.bank.warp import read
 from ccmim_fast.checkpoints import io
 from ccmim_fast.config.load import from_yaml
 from ccmim_fast.config.schema import Config, DataConfig
-from ccmim_fast.data.batch import Batch, make_batch
-from ccmim_fast.data.loader import build_source
-from ccmim_fast.data.plan import MicroBatch
+from ccmim_fast.data.build import build_source
 from ccmim_fast.data.source import Source, usable, usable_ids
-from ccmim_fast.data.torch_loader import crop_and_resize
+from ccmim_fast.data.stream.batch import Batch, make_batch
+from ccmim_fast.data.stream.plan import MicroBatch
+from ccmim_fast.data.stream.torch_loader import crop_and_resize
 from ccmim_fast.errors import CcmimError, CheckpointError, DataError
 from ccmim_fast.models.build import build_model
 from ccmim_fast.models.ccmim import CCMIM

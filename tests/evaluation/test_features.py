@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ccmim_fast.data.batch import Batch
+from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.errors import DataError, NumericsError
 from ccmim_fast.evaluation.features import extract
 
