@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
-from ccmim_fast.config.keys import check_key, sections, settings, show
+from ccmim_fast.config.keys import sections, settings, show, unknown_key
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
 
@@ -42,7 +42,8 @@ def read_settings(content: bytes | str, source: str, schema: type = Config) -> d
         raise ConfigError(f"not valid YAML{source}{line}: {' '.join(reason.split())}") from None
     given: dict[str, str | list[str]] = {}
     for key, value in _leaves(document, source, schema):
-        check_key(key, source=source, schema=schema)
+        if key not in settings(schema):
+            raise unknown_key(key, settings(schema), source=source, schema=schema)
         if key in given:
             raise ConfigError(f"{key}: is given twice{source}")
         # A deeper value is not shown: aliases make small files that are endless when printed.
