@@ -11,7 +11,7 @@ LAYERS = ["config", "data", "models", "bank", "losses", "optim", "checkpoints", 
 LAYERS += ["evaluation", "report", "export", "masks", "ablation", "commands"]
 ONE_FILE = {
     "nvidia": "data/stream/dali_loader.py",
-    "xformers": "models/attention.py",
+    "xformers": "models/block.py",
     "apex": "optim/apex.py",
     "torchmetrics": "evaluation/detection/precision.py",
     "submitit": "commands/submit.py",

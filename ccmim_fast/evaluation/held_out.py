@@ -15,7 +15,7 @@ from ccmim_fast.data.source import Source
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.evaluation import extract, knn_accuracy, logreg_accuracy
 from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.models.encoder import tokens_of
+from ccmim_fast.models.tokens import tokens_of
 
 HELD_OUT = 1000  # images that no run trains on
 NEIGHBOURS = 20  # of kNN, or all images where they are fewer

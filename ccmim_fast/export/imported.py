@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import Tensor
 
+from ccmim_fast.build.model import build_model
 from ccmim_fast.checkpoints import io
 from ccmim_fast.checkpoints.published import TIMM, Published, read_published
 from ccmim_fast.checkpoints.state import Progress, capture
@@ -18,7 +19,6 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import CheckpointError, ConfigError
 from ccmim_fast.export.plain import write_weights
 from ccmim_fast.export.trained import Trained
-from ccmim_fast.models.build import build_model
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.optim.optimizer import build_optimizer
 from ccmim_fast.runs.folder import describe_run, open_run_folder

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ccmim_fast.build.model import build_model
 from ccmim_fast.checkpoints import io
 from ccmim_fast.checkpoints.manifest import MANIFEST
 from ccmim_fast.checkpoints.published import TIMM, assumed_arch, known_arch, read_published
@@ -14,10 +15,8 @@ from ccmim_fast.config.load import difference, from_yaml, load_config
 from ccmim_fast.config.schema import Config, ModelConfig, RunConfig
 from ccmim_fast.errors import CheckpointError, ConfigError
 from ccmim_fast.export.imported import derived, fill_
-from ccmim_fast.models.build import build_model
 from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.models.output import Known
-from ccmim_fast.models.scores import check_scores
+from ccmim_fast.models.scores import PriorScores, check_scores
 from ccmim_fast.report.looks import FewImages, anywhere, epoch_of, known_of, restored, spread
 from ccmim_fast.runs.folder import CHECKPOINTS, evaluation_folder
 
@@ -47,7 +46,7 @@ class Subject(NamedTuple):
     epoch: float | None = None
     state: dict[str, Any] | None = None
 
-    def known(self, few: FewImages) -> Known | None:
+    def known(self, few: FewImages) -> PriorScores | None:
         """What the run's score bank says of the images, if it does."""
         return None if self.state is None else known_of(self.model, self.state, few)
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from tiny import images, tiny_config
 
+from ccmim_fast.build.model import build_model
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine import build as trainer_build
 from ccmim_fast.engine.loop import fit
 from ccmim_fast.engine.step import TrainStep
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.models.build import build_model
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.optim.optimizer import build_optimizer
