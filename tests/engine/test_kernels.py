@@ -92,10 +92,10 @@ def test_nan_scores_are_reported_with_the_sample(tmp_path, monkeypatch, capsys, 
     """Sample 5's tokens are NaN in one step; the next logged line names it, once."""
 
     class Poisoned(CCMIM):
-        def divide(self, x_BLD, ids_B, epoch, partition=None, known=None):
+        def divide(self, x_BLD, ids_B, epoch, partition=None, prior=None):
             if (torch.as_tensor(epoch) == 1).all():
                 x_BLD = torch.where((ids_B == 5)[:, None, None], torch.nan, x_BLD)
-            return super().divide(x_BLD, ids_B, epoch, partition, known)
+            return super().divide(x_BLD, ids_B, epoch, partition, prior)
 
     def build(config):
         model = build_model(config)

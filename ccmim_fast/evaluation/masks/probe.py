@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ccmim_fast.build.model import build_objective
 from ccmim_fast.config.schema import Config
-from ccmim_fast.evaluation.masks import object_leakage, object_patches, score_auroc
+from ccmim_fast.evaluation.masks.metrics import object_leakage, object_patches, score_auroc
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.output import Output
 from ccmim_fast.models.scores import AllBlocks, PriorScores
