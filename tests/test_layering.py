@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Each folder may import itself and what stands before it; errors.py and registry.py are everyone's, cli.py and its commands see all.
+# A folder may import itself and what stands before it; errors.py and registry.py are everyone's, cli.py sees all.
 LAYERS = ["config", "data", "models", "bank", "losses", "build", "optim", "checkpoints", "runs", "ranks", "profile"]
 LAYERS += ["engine", "report", "evaluation", "export", "ablation", "commands"]
 ONE_FILE = {
