@@ -131,7 +131,12 @@ def test_fault_27_command_lines(monkeypatch):
     seen = Counter()
     for name in (
         *("trainer.loop.fit", "demo.run_demo", "submit.hand_in", "ablation.command.run_all"),
-        *("data.rates.measure_rates", "data.verify.verify", "doctor.gpus", "evaluation.command.open_run_folder"),
+        *(
+            "data.throughput.measure_throughput",
+            "data.verify.verify",
+            "doctor.gpus",
+            "evaluation.command.open_run_folder",
+        ),
         *("masks.subject.build_model", "masks.subject.restored"),
         *("export.trained.build_model", "export.imported.build_model", "export.hub.push"),
     ):
