@@ -26,7 +26,7 @@ from ccmim_fast.errors import NumericsError, StoppedError
 from ccmim_fast.optim.schedule import lr_at, scaled_lr
 from ccmim_fast.profile.meter import Meter
 from ccmim_fast.profile.profiler import Profile, check_room
-from ccmim_fast.ranks.session import Session, main_first, max_over_ranks, mean_over_ranks, session
+from ccmim_fast.ranks.session import Session, main_first, max_over_ranks, mean_over_ranks, open_session
 from ccmim_fast.ranks.signals import StopSignals
 from ccmim_fast.runs.folder import describe_run, open_run_folder
 from ccmim_fast.runs.metrics import Metrics, ProgressLine
@@ -46,7 +46,7 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None
     Raises:
         CcmimError: a user's error, with its exit code.
     """
-    with session(config.train.device, config.watch.timeout) as here:
+    with open_session(config.train.device, config.watch.timeout) as here:
         validate(config, here.world_size)
         check_device(config, here, looks=after_epoch is not None)
         if config.train.find_batch:
@@ -66,7 +66,7 @@ class Trainer:
     def __init__(self, config: Config, here: Session, after_epoch: AfterEpoch | None = None, more: More | None = None):
         self.config, self.here, self.after_epoch, self.more = config, here, after_epoch, more
         self.folder = open_run_folder(config) if here.is_main else Path(config.run.dir)
-        here.watchdog.open(self.folder)
+        here.watchdog.start(self.folder)
         with main_first(here):  # that indexes the images, if nobody has
             self.source = build_source(config.data, config.seed)
         check_images(self.source, here)
@@ -102,7 +102,7 @@ class Trainer:
         check_room(config.train.profile, left=self.total_steps - self.step)
         self.nan_id = torch.full((), -1, device=here.device)
         self.watch, self.spikes = StepMonitor(here), Spikes(config.watch.spike)
-        self.signals = StopSignals(to_the_end=here.world_size > 1)
+        self.signals = StopSignals(keep_after_error=here.world_size > 1)
         self.meter = Meter(config.train.batch_size, here, count_flops(self.train_step), self.train_step.precision.dtype)
         self.metrics = None
         if here.is_main:
@@ -169,7 +169,7 @@ class Trainer:
         return epochs if epochs > (self.seen - self.config.train.batch_size) // self.samples else 0
 
     def _train(self, batches: list[Batch]) -> StepResult:
-        self.here.watchdog.mark("in step", self.step + 1)
+        self.here.watchdog.enter_phase("in step", self.step + 1)
         if self.config.model.drop_path > 0:
             # Stochastic depth draws from the global generator: keyed by step and rank, so that a resumed run repeats.
             torch.manual_seed((self.config.seed << 40) + self.step * self.here.world_size + self.here.rank)
@@ -289,7 +289,7 @@ class Trainer:
         return bool(every and epoch) and epoch % every == 0 and self.seen >= epoch * self.samples
 
     def _look(self, epoch: int) -> None:
-        self.here.watchdog.mark("looking at the model")
+        self.here.watchdog.enter_phase("evaluating the model")
         if self.after_epoch is not None and self.here.is_main:
             self.model.eval()
             self.after_epoch(epoch, self)

@@ -26,7 +26,7 @@ from ccmim_fast.evaluation.job import Job
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.optim.ema import averaged_in, build_ema, update_ema_
 from ccmim_fast.optim.schedule import scaled_lr, schedule_lr
-from ccmim_fast.ranks.session import from_main, max_over_ranks, mean_over_ranks, wait_for_all
+from ccmim_fast.ranks.session import barrier, broadcast, max_over_ranks, mean_over_ranks
 from ccmim_fast.ranks.signals import StopSignals
 from ccmim_fast.runs.metrics import Metrics, ProgressLine
 
@@ -223,7 +223,7 @@ class Training:
                 "settings": {key: str(value) for key, value in flatten(self.config).items()},
             }
             io.save(self.checkpoints, self.step, state, self.config.run.keep)
-        wait_for_all()
+        barrier()
 
     def _resume(self) -> int:
         """Load the newest checkpoint that the first rank can; returns its step, 0 where there is none.
@@ -232,7 +232,7 @@ class Training:
             ConfigError: a setting, or the encoder it began with, is not that of the checkpoint.
             CheckpointError: it is of something else.
         """
-        path = from_main(io.newest(self.checkpoints).path if self.here.is_main else None)
+        path = broadcast(io.newest(self.checkpoints).path if self.here.is_main else None)
         if path is None:
             return 0
         state = io.load(path)

@@ -15,7 +15,7 @@ from ccmim_fast.evaluation.frozen.logreg import logreg_accuracy
 from ccmim_fast.evaluation.images import Images
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.models.precision import choose_precision
-from ccmim_fast.ranks.session import from_main
+from ccmim_fast.ranks.session import broadcast
 
 _BATCH = 256  # images encoded at once by a rank
 
@@ -37,7 +37,7 @@ def logreg(job: Job) -> dict[str, float]:
     train = of_all_ranks(*features(job, job.train), usable_count(job.train.source))
     test = of_all_ranks(*features(job, job.test), usable_count(job.test.source))
     accuracy = logreg_accuracy(*train, *test, job.config.logreg.c)[0] if job.here.is_main else None
-    return {"accuracy": from_main(accuracy)}
+    return {"accuracy": broadcast(accuracy)}
 
 
 def features(job: Job, images: Images) -> tuple[Tensor, Tensor]:
