@@ -20,9 +20,9 @@ from ccmim_fast.config.load import from_yaml
 from ccmim_fast.data.build import build_source
 from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.engine.loop import fit
-from ccmim_fast.evaluation import scored
-from ccmim_fast.evaluation.masks import object_patches
-from ccmim_fast.evaluation.objects import MaskFolder
+from ccmim_fast.evaluation.masks import scored
+from ccmim_fast.evaluation.masks.metrics import object_patches
+from ccmim_fast.evaluation.masks.objects import MaskFolder
 from ccmim_fast.runs.folder import evaluation_folder
 
 SIZE, GRID, SAMPLES = (32, 48), (4, 6), 24
@@ -177,7 +177,7 @@ def test_pictures_have_their_rows_and_columns(trained, tmp_path):
 
 
 def test_moments_begin_with_the_weights_that_the_seed_draws(trained, tmp_path):
-    from ccmim_fast.models.build import build_model
+    from ccmim_fast.build.model import build_model
 
     result, _ = looked(trained, "--moments=3", out=tmp_path / "out")
     assert [(moment["step"], moment["epoch"]) for moment in result["moments"]] == [(0, 0), (2, 1), (4, 2), (6, 3)]
