@@ -14,6 +14,11 @@ from ccmim_fast.errors import ConfigError
 # Spellings of the command line alone.
 SHORT = {"resume": "run.resume", "overwrite": "run.overwrite", "allow-change": "run.allow_change"}
 
+# Settings of earlier versions: files and checkpoints may still hold them, with any value, and they count for nothing.
+_ALWAYS = "the trainer always saves this work; the switch was removed, leave it out"
+_SAVINGS = ("fold_input", "visible_gradient", "fold_score", "masked_no_grad", "cls_only", "masked_only", "row_ops")
+REMOVED = {f"fast.{name}": _ALWAYS for name in (*_SAVINGS, "onednn_linear")}
+
 
 class Setting(NamedTuple):
     """One leaf of the schema.
@@ -99,6 +104,8 @@ def unknown_key(
         prefix: the characters before a key where it was given: "--" on a command line.
         source: that place, for the message: " in demo.yaml".
     """
+    if key in REMOVED:
+        return ConfigError(f"{prefix}{key}: {REMOVED[key]}")
     name = prefix + key if key.isprintable() and len(key) <= 80 else show(key)
     if schema is not None and key in sections(schema):
         leaves = ", ".join(known for known in settings(schema) if known.startswith(f"{key}."))
