@@ -51,7 +51,7 @@ def pretrain(argv: list[str]) -> None:
     if config.data.source != "shapes":
         fit(config)
         return
-    from ccmim_fast.evaluation.objects import object_figures
+    from ccmim_fast.evaluation.masks.objects import object_figures
 
     fit(config, more=object_figures)
 
@@ -73,7 +73,7 @@ def runs(argv: list[str]) -> None:
 def evaluate(argv: list[str]) -> None:
     """`ccmim eval NAME CHECKPOINT [settings]`: a checkpoint by a published protocol; or what it looks at and hides."""
     if argv[:1] == ["masks"]:
-        from ccmim_fast.masks.command import masks
+        from ccmim_fast.evaluation.masks.command import masks
 
         masks(argv[1:])
         return

@@ -28,8 +28,8 @@ def report(argv: list[str]) -> Path:
         raise ConfigError(f"--out={given.out}: is a folder; write --out={given.out / 'report.html'}")
     # Behind the checks: torch and matplotlib take seconds to import.
     from ccmim_fast.report import RunView, write_report
-    from ccmim_fast.report.looks import look_back
     from ccmim_fast.report.runs import Comparison
+    from ccmim_fast.report.snapshots import look_back
 
     names = names_of(folders)
     rows = [(name, describe(folder, folder.parent)) for name, folder in zip(names, folders)]

@@ -15,10 +15,10 @@ from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.load import presets
 from ccmim_fast.engine.loop import fit
 from ccmim_fast.evaluation.encoders import build_encoder, read_weights
+from ccmim_fast.evaluation.masks.subject import read_subject
 from ccmim_fast.evaluation.protocols import FIGURES, protocol
 from ccmim_fast.export.plain import export_timm
 from ccmim_fast.export.trained import read_trained
-from ccmim_fast.masks.subject import read_subject
 from ccmim_fast.models.encoder import build_encoder as ours
 
 CHANCE, MARGIN = 1 / 3, 0.25
