@@ -1,9 +1,9 @@
 """The losses: L = L_recons + lambda * L_contrast (Eq. 10), and the criteria it is made of.
 
-A target is a line of `registry.TARGETS`. Its criterion is L_recons (Eq. 9): it is built with the patch's side in pixels,
-the images' mean and std per channel, and settings of the section `target` as keyword arguments; `width` is P, the values
-that the decoder predicts of a patch; it is called with predictions [B, M, P], which receive a gradient, uint8 images
-[B, H, W, C] and masked patches [B, M] int64, and returns the mean over images, masked patches and values.
+A target is a line of `registry.TARGETS`. Its criterion is L_recons (Eq. 9): it is built with the side of a patch in
+pixels, mean and std of the images per channel, and settings of the section `target` as keyword arguments; `width` is P,
+the number of values that the decoder predicts of a patch. It is called with predictions [B, M, P], which receive a
+gradient, uint8 images [B, H, W, C] and masked patches [B, M] int64, and returns the mean over all predicted values.
 
 A contrastive loss is a line of `registry.CONTRASTS`. Its criterion is built with settings of the section `contrast` and
 called with hV [B, E] (for Eq. 8 p(hV)), the teacher hM [B, E], which receives no gradient, and the rows of all ranks
