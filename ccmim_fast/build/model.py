@@ -12,7 +12,7 @@ from torch import nn
 from ccmim_fast import registry
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.losses.reconstruction import Objective
+from ccmim_fast.losses.criteria import Objective
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.decoder import Decoder
 from ccmim_fast.models.encoder import build_encoder, configure_blocks
