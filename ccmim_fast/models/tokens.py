@@ -1,6 +1,6 @@
-"""From pixels to tokens, and tokens through the encoder's blocks.
+"""This file embeds pixels as tokens, and passes tokens through the encoder's blocks.
 
-The images' normalisation is folded into the patch embedding, and the gradient of the embedding is computed for visible
+The normalisation of the images is folded into the patch embedding, and the gradient of the embedding is computed for visible
 patches alone.
 """
 
