@@ -116,7 +116,7 @@ def build_step(config: Config, here: Session) -> TrainStep:
 
 
 def is_divided(config: Config, here: Session) -> bool:
-    """Return whether ranks share the weights among them; a process alone has them all, whatever `train.parallel` says."""
+    """Return whether ranks share the weights among them; a process alone has them all."""
     return config.train.parallel == "fsdp" and here.world_size > 1
 
 
@@ -126,7 +126,7 @@ def has_bank(config: Config) -> bool:
 
 
 def choose_shards(config: Config) -> int:
-    """Return how many parts of the images have ranks of their own: `score.shards`, or for 0 one per node if there is a bank."""
+    """Return how many parts of the images have ranks of their own: `score.shards`; for 0 one per node with a bank."""
     return config.score.shards or (node_count() if has_bank(config) else 1)
 
 

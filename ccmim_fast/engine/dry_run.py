@@ -56,9 +56,9 @@ def dry_run(step: TrainStep) -> Iterator[None]:
 
 
 def count_flops(step: TrainStep) -> dict[Any, float]:
-    """Count the FLOPs per image of forward and backward pass, by operator, as torch's dispatcher counts them over an eager pass.
+    """Count the FLOPs per image of an eager forward and backward pass, by operator, as torch's dispatcher sees them.
 
-    Over two images; the contrastive loss, which alone grows with the square of the batch, is below 0.1 % of a step.
+    The pass is over two images; the contrastive loss alone grows with the square of the batch: below 0.1 % of a step.
     """
     with dry_run(step), flop_counter() as counter:
         batch = synthetic_batch(step, 2)
