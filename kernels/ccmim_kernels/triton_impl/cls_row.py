@@ -1,4 +1,4 @@
-"""The [CLS] row of an attention map, keys read once: the kernel of `cls_row`."""
+"""This kernel of `cls_row` computes the [CLS] row of an attention map, keys read once."""
 
 # B batch, T tokens, P prefix tokens, L patches (T = P + L), N heads, H head dim
 
@@ -7,12 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ccmim_kernels.gather_tokens.triton_impl import rows_contiguous
-from ccmim_kernels.launch import launch, row_size
+from ccmim_kernels.triton_impl.launch import ROW_SIZES, fitting, launch, rows_contiguous
 
 
 @triton.jit(do_not_specialize=["T", "N", "prefix", "has_total", "softmax"])
-def cls_row_kernel(
+def ccmim_cls_row_kernel(
     q_ptr,  # [B, N, H] float, last dimension contiguous
     k_ptr,  # [B, T, N, H] float, last dimension contiguous
     total_ptr,  # [B, L] fp32; not read where has_total = 0
@@ -32,7 +31,7 @@ def cls_row_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One program per image, heads in turn. Replaces: einsum, softmax, slice, mean, add. Reads B * T * N * H keys."""
+    """Compute one image's row, heads in turn. Replaces: einsum, softmax, slice, mean, add. Reads B * T * N * H keys."""
     image = tl.program_id(0).to(tl.int64)
     token = tl.arange(0, BLOCK_T)
     valid = token < T
@@ -60,33 +59,16 @@ def cls_row_kernel(
     tl.store(out_ptr + place, total + mean / N, mask=kept)
 
 
-def cls_row(
-    q_BNH: Tensor, k_BTNH: Tensor, prefix: int, kind: str, scale: float, total_BL: Tensor | None = None
-) -> Tensor:
-    """Launch the kernel."""
+def cls_row(q_BNH: Tensor, k_BTNH: Tensor, total_BL: Tensor | None, prefix: int, kind: str, scale: float) -> Tensor:
+    """Launch the kernel of `cls_row`."""
     B, T, N, H = k_BTNH.shape
-    size = row_size(T, "tokens")
+    size = fitting(ROW_SIZES, T, "tokens")
     q_BNH, k_BTNH = rows_contiguous(q_BNH), rows_contiguous(k_BTNH)
     out_BL = torch.empty(B, T - prefix, dtype=torch.float32, device=k_BTNH.device)
-    launch(
-        cls_row_kernel,
-        B,
-        q_BNH,
-        k_BTNH,
-        out_BL if total_BL is None else total_BL.contiguous(),
-        out_BL,
-        T,
-        N,
-        prefix,
-        int(total_BL is not None),
-        int(kind == "softmax"),
-        float(scale),
-        H,
-        *q_BNH.stride()[:2],
-        *k_BTNH.stride()[:3],
-        BLOCK_T=size,
-        # 32 values a thread, 8 of heads that are no multiple of 16 wide (see `tile_for`); a head seldom exceeds 64.
-        BLOCK_H=min(64, (8192 if H % 16 == 0 else 2048) // size),
-        warps=8,
-    )
+    tensors = (q_BNH, k_BTNH, out_BL if total_BL is None else total_BL.contiguous(), out_BL)
+    flags = (int(total_BL is not None), int(kind == "softmax"))
+    strides = (*q_BNH.stride()[:2], *k_BTNH.stride()[:3])
+    # 32 values a thread, 8 of heads that are no multiple of 16 wide (see `tile_for`); a head seldom exceeds 64.
+    tile = {"BLOCK_T": size, "BLOCK_H": min(64, (8192 if H % 16 == 0 else 2048) // size), "warps": 8}
+    launch(ccmim_cls_row_kernel, B, *tensors, T, N, prefix, *flags, float(scale), H, *strides, **tile)
     return out_BL

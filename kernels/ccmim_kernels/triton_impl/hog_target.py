@@ -1,4 +1,4 @@
-"""Gradients, votes and histograms of the masked patches alone, in one launch: the kernel of `hog_target`."""
+"""This kernel of `hog_target` computes gradients, votes and histograms of the masked patches alone, in one launch."""
 
 # B batch, H height, W width, C channels, L patches, M masked, Q bins, X pixels of a cell, R histograms of a program
 
@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ccmim_kernels.hog_target.reference import boundaries
-from ccmim_kernels.launch import launch
+from ccmim_kernels.hog_target import EPS, boundaries
+from ccmim_kernels.triton_impl.launch import fitting, launch
 
 # Histograms of a program, at most: neighbours in memory (channels, then cells side by side), so that a warp's loads of
 # 8 pixels of each touch one line or two, and sums over 64 pixels need no shared memory. Not measured yet.
@@ -19,18 +19,18 @@ _THREAD = 8  # pixels of histograms a thread; not measured yet
 # Pixels of a cell (8, 16, 32 a side) and bins: the smallest of these that suffices.
 _CELL_SIZES, _BIN_SIZES = (64, 256, 1024), (16, 64)
 _INTEGERS = ["height", "width", "channels", "masked", "patch", "cell", "bins", "tiles"]
-_EPS = tl.constexpr(1e-12)  # as in reference.py
+_EPS = tl.constexpr(EPS)
 
 
 @triton.jit
 def load_pixel(image_ptr, row, column, inside):
-    """[X, R] int32 at offset `row` + `column`; zero where not `inside`."""
+    """Load [X, R] int32 at offset `row` + `column`; zero where not `inside`."""
     return tl.load(image_ptr + (row + column), mask=inside, other=0).to(tl.int32)
 
 
 @triton.jit
 def sobel(image_ptr, y, x, channel, height, width, channels, inside):
-    """Gradients (along x, along y) [X, R] int32, borders reflected: row -1 is row 1, row H is row H - 2."""
+    """Return the gradients (along x, along y) [X, R] int32, borders reflected: row -1 is row 1, row H is row H - 2."""
     line = width * channels
     above = tl.where(y == 0, 1, y - 1) * line
     below = tl.where(y == height - 1, height - 2, y + 1) * line
@@ -48,7 +48,7 @@ def sobel(image_ptr, y, x, channel, height, width, channels, inside):
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
-def hog_target_kernel(
+def ccmim_hog_target_kernel(
     images_ptr,  # [B, H, W, C] uint8
     ids_ptr,  # [B, M] int64
     boundaries_ptr,  # [Q, 2] fp32: (cos, sin) of the angle a bin ends at; the last is not looked at
@@ -65,7 +65,7 @@ def hog_target_kernel(
     BLOCK_X: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """One program per image and ROWS of its M * (patch / cell)**2 * C histograms.
+    """Compute ROWS of one image's M * (patch / cell)**2 * C histograms.
 
     Replaces: padding, two Sobel filters over the whole image, atan2, one-hot votes (Q numbers a pixel), sums,
     normalising, patchify, gather. Moves a masked patch's pixels and their border once (the other seven readings are
@@ -113,46 +113,24 @@ def hog_target_kernel(
 
 @functools.cache
 def boundaries_on(device: torch.device, bins: int) -> Tensor:
-    """`reference.boundaries` and (0, 0) on a device, [Q, 2] float32; kept, for a copy would wait for the device."""
+    """Return `boundaries` and (0, 0) on a device, [Q, 2] float32; kept, for a copy would wait for the device."""
     return torch.tensor([*boundaries(bins), (0.0, 0.0)], dtype=torch.float32, device=device)
-
-
-def smallest(sizes: tuple[int, ...], length: int, what: str) -> int:
-    """The first of `sizes` that holds `length`; ValueError past the last."""
-    if length > sizes[-1]:
-        raise ValueError(f"{what}={length} must be at most {sizes[-1]} for kernels=triton; use kernels=reference")
-    return next(size for size in sizes if length <= size)
 
 
 def hog_target(
     images_BHWC: Tensor, ids_masked_BM: Tensor, patch: int, bins: int, cell: int, dtype: torch.dtype
 ) -> Tensor:
-    """Launch the kernel; [B, M, F] in `dtype`. Cells of at most 1024 pixels, at most 64 bins."""
+    """Launch the kernel; return [B, M, F] in `dtype`. Cells have at most 1024 pixels, histograms at most 64 bins."""
     B, M = ids_masked_BM.shape
     _, H, W, C = images_BHWC.shape
-    size = smallest(_CELL_SIZES, cell * cell, "cell * cell")
+    size = fitting(_CELL_SIZES, cell * cell, "cell * cell")
     rows = min(_ROWS, 2048 // size)
     histograms = (patch // cell) ** 2 * C
     tiles = triton.cdiv(M * histograms, rows)
     out_BMF = torch.empty((B, M, histograms * bins), dtype=dtype, device=images_BHWC.device)
-    launch(
-        hog_target_kernel,
-        B * tiles,
-        images_BHWC.contiguous(),
-        ids_masked_BM.contiguous(),
-        boundaries_on(images_BHWC.device, bins),
-        out_BMF,
-        H,
-        W,
-        C,
-        M,
-        patch,
-        cell,
-        bins,
-        tiles,
-        ROWS=rows,
-        BLOCK_X=size,
-        BLOCK_Q=smallest(_BIN_SIZES, bins, "bins"),
-        warps=size * rows // (32 * _THREAD),
-    )
+    limits = boundaries_on(images_BHWC.device, bins)
+    tensors = (images_BHWC.contiguous(), ids_masked_BM.contiguous(), limits, out_BMF)
+    block = {"ROWS": rows, "BLOCK_X": size, "BLOCK_Q": fitting(_BIN_SIZES, bins, "bins")}
+    warps = size * rows // (32 * _THREAD)
+    launch(ccmim_hog_target_kernel, B * tiles, *tensors, H, W, C, M, patch, cell, bins, tiles, **block, warps=warps)
     return out_BMF

@@ -1,4 +1,4 @@
-"""Keys, selection and partition in one launch: the kernel of `sample_partition`, and the parts `divide_tokens` shares.
+"""This kernel of `sample_partition` makes keys, selects and divides in one launch; `divide_tokens` shares its parts.
 
 The K-th largest key is found by bisection of its bits (32 counts over the row, no sort), ranks by a prefix sum.
 """
@@ -10,18 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ccmim_kernels.launch import launch, row_size, warps_for
 from ccmim_kernels.philox import STREAM_BLOCK, STREAM_MASK
+from ccmim_kernels.sample_partition import BLOCKS, LOG_ASPECT, empty_partition
+from ccmim_kernels.triton_impl.launch import ROW_SIZES, fitting, launch
 
 _INTEGERS = ["L", "keep", "has_logits", "seed", "stream", "rows", "columns", "block_min"]
-# Blocks of block-wise masking, and log(1 / 0.3) of their aspect ratio: as in reference.py.
-_BLOCKS = tl.constexpr(64)
-_LOG_ASPECT = tl.constexpr(1.2039728043259361)
+_BLOCKS, _LOG_ASPECT = tl.constexpr(BLOCKS), tl.constexpr(LOG_ASPECT)
 
 
 @triton.jit
 def draw_bits(seed, stream, epoch, sample, counter):
-    """Four words of Philox-4x32 for each `counter` (int32) of one sample: `ccmim_kernels.philox.philox_4x32`."""
+    """Draw four words of Philox-4x32 for each `counter` (int32) of one sample, as `philox.keyed_bits`."""
     key = (stream.to(tl.int64) << 32) | (seed.to(tl.int64) & 0xFFFFFFFF)
     zero = counter & 0
     id_low = (sample & 0xFFFFFFFF).to(tl.int32) + zero
@@ -31,13 +30,13 @@ def draw_bits(seed, stream, epoch, sample, counter):
 
 @triton.jit
 def unit(bits):
-    """(bits + 0.5) / 2**32 in float64, exactly."""
+    """Return (bits + 0.5) / 2**32 in float64, exactly."""
     return (bits.to(tl.uint32, bitcast=True).to(tl.float64) + 0.5) * 2.3283064365386963e-10
 
 
 @triton.jit
 def importance_keys(logits, patch, sample, seed, stream, epoch, inverse_temperature, gumbel_weight, uniform_weight):
-    """logits / T + gumbel_weight * Gumbel noise - uniform_weight * U(0, 1), float32, as `reference.importance_keys`."""
+    """Return logits / T + gumbel_weight * Gumbel noise - uniform_weight * U(0, 1), float32, as the reference does."""
     bits, _, _, _ = draw_bits(seed, stream, epoch, sample, patch)
     uniform = unit(bits)
     gumbel = (-tl.log(-tl.log(uniform))).to(tl.float32)
@@ -46,7 +45,7 @@ def importance_keys(logits, patch, sample, seed, stream, epoch, inverse_temperat
 
 @triton.jit
 def select_largest(keys, valid, count):
-    """True for the `count` largest valid keys; NaN is the largest of all, equal keys go by index, lowest first."""
+    """Select the `count` largest valid keys (True); NaN is the largest of all, equal keys go by index, lowest first."""
     # -0.0 equals 0.0, but its bits do not.
     bits = tl.where(keys == 0.0, 0.0, keys).to(tl.int32, bitcast=True)
     # Negative floats have descending bits: flipped, all floats are in the order of their integers, from 0 up.
@@ -78,7 +77,7 @@ def store_partition(masked, patch, valid, image, L, keep, visible_ptr, masked_pt
 
 @triton.jit
 def block_keys(patch, sample, seed, stream, epoch, masked, rows, columns, block_min, CHUNK: tl.constexpr):
-    """Minus the index of the first block that covers a patch, as `reference.block_keys`; `stream` is STREAM_BLOCK."""
+    """Return minus the index of the first block that covers a patch, as the reference; `stream` is STREAM_BLOCK."""
     smallest = tl.minimum(block_min, masked).to(tl.float64)
     row, column = (patch // columns)[:, None], (patch % columns)[:, None]
     first = patch * 0 + _BLOCKS
@@ -100,7 +99,7 @@ def block_keys(patch, sample, seed, stream, epoch, masked, rows, columns, block_
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
-def sample_partition_kernel(
+def ccmim_sample_partition_kernel(
     logits_ptr,  # [B, L] fp32; not read where has_logits = 0
     ids_ptr,  # [B] int64 sample ids
     epochs_ptr,  # [B] int64
@@ -124,7 +123,7 @@ def sample_partition_kernel(
     BLOCKWISE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program per image. Replaces: noise, argsort, scatter, two argsorts, gathers. Moves L * (4 + 17) bytes."""
+    """Divide one image. Replaces: noise, argsort, scatter, two argsorts, gathers. Moves L * (4 + 17) bytes."""
     image = tl.program_id(0).to(tl.int64)
     patch = tl.arange(0, BLOCK_L)
     valid = patch < L
@@ -142,33 +141,23 @@ def sample_partition_kernel(
     tl.store(nan_ptr + image, tl.max((valid & (keys != keys)).to(tl.int32)).to(tl.uint8))
 
 
-def noise_weights(strategy: str, noise: str) -> tuple[float, float]:
-    """(gumbel_weight, uniform_weight) of `importance_keys`; `random` has U(0, 1) as its only term."""
+def key_options(strategy: str, noise: str, temperature: float, seed: int) -> tuple[int, tuple[float, float, float]]:
+    """Return the seed as int32, and inverse temperature, Gumbel and uniform weight, for `importance_keys`.
+
+    `random` has U(0, 1) as its only term. An argument's type must not depend on its value, so the seed keeps its bits.
+    """
+    seed = seed - 2**32 if seed >= 2**31 else seed
     if strategy == "random":
-        return 0.0, -1.0
-    if strategy == "importance":
-        return 0.0, 0.0
-    return (1.0, 0.0) if noise == "gumbel" else (0.0, 1.0)
-
-
-def signed(word: int) -> int:
-    """The int32 with the bits of an unsigned 32-bit word: so that an argument's type never depends on its value."""
-    return word - 2**32 if word >= 2**31 else word
-
-
-def empty_partition(batch: int, patches: int, keep: int, device: torch.device) -> tuple[Tensor, ...]:
-    """ids_visible, ids_masked, ids_restore, mask and the NaN flag, unwritten; the last two as uint8."""
-    shapes = ((batch, keep), (batch, patches - keep), (batch, patches))
-    ids = tuple(torch.empty(shape, dtype=torch.int64, device=device) for shape in shapes)
-    flags = tuple(torch.empty(shape, dtype=torch.uint8, device=device) for shape in ((batch, patches), (batch,)))
-    return ids + flags
+        return seed, (1.0, 0.0, -1.0)
+    weights = {"gumbel": (1.0, 0.0), "uniform": (0.0, 1.0)}[noise] if strategy == "importance_sampling" else (0.0, 0.0)
+    return seed, (1.0 / temperature, *weights)
 
 
 def sample_partition(
     logits_BL: Tensor | None,
     ids_B: Tensor,
-    *,
-    grid: tuple[int, int],
+    rows: int,
+    columns: int,
     keep: int,
     seed: int,
     epochs_B: Tensor,
@@ -177,32 +166,17 @@ def sample_partition(
     temperature: float,
     block_min: int,
 ) -> tuple[Tensor, ...]:
-    """Launch the kernel; the five tensors of a `Partition`."""
-    patches = grid[0] * grid[1]
-    size = row_size(patches, "patches")
-    out = empty_partition(len(ids_B), patches, keep, ids_B.device)
-    ids_B = ids_B.contiguous()
-    blockwise = strategy == "block"
-    scored = strategy.startswith("importance")
-    launch(
-        sample_partition_kernel,
-        len(ids_B),
-        logits_BL.contiguous() if scored else torch.empty(0, dtype=torch.float32, device=ids_B.device),
-        ids_B,
-        epochs_B,
-        *out,
-        patches,
-        keep,
-        int(scored),
-        signed(seed),
-        STREAM_BLOCK if blockwise else STREAM_MASK,
-        1.0 if strategy == "random" else 1.0 / temperature,
-        *noise_weights(strategy, noise),
-        *grid,
-        block_min,
-        BLOCK_L=size,
-        BLOCKWISE=blockwise,
-        CHUNK=max(2, min(16, 4096 // size)),
-        warps=8 if blockwise else warps_for(size),
-    )
+    """Launch the kernel; return the five tensors of a `Partition`."""
+    patches, blockwise, scored = rows * columns, strategy == "block", logits_BL is not None
+    size = fitting(ROW_SIZES, patches, "patches")
+    out = empty_partition(ids_B, patches, keep, torch.uint8)
+    logits = logits_BL.contiguous() if scored else torch.empty(0, dtype=torch.float32, device=ids_B.device)
+    tensors = (logits, ids_B.contiguous(), epochs_B, *out)
+    seed, terms = key_options(strategy, noise, temperature, seed)
+    stream = STREAM_BLOCK if blockwise else STREAM_MASK
+    block = {"BLOCK_L": size, "BLOCKWISE": blockwise, "CHUNK": max(2, min(16, 4096 // size))}
+    # Keys are 4 a thread; blocks want more threads.
+    warps = 8 if blockwise else min(16, max(1, size // 128))
+    numbers = (patches, keep, int(scored), seed, stream, *terms, rows, columns, block_min)
+    launch(ccmim_sample_partition_kernel, len(ids_B), *tensors, *numbers, **block, warps=warps)
     return *out[:3], *(flag.view(torch.bool) for flag in out[3:])

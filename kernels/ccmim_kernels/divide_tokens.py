@@ -1,28 +1,20 @@
-"""Public function of the op: argument checks, then the implementation."""
+"""The op `divide_tokens` scores the patches, divides them, and gathers both sets, in one pass over the tokens."""
 
 # B batch, L patches, K visible, M masked, P prefix tokens, D width
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ccmim_kernels.dispatch import uses_triton
-from ccmim_kernels.divide_tokens import reference
-from ccmim_kernels.gather_tokens.op import gather_gradients, gather_tokens
-from ccmim_kernels.partition import Partition
-from ccmim_kernels.sample_partition.op import (
-    check_partition_arguments,
-    checked_epochs,
-    checked_ids,
-    checked_logits,
-    sample_partition,
-    widened,
-)
+from ccmim_kernels.dispatch import uses_triton, widened
+from ccmim_kernels.gather_tokens import gather_gradients, gather_tokens
+from ccmim_kernels.sample_partition import Partition, checked_samples, empty_partition, sample_partition
 
 
 class Divided(NamedTuple):
-    """What `divide_tokens` gives.
+    """This class is the result of `divide_tokens`.
 
     Attributes:
         visible: [B, P + K, D] prefix and visible tokens, in the dtype of the tokens.
@@ -35,6 +27,38 @@ class Divided(NamedTuple):
     masked: Tensor | None
     partition: Partition
     logits: Tensor | None
+
+
+def folded_logits(tokens_BLD: Tensor, direction_D: Tensor, eps: float) -> Tensor:
+    """Return LN(x_i) . v [B, L], the LayerNorm without weight and bias: those are folded into v."""
+    dtype = torch.promote_types(tokens_BLD.dtype, direction_D.dtype)
+    # Scores stay float32 under autocast too.
+    with torch.autocast(tokens_BLD.device.type, enabled=False):
+        return F.layer_norm(tokens_BLD.to(dtype), tokens_BLD.shape[-1:], eps=eps) @ direction_D.to(dtype)
+
+
+def divide_tokens_reference(
+    tokens_BLD: Tensor,
+    prefix_PD: Tensor,
+    ids_B: Tensor,
+    logits_BL: Tensor | None,
+    direction_D: Tensor | None,
+    *,
+    eps: float,
+    with_masked: bool,
+    kernels: str = "reference",
+    **sampling,
+) -> Divided:
+    """Specify `divide_tokens`: three steps, one after the other; `kernels` is that of the ops `sample` and `gather`."""
+    if direction_D is not None:
+        with torch.no_grad():
+            logits_BL = folded_logits(tokens_BLD, direction_D, eps)
+    partition = sample_partition(logits_BL, ids_B, kernels=kernels, **sampling)
+    visible_BTD = gather_tokens(tokens_BLD, partition.ids_visible_BK, prefix_PD, kernels=kernels)
+    masked_BTD = None
+    if with_masked:
+        masked_BTD = gather_tokens(tokens_BLD.detach(), partition.ids_masked_BM, prefix_PD.detach(), kernels=kernels)
+    return Divided(visible_BTD, masked_BTD, partition, logits_BL)
 
 
 def divide_tokens(
@@ -76,51 +100,32 @@ def divide_tokens(
     Raises:
         ValueError: an argument out of its range, or both or neither of logits and direction for an importance strategy.
     """
-    B, patches, D = tokens_BLD.shape
+    how = {"keep": keep, "seed": seed, "strategy": strategy, "noise": noise, "temperature": temperature}
+    logits_BL, ids_B, epochs_B = checked_samples(logits_BL, ids_B, epoch, *tokens_BLD.shape[:2], **how)
+    _check(tokens_BLD, prefix_PD, logits_BL, direction_D, grid, strategy)
+    direction_D = None if direction_D is None else widened(direction_D.detach())
+    inputs = (tokens_BLD, prefix_PD, ids_B, logits_BL, direction_D)
+    how = {**how, "epoch": epochs_B, "eps": eps, "with_masked": with_masked}
+    triton = uses_triton(kernels, "divide_tokens", tokens_BLD.device, tokens_BLD, prefix_PD, logits_BL, direction_D)
+    if not triton or strategy == "block":
+        parts = "triton" if triton else "reference"
+        return divide_tokens_reference(*inputs, kernels=parts, grid=grid, block_min=block_min, **how)
+    visible, masked, computed, *partition = _divide_tokens(*inputs, **how)
+    logits_BL = logits_BL if direction_D is None else computed.detach()
+    return Divided(visible, masked.detach() if with_masked else None, Partition(*partition), logits_BL)
+
+
+def _check(tokens_BLD, prefix_PD, logits_BL, direction_D, grid, strategy) -> None:
+    _, patches, D = tokens_BLD.shape
     if prefix_PD.ndim != 2 or prefix_PD.shape[1] != D:
         raise ValueError(f"prefix {list(prefix_PD.shape)} must be [P, {D}]")
     if direction_D is not None and tuple(direction_D.shape) != (D,):
         raise ValueError(f"direction is {list(direction_D.shape)}, expected [{D}]")
-    check_partition_arguments(strategy, noise, keep, patches, temperature, seed, epoch)
-    ids_B = checked_ids(ids_B, B)
-    logits_BL = checked_logits(logits_BL, B, patches)
     if grid[0] * grid[1] != patches:
         raise ValueError(f"grid={grid} has {grid[0] * grid[1]} patches, tokens have {patches}")
     given = (logits_BL is not None) + (direction_D is not None)
     if strategy.startswith("importance") and given != 1:
         raise ValueError(f"strategy={strategy} needs either logits or direction, got {given} of them")
-    direction_D = None if direction_D is None else widened(direction_D.detach())
-    sampling = {
-        "keep": keep,
-        "seed": seed,
-        "epoch": checked_epochs(epoch, ids_B),
-        "strategy": strategy,
-        "noise": noise,
-        "temperature": temperature,
-    }
-    floats = (tokens_BLD, prefix_PD, logits_BL, direction_D)
-    if not uses_triton(kernels, "divide_tokens", tokens_BLD.device, *floats):
-        placed = {"grid": grid, "block_min": block_min, **sampling}
-        scores = {"logits_BL": logits_BL, "direction_D": direction_D, "eps": eps}
-        parts = reference.divide_tokens(tokens_BLD, prefix_PD, ids_B, with_masked=with_masked, **scores, **placed)
-        return Divided(*parts)
-    if strategy == "block":
-        partition = sample_partition(None, ids_B, grid=grid, block_min=block_min, kernels="triton", **sampling)
-        return _gather_both(tokens_BLD, prefix_PD, partition, with_masked)
-    visible, masked, computed, *partition = _divide_tokens(
-        tokens_BLD, prefix_PD, ids_B, logits_BL, direction_D, eps=eps, with_masked=with_masked, **sampling
-    )
-    if direction_D is not None:
-        logits_BL = computed.detach()
-    return Divided(visible, masked.detach() if with_masked else None, Partition(*partition), logits_BL)
-
-
-def _gather_both(tokens_BLD: Tensor, prefix_PD: Tensor, partition: Partition, with_masked: bool) -> Divided:
-    visible = gather_tokens(tokens_BLD, partition.ids_visible_BK, prefix_PD, kernels="triton")
-    masked = None
-    if with_masked:
-        masked = gather_tokens(tokens_BLD.detach(), partition.ids_masked_BM, prefix_PD.detach(), kernels="triton")
-    return Divided(visible, masked, partition, None)
 
 
 @torch.library.custom_op("ccmim::divide_tokens", mutates_args=())
@@ -139,23 +144,10 @@ def _divide_tokens(
     noise: str,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from ccmim_kernels.divide_tokens import triton_impl
+    from ccmim_kernels.triton_impl import divide_tokens as launchers
 
-    return triton_impl.divide_tokens(
-        tokens,
-        prefix,
-        ids,
-        logits,
-        direction,
-        eps=eps,
-        with_masked=with_masked,
-        keep=keep,
-        seed=seed,
-        epochs_B=epoch,
-        strategy=strategy,
-        noise=noise,
-        temperature=temperature,
-    )
+    sampling = (keep, seed, epoch, strategy, noise, temperature)
+    return launchers.divide_tokens(tokens, prefix, ids, logits, direction, eps, with_masked, *sampling)
 
 
 @_divide_tokens.register_fake
@@ -166,11 +158,7 @@ def _(tokens, prefix, ids, logits, direction, eps, with_masked, keep, *_sampling
         tokens.new_empty((B, P + keep, D)),
         tokens.new_empty((B, P + L - keep, D) if with_masked else (0,)),
         tokens.new_empty((B, L) if direction is not None else (0,), dtype=torch.float32),
-        ids.new_empty((B, keep)),
-        ids.new_empty((B, L - keep)),
-        ids.new_empty((B, L)),
-        ids.new_empty((B, L), dtype=torch.bool),
-        ids.new_empty((B,), dtype=torch.bool),
+        *empty_partition(ids, L, keep, torch.bool),
     )
 
 
@@ -182,7 +170,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_others):
-    """Of the visible set alone: the masked set is the teacher's, logits have no gradient."""
+    """Take the gradient of the visible set alone: the masked set is the teacher's, logits have none."""
     if grad is None:
         return (None,) * 13
     (ids_visible,) = ctx.saved_tensors

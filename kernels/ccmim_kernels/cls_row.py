@@ -1,14 +1,21 @@
-"""Public function of the op: argument checks, then the implementation."""
+"""The op `cls_row` computes the row of an attention map that belongs to [CLS], averaged over heads."""
 
 # B batch, T tokens, P prefix tokens, L patches (T = P + L), N heads, H head dim
 
 import torch
 from torch import Tensor
 
-from ccmim_kernels.cls_row import reference
 from ccmim_kernels.dispatch import uses_triton
 
 KINDS = ("logits", "softmax")
+
+
+def cls_row_reference(q_BNH: Tensor, k_BTNH: Tensor, prefix: int, kind: str, scale: float) -> Tensor:
+    """Specify `cls_row` in plain PyTorch."""
+    logits_BNT = torch.einsum("bnh,btnh->bnt", q_BNH * scale, k_BTNH)
+    if kind == "softmax":
+        logits_BNT = logits_BNT.softmax(-1)
+    return logits_BNT[:, :, prefix:].mean(1)
 
 
 @torch.no_grad()
@@ -22,7 +29,7 @@ def cls_row(
     total_BL: Tensor | None = None,
     kernels: str = "auto",
 ) -> Tensor:
-    """The row of an attention map that belongs to [CLS], averaged over heads, patches only.
+    """Compute the [CLS] row of an attention map, averaged over heads, patches only.
 
     - `kind="logits"`: E_h[q_0 K_{1:}^T * scale], the argument of Eq. 4's softmax.
     - `kind="softmax"`: E_h[softmax(q_0 K^T * scale)]_{1:}, the softmax over all tokens, per head. A row sums to
@@ -57,15 +64,15 @@ def cls_row(
         q_BNH, k_BTNH = q_BNH.float(), k_BTNH.float()
     # Scores stay float32 under autocast too.
     with torch.autocast(k_BTNH.device.type, enabled=False):
-        row_BL = reference.cls_row(q_BNH, k_BTNH, prefix, kind, scale)
+        row_BL = cls_row_reference(q_BNH, k_BTNH, prefix, kind, scale)
     return row_BL if total_BL is None else total_BL + row_BL
 
 
 @torch.library.custom_op("ccmim::cls_row", mutates_args=())
 def _cls_row(q: Tensor, k: Tensor, total: Tensor | None, prefix: int, kind: str, scale: float) -> Tensor:
-    from ccmim_kernels.cls_row import triton_impl
+    from ccmim_kernels.triton_impl import cls_row as launchers
 
-    return triton_impl.cls_row(q, k, prefix, kind, scale, total)
+    return launchers.cls_row(q, k, total, prefix, kind, scale)
 
 
 @_cls_row.register_fake

@@ -1,4 +1,4 @@
-"""Score, softmax, sample and gather in one launch: the kernel of `divide_tokens`."""
+"""This kernel of `divide_tokens` scores, samples and gathers in one launch."""
 
 # B batch, L patches, K visible, M masked, P prefix tokens, D width
 
@@ -7,22 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ccmim_kernels.gather_tokens.triton_impl import copy_prefix, rows_contiguous
-from ccmim_kernels.launch import launch, row_size, tile_for
 from ccmim_kernels.philox import STREAM_MASK
-from ccmim_kernels.sample_partition.triton_impl import (
-    empty_partition,
-    importance_keys,
-    noise_weights,
-    select_largest,
-    signed,
-    store_partition,
-)
+from ccmim_kernels.sample_partition import empty_partition
+from ccmim_kernels.triton_impl.gather_tokens import copy_prefix
+from ccmim_kernels.triton_impl.launch import ROW_SIZES, fitting, launch, rows_contiguous, tile_for
+from ccmim_kernels.triton_impl.sample_partition import importance_keys, key_options, select_largest, store_partition
 
 
 @triton.jit
 def folded_logits(rows_ptr, offset, valid, direction_ptr, eps, D, TOKENS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """LN(x) . v for TOKENS rows, read once: mean, squared deviations and product, merged over columns (Chan et al.)."""
+    """Return LN(x) . v of TOKENS rows, read once: mean, squares and product are merged over columns (Chan et al.)."""
     mean = tl.zeros([TOKENS], tl.float32)
     squares = tl.zeros([TOKENS], tl.float32)
     product = tl.zeros([TOKENS], tl.float32)  # sum (x - mean) * v
@@ -41,15 +35,60 @@ def folded_logits(rows_ptr, offset, valid, direction_ptr, eps, D, TOKENS: tl.con
         seen = start + count
         step = mean_new - mean
         share = tl.div_rn(count, seen)
-        together = mean + step * share
+        merged = mean + step * share
         squares += tl.sum(x * x, 1) + step * step * (start * share)
-        product += (mean - together) * v_sum + tl.sum(x * v[None, :], 1) + (mean_new - together) * v_new
-        mean, v_sum = together, v_sum + v_new
+        product += (mean - merged) * v_sum + tl.sum(x * v[None, :], 1) + (mean_new - merged) * v_new
+        mean, v_sum = merged, v_sum + v_new
     return tl.div_rn(product, tl.sqrt_rn(squares / D + eps))
 
 
+@triton.jit
+def store_logits(
+    tokens_ptr, direction_ptr, logits_ptr, L, eps, D, stride_l, TOKENS: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Write the logits of one image; all threads of its program may read them afterwards."""
+    for start in range(0, L, TOKENS):
+        row = start + tl.arange(0, TOKENS)
+        logits = folded_logits(tokens_ptr, row.to(tl.int64) * stride_l, row < L, direction_ptr, eps, D, TOKENS, BLOCK_D)
+        tl.store(logits_ptr + row, logits, mask=row < L)
+    tl.debug_barrier()
+
+
+@triton.jit
+def move_rows(
+    tokens_ptr,
+    restore_ptr,
+    visible_ptr,
+    masked_ptr,
+    L,
+    keep,
+    P,
+    with_masked,
+    D,
+    stride_l,
+    TOKENS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Copy each token of one image, read once, to its row of the visible or of the masked set."""
+    for start in range(0, L, TOKENS):
+        row = start + tl.arange(0, TOKENS)
+        place = tl.load(restore_ptr + row, mask=row < L, other=0)
+        # Both targets are within one image, 32 bits suffice.
+        place = place.to(tl.int32)
+        seen = (row < L) & (place < keep)
+        hidden = (row < L * with_masked) & (place >= keep)
+        source = tokens_ptr + (row.to(tl.int64) * stride_l)[:, None]
+        to_visible = visible_ptr + ((P + place) * D)[:, None]
+        to_masked = masked_ptr + ((P + place - keep) * D)[:, None]
+        for column_start in range(0, D, BLOCK_D):
+            column = (column_start + tl.arange(0, BLOCK_D))[None, :]
+            x = tl.load(source + column, mask=(seen | hidden)[:, None] & (column < D), other=0.0)
+            tl.store(to_visible + column, x, mask=seen[:, None] & (column < D))
+            tl.store(to_masked + column, x, mask=hidden[:, None] & (column < D))
+
+
 @triton.jit(do_not_specialize=["L", "keep", "P", "scored", "has_logits", "with_masked", "seed", "stream"])
-def divide_tokens_kernel(
+def ccmim_divide_tokens_kernel(
     tokens_ptr,  # [B, L, D] float, rows contiguous
     prefix_ptr,  # [P, D] float
     direction_ptr,  # [D] fp32; read where scored
@@ -82,7 +121,7 @@ def divide_tokens_kernel(
     TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per image: its logits, its partition, its rows to where they belong.
+    """Treat one image: compute its logits and its partition, and move its rows to where they belong.
 
     Replaces: layer_norm, matmul, noise, argsort, scatter, two argsorts, two gathers, two expands, two cats. Moves
     B * L * D values in and B * (2 P + L) * D out, the tokens a second time from the L2 cache (one image is 300 kB at
@@ -91,14 +130,7 @@ def divide_tokens_kernel(
     image = tl.program_id(0).to(tl.int64)
     tokens_ptr += image * stride_b
     if scored != 0:
-        for start in range(0, L, TOKENS):
-            row = start + tl.arange(0, TOKENS)
-            offset = row.to(tl.int64) * stride_l
-            logits = folded_logits(tokens_ptr, offset, row < L, direction_ptr, eps, D, TOKENS, BLOCK_D)
-            tl.store(logits_ptr + image * L + row, logits, mask=row < L)
-        # What other threads of this program stored is read below.
-        tl.debug_barrier()
-
+        store_logits(tokens_ptr, direction_ptr, logits_ptr + image * L, L, eps, D, stride_l, TOKENS, BLOCK_D)
     patch = tl.arange(0, BLOCK_L)
     valid = patch < L
     logits = tl.load(logits_ptr + image * L + patch, mask=patch < L * has_logits, other=0.0)
@@ -110,6 +142,7 @@ def divide_tokens_kernel(
     masked = select_largest(keys, valid, L - keep)
     store_partition(masked, patch, valid, image, L, keep, ids_visible_ptr, ids_masked_ptr, restore_ptr, mask_ptr)
     tl.store(nan_ptr + image, tl.max((valid & (keys != keys)).to(tl.int32)).to(tl.uint8))
+    # What other threads of this program stored is read below.
     tl.debug_barrier()
 
     visible_ptr += image * (P + keep) * D
@@ -117,21 +150,8 @@ def divide_tokens_kernel(
     copy_prefix(prefix_ptr, visible_ptr, P, D, BLOCK_D)
     if with_masked != 0:
         copy_prefix(prefix_ptr, masked_ptr, P, D, BLOCK_D)
-    for start in range(0, L, TOKENS):
-        row = start + tl.arange(0, TOKENS)
-        place = tl.load(restore_ptr + image * L + row, mask=row < L, other=0)
-        # Both targets are within one image, 32 bits suffice.
-        place = place.to(tl.int32)
-        seen = (row < L) & (place < keep)
-        hidden = (row < L * with_masked) & (place >= keep)
-        source = tokens_ptr + (row.to(tl.int64) * stride_l)[:, None]
-        to_visible = visible_ptr + ((P + place) * D)[:, None]
-        to_masked = masked_ptr + ((P + place - keep) * D)[:, None]
-        for column_start in range(0, D, BLOCK_D):
-            column = (column_start + tl.arange(0, BLOCK_D))[None, :]
-            x = tl.load(source + column, mask=(seen | hidden)[:, None] & (column < D), other=0.0)
-            tl.store(to_visible + column, x, mask=seen[:, None] & (column < D))
-            tl.store(to_masked + column, x, mask=hidden[:, None] & (column < D))
+    restore_ptr += image * L
+    move_rows(tokens_ptr, restore_ptr, visible_ptr, masked_ptr, L, keep, P, with_masked, D, stride_l, TOKENS, BLOCK_D)
 
 
 def divide_tokens(
@@ -140,7 +160,6 @@ def divide_tokens(
     ids_B: Tensor,
     logits_BL: Tensor | None,
     direction_D: Tensor | None,
-    *,
     eps: float,
     with_masked: bool,
     keep: int,
@@ -150,43 +169,23 @@ def divide_tokens(
     noise: str,
     temperature: float,
 ) -> tuple[Tensor, ...]:
-    """Launch the kernel: visible, masked (empty without), logits (empty unless computed), and the partition's five."""
+    """Launch the kernel; return both sets, logits (empty unless computed), and the five tensors of a `Partition`."""
     B, L, D = tokens_BLD.shape
     P, dtype, device = len(prefix_PD), tokens_BLD.dtype, tokens_BLD.device
-    scored, size = direction_D is not None, row_size(L, "patches")
-    tokens_BLD, ids_B = rows_contiguous(tokens_BLD), ids_B.contiguous()
+    scored, size = direction_D is not None, fitting(ROW_SIZES, L, "patches")
+    tokens_BLD = rows_contiguous(tokens_BLD)
     visible_BTD = torch.empty(B, P + keep, D, dtype=dtype, device=device)
     masked_BTD = torch.empty((B, P + L - keep, D) if with_masked else 0, dtype=dtype, device=device)
     out_BL = torch.empty((B, L) if scored else 0, dtype=torch.float32, device=device)
-    partition = empty_partition(B, L, keep, device)
-    launch(
-        divide_tokens_kernel,
-        B,
-        tokens_BLD,
-        prefix_PD.contiguous(),
-        direction_D.contiguous() if scored else out_BL,
-        out_BL if logits_BL is None else logits_BL.contiguous(),
-        ids_B,
-        epochs_B,
-        visible_BTD,
-        masked_BTD,
-        *partition,
-        L,
-        keep,
-        P,
-        int(scored),
-        int(scored or logits_BL is not None),
-        int(with_masked),
-        signed(seed),
-        STREAM_MASK,
-        1.0 if strategy == "random" else 1.0 / temperature,
-        *noise_weights(strategy, noise),
-        float(eps),
-        D,
-        *tokens_BLD.stride()[:2],
-        BLOCK_L=size,
-        # Of more than 256 patches, 8 warps would hold too many keys each.
-        **tile_for(D) | {"warps": 8 if size == 256 else 16},
-    )
+    partition = empty_partition(ids_B, L, keep, torch.uint8)
+    scores = (direction_D.contiguous() if scored else out_BL, out_BL if logits_BL is None else logits_BL.contiguous())
+    samples = (ids_B.contiguous(), epochs_B)
+    tensors = (tokens_BLD, prefix_PD.contiguous(), *scores, *samples, visible_BTD, masked_BTD, *partition)
+    seed, terms = key_options(strategy, noise, temperature, seed)
+    numbers = (L, keep, P, int(scored), int(scored or logits_BL is not None), int(with_masked), seed, STREAM_MASK)
+    # Of more than 256 patches, 8 warps would hold too many keys each.
+    tile = {**tile_for(D), "BLOCK_L": size, "warps": 8 if size == 256 else 16}
+    strides = tokens_BLD.stride()[:2]
+    launch(ccmim_divide_tokens_kernel, B, *tensors, *numbers, *terms, float(eps), D, *strides, **tile)
     flags = (flag.view(torch.bool) for flag in partition[3:])
     return visible_BTD, masked_BTD, out_BL, *partition[:3], *flags

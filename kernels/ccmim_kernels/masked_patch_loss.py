@@ -1,14 +1,45 @@
-"""Public functions of the op: argument checks, then the implementation."""
+"""The op `masked_patch_loss` compares predicted with true pixels over the masked patches."""
 
-# B batch, H height, W width, C channels, M masked, P patch * patch * C
+# B batch, H height, W width, C channels, L patches, M masked, P patch * patch * C
 
 import torch
 from torch import Tensor
 
-from ccmim_kernels.dispatch import uses_triton
-from ccmim_kernels.masked_patch_loss import reference
+from ccmim_kernels.dispatch import uses_triton, widened
+from ccmim_kernels.patches import patchify
 
-masked_target = reference.masked_target
+NORM_PIX_EPS = 1e-6  # MAE
+
+
+def masked_target(
+    images_BHWC: Tensor, ids_masked_BM: Tensor, patch: int, mean_C: Tensor, std_C: Tensor, norm_pix: bool
+) -> Tensor:
+    """Return the target of `masked_patch_loss`, [B, M, P] in the dtype of `mean_C`."""
+    patches_BLP = patchify(images_BHWC, patch)
+    index_BMP = ids_masked_BM[..., None].expand(-1, -1, patches_BLP.shape[-1])
+    pixels_BMP = patches_BLP.gather(1, index_BMP).to(mean_C.dtype) / 255
+    channels = patch * patch
+    target_BMP = (pixels_BMP - mean_C.repeat(channels)) / std_C.repeat(channels)
+    if not norm_pix:
+        return target_BMP
+    mean_BM1 = target_BMP.mean(-1, keepdim=True)
+    var_BM1 = target_BMP.var(-1, keepdim=True, unbiased=True)
+    return (target_BMP - mean_BM1) / (var_BM1 + NORM_PIX_EPS).sqrt()
+
+
+def masked_patch_loss_reference(
+    pred_BMP: Tensor,
+    images_BHWC: Tensor,
+    ids_masked_BM: Tensor,
+    patch: int,
+    mean_C: Tensor,
+    std_C: Tensor,
+    norm_pix: bool,
+) -> Tensor:
+    """Specify `masked_patch_loss` in plain PyTorch."""
+    with torch.no_grad():
+        target_BMP = masked_target(images_BHWC, ids_masked_BM, patch, mean_C, std_C, norm_pix)
+    return (pred_BMP - target_BMP).square().mean()
 
 
 def masked_patch_loss(
@@ -22,7 +53,7 @@ def masked_patch_loss(
     norm_pix: bool = True,
     kernels: str = "auto",
 ) -> Tensor:
-    """L_recons (Eq. 9): mean squared error between prediction and pixels, over the masked patches only.
+    """Compute L_recons (Eq. 9): mean squared error between prediction and pixels, over the masked patches only.
 
     The target is x = (u / 255 - mean) / std of the uint8 pixels u, with `norm_pix` normalised per patch as in MAE:
     (x - E[x]) / sqrt(Var[x] + 1e-6), the variance unbiased.
@@ -56,20 +87,19 @@ def masked_patch_loss(
         raise ValueError(f"mean_C and std_C have {mean_C.numel()} and {std_C.numel()} entries, expected {C}")
     if tuple(pred_BMP.shape) != (B, M, P):
         raise ValueError(f"prediction is {list(pred_BMP.shape)}, expected [{B}, {M}, {P}]")
+    inputs = (images_BHWC, ids_masked_BM, patch, mean_C, std_C, norm_pix)
     if uses_triton(kernels, "masked_patch_loss", images_BHWC.device, pred_BMP, mean_C, std_C):
-        return _masked_patch_loss(pred_BMP, images_BHWC, ids_masked_BM, patch, mean_C, std_C, norm_pix)[0]
-    if pred_BMP.dtype != torch.float64:
-        pred_BMP = pred_BMP.float()
-    return reference.masked_patch_loss(pred_BMP, images_BHWC, ids_masked_BM, patch, mean_C, std_C, norm_pix)
+        return _masked_patch_loss(pred_BMP, *inputs)[0]
+    return masked_patch_loss_reference(widened(pred_BMP), *inputs)
 
 
 @torch.library.custom_op("ccmim::masked_patch_loss", mutates_args=())
 def _masked_patch_loss(
     pred: Tensor, images: Tensor, ids_masked: Tensor, patch: int, mean: Tensor, std: Tensor, norm_pix: bool
 ) -> tuple[Tensor, Tensor]:
-    from ccmim_kernels.masked_patch_loss import triton_impl
+    from ccmim_kernels.triton_impl import masked_patch_loss as launchers
 
-    return triton_impl.masked_patch_loss(pred, images, ids_masked, patch, mean, std, norm_pix)
+    return launchers.masked_patch_loss(pred, images, ids_masked, patch, mean, std, norm_pix)
 
 
 @_masked_patch_loss.register_fake

@@ -1,4 +1,4 @@
-"""Un-shuffle, mask token and positions in one pass, and back: the kernels of `restore_tokens`."""
+"""These kernels of `restore_tokens` un-shuffle, fill in the mask token and add positions in one pass, and back."""
 
 # B batch, L patches, K visible, T = 1 + K, S = 1 + L, D width
 
@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ccmim_kernels.gather_tokens.triton_impl import position_of, rows_contiguous
-from ccmim_kernels.launch import launch, tile_for
+from ccmim_kernels.triton_impl.gather_tokens import copy_rows, position_of
+from ccmim_kernels.triton_impl.launch import launch, rows_contiguous, tile_for
 
 
 @triton.jit(do_not_specialize=["L", "K", "tiles"])
-def restore_tokens_kernel(
+def ccmim_restore_tokens_kernel(
     visible_ptr,  # [B, T, D] float, rows contiguous
     mask_token_ptr,  # [D] float
     restore_ptr,  # [B, L] int64
@@ -27,7 +27,7 @@ def restore_tokens_kernel(
     TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per image and tile of grid rows. Replaces: expand, two cats, gather, add. Moves B * (T + S) * D."""
+    """Fill one tile of rows of one grid. Replaces: expand, two cats, gather, add. Moves B * (T + S) * D values."""
     program = tl.program_id(0).to(tl.int64)
     image = program // tiles
     row = (program % tiles) * TOKENS + tl.arange(0, TOKENS)
@@ -48,7 +48,7 @@ def restore_tokens_kernel(
 
 
 @triton.jit(do_not_specialize=["L", "K", "tiles"])
-def restore_gradient_kernel(
+def ccmim_restore_gradient_kernel(
     grad_ptr,  # [B, S, D] float, contiguous
     restore_ptr,  # [B, L] int64
     out_ptr,  # [B, T, D] as grad, out
@@ -59,7 +59,7 @@ def restore_gradient_kernel(
     TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradient of the visible tokens: one program per image and tile of them. Moves 2 * B * T * D values."""
+    """Take the gradient of one tile of one image's visible tokens. Moves 2 * B * T * D values."""
     program = tl.program_id(0).to(tl.int64)
     image = program // tiles
     row = (program % tiles) * TOKENS + tl.arange(0, TOKENS)
@@ -67,15 +67,11 @@ def restore_gradient_kernel(
     valid = (row <= K)[:, None]
     # Row 0 is [CLS]: no patch has place -1, so its patch is -1 and its source row 0.
     source = grad_ptr + ((image * (L + 1) + patch + 1) * D)[:, None]
-    target = out_ptr + ((image * (K + 1) + row) * D)[:, None]
-    for start in range(0, D, BLOCK_D):
-        column = (start + tl.arange(0, BLOCK_D))[None, :]
-        x = tl.load(source + column, mask=valid & (column < D), other=0.0)
-        tl.store(target + column, x, mask=valid & (column < D))
+    copy_rows(source, out_ptr + ((image * (K + 1) + row) * D)[:, None], valid, valid, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["L", "K", "blocks"])
-def mask_token_gradient_kernel(
+def ccmim_mask_token_gradient_kernel(
     grad_ptr,  # [B, S, D] float, contiguous
     restore_ptr,  # [B, L] int64
     out_ptr,  # [B, D] fp32, out: per image, the sum over its masked rows
@@ -86,7 +82,7 @@ def mask_token_gradient_kernel(
     TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """First pass of the mask token's gradient: one program per image and columns. Reads B * M * D values."""
+    """Sum one image's rows of the mask token's gradient, over some columns. Reads B * M * D values."""
     program = tl.program_id(0).to(tl.int64)
     image = program // blocks
     column = (program % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -101,68 +97,36 @@ def mask_token_gradient_kernel(
 
 
 def restore_tokens(visible_BTD: Tensor, mask_token_D: Tensor, ids_restore_BL: Tensor, positions_SD: Tensor) -> Tensor:
-    """Launch the kernel."""
+    """Launch the kernel of `restore_tokens`."""
     B, T, D = visible_BTD.shape
     L = ids_restore_BL.shape[1]
     visible_BTD = rows_contiguous(visible_BTD)
     out_BSD = torch.empty(B, L + 1, D, dtype=visible_BTD.dtype, device=visible_BTD.device)
     tile = tile_for(D)
     tiles = triton.cdiv(L + 1, tile["TOKENS"])
-    launch(
-        restore_tokens_kernel,
-        B * tiles,
-        visible_BTD,
-        mask_token_D.contiguous(),
-        ids_restore_BL.contiguous(),
-        positions_SD.contiguous(),
-        out_BSD,
-        L,
-        T - 1,
-        tiles,
-        D,
-        *visible_BTD.stride()[:2],
-        **tile,
-    )
+    tensors = (visible_BTD, *(x.contiguous() for x in (mask_token_D, ids_restore_BL, positions_SD)), out_BSD)
+    strides = visible_BTD.stride()[:2]
+    launch(ccmim_restore_tokens_kernel, B * tiles, *tensors, L, T - 1, tiles, D, *strides, **tile)
     return out_BSD
 
 
 def visible_gradient(grad_BSD: Tensor, ids_restore_BL: Tensor, keep: int) -> Tensor:
-    """[B, 1 + L, D] -> [B, 1 + keep, D]: launch the kernel."""
+    """Launch the kernel that takes [B, 1 + L, D] to [B, 1 + keep, D]."""
     B, S, D = grad_BSD.shape
     out_BTD = torch.empty(B, keep + 1, D, dtype=grad_BSD.dtype, device=grad_BSD.device)
     tile = tile_for(D)
     tiles = triton.cdiv(keep + 1, tile["TOKENS"])
-    launch(
-        restore_gradient_kernel,
-        B * tiles,
-        grad_BSD.contiguous(),
-        ids_restore_BL.contiguous(),
-        out_BTD,
-        S - 1,
-        keep,
-        tiles,
-        D,
-        **tile,
-    )
+    tensors = (grad_BSD.contiguous(), ids_restore_BL.contiguous(), out_BTD)
+    launch(ccmim_restore_gradient_kernel, B * tiles, *tensors, S - 1, keep, tiles, D, **tile)
     return out_BTD
 
 
 def mask_token_gradient(grad_BSD: Tensor, ids_restore_BL: Tensor, keep: int) -> Tensor:
-    """[B, 1 + L, D] -> [D] float32, the sum over all masked positions, in two passes: no atomics, one order."""
+    """Sum [B, 1 + L, D] over all masked positions to [D] float32, in two passes: no atomics, one order."""
     B, S, D = grad_BSD.shape
     partial_BD = torch.empty(B, D, dtype=torch.float32, device=grad_BSD.device)
     tile = tile_for(D)
     blocks = triton.cdiv(D, tile["BLOCK_D"])
-    launch(
-        mask_token_gradient_kernel,
-        B * blocks,
-        grad_BSD.contiguous(),
-        ids_restore_BL.contiguous(),
-        partial_BD,
-        S - 1,
-        keep,
-        blocks,
-        D,
-        **tile,
-    )
+    tensors = (grad_BSD.contiguous(), ids_restore_BL.contiguous(), partial_BD)
+    launch(ccmim_mask_token_gradient_kernel, B * blocks, *tensors, S - 1, keep, blocks, D, **tile)
     return partial_BD.sum(0)

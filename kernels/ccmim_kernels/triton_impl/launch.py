@@ -1,4 +1,4 @@
-"""Every kernel launch goes through here, so that what is launched can also be recorded: counted, or compiled ahead."""
+"""Every kernel launch goes through `launch`, so that launches can also be recorded: counted, or compiled ahead."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ _POINTERS = {
 
 
 class Launch(NamedTuple):
-    """One launch, as far as it decides what is compiled.
+    """This class describes one launch, as far as it decides what is compiled.
 
     Attributes:
         kernel: the `@triton.jit` function.
@@ -49,7 +49,7 @@ class Launch(NamedTuple):
 
 
 def compiler_options(warps: int, fp_fusion: bool) -> dict[str, int | bool]:
-    """Options of Triton's compiler for a launch."""
+    """Return the options of Triton's compiler for a launch."""
     # All the registers there are: left to itself, ptxas spills some bytes to fit one more program on a multiprocessor.
     return {"num_warps": warps, "enable_fp_fusion": fp_fusion, "maxnreg": min(255, 65536 // (32 * warps))}
 
@@ -95,16 +95,16 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int, fp_fusion: b
         kernel[(programs,)](*arguments, **compiler_options(warps, fp_fusion), **constants)
 
 
-def row_size(length: int, what: str) -> int:
-    """The entry of `ROW_SIZES` that holds `length`; ValueError past the largest."""
-    for size in ROW_SIZES:
+def fitting(sizes: tuple[int, ...], length: int, what: str) -> int:
+    """Return the first of the ascending `sizes` that holds `length`; ValueError past the last."""
+    for size in sizes:
         if length <= size:
             return size
-    raise ValueError(f"{what}={length} must be at most {ROW_SIZES[-1]} for kernels=triton; use kernels=reference")
+    raise ValueError(f"{what}={length} must be at most {sizes[-1]} for kernels=triton; use kernels=reference")
 
 
 def tile_for(width: int) -> dict[str, int]:
-    """TOKENS, BLOCK_D and warps of a kernel that moves rows of `width` values: tiles of TOKENS x BLOCK_D.
+    """Return TOKENS, BLOCK_D and warps of a kernel that moves rows of `width` values: tiles of TOKENS x BLOCK_D.
 
     16 values a thread, read in pieces of 16 bytes. Rows that are no multiple of 16 values are read value by value, each
     with an address of its own: four a thread, or registers run out.
@@ -112,9 +112,9 @@ def tile_for(width: int) -> dict[str, int]:
     return {"TOKENS": 16 if width % 16 == 0 else 4, "BLOCK_D": 256, "warps": 8}
 
 
-def warps_for(size: int) -> int:
-    """Warps of a program that works on one row of `size` (of `ROW_SIZES`) entries: 4 entries a thread."""
-    return min(16, max(1, size // 128))
+def rows_contiguous(x: Tensor) -> Tensor:
+    """Return `x` itself if its last dimension has stride 1, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _type_of(kernel: Any, index: int, value: Any) -> str:

@@ -1,18 +1,18 @@
-"""Rows of tokens by index, and back: the kernels of `gather_tokens`."""
+"""These kernels of `gather_tokens` move rows of tokens by index, and back."""
 
-# B batch, L patches, K kept, P prefix tokens, D width
+# B batch, L patches, K kept, P prefix tokens, D width, T rows of a program
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ccmim_kernels.launch import launch, tile_for
+from ccmim_kernels.triton_impl.launch import launch, rows_contiguous, tile_for
 
 
 @triton.jit
 def copy_prefix(prefix_ptr, target_ptr, P, D, BLOCK_D: tl.constexpr):
-    """The P shared rows to the first rows of one image."""
+    """Copy the P shared rows to the first rows of one image."""
     for row in range(P):
         for start in range(0, D, BLOCK_D):
             column = start + tl.arange(0, BLOCK_D)
@@ -20,8 +20,17 @@ def copy_prefix(prefix_ptr, target_ptr, P, D, BLOCK_D: tl.constexpr):
             tl.store(target_ptr + row * D + column, x.to(target_ptr.dtype.element_ty), mask=column < D)
 
 
+@triton.jit
+def copy_rows(source, target, read, written, D, BLOCK_D: tl.constexpr):
+    """Copy the rows of D values that start at `source` [T, 1] to `target`; a row that is not `read` is zeros."""
+    for start in range(0, D, BLOCK_D):
+        column = (start + tl.arange(0, BLOCK_D))[None, :]
+        x = tl.load(source + column, mask=read & (column < D), other=0.0)
+        tl.store(target + column, x, mask=written & (column < D))
+
+
 @triton.jit(do_not_specialize=["K", "P", "tiles"])
-def gather_tokens_kernel(
+def ccmim_gather_tokens_kernel(
     tokens_ptr,  # [B, L, D] float, rows contiguous
     ids_ptr,  # [B, K] int64
     prefix_ptr,  # [P, D] float
@@ -35,7 +44,7 @@ def gather_tokens_kernel(
     TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per image and tile of taken rows. Replaces: expand, gather, cat. Moves 2 * B * (P + K) * D values."""
+    """Take one tile of rows of one image. Replaces: expand, gather, cat. Moves 2 * B * (P + K) * D values."""
     program = tl.program_id(0).to(tl.int64)
     image = program // tiles
     target_ptr = out_ptr + image * (P + K) * D
@@ -45,16 +54,12 @@ def gather_tokens_kernel(
     valid = (row < K)[:, None]
     index = tl.load(ids_ptr + image * K + row, mask=row < K, other=0)
     source = tokens_ptr + (image * stride_b + index * stride_l)[:, None]
-    target = target_ptr + ((P + row) * D)[:, None]
-    for start in range(0, D, BLOCK_D):
-        column = (start + tl.arange(0, BLOCK_D))[None, :]
-        x = tl.load(source + column, mask=valid & (column < D), other=0.0)
-        tl.store(target + column, x, mask=valid & (column < D))
+    copy_rows(source, target_ptr + ((P + row) * D)[:, None], valid, valid, D, BLOCK_D)
 
 
 @triton.jit
 def position_of(value, list_ptr, length, CHUNK: tl.constexpr):
-    """For each of `value` [T], -1 or more, its place in a list of distinct indices in memory; -1 if it is not in it."""
+    """Find the place of each `value` [T], -1 or more, in a list of distinct indices in memory; -1 where it has none."""
     position = tl.full(value.shape, -1, tl.int64)
     for start in range(0, length, CHUNK):
         place = start + tl.arange(0, CHUNK)
@@ -65,7 +70,7 @@ def position_of(value, list_ptr, length, CHUNK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["L", "K", "P", "tiles"])
-def scatter_tokens_kernel(
+def ccmim_scatter_tokens_kernel(
     grad_ptr,  # [B, P + K, D] float, contiguous
     ids_ptr,  # [B, K] int64
     out_ptr,  # [B, L, D] as grad, out
@@ -77,27 +82,18 @@ def scatter_tokens_kernel(
     TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The gradient of `gather_tokens_kernel`, written densely: each row once, zeros where nothing was taken."""
+    """Write the gradient of a gather densely: each row once, zeros where nothing was taken."""
     program = tl.program_id(0).to(tl.int64)
     image = program // tiles
     row = (program % tiles) * TOKENS + tl.arange(0, TOKENS)
     position = position_of(row, ids_ptr + image * K, K, 32)
     taken = ((row < L) & (position >= 0))[:, None]
     source = grad_ptr + ((image * (P + K) + P + position) * D)[:, None]
-    target = out_ptr + ((image * L + row) * D)[:, None]
-    for start in range(0, D, BLOCK_D):
-        column = (start + tl.arange(0, BLOCK_D))[None, :]
-        x = tl.load(source + column, mask=taken & (column < D), other=0.0)
-        tl.store(target + column, x, mask=(row < L)[:, None] & (column < D))
-
-
-def rows_contiguous(x: Tensor) -> Tensor:
-    """`x` itself if its last dimension has stride 1, else a contiguous copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    copy_rows(source, out_ptr + ((image * L + row) * D)[:, None], taken, (row < L)[:, None], D, BLOCK_D)
 
 
 def gather_tokens(tokens_BLD: Tensor, ids_BK: Tensor, prefix_PD: Tensor | None) -> Tensor:
-    """Launch the kernel."""
+    """Launch the kernel of `gather_tokens`."""
     B, _, D = tokens_BLD.shape
     K, P = ids_BK.shape[1], 0 if prefix_PD is None else len(prefix_PD)
     tokens_BLD = rows_contiguous(tokens_BLD)
@@ -105,41 +101,19 @@ def gather_tokens(tokens_BLD: Tensor, ids_BK: Tensor, prefix_PD: Tensor | None) 
     tile = tile_for(D)
     # Without rows too, the prefix is written.
     tiles = max(1, triton.cdiv(K, tile["TOKENS"]))
-    launch(
-        gather_tokens_kernel,
-        B * tiles,
-        tokens_BLD,
-        ids_BK.contiguous(),
-        out_BTD if prefix_PD is None else prefix_PD.contiguous(),
-        out_BTD,
-        K,
-        P,
-        tiles,
-        D,
-        *tokens_BLD.stride()[:2],
-        **tile,
-    )
+    tensors = (tokens_BLD, ids_BK.contiguous(), out_BTD if prefix_PD is None else prefix_PD.contiguous(), out_BTD)
+    strides = tokens_BLD.stride()[:2]
+    launch(ccmim_gather_tokens_kernel, B * tiles, *tensors, K, P, tiles, D, *strides, **tile)
     return out_BTD
 
 
 def scatter_tokens(grad_BTD: Tensor, ids_BK: Tensor, patches: int) -> Tensor:
-    """Launch the kernel: [B, P + K, D] -> [B, patches, D], the prefix rows left out."""
+    """Launch the kernel that takes [B, P + K, D] to [B, patches, D], the prefix rows left out."""
     B, T, D = grad_BTD.shape
     K = ids_BK.shape[1]
     out_BLD = torch.empty(B, patches, D, dtype=grad_BTD.dtype, device=grad_BTD.device)
     tile = tile_for(D)
     tiles = triton.cdiv(patches, tile["TOKENS"])
-    launch(
-        scatter_tokens_kernel,
-        B * tiles,
-        grad_BTD.contiguous(),
-        ids_BK.contiguous(),
-        out_BLD,
-        patches,
-        K,
-        T - K,
-        tiles,
-        D,
-        **tile,
-    )
+    tensors = (grad_BTD.contiguous(), ids_BK.contiguous(), out_BLD)
+    launch(ccmim_scatter_tokens_kernel, B * tiles, *tensors, patches, K, T - K, tiles, D, **tile)
     return out_BLD

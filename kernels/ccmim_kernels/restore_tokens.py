@@ -1,21 +1,27 @@
-"""Public function of the op: argument checks, then the implementation."""
+"""The op `restore_tokens` puts visible tokens back on the grid, the mask token elsewhere, and adds positions."""
 
-# B batch, L patches, K visible, T = 1 + K, S = 1 + L, D width
+# B batch, L patches, K visible, M masked, T = 1 + K, S = 1 + L, D width
 
 import torch
 from torch import Tensor
 
 from ccmim_kernels.dispatch import uses_triton
-from ccmim_kernels.restore_tokens import reference
+
+
+def restore_tokens_reference(
+    visible_BTD: Tensor, mask_token_D: Tensor, ids_restore_BL: Tensor, positions_SD: Tensor
+) -> Tensor:
+    """Specify `restore_tokens` in plain PyTorch."""
+    B, T, D = visible_BTD.shape
+    L = ids_restore_BL.shape[1]
+    filler_BMD = mask_token_D.to(visible_BTD.dtype).expand(B, L - (T - 1), D)
+    both_BLD = torch.cat([visible_BTD[:, 1:], filler_BMD], dim=1)
+    grid_BLD = both_BLD.gather(1, ids_restore_BL[..., None].expand(-1, -1, D))
+    return torch.cat([visible_BTD[:, :1], grid_BLD], dim=1) + positions_SD.to(visible_BTD.dtype)
 
 
 def restore_tokens(
-    visible_BTD: Tensor,
-    mask_token_D: Tensor,
-    ids_restore_BL: Tensor,
-    positions_SD: Tensor,
-    *,
-    kernels: str = "auto",
+    visible_BTD: Tensor, mask_token_D: Tensor, ids_restore_BL: Tensor, positions_SD: Tensor, *, kernels: str = "auto"
 ) -> Tensor:
     """Put visible tokens back on the grid, the mask token elsewhere, and add the decoder's positions.
 
@@ -45,14 +51,14 @@ def restore_tokens(
     positions_SD = positions_SD.detach()
     if uses_triton(kernels, "restore_tokens", visible_BTD.device, visible_BTD, mask_token_D, positions_SD):
         return _restore_tokens(visible_BTD, mask_token_D, ids_restore_BL, positions_SD)
-    return reference.restore_tokens(visible_BTD, mask_token_D, ids_restore_BL, positions_SD)
+    return restore_tokens_reference(visible_BTD, mask_token_D, ids_restore_BL, positions_SD)
 
 
 @torch.library.custom_op("ccmim::restore_tokens", mutates_args=())
 def _restore_tokens(visible: Tensor, mask_token: Tensor, ids_restore: Tensor, positions: Tensor) -> Tensor:
-    from ccmim_kernels.restore_tokens import triton_impl
+    from ccmim_kernels.triton_impl import restore_tokens as launchers
 
-    return triton_impl.restore_tokens(visible, mask_token, ids_restore, positions)
+    return launchers.restore_tokens(visible, mask_token, ids_restore, positions)
 
 
 @_restore_tokens.register_fake
@@ -62,9 +68,9 @@ def _(visible, mask_token, ids_restore, positions):
 
 @torch.library.custom_op("ccmim::restore_tokens_visible_gradient", mutates_args=())
 def _visible_gradient(grad: Tensor, ids_restore: Tensor, keep: int) -> Tensor:
-    from ccmim_kernels.restore_tokens import triton_impl
+    from ccmim_kernels.triton_impl import restore_tokens as launchers
 
-    return triton_impl.visible_gradient(grad, ids_restore, keep)
+    return launchers.visible_gradient(grad, ids_restore, keep)
 
 
 @_visible_gradient.register_fake
@@ -74,9 +80,9 @@ def _(grad, ids_restore, keep):
 
 @torch.library.custom_op("ccmim::restore_tokens_mask_token_gradient", mutates_args=())
 def _mask_token_gradient(grad: Tensor, ids_restore: Tensor, keep: int) -> Tensor:
-    from ccmim_kernels.restore_tokens import triton_impl
+    from ccmim_kernels.triton_impl import restore_tokens as launchers
 
-    return triton_impl.mask_token_gradient(grad, ids_restore, keep)
+    return launchers.mask_token_gradient(grad, ids_restore, keep)
 
 
 @_mask_token_gradient.register_fake

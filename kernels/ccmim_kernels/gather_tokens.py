@@ -1,4 +1,4 @@
-"""Public function of the op: argument checks, then the implementation."""
+"""The op `gather_tokens` takes tokens by index and puts shared prefix tokens in front."""
 
 # B batch, L patches, K kept, P prefix tokens, D width
 
@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from ccmim_kernels.dispatch import uses_triton
-from ccmim_kernels.gather_tokens import reference
+
+
+def gather_tokens_reference(tokens_BLD: Tensor, ids_BK: Tensor, prefix_PD: Tensor | None) -> Tensor:
+    """Specify `gather_tokens` in plain PyTorch."""
+    B, _, D = tokens_BLD.shape
+    kept_BKD = tokens_BLD.gather(1, ids_BK[..., None].expand(-1, -1, D))
+    if prefix_PD is None:
+        return kept_BKD
+    return torch.cat([prefix_PD.to(kept_BKD.dtype).expand(B, -1, -1), kept_BKD], dim=1)
 
 
 def gather_tokens(
@@ -34,14 +42,14 @@ def gather_tokens(
         raise ValueError(f"prefix {list(prefix_PD.shape)} must be [P, {tokens_BLD.shape[-1]}]")
     if uses_triton(kernels, "gather_tokens", tokens_BLD.device, tokens_BLD, prefix_PD):
         return _gather_tokens(tokens_BLD, ids_BK, prefix_PD)
-    return reference.gather_tokens(tokens_BLD, ids_BK, prefix_PD)
+    return gather_tokens_reference(tokens_BLD, ids_BK, prefix_PD)
 
 
 @torch.library.custom_op("ccmim::gather_tokens", mutates_args=())
 def _gather_tokens(tokens: Tensor, ids: Tensor, prefix: Tensor | None) -> Tensor:
-    from ccmim_kernels.gather_tokens import triton_impl
+    from ccmim_kernels.triton_impl import gather_tokens as launchers
 
-    return triton_impl.gather_tokens(tokens, ids, prefix)
+    return launchers.gather_tokens(tokens, ids, prefix)
 
 
 @_gather_tokens.register_fake
@@ -51,14 +59,13 @@ def _(tokens, ids, prefix):
 
 
 @torch.library.custom_op("ccmim::scatter_tokens", mutates_args=())
-def scatter_tokens(grad: Tensor, ids: Tensor, patches: int) -> Tensor:
-    """[B, P + K, D] -> [B, patches, D]: row P + k to patch ids[k], zeros elsewhere; the gradient of a gather."""
-    from ccmim_kernels.gather_tokens import triton_impl
+def _scatter_tokens(grad: Tensor, ids: Tensor, patches: int) -> Tensor:
+    from ccmim_kernels.triton_impl import gather_tokens as launchers
 
-    return triton_impl.scatter_tokens(grad, ids, patches)
+    return launchers.scatter_tokens(grad, ids, patches)
 
 
-@scatter_tokens.register_fake
+@_scatter_tokens.register_fake
 def _(grad, ids, patches):
     return grad.new_empty((grad.shape[0], patches, grad.shape[2]))
 
@@ -66,8 +73,8 @@ def _(grad, ids, patches):
 def gather_gradients(
     grad_BTD: Tensor, ids_BK: Tensor, patches: int, prefix: int, dtype: torch.dtype | None, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the tokens and of the `prefix` shared rows (in `dtype`), as far as they are needed."""
-    tokens_BLD = scatter_tokens(grad_BTD, ids_BK, patches) if needs[0] else None
+    """Return the gradients of the tokens and of the `prefix` shared rows (in `dtype`), as far as they are needed."""
+    tokens_BLD = _scatter_tokens(grad_BTD, ids_BK, patches) if needs[0] else None
     prefix_PD = grad_BTD[:, :prefix].sum(0, dtype=torch.float32).to(dtype) if needs[1] else None
     return tokens_BLD, prefix_PD
 

@@ -1,4 +1,4 @@
-"""Contrastive losses without the B x N logits in memory: a log-sum-exp kernel and one kernel for both gradients.
+"""These kernels of `info_nce` need no B x N logits in memory: one for the log-sum-exp, one for both gradients.
 
 Both losses are R query rows against N keys. Row r belongs to image i = r or r - B, whose own key is offset + i. Rows
 below `excluded` leave their own key out (the students of Eq. 7); for those from there on it is the positive. `info_nce`
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ccmim_kernels.launch import launch
+from ccmim_kernels.triton_impl.launch import launch
 
 # Programs to aim at: where there are fewer tiles, a sum is split into parts, which PyTorch adds up. A constant, so that
 # the result is the same on every GPU; two for each of an H100's 132 multiprocessors, not measured.
@@ -27,7 +27,7 @@ _GRADIENT_INTEGERS = ["A", "C", "B", "offset", "excluded", "parts", "length"]
 
 @triton.jit
 def similarities(a_ptr, a_row, a_valid, c_ptr, c_row, c_valid, E, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr):
-    """Dot products of rows of `a` with rows of `c`, fp32 [len(a_row), len(c_row)]; rows not valid count as zero."""
+    """Multiply rows of `a` with rows of `c`: fp32 [len(a_row), len(c_row)]; rows not valid count as zero."""
     total = tl.zeros((a_row.shape[0], c_row.shape[0]), dtype=tl.float32)
     for start in range(0, E, BLOCK_E):
         lane = start + tl.arange(0, BLOCK_E)
@@ -46,7 +46,7 @@ def similarities(a_ptr, a_row, a_valid, c_ptr, c_row, c_valid, E, BLOCK_E: tl.co
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
-def logsumexp_kernel(
+def ccmim_logsumexp_kernel(
     queries_ptr,  # [R, E] fp32, rows of norm 1 or 0
     keys_ptr,  # [N, E] fp32, rows of norm 1 or 0
     positive_ptr,  # [B] fp32: similarity of each image's positive
@@ -65,7 +65,7 @@ def logsumexp_kernel(
     BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program per tile of queries and part of the keys: log sum_j exp((q_r . k_j - positive) * scale), online.
+    """Compute log sum_j exp((q_r . k_j - positive) * scale) of one tile of queries over a part of the keys, online.
 
     Replaces: matmul, scale, scatter, cat and logsumexp over R x N logits (8 R N bytes and more, kept for backward).
     Moves: queries and keys, each from L2 once per tile of the other; writes 4 R S bytes. 2 R N E FLOPs.
@@ -93,7 +93,7 @@ def logsumexp_kernel(
 
 
 @triton.jit(do_not_specialize=_GRADIENT_INTEGERS)
-def gradient_kernel(
+def ccmim_gradient_kernel(
     a_ptr,  # [A, E] fp32: the queries, or (OF_KEYS) the keys
     c_ptr,  # [C, E] fp32: the other ones
     positive_ptr,  # [B] fp32: similarity of each image's positive
@@ -116,7 +116,7 @@ def gradient_kernel(
     BLOCK_OUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program per tile of `a`, chunk of BLOCK_OUT columns and part of `c`: sum_c weight * (p - positive) * c.
+    """Sum weight * (p - positive) * c for one tile of `a` and BLOCK_OUT columns, over a part of `c`.
 
     p = exp(logit - loss) is computed again, in every chunk. Replaces: softmax and scatter over the saved A x C logits,
     and the matmul. Moves: `a` and `c` from L2 once per tile of the other and chunk; writes 4 A E S bytes.
@@ -163,18 +163,18 @@ _GRADIENT_TILES = {"tf32x3": (64, 32, 16, 128, 8), "ieee": (32, 32, 16, 128, 8)}
 
 
 def dot_precision(device: torch.device) -> str:
-    """How `tl.dot` multiplies float32: three TF32 products where tensor cores have TF32, else as it is."""
+    """Say how `tl.dot` multiplies float32: three TF32 products where tensor cores have TF32, else as it is."""
     return "tf32x3" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "ieee"
 
 
 def padded(rows: Tensor) -> Tensor:
-    """The rows, contiguous, with zeros up to a multiple of `_WIDTH` columns; of an embedding of 256 no copy is made."""
+    """Pad the rows with zeros to a multiple of `_WIDTH` columns, contiguous; of an embedding of 256 no copy is made."""
     missing = -rows.shape[1] % _WIDTH
     return F.pad(rows, (0, missing)) if missing else rows.contiguous()
 
 
 def split(tiles: int, rows: int, block: int) -> tuple[int, int]:
-    """(parts, length): a sum over `rows` by `tiles` programs, in parts of `length` rows each, a multiple of `block`."""
+    """Return (parts, length): `tiles` programs sum over `rows` in parts of `length` rows, a multiple of `block`."""
     blocks = triton.cdiv(rows, block)
     length = triton.cdiv(blocks, max(1, min(blocks, _PROGRAMS // tiles))) * block
     return triton.cdiv(rows, length), length
@@ -183,7 +183,7 @@ def split(tiles: int, rows: int, block: int) -> tuple[int, int]:
 def losses(
     queries_RE: Tensor, keys_NE: Tensor, *, excluded: int, offset: int, tau: float, precision: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(loss_B, positive_B): each image's loss and the similarity of its positive, float32.
+    """Return (loss_B, positive_B): each image's loss and the similarity of its positive, float32.
 
     Args:
         queries_RE: [R, E] float32, normalised; B = R - excluded.
@@ -200,29 +200,10 @@ def losses(
     parts, length = split(tiles, keys, block_c)
     positive_B = (queries_RE[excluded:] * keys_NE[offset : offset + batch]).sum(1)
     lse_SR = queries_RE.new_empty((parts, rows))
-    launch(
-        logsumexp_kernel,
-        tiles * parts,
-        queries_RE,
-        keys_NE,
-        positive_B,
-        lse_SR,
-        rows,
-        batch,
-        keys,
-        width,
-        offset,
-        excluded,
-        1.0 / tau,
-        parts,
-        length,
-        BLOCK_A=block_a,
-        BLOCK_C=block_c,
-        BLOCK_E=block_e,
-        PRECISION=precision,
-        warps=warps,
-        fp_fusion=True,
-    )
+    numbers = (rows, batch, keys, width, offset, excluded, 1.0 / tau, parts, length)
+    tile = {"BLOCK_A": block_a, "BLOCK_C": block_c, "BLOCK_E": block_e, "PRECISION": precision, "warps": warps}
+    tensors = (queries_RE, keys_NE, positive_B, lse_SR)
+    launch(ccmim_logsumexp_kernel, tiles * parts, *tensors, *numbers, fp_fusion=True, **tile)
     return lse_SR.view(-1, batch).logsumexp(0), positive_B
 
 
@@ -239,7 +220,7 @@ def gradient(
     tau: float,
     precision: str | None = None,
 ) -> Tensor:
-    """Gradient [A, E] of sum_i grad_i loss_i for `a`: the queries, or with `of_keys` the keys; `c` are the others.
+    """Return the gradient [A, E] of sum_i grad_i loss_i for `a`, the queries or (`of_keys`) the keys; `c` is the other.
 
     Args:
         loss_B, positive_B: of `losses`.
@@ -254,32 +235,10 @@ def gradient(
     tiles = triton.cdiv(rows, block_a) * triton.cdiv(width, block_out)
     parts, length = split(tiles, others, block_c)
     out_SAE = a_AE.new_empty((parts, rows, width))
-    launch(
-        gradient_kernel,
-        tiles * parts,
-        a_AE,
-        c_CE,
-        positive_B,
-        loss_B,
-        (grad_B / tau).contiguous(),
-        out_SAE,
-        rows,
-        others,
-        len(loss_B),
-        width,
-        offset,
-        excluded,
-        1.0 / tau,
-        parts,
-        length,
-        OF_KEYS=of_keys,
-        BLOCK_A=block_a,
-        BLOCK_C=block_c,
-        BLOCK_E=block_e,
-        BLOCK_OUT=block_out,
-        PRECISION=precision,
-        warps=warps,
-        fp_fusion=True,
-    )
+    tensors = (a_AE, c_CE, positive_B, loss_B, (grad_B / tau).contiguous(), out_SAE)
+    numbers = (rows, others, len(loss_B), width, offset, excluded, 1.0 / tau, parts, length)
+    tile = {"BLOCK_A": block_a, "BLOCK_C": block_c, "BLOCK_E": block_e, "BLOCK_OUT": block_out, "warps": warps}
+    options = {"OF_KEYS": of_keys, "PRECISION": precision, "fp_fusion": True}
+    launch(ccmim_gradient_kernel, tiles * parts, *tensors, *numbers, **tile, **options)
     out_AE = out_SAE[0] if parts == 1 else out_SAE.sum(0)
     return out_AE[:, :embedding].contiguous()
