@@ -19,7 +19,7 @@ VENV := .venv
 TESTS :=
 else
 VENV := .venv-$(ENV)
-TESTS := tests/ops tests/trainer/test_environment.py
+TESTS := tests/ops tests/engine/test_environment.py
 endif
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

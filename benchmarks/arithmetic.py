@@ -113,7 +113,7 @@ def counted(vit: Vit, source: str, decoder_blocks: int) -> float:
 
     from ccmim_fast.losses.total import total_loss
     from ccmim_fast.models.build import build_model
-    from ccmim_fast.trainer.throughput import flop_counter
+    from ccmim_fast.profile.meter import flop_counter
 
     config = config_of(vit, source, decoder_blocks)
     model = build_model(config).train()

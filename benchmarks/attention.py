@@ -20,7 +20,7 @@ import pages
 import torch
 
 from ccmim_fast.models.attention import BACKENDS, CUDA_ONLY, attention
-from ccmim_fast.trainer.throughput import synchronise
+from ccmim_fast.profile.meter import synchronise
 
 # Tokens, heads, head dim: ViT-B's visible set, masked set and whole image, MAE's decoder; then longer sequences.
 SHAPES = [(50, 12, 64), (148, 12, 64), (197, 12, 64), (197, 16, 32), (401, 12, 64), (785, 12, 64)]

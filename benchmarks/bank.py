@@ -31,7 +31,7 @@ from ccmim_fast.bank.stores import FileStore, open_store
 from ccmim_fast.bank.warp import read, update
 from ccmim_fast.config.keys import settings
 from ccmim_fast.models.blocks import RowReader
-from ccmim_fast.trainer.precision import choose_precision
+from ccmim_fast.models.precision import choose_precision
 from ccmim_kernels import cls_row
 
 IMAGENET = 1_281_167

@@ -184,7 +184,7 @@ def _weights(vit: Vit, source: str, decoder_blocks: int, gpus: int, how: str) ->
 
 
 def gathered_bytes(vit: Vit, source: str = "bank", decoder_blocks: int = 2) -> float:
-    """Bytes of all weights as FSDP gathers them, once a step: what trainer/sharded.py keeps exact is in float32."""
+    """Bytes of all weights as FSDP gathers them, once a step: what ranks/fsdp.py keeps exact is in float32."""
     half = (vit.depth - 1) * block_parameters(vit.width) + decoder_blocks * block_parameters(512)
     return WEIGHT * half + EXACT * (parameters(vit, source, decoder_blocks) - half)
 

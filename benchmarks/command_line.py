@@ -10,8 +10,8 @@ from measure import SMALL, Job
 
 from ccmim_fast.config.parser import Parser
 from ccmim_fast.errors import CcmimError, ConfigError
-from ccmim_fast.trainer.distributed import session
-from ccmim_fast.trainer.precision import choose_precision
+from ccmim_fast.models.precision import choose_precision
+from ccmim_fast.ranks.session import session
 
 # Settings that an option of the benchmark gives.
 OWNED = {

@@ -19,12 +19,12 @@ from torch import Tensor
 from ccmim_fast.config.keys import settings
 from ccmim_fast.config.load import load_config
 from ccmim_fast.config.schema import Config
-from ccmim_fast.data.batch import Batch, to_device
-from ccmim_fast.data.plan import Plan
 from ccmim_fast.data.source import NOTHING_EXCLUDED
+from ccmim_fast.data.stream.batch import Batch, to_device
+from ccmim_fast.data.stream.plan import Plan
+from ccmim_fast.engine.build import build_bank, build_step, check_device, prepare_step
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.trainer.build import build_bank, build_step, check_device, prepare_step
-from ccmim_fast.trainer.distributed import Session
+from ccmim_fast.ranks.session import Session
 
 PEERS = Path(__file__).parent / "peers"
 LR = 1.5e-4  # of every contender; optim.base_lr: large enough that a few steps lower the loss, if the step is right

@@ -26,9 +26,9 @@ import torch
 from PIL import Image
 
 from ccmim_fast.config.schema import DataConfig
-from ccmim_fast.data.indexed import open_images
-from ccmim_fast.data.loader import build_loader
-from ccmim_fast.data.photos import photo_path
+from ccmim_fast.data.build import build_loader
+from ccmim_fast.data.index.indexed import open_images
+from ccmim_fast.data.made.photos import photo_path
 from ccmim_fast.data.shard import write_shards
 
 PEER = "torchvision"

@@ -21,11 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "ops"))
 from timing import Timed, Variant, time_variants  # noqa: E402
 
-from ccmim_fast.data.batch import Batch  # noqa: E402
-from ccmim_fast.trainer.build import build_step  # noqa: E402
-from ccmim_fast.trainer.distributed import Session  # noqa: E402
-from ccmim_fast.trainer.precision import choose_precision  # noqa: E402
-from ccmim_fast.trainer.run_folder import environment  # noqa: E402
+from ccmim_fast.data.stream.batch import Batch  # noqa: E402
+from ccmim_fast.engine.build import build_step  # noqa: E402
+from ccmim_fast.models.precision import choose_precision  # noqa: E402
+from ccmim_fast.ranks.session import Session  # noqa: E402
+from ccmim_fast.runs.folder import environment  # noqa: E402
 
 WIDTHS = {"Ti": ("vit_tiny_patch16_224", 192), "S": ("vit_small_patch16_224", 384), "B": ("vit_base_patch16_224", 768)}
 

@@ -19,8 +19,8 @@ import numpy as np
 import pages
 import pyarrow as pa
 
-from ccmim_fast.data.index import SCHEMA, Index, write_table
-from ccmim_fast.data.order import epoch_order
+from ccmim_fast.data.index.index_file import SCHEMA, Index, write_table
+from ccmim_fast.data.stream.permutation import epoch_order
 
 IMAGENET = 1_281_167
 PER_CLASS = 1300

@@ -20,8 +20,8 @@ import contenders
 import torch
 
 from ccmim_fast.errors import CcmimError
-from ccmim_fast.trainer.precision import choose_precision
-from ccmim_fast.trainer.throughput import flop_counter, measure_matmul_rate, synchronise
+from ccmim_fast.models.precision import choose_precision
+from ccmim_fast.profile.meter import flop_counter, measure_matmul_rate, synchronise
 
 ROOT = Path(__file__).resolve().parents[1]
 # Steps before the clock starts: the first one makes the optimizer's state (and compiles). On a CPU malloc learns there

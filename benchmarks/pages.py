@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ccmim_fast.trainer.run_folder import environment as run_environment
+from ccmim_fast.runs.folder import environment as run_environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PEERS = ("transformers", "lightly")

@@ -20,13 +20,13 @@ from measure import random_images
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ccmim_fast.config.schema import Config
-from ccmim_fast.data.batch import Batch
-from ccmim_fast.data.plan import Plan
+from ccmim_fast.data.stream.batch import Batch
+from ccmim_fast.data.stream.plan import Plan
+from ccmim_fast.engine.build import build_bank, build_step
+from ccmim_fast.engine.step import TrainStep
+from ccmim_fast.engine.step_monitor import Watch
 from ccmim_fast.errors import MachineError
-from ccmim_fast.trainer.build import build_bank, build_step
-from ccmim_fast.trainer.distributed import Session
-from ccmim_fast.trainer.step import TrainStep
-from ccmim_fast.trainer.watch import Watch
+from ccmim_fast.ranks.session import Session
 
 PATIENCE = 600  # seconds until a process that does not answer is given up
 

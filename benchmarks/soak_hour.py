@@ -29,9 +29,9 @@ from soak_samples import Sampler, lives, plot
 from ccmim_fast.checkpoints import io
 from ccmim_fast.config.load import load_config
 from ccmim_fast.config.schema import Config
-from ccmim_fast.data.shapes import ShapesSource
+from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.errors import ConfigError, MachineError
-from ccmim_fast.trainer.run_state import read_state
+from ccmim_fast.runs.state import read_state
 
 THIRDS = 3
 STORM = 0.4  # share of each third in which processes are ended, too

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ccmim_fast.errors import MachineError
-from ccmim_fast.trainer.run_state import process_start
+from ccmim_fast.runs.state import process_start
 
 RANKS = 2
 PATIENCE = 600  # seconds that anything may take: far more than a launch, a save or an epoch

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from ccmim_fast import cli
-from ccmim_fast.trainer.step import TrainStep
+from ccmim_fast.engine.step import TrainStep
 
 
 def obey(order: Path) -> None:

@@ -35,8 +35,8 @@ ccmim COMMAND --help lists the settings of a command."""
 
 def demo(argv: list[str]) -> None:
     """`ccmim demo [settings]`: the preset `demo`, changed by the settings."""
+    from ccmim_fast.commands.demo import run_demo
     from ccmim_fast.config.load import load_config
-    from ccmim_fast.demo import run_demo
 
     given = argv if any(a.startswith("--config") for a in argv) else ["--config", "demo", *argv]
     run_demo(load_config(given, "ccmim demo"))
@@ -45,27 +45,27 @@ def demo(argv: list[str]) -> None:
 def pretrain(argv: list[str]) -> None:
     """`ccmim pretrain [settings]`."""
     from ccmim_fast.config.load import load_config
-    from ccmim_fast.trainer.loop import fit
+    from ccmim_fast.engine.loop import fit
 
     config = load_config(argv, "ccmim pretrain")
     if config.data.source != "shapes":
         fit(config)
         return
-    from ccmim_fast.evaluation.objects import object_figures
+    from ccmim_fast.evaluation.masks.objects import object_figures
 
     fit(config, more=object_figures)
 
 
 def submit(argv: list[str]) -> None:
     """`ccmim submit [options] -- SETTINGS`: `ccmim pretrain SETTINGS` as a job of Slurm."""
-    from ccmim_fast.submit import submit as run
+    from ccmim_fast.commands.submit import submit as run
 
     run(argv)
 
 
 def runs(argv: list[str]) -> None:
     """`ccmim runs [FOLDER]`: the run folders below FOLDER."""
-    from ccmim_fast.runs import print_runs
+    from ccmim_fast.runs.listing import print_runs
 
     print_runs(argv)
 
@@ -73,7 +73,7 @@ def runs(argv: list[str]) -> None:
 def evaluate(argv: list[str]) -> None:
     """`ccmim eval NAME CHECKPOINT [settings]`: a checkpoint by a published protocol; or what it looks at and hides."""
     if argv[:1] == ["masks"]:
-        from ccmim_fast.masks.command import masks
+        from ccmim_fast.evaluation.masks.command import masks
 
         masks(argv[1:])
         return
@@ -105,14 +105,14 @@ def embed(argv: list[str]) -> None:
 
 def report(argv: list[str]) -> None:
     """`ccmim report RUN [RUN ...] [options]`: a page that compares runs."""
-    from ccmim_fast.compare import report as run
+    from ccmim_fast.commands.report import report as run
 
     run(argv)
 
 
 def data(argv: list[str]) -> None:
     """`ccmim data index|verify|shard|stats|bench ROOT [options]`."""
-    from ccmim_fast.data.commands import COMMANDS as OF_DATA
+    from ccmim_fast.commands.data import COMMANDS as OF_DATA
 
     if argv and argv[0] in ("-h", "--help"):
         print("\n".join([data.__doc__, "", *(command.__doc__ for command in OF_DATA.values())]).replace("`", ""))
@@ -159,7 +159,7 @@ def bench(argv: list[str]) -> None:
 
 def doctor(argv: list[str]) -> None:
     """`ccmim doctor`: a table of device and libraries, each tried."""
-    from ccmim_fast.doctor import print_report
+    from ccmim_fast.commands.doctor import print_report
 
     print_report(argv)
 

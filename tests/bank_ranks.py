@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from ccmim_fast.bank.bank import ScoreBank, own_maps
 from ccmim_fast.bank.stores import open_store
-from ccmim_fast.data.batch import Batch
-from ccmim_fast.data.plan import Plan
+from ccmim_fast.data.stream.batch import Batch
+from ccmim_fast.data.stream.plan import Plan
 
 CELLS = 2
 CPU = torch.device("cpu")

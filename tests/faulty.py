@@ -15,9 +15,9 @@ import torch
 
 from ccmim_fast.checkpoints import io
 from ccmim_fast.cli import main as ccmim
-from ccmim_fast.data.shapes import ShapesSource
-from ccmim_fast.trainer.loop import Trainer
-from ccmim_fast.trainer.step import TrainStep
+from ccmim_fast.data.made.shapes import ShapesSource
+from ccmim_fast.engine.loop import Trainer
+from ccmim_fast.engine.step import TrainStep
 
 
 def not_finite(at, value=float("nan")):
@@ -134,8 +134,8 @@ def main() -> int:
     concerned = rank in ("all", os.environ.get("RANK"))
     spoil = FAULTS[fault]({int(step) for step in at.split(",")}) if concerned else contextlib.nullcontext()
     # Both take a while before the run, for figures that nobody reads here.
-    counted = patch("ccmim_fast.trainer.throughput.count_flops", lambda step: {})
-    measured = patch("ccmim_fast.trainer.throughput.measure_matmul_rate", lambda device, dtype: 1e12)
+    counted = patch("ccmim_fast.engine.loop.count_flops", lambda step: {})
+    measured = patch("ccmim_fast.profile.meter.measure_matmul_rate", lambda device, dtype: 1e12)
     with counted, measured, spoil:
         return ccmim(["pretrain", *settings])
 

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from ccmim_fast.data.shapes import ShapesSource
+from ccmim_fast.data.made.shapes import ShapesSource
 
 SIDE = 32
 

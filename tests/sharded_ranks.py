@@ -1,6 +1,6 @@
 """Two ranks that train with divided and with whole weights, save and go on; one of them writes what was found.
 
-Started by tests/trainer/test_sharded.py, which looks at it.
+Started by tests/ranks/test_fsdp.py, which looks at it.
 """
 
 import errno
@@ -15,16 +15,16 @@ from bank_ranks import Sizes
 from tiny import images, tiny_config
 from torch.distributed.tensor import DTensor
 
-from ccmim_fast.checkpoints.shards import _HashedFiles
-from ccmim_fast.data.batch import Batch
-from ccmim_fast.data.plan import Plan
+from ccmim_fast.checkpoints.distributed import _HashedFiles
+from ccmim_fast.data.stream.batch import Batch
+from ccmim_fast.data.stream.plan import Plan
+from ccmim_fast.engine.build import build_step
+from ccmim_fast.engine.checkpointer import Checkpointer
+from ccmim_fast.engine.compile import compile_step
 from ccmim_fast.errors import CheckpointError
 from ccmim_fast.optim.parts import own_part
-from ccmim_fast.trainer.build import build_step
-from ccmim_fast.trainer.compiled import compile_step
-from ccmim_fast.trainer.distributed import Session
-from ccmim_fast.trainer.savepoints import Savepoints
-from ccmim_fast.trainer.sharded import let_go
+from ccmim_fast.ranks.fsdp import let_go
+from ccmim_fast.ranks.session import Session
 
 STEPS, FEW = 20, 5
 LR = 1e-3
@@ -77,13 +77,13 @@ def weights(step):
     return [whole(tensor).detach().clone() for tensor in state]
 
 
-def savepoints(step, here, folder, notes):
+def checkpointer(step, here, folder, notes):
     plan = Plan(Sizes(64), 0, 8, 1, here.rank, here.world_size)
-    return Savepoints(step.config, here, folder, step, plan, None, notes.append)
+    return Checkpointer(step.config, here, folder, step, plan, None, notes.append)
 
 
 def saved(step, here, folder, at):
-    with savepoints(step, here, folder, []) as points:
+    with checkpointer(step, here, folder, []) as points:
         points.save(at, 8 * at)
         points.close()
 
@@ -92,7 +92,7 @@ def resumed(parallel, here, folder):
     """A new step that goes on where `folder` is."""
     config = config_of(parallel, optim={"ema_decay": 0.9}, run={"resume": "auto"})
     step = build_step(config, here)
-    assert savepoints(step, here, folder, []).resume() == (3, 24)
+    assert checkpointer(step, here, folder, []).resume() == (3, 24)
     return step
 
 
@@ -120,7 +120,7 @@ def half_precision(here):
 
     with (
         patch("torch.nn.functional.layer_norm", exact),
-        patch("ccmim_fast.trainer.build._gathered_in", lambda precision, device: precision.dtype),
+        patch("ccmim_fast.engine.build._gathered_in", lambda precision, device: precision.dtype),
     ):
         return [take(build_step(config_of(parallel, "bf16"), here), here, range(FEW)) for parallel in ("ddp", "fsdp")]
 
@@ -129,7 +129,7 @@ def shares(here):
     """Elements of weights, gradients and moments that a rank has, of all."""
     step = build_step(config_of("fsdp"), here)
     held = {}
-    with patch("ccmim_fast.trainer.step.drop_gradients", lambda optimizer: None):
+    with patch("ccmim_fast.engine.step.drop_gradients", lambda optimizer: None):
         take(step, here, [0])
     trained = [p for p in step.model.parameters() if p.requires_grad]
     moments = [step.optimizer.state[p]["exp_avg"] for p in trained]
@@ -174,7 +174,7 @@ def going_on(here, folder):
 def full_disk(here, folder):
     """The second rank's disk is full at one save, and then at three in a row."""
     step, notes = build_step(config_of("fsdp"), here), []
-    points, full = savepoints(step, here, folder / "full", notes), False
+    points, full = checkpointer(step, here, folder / "full", notes), False
     create = _HashedFiles.create_stream
 
     def create_stream(self, path, mode):

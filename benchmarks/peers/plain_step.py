@@ -9,8 +9,8 @@ from contenders import LR
 from torch import Tensor, nn
 
 from ccmim_fast.config.schema import DataConfig, OptimConfig
+from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.optim.optimizer import build_optimizer
-from ccmim_fast.trainer.precision import choose_precision
 
 
 def normalised(images_BHWC: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ccmim_fast.ablation.variants import ABLATIONS, Ablation
 from ccmim_fast.config.load import load_config
 from ccmim_fast.config.parser import Parser
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.trainer.run_folder import environment
+from ccmim_fast.runs.folder import environment
 
 
 def ablate(argv: list[str]) -> Path:

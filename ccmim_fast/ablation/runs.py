@@ -15,13 +15,13 @@ import torch
 
 from ccmim_fast.config.load import load_config
 from ccmim_fast.config.schema import Config
-from ccmim_fast.data.loader import build_source
+from ccmim_fast.data.build import build_source
 from ccmim_fast.data.source import Source
-from ccmim_fast.demo import make_held_out, measure_features
+from ccmim_fast.engine.loop import Trainer, fit
 from ccmim_fast.errors import ConfigError, DataError
-from ccmim_fast.evaluation.score_probe import probe_scores
+from ccmim_fast.evaluation.frozen.held_out import make_held_out, measure_features
+from ccmim_fast.evaluation.masks.score_probe import probe_scores
 from ccmim_fast.report.curves import read_metrics
-from ccmim_fast.trainer.loop import Trainer, fit
 
 PROBED = 1000  # training images whose scores and masks are looked at
 SUMMARY = "summary.json"  # in the folder of a run that is done

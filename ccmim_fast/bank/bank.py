@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ccmim_fast.bank.stores import Store
-from ccmim_fast.data.batch import Batch, to_device
-from ccmim_fast.data.plan import Plan
 from ccmim_fast.data.source import usable, usable_numbers
+from ccmim_fast.data.stream.batch import Batch, to_device
+from ccmim_fast.data.stream.plan import Plan
 
 _CHUNK = 65536  # maps that one message to the first rank holds
 

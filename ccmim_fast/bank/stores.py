@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccmim_fast.data.batch import to_device
+from ccmim_fast.data.stream.batch import to_device
 from ccmim_fast.errors import ConfigError, MachineError
 
 _IN_FLIGHT = 4  # steps whose maps may be on their way to the host; the oldest is waited for beyond

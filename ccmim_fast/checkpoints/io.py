@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step_00000123/` with `state.pt` (torch.save of plain containers and tensors) and
 `manifest.json` (format, step, size and sha256 of each file). Where ranks have divided the weights, their parts lie
-beside it, see checkpoints/shards.py. It is written under a hidden name and appears by a rename, so one that can be seen
+beside it (checkpoints/distributed.py). It is written under a hidden name and appears by a rename, so one that is seen
 is complete; what is damaged afterwards fails its checksum. Nothing is unpickled before that, and then by `weights_only`
 alone, which runs no code. With an empty file `kept` in it, it is never pruned.
 
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ccmim_fast.checkpoints import shards
+from ccmim_fast.checkpoints import distributed
 from ccmim_fast.checkpoints.manifest import (
     MANIFEST,
     STATE,
@@ -101,7 +101,7 @@ def load(path: Path, divided: bool = False) -> dict[str, Any]:
     """The state in the checkpoint `path`, on the CPU; no code of it is run.
 
     Args:
-        divided: leave out what ranks have divided; `shards.unite` puts it in.
+        divided: leave out what ranks have divided; `distributed.unite` puts it in.
 
     Raises:
         CheckpointError: one line: it is missing, damaged, or holds more than plain containers and tensors.
@@ -118,7 +118,7 @@ def load(path: Path, divided: bool = False) -> dict[str, Any]:
             state = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise CheckpointError(f"{STATE} refused: it holds a {type(state).__name__}, expected a dict")
-        return state if divided or len(sums) == 1 else shards.unite(state, shards.read(path))
+        return state if divided or len(sums) == 1 else distributed.unite(state, distributed.read(path))
     except OSError as error:
         raise CheckpointError(f"{path}: {Path(error.filename or '').name}: {error.strerror}") from None
     except CheckpointError as error:

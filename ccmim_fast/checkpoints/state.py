@@ -56,7 +56,7 @@ def capture(
 
 
 def patterns(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Of each tensor of a state that is divided among ranks, by its path, one that is divided so; see `shards.read`."""
+    """Return, by its path in a state, each tensor that is divided among ranks, for `distributed.read`."""
     named = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
     found = {f"{where}{name}": p for name, p in named.items() for where in ("model/", "ema/module.")}
     trained = (parameter for group in optimizer.param_groups for parameter in group["params"])

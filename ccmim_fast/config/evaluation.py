@@ -67,7 +67,12 @@ class KnnConfig:
 
 @dataclass(frozen=True)
 class LogregConfig:
-    c: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)  # inverse penalties tried on a fifth held out; evaluation/linear.py
+    c: tuple[float, ...] = (
+        1e-4,
+        1e-3,
+        1e-2,
+        1e-1,
+    )  # inverse penalties tried on a fifth held out
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ class EvalTrainConfig:
     steps: int = 0  # optimizer steps in place of epochs where not 0
     batch_size: int = 1024  # images per optimizer step, over all ranks and micro-batches
     accumulate: int = 1  # micro-batches per optimizer step
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # auto: by device, see trainer/precision.py
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # auto: by device, see models/precision.py
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_steps: int = 0  # stop after so many optimizer steps; 0: all epochs
     timeout: float = 30.0  # minutes that a rank waits for another

@@ -142,7 +142,7 @@ class TrainConfig:
     epochs: int = 800  # paper, Table 1
     batch_size: int = 1024  # images per optimizer step, over all ranks and micro-batches; paper, appendix C
     accumulate: int = 1  # micro-batches per optimizer step; BatchNorm and negatives see one micro-batch
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # auto: by device, see trainer/precision.py
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # auto: by device, see models/precision.py
     device: str = "auto"  # auto | cpu | cuda
     # auto: Triton on CUDA for the ops measured to win there (none yet: no kernel has run on a GPU), else plain PyTorch
     kernels: Literal["auto", "triton", "reference"] = "auto"

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 
 from ccmim_fast.config.schema import DataConfig
-from ccmim_fast.data import dali_loader
-from ccmim_fast.data.batch import Batch
-from ccmim_fast.data.indexed import IndexedSource
-from ccmim_fast.data.loader import build_loader
-from ccmim_fast.data.prefetch import thread_count
+from ccmim_fast.data.build import build_loader
+from ccmim_fast.data.index.indexed import IndexedSource
 from ccmim_fast.data.source import usable
 from ccmim_fast.data.stages import Stages, advice, measure_stages
+from ccmim_fast.data.stream import dali_loader
+from ccmim_fast.data.stream.batch import Batch
+from ccmim_fast.data.stream.prefetch import thread_count
 from ccmim_fast.errors import MachineError
 
 _SEED = 0

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ccmim_fast.data.decode import Header, read_header
-from ccmim_fast.data.index import BESIDE, Index, Row, write_index
-from ccmim_fast.data.indexed import IndexedSource
-from ccmim_fast.data.order import epoch_order
-from ccmim_fast.data.prefetch import thread_count
+from ccmim_fast.data.index.decode import Header, read_header
+from ccmim_fast.data.index.index_file import BESIDE, Index, Row, write_index
+from ccmim_fast.data.index.indexed import IndexedSource
 from ccmim_fast.data.source import usable, usable_ids
+from ccmim_fast.data.stream.permutation import epoch_order
+from ccmim_fast.data.stream.prefetch import thread_count
 from ccmim_fast.errors import ConfigError, DataError
 
 _BLOCK = 512  # of a tar: a header is one, and data begin on one

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ccmim_fast.data.indexed import IndexedSource
-from ccmim_fast.data.plan import Plan
+from ccmim_fast.data.index.indexed import IndexedSource
 from ccmim_fast.data.source import Source
-from ccmim_fast.data.torch_loader import crop_and_resize
+from ccmim_fast.data.stream.plan import Plan
+from ccmim_fast.data.stream.torch_loader import crop_and_resize
 from ccmim_fast.errors import DataError
 
 _ADVICE = {

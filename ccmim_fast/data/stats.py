@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ccmim_fast.data.order import epoch_order
-from ccmim_fast.data.prefetch import thread_count
 from ccmim_fast.data.source import Source, usable, usable_ids
+from ccmim_fast.data.stream.permutation import epoch_order
+from ccmim_fast.data.stream.prefetch import thread_count
 from ccmim_fast.errors import DataError
 
 _BLOCK = 2**20  # pixels counted at once: bincount makes int64 of them

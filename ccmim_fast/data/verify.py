@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from ccmim_fast.data.index import BAD, INDEXED, SCHEMA, VERIFIED, Index, rewrite_index
-from ccmim_fast.data.indexed import IndexedSource
-from ccmim_fast.data.marks import marks_path, read_marks
+from ccmim_fast.data.index.bad_samples import marks_path, read_marks
+from ccmim_fast.data.index.index_file import BAD, INDEXED, SCHEMA, VERIFIED, Index, rewrite_index
+from ccmim_fast.data.index.indexed import IndexedSource
 from ccmim_fast.data.source import Source
 from ccmim_fast.errors import DataError, MachineError
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ccmim_fast.data.source import usable
-from ccmim_fast.data.torch_loader import evaluation_batches
+from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.supervised import Learner
 

@@ -12,16 +12,17 @@ from ccmim_fast.config.evaluation import EvalConfig, validate_evaluation
 from ccmim_fast.config.keys import flatten, nearest, show
 from ccmim_fast.config.load import load_config
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.evaluation import detection, finetune, frozen, probes
+from ccmim_fast.evaluation import detection, finetune, probes
 from ccmim_fast.evaluation.encoders import Weights, read_weights
+from ccmim_fast.evaluation.frozen import run as frozen
 from ccmim_fast.evaluation.images import Images, open_both
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.protocols import FOLDER, Protocol, deviations, protocol, write_result
 from ccmim_fast.evaluation.segmentation.run import open_scenes
 from ccmim_fast.evaluation.segmentation.run import run as segmentation
-from ccmim_fast.trainer.distributed import Session, main_first, session
-from ccmim_fast.trainer.run_folder import check_apart, describe_run, environment, evaluation_folder, open_run_folder
-from ccmim_fast.trainer.run_state import recorded
+from ccmim_fast.ranks.session import Session, main_first, session
+from ccmim_fast.runs.folder import check_apart, describe_run, environment, evaluation_folder, open_run_folder
+from ccmim_fast.runs.state import recorded
 
 
 class Evaluation(NamedTuple):

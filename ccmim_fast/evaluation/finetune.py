@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from ccmim_fast.config.evaluation import EvalOptimConfig
-from ccmim_fast.data.marks import Skipped
-from ccmim_fast.data.plan import MicroBatch, Plan
-from ccmim_fast.data.substitute import load_or_substitute
+from ccmim_fast.data.index.bad_samples import Skipped
+from ccmim_fast.data.stream.fallback import load_or_substitute
+from ccmim_fast.data.stream.plan import MicroBatch, Plan
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.classification import classifier
 from ccmim_fast.evaluation.encoders import build_encoder

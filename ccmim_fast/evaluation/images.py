@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from ccmim_fast.config.evaluation import EvalConfig, images_of
 from ccmim_fast.config.schema import DataConfig
-from ccmim_fast.data.fine_grained import flowers_origins, inaturalist_origins
-from ccmim_fast.data.loader import build_source
+from ccmim_fast.data.build import build_source
+from ccmim_fast.data.index.fine_grained import flowers_origins, inaturalist_origins
 from ccmim_fast.data.source import Source, usable
 from ccmim_fast.errors import ConfigError, DataError
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.evaluation.encoders import Encoder, Weights, build_encoder
 from ccmim_fast.evaluation.images import Images
-from ccmim_fast.trainer.distributed import Session
+from ccmim_fast.ranks.session import Session
 
 
 class Job(NamedTuple):

@@ -10,7 +10,7 @@ from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
 from ccmim_fast.config.evaluation import EvalOptimConfig
-from ccmim_fast.data.loader import build_loader
+from ccmim_fast.data.build import build_loader
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.classification import classifier
 from ccmim_fast.evaluation.job import Job

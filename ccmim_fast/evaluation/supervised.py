@@ -23,12 +23,12 @@ from ccmim_fast.data.source import usable
 from ccmim_fast.errors import CheckpointError, ConfigError, NumericsError, StoppedError
 from ccmim_fast.evaluation.encoders import Weights
 from ccmim_fast.evaluation.job import Job
+from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.optim.ema import averaged_in, build_ema, update_ema_
 from ccmim_fast.optim.schedule import scaled_lr, schedule_lr
-from ccmim_fast.trainer.distributed import from_main, max_over_ranks, mean_over_ranks, wait_for_all
-from ccmim_fast.trainer.metrics import Metrics, ProgressLine
-from ccmim_fast.trainer.precision import choose_precision
-from ccmim_fast.trainer.signals import StopSignals
+from ccmim_fast.ranks.session import from_main, max_over_ranks, mean_over_ranks, wait_for_all
+from ccmim_fast.ranks.signals import StopSignals
+from ccmim_fast.runs.metrics import Metrics, ProgressLine
 
 # May differ when a run goes on; whatever else does would make it another one.
 _FREE = ("run.", "train.device", "train.timeout", "train.max_steps", "data.workers", "data.root", "data.test")

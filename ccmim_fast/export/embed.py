@@ -15,15 +15,15 @@ import pyarrow as pa
 import torch
 
 from ccmim_fast.config.parser import Parser
-from ccmim_fast.data.indexed import IndexedSource, open_images
+from ccmim_fast.data.index.indexed import IndexedSource, open_images
 from ccmim_fast.data.progress import progress_bar
 from ccmim_fast.data.source import usable
-from ccmim_fast.data.torch_loader import evaluation_batches
+from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.errors import ConfigError, MachineError
-from ccmim_fast.evaluation.features import extract
+from ccmim_fast.evaluation.frozen.features import extract
 from ccmim_fast.export.trained import Trained, read_trained
 from ccmim_fast.models.encoder import tokens_of
-from ccmim_fast.trainer.precision import choose_precision
+from ccmim_fast.models.precision import choose_precision
 
 SUFFIXES = (".npy", ".arrow")
 

@@ -12,7 +12,7 @@ from ccmim_fast.ablation.runs import LOOKS, Run, held_out_of, measure_run, run_a
 from ccmim_fast.ablation.table import difference, markdown, plot
 from ccmim_fast.ablation.variants import ABLATIONS, lambda_of, score_variants
 from ccmim_fast.config.load import load_config
-from ccmim_fast.data.shapes import ShapesSource
+from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.errors import ConfigError, DataError
 
 TINY = [
@@ -41,7 +41,7 @@ def figures(variant, seed, auroc, rate=100.0, epochs=8):
 def few_images(monkeypatch):
     """Fewer than a thousand to look at."""
     monkeypatch.setattr(runs_module, "PROBED", 24)
-    monkeypatch.setattr("ccmim_fast.demo.HELD_OUT", 24)
+    monkeypatch.setattr("ccmim_fast.evaluation.frozen.held_out.HELD_OUT", 24)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 
 from ccmim_fast.cli import main as ccmim
 from ccmim_fast.config.keys import settings
-from ccmim_fast.trainer.throughput import flop_counter
+from ccmim_fast.profile.meter import flop_counter
 
 ROW = {
     "name",

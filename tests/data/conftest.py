@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ccmim_fast.data.photos import photo_path
+from ccmim_fast.data.made.photos import photo_path
 
 
 @pytest.fixture(autouse=True)

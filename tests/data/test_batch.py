@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from ccmim_fast.data.marks import Skipped
-from ccmim_fast.data.plan import Plan
+from ccmim_fast.data.index.bad_samples import Skipped
 from ccmim_fast.data.source import NOTHING_EXCLUDED
-from ccmim_fast.data.torch_loader import TorchLoader, evaluation_batches
+from ccmim_fast.data.stream.plan import Plan
+from ccmim_fast.data.stream.torch_loader import TorchLoader, evaluation_batches
 
 
 class Ramps:

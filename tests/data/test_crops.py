@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from ccmim_fast.data.crops import crop_boxes, flips
+from ccmim_fast.data.stream.crops import crop_boxes, flips
 from ccmim_kernels.philox import STREAM_CROP, philox_4x32, stream_key, to_unit
 
 SCALE, RATIO = (0.2, 1.0), (0.75, 4 / 3)

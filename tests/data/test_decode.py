@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from ccmim_fast.data.dali_loader import DaliLoader, is_installed
-from ccmim_fast.data.decode import decode, read_header
-from ccmim_fast.data.indexed import open_images
-from ccmim_fast.data.marks import Skipped
-from ccmim_fast.data.plan import Plan
-from ccmim_fast.data.torch_loader import TorchLoader
+from ccmim_fast.data.index.bad_samples import Skipped
+from ccmim_fast.data.index.decode import decode, read_header
+from ccmim_fast.data.index.indexed import open_images
+from ccmim_fast.data.stream.dali_loader import DaliLoader, is_installed
+from ccmim_fast.data.stream.plan import Plan
+from ccmim_fast.data.stream.torch_loader import TorchLoader
 
 needs_dali = pytest.mark.skipif(not is_installed(), reason="DALI is not installed")
 TURNS = {

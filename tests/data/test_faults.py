@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ccmim_fast.config.schema import DataConfig
-from ccmim_fast.data import dali_loader, indexed
-from ccmim_fast.data.batch import Batch
-from ccmim_fast.data.indexed import IndexedSource, open_images
-from ccmim_fast.data.loader import build_loader
-from ccmim_fast.data.marks import marks_path, read_marks
+from ccmim_fast.data.build import build_loader
+from ccmim_fast.data.index import indexed
+from ccmim_fast.data.index.bad_samples import marks_path, read_marks
+from ccmim_fast.data.index.indexed import IndexedSource, open_images
+from ccmim_fast.data.stream import dali_loader
+from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.errors import DataError
 
 needs_dali = pytest.mark.skipif(not dali_loader.is_installed(), reason="DALI is not installed")

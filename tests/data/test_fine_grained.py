@@ -10,8 +10,8 @@ from made_fine_grained import make_flowers, make_inaturalist, shapes
 from PIL import Image
 from scipy.io import savemat
 
-from ccmim_fast.data.fine_grained import flowers_origins, inaturalist_origins
-from ccmim_fast.data.indexed import open_images
+from ccmim_fast.data.index.fine_grained import flowers_origins, inaturalist_origins
+from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.errors import ConfigError, DataError
 
 

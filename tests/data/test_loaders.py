@@ -10,13 +10,13 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from ccmim_fast.config.schema import DataConfig
-from ccmim_fast.data import dali_loader
-from ccmim_fast.data.dali_loader import DaliLoader
-from ccmim_fast.data.indexed import IndexedSource, open_images
-from ccmim_fast.data.loader import build_loader, build_source
-from ccmim_fast.data.photos import PhotosSource
-from ccmim_fast.data.shapes import ShapesSource
-from ccmim_fast.data.torch_loader import TorchLoader, crop_and_resize, evaluation_batches, resize
+from ccmim_fast.data.build import build_loader, build_source
+from ccmim_fast.data.index.indexed import IndexedSource, open_images
+from ccmim_fast.data.made.photos import PhotosSource
+from ccmim_fast.data.made.shapes import ShapesSource
+from ccmim_fast.data.stream import dali_loader
+from ccmim_fast.data.stream.dali_loader import DaliLoader
+from ccmim_fast.data.stream.torch_loader import TorchLoader, crop_and_resize, evaluation_batches, resize
 from ccmim_fast.errors import ConfigError, DataError, MachineError
 
 needs_dali = pytest.mark.skipif(not dali_loader.is_installed(), reason="DALI is not installed")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy.io import loadmat, savemat
 
-from ccmim_fast.data import matlab
-from ccmim_fast.data.matlab import read_arrays
+from ccmim_fast.data.index import matlab
+from ccmim_fast.data.index.matlab import read_arrays
 
 TYPES = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8")
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ccmim_fast.data import plan as plan_module
-from ccmim_fast.data.plan import MicroBatch, Plan, check_batch
 from ccmim_fast.data.source import usable_ids
+from ccmim_fast.data.stream import plan as plan_module
+from ccmim_fast.data.stream.plan import MicroBatch, Plan, check_batch
 from ccmim_fast.errors import ConfigError, DataError
 
 

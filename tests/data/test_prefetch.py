@@ -6,8 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from ccmim_fast.data.plan import MicroBatch
-from ccmim_fast.data.prefetch import AHEAD, prefetch, thread_count
+from ccmim_fast.data.stream.plan import MicroBatch
+from ccmim_fast.data.stream.prefetch import AHEAD, prefetch, thread_count
 
 
 def micro_batches(count, started=None):

@@ -6,11 +6,11 @@ import torch
 
 from ccmim_fast.data import rates as module
 from ccmim_fast.data import stages as stages_module
-from ccmim_fast.data.indexed import open_images
-from ccmim_fast.data.plan import Plan
+from ccmim_fast.data.index.indexed import open_images
+from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.rates import Rates, measure_rates
-from ccmim_fast.data.shapes import ShapesSource
 from ccmim_fast.data.stages import Stages, advice, measure_stages
+from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.errors import MachineError
 
 

@@ -10,10 +10,10 @@ import pytest
 import tifffile
 from PIL import Image
 
-from ccmim_fast.data import scan
-from ccmim_fast.data.index import Index, Row, rewrite_index, write_index
-from ccmim_fast.data.indexed import index_path, open_images
-from ccmim_fast.data.marks import Skipped, marks_path, read_marks
+from ccmim_fast.data.index import scan
+from ccmim_fast.data.index.bad_samples import Skipped, marks_path, read_marks
+from ccmim_fast.data.index.index_file import Index, Row, rewrite_index, write_index
+from ccmim_fast.data.index.indexed import index_path, open_images
 from ccmim_fast.data.source import usable
 from ccmim_fast.errors import DataError
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ccmim_fast.data import photos as photos_module
-from ccmim_fast.data import shapes as shapes_module
-from ccmim_fast.data.draws import balanced_labels
-from ccmim_fast.data.photos import PhotosSource
-from ccmim_fast.data.shapes import ShapesSource
+from ccmim_fast.data.made import photos as photos_module
+from ccmim_fast.data.made import shapes as shapes_module
+from ccmim_fast.data.made.draws import balanced_labels
+from ccmim_fast.data.made.photos import PhotosSource
+from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.errors import ConfigError
 
 SIZE = (48, 64)

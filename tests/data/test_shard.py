@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ccmim_fast.data import indexed
-from ccmim_fast.data.decode import EXIF_ORIENTATION, decode
-from ccmim_fast.data.index import BESIDE
-from ccmim_fast.data.indexed import open_images
-from ccmim_fast.data.order import epoch_order
+from ccmim_fast.data.index.decode import EXIF_ORIENTATION, decode
+from ccmim_fast.data.index.index_file import BESIDE, indexed
+from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.data.shard import smaller, write_shards
 from ccmim_fast.data.source import usable, usable_ids
+from ccmim_fast.data.stream.permutation import epoch_order
 from ccmim_fast.errors import ConfigError, DataError
 
 SIDE = 40

@@ -8,8 +8,8 @@ from bank_ranks import Sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ccmim_fast.data.plan import Plan, check_shards
 from ccmim_fast.data.source import usable_ids, usable_numbers
+from ccmim_fast.data.stream.plan import Plan, check_shards
 from ccmim_fast.errors import ConfigError
 
 

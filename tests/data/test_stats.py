@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from ccmim_fast.data import stats as module
-from ccmim_fast.data.order import epoch_order
 from ccmim_fast.data.stats import measure_stats
+from ccmim_fast.data.stream.permutation import epoch_order
 from ccmim_fast.errors import DataError
 
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from made_containers import encode, image_table, open_images_again, pixels_of, summary
 
-from ccmim_fast.data.indexed import open_images
+from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.data.source import usable
 from ccmim_fast.errors import DataError
 

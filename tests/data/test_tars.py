@@ -7,9 +7,9 @@ import threading
 import pytest
 from made_containers import encode, open_images_again, pixels_of, summary, touch_later, write_tar
 
-from ccmim_fast.data import scan, storage
-from ccmim_fast.data.index import BESIDE
-from ccmim_fast.data.indexed import open_images
+from ccmim_fast.data.index import scan, storage
+from ccmim_fast.data.index.index_file import BESIDE
+from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.data.shard import write_shards
 from ccmim_fast.data.source import usable
 from ccmim_fast.errors import DataError

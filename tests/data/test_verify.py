@@ -8,9 +8,9 @@ import pytest
 from unsteady import Broken, Unsteady
 
 from ccmim_fast.data import verify as module
-from ccmim_fast.data.index import BAD, INDEXED, VERIFIED, Index
-from ccmim_fast.data.indexed import open_images
-from ccmim_fast.data.marks import Skipped, marks_path, read_marks
+from ccmim_fast.data.index.bad_samples import Skipped, marks_path, read_marks
+from ccmim_fast.data.index.index_file import BAD, INDEXED, VERIFIED, Index
+from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.data.verify import kind_of, verify, without_name
 from ccmim_fast.errors import DataError, MachineError
 

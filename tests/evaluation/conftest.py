@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from ccmim_fast.data.shapes import ShapesSource
-from ccmim_fast.data.torch_loader import evaluation_batches
+from ccmim_fast.data.made.shapes import ShapesSource
+from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.evaluation.command import evaluate
 
 CLASSES, TRAIN, TEST, SIDE = 3, 300, 150, 32

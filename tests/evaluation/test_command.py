@@ -13,13 +13,13 @@ from tiny import tiny_config
 from ccmim_fast import cli
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.load import presets
+from ccmim_fast.engine.loop import fit
 from ccmim_fast.evaluation.encoders import build_encoder, read_weights
+from ccmim_fast.evaluation.masks.subject import read_subject
 from ccmim_fast.evaluation.protocols import FIGURES, protocol
 from ccmim_fast.export.plain import export_timm
 from ccmim_fast.export.trained import read_trained
-from ccmim_fast.masks.subject import read_subject
 from ccmim_fast.models.encoder import build_encoder as ours
-from ccmim_fast.trainer.loop import fit
 
 CHANCE, MARGIN = 1 / 3, 0.25
 IMAGENET = (1281167, 50000, 1000)  # images to train on, to test on, classes
@@ -39,7 +39,7 @@ def test_logreg_beats_chance(evaluated):
 
 def test_random_labels_are_at_chance(evaluated, monkeypatch):
     """What beats chance above is what the features know, not a leak of labels."""
-    from ccmim_fast.data import shapes
+    from ccmim_fast.data.made import shapes
 
     monkeypatch.setattr(shapes, "balanced_labels", lambda seed, n, k: torch.randint(k, (n,)).numpy())
     figures = evaluated("knn", "--knn.k=[10]")["figures"]

@@ -15,7 +15,7 @@ from PIL import Image
 from ccmim_fast import cli
 from ccmim_fast.checkpoints import io
 from ccmim_fast.config.evaluation import DetectConfig, EvalConfig, EvalDataConfig, EvalTrainConfig
-from ccmim_fast.data.plan import Plan
+from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.errors import DataError
 from ccmim_fast.evaluation.detection import open_images, training
 from ccmim_fast.evaluation.detection.batches import Batches, share_to_test

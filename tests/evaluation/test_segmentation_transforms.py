@@ -9,9 +9,9 @@ import pytest
 import torch
 from torchvision.tv_tensors import Image, Mask
 
-from ccmim_fast.data.marks import Skipped
-from ccmim_fast.data.plan import Plan
-from ccmim_fast.data.shapes import ShapesSource
+from ccmim_fast.data.index.bad_samples import Skipped
+from ccmim_fast.data.made.shapes import ShapesSource
+from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.errors import DataError
 from ccmim_fast.evaluation.segmentation import transforms
 from ccmim_fast.evaluation.segmentation.batches import Batches

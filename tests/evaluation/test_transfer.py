@@ -106,7 +106,7 @@ def job_of(trees, tmp_path, data_changes=(), **changes):
     from ccmim_fast.evaluation.encoders import read_weights
     from ccmim_fast.evaluation.images import open_both
     from ccmim_fast.evaluation.job import Job
-    from ccmim_fast.trainer.distributed import session
+    from ccmim_fast.ranks.session import session
 
     config = protocol("transfer", "transfer_flowers").config
     data = replace(config.data, root=str(trees["flowers"]), image_size=(32, 32), **{"workers": 1, **dict(data_changes)})

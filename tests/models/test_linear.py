@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from tiny import images, tiny_config
 
 from ccmim_fast.config.schema import FastConfig
-from ccmim_fast.data.batch import Batch
+from ccmim_fast.data.stream.batch import Batch
+from ccmim_fast.engine.build import build_step
+from ccmim_fast.engine.compile import compile_step
 from ccmim_fast.models import linear
 from ccmim_fast.models.linear import onednn_linear, product
-from ccmim_fast.trainer.build import build_step
-from ccmim_fast.trainer.compiled import compile_step
-from ccmim_fast.trainer.distributed import Session
-from ccmim_fast.trainer.throughput import flop_counter
+from ccmim_fast.profile.meter import flop_counter
+from ccmim_fast.ranks.session import Session
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 

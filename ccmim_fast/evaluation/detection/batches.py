@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ccmim_fast.data.marks import Skipped
-from ccmim_fast.data.plan import MicroBatch, Plan
+from ccmim_fast.data.index.bad_samples import Skipped
 from ccmim_fast.data.source import usable, usable_ids
-from ccmim_fast.data.substitute import load_or_substitute
+from ccmim_fast.data.stream.fallback import load_or_substitute
+from ccmim_fast.data.stream.plan import MicroBatch, Plan
 from ccmim_fast.evaluation.detection.instances import Instances, InstanceSource
 from ccmim_fast.evaluation.detection.transforms import ForTesting, ForTraining, Sample
 from ccmim_fast.evaluation.job import Job

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ccmim_fast.data.decode import decode
+from ccmim_fast.data.index.decode import decode
 from ccmim_fast.data.source import NOTHING_EXCLUDED
 from ccmim_fast.errors import DataError
 from ccmim_fast.evaluation.detection.instances import Instances

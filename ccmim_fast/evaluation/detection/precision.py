@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ccmim_fast.errors import MachineError
 from ccmim_fast.evaluation.detection.instances import Instances
-from ccmim_fast.trainer.distributed import from_main
+from ccmim_fast.ranks.session import from_main
 
 _NEEDS = ("torchmetrics", "faster_coco_eval")
 FIGURES = {"box AP": "bbox_map", "box AP50": "bbox_map_50", "box AP75": "bbox_map_75"}

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ccmim_fast.data.shapes import ShapesSource
+from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.evaluation.detection.instances import Instances
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccmim_fast.data.marks import Skipped
-from ccmim_fast.data.plan import MicroBatch, Plan
-from ccmim_fast.data.prefetch import prefetch, thread_count
-from ccmim_fast.data.substitute import load_or_substitute
+from ccmim_fast.data.index.bad_samples import Skipped
+from ccmim_fast.data.stream.fallback import load_or_substitute
+from ccmim_fast.data.stream.plan import MicroBatch, Plan
+from ccmim_fast.data.stream.prefetch import prefetch, thread_count
 from ccmim_fast.evaluation.segmentation.scenes import Scenes
 from ccmim_fast.evaluation.segmentation.transforms import Augment, Pair, pair_of
 

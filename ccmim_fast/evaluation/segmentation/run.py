@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ccmim_fast.config.evaluation import EvalConfig, images_of
-from ccmim_fast.data.marks import Skipped
-from ccmim_fast.data.plan import Plan
+from ccmim_fast.data.index.bad_samples import Skipped
 from ccmim_fast.data.source import usable, usable_ids
+from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.finetune import build_optimizer
 from ccmim_fast.evaluation.images import Images

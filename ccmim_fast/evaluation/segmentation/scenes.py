@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from ccmim_fast.config.schema import DataConfig
-from ccmim_fast.data.indexed import IndexedSource, open_images
-from ccmim_fast.data.prefetch import thread_count
-from ccmim_fast.data.shapes import ShapesSource
+from ccmim_fast.data.index.indexed import IndexedSource, open_images
+from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.source import Source
+from ccmim_fast.data.stream.prefetch import thread_count
 from ccmim_fast.errors import DataError
 
 IGNORED = 255  # label of pixels that count neither in the loss nor in the figures

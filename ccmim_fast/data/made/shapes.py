@@ -1,0 +1,236 @@
+"""A made data set whose labels, masks and boxes are exact: one textured shape before a background.
+
+The label is the shape. Background, colours, texture, place, size and rotation are drawn independently of it.
+"""
+
+# N samples, H height, W width, h w the object's window, S subpixels per side
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ccmim_fast.data.made.cache import stored_records
+from ccmim_fast.data.made.draws import PURPOSE_NOISE, PURPOSE_PARAMETERS, balanced_labels, sample_uniforms
+from ccmim_fast.data.source import NOTHING_EXCLUDED, encode_pnm
+from ccmim_fast.errors import ConfigError
+
+_VERSION = 2  # of the pictures: raise it when a parameter gives another picture, or old caches stay in use
+_SUBPIXELS = 3  # S; 10 grey levels along an edge
+_SMALLEST = 8  # pixels per side; the object is half of that
+_CLASSES = ("disc", "square", "triangle", "ring", "cross", "star")
+_BACKGROUNDS = ("plain", "textured")
+_PALETTES = np.array(  # two tones each: sky, sand, meadow, slate
+    [
+        [[70, 130, 200], [205, 225, 245]],
+        [[160, 115, 70], [240, 215, 170]],
+        [[40, 95, 45], [165, 205, 120]],
+        [[50, 55, 70], [150, 155, 165]],
+    ],
+    dtype=np.float64,
+)
+
+
+class _Parameters(NamedTuple):
+    """What is drawn for one image, each uniform in (0, 1)."""
+
+    radius: float
+    y: float
+    x: float
+    rotation: float
+    red: float
+    green: float
+    blue: float
+    texture: float
+    frequency: float
+    phase: float
+    palette: float
+    direction: float
+
+
+class ShapesSource:
+    """Images of one of `classes` shapes, RGB; a `Source`. Image i is a function of i and the other parameters only.
+
+    Args:
+        seed: 0 .. 2**32 - 1.
+        samples: N.
+        image_size: height and width, pixels.
+        classes: 2 .. 6 of disc, square, triangle, ring, cross, star.
+        background: `plain`, a gradient between two tones, or `textured`, 1/f noise between them.
+        cache_dir: folder for the pictures and masks, drawn once (16 KB each at 64 x 64); None: drawn at each call.
+
+    Raises:
+        ConfigError: a parameter out of its range.
+    """
+
+    channels = 3
+    excluded_X = NOTHING_EXCLUDED
+
+    def __init__(
+        self,
+        seed: int,
+        samples: int,
+        image_size: tuple[int, int],
+        classes: int = 6,
+        background: str = "plain",
+        cache_dir: str | None = None,
+    ) -> None:
+        _check(samples, image_size, classes, background)
+        self._seed, self._image_size, self._background = seed, image_size, background
+        self.class_names = _CLASSES[:classes]
+        self.labels_N = balanced_labels(seed, samples, classes)
+        self.sizes_N2 = np.tile(np.array(image_size, dtype=np.int32), (samples, 1))
+        self._records = None
+        height, width = image_size
+        self.fingerprint = f"shapes-v{_VERSION}-seed{seed}-n{samples}-{height}x{width}-k{classes}-{background}"
+        if cache_dir is not None:
+            dtype = np.dtype([("image", np.uint8, (height, width, 3)), ("mask", np.bool_, (height, width))])
+            self._records = stored_records(cache_dir, self.fingerprint, dtype, samples, self._draw)
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def name(self, index: int) -> str:
+        """See `Source`."""
+        return f"shape {index}"
+
+    def decode(self, index: int) -> np.ndarray:
+        """See `Source`."""
+        return self._draw(index)[0] if self._records is None else self._records[index]["image"]
+
+    def read(self, index: int) -> bytes:
+        """See `Source`."""
+        return encode_pnm(self.decode(index))
+
+    def mask(self, index: int) -> np.ndarray:
+        """The pixels the object has any part in, [H, W] bool; the others show the background alone."""
+        return self._draw(index)[1] if self._records is None else self._records[index]["mask"]
+
+    def box(self, index: int) -> tuple[int, int, int, int]:
+        """The mask's bounds in pixels: y0, x0, y1, x1, the last two exclusive."""
+        mask_HW = self.mask(index)
+        rows, columns = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
+        return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
+
+    def background(self, index: int) -> np.ndarray:
+        """The image without its object, [H, W, 3] uint8."""
+        return _to_uint8(self._draw_background(index, self._parameters(index)))
+
+    def _parameters(self, index: int) -> _Parameters:
+        return _Parameters(*sample_uniforms(self._seed, index, len(_Parameters._fields), PURPOSE_PARAMETERS))
+
+    def _draw(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """([H, W, 3] uint8, [H, W] bool)."""
+        parameters = self._parameters(index)
+        image_HW3 = self._draw_background(index, parameters)
+        mask_HW = np.zeros(self._image_size, dtype=bool)
+        window, paint_hw3, cover_hw = _paint_object(
+            parameters, self.class_names[self.labels_N[index]], self._image_size
+        )
+        image_HW3[window] = image_HW3[window] * (1 - cover_hw)[..., None] + paint_hw3
+        mask_HW[window] = cover_hw > 0
+        return _to_uint8(image_HW3), mask_HW
+
+    def _draw_background(self, index: int, parameters: _Parameters) -> np.ndarray:
+        """[H, W, 3] float64 in 0 .. 255."""
+        dark, light = _PALETTES[int(parameters.palette * len(_PALETTES))]
+        if self._background == "plain":
+            share_HW = _gradient(self._image_size, 2 * np.pi * parameters.direction)
+        else:
+            share_HW = _pink_noise(self._seed, index, self._image_size)
+        return dark + share_HW[..., None] * (light - dark)
+
+
+def _paint_object(
+    parameters: _Parameters, shape: str, image_size: tuple[int, int]
+) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
+    """The object in the window that holds it.
+
+    Returns:
+        The window's rows and columns; its colour [h, w, 3] times its cover, 0 .. 255; its cover [h, w] in 0 .. 1.
+    """
+    height, width = image_size
+    radius = min(image_size) * (1 + parameters.radius / 2) / 4  # a diameter of 1/2 to 3/4 of the shorter side
+    y = radius + parameters.y * (height - 2 * radius)
+    x = radius + parameters.x * (width - 2 * radius)
+    rows = slice(int(y - radius), int(np.ceil(y + radius)))
+    columns = slice(int(x - radius), int(np.ceil(x + radius)))
+    v = (rows.start + (np.arange((rows.stop - rows.start) * _SUBPIXELS) + 0.5) / _SUBPIXELS - y)[:, None] / radius
+    u = (columns.start + (np.arange((columns.stop - columns.start) * _SUBPIXELS) + 0.5) / _SUBPIXELS - x) / radius
+    angle = np.pi / 6 * (parameters.rotation - 0.5)  # 15 degrees to either side: a square is no diamond
+    cos, sin = np.cos(angle), np.sin(angle)
+    u, v = cos * u + sin * v, cos * v - sin * u
+    inside = _inside(shape, u, v)
+    cover_hw = _mean_subpixels(inside)
+    second_hw = _mean_subpixels(inside & _texture(parameters, u, v))
+    first_colour = 255 * np.array([parameters.red, parameters.green, parameters.blue])
+    second_colour = (first_colour + 127.5) % 255  # far from the first in each channel, so the texture always shows
+    paint_hw3 = (cover_hw - second_hw)[..., None] * first_colour + second_hw[..., None] * second_colour
+    return (rows, columns), paint_hw3, cover_hw
+
+
+def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Whether a point is in the shape; every shape touches the unit circle from within."""
+    if shape == "disc":
+        return u**2 + v**2 < 1
+    if shape == "square":
+        return np.maximum(abs(u), abs(v)) < np.sqrt(0.5)
+    if shape == "triangle":
+        return np.maximum(v, np.sqrt(0.75) * abs(u) - 0.5 * v) < 0.5
+    if shape == "ring":
+        return (u**2 + v**2 < 1) & (u**2 + v**2 > 0.5**2)
+    if shape == "cross":
+        half = 0.3  # of an arm's width; its length follows from the unit circle
+        return (np.minimum(abs(u), abs(v)) < half) & (np.maximum(abs(u), abs(v)) < np.sqrt(1 - half**2))
+    # A star of five points: folded onto the half of one point, it lies on one side of a line from tip to notch.
+    angle = abs((np.arctan2(v, u) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+    along, across = np.hypot(u, v) * np.cos(angle), np.hypot(u, v) * np.sin(angle)
+    notch = 0.45 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
+    return (1 - along) * notch[1] > across * (1 - notch[0])
+
+
+def _texture(parameters: _Parameters, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Where the second colour stands: stripes, checks or dots."""
+    periods = 1.5 + 1.5 * parameters.frequency  # per radius
+    a, b = u * periods + parameters.phase, v * periods + parameters.phase
+    kind = int(3 * parameters.texture)
+    if kind == 0:
+        return a % 1 < 0.5
+    if kind == 1:
+        return (a % 1 < 0.5) ^ (b % 1 < 0.5)
+    return (a % 1 - 0.5) ** 2 + (b % 1 - 0.5) ** 2 < 0.33**2
+
+
+def _gradient(image_size: tuple[int, int], angle: float) -> np.ndarray:
+    """[H, W] rising from 0 in one corner or edge to 1 in the opposite one."""
+    ramp_HW = np.sin(angle) * np.arange(image_size[0])[:, None] + np.cos(angle) * np.arange(image_size[1])
+    return (ramp_HW - ramp_HW.min()) / (ramp_HW.max() - ramp_HW.min())
+
+
+def _pink_noise(seed: int, index: int, image_size: tuple[int, int]) -> np.ndarray:
+    """[H, W] in 0 .. 1, of amplitude 1/f as in natural images."""
+    white_HW = sample_uniforms(seed, index, image_size[0] * image_size[1], PURPOSE_NOISE).reshape(image_size)
+    frequency = np.hypot(np.fft.fftfreq(image_size[0])[:, None], np.fft.rfftfreq(image_size[1]))
+    frequency[0, 0] = np.inf  # no mean
+    pink_HW = np.fft.irfft2(np.fft.rfft2(white_HW) / frequency, s=image_size)
+    return np.clip(0.5 + 0.25 * pink_HW / pink_HW.std(), 0, 1)
+
+
+def _mean_subpixels(subpixels: np.ndarray) -> np.ndarray:
+    """[h S, w S] bool -> [h, w] float64."""
+    h, w = subpixels.shape[0] // _SUBPIXELS, subpixels.shape[1] // _SUBPIXELS
+    return subpixels.reshape(h, _SUBPIXELS, w, _SUBPIXELS).mean(axis=(1, 3))
+
+
+def _to_uint8(pixels: np.ndarray) -> np.ndarray:
+    return np.rint(pixels).astype(np.uint8)
+
+
+def _check(samples: int, image_size: tuple[int, int], classes: int, background: str) -> None:
+    if samples < 1:
+        raise ConfigError(f"data.samples={samples} must be at least 1")
+    if min(image_size) < _SMALLEST:
+        raise ConfigError(f"data.image_size={image_size} must be at least {_SMALLEST} each for data.source=shapes")
+    if not 2 <= classes <= len(_CLASSES):
+        raise ConfigError(f"data.classes={classes} must be in 2..{len(_CLASSES)}")
+    if background not in _BACKGROUNDS:
+        raise ConfigError(f"data.background={background!r} must be one of {', '.join(_BACKGROUNDS)}")

@@ -1,0 +1,174 @@
+"""From the configuration to the training step."""
+
+import socket
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ccmim_fast.bank.bank import ScoreBank, own_maps
+from ccmim_fast.bank.stores import choose_store, open_store
+from ccmim_fast.config.schema import Config
+from ccmim_fast.data.source import Source
+from ccmim_fast.data.stream.plan import Plan
+from ccmim_fast.engine.compile import choose_compile, compile_step, warm_up
+from ccmim_fast.engine.cuda_graph import GraphedStep
+from ccmim_fast.engine.host_memory import keep_freed_memory
+from ccmim_fast.engine.step import TrainStep
+from ccmim_fast.errors import ConfigError, DataError
+from ccmim_fast.models.attention import check_attention
+from ccmim_fast.models.build import build_model
+from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.models.precision import Precision, choose_precision
+from ccmim_fast.optim.ema import build_ema
+from ccmim_fast.optim.optimizer import build_optimizer
+from ccmim_fast.optim.schedule import scaled_lr
+from ccmim_fast.ranks.fsdp import is_sharded, shard
+from ccmim_fast.ranks.session import Session, backend_timeout, from_main, node_count
+from ccmim_kernels.dispatch import check_triton
+
+
+def check_device(config: Config, here: Session, looks: bool = False) -> None:
+    """Return if this device can run what `config.train` asks for.
+
+    Args:
+        looks: the first rank alone runs the model now and then.
+
+    Raises:
+        ConfigError, MachineError: one line that names the setting and what to use instead.
+    """
+    check_attention(config.train.attention, here.device)
+    if config.train.kernels == "triton":
+        try:
+            check_triton(here.device)
+        except ValueError as error:
+            raise ConfigError(f"train.{error}") from None
+    for key in ("cuda_graph", "find_batch"):
+        if getattr(config.train, key) and here.device.type != "cuda":
+            raise ConfigError(f"train.{key}=true needs CUDA, got {here.device.type}; use train.{key}=false")
+    if config.train.cuda_graph and here.world_size > 1:
+        raise ConfigError(f"train.cuda_graph=true: one process only, got {here.world_size}; use train.cuda_graph=false")
+    if is_divided(config, here):
+        _check_divided(config, here, looks)
+    if config.train.compile in ("blocks", "step") and here.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(here.device)
+        if major < 7:
+            raise ConfigError(
+                f"train.compile={config.train.compile}: needs compute capability 7.0, got {major}.{minor}; use off"
+            )
+
+
+def _gathered_in(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """The type in which FSDP gathers blocks; None: as they are kept.
+
+    A CPU's layer norm takes no weights of another type than its input's, which CUDA's autocast turns into float32.
+    """
+    return precision.dtype if device.type == "cuda" else None
+
+
+def _check_divided(config: Config, here: Session, looks: bool) -> None:
+    if looks:
+        raise ConfigError("train.parallel=fsdp: no rank can look at the model alone; use train.parallel=ddp")
+    if choose_precision(config.train.precision, here.device).scaled:
+        raise ConfigError("train.parallel=fsdp: has no loss scaling, which fp16 needs; use bf16, fp32, or parallel=ddp")
+    if config.optim.name != "adamw":
+        raise ConfigError(f"train.parallel=fsdp: optim.name={config.optim.name} knows no divided weights; use adamw")
+    if config.train.compile == "step":
+        raise ConfigError("train.parallel=fsdp: train.compile=step makes one graph of all blocks; use blocks")
+
+
+def check_images(source: Source, here: Session) -> None:
+    """Return if this rank has the images of the first one: machines may have copies of their own. All ranks call it.
+
+    Raises:
+        DataError: it has others.
+    """
+    fingerprint, count = from_main((source.fingerprint, len(source)))
+    if fingerprint != source.fingerprint:
+        raise DataError(
+            f"rank {here.rank} on {socket.gethostname()} has other images than rank 0 ({len(source)}, there {count}); "
+            "data.root must hold the same files on all machines, and data.index be of them"
+        )
+
+
+def build_step(config: Config, here: Session) -> TrainStep:
+    """Model with initial weights drawn from `config.seed`, optimizer and precision, on this rank's device; eager."""
+    if here.device.type == "cpu":
+        keep_freed_memory()
+    torch.manual_seed(config.seed)
+    model = build_model(config).to(here.device).train()
+    precision = choose_precision(config.train.precision, here.device)
+    ema = build_ema(model, config.optim.ema_decay)
+    if is_divided(config, here):
+        for one in (model, *(() if ema is None else (ema.module,))):
+            shard(one, here, _gathered_in(precision, here.device))
+    optimizer = build_optimizer(
+        config.optim.name,
+        model,
+        lr=scaled_lr(config.optim.base_lr, config.train.batch_size),
+        weight_decay=config.optim.weight_decay,
+        betas=config.optim.betas,
+        capturable=config.train.cuda_graph,
+    )
+    return TrainStep(model, _wrapped(model, here), optimizer, precision, config, ema)
+
+
+def is_divided(config: Config, here: Session) -> bool:
+    """Whether ranks share the weights among them; a process alone has them all, whatever `train.parallel` says."""
+    return config.train.parallel == "fsdp" and here.world_size > 1
+
+
+def has_bank(config: Config) -> bool:
+    """Whether the run keeps its scores in a bank."""
+    return config.score.source == "bank" and config.mask.strategy.startswith("importance")
+
+
+def choose_shards(config: Config) -> int:
+    """Parts of the images that have ranks of their own: `score.shards`, or for 0 one per node if there is a bank."""
+    return config.score.shards or (node_count() if has_bank(config) else 1)
+
+
+def build_bank(config: Config, plan: Plan, here: Session, folder: Path) -> ScoreBank | None:
+    """The score bank of this rank, empty; None where the run has none.
+
+    Raises:
+        ConfigError: the store that is named has no room for the maps.
+        MachineError: the disk of the run's folder has none.
+    """
+    if not has_bank(config):
+        return None
+    maps, cells, score = own_maps(plan), config.score.grid, config.score
+    store = choose_store(score.store, maps, cells, here.device, score.device_gb, score.host_gb)
+    opened = open_store(store, maps, cells, here.device, folder / f"scores_{here.rank}.bin")
+    return ScoreBank(plan, opened, here.device, backend_timeout(config.watch.timeout))
+
+
+def prepare_step(step: TrainStep, micro_batch: int) -> TrainStep | GraphedStep:
+    """Compile and warm up as `train.compile` and `train.cuda_graph` say; what comes back is called as the step.
+
+    To be done before a checkpoint is loaded into the step.
+    """
+    train = step.config.train
+    what = choose_compile(train.compile, step.device, divided=is_sharded(step.model))
+    compile_step(step, what, train.compile_mode)
+    if train.cuda_graph:
+        # A graph is captured with warm caches and the optimizer's state in its place; three steps, on a stream of their
+        # own, as torch advises.
+        stream, current = torch.cuda.Stream(step.device), torch.cuda.current_stream(step.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            warm_up(step, micro_batch, train.accumulate, steps=3)
+        current.wait_stream(stream)
+        return GraphedStep(step)
+    if what != "off":
+        warm_up(step, micro_batch, train.accumulate)
+    return step
+
+
+def _wrapped(model: CCMIM, here: Session) -> nn.Module:
+    if here.world_size == 1 or is_sharded(model):
+        return model
+    devices = [here.device.index] if here.device.type == "cuda" else None
+    # BatchNorm's running statistics are equal on all ranks already; broadcasting them would cost a collective a step.
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)

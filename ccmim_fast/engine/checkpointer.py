@@ -1,0 +1,177 @@
+"""The checkpoints of a run: written from its parts while it goes on, and read back into them."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ccmim_fast.bank.bank import ScoreBank
+from ccmim_fast.checkpoints import distributed, io
+from ccmim_fast.checkpoints.background import BackgroundSaver
+from ccmim_fast.checkpoints.collective import Together
+from ccmim_fast.checkpoints.config_diff import changes, table
+from ccmim_fast.checkpoints.state import Progress, capture, maps_in, patterns, restore
+from ccmim_fast.config.load import from_yaml
+from ccmim_fast.config.schema import Config
+from ccmim_fast.data.stream.plan import Plan
+from ccmim_fast.engine.step import TrainStep
+from ccmim_fast.errors import CheckpointError, ConfigError
+from ccmim_fast.ranks.fsdp import is_sharded, let_go
+from ccmim_fast.ranks.session import Session, backend_timeout, from_main, wait_for_all
+
+
+class Checkpointer:
+    """Of one run; every rank calls each of its functions, the first rank writes, or all do that share the weights.
+
+    As a context manager it waits for the last save at its end.
+
+    Args:
+        folder: of the run; checkpoints are in `checkpoints/` below.
+        note: prints a line; for a save that failed.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        here: Session,
+        folder: Path,
+        step: TrainStep,
+        plan: Plan,
+        bank: ScoreBank | None,
+        note: Callable[[str], None],
+    ):
+        self._config, self._here, self._step, self._plan, self._bank = config, here, step, plan, bank
+        self.folder = folder / "checkpoints"
+        self._together = None
+        if is_sharded(step.model):
+            self._together = Together(backend_timeout(config.watch.timeout))
+        self._saver = BackgroundSaver(self.folder, config.run.keep, note, self._together)
+        self._gone_back_to: Path | None = None
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *of_error: Any) -> None:
+        self._saver.__exit__(*of_error)
+
+    def save(self, step: int, seen: int, for_good: bool = False) -> None:
+        """The run as it is after `step` optimizer steps and `seen` samples; see `BackgroundSaver.save`."""
+        self._here.watchdog.mark("saving")
+        maps_NGG = None if self._bank is None else self._bank.contents()
+        if self._here.is_main or self._together is not None:
+            now, plan = self._step, self._plan
+            progress = Progress(step, seen, plan.samples, plan.source.fingerprint, plan.shards)
+            state = capture(now.model, now.optimizer, now.scaler, now.ema, progress, self._config, maps_NGG)
+            self._saver.save(step, state, for_good)
+
+    def poll(self) -> None:
+        """Tell of a save that failed meanwhile."""
+        self._saver.poll()
+
+    def close(self) -> None:
+        """Wait until the last save is done, on every rank; raises CheckpointError if it failed."""
+        try:
+            self._saver.close()
+        finally:
+            # Who ends first has its launcher end the others.
+            wait_for_all()
+
+    def resume(self) -> tuple[int, int]:
+        """Go on where `run.resume` says; returns optimizer steps taken and samples seen, 0 of a new run.
+
+        Raises:
+            CheckpointError: a named checkpoint is damaged, or it is of another model.
+            ConfigError: another setting is not that of the checkpoint, and `run.allow_change` is not set.
+        """
+        resume = self._config.run.resume
+        self._here.watchdog.mark("loading a checkpoint")
+        if resume == "never":
+            return 0, 0
+        state = self._newest()[1] if resume == "auto" else self._load(Path(resume))
+        if state is None:
+            return 0, 0
+        self._check_settings(state)
+        progress = self._restore(state, in_place=False)
+        self._here.watchdog.mark("loading a checkpoint", progress.step)
+        for problem in self._changes(progress):
+            if self._here.is_main:
+                print(problem, flush=True)
+        # Every place where a step may begin is a multiple of the shards; another batch may have left one that is not.
+        shards = self._plan.shards
+        return progress.step, -(-progress.seen // shards) * shards
+
+    def go_back(self) -> int | None:
+        """Take everything but the place in the stream from the newest checkpoint: it goes on past what came since.
+
+        Returns:
+            The step that weights are of; None where there is no checkpoint, or the run went back to this one before.
+        """
+        self._saver.wait()
+        let_go(self._step.model)
+        path, state = self._newest()
+        if state is None or path == self._gone_back_to:
+            return None
+        self._gone_back_to = path
+        return self._restore(state, in_place=True).step
+
+    def _newest(self) -> tuple[Path | None, dict[str, Any] | None]:
+        """The newest checkpoint that the first rank can load, on every rank."""
+        if not self._here.is_main:
+            path = from_main(None)
+            return path, None if path is None else self._load(path)
+        found = io.newest(self.folder, divided=self._together is not None)
+        for problem in found.problems:
+            print(problem, flush=True)
+        from_main(found.path)
+        return found.path, found.state if found.path is None else self._own(found.path, found.state)
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        return self._own(path, io.load(path, divided=self._together is not None))
+
+    def _own(self, path: Path, state: dict[str, Any]) -> dict[str, Any]:
+        """The state as this rank has it: of divided weights its own parts, whoever wrote them."""
+        if self._together is None:
+            return state
+        like = patterns(self._step.model, self._step.optimizer)
+        if distributed.are_in(path):
+            return distributed.unite(state, distributed.read(path, like))
+        return distributed.spread(state, like)
+
+    def _check_settings(self, state: dict[str, Any]) -> None:
+        """Tell which settings changed since; raise for those that may not, or not unasked."""
+        try:
+            before = from_yaml(state["config"], "the checkpoint")
+        except (ConfigError, KeyError):  # of another version, with other settings: shapes will tell
+            return
+        found = changes(before, self._config)
+        if self._here.is_main and (lines := table(found)):
+            print("\n".join(lines), flush=True)
+        for change in found:
+            if change.kind == "shape":
+                raise CheckpointError(
+                    f"{change.key}={change.now}: the checkpoint is of another model; use {change.before}"
+                )
+            if change.kind == "asked" and not self._config.run.allow_change:
+                raise ConfigError(
+                    f"{change.key}={change.now}: the checkpoint has {change.before}; use that, or --allow-change"
+                )
+
+    def _restore(self, state: dict[str, Any], in_place: bool) -> Progress:
+        now = self._step
+        progress = restore(state, now.model, now.optimizer, now.scaler, now.ema, in_place)
+        maps_NGG = None if self._bank is None else maps_in(state, self._config.score.grid)
+        if maps_NGG is not None and progress.images == self._plan.source.fingerprint:
+            self._bank.fill(maps_NGG)
+        return progress
+
+    def _changes(self, progress: Progress) -> Iterator[str]:
+        """What makes the stream of samples another one than that of the checkpoint."""
+        plan = self._plan
+        if not progress.seen:  # imported weights: no stream has begun
+            return
+        if progress.images != plan.source.fingerprint:
+            what = f"the images are not those of the checkpoint ({progress.samples} then, {plan.samples} now)"
+        elif progress.shards != plan.shards:
+            what = f"score.shards={plan.shards} is not the checkpoint's {progress.shards}"
+        else:
+            return
+        yield f"{what}: this epoch goes on in another order, in which some may come twice and some not at all"

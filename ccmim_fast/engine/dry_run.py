@@ -1,0 +1,72 @@
+"""Steps that leave no trace: for warm-up, for counting arithmetic, for finding what fits."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccmim_fast.data.stream.batch import Batch
+from ccmim_fast.engine.step import TrainStep
+from ccmim_fast.optim.gradients import drop_gradients
+from ccmim_fast.optim.parts import own_part
+from ccmim_fast.profile.meter import flop_counter
+
+
+def synthetic_batch(step: TrainStep, batch: int) -> Batch:
+    """`batch` random images of the run's size on the step's device, with empty maps where the step takes some."""
+    data, device = step.config.data, step.device
+    images_BHWC = torch.randint(0, 256, (batch, *data.image_size, data.channels), dtype=torch.uint8, device=device)
+    ids_B = torch.arange(batch, device=device)
+    made = Batch(images_BHWC, ids_B, torch.zeros_like(ids_B))
+    if not step.model.banked:
+        return made
+    cells = step.config.score.grid
+    whole_B4 = torch.tensor([0, 0, 1, 1], dtype=torch.float64, device=device).expand(batch, 4)
+    maps_BGG = torch.zeros(batch, cells, cells, dtype=torch.float16, device=device)
+    return made._replace(boxes_B4=whole_B4, maps_BGG=maps_BGG)
+
+
+@contextlib.contextmanager
+def dry_run(step: TrainStep) -> Iterator[None]:
+    """Undo what is done within: weights, optimizer, scaler, averages and random numbers, all in the same memory.
+
+    Kept on the host meanwhile. A fresh optimizer's state stays, as zeros, which is what it begins with.
+    """
+    tensors = [*step.model.parameters(), *step.model.buffers(), *_of_optimizer(step)]
+    if step.ema is not None:
+        tensors += [*step.ema.parameters(), *step.ema.buffers()]
+    tensors = [own_part(tensor) for tensor in tensors]
+    saved = [(tensor, tensor.cpu().clone()) for tensor in tensors]
+    fresh, scaler, cpu = not step.optimizer.state, step.scaler.state_dict(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state(step.device) if step.device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in saved:
+                tensor.copy_(value)
+            for tensor in _of_optimizer(step) if fresh else ():
+                tensor.zero_()
+        drop_gradients(step.optimizer)
+        step.scaler.load_state_dict(scaler)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, step.device)
+
+
+def count_flops(step: TrainStep) -> dict[Any, float]:
+    """FLOPs per image of forward and backward pass, by operator, as torch's dispatcher counts them over an eager pass.
+
+    Over two images; the contrastive loss, which alone grows with the square of the batch, is below 0.1 % of a step.
+    """
+    with dry_run(step), flop_counter() as counter:
+        batch = synthetic_batch(step, 2)
+        losses, *_ = step.losses(batch.images_BHWC, batch.ids_B, batch.epochs_B, batch.boxes_B4, batch.maps_BGG)
+        losses.total.backward()
+    return {op: count / 2 for op, count in counter.get_flop_counts()["Global"].items()}
+
+
+def _of_optimizer(step: TrainStep) -> list[Tensor]:
+    return [value for state in step.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]

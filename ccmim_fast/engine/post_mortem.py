@@ -1,0 +1,99 @@
+"""What can be looked at after a step that was not finite: which samples, which masks, where in the model it began."""
+
+# B batch, L patches
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ccmim_fast.data.stream.batch import make_batch
+from ccmim_fast.data.stream.plan import Plan
+from ccmim_fast.data.stream.torch_loader import crop_of
+from ccmim_fast.engine.step_monitor import Past
+from ccmim_fast.errors import CcmimError
+from ccmim_fast.models.blocks import BlockRunner
+from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.models.precision import Precision
+from ccmim_fast.optim.parts import own_part
+from ccmim_kernels.partition import partition_from_mask
+
+
+def capture(
+    folder: Path, past: Past, model: CCMIM, plan: Plan, precision: Precision, image_size: tuple[int, int]
+) -> str:
+    """`write_capture`; returns where to look, or why there is nothing: a full disk, an image that is gone."""
+    try:
+        return f"see {write_capture(folder, past, model, plan, precision, image_size)}"
+    except (OSError, RuntimeError, CcmimError) as error:
+        return f"no capture: {' '.join(str(error).split())}"
+
+
+def write_capture(
+    folder: Path, past: Past, model: CCMIM, plan: Plan, precision: Precision, image_size: tuple[int, int]
+) -> Path:
+    """Pass the samples of a step through the model once more, with the same masks, and write what was found.
+
+    In eval mode, so that nothing of the model changes. Each rank writes a file of its own,
+    `step_<step>_rank_<rank>.pt`, for `torch.load`: step, seed, rank; for each micro-batch ids [B], epochs [B], masks
+    [B, L], and figures (see `figures_of`) of each module's output by name; and those of all weights.
+    """
+    found: dict[str, Any] = {"step": past.step, "seed": plan.seed, "rank": plan.rank, "micro_batches": []}
+    for ids_B, epochs_B, mask_BL in zip(past.ids, past.epochs, past.masks):
+        shown = plan.showing(ids_B, epochs_B.cpu().numpy())
+        images_BHWC = torch.from_numpy(np.stack([crop_of(plan.source, one, image_size) for one in shown.samples()]))
+        batch = make_batch(images_BHWC.to(mask_BL.device), shown, plan.source, mask_BL.device)
+        partition = partition_from_mask(mask_BL, model.keep)
+        with torch.no_grad(), _watched(model) as outputs, precision.autocast(mask_BL.device):
+            model(batch.images_BHWC, batch.ids_B, batch.epochs_B, partition=partition)
+        told = {"ids": batch.ids_B.cpu(), "epochs": epochs_B.cpu(), "masks": mask_BL.cpu(), "outputs": outputs}
+        found["micro_batches"].append(told)
+    found["weights"] = {name: figures_of(weight) for name, weight in model.named_parameters()}
+    path = folder / f"step_{past.step:08d}_rank_{plan.rank}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(found, path)
+    return path
+
+
+def figures_of(tensor: Tensor) -> dict[str, float]:
+    """Share of elements that are finite; of those that are, the largest magnitude, mean and standard deviation.
+
+    Of a tensor that is divided among ranks: of this rank's part.
+    """
+    own = own_part(tensor).float()
+    finite = own[own.isfinite()]
+    if not len(finite):
+        return {"finite": 0.0 if len(own) else 1.0}
+    figures = {"largest": finite.abs().max(), "mean": finite.mean(), "std": finite.std(correction=0)}
+    return {"finite": len(finite) / own.numel(), **{name: float(value) for name, value in figures.items()}}
+
+
+@contextmanager
+def _watched(model: CCMIM) -> Iterator[dict[str, dict[str, float]]]:
+    """Figures of each module's output, in the order in which they first come; blocks run uncompiled meanwhile."""
+    outputs: dict[str, dict[str, float]] = {}
+    calls: Counter[str] = Counter()
+
+    def hook(name: str):
+        def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.is_floating_point():
+                calls[name] += 1
+                outputs[f"{name}, call {calls[name]}"] = figures_of(output)
+
+        return look
+
+    hooks = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
+    run, model.run, training = model.run, BlockRunner(model.run.attention), model.training
+    model.eval()
+    try:
+        yield outputs
+    finally:
+        model.train(training)
+        model.run = run
+        for one in hooks:
+            one.remove()

@@ -1,0 +1,189 @@
+"""One optimizer step. Nothing here waits for the device: losses and norms come back as tensors."""
+
+# B batch, L patches, E embedding dim, P parts of the model
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from ccmim_fast.bank import warp
+from ccmim_fast.config.schema import Config
+from ccmim_fast.data.stream.batch import Batch
+from ccmim_fast.losses.total import Losses, total_loss
+from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.models.linear import onednn_linear
+from ccmim_fast.models.output import Known, Output
+from ccmim_fast.models.precision import Precision
+from ccmim_fast.optim.ema import update_ema_
+from ccmim_fast.optim.gradients import Gradients, drop_gradients, guard, update
+from ccmim_fast.optim.optimizer import set_lr
+from ccmim_fast.ranks.fsdp import is_sharded
+
+
+class Seen(NamedTuple):
+    """What a micro-batch shows beside its losses; on the device, without gradient.
+
+    Attributes:
+        nan_B: bool, images with NaN scores.
+        mask_BL: bool, masked patches.
+        entropy: of the scores' softmax as a share of log L, mean over images; NaN where nothing is scored.
+        h_BE: hV of Eq. 7 (for `align`: p(hV)), None without a contrastive loss.
+        maps_BGG: of a run with a score bank, the maps after the step, as `Batch.maps_BGG`.
+        logits_BL: log-scores up to a constant per row; None where nothing is scored.
+    """
+
+    nan_B: Tensor
+    mask_BL: Tensor
+    entropy: Tensor
+    h_BE: Tensor | None
+    maps_BGG: Tensor | None
+    logits_BL: Tensor | None
+
+
+class StepResult(NamedTuple):
+    """Of this rank, on the device, without gradient; scalars are float32.
+
+    Attributes:
+        total, recons, contrast, entropy: means over the micro-batches; `contrast` is zero where the run has none.
+        gradients: of the global batch, before clipping; where they are `bad` the step changed no weight.
+        nan_id: int64, the largest id among the samples with a NaN score, -1 without any.
+        seen: of each micro-batch.
+    """
+
+    total: Tensor
+    recons: Tensor
+    contrast: Tensor
+    entropy: Tensor
+    gradients: Gradients
+    nan_id: Tensor
+    seen: tuple[Seen, ...]
+
+
+class TrainStep:
+    """Forward, backward, clip, update, average.
+
+    Args:
+        model: the bare model, whose weights are trained.
+        wrapped: the same model as it is called (DDP, or bare, which FSDP's is too).
+        optimizer: over the model's parameters.
+        precision: autocast and scaling.
+        config: of the run.
+        ema: averaged weights, or None.
+
+    Attributes:
+        forward: as `losses`; may be replaced by its compiled self (`engine.compile`).
+        onednn: linear layers by oneDNN, see `models.linear`; not to be compiled.
+        parts: names of the model's parts, and the parameters of each.
+    """
+
+    def __init__(
+        self,
+        model: CCMIM,
+        wrapped: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        precision: Precision,
+        config: Config,
+        ema: AveragedModel | None = None,
+    ):
+        self.model, self.wrapped, self.optimizer, self.precision = model, wrapped, optimizer, precision
+        self.config, self.ema = config, ema
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.scaled)
+        self.parts = parts_of(model)
+        self._statistics = [buffer for name, buffer in model.named_buffers() if ".running_" in name]
+        self.onednn = config.fast.onednn_linear and self.device.type == "cpu" and not config.train.recompute
+        self.forward = self.losses
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.mean_C.device
+
+    def __call__(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        """Train on the micro-batches of one step at the given learning rate."""
+        set_lr(self.optimizer, lr)
+        return self.run(batches)
+
+    def run(self, batches: Sequence[Batch]) -> StepResult:
+        """The step at the optimizer's present rate; everything it reads and writes is on the device."""
+        sums = torch.zeros(4, device=self.device)
+        nan_id = torch.full((), -1, device=self.device)
+        before, seen = [buffer.clone() for buffer in self._statistics], []
+        for index, batch in enumerate(batches):
+            with self._gradients_summed_over_ranks(last=index == len(batches) - 1):
+                losses, of_batch = self.forward(
+                    batch.images_BHWC, batch.ids_B, batch.epochs_B, batch.boxes_B4, batch.maps_BGG
+                )
+                self.scaler.scale(losses.total / len(batches)).backward()
+            contrast = torch.zeros_like(losses.total) if losses.contrast is None else losses.contrast
+            sums += torch.stack([losses.total, losses.recons, contrast, of_batch.entropy]).detach()
+            nan_id = torch.maximum(nan_id, torch.where(of_batch.nan_B, batch.ids_B, -1).max())
+            seen.append(of_batch)
+        gradients = self._update(before)
+        return StepResult(*(sums / len(batches)), gradients, nan_id, tuple(seen))
+
+    def losses(
+        self,
+        images_BHWC: Tensor,
+        ids_B: Tensor,
+        epochs_B: Tensor,
+        boxes_B4: Tensor | None = None,
+        maps_BGG: Tensor | None = None,
+    ) -> tuple[Losses, Seen]:
+        """Eq. 10 of one micro-batch, and what it showed."""
+        model, momentum = self.model, self.config.score.momentum
+        known = None if maps_BGG is None else Known(*warp.read(maps_BGG, boxes_B4, model.grid))
+        # A cast weight that is kept gives the weight no gradient where a pass without gradients made it, as scores of
+        # later blocks do (seen with torch 2.7.1), or FSDP let go of the weight meanwhile (seen with 2.15).
+        cache = self.config.score.source in ("first", "bank") and not is_sharded(model)
+        with self.precision.autocast(images_BHWC.device, cache), onednn_linear(self.onednn):
+            output = self.wrapped(images_BHWC, ids_B, epochs_B, known=known)
+        if maps_BGG is not None:
+            maps_BGG = warp.update(maps_BGG, boxes_B4, output.shares_BL, model.grid, momentum)
+        # Outside autocast: losses are float32 whatever the forward pass ran in.
+        losses, partition = total_loss(model, output, images_BHWC, self.config), output.partition
+        h_BE = None if output.visible_BE is None else output.visible_BE.detach()
+        logits_BL = None if output.logits_BL is None else output.logits_BL.detach()
+        return losses, Seen(partition.nan_B, partition.mask_BL, _entropy(output), h_BE, maps_BGG, logits_BL)
+
+    def _gradients_summed_over_ranks(self, last: bool):
+        """Gradients are reduced with the last micro-batch only."""
+        if is_sharded(self.model):
+            self.model.set_requires_gradient_sync(last)
+        elif isinstance(self.wrapped, DistributedDataParallel) and not last:
+            return self.wrapped.no_sync()
+        return contextlib.nullcontext()
+
+    def _update(self, before: list[Tensor]) -> Gradients:
+        """`before` are the model's statistics before the step, which a step without an update does not change."""
+        gradients = guard(self.optimizer, self.scaler, list(self.parts.values()), self.config.optim.clip_grad)
+        update(self.optimizer, self.scaler, gradients.bad)
+        drop_gradients(self.optimizer)
+        for buffer, kept in zip(self._statistics, before):
+            buffer.copy_(torch.where(gradients.norm.isfinite(), buffer, kept))
+        if self.ema is not None:
+            update_ema_(self.ema, self.model, self.config.optim.ema_decay)
+        return gradients
+
+
+def parts_of(model: CCMIM) -> dict[str, list[nn.Parameter]]:
+    """The trained parameters of encoder, decoder and heads, as far as there are any."""
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = name.partition(".")[0]
+            parts.setdefault(part if part in ("encoder", "decoder") else "heads", []).append(parameter)
+    return parts
+
+
+def _entropy(output: Output) -> Tensor:
+    """`Seen.entropy`."""
+    logits_BL = output.logits_BL
+    if logits_BL is None:
+        return torch.full((), torch.nan, device=output.pred_BMP.device)
+    log_BL = logits_BL.detach().to(torch.float32).log_softmax(1)
+    return -(log_BL.exp() * log_BL).sum(1).mean() / math.log(log_BL.shape[1])

@@ -1,0 +1,56 @@
+"""Images that no run trains on, and the accuracy of frozen features on them."""
+
+# B batch, H height, W width, C channels
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ccmim_fast.config.schema import Config
+from ccmim_fast.data.build import build_source
+from ccmim_fast.data.made.shapes import ShapesSource
+from ccmim_fast.data.source import Source
+from ccmim_fast.data.stream.torch_loader import evaluation_batches
+from ccmim_fast.evaluation.frozen.features import extract
+from ccmim_fast.evaluation.frozen.knn import knn_accuracy
+from ccmim_fast.evaluation.frozen.logreg import logreg_accuracy
+from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.models.encoder import tokens_of
+
+HELD_OUT = 1000  # images that no run trains on
+NEIGHBOURS = 20  # of kNN, or all images where they are fewer
+
+
+class HeldOut(NamedTuple):
+    """Images of the same kind as the training set, drawn from another seed."""
+
+    source: ShapesSource
+    images_BHWC: Tensor
+    objects_BHW: Tensor
+
+
+def make_held_out(config: Config) -> HeldOut:
+    data = replace(config.data, samples=HELD_OUT)
+    source = build_source(data, config.seed + 1)
+    batches = evaluation_batches(source, data.image_size, HELD_OUT, torch.device("cpu"))
+    images_BHWC = torch.cat([batch.images_BHWC for batch in batches])
+    objects_BHW = torch.stack([torch.from_numpy(source.mask(i).copy()) for i in range(HELD_OUT)])
+    return HeldOut(source, images_BHWC, objects_BHW)
+
+
+def measure_features(model: CCMIM, config: Config, held_out: Source) -> dict[str, float]:
+    """kNN and logistic-regression accuracy of frozen, average-pooled features; fitted on the training images.
+
+    Both sets have labels, of the same classes.
+    """
+    device = model.mean_C.device
+    encode = tokens_of(model.encoder, model.mean_C, model.std_C)
+    prefix = model.encoder.num_prefix_tokens
+    parts = []
+    for source in (build_source(config.data, config.seed), held_out):
+        batches = evaluation_batches(source, config.data.image_size, config.train.batch_size, device)
+        parts += extract(encode, batches, prefix=prefix)
+    accuracy, _ = logreg_accuracy(*parts)
+    return {"knn": knn_accuracy(*parts, k=min(NEIGHBOURS, len(parts[0]))), "logreg": accuracy}

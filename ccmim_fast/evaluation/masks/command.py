@@ -1,0 +1,127 @@
+"""`ccmim eval masks`: what a pretrained model attends to, and what it hides."""
+
+# B images, D of them drawn, H height, W width, C channels, L patches
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ccmim_fast.config.parser import Parser
+from ccmim_fast.data.made.shapes import ShapesSource
+from ccmim_fast.errors import CheckpointError, ConfigError, DataError
+from ccmim_fast.evaluation.masks.objects import MaskFolder, objects_of
+from ccmim_fast.evaluation.masks.picture import Drawn
+from ccmim_fast.evaluation.masks.result import Look, write
+from ccmim_fast.evaluation.masks.scored import figures_of, score_and_divide
+from ccmim_fast.evaluation.masks.subject import COUNT, PROG, Subject, places, read_subject, untrained
+from ccmim_fast.models.output import Known, Output
+from ccmim_fast.ranks.session import session
+from ccmim_fast.report.reconstruction import drawn
+from ccmim_fast.report.snapshots import FewImages, few_images
+from ccmim_fast.runs.folder import check_apart, describe_run, open_run_folder
+from ccmim_kernels import Partition, partition_from_mask
+
+
+def masks(argv: list[str]) -> None:
+    """`ccmim eval masks CHECKPOINT [IMAGES] [options] [settings]`: what a model attends to, and what it hides.
+
+    Scores of each source and the masks of each strategy, drawn (masks.png) and measured (result.json, result.md): how
+    well the scores find the objects and how many object patches stay visible, where objects are known, and how unlike
+    the scores are. CHECKPOINT: a run's folder, one of its checkpoints, a file of weights, or timm:NAME.
+    """
+    given, settings = _read(argv)
+    first, *others = places(given.checkpoint, given.moments)
+    subject = read_subject(first, settings, given.images)
+    check_apart(subject.config.run.dir, given.checkpoint)
+    few = few_images(subject.config.data, subject.config.seed, given.measure)
+    object_BL = _objects(subject, few, given.masks)
+    with session(subject.config.train.device) as here:
+        if here.world_size > 1:
+            raise ConfigError(f"{PROG}: one process only, got {here.world_size}; start it without torchrun")
+        folder = open_run_folder(subject.config, goes_on=False)
+        describe_run(folder, subject.config, here.device)
+        looks = [_look(untrained(subject), few, object_BL, given.drawn, here.device)] if given.moments > 1 else []
+        looks.append(_look(subject, few, object_BL, given.drawn, here.device))
+        for place in others:
+            subject = read_subject(place, settings, given.images)
+            looks.append(_look(subject, few, object_BL, given.drawn, here.device))
+        print(write(folder, looks, object_BL, here.device))
+
+
+def _objects(subject: Subject, few: FewImages, folder: Path | None) -> Tensor | None:
+    """[B, L] bool, where it is known which patches show the object.
+
+    Raises:
+        DataError: no image of which some patches are object and some not.
+    """
+    objects = few.source if isinstance(few.source, ShapesSource) else None
+    if folder is not None:
+        objects = MaskFolder(folder, subject.config.data.root, few.source)
+    if objects is None:
+        return None
+    object_BL = objects_of(objects, few.shown, subject.config.data.image_size, subject.model.patch)
+    if not (object_BL.any(1) & ~object_BL.all(1)).any():
+        raise DataError(f"none of {len(object_BL)} images has both object and background patches; look at the masks")
+    return object_BL
+
+
+@torch.inference_mode()
+def _look(subject: Subject, few: FewImages, object_BL: Tensor | None, count: int, device: torch.device) -> Look:
+    """Measure all images, and keep `count` of them, spread over all, to be drawn."""
+    model, config = subject.model.to(device), subject.config
+    known = subject.known(few)
+    if known is not None:
+        known = Known(*(part.to(device) for part in known))
+    batch = few.batch._replace(images_BHWC=few.batch.images_BHWC.to(device), ids_B=few.batch.ids_B.to(device))
+    scored = score_and_divide(model, config, batch, known, subject.decodes)
+    if not all(scores_BL.isfinite().all() for scores_BL in scored.scores.values()):
+        raise CheckpointError(f"{subject.name}: its scores are not finite")
+    figures = figures_of(scored, object_BL, 1 - model.keep / (model.grid[0] * model.grid[1]))
+    rows = np.unique(np.linspace(0, len(batch.ids_B) - 1, count).round().astype(int)).tolist()
+    mask_DL = scored.masks[config.mask.strategy][rows]
+    picture = Drawn(
+        "" if subject.epoch is None else f"epoch {round(subject.epoch, 1):g}",
+        few.batch.images_BHWC[rows].numpy(),
+        model.grid,
+        scored.of(rows),
+        figures,
+        None if object_BL is None else object_BL[rows].numpy(),
+        _reconstruction(subject, batch.images_BHWC[rows], mask_DL) if subject.decodes else None,
+        config.mask.strategy,
+    )
+    return Look(subject.name, config, subject.step, subject.epoch, scored, figures, picture)
+
+
+def _reconstruction(subject: Subject, images_DHWC: Tensor, mask_DL: Tensor) -> np.ndarray | None:
+    """uint8 images [D, H, W, C] with what was masked as the model predicts it; None where it predicts no pixels."""
+    partition = Partition(*(part.to(images_DHWC.device) for part in partition_from_mask(mask_DL, subject.model.keep)))
+    output = Output(subject.model.predict(images_DHWC, partition), partition, None, None, None)
+    drawn_DHWC = drawn(subject.model, subject.config, images_DHWC, output)
+    return None if drawn_DHWC is None else drawn_DHWC.cpu().numpy()
+
+
+def _read(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command's own options, and settings."""
+    usage = f"{PROG} CHECKPOINT [IMAGES] [options] [settings]"
+    said = masks.__doc__.replace("`", "").partition("\n\n")[2]
+    end = f"settings: {', '.join(COUNT)} as of ccmim pretrain --help; default: the run's own"
+    parser = Parser(PROG, usage=usage, description=said, epilog=end, allow_abbrev=False)
+    parser.add_argument("--drawn", type=int, default=4, metavar="N", help="images drawn; default 4")
+    parser.add_argument("--measure", type=int, default=256, metavar="N", help="images measured; default 256")
+    parser.add_argument("--moments", type=int, default=1, metavar="N", help="checkpoints of the run, side by side")
+    parser.add_argument("--masks", type=Path, metavar="FOLDER", help="PNG files of the objects, named as the images")
+    words = []
+    while argv and not argv[0].startswith("-") and len(words) < 2:
+        words.append(argv[0])
+        argv = argv[1:]
+    given, settings = parser.parse_known_args(argv)
+    if not words:
+        raise ConfigError(f"{PROG}: the checkpoint is missing; a run's folder, a file, or timm:NAME")
+    given.checkpoint, given.images = words[0], words[1] if len(words) > 1 else ""
+    for name, most in (("drawn", 64), ("measure", 10_000), ("moments", 64)):
+        if not 1 <= getattr(given, name) <= most:
+            raise ConfigError(f"--{name}={getattr(given, name)}: must be in 1..{most}")
+    return given, settings

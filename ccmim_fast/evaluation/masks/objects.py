@@ -1,0 +1,102 @@
+"""Where the objects are, where that is known, and how the scores and masks of a run's own steps fall on them."""
+
+# B images, H height, W width, L patches
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ccmim_fast.data.source import Source
+from ccmim_fast.data.stream.batch import Batch
+from ccmim_fast.data.stream.plan import MicroBatch
+from ccmim_fast.data.stream.torch_loader import crop_and_resize
+from ccmim_fast.engine.loop import Trainer
+from ccmim_fast.engine.step import StepResult
+from ccmim_fast.errors import DataError
+from ccmim_fast.evaluation.masks.metrics import object_leakage, object_patches, score_auroc
+
+LOOKED_AT = 256  # images of a step at most: 26 ms of a core at 64 pixels a side, 143 ms at 224 (AMD EPYC)
+
+
+def object_figures(run: Trainer, batches: Sequence[Batch], result: StepResult) -> dict[str, float | None]:
+    """Of the first images of this rank's last micro-batch, as the step divided them; the model is not called.
+
+    Returns:
+        auroc: of the scores against object patches, see `score_auroc`; None without scores, and where they hold NaN.
+        leakage: share of object patches left visible, relative to random masking. None where nothing but objects, or
+            none of them, is seen.
+    """
+    batch, seen, config = batches[-1], result.seen[-1], run.config
+    few = slice(0, LOOKED_AT)
+    shown = run.loader.plan.showing(batch.host_ids_B[few], batch.epochs_B[few].cpu().numpy())
+    object_BL = objects_of(run.source, shown, config.data.image_size, run.model.patch)
+    mask_BL = seen.mask_BL[few].cpu()
+    leakage = object_leakage(mask_BL, object_BL, 1 - run.model.keep / mask_BL.shape[1]) if object_BL.any() else None
+    return {"auroc": _auroc(seen.logits_BL, object_BL), "leakage": leakage}
+
+
+def _auroc(logits_BL: Tensor | None, object_BL: Tensor) -> float | None:
+    both_B = object_BL.any(1) & ~object_BL.all(1)
+    if logits_BL is None or not both_B.any():
+        return None
+    logits_BL = logits_BL[: len(object_BL)].float().cpu()
+    return None if logits_BL.isnan().any() else score_auroc(logits_BL, object_BL)
+
+
+class Objects(Protocol):
+    """Which pixels of each image show its object."""
+
+    def mask(self, index: int) -> np.ndarray:
+        """[H, W] bool of the sample `index`, of the size of its image."""
+        ...
+
+
+class MaskFolder:
+    """Object masks as PNG files, each under the name of its image; `Objects`. A pixel that is not 0 is object.
+
+    Args:
+        folder: holds `a/b.png` for the image `a/b.jpg` of `root`, or else `b.png`.
+        root: where the images are.
+    """
+
+    def __init__(self, folder: Path, root: str, source: Source):
+        if not folder.is_dir():
+            raise DataError(f"--masks={folder}: no such folder; name that of the PNG files")
+        self._folder, self._root, self._source = folder, root, source
+
+    def mask(self, index: int) -> np.ndarray:
+        """See `Objects`. Raises DataError: missing, damaged, or of another size than its image."""
+        name = self._source.name(index)
+        whole = self._folder / Path(os.path.relpath(name, self._root)).with_suffix(".png")
+        path = whole if whole.is_file() else self._folder / whole.name
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image)[..., : -1 if image.mode in ("LA", "RGBA") else None]
+        except FileNotFoundError:
+            raise DataError(f"--masks={self._folder}: no {path.name} in it, the mask of {name!r}") from None
+        except Exception as error:  # Pillow's plugins raise whatever a damaged file leads them to
+            raise DataError(f"{path}: no mask: {' '.join(str(error).split())[:200]}") from None
+        mask_HW = pixels != 0 if pixels.ndim == 2 else pixels.any(-1)
+        size = tuple(self._source.sizes_N2[index].tolist())
+        if mask_HW.shape != size:
+            found, asked = (" x ".join(map(str, shape)) for shape in (mask_HW.shape, size))
+            raise DataError(f"{path}: {found} pixels, its image has {asked}")
+        return mask_HW
+
+
+def objects_of(objects: Objects, shown: MicroBatch, image_size: tuple[int, int], patch: int) -> Tensor:
+    """Which patches of the crops show the object, [B, L] bool."""
+    objects_BHW = np.stack([_object_of(objects, one, image_size) for one in shown.samples()])
+    return object_patches(torch.from_numpy(objects_BHW), patch)
+
+
+def _object_of(objects: Objects, one: MicroBatch, image_size: tuple[int, int]) -> np.ndarray:
+    """Which pixels of a crop show the object, [H, W] bool."""
+    mask_HW1 = 255 * objects.mask(one.ids_B.item()).astype(np.uint8)[..., None]
+    return crop_and_resize(mask_HW1, one.boxes_B4[0], one.flips_B.item(), image_size)[..., 0] > 127

@@ -1,0 +1,219 @@
+"""Where a step's time goes: torch's profiler over some steps, a trace, and a table of time against floors."""
+
+import gzip
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, record_function, schedule
+
+from ccmim_fast.errors import ConfigError
+from ccmim_fast.models.precision import Precision
+from ccmim_fast.profile.kinds import KINDS, kind_of_counted
+from ccmim_fast.profile.meter import Meter, measure_matmul_rate, measure_memory_bandwidth, synchronise
+from ccmim_fast.profile.timeline import DATA_WAIT, PROFILED, read_timeline
+from ccmim_fast.ranks.session import Session
+from ccmim_fast.runs.folder import environment
+
+# Of this process, before the profiled ones: the first one's arithmetic is counted, in the last the profiler sets itself
+# up.
+WARM_UP = 3
+
+# AdamW in float32: reads parameter, gradient and both moments, writes parameter and both moments.
+ADAMW_BYTES = (4 + 3) * 4
+
+Item = TypeVar("Item")
+
+
+class Profile:
+    """Profiles some optimizer steps of a run, once; rank 0 alone.
+
+    Args:
+        steps: to profile; 0: none, nothing here costs anything then.
+        here: this process's place.
+        folder: the run's; `profile/trace.json.gz`, `table.md` and `table.json` are written into it.
+        meter: knows a step's arithmetic; it is paused while the table is made.
+        model: its trainable parameters bound the optimizer's time.
+        precision: of the step's matmuls.
+        images: per step and rank.
+        note: prints the table.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        here: Session,
+        folder: Path,
+        meter: Meter,
+        model: nn.Module,
+        precision: Precision,
+        images: int,
+        note: Callable[[str], None],
+    ):
+        self._steps = steps if here.is_main else 0
+        self._here, self._folder, self._meter, self._model = here, folder, meter, model
+        self._precision, self._images, self._note = precision, images, note
+
+    def watch(self, batches: Iterable[Item]) -> Iterable[Item]:
+        """The batches of the run's steps, as they are."""
+        return self._watched(iter(batches)) if self._steps else batches
+
+    def _watched(self, batches: Iterator[Item]) -> Iterator[Item]:
+        """A step happens while its batch is out; the host waits for the device here, never inside a step."""
+        device = self._here.device
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+        yield from islice(batches, WARM_UP - 1)
+        with torch.profiler.profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=1)) as profiler:
+            yield next(batches)
+            synchronise(device)
+            profiler.step()
+            with record_function(PROFILED):
+                for _ in range(self._steps):
+                    with record_function(DATA_WAIT):
+                        batch = next(batches)
+                    yield batch
+                synchronise(device)
+        self._write(profiler)
+        yield from batches
+
+    def _write(self, profiler: torch.profiler.profile) -> None:
+        folder, device = self._folder / "profile", self._here.device
+        folder.mkdir(exist_ok=True)
+        trace = folder / "trace.json.gz"
+        profiler.export_chrome_trace(str(trace))
+        with gzip.open(trace, "rt") as file:
+            spent = read_timeline(json.load(file)["traceEvents"], on_gpu=device.type == "cuda")
+        flops = Counter()
+        for op, count in self._meter.flops_by_op.items():
+            flops[kind_of_counted(str(op))] += count * self._images
+        table = make_table(
+            spent,
+            steps=self._steps,
+            images=self._images,
+            flops=flops,
+            optimizer_bytes=ADAMW_BYTES * sum(p.numel() for p in self._model.parameters() if p.requires_grad),
+            flops_per_second=measure_matmul_rate(device, self._precision.dtype),
+            bytes_per_second=measure_memory_bandwidth(device),
+            facts={**environment(device), "threads": torch.get_num_threads(), "precision": self._precision.name},
+        )
+        (folder / "table.json").write_text(json.dumps(table, indent=1) + "\n")
+        (folder / "table.md").write_text(markdown(table))
+        self._note(markdown(table))
+        self._meter.pause()
+
+
+def check_room(steps: int, left: int) -> None:
+    """Return if so many `steps` can be profiled, and those before them taken, in the `left` ones of the run.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if steps and left < WARM_UP + steps:
+        raise ConfigError(
+            f"train.profile={steps}: with {WARM_UP} warm-up steps it needs {WARM_UP + steps} steps, this run has "
+            f"{left} left; nearest valid is {max(0, left - WARM_UP)}"
+        )
+
+
+def make_table(
+    spent: Mapping[tuple[str, str], float],
+    *,
+    steps: int,
+    images: int,
+    flops: Mapping[str, int],
+    optimizer_bytes: int,
+    flops_per_second: float,
+    bytes_per_second: float,
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What `table.json` holds.
+
+    A floor is the time that no implementation of the same arithmetic goes below on this device: products and attention
+    at its matmul rate, AdamW at its memory bandwidth. The other kinds have none: a good enough compiler might fuse or
+    hide them, so all of their time is over the step's floor.
+
+    Args:
+        spent: microseconds by (kind, name), over all steps.
+        steps, images: profiled; images of each.
+        flops: of one step, by kind.
+        optimizer_bytes: of one step.
+        flops_per_second, bytes_per_second: of the device.
+        facts: what the table is of: names to printable values.
+    """
+    floors = {kind: count / flops_per_second * 1e3 for kind, count in flops.items()}
+    floors["optimizer"] = optimizer_bytes / bytes_per_second * 1e3
+    whole = sum(spent.values()) / steps / 1e3
+    rows = [_row(kind, spent, steps, whole, floors.get(kind)) for kind in KINDS]
+    rows = [row for row in rows if row["ms"] or row["floor_ms"]]
+    return {
+        "facts": dict(facts),
+        "steps": steps,
+        "images_per_step": images,
+        "ms_per_step": whole,
+        "flops_per_step": dict(flops),
+        "optimizer_bytes_per_step": optimizer_bytes,
+        "matmul_flops_per_second": flops_per_second,
+        "memory_bytes_per_second": bytes_per_second,
+        "mfu": sum(flops.values()) / flops_per_second / (whole / 1e3),
+        "kinds": rows,
+        "sentence": _sentence(rows, whole),
+    }
+
+
+def _row(
+    kind: str, spent: Mapping[tuple[str, str], float], steps: int, whole: float, floor: float | None
+) -> dict[str, Any]:
+    names = Counter({name: us / steps / 1e3 for (of, name), us in spent.items() if of == kind})
+    ms = sum(names.values())
+    return {
+        "kind": kind,
+        "ms": ms,
+        "share": ms / whole,
+        "floor_ms": floor,
+        "over_floor_ms": ms - (floor or 0.0),
+        "names": [{"name": name, "ms": ms} for name, ms in names.most_common(5) if name],
+    }
+
+
+def _sentence(rows: list[dict[str, Any]], whole: float) -> str:
+    worst = max(rows, key=lambda row: row["over_floor_ms"])
+    over, floor = worst["over_floor_ms"], worst["floor_ms"]
+    above = f"above its floor of {floor:.1f} ms" if floor is not None else "with no floor below it"
+    share = f"{over / whole:.0%} of the step's {whole:.1f} ms"
+    return f"Largest loss: {worst['kind']}, {over:.1f} ms per step {above}, {share}."
+
+
+def markdown(table: Mapping[str, Any]) -> str:
+    """The table for people: milliseconds per step."""
+    facts, images, whole = table["facts"], table["images_per_step"], table["ms_per_step"]
+    lines = [
+        f"{table['steps']} steps of {images} images, {facts['precision']}, {facts['device']}, "
+        f"{facts['threads']} threads, torch {facts['torch']}: {whole:.1f} ms per step, "
+        f"{images / whole * 1e3:.1f} img/s, MFU {table['mfu']:.0%}. Measured right after: matmul "
+        f"{table['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s, "
+        f"memory {table['memory_bytes_per_second'] / 1e9:.3g} GB/s.",
+        "",
+        "| kind | ms per step | share | floor | over it | mostly |",
+        "|---|---:|---:|---:|---:|---|",
+        *(_line(row) for row in table["kinds"]),
+        "",
+        table["sentence"],
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    floor = "-" if row["floor_ms"] is None else f"{row['floor_ms']:.1f}"
+    names = ", ".join(f"`{_short(part['name'])}` {part['ms']:.1f}" for part in row["names"][:2])
+    return f"| {row['kind']} | {row['ms']:.1f} | {row['share']:.1%} | {floor} | {row['over_floor_ms']:.1f} | {names} |"
+
+
+def _short(name: str) -> str:
+    """Without namespaces and what would end a cell; the templates of a C++ name can fill a page."""
+    return re.sub(r"^void |aten::|at::native::|\(anonymous namespace\)::", "", name).replace("|", "/")[:60]

@@ -1,0 +1,54 @@
+"""FSDP2: weights, gradients and moments divided among ranks, a block's weights gathered when it first runs.
+
+Each block of encoder and decoder is a unit, the rest of the model another. What is gathered stays until the backward
+pass is done with it: a step runs the encoder up to three times (scores, visible, masked) and back, and a copy in half
+precision is 2 bytes of the 16 that a weight has in float32 with gradient and moments, 1.3 GB for ViT-H.
+
+A block runs by functions of its own (models/blocks.py), not by its `forward`: they are what gathers.
+"""
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.ranks.session import Session
+
+
+def shard(model: CCMIM, here: Session, dtype: torch.dtype | None) -> None:
+    """Divide the weights of `model`, equal on all ranks, in place; every rank calls it.
+
+    Args:
+        dtype: of the step's products; blocks are gathered in it, half the bytes of float32. Weights, their gradients'
+            sums over ranks and the optimizer's moments are float32 all the same. The first block, which Eq. 4 is read
+            at, and what stands outside blocks are gathered in float32: scores and statistics are.
+    """
+    mesh = init_device_mesh(here.device.type, (here.world_size,))
+    exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in [*model.encoder.blocks, *model.decoder.blocks]:
+        policy = exact if block is model.encoder.blocks[0] else half
+        fully_shard(block, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+        block.around = types.MethodType(_run, block)
+        register_fsdp_forward_method(block, "around")
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=exact)
+
+
+def let_go(model: nn.Module) -> None:
+    """Drop what a forward pass without a backward pass has gathered: weights may be changed after it."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def _run(block: nn.Module, way: Callable, *args: Any) -> Any:
+    return way(block, *args)

@@ -1,0 +1,218 @@
+"""`ccmim data`: what each command prints, and how each mistake ends."""
+
+import os
+import shlex
+import shutil
+
+import pytest
+import torch
+
+from ccmim_fast.cli import main
+from ccmim_fast.config.load import load_config
+from ccmim_fast.data import rates
+from ccmim_fast.data import verify as verify_module
+from ccmim_fast.data.index.index_file import BESIDE
+from ccmim_fast.data.index.indexed import open_images
+from ccmim_fast.data.stats import measure_stats
+
+
+@pytest.fixture
+def folder(tmp_path, photo_folder, photograph, monkeypatch):
+    """22 photographs, one of them cut behind its header, and a text and a CMYK image."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(rates.dali_loader, "is_installed", lambda: False)
+    root = tmp_path / "photos"
+    shutil.copytree(photo_folder, root)
+    cut = root / "class0/02.jpg"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    (root / "class1/a [b].jpg").write_text("this is no image")
+    photograph.convert("CMYK").save(root / "class1/print.jpg")
+    return root
+
+
+@pytest.fixture
+def run(capsys):
+    """run(argv...): the lines that the command prints; it must end well."""
+
+    def of(*argv):
+        assert main(["data", *map(str, argv)]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    return of
+
+
+def cells(lines):
+    """The rows of the tables."""
+    return [tuple(cell.strip() for cell in line.strip("│").split("│")) for line in lines if line.startswith("│")]
+
+
+def test_index(folder, run):
+    lines = run("index", folder)
+    assert lines[0] == "24 samples of 2 classes, 1 of them cannot be used"
+    assert cells(lines) == [("RGB", "22"), ("CMYK", "1"), ("unknown", "1"), ("not an image that Pillow knows", "1")]
+    path = open_images(str(folder)).index.path
+    assert lines[-2:] == [
+        f"cannot be used: '{folder}/class1/a [b].jpg': not an image that Pillow knows",
+        f"index: {path!r}",
+    ]
+    assert run("index", folder) == lines
+
+
+def test_index_sees_a_file_that_was_written_over(folder, run, photograph):
+    run("index", folder)
+    photograph.save(folder / "class1/a [b].jpg")
+    os.utime(folder / "class1")
+    lines = run("index", folder)
+    assert lines[0] == "24 samples of 2 classes, 0 of them cannot be used"
+    watched = os.stat(folder / "class1").st_mtime_ns
+    (folder / "class1/a [b].jpg").write_bytes(b"damaged again")
+    assert os.stat(folder / "class1").st_mtime_ns == watched
+    assert len(open_images(str(folder)).excluded_X) == 0
+    assert run("index", folder)[0].endswith("1 of them cannot be used")
+
+
+def test_index_at_a_place_of_its_own(folder, run, tmp_path):
+    place = tmp_path / "deep/er/my.arrow"
+    assert run("index", folder, "--index", place)[-1] == f"index: '{place}'"
+    assert open_images(str(folder), path=str(place)).index.path == str(place)
+
+
+def test_verify_lists_what_fails(folder, run, monkeypatch):
+    lines = run("verify", folder, "--workers=1")
+    assert lines[0] == "24 samples of 2 classes, 2 of them cannot be used"
+    assert ("image file is truncated (N bytes not processed)", "1") in cells(lines)
+    told = [line for line in lines if line.startswith("cannot be used")]
+    assert len(told) == 2
+    assert told[0].startswith(f"cannot be used: '{folder}/class0/02.jpg': image file is truncated (")
+
+    def refuse(*_):
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(verify_module, "_decode", refuse)
+    assert run("verify", folder, "--workers=1") == lines
+    assert run("index", folder)[:-1] == lines
+
+
+def test_verify_stopped_by_ctrl_c(folder, capsys, monkeypatch):
+    monkeypatch.setattr(verify_module, "_CHUNK", 8)
+    asked, decode_chunks = [], verify_module._decode_chunks
+
+    def stopping(opener, chunks, processes):
+        asked.append(sum(map(len, chunks)))
+        for number, done in enumerate(decode_chunks(opener, chunks, processes)):
+            if number == 1 and len(asked) == 1:
+                raise KeyboardInterrupt
+            yield done
+
+    monkeypatch.setattr(verify_module, "_decode_chunks", stopping)
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", "verify", str(folder), "--workers=1"])
+    assert stopped.value.code == 130
+    printed = capsys.readouterr()
+    assert printed.err == "ccmim: stopped; the same command goes on\n"
+    assert main(["data", "verify", str(folder), "--workers=1"]) == 0
+    assert capsys.readouterr().out.startswith("24 samples of 2 classes, 2 of them")
+    assert asked[0] == 23
+    assert asked[1] in (15, 16)  # a chunk less; the last one has 7
+
+
+def test_long_lists_are_cut_but_by_verify(tmp_path, write_image, run, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = tmp_path / "flat"
+    root.mkdir()
+    write_image(root / "good.png")
+    for number in range(30):
+        (root / f"{number}.jpg").touch()
+    lines = run("index", root)
+    assert sum(line.startswith("cannot be used: '") for line in lines) == 20
+    assert lines[-2] == "cannot be used: 10 more; ccmim data verify lists all"
+    assert lines[0] == "31 samples, 30 of them cannot be used"
+    lines = run("verify", root, "--workers=1")
+    assert sum(line.startswith("cannot be used: '") for line in lines) == 30
+
+
+def test_shard(folder, run, tmp_path):
+    out = tmp_path / "out"
+    lines = run("shard", folder, out, "--side=40", "--shard-bytes=20000", "--workers=2")
+    tars = [name for name in os.listdir(out) if name.endswith(".tar")]
+    assert lines[0] == f"22 images in {len(tars)} tars; train on them with --data.root='{out}'"
+    # What is known as bad, and what is found while it is made smaller.
+    assert [line.rpartition(": ")[0] for line in lines[1:]] == [
+        f"left out: '{folder}/class1/a [b].jpg'",
+        f"left out: '{folder}/class0/02.jpg'",
+    ]
+    lines = run("index", out)
+    assert lines[0] == "22 samples of 2 classes, 0 of them cannot be used"
+    assert lines[-1] == f"index: '{out / BESIDE}'"
+    assert run("verify", out, "--workers=1")[0] == lines[0]
+    assert run("shard", out, tmp_path / "one", "--workers=1")[0].startswith("22 images in 1 tar; ")
+
+
+def test_stats_are_settings(folder, run):
+    lines = run("stats", folder, "--images=10", "--workers=2")
+    found = measure_stats(open_images(str(folder)), 10)
+    assert lines[0] == f"of {found.images} images:"
+    config = load_config(["--data.root=x", *shlex.split(" ".join(lines[1:]))], "test")
+    assert config.data.mean == pytest.approx(found.mean_C, abs=6e-5)
+    assert config.data.std == pytest.approx(found.std_C, abs=6e-5)
+
+
+def test_bench(folder, run):
+    lines = run("bench", folder, "--image-size=32", "--batch=8", "--images=8", "--workers=2", "--device=cpu")
+    assert [line.split()[0] for line in lines] == ["read", "decode", "crop", "copy", "2", "torch", "milliseconds"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        ([], 2, ["ccmim data: which command", "index, verify, shard, stats, bench"]),
+        (["indx"], 2, ["'indx': no such command"]),
+        (["index"], 2, ["ccmim data index", "root"]),
+        (["index", "ROOT", "--worker=3"], 2, ["--worker=3"]),
+        (["verify", "ROOT", "--workers=-1"], 2, ["--workers=-1: must be at least 0"]),
+        (["verify", "ROOT", "--workers=two"], 2, ["invalid int value: 'two'"]),
+        (["stats", "ROOT", "--images=0"], 2, ["--images=0: must be at least 1"]),
+        (["stats", "ROOT", "--channels=0"], 2, ["--channels=0: must be at least 1"]),
+        (["bench", "ROOT", "--batch=0"], 2, ["--batch=0"]),
+        (["bench", "ROOT", "--image-size=0"], 2, ["--image-size=0"]),
+        (["bench", "ROOT", "--device=tpu"], 2, ["invalid choice: 'tpu'"]),
+        (["bench", "ROOT", "--device=cuda"], 6, ["no CUDA device"]),
+        (["shard", "ROOT"], 2, ["ccmim data shard", "out"]),
+        (["shard", "ROOT", "NEW", "--side=-1"], 2, ["--side=-1: must be at least 0"]),
+        (["shard", "ROOT", "NEW", "--quality=101"], 2, ["--quality=101: must be in 1..100"]),
+        (["shard", "ROOT", "NEW", "--shard-bytes=0"], 2, ["--shard-bytes=0"]),
+        (["shard", "ROOT", "NEW", "--seed=-1"], 2, ["--seed=-1: must be in 0..4294967295"]),
+        (["shard", "ROOT", "ROOT"], 3, ["is not empty; name a new folder"]),
+        (["index", "/nowhere/at/all"], 3, ["no folder '/nowhere/at/all'"]),
+        (["index", "ROOT/a-{000..001}.tar"], 3, ["no file", "a-000.tar"]),
+        (["index", "ROOT", "--index=ROOT/class0/00.jpg"], 3, ["is no index, and is not written over"]),
+        (["stats", "EMPTY"], 3, ["no image in"]),
+        (["stats", "ROOT", "--channels=5"], 3, ["nothing in it ends in .npy"]),
+    ],
+)
+def test_mistakes_end_in_one_line(argv, code, words, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "empty").mkdir()
+    places = {"ROOT": folder, "EMPTY": tmp_path / "empty", "NEW": tmp_path / "new"}
+    for word, place in places.items():
+        argv = [argument.replace(word, str(place)) for argument in argv]
+    before = (folder / "class0/00.jpg").read_bytes()
+    assert main(["data", *argv]) == code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1
+    assert all(word in printed.err for word in words), printed.err
+    assert not (tmp_path / "new").exists()
+    assert (folder / "class0/00.jpg").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["index", "verify", "shard", "stats", "bench"])
+def test_help(name, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["data", name, "--help"])
+    assert done.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: ccmim data {name} ")
+    assert "--channels" in out
+    assert main(["data", "--help"]) == 0
+    assert f"\nccmim data {name} ROOT" in capsys.readouterr().out

@@ -1,0 +1,129 @@
+"""What a run does about its images: goes on anywhere, leaves out what fails, and says what it waits for."""
+
+import dataclasses
+import json
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+from tiny import TINY
+
+from ccmim_fast.data.stages import Stages
+from ccmim_fast.data.stream.torch_loader import TorchLoader
+from ccmim_fast.engine import data_report
+from ccmim_fast.engine.loop import fit
+from ccmim_fast.errors import DataError
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Twenty small JPEG files."""
+    root = tmp_path / "photos"
+    root.mkdir()
+    for number in range(20):
+        Image.effect_noise((60, 40 + number), 80).convert("RGB").save(root / f"{number:02d}.jpg")
+    return root
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """(epoch, id) of every sample that a loader yields, in order."""
+    found = []
+    stream = TorchLoader.stream
+
+    def recorded(self, cursor):
+        for batch in stream(self, cursor):
+            found.extend(zip(batch.epochs_B.tolist(), batch.ids_B.tolist()))
+            yield batch
+
+    monkeypatch.setattr(TorchLoader, "stream", recorded)
+    return found
+
+
+def run(folder, root, *, resume="never", allow=False, data=(), **train):
+    sections = {
+        "run": {
+            "dir": str(folder),
+            "log_every": 1,
+            "save_every": 1,
+            "tensorboard": False,
+            "resume": resume,
+            "allow_change": allow,
+        },
+        "data": {"root": str(root), "loader": "torch", **dict(data)},
+        "train": {"epochs": 3, "batch_size": 6, "device": "cpu", "precision": "fp32", **train},
+    }
+    fit(
+        dataclasses.replace(
+            TINY, **{name: dataclasses.replace(getattr(TINY, name), **f) for name, f in sections.items()}
+        )
+    )
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_sample_once_an_epoch_with_another_batch_after_resuming(tmp_path, photos, shown):
+    run(tmp_path / "run", photos, max_steps=4)
+    assert len(shown) == 24
+    records = run(tmp_path / "run", photos, resume="auto", allow=True, batch_size=5, accumulate=1)
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 13))
+    for epoch in range(3):
+        assert sorted(number for e, number in shown if e == epoch) == list(range(20))
+    assert [e for e, _ in shown] == [0] * 20 + [1] * 20 + [2] * 20 + [3] * 4  # the last step is a whole one
+    assert records[-1]["epoch"] == pytest.approx(64 / 20)
+
+
+def test_an_image_that_fails_is_left_out_told_and_counted(tmp_path, photos, shown, capsys):
+    from ccmim_fast.data.index.indexed import open_images
+
+    open_images(str(photos))
+    broken = photos / "07.jpg"
+    os.truncate(broken, broken.stat().st_size // 2)
+    records = run(tmp_path / "run", photos, data={"max_bad": 0.1}, epochs=2)
+    assert 7 not in {number for _, number in shown}
+    assert [r["sample"] for r in records if r["kind"] == "skipped"] == [7]
+    said = capsys.readouterr().out
+    assert said.count("sample 7 is left out: ") == 1
+    assert "1 of 20 samples could not be shown" in said
+    with pytest.raises(DataError, match=r"07\.jpg.*data\.on_error=skip goes on without it"):
+        run(tmp_path / "strict", photos, data={"on_error": "error"})
+
+
+def test_other_ranks_tell_what_failed_and_do_not_advise(monkeypatch):
+    monkeypatch.setattr(data_report, "measure_stages", lambda *_: pytest.fail("not for one rank of many"))
+    loader = SimpleNamespace(skipped=SimpleNamespace(reasons={3: "cut"}), plan=SimpleNamespace(source=range(9)))
+    said = []
+    report = data_report.DataReport(loader, (32, 32), said.append, metrics=None)
+    report.update(7, waited=0.9)
+    report.update(8, waited=0.9)
+    report.close()
+    assert said[0] == "step 7: sample 3 is left out: cut"
+    assert [line.startswith("1 of 9 samples") for line in said[1:]] == [True]
+
+
+def test_another_set_of_images_is_told_when_a_run_resumes(tmp_path, photos, capsys):
+    run(tmp_path / "run", photos, epochs=1)
+    assert "not those of the checkpoint" not in capsys.readouterr().out
+    (photos / "00.jpg").unlink()
+    run(tmp_path / "run", photos, resume="auto", allow=True, epochs=2)
+    assert "not those of the checkpoint (20 then, 19 now)" in capsys.readouterr().out
+
+
+def test_advice_comes_once_where_steps_wait(tmp_path, photos, monkeypatch, capsys):
+    stream = TorchLoader.stream
+
+    def slow(self, cursor):
+        for batch in stream(self, cursor):
+            time.sleep(0.2)
+            yield batch
+
+    monkeypatch.setattr(TorchLoader, "stream", slow)
+    monkeypatch.setattr(data_report, "measure_stages", lambda *_: Stages(1.0, 9.0, 2.0))
+    run(tmp_path / "run", photos, max_steps=3)
+    said = capsys.readouterr().out
+    assert said.count("of the time goes by waiting for images") == 1
+    assert "decode 9.0" in said
+    monkeypatch.setattr(data_report, "WAIT", 1.1)
+    run(tmp_path / "quiet", photos, max_steps=3)
+    assert "waiting for images" not in capsys.readouterr().out

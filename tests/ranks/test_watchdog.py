@@ -1,0 +1,230 @@
+"""A rank dies, fails or stands still: all end, soon or after `watch.timeout`, and say which it was (faults 18, 19)."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from small_run import SETTINGS
+
+from ccmim_fast.errors import DataError, MachineError, StoppedError
+from ccmim_fast.ranks.heartbeat import read_heartbeats
+from ccmim_fast.ranks.watchdog import Watchdog, is_of_others, stacks
+from ccmim_fast.runs.state import process_start, read_state
+
+FAULTY = str(Path(__file__).parents[1] / "faulty.py")
+PATIENCE = 240  # seconds, for a machine with much to do; without a fault a run takes six
+HALF_AN_HOUR = 30.0  # the default
+LAUNCH = "0123456789"
+BROKEN = RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1")
+
+
+def command(folder, fault, at, rank, timeout):
+    """Three steps and a checkpoint an epoch, four epochs; 8 images of each step on each rank."""
+    settings = [*SETTINGS, "--score.source=first", "--train.epochs=4", "--run.save_every=1"]
+    settings += [f"--run.dir={folder / 'run'}", f"--data.root={folder / 'shapes'}", f"--watch.timeout={timeout}"]
+    return [FAULTY, fault, at, str(rank), *settings]
+
+
+def two_ranks(folder, *given):
+    """Exit codes and standard errors of two ranks without torchrun, which would end one when the other does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks, environment = [], {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for rank in "01":
+        with (folder / f"{rank}.err").open("w") as err:
+            own = {**environment, "RANK": rank, "LOCAL_RANK": rank}
+            line = [sys.executable, *command(folder, *given)]
+            ranks.append(subprocess.Popen(line, env=own, stdout=subprocess.DEVNULL, stderr=err))
+    try:
+        # A rank that a signal has stopped does not end; the other one does.
+        stopped = int(given[2]) if given[0] == "stop" else None
+        codes = [None if number == stopped else rank.wait(PATIENCE) for number, rank in enumerate(ranks)]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return codes, [(folder / f"{rank}.err").read_text() for rank in "01"]
+
+
+def the_report(folder):
+    (path,) = (folder / "run" / "ranks").glob("stopped_*.txt")
+    return path.read_text()
+
+
+def last_line(errors):
+    return next(line for line in reversed(errors.splitlines()) if line.startswith("ccmim: "))
+
+
+@pytest.mark.slow
+def test_fault_18_a_rank_is_killed(tmp_path):
+    """Under torchrun without restarts, which ends the ranks that are left: they tell all the same."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    line = [*launcher, *command(tmp_path, "kill", "5", 1, HALF_AN_HOUR)]
+    done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0
+    assert "ccmim: rank 0 ends: rank 1 (" in done.stderr
+    assert "is gone without a word, perhaps killed: last heard of" in the_report(tmp_path)
+    assert the_report(tmp_path) in done.stderr
+    assert "Connection closed by peer" not in done.stderr
+    state = read_state(tmp_path / "run")
+    assert (state.state, state.exit_code) == ("failed", 6)
+
+
+@pytest.mark.slow
+def test_fault_18_a_loader_thread_dies(tmp_path):
+    codes, errors = two_ranks(tmp_path, "thread", "40", 1, HALF_AN_HOUR)
+    assert codes == [6, 6]
+    why = "ended, waiting for images after step 4: MemoryError: no memory for an image"
+    assert why in last_line(errors[0])
+    assert "Traceback" not in errors[0]
+    assert why in the_report(tmp_path)
+
+
+@pytest.mark.slow
+def test_fault_19_rank_0_raises(tmp_path):
+    """The third save that fails."""
+    codes, errors = two_ranks(tmp_path, "full", "0", 0, HALF_AN_HOUR)
+    assert codes == [5, 6]
+    assert "failed 3 times in a row" in last_line(errors[0])
+    assert "CheckpointError: " in last_line(errors[1])
+    assert "Traceback" not in errors[0] + errors[1]
+    assert read_state(tmp_path / "run").exit_code == 5
+
+
+@pytest.mark.slow
+def test_a_machine_with_other_images(tmp_path):
+    codes, errors = two_ranks(tmp_path, "images", "0", 1, HALF_AN_HOUR)
+    assert codes == [6, 3]
+    assert (
+        f"ccmim: rank 1 on {socket.gethostname()} has other images than rank 0 (48, there 48); data.root" in errors[1]
+    )
+    assert "DataError: rank 1 on" in last_line(errors[0])
+    assert "Traceback" not in errors[0] + errors[1]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped(tmp_path):
+    codes, errors = two_ranks(tmp_path, "stop", "5", 1, 0.1)
+    assert codes == [6, None]
+    assert "is silent: last heard of waiting for images after step 4 at " in last_line(errors[0])
+    assert "; rank 0 waits for it; see " in last_line(errors[0])
+    assert "\n  rank 0: in step 5, since " in the_report(tmp_path)
+    assert read_state(tmp_path / "run").exit_code == 6
+
+
+@pytest.mark.slow
+def test_a_read_that_does_not_come_back(tmp_path):
+    """All end; the stack of the rank that stands still says in which call."""
+    codes, errors = two_ranks(tmp_path, "blocked", "40", 1, 0.1)
+    assert codes == [6, 6]
+    report = the_report(tmp_path)
+    first = report.splitlines()[0]
+    assert first.startswith("rank 1 (")
+    assert "stands still: waiting for images after step 4 since " in first
+    assert first.endswith("; rank 0 waits for it")
+    assert all(f"ends: {first}; see " in last_line(error) for error in errors)
+    assert sum(report in error for error in errors) == 1  # printed once
+    stack = report.partition("stack of rank 1:\n")[2]
+    assert stack.startswith("  MainThread:\n")
+    assert "time.sleep(600)" in stack
+
+
+def opened(folder, rank=0, world_size=2, **more):
+    """One rank's, without the others and without the thread."""
+    watchdog = Watchdog(rank, world_size, LAUNCH, **more)
+    watchdog._run, watchdog._folder, watchdog._report = folder, folder, folder / "stopped.txt"
+    watchdog._tell()
+    return watchdog
+
+
+def test_the_last_words_of_a_rank(tmp_path):
+    """It tells its error and raises it; others name it. What all raise by agreement leaves no report."""
+
+    def ends(error, rank, step=0):
+        with opened(tmp_path, rank, timeout=60) as watchdog:
+            watchdog.mark("in step", step)
+            raise error
+
+    with pytest.raises(DataError):
+        ends(DataError("a.jpg\ncannot be read"), 1, step=7)
+    beat = read_heartbeats(tmp_path, LAUNCH, [1])[0]
+    assert (beat.step, beat.end) == (7, "DataError: a.jpg cannot be read")
+    with pytest.raises(MachineError, match=r"rank 0 ends: rank 1 \(.* ended, in step 7: DataError: a\.jpg") as caught:
+        ends(BROKEN, 0)
+    assert caught.value.exit_code == 6
+    assert caught.value.__cause__ is BROKEN
+    (tmp_path / "stopped.txt").unlink()
+    with pytest.raises(StoppedError):
+        ends(StoppedError("by SIGTERM"), 0)
+    assert not (tmp_path / "stopped.txt").exists()
+
+
+def test_a_lost_rank_of_another_machine_is_known_by_its_silence(tmp_path):
+    watchdog = opened(tmp_path, timeout=6)
+    opened(tmp_path, 1)._tell()
+    other = json.loads((tmp_path / "rank_1.json").read_text())
+    (tmp_path / "rank_1.json").write_text(json.dumps(other | {"host": "node-b"}))
+    start = time.monotonic()
+    assert "rank 1 (node-b, process" in str(watchdog.last_words(BROKEN))
+    assert "is silent" in (tmp_path / "stopped.txt").read_text()
+    assert time.monotonic() - start > 1
+
+
+def test_a_killed_rank_of_this_machine_is_noticed_where_no_connection_tells(tmp_path, monkeypatch):
+    """As under NCCL: the loop hangs in a collective. One that is there, and of another machine, is let alone."""
+    watchdog, ends = opened(tmp_path, timeout=60, mates=[0, 1]), []
+    monkeypatch.setattr(watchdog, "_exit", ends.append)
+    opened(tmp_path, 1)
+    now, gone = time.monotonic(), json.loads((tmp_path / "rank_1.json").read_text()) | {"started": 1}
+    for age, changed in [(21, {"started": process_start(os.getpid())}), (19, {}), (21, {"host": "node-b"}), (21, {})]:
+        assert not ends
+        watchdog._place = ("in step", 8, now - age)
+        (tmp_path / "rank_1.json").write_text(json.dumps(gone | changed))
+        watchdog._look()
+    assert "rank 1 (" in ends[0]
+    assert "is gone without a word" in ends[0]
+
+
+def test_before_the_folder_is_known_and_alone():
+    """The first rank refuses the folder; a single process has nobody to tell."""
+    error = Watchdog(1, 2, "name", 60).last_words(BROKEN)
+    assert isinstance(error, MachineError)
+    assert str(error).startswith("rank 1 ends: another rank did, see its own line: [gloo/")
+    mine = DataError("no image")
+    assert Watchdog(1, 2, "name", 60).last_words(mine) is mine
+    assert Watchdog().last_words(BROKEN) is BROKEN
+
+
+def test_errors_of_others_are_told_from_own_ones():
+    texts = ["Application timeout caused pair closure", "[third_party/gloo/gloo/x.cc:78] Timed out waiting 4000ms"]
+    assert all(is_of_others(RuntimeError(text)) for text in texts)
+    assert is_of_others(dist.DistBackendError("NCCL error: remote process exited"))
+    assert not is_of_others(RuntimeError("shape '[2]' is invalid"))
+    assert not is_of_others(ValueError("gloo/"))
+
+
+def test_stacks_of_threads_that_have_something_to_do():
+    """Asked by another thread, as a watchdog asks; two that wait in the same place are told once."""
+    go = threading.Event()
+    waiting = [threading.Thread(target=go.wait, name=name) for name in ("w0", "w1")]
+    for thread in waiting:
+        thread.start()
+    with ThreadPoolExecutor(1, "idle") as idle, ThreadPoolExecutor(1, "asks") as asks:
+        idle.submit(int).result()
+        # Until all have come to where they wait.
+        told = next(told for _ in range(999) if "  w0, w1:\n" in (told := asks.submit(stacks).result()))
+        go.set()
+    main = told.partition("\n\n")[0]
+    assert main.startswith("  MainThread:\n")
+    assert "told = next(" in main
+    assert "idle_0" not in told
+    assert "asks_0" not in told
