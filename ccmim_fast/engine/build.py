@@ -26,7 +26,7 @@ from ccmim_fast.optim.optimizer import build_optimizer
 from ccmim_fast.optim.schedule import scaled_lr
 from ccmim_fast.ranks.fsdp import is_sharded, shard
 from ccmim_fast.ranks.session import Session, backend_timeout, from_main, node_count
-from ccmim_kernels.dispatch import check_triton
+from ccmim_kernels import check_triton
 
 
 def check_device(config: Config, here: Session, looks: bool = False) -> None:

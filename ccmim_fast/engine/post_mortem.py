@@ -21,7 +21,7 @@ from ccmim_fast.models.blocks import BlockRunner
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.precision import Precision
 from ccmim_fast.optim.parts import own_part
-from ccmim_kernels.partition import partition_from_mask
+from ccmim_kernels import partition_from_mask
 
 
 def capture(

@@ -22,8 +22,7 @@ from ccmim_fast.models.exchange import arrived, send
 from ccmim_fast.models.heads import build_predictor, build_projector
 from ccmim_fast.models.output import Known, Output
 from ccmim_fast.models.scores import Score, check_scores, score
-from ccmim_kernels import Divided, Partition, divide_tokens, gather_tokens, sample_partition
-from ccmim_kernels.divide_tokens.reference import folded_logits
+from ccmim_kernels import Divided, Partition, divide_tokens, folded_logits, gather_tokens, sample_partition
 
 
 class CCMIM(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from ops.gold import DTYPES, compare
 
 from ccmim_kernels import masked_patch_loss, masked_target, patchify, unpatchify
-from ccmim_kernels.launch import INTERPRETED
+from ccmim_kernels.triton_impl.launch import INTERPRETED
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -102,6 +102,7 @@ def compare_loss(inputs, **options):
     torch.testing.assert_close(*grads, rtol=4 * 2**-8, atol=0)
 
 
+@pytest.mark.fault("biased variance", "(length - 1).to(tl.float32)", "length.to(tl.float32)")
 @pytest.mark.parametrize("norm_pix", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -142,6 +143,12 @@ def test_kernel_on_patches_of_little_variance(device):
     compare(masked_patch_loss, inputs | {"images_BHWC": images}, ["pred_BMP"], patch=16)
 
 
+@pytest.mark.fault(
+    "loss gradient 1 % off",
+    "2 * grad / residual_BMP.numel()",
+    "2.02 * grad / residual_BMP.numel()",
+    file="masked_patch_loss.py",
+)
 @pytest.mark.parametrize(("spread", "grad"), [(1, 65536), (1e4, 1)])
 def test_kernel_gradient_does_not_underflow(spread, grad, device):
     """2 / count is below float16's normal range, its product with GradScaler's 65536 or a large residual is not."""
