@@ -94,7 +94,7 @@ def _work(job: tuple[str, int, int]) -> tuple[str, int, int, Resources | str]:
 
 
 def compile_all(ops: list[str], architectures: list[int]) -> Iterator[tuple[Launch, int, Resources | str]]:
-    """Compile every launch of `ops` for every architecture, in parallel; a string where that failed."""
+    """Compile every launch of `ops` for every architecture, in parallel; yield a string where one failed."""
     jobs = [(op, i, a) for op in ops for i in range(len(registry.launches(op))) for a in architectures]
     # Fresh processes: a fork would inherit the locks of torch's threads.
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:

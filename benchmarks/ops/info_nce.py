@@ -12,7 +12,7 @@ TAU = 0.2  # the presets' temperature
 
 
 def floor(s: Size) -> Passes:
-    """Students and teachers against N keys: two products forward; backward three, for students and for keys.
+    """Students and teachers meet N keys: two products forward; backward three, for students and for keys.
 
     A kernel that keeps no logits makes the two again in backward, seven in all: it can reach 5 / 7 of this floor.
     """

@@ -1,4 +1,4 @@
-"""This module finds the benchmark of every op, and holds the words these benchmarks share.
+"""This module finds the benchmark of every op, and holds what these benchmarks share.
 
 The benchmark of an op is the file of its name beside this one:
 

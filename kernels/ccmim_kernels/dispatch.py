@@ -55,5 +55,5 @@ def _interpreted() -> bool:
 
 
 def widened(x: Tensor) -> Tensor:
-    """Return `x` as float32, in which scores and losses are computed; float64 stays."""
+    """Return `x` as float32, the dtype in which scores and losses are computed; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()

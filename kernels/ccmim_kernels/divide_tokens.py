@@ -49,7 +49,7 @@ def divide_tokens_reference(
     kernels: str = "reference",
     **sampling,
 ) -> Divided:
-    """Specify `divide_tokens`: three steps, one after the other; `kernels` is that of the ops `sample` and `gather`."""
+    """Specify `divide_tokens` by its three steps; `kernels` chooses the implementation of the second and the third."""
     if direction_D is not None:
         with torch.no_grad():
             logits_BL = folded_logits(tokens_BLD, direction_D, eps)

@@ -141,7 +141,7 @@ def checked_samples(
     noise: str,
     temperature: float,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Check the arguments that all dividing ops share; return logits, ids and epochs as the kernels want them.
+    """Check the arguments that all dividing ops share; return logits, ids and epochs in one dtype each.
 
     Returns:
         logits [batch, patches] without gradient as float32 (float64 stays), ids and epochs [batch] as int64.

@@ -18,7 +18,7 @@ registry = importlib.import_module("registry")  # benchmarks are scripts, no pac
 
 
 def kernel_names(op: str) -> set[str]:
-    """The functions of the op's file that can be launched; a profile knows them by this pattern."""
+    """Find the functions of the op's file that can be launched; a profile knows them by this pattern."""
     source = (ROOT / "kernels" / "ccmim_kernels" / "triton_impl" / f"{op}.py").read_text()
     return set(re.findall(r"^def (ccmim_\w+_kernel)\(", source, re.M))
 

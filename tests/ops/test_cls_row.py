@@ -1,4 +1,4 @@
-"""`cls_row` against loops over heads and tokens."""
+"""`cls_row` equals loops over heads and tokens."""
 
 import math
 
@@ -93,7 +93,7 @@ def test_one_token_dominates(logit, device):
 
 
 def test_kernel_takes_strided_keys(device):
-    """Keys as they come out of a qkv projection, [B, T, 3, N, H], and queries of token 0."""
+    """Keys are as they come out of a qkv projection, [B, T, 3, N, H], and queries those of token 0."""
     qkv = torch.randn(2, 9, 3, 4, 8, device=device)
     q, k = qkv[:, 0, 0], qkv[:, :, 1]
     ours = cls_row(q, k, prefix=1, kind="softmax", scale=0.3, kernels="triton")

@@ -167,7 +167,7 @@ def test_kernel_gives_gradient_to_the_visible_set_alone(device):
 
 
 def test_kernel_on_tokens_far_from_zero(device):
-    """LayerNorm of rows with mean 1000 and deviation 1: E[x^2] - E[x]^2 would lose all digits."""
+    """Rows have mean 1000 and deviation 1: E[x^2] - E[x]^2 would lose all digits."""
     tokens, prefix, ids, where = given((2, (4, 4), 4, 1, 700), torch.float32, device)
     tokens, direction = tokens + 1000, torch.randn(700, device=device)
     results = [
@@ -178,7 +178,7 @@ def test_kernel_on_tokens_far_from_zero(device):
 
 
 def test_kernel_on_constant_tokens(device):
-    """Zero variance: LN gives zeros, all scores are equal, the partition is the noise's alone."""
+    """Without variance LN gives zeros: all scores are equal, the partition is the noise's alone."""
     tokens, prefix, ids, where = given((2, (4, 4), 4, 1, 24), torch.float32, device)
     tokens = torch.full_like(tokens, 3.0)
     out = divide_tokens(tokens, prefix, ids, direction_D=torch.randn(24, device=device), kernels="triton", **where)
@@ -233,7 +233,7 @@ def test_kernel_is_the_same_every_time(device):
 
 @pytest.mark.fault("one epoch for all images", "tl.load(epochs_ptr + image)", "tl.load(epochs_ptr)")
 def test_each_image_has_its_epoch(device):
-    """A batch that crosses from one epoch into the next."""
+    """A batch may cross from one epoch into the next."""
     tokens, prefix, ids, where = given((3, (4, 4), 4, 1, 16), torch.float32, device)
     options = {**where, "direction_D": torch.randn(16, device=device), "kernels": "triton"}
     epochs = torch.tensor([0, 2**32 - 1, 7], device=device)

@@ -1,4 +1,4 @@
-"""`gather_tokens` against loops, and its gradient."""
+"""`gather_tokens` equals loops, and so does its gradient."""
 
 import pytest
 import torch
@@ -105,7 +105,7 @@ def test_opcheck(device):
 
 @pytest.mark.gpu
 def test_addresses_past_two_to_the_31():
-    """Rows whose first element is past 2**31: an int32 offset would wrap."""
+    """The first element of a row lies past 2**31: an int32 offset would wrap."""
     B, L, D = 11_000, 196, 1024
     tokens = torch.zeros(B, L, D, device="cuda", dtype=torch.float16)
     assert tokens.numel() > 2**31

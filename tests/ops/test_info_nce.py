@@ -1,4 +1,4 @@
-"""Eq. 7 and the authors' form against loops in float64, alone and with other ranks' rows; the kernels against gold."""
+"""Eq. 7 and the authors' form equal loops in float64, alone and with other ranks' rows; the kernels are near gold."""
 
 import math
 
@@ -18,7 +18,7 @@ def cosine(a, b):
 
 
 def eq7(masked, visible, rows, tau):
-    """Eq. 7 averaged over `rows`; `masked` and `visible` are the embeddings of the whole batch."""
+    """Compute Eq. 7 averaged over `rows`; `masked` and `visible` are the embeddings of the whole batch."""
     losses = []
     for i in rows:
         positive = math.exp(cosine(masked[i], visible[i]) / tau)
@@ -89,7 +89,7 @@ SHAPES = [(1, 40, 50, 1), (13, 13, 40, 0), (70, 70, 33, 0), (37, 150, 100, 101),
 
 
 def embeddings(shape, dtype, device):
-    """Inputs of (info_nce, moco_nce): hV and hM of an image are close for some images and far apart for others."""
+    """Make inputs of (info_nce, moco_nce): hV and hM of an image are close for some images and far apart for others."""
     B, N, E, offset = shape
     visible = torch.randn(N, E)
     masked = visible + torch.linspace(0.3, 3, N)[torch.randperm(N), None] * torch.randn(N, E)
@@ -100,7 +100,7 @@ def embeddings(shape, dtype, device):
 
 
 def at_temperatures(loss, *taus):
-    """The loss at several temperatures: of a single number, eager's error may be zero by luck."""
+    """Return the loss at several temperatures: of a single number, eager's error may be zero by luck."""
     return lambda **inputs: torch.stack([loss(tau=tau, **inputs) for tau in taus])
 
 
@@ -195,7 +195,7 @@ def test_each_images_gradient_by_its_own_weight(with_teacher, device):
 
 
 def chunked_loss(masked, visible, tau):
-    """Eq. 7 in float64, 512 images at a time."""
+    """Compute Eq. 7 in float64, 512 images at a time."""
     masked, visible = (F.normalize(h.double(), dim=-1) for h in (masked, visible))
     loss = 0.0
     for start in range(0, len(visible), 512):
@@ -208,7 +208,7 @@ def chunked_loss(masked, visible, tau):
 
 @pytest.mark.slow
 def test_8192_images(device, monkeypatch):
-    """Against a float64 sum over chunks; larger tiles in the interpreter, where each costs milliseconds."""
+    """The loss equals a float64 sum over chunks; tiles are larger in the interpreter, where each costs milliseconds."""
     if device.type == "cpu":
         monkeypatch.setitem(launchers._LOGSUMEXP_TILES, "ieee", (1024, 1024, 16, 8))
     masked, visible = torch.randn(2, 8192, 16, device=device).unbind()
@@ -269,7 +269,7 @@ def test_run_to_run_equality(device):
 
 
 def test_no_buffer_of_logits(device, monkeypatch):
-    """What the launches write is far smaller than the B x 2 N logits."""
+    """The launches write far less than the B x 2 N logits."""
     written = []
     monkeypatch.setattr(
         launchers,

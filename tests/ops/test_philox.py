@@ -1,4 +1,4 @@
-"""Philox against the published test vectors, and the noise made from it against theory."""
+"""Philox gives the published test vectors, and the noise made from it agrees with theory."""
 
 import math
 
@@ -86,7 +86,7 @@ def noise_kernel(words_ptr, gumbel_ptr, uniform_ptr, ids_ptr, seed, stream, epoc
     ("seed", "stream", "epoch", "sample"), [(0, 0, 0, 0), (2**32 - 1, 4, 2**32 - 1, 2**63 - 1), (7, 1, 2**31, 2**31)]
 )
 def test_kernel_draws_the_same_bits_and_the_same_noise(seed, stream, epoch, sample, device):
-    """Words equal, and Gumbel and uniform noise equal as float32 bits: not merely in their order."""
+    """The words are equal, and Gumbel and uniform noise as float32 bits: not merely in their order."""
     L = 4096
     words = torch.empty(4, L, dtype=torch.int64, device=device)
     gumbel, uniform = torch.empty(2, L, device=device)

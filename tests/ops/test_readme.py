@@ -25,7 +25,7 @@ def test_the_example_runs():
 
 
 def test_every_op_has_its_row():
-    """At the rates that the page names; `ccmim bench ops --op OP --batch 1024 --width 768 --tflops 800` prints them."""
+    """`ccmim bench ops --op OP --batch 1024 --width 768 --tflops 800` prints the figures."""
     page = (ROOT / "docs" / "kernels.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| (.+) \|$", page, re.M))
     assert list(rows) == registry.NAMES

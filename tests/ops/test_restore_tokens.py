@@ -1,4 +1,4 @@
-"""`restore_tokens` against loops, and its gradient."""
+"""`restore_tokens` equals loops, and so does its gradient."""
 
 import pytest
 import torch

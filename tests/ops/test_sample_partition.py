@@ -1,4 +1,4 @@
-"""Dividing strategies against loops, exact probabilities, and the promise that a mask depends on its key alone."""
+"""Dividing strategies equal loops and have exact probabilities, and a mask depends on its key alone."""
 
 import itertools
 import math
@@ -69,7 +69,7 @@ def test_logits_matter_only_up_to_a_constant():
 
 
 def successive_sampling(weights, masked):
-    """Exact probability of each masked set: draw `masked` items one after the other without replacement."""
+    """Compute the exact probability of each masked set: draw `masked` items one after the other without replacement."""
     total = {}
     for order in itertools.permutations(range(len(weights)), masked):
         left, probability = sum(weights), 1.0
@@ -82,7 +82,7 @@ def successive_sampling(weights, masked):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_gumbel_top_k_is_successive_sampling(temperature):
-    """Chi-square over all 20 masked sets of 3 out of 6; the 99.9 % quantile for 19 degrees of freedom is 43.82."""
+    """Chi-square is over all 20 masked sets of 3 out of 6; the 99.9 % quantile for 19 degrees of freedom is 43.82."""
     scores = torch.tensor([0.30, 0.05, 0.20, 0.10, 0.25, 0.10])
     draws = 20_000
     part = divide(scores.log().expand(draws, 6), torch.arange(draws), 3, (2, 3), temperature=temperature)
@@ -107,7 +107,7 @@ def test_uniform_noise_is_the_authors_formula():
 
 
 def rectangles(sample, seed, epoch, masked, grid, block_min):
-    """The blocks of one image, drawn one after the other as the docstring of `block_keys` says."""
+    """Draw the blocks of one image one after the other, as the docstring of `block_keys` says."""
     rows, columns = grid
     smallest = min(block_min, masked)
     for r in range(BLOCKS):
@@ -193,7 +193,7 @@ SIZES = [((14, 14), 49), ((3, 5), 1), ((3, 5), 14), ((1, 2), 1), ((16, 16), 64),
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(("grid", "keep"), SIZES)
 def test_kernel_gives_the_same_partition(grid, keep, strategy, noise, device):
-    """Bit for bit, over the whole range of seeds, epochs and sample ids."""
+    """They agree bit for bit, over the whole range of seeds, epochs and sample ids."""
     patches = grid[0] * grid[1]
     ids = torch.tensor([0, 5, 2**33 + 7, 2**31, 2**32 - 1, 2**62], device=device)
     logits = 3 * torch.randn(len(ids), patches, device=device)
@@ -247,7 +247,7 @@ def test_nan_scores_have_an_order_and_raise_the_flag(kernels, device):
 
 
 def test_kernel_samples_with_the_right_frequencies(device):
-    """The chi-square test of the reference, on the kernel's own draws: 99.9 % quantile for 5 degrees of freedom."""
+    """The kernel's own draws pass the reference's chi-square test: 99.9 % quantile for 5 degrees of freedom."""
     scores, draws = torch.tensor([0.4, 0.1, 0.3, 0.2], device=device), 600
     ids = torch.arange(draws, device=device)
     part = divide(scores.log().expand(draws, 4), ids, 2, (2, 2), temperature=2.0, seed=8, kernels="triton")
