@@ -1,0 +1,42 @@
+"""Rows of all ranks: gradients are those of one process, and nobody waits before there is nothing else to do."""
+
+import multiprocessing
+
+import pytest
+import torch
+import torch.distributed as dist
+from exchange_ranks import EACH, RANKS, gradients, gradients_of_rank, join, wait_for_each_other
+from tiny import images, tiny_model
+
+from ccmim_fast.models.heads import finish_all_gather, start_all_gather
+
+CONTRASTS = ("nce", "moco")  # `align` compares with nobody
+
+
+@pytest.mark.slow
+def test_every_students_gradient_is_that_of_the_global_batch(tmp_path):
+    """Two ranks in float64: of each rank's hV, and of all weights."""
+    join(gradients_of_rank, RANKS, tmp_path, tmp_path, CONTRASTS)
+    for contrast in CONTRASTS:
+        expected = gradients(0, 1, contrast)
+        found = [torch.load(tmp_path / f"{contrast}_{rank}.pt") for rank in range(RANKS)]
+        students = torch.cat([one.pop("visible") for one in found]) / RANKS
+        torch.testing.assert_close(students, expected.pop("visible"), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(sum(one.pop("loss") for one in found) / RANKS, expected.pop("loss"))
+        for one in found:
+            torch.testing.assert_close(one, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_rows_travel_while_the_decoder_runs(tmp_path):
+    """One rank sends only after the other is past its decoder: had that one waited first, they would wait for ever."""
+    spawn = multiprocessing.get_context("spawn")
+    join(wait_for_each_other, 2, tmp_path, spawn.Event(), spawn.Event())
+
+
+def test_one_process_sends_nothing():
+    assert not dist.is_initialized()
+    assert start_all_gather(torch.ones(2, 3)) is None
+    assert finish_all_gather(None) is None
+    model, _ = tiny_model()
+    assert model(images(EACH), torch.arange(EACH), 0).gathered_NE is None
