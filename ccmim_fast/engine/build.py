@@ -27,7 +27,7 @@ from ccmim_fast.optim.schedule import scaled_lr
 from ccmim_fast.ranks.fsdp import is_sharded, shard
 from ccmim_fast.ranks.session import Session, backend_timeout, broadcast, node_count
 from ccmim_fast.registry import SCORE_SOURCES
-from ccmim_kernels.dispatch import check_triton
+from ccmim_kernels import check_triton
 
 
 def check_device(config: Config, here: Session, looks: bool = False) -> None:

@@ -21,7 +21,7 @@ from ccmim_fast.errors import CcmimError
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.precision import Precision
 from ccmim_fast.optim.gradients import own_part
-from ccmim_kernels.partition import partition_from_mask
+from ccmim_kernels import partition_from_mask
 
 
 def capture(
