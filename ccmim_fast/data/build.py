@@ -46,17 +46,11 @@ class Loader(Protocol):
         ...
 
     def stream(self, cursor: int) -> Iterator[Batch]:
-        """Yield `train.accumulate` batches for each optimizer step, without end.
+        """Yield `train.accumulate` batches for each optimizer step, without end, from sample number `cursor` on.
 
         The batches depend on the seed and the position in the stream alone. A sample that fails is replaced by its
-        fallback (`data.stream.prefetch`). A batch must be used before the second batch of the next step is asked
-        for: on a GPU its memory is used again then.
-
-        Args:
-            cursor: number of samples that all ranks have seen before.
-
-        Raises:
-            DataError: too many samples fail, see `BadSamples`.
+        fallback. A batch must be used before the second batch of the next step is asked for: on a GPU its memory is
+        used again then. Raises DataError if too many samples fail, see `BadSamples`.
         """
         ...
 
@@ -77,9 +71,7 @@ SOURCES: dict[str, Callable[[DataConfig, int], Source]] = {
 def build_source(data: DataConfig, seed: int) -> Source:
     """Open the images that `data.source` names.
 
-    Raises:
-        DataError: there is no readable image.
-        ConfigError: generated images cannot have these channels, this size or this number of classes.
+    Raises DataError if no image is readable, ConfigError for settings that generated images cannot have.
     """
     if data.source != "images" and data.channels != 3:
         raise ConfigError(f"data.channels={data.channels} must be 3 for data.source={data.source}")
@@ -100,30 +92,16 @@ def build_loader(
     """Build the training loader that `data.loader` names; `auto` is DALI for files where it is installed, else torch.
 
     Args:
-        global_batch: images per optimizer step, over all ranks and micro-batches.
-        accumulate: micro-batches per optimizer step.
-        rank, world_size: this process among the processes that train together.
+        global_batch, accumulate, rank, world_size, partitions: see `Plan`.
         device: where the batches go.
-        partitions: parts of the samples, each on its own ranks; see `Plan`.
 
     Raises:
         ConfigError: the batch or the ranks cannot be divided, or the loader cannot read such images.
         DataError: there are fewer images than `global_batch`, or too many bad samples.
         MachineError: a library that the loader needs is missing.
     """
-    plan = Plan(
-        source,
-        seed,
-        global_batch,
-        accumulate,
-        rank,
-        world_size,
-        crop_scale=data.crop_scale,
-        crop_ratio=data.crop_ratio,
-        flip=data.flip,
-        window=data.window,
-        partitions=partitions,
-    )
+    own = {name: getattr(data, name) for name in ("crop_scale", "crop_ratio", "flip", "window")}
+    plan = Plan(source, seed, global_batch, accumulate, rank, world_size, partitions=partitions, **own)
     bad_samples = BadSamples.of(source, data.on_error, data.max_bad)
     name = data.loader
     if name == "auto":

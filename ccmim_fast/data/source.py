@@ -39,16 +39,14 @@ class Source(Protocol):
     def decode(self, index: int) -> np.ndarray:
         """Return the pixels of one image, [H, W, C] uint8, of the size in `sizes_N2`; read-only.
 
-        Raises:
-            DataError: the image cannot be used; the message names the image.
+        Raises DataError naming the image if it cannot be used.
         """
         ...
 
     def read(self, index: int) -> bytes:
         """Return one encoded image in which any decoder finds the pixels of `decode`, up to rounding; C is 1 or 3.
 
-        Raises:
-            DataError: the image cannot be used; the message names the image.
+        Raises DataError naming the image if it cannot be used.
         """
         ...
 

@@ -16,8 +16,8 @@ from ccmim_fast.data.index.indexed import IndexedSource
 from ccmim_fast.data.source import Source, usable_count
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.data.stream.plan import Plan
-from ccmim_fast.data.stream.prefetch import thread_count
 from ccmim_fast.data.stream.torch_loader import crop_and_resize
+from ccmim_fast.data.threads import thread_count
 from ccmim_fast.errors import DataError, MachineError
 
 _SEED = 0

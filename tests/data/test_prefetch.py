@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ccmim_fast.data.stream.plan import MicroBatch
-from ccmim_fast.data.stream.prefetch import AHEAD, prefetch, thread_count
+from ccmim_fast.data.stream.prefetch import AHEAD, prefetch
+from ccmim_fast.data.threads import thread_count
 
 
 def micro_batches(count, started=None):

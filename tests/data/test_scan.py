@@ -12,7 +12,7 @@ from PIL import Image
 
 from ccmim_fast.data.index import scan
 from ccmim_fast.data.index.bad_samples import BadSamples, bad_samples_path, read_bad_samples
-from ccmim_fast.data.index.index_file import Index, Row, rewrite_index, write_index
+from ccmim_fast.data.index.index_file import Index, Listing, Row, rewrite_index, write_index
 from ccmim_fast.data.index.indexed import index_path, open_images
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.errors import DataError
@@ -399,7 +399,7 @@ def many_rows(count):
 
 def test_an_index_is_small_and_opens_without_being_read(tmp_path):
     count, path = 70_000, str(tmp_path / "i.arrow")  # more than are written at a time
-    write_index(path, many_rows(count), root="/r", origin="/r", channels=3, class_names=map(str, range(54)))
+    write_index(path, Listing(many_rows(count), map(str, range(54)), {}, []), root="/r", origin="/r", channels=3)
     assert os.path.getsize(path) / count * 1_281_167 <= 250e6
     before = pa.total_allocated_bytes()
     tracemalloc.start()

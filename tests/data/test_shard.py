@@ -12,7 +12,7 @@ from ccmim_fast.data.index import indexed
 from ccmim_fast.data.index.decode import EXIF_ORIENTATION, decode
 from ccmim_fast.data.index.index_file import BESIDE
 from ccmim_fast.data.index.indexed import open_images
-from ccmim_fast.data.shard import smaller, write_shards
+from ccmim_fast.data.shard import shrink, write_shards
 from ccmim_fast.data.source import usable_count, usable_ids
 from ccmim_fast.data.stream.permutation import epoch_order
 from ccmim_fast.errors import ConfigError, DataError
@@ -80,7 +80,7 @@ def test_python_reads_them_as_webdataset_does(source, tmp_path):
         assert label == (f"{key}.cls", str(source.labels_N[order[number]]).encode())
 
 
-def test_larger_images_are_made_smaller(source, tmp_path):
+def test_larger_images_are_made_shrink(source, tmp_path):
     made = write_shards(source, str(tmp_path / "tars"), side=SIDE, quality=95, workers=2)
     tars = open_images(str(tmp_path / "tars"))
     assert len(made.left_out) == 1
@@ -200,9 +200,9 @@ def test_a_folder_that_is_not_empty_is_refused(source, tmp_path):
 @pytest.mark.parametrize(("height", "width"), [(50, 80), (80, 50), (41, 41), (41, 1000)])
 def test_the_shorter_side_is_exact(height, width):
     image_HWC = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    made = decode(smaller(image_HWC, SIDE, 90), 3)
+    made = decode(shrink(image_HWC, SIDE, 90), 3)
     assert min(made.shape[:2]) == SIDE
     assert max(made.shape[:2]) == round(max(height, width) * SIDE / min(height, width))
-    gray = smaller(image_HWC[..., :1], SIDE, 90)
+    gray = shrink(image_HWC[..., :1], SIDE, 90)
     assert decode(gray, 1).shape == (*made.shape[:2], 1)
-    assert smaller(np.repeat(image_HWC[..., :1], 3, axis=2), SIDE, 90) == gray
+    assert shrink(np.repeat(image_HWC[..., :1], 3, axis=2), SIDE, 90) == gray

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from ccmim_fast.data import stats as module
 from ccmim_fast.data.stats import measure_stats
 from ccmim_fast.data.stream.permutation import epoch_order
 from ccmim_fast.errors import DataError
@@ -41,8 +40,7 @@ def check(found, wanted):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
-def test_all_pixels_of_all_images(channels, monkeypatch):
-    monkeypatch.setattr(module, "_BLOCK", 100)
+def test_all_pixels_of_all_images(channels):
     source = Pictures(20, channels, excluded=[3, 19])
     found = measure_stats(source, 1000, workers=2)
     assert found.images == 18

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from ccmim_fast.data.made.base import PURPOSE_PARAMETERS, GeneratedSource, sample_uniforms
+from ccmim_fast.data.made.base import GeneratedSource
 from ccmim_fast.errors import ConfigError, MachineError
 
 _VERSION = 1  # of the crops: raise it when the same parameters give another crop, or old caches stay in use
@@ -27,10 +27,9 @@ _SHARES = (0.3, 0.9)  # smallest and largest height of a crop, as a share of the
 
 
 class PhotosSource(GeneratedSource):
-    """Crops at random positions and scales, RGB, without rotation; a `Source`. The label is the photograph.
+    """Crops at random positions and scales, without rotation, with the aspect of `image_size`; see `GeneratedSource`.
 
-    Args:
-        seed, samples, image_size, cache_dir: see `GeneratedSource`; the crops have the aspect of `image_size`.
+    The label is the photograph.
 
     Raises:
         ConfigError: a parameter is out of its range.
@@ -50,7 +49,7 @@ class PhotosSource(GeneratedSource):
     def generate(self, index: int) -> tuple[np.ndarray]:
         """Cut out the crop: ([H, W, 3] uint8,)."""
         photo = _open_photo(self._paths[self.labels_N[index]])
-        u_scale, u_y, u_x = sample_uniforms(self._seed, index, 3, PURPOSE_PARAMETERS)
+        u_scale, u_y, u_x = self.uniforms(index, 3)
         height, width = self._image_size
         share = _SHARES[0] + u_scale * (_SHARES[1] - _SHARES[0])
         crop_height = share * min(photo.height, photo.width * height / width)
@@ -61,10 +60,9 @@ class PhotosSource(GeneratedSource):
 
 
 def photo_path(name: str) -> str:
-    """Return the path of a photograph in scikit-image's wheel; the package is not imported, so nothing is downloaded.
+    """Return the path of a photograph in scikit-image's wheel. Raises MachineError if it is not there.
 
-    Raises:
-        MachineError: scikit-image is not installed, or its wheel lacks the photograph.
+    The package is not imported, so nothing is downloaded.
     """
     package = importlib.util.find_spec("skimage")
     if package is None:

@@ -5,11 +5,12 @@ The label is the shape. Background, colours, texture, position, size and rotatio
 
 # H height, W width, h w the object's window, S subpixels per side
 
-from typing import NamedTuple
+import math
+from collections import namedtuple
 
 import numpy as np
 
-from ccmim_fast.data.made.base import PURPOSE_NOISE, PURPOSE_PARAMETERS, GeneratedSource, sample_uniforms
+from ccmim_fast.data.made.base import PURPOSE_NOISE, GeneratedSource
 from ccmim_fast.errors import ConfigError
 
 _VERSION = 2  # of the pictures: raise it when the same parameters give another picture, or old caches stay in use
@@ -28,28 +29,14 @@ _PALETTES = np.array(  # two tones each: sky, sand, meadow, slate
 )
 
 
-class _Parameters(NamedTuple):
-    """The random numbers of one image, each uniform in (0, 1)."""
-
-    radius: float
-    y: float
-    x: float
-    rotation: float
-    red: float
-    green: float
-    blue: float
-    texture: float
-    frequency: float
-    phase: float
-    palette: float
-    direction: float
+# The random numbers of one image, each uniform in (0, 1)
+_Parameters = namedtuple("_Parameters", "radius y x rotation red green blue texture frequency phase palette direction")
 
 
 class ShapesSource(GeneratedSource):
-    """Images of one of `classes` shapes, RGB; a `Source`.
+    """Images of one of `classes` shapes; see `GeneratedSource`. The cache takes 16 KB an image at 64 x 64.
 
     Args:
-        seed, samples, image_size, cache_dir: see `GeneratedSource`; 16 KB an image at 64 x 64.
         classes: 2 .. 6 of disc, square, triangle, ring, cross, star.
         background: `plain`, a gradient between two tones, or `textured`, 1/f noise between them.
 
@@ -74,13 +61,13 @@ class ShapesSource(GeneratedSource):
         fingerprint = f"shapes-v{_VERSION}-seed{seed}-n{samples}-{size}-k{classes}-{background}"
         super().__init__(seed, samples, image_size, _CLASSES[:classes], fingerprint, cache_dir)
 
-    def record_dtype(self) -> np.dtype:
+    def fields(self) -> list[tuple]:
         """See `GeneratedSource`."""
-        return np.dtype([*super().record_dtype().descr, ("mask", np.bool_, self._image_size)])
+        return [("mask", np.bool_, self._image_size)]
 
     def mask(self, index: int) -> np.ndarray:
         """Return the pixels that the object covers at least in part, [H, W] bool; the others show the background."""
-        return self.record(index)[1]
+        return self._record(index)[1]
 
     def box(self, index: int) -> tuple[int, int, int, int]:
         """Return the mask's bounds in pixels: y0, x0, y1, x1, the last two exclusive."""
@@ -104,7 +91,7 @@ class ShapesSource(GeneratedSource):
         return _to_uint8(image_HW3), mask_HW
 
     def _parameters(self, index: int) -> _Parameters:
-        return _Parameters(*sample_uniforms(self._seed, index, len(_Parameters._fields), PURPOSE_PARAMETERS))
+        return _Parameters(*self.uniforms(index, len(_Parameters._fields)))
 
     def _draw_background(self, index: int, parameters: _Parameters) -> np.ndarray:
         """Draw the background alone, [H, W, 3] float64 in 0 .. 255."""
@@ -112,7 +99,7 @@ class ShapesSource(GeneratedSource):
         if self._background == "plain":
             share_HW = _gradient(self._image_size, 2 * np.pi * parameters.direction)
         else:
-            share_HW = _pink_noise(self._seed, index, self._image_size)
+            share_HW = _pink_noise(self.uniforms(index, math.prod(self._image_size), PURPOSE_NOISE), self._image_size)
         return dark + share_HW[..., None] * (light - dark)
 
 
@@ -182,9 +169,9 @@ def _gradient(image_size: tuple[int, int], angle: float) -> np.ndarray:
     return (ramp_HW - ramp_HW.min()) / (ramp_HW.max() - ramp_HW.min())
 
 
-def _pink_noise(seed: int, index: int, image_size: tuple[int, int]) -> np.ndarray:
-    """Return noise [H, W] in 0 .. 1 with the amplitude 1/f, as natural images have it."""
-    white_HW = sample_uniforms(seed, index, image_size[0] * image_size[1], PURPOSE_NOISE).reshape(image_size)
+def _pink_noise(white: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """Turn white noise [H * W] into noise [H, W] in 0 .. 1 with the amplitude 1/f, as natural images have it."""
+    white_HW = white.reshape(image_size)
     frequency = np.hypot(np.fft.fftfreq(image_size[0])[:, None], np.fft.rfftfreq(image_size[1]))
     frequency[0, 0] = np.inf  # no mean
     pink_HW = np.fft.irfft2(np.fft.rfft2(white_HW) / frequency, s=image_size)

@@ -6,12 +6,12 @@ the torch loader and gives the same pixels up to rounding.
 
 # B batch, H height, W width, C channels
 
-import functools
 import importlib.util
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -22,8 +22,9 @@ from ccmim_fast.data.index.indexed import IndexedSource
 from ccmim_fast.data.source import Source, encode_pnm
 from ccmim_fast.data.stream.batch import Batch, Buffers, make_batch
 from ccmim_fast.data.stream.plan import MicroBatch, Plan
-from ccmim_fast.data.stream.prefetch import load_with_fallback, prefetch, thread_count
+from ccmim_fast.data.stream.prefetch import load_with_fallback, prefetch
 from ccmim_fast.data.stream.torch_loader import resize
+from ccmim_fast.data.threads import thread_count
 from ccmim_fast.errors import ConfigError, DataError, MachineError
 
 _FILES_PER_TASK = 16  # with one file per task, the hand-over between threads takes longer than reading
@@ -85,7 +86,7 @@ class DaliLoader:
                     pipeline = self._build(feed)
                     continue
                 samples = feed.in_flight.popleft().samples
-                own_BHWC = buffers.fill(functools.partial(self._take, images, samples))
+                own_BHWC = buffers.fill(partial(self._take, images, samples))
                 yield make_batch(own_BHWC, samples, source, self._device)
 
     def _take(self, images, samples: MicroBatch, own_BHWC: torch.Tensor, stream: "torch.cuda.Stream | None") -> None:
@@ -106,29 +107,27 @@ class DaliLoader:
         return _Feed(self._read(cursor), self.plan.flip and self._device.type == "cuda")
 
     def _read(self, cursor: int) -> Iterator["_Encoded"]:
-        def read(sample: MicroBatch) -> np.ndarray:
-            return np.frombuffer(self.plan.source.read(sample.ids_B.item()), dtype=np.uint8)
-
-        def load(sample: MicroBatch) -> tuple[MicroBatch, np.ndarray]:
-            return load_with_fallback(read, sample, self.plan, self.bad_samples)
-
+        load = self._loading(self.plan.source.read)
         with closing(prefetch(load, self.plan.micro_batches(cursor), self._threads, _FILES_PER_TASK)) as loaded:
             for samples, files in loaded:
                 yield _Encoded(samples, files)
 
+    def _loading(self, read: Callable[[int], bytes]) -> Callable[[MicroBatch], tuple[MicroBatch, np.ndarray]]:
+        """Return a function that gives the bytes which `read` gives of a sample or of its fallback, as an array."""
+
+        def load(sample: MicroBatch) -> np.ndarray:
+            return np.frombuffer(read(sample.ids_B.item()), dtype=np.uint8)
+
+        return partial(load_with_fallback, load, plan=self.plan, bad_samples=self.bad_samples)
+
     def _repair(self, failed: "_Encoded", error: RuntimeError) -> "_Encoded":
         """Return the same micro-batch as pixels that Pillow has decoded, with fallbacks for what it cannot decode."""
-
-        def decode(sample: MicroBatch) -> np.ndarray:
-            return np.frombuffer(encode_pnm(self.plan.source.decode(sample.ids_B.item())), dtype=np.uint8)
-
         if failed.repaired:
             # DALI's message has many lines, and the cause is not in the first one.
             message = " ".join(str(error).split())
             raise DataError(f"DALI fails on decoded pixels; set data.loader=torch: {message}") from error
-        samples, files = zip(
-            *(load_with_fallback(decode, sample, self.plan, self.bad_samples) for sample in failed.samples.samples())
-        )
+        load = self._loading(lambda index: encode_pnm(self.plan.source.decode(index)))
+        samples, files = zip(*map(load, failed.samples.samples()))
         return _Encoded(MicroBatch.join(samples), list(files), repaired=True)
 
     def _build(self, feed: "_Feed"):

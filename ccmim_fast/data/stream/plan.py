@@ -33,15 +33,9 @@ _PLANNED_AT_ONCE = 1024  # samples: 4 microseconds each; with 64 at once 41
 
 
 class MicroBatch(NamedTuple):
-    """Samples of one micro-batch with their crops.
-
-    Attributes:
-        ids_B: int64 sample ids.
-        epochs_B: int64, the epoch of each sample. Repeat r of epoch e counts as epoch e * repeats + r, so that every
-            random number of a sample is drawn anew.
-        boxes_B4: int64 y, x, height, width of the crops in pixels.
-        flips_B: bool, mirrored or not.
-    """
+    """Samples with their crops. ids_B: int64 sample ids. epochs_B: int64; repeat r of epoch e counts as epoch
+    e * repeats + r, so that every random number of a sample is drawn anew. boxes_B4: int64 y, x, height, width of the
+    crops in pixels. flips_B: bool, mirrored or not."""
 
     ids_B: np.ndarray
     epochs_B: np.ndarray
@@ -66,8 +60,7 @@ class MicroBatch(NamedTuple):
 class Plan:
     """The micro-batches of one rank; every loader carries out the same plan.
 
-    Raises:
-        ConfigError, DataError: `global_batch` or `partitions` does not fit, see `check_batch` and `check_partitions`.
+    Raises ConfigError or DataError as `check_batch` and `check_partitions` do.
     """
 
     source: Source = field(repr=False)
@@ -184,11 +177,7 @@ def check_batch(samples: int, global_batch: int, accumulate: int, world_size: in
 def check_partitions(partitions: int, images: int, world_size: int) -> None:
     """Return if each rank can have its own samples: equally many of each of its partitions in a micro-batch.
 
-    Args:
-        images: images of a micro-batch, over all ranks.
-
-    Raises:
-        ConfigError: partitions and ranks do not divide each other, or do not divide the micro-batch.
+    Raises ConfigError if partitions and ranks do not divide each other, or the `images` of a micro-batch of all ranks.
     """
 
     def fits(count: int) -> bool:
