@@ -28,9 +28,7 @@ class Loader(Protocol):
         workers: threads; 0: this rank's share of the cores.
         device: where the batches go.
 
-    Raises:
-        ConfigError: the loader cannot read such images.
-        MachineError: a library that the loader needs is missing.
+    Raises ConfigError if the loader cannot read such images, MachineError if a library is missing.
     """
 
     plan: Plan
@@ -43,7 +41,6 @@ class Loader(Protocol):
     @staticmethod
     def suits(source: Source) -> bool:
         """Tell whether the loader is installed and gains from such images; `data.loader=auto` asks."""
-        ...
 
     def stream(self, cursor: int) -> Iterator[Batch]:
         """Yield `train.accumulate` batches for each optimizer step, without end, from sample number `cursor` on.
@@ -52,7 +49,6 @@ class Loader(Protocol):
         fallback. A batch must be used before the second batch of the next step is asked for: on a GPU its memory is
         used again then. Raises DataError if too many samples fail, see `BadSamples`.
         """
-        ...
 
 
 # data.loader -> class. `auto` takes the last one that suits the source.
@@ -95,10 +91,7 @@ def build_loader(
         global_batch, accumulate, rank, world_size, partitions: see `Plan`.
         device: where the batches go.
 
-    Raises:
-        ConfigError: the batch or the ranks cannot be divided, or the loader cannot read such images.
-        DataError: there are fewer images than `global_batch`, or too many bad samples.
-        MachineError: a library that the loader needs is missing.
+    Raises the errors of `Plan`, of `BadSamples` and of the loader.
     """
     own = {name: getattr(data, name) for name in ("crop_scale", "crop_ratio", "flip", "window")}
     plan = Plan(source, seed, global_batch, accumulate, rank, world_size, partitions=partitions, **own)

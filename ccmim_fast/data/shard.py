@@ -4,7 +4,7 @@ import io
 import os
 import tarfile
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from contextlib import closing
 
 import numpy as np
 from PIL import Image
@@ -18,13 +18,6 @@ from ccmim_fast.data.threads import map_ahead, thread_count
 from ccmim_fast.errors import ConfigError, DataError
 
 
-class Sharded(NamedTuple):
-    """The index of the shards, and (id, reason) of the source's samples that are in no shard."""
-
-    index: Index
-    left_out: list[tuple[int, str]]
-
-
 def write_shards(
     source: IndexedSource,
     folder: str,
@@ -35,12 +28,13 @@ def write_shards(
     seed: int = 0,
     workers: int = 0,
     report: Callable[[int, int], None] = lambda done, total: None,
-) -> Sharded:
+) -> tuple[Index, list[tuple[int, str]]]:
     """Write `shard-000000.tar`, ... and the index to a new or empty folder.
 
     The samples are in an order drawn by `seed`, so that neighbours are of all classes. Each sample has two members, the
     image and, with classes, the label as `.cls`. Bytes are copied as they are, unless the image is made smaller; a
-    copied image is not decoded. Samples that the source excludes or that cannot be read are left out.
+    copied image is not decoded. Return the index and (id, reason) of the samples that are left out, since the source
+    excludes them or they cannot be read.
 
     Args:
         side: the shorter side of larger images becomes `side` pixels; 0: no image is changed.
@@ -66,7 +60,7 @@ def write_shards(
 
     def rows() -> Iterator[Row]:
         results = map_ahead(load, ids, threads, 8 * threads)
-        with writer:
+        with closing(writer):
             for done, (index, loaded) in enumerate(zip(ids, results, strict=True), start=1):
                 report(done, count)
                 if isinstance(loaded, str):
@@ -77,7 +71,9 @@ def write_shards(
                 yield writer.add(data, suffix, label).with_header(header, len(data))
 
     try:
-        _make_empty(folder)
+        os.makedirs(folder, exist_ok=True)
+        if os.listdir(folder):
+            raise DataError(f"{folder!r} is not empty; name a new folder")
         writer = _Writer(folder, shard_bytes)
         listing = Listing(rows(), source.class_names, {}, [])
         path = os.path.join(folder, BESIDE)
@@ -85,7 +81,7 @@ def write_shards(
         index = write_index(path, listing, root="", origin="", channels=source.channels, containers=writer.names)
     except OSError as error:
         raise DataError(f"cannot write tars to {folder!r}: {error.strerror or error}") from error
-    return Sharded(index, left_out)
+    return index, left_out
 
 
 def shrink(image_HWC: np.ndarray, side: int, quality: int) -> bytes:
@@ -116,12 +112,6 @@ def _suffix_of(data: bytes) -> str:
         return {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(image.format, f".{image.format.lower()}")
 
 
-def _make_empty(folder: str) -> None:
-    os.makedirs(folder, exist_ok=True)
-    if os.listdir(folder):
-        raise DataError(f"{folder!r} is not empty; name a new folder")
-
-
 class _Writer:
     """The shards of a folder, written one after the other."""
 
@@ -129,21 +119,19 @@ class _Writer:
         self._folder, self._most, self._tar, self._samples = folder, most, None, 0
         self.names: list[str] = []
 
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Finish the last shard."""
         if self._tar is not None:
             self._tar.close()
 
     def add(self, data: bytes, suffix: str, label: int) -> Row:
         """Add a sample and return its row, without the header."""
         if self._tar is None or self._tar.offset > self._most:
-            self.__exit__()
+            self.close()
             self.names.append(f"shard-{len(self.names):06d}.tar")
             path = os.path.join(self._folder, self.names[-1])
             # USTAR: a member's header is one block, which tells where its data begin.
-            self._tar = tarfile.open(path, "x", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (closed by __exit__)
+            self._tar = tarfile.open(path, "x", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (closed by `close`)
         key = f"{self._samples:09d}"
         self._samples += 1
         offset = self._add_member(key + suffix, data)

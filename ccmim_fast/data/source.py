@@ -30,25 +30,18 @@ class Source(Protocol):
 
     def __len__(self) -> int:
         """Return N, the excluded samples included."""
-        ...
 
     def name(self, index: int) -> str:
         """Return the image's path or another name for messages."""
-        ...
 
     def decode(self, index: int) -> np.ndarray:
-        """Return the pixels of one image, [H, W, C] uint8, of the size in `sizes_N2`; read-only.
-
-        Raises DataError naming the image if it cannot be used.
-        """
-        ...
+        """Return the pixels of one image, [H, W, C] uint8, read-only. Raises DataError naming an image that fails."""
 
     def read(self, index: int) -> bytes:
         """Return one encoded image in which any decoder finds the pixels of `decode`, up to rounding; C is 1 or 3.
 
-        Raises DataError naming the image if it cannot be used.
+        Raises DataError naming an image that fails.
         """
-        ...
 
 
 class UnreadableError(DataError):

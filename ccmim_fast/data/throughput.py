@@ -13,7 +13,7 @@ import torch
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.build import LOADERS, build_loader
 from ccmim_fast.data.index.indexed import IndexedSource
-from ccmim_fast.data.source import Source, usable_count
+from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.data.stream.torch_loader import crop_and_resize
@@ -44,10 +44,8 @@ class StageTimes(NamedTuple):
 
 
 class Throughput(NamedTuple):
-    """Speeds of all parts: `stages` of one thread, `copy_ms` of an image to the device, `loaders` in images per second.
-
-    Each loader has `threads` threads.
-    """
+    """Speeds: `stages` of one thread, `copy_ms` of an image to the device, images per second of `loaders` by name, each
+    with `threads` threads."""
 
     stages: StageTimes
     copy_ms: float
@@ -71,9 +69,7 @@ def measure_throughput(
 ) -> Throughput:
     """Load `images` images with each loader that can read them, after a warm-up with as many.
 
-    Raises:
-        DataError: no image can be loaded.
-        MachineError: there is no such device.
+    Raises DataError if no image can be loaded, MachineError if there is no such device.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise MachineError("--device=cuda: no CUDA device is visible; use --device=cpu")
@@ -94,28 +90,23 @@ def measure_throughput(
 
 def measure_stage_times(plan: Plan, image_size: tuple[int, int], images: int) -> StageTimes:
     """Return the medians over `images` images of the plan's epoch 0; images that fail do not count."""
-    ids_B, epochs_B = plan.ids_at(np.arange(min(images, plan.samples)))
-    times = []
-    for sample in plan.micro_batch(ids_B, epochs_B).samples():
+    source, times = plan.source, []
+    for sample in plan.micro_batch(*plan.ids_at(np.arange(min(images, plan.samples)))).samples():
+        index = sample.ids_B.item()
+        start = read = time.perf_counter()
         try:
-            image_HWC, read, decode = _timed_decode(plan.source, sample.ids_B.item())
+            if isinstance(source, IndexedSource):
+                data = source.encoded(index)
+                read = time.perf_counter()
+                image_HWC = source.decoded(index, data)
+            else:
+                image_HWC = source.decode(index)
         except DataError:
             continue
-        start = time.perf_counter()
+        decoded = time.perf_counter()
         crop_and_resize(image_HWC, sample.boxes_B4[0], sample.flips_B.item(), image_size)
-        times.append((read, decode, time.perf_counter() - start))
+        times.append((read - start, decoded - read, time.perf_counter() - decoded))
     return StageTimes(*(1e3 * median(column) for column in zip(*times))) if times else StageTimes(0.0, 0.0, 0.0)
-
-
-def _timed_decode(source: Source, index: int) -> tuple[np.ndarray, float, float]:
-    """Return an image and the seconds that reading and decoding took; a source without files has nothing to read."""
-    start = time.perf_counter()
-    if not isinstance(source, IndexedSource):
-        return source.decode(index), 0.0, time.perf_counter() - start
-    data = source.encoded(index)
-    read = time.perf_counter()
-    image_HWC = source.decoded(index, data)
-    return image_HWC, read - start, time.perf_counter() - read
 
 
 def _images_per_second(stream: Iterator[Batch], batch: int, images: int) -> float:

@@ -42,15 +42,10 @@ class Report(NamedTuple):
 def verify(
     index: Index, processes: int = 0, again: bool = False, report: Callable[[int, int], None] = lambda done, total: None
 ) -> Report:
-    """Decode every sample that was not decoded whole before, and write the result into the index.
+    """Decode every sample that was not decoded whole before (`again`: or was, or failed), and update the index.
 
-    The call may be stopped at any time; the next call goes on.
-
-    Args:
-        processes: 0: one per core.
-        again: also decode samples that were decoded before, or failed.
-
-    Raises DataError if the index's folder cannot be written to, MachineError if no process can be started.
+    With 0 `processes` there is one per core. The call may be stopped at any time; the next call goes on. Raises
+    DataError if the index's folder cannot be written to, MachineError if no process can be started.
     """
     wanted = _wanted(index, again)
     log = f"{index.path}.verify"
@@ -108,8 +103,7 @@ def _decode_chunks(
 ) -> Iterator[tuple[list[int], Bad]]:
     """Yield each chunk with its bad samples, as it is done; chunks that may have crashed a process come last.
 
-    Args:
-        open_source: called once in every process; must be picklable.
+    `open_source` is called once in every process, so that it must be picklable.
     """
     crashed = []
     waiting = list(chunks)

@@ -43,20 +43,18 @@ def originals(source, seed=0):
 
 
 def test_bytes_are_copied_and_pixels_stay(source, tmp_path):
-    made = write_shards(source, str(tmp_path / "tars"), workers=2)
+    index, left_out = write_shards(source, str(tmp_path / "tars"), workers=2)
     tars = open_images(str(tmp_path / "tars"))
     order = originals(source)
     assert order != sorted(order)
-    assert len(tars) == 25 == len(made.index)
+    assert len(tars) == 25 == len(index)
     for number, original in enumerate(order):
         assert tars.encoded(number) == source.encoded(original)
         assert (tars.decode(number) == source.decode(original)).all()
         assert tars.index.row(number)[5:9] == source.index.row(original)[5:9]  # size, orientation, mode, plain
     assert tars.labels_N.tolist() == source.labels_N[order].tolist()
     assert tars.class_names == ("class0", "class1")
-    assert [(source.name(n)[-8:], reason) for n, reason in made.left_out] == [
-        ("text.jpg", "not an image that Pillow knows")
-    ]
+    assert [(source.name(n)[-8:], reason) for n, reason in left_out] == [("text.jpg", "not an image that Pillow knows")]
 
 
 def test_python_reads_them_as_webdataset_does(source, tmp_path):
@@ -80,10 +78,10 @@ def test_python_reads_them_as_webdataset_does(source, tmp_path):
         assert label == (f"{key}.cls", str(source.labels_N[order[number]]).encode())
 
 
-def test_larger_images_are_made_shrink(source, tmp_path):
-    made = write_shards(source, str(tmp_path / "tars"), side=SIDE, quality=95, workers=2)
+def test_larger_images_are_shrunk(source, tmp_path):
+    _, left_out = write_shards(source, str(tmp_path / "tars"), side=SIDE, quality=95, workers=2)
     tars = open_images(str(tmp_path / "tars"))
-    assert len(made.left_out) == 1
+    assert len(left_out) == 1
     for number, original in enumerate(originals(source)):
         size, before = tars.sizes_N2[number], source.sizes_N2[original]
         name = source.name(original)
@@ -104,7 +102,7 @@ def test_larger_images_are_made_shrink(source, tmp_path):
 
 def test_the_order_is_the_seeds(source, tmp_path):
     first, same, other = (
-        write_shards(source, str(tmp_path / name), seed=seed, workers=2).index
+        write_shards(source, str(tmp_path / name), seed=seed, workers=2)[0]
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
     )
     assert (tmp_path / "a/shard-000000.tar").read_bytes() == (tmp_path / "b/shard-000000.tar").read_bytes()
@@ -175,14 +173,14 @@ def test_what_went_bad_meanwhile_is_left_out_and_told(source, tmp_path):
         file.write(b"x" * 100)
     with open(cut, "rb+") as file:
         file.truncate(500)
-    made = write_shards(source, str(tmp_path / "tars"), workers=2)
-    assert len(made.index) == 22
-    reasons = {os.path.basename(source.name(number)): reason for number, reason in made.left_out}
+    index, left_out = write_shards(source, str(tmp_path / "tars"), workers=2)
+    assert len(index) == 22
+    reasons = {os.path.basename(source.name(number)): reason for number, reason in left_out}
     assert set(reasons) == {"text.jpg", *BAD}
     assert "No such file" in reasons["00.jpg"]
     assert "not an image" in reasons["01.jpg"]
     assert "when it was indexed" in reasons["02.jpg"]
-    keys = [made.index.location(number)[:9] for number in range(22)]
+    keys = [index.location(number)[:9] for number in range(22)]
     assert keys == [f"{number:09d}" for number in range(22)]
 
 

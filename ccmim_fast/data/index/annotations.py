@@ -40,8 +40,7 @@ def inaturalist_origins(root: str, test: str = "") -> tuple[str, str]:
         root: the folder with `train2018.json` or `train2019.json`, and `val*.json` of the same year; or the first file.
         test: the annotations of the test images; empty: those of validation, beside the others.
 
-    Raises:
-        DataError: there is no such file or one of several years, or the name of `root` does not tell what to test on.
+    Raises DataError if it is not clear from the names in the folder which files are meant.
     """
     train = root
     if not root.endswith(".json"):

@@ -15,10 +15,7 @@ def bad_samples_path(index_path: str) -> str:
 
 
 def read_json_lines(path: str, index: Index, *keys: str) -> Iterator[tuple]:
-    """Yield the values of `keys` in each record of this state of the index.
-
-    A line that was cut off does not count, nor does a file that cannot be read.
-    """
+    """Yield the values of `keys` in each whole record of this state of the index; nothing if the file is missing."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:

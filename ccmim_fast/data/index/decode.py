@@ -65,7 +65,7 @@ def read_header(data: bytes, channels: int) -> Header:
     try:
         if not data:
             raise DataError("empty file")
-        header = _image_header(data) if channels in (1, 3) else _array_header(_array(data, channels))
+        header = _image_header(data) if channels in (1, 3) else _array_header(data, channels)
         if min(header.height, header.width) < 1:
             raise DataError(f"no pixels: {header.height} x {header.width}")
         _check_size(header.height, header.width)
@@ -135,8 +135,9 @@ def _to_array(image: Image.Image, channels: int) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def _array_header(array_HWC: np.ndarray) -> Header:
-    return Header(*array_HWC.shape[:2], plain=False, orientation=1, mode="uint8")
+def _array_header(data: bytes, channels: int) -> Header:
+    height, width, _ = _array(data, channels).shape
+    return Header(height, width, plain=False, orientation=1, mode="uint8")
 
 
 def _array(data: bytes, channels: int) -> np.ndarray:

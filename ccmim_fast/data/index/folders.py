@@ -12,11 +12,8 @@ def list_folder(root: str, suffixes: tuple[str, ...]) -> Listing:
     """List the images of an ImageFolder tree (sub-folders are classes, images may lie deeper) or of a flat folder.
 
     Links are followed, and each file and folder counts once, at its first place in the order of the walk. Names that
-    begin with a dot are left out. Sub-folders without images are classes too, so that two splits of one data set agree
-    on the labels. Rows are in byte order of their paths, class by class.
-
-    Args:
-        suffixes: lower-case endings of the files that count.
+    begin with a dot are left out, and files without one of the lower-case `suffixes`. Sub-folders without images are
+    classes too, so that two splits of one data set agree on the labels. Rows are in byte order, class by class.
     """
     walk = _Walk(root, suffixes)
     folders, loose = [], []

@@ -79,14 +79,9 @@ class Row(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """The samples of a set before their headers are read.
-
-    Attributes:
-        rows: in the order of the ids.
-        class_names: sorted; empty without classes.
-        dependencies: path -> mtime_ns of every folder, container or list that changes when samples come or go.
-        notes: (path, reason) of what was met and gives no sample, such as an unreadable folder.
-    """
+    """The samples of a set. rows: in the order of the ids. class_names: sorted; empty without classes. dependencies:
+    path -> mtime_ns of every folder, container or list that changes when samples come or go. notes: (path, reason) of
+    what was met and gives no sample, such as an unreadable folder."""
 
     rows: Iterable[Row]
     class_names: tuple[str, ...]
@@ -99,18 +94,16 @@ class Index:
 
     Attributes:
         root: folder or URL that locations are relative to; stored as "", it is the folder of the index.
-        origin: what was indexed, as the user named it.
-        channels: C.
-        containers: paths of tars or tables from `root`.
         relocatable: the root is the folder of the index, wherever that is moved.
+        origin, channels: what was indexed, as the user named it, and C.
+        containers: paths of tars or tables from `root`.
         class_names, dependencies, notes: see `Listing`.
         sizes_N2, labels_N, plain_N, status_N, offsets_N, bytes_N, containers_N: columns, mapped into memory.
         table, metadata: all columns, and what the file says about all samples together.
         excluded_X: ids of the samples whose status is BAD.
         fingerprint: equal for two indexes if the same samples come from the same places in the same order.
 
-    Raises:
-        DataError: there is no such file, or it is not an index of this version.
+    Raises DataError if the file is missing, damaged, or of another version.
     """
 
     def __init__(self, path: str):
@@ -175,11 +168,7 @@ class Index:
 def write_index(
     path: str, listing: Listing, *, root: str, origin: str, channels: int, containers: Iterable[str] = ()
 ) -> Index:
-    """Write an index, whole or not at all, and open it. For the arguments see the attributes of `Index`.
-
-    Args:
-        listing: with rows that are complete; they may be an iterator.
-    """
+    """Write an index, whole or not at all, and open it. For the arguments see the attributes of `Index`."""
     table = pa.Table.from_batches(list(_batches(listing.rows)), schema=SCHEMA)
     metadata = {"root": os.fsencode(root).hex(), "origin": origin, "channels": channels, "containers": list(containers)}
     metadata |= {"class_names": list(listing.class_names), "watched": listing.dependencies, "notes": listing.notes}
@@ -195,10 +184,7 @@ def rewrite_index(index: Index, columns: dict[str, pa.Array]) -> Index:
 
 
 def write_table(path: str, table: pa.Table, metadata: dict[str, Any]) -> Index:
-    """Write an index of columns that exist already; `metadata` lacks the format and the fingerprint.
-
-    Raises DataError if the file cannot be written.
-    """
+    """Write an index of columns that exist already; format and fingerprint are added to `metadata`."""
     # One batch, whatever the size: each column is then one array, indexed by the sample's id.
     whole = table.unify_dictionaries().combine_chunks()
     (rows,) = whole.to_batches() or [pa.RecordBatch.from_pylist([], SCHEMA)]
@@ -224,15 +210,10 @@ def _batches(rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:
     while True:
         part = list(islice(rows, _ROWS_AT_ONCE))
         columns = zip(*part) if part else [()] * len(SCHEMA)
-        yield pa.RecordBatch.from_arrays([_array(c, field.type) for c, field in zip(columns, SCHEMA)], schema=SCHEMA)
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA)]
+        yield pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
         if len(part) < _ROWS_AT_ONCE:
             return
-
-
-def _array(column: Iterable, kind: pa.DataType) -> pa.Array:
-    if pa.types.is_dictionary(kind):
-        return pa.array(column, pa.string()).dictionary_encode().cast(kind)
-    return pa.array(column, kind)
 
 
 def _fingerprint(rows: pa.RecordBatch) -> str:

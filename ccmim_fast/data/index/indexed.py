@@ -20,11 +20,7 @@ _MAGIC = b"ARROW1"  # the first bytes of every Arrow file
 
 
 class IndexedSource:
-    """Images of files, tars or tables; a `Source`.
-
-    Attributes:
-        index: the open index.
-    """
+    """Images of files, tars or tables, of an open `index`; a `Source`."""
 
     def __init__(self, index: Index):
         self.index = index
@@ -36,7 +32,6 @@ class IndexedSource:
         return len(self.index)
 
     def name(self, index: int) -> str:
-        """See `Source`."""
         return self._storage.path(self.index.location(index), self.index.containers_N[index])
 
     def encoded(self, index: int) -> bytes:
@@ -88,8 +83,10 @@ def open_images(
     Raises DataError as `build_index` does.
     """
     origin = origin if is_remote(origin) or not origin else os.path.abspath(origin)
-    if path:
-        _refuse_other_files(path)
+    if path and os.path.isfile(path):
+        with open(path, "rb") as file:
+            if file.read(len(_MAGIC)) not in (_MAGIC, b""):
+                raise DataError(f"{path!r} is no index, and is not written over; set data.index to another file")
     path = path or index_path(origin, channels)
     previous = _previous(path, origin, channels)
     if previous is not None and (previous.relocatable or not (rescan or changed(previous))):
@@ -108,14 +105,6 @@ def index_path(origin: str, channels: int) -> str:
     digest = hashlib.sha256(os.fsencode(origin)).hexdigest()[:12]
     stem = re.sub(r"[^A-Za-z0-9_-]", "-", os.path.basename(origin.rstrip("/")))[:40]
     return os.path.join(cache, "ccmim_fast", f"{stem}-{digest}-{channels}.arrow")
-
-
-def _refuse_other_files(path: str) -> None:
-    """Raise unless a file that the user named may be overwritten: it is an Arrow file, empty, or missing."""
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
-            if file.read(len(_MAGIC)) not in (_MAGIC, b""):
-                raise DataError(f"{path!r} is no index, and is not written over; set data.index to another file")
 
 
 def _previous(path: str, origin: str, channels: int) -> Index | None:

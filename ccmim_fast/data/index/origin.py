@@ -18,13 +18,8 @@ _LISTS = (".txt", ".lst", ".tsv")
 
 
 class Origin(NamedTuple):
-    """The parts of what is to be indexed.
-
-    Attributes:
-        root: folder or URL that paths are relative to.
-        containers: tars or tables, paths from `root`; none if every image is a file.
-        files: the image files of a folder or list; None if there are containers.
-    """
+    """The parts of what is to be indexed. root: folder or URL that paths are relative to. containers: paths of tars or
+    tables. files: the image files of a folder or list; None if there are containers."""
 
     root: str
     containers: list[str]
@@ -32,11 +27,7 @@ class Origin(NamedTuple):
 
 
 def find_origin(origin: str, channels: int) -> Origin:
-    """Find out what kind of place `origin` names, and list its parts.
-
-    Raises:
-        DataError: it does not exist, or cannot be listed.
-    """
+    """List the parts of the place that `origin` names. Raises DataError if it does not exist or cannot be listed."""
     if is_remote(origin):
         return _remote_origin(origin, channels)
     containers = _containers_of(origin)

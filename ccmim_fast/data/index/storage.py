@@ -64,11 +64,9 @@ def open_binary(path: str) -> Iterator[io.IOBase]:
 
 
 class Storage:
-    """Reads what is stored below `root`; may be used by many threads, and by a forked copy of this process.
+    """Reads files below a folder or URL `root`, and samples of its `containers` (paths of tars or tables from `root`).
 
-    Args:
-        root: folder or URL.
-        containers: paths of tars or tables from `root`.
+    It may be used by many threads, and by a forked copy of this process.
     """
 
     def __init__(self, root: str, containers: list[str]):
@@ -86,8 +84,7 @@ class Storage:
         """Read all bytes of a sample, or its first ones.
 
         Args:
-            location, container, offset: see `index_file.SCHEMA`.
-            size: length in bytes; -1: not known.
+            location, container, offset, size: as in `index_file.SCHEMA`; `size` is called `bytes` there.
             most: read at least so many bytes, if the sample has as many, instead of all.
 
         Raises OSError if the disk or the server fails, DataError if the sample does not have `size` bytes.

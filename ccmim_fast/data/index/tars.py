@@ -30,8 +30,11 @@ def list_tar(file: io.IOBase, suffixes: tuple[str, ...]) -> tuple[list[Row], str
         if info is None:
             problem = error
             break
-        key, suffix = _split_key(info.name)
-        if suffix == _CLASS_SUFFIX and info.isfile():
+        # WebDataset's key of a sample is the name up to the first dot behind the folders.
+        folder, base = posixpath.split(info.name)
+        stem, dot, suffix = base.partition(".")
+        key = posixpath.join(folder, stem)
+        if (dot + suffix).lower() == _CLASS_SUFFIX and info.isfile():
             labels[key] = _read_label(file, info)
         if info.isdir() or not info.name.lower().endswith(suffixes):
             continue
@@ -45,13 +48,6 @@ def list_tar(file: io.IOBase, suffixes: tuple[str, ...]) -> tuple[list[Row], str
 def label_of(value: int | None) -> int:
     """Return a label as it is indexed; -1 for a number that can be no class, such as a user's number or a hash."""
     return value if value is not None and 0 <= value < _MOST_CLASSES else -1
-
-
-def _split_key(name: str) -> tuple[str, str]:
-    """Split a member's name into WebDataset's key, up to the first dot of the file name, and the rest in lower case."""
-    folder, base = posixpath.split(name)
-    stem, dot, rest = base.partition(".")
-    return posixpath.join(folder, stem), (dot + rest).lower()
 
 
 def _headers(file: io.IOBase) -> Iterator[tuple[tarfile.TarInfo | None, str]]:

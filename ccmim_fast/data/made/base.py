@@ -67,15 +67,12 @@ class GeneratedSource:
         return keyed_uniform(self._seed, purpose, torch.tensor([index]), count, STREAM_SHAPES)[0].numpy()
 
     def name(self, index: int) -> str:
-        """See `Source`."""
         return f"{self.noun} {index}"
 
     def decode(self, index: int) -> np.ndarray:
-        """See `Source`."""
         return self._record(index)[0]
 
     def read(self, index: int) -> bytes:
-        """See `Source`."""
         return encode_pnm(self.decode(index))
 
 

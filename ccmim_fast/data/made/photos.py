@@ -13,27 +13,16 @@ from ccmim_fast.data.made.base import GeneratedSource
 from ccmim_fast.errors import ConfigError, MachineError
 
 _VERSION = 1  # of the crops: raise it when the same parameters give another crop, or old caches stay in use
-_PHOTOS = (
-    "astronaut.png",
-    "chelsea.png",
-    "coffee.png",
-    "hubble_deep_field.jpg",
-    "ihc.png",
-    "motorcycle_left.png",
-    "retina.jpg",
-    "rocket.jpg",
-)
+_PHOTOS = ["astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png"]
+_PHOTOS += ["motorcycle_left.png", "retina.jpg", "rocket.jpg"]
 _SHARES = (0.3, 0.9)  # smallest and largest height of a crop, as a share of the largest crop that fits
 
 
 class PhotosSource(GeneratedSource):
     """Crops at random positions and scales, without rotation, with the aspect of `image_size`; see `GeneratedSource`.
 
-    The label is the photograph.
-
-    Raises:
-        ConfigError: a parameter is out of its range.
-        MachineError: scikit-image is missing, or its wheel lacks these photographs.
+    The label is the photograph. Raises ConfigError for a parameter out of its range, MachineError if scikit-image's
+    wheel or a photograph in it is missing.
     """
 
     noun = "photograph"

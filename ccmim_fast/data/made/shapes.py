@@ -40,8 +40,7 @@ class ShapesSource(GeneratedSource):
         classes: 2 .. 6 of disc, square, triangle, ring, cross, star.
         background: `plain`, a gradient between two tones, or `textured`, 1/f noise between them.
 
-    Raises:
-        ConfigError: a parameter is out of its range.
+    Raises ConfigError for a parameter out of its range.
     """
 
     noun = "shape"
@@ -55,14 +54,20 @@ class ShapesSource(GeneratedSource):
         background: str = "plain",
         cache_dir: str | None = None,
     ):
-        _check(samples, image_size, classes, background)
+        if samples < 1:
+            raise ConfigError(f"data.samples={samples} must be at least 1")
+        if min(image_size) < _SMALLEST:
+            raise ConfigError(f"data.image_size={image_size} must be at least {_SMALLEST} each for data.source=shapes")
+        if not 2 <= classes <= len(_CLASSES):
+            raise ConfigError(f"data.classes={classes} must be in 2..{len(_CLASSES)}")
+        if background not in _BACKGROUNDS:
+            raise ConfigError(f"data.background={background!r} must be one of {', '.join(_BACKGROUNDS)}")
         self._background = background
         size = f"{image_size[0]}x{image_size[1]}"
         fingerprint = f"shapes-v{_VERSION}-seed{seed}-n{samples}-{size}-k{classes}-{background}"
         super().__init__(seed, samples, image_size, _CLASSES[:classes], fingerprint, cache_dir)
 
     def fields(self) -> list[tuple]:
-        """See `GeneratedSource`."""
         return [("mask", np.bool_, self._image_size)]
 
     def mask(self, index: int) -> np.ndarray:
@@ -77,7 +82,7 @@ class ShapesSource(GeneratedSource):
 
     def background(self, index: int) -> np.ndarray:
         """Return the image without its object, [H, W, 3] uint8."""
-        return _to_uint8(self._draw_background(index, self._parameters(index)))
+        return np.rint(self._draw_background(index, self._parameters(index))).astype(np.uint8)
 
     def generate(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Draw the image [H, W, 3] uint8 and the mask [H, W] bool."""
@@ -88,7 +93,7 @@ class ShapesSource(GeneratedSource):
         window, paint_hw3, cover_hw = _paint_object(parameters, shape, self._image_size)
         image_HW3[window] = image_HW3[window] * (1 - cover_hw)[..., None] + paint_hw3
         mask_HW[window] = cover_hw > 0
-        return _to_uint8(image_HW3), mask_HW
+        return np.rint(image_HW3).astype(np.uint8), mask_HW
 
     def _parameters(self, index: int) -> _Parameters:
         return _Parameters(*self.uniforms(index, len(_Parameters._fields)))
@@ -182,18 +187,3 @@ def _mean_subpixels(subpixels: np.ndarray) -> np.ndarray:
     """Average [h S, w S] bool over the subpixels: [h, w] float64."""
     h, w = subpixels.shape[0] // _SUBPIXELS, subpixels.shape[1] // _SUBPIXELS
     return subpixels.reshape(h, _SUBPIXELS, w, _SUBPIXELS).mean(axis=(1, 3))
-
-
-def _to_uint8(pixels: np.ndarray) -> np.ndarray:
-    return np.rint(pixels).astype(np.uint8)
-
-
-def _check(samples: int, image_size: tuple[int, int], classes: int, background: str) -> None:
-    if samples < 1:
-        raise ConfigError(f"data.samples={samples} must be at least 1")
-    if min(image_size) < _SMALLEST:
-        raise ConfigError(f"data.image_size={image_size} must be at least {_SMALLEST} each for data.source=shapes")
-    if not 2 <= classes <= len(_CLASSES):
-        raise ConfigError(f"data.classes={classes} must be in 2..{len(_CLASSES)}")
-    if background not in _BACKGROUNDS:
-        raise ConfigError(f"data.background={background!r} must be one of {', '.join(_BACKGROUNDS)}")

@@ -48,10 +48,8 @@ class DaliLoader:
     def __init__(
         self, plan: Plan, bad_samples: BadSamples, image_size: tuple[int, int], workers: int, device: torch.device
     ):
-        if plan.source.channels not in (1, 3):
-            raise ConfigError(
-                f"data.loader=dali reads 1 or 3 channels, not {plan.source.channels}; set data.loader=torch"
-            )
+        if (channels := plan.source.channels) not in (1, 3):
+            raise ConfigError(f"data.loader=dali reads 1 or 3 channels, not {channels}; set data.loader=torch")
         try:
             import nvidia.dali.plugin.pytorch as dali_torch
         except (ImportError, OSError) as error:
@@ -69,7 +67,6 @@ class DaliLoader:
         return isinstance(source, IndexedSource) and source.channels in (1, 3) and is_installed()
 
     def stream(self, cursor: int) -> Iterator[Batch]:
-        """See `Loader`."""
         source = self.plan.source
         shape = (self.plan.micro_batch_size, *self._image_size, source.channels)
         buffers = Buffers(shape, self._device, held=self.plan.accumulate)
@@ -104,13 +101,9 @@ class DaliLoader:
 
     def encoded(self, cursor: int) -> "_Feed":
         """Return DALI's input: for each micro-batch the encoded images, anchors and shapes of the crops, and flips."""
-        return _Feed(self._read(cursor), self.plan.flip and self._device.type == "cuda")
-
-    def _read(self, cursor: int) -> Iterator["_Encoded"]:
         load = self._loading(self.plan.source.read)
-        with closing(prefetch(load, self.plan.micro_batches(cursor), self._threads, _FILES_PER_TASK)) as loaded:
-            for samples, files in loaded:
-                yield _Encoded(samples, files)
+        loaded = prefetch(load, self.plan.micro_batches(cursor), self._threads, _FILES_PER_TASK)
+        return _Feed(loaded, self.plan.flip and self._device.type == "cuda")
 
     def _loading(self, read: Callable[[int], bytes]) -> Callable[[MicroBatch], tuple[MicroBatch, np.ndarray]]:
         """Return a function that gives the bytes which `read` gives of a sample or of its fallback, as an array."""
@@ -177,14 +170,10 @@ class _Encoded(NamedTuple):
 
 
 class _Feed:
-    """The source of DALI's inputs, which keeps each micro-batch until its images have come out.
+    """The source of DALI's inputs. `in_flight` are the micro-batches, in order, whose images have not come out yet."""
 
-    Attributes:
-        in_flight: micro-batches that were given to DALI and have not come out yet, in order.
-    """
-
-    def __init__(self, encoded: Iterator[_Encoded], flip: bool):
-        self._encoded, self._flip = encoded, flip
+    def __init__(self, loaded: Iterator[tuple[MicroBatch, list[np.ndarray]]], flip: bool):
+        self._loaded, self._flip = loaded, flip
         self.in_flight: deque[_Encoded] = deque()
         self._again: deque[_Encoded] = deque()
 
@@ -192,7 +181,7 @@ class _Feed:
         return self
 
     def __next__(self) -> tuple:
-        encoded = self._again.popleft() if self._again else next(self._encoded)
+        encoded = self._again.popleft() if self._again else _Encoded(*next(self._loaded))
         self.in_flight.append(encoded)
         samples = encoded.samples
         anchors_B2, shapes_B2 = (
@@ -208,4 +197,4 @@ class _Feed:
 
     def close(self) -> None:
         """Stop reading ahead."""
-        self._encoded.close()
+        self._loaded.close()

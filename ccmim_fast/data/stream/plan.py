@@ -1,13 +1,12 @@
 """The plan of one rank, made without touching an image: ids, epochs, boxes and flips of each micro-batch.
 
 The samples form one endless stream, epoch after epoch, each epoch a keyed permutation of all samples. A run's position
-in the stream is its cursor: the number of samples that all ranks have seen. A step takes the next samples; it may begin
-in one epoch and end in the next. Every sample therefore comes once an epoch, whatever the batch size, and the cursor is
-all that a resumed run needs, with any number of ranks and any batch size.
+in it is its cursor: the number of samples that all ranks have seen. A step takes the next samples, across the end of an
+epoch too. Every sample therefore comes once an epoch, whatever the batch size, and the cursor is all that a resumed run
+needs, with any number of ranks and any batch size.
 
 With partitions, samples belong to ranks, so that what is kept of a sample stays where the sample is trained on: usable
-sample number n is in partition n % S. An epoch takes equally many samples of each partition in turn, each partition in
-its own order.
+sample number n is in partition n % S. An epoch takes as many samples of each partition, in turn, each in its own order.
 
 With repeats, an epoch of the same length takes only the first samples of its order, each several times in a row with
 different crops (repeated augmentation: Hoffer et al., 2020, as in DeiT).
@@ -98,13 +97,11 @@ class Plan:
         return self.global_batch // (self.accumulate * self.world_size)
 
     def micro_batches(self, cursor: int) -> Iterator[MicroBatch]:
-        """Yield `accumulate` micro-batches for each optimizer step, from the position `cursor` on, without end.
+        """Yield `accumulate` micro-batches for each optimizer step, without end, from the position `cursor` on.
 
         A step takes the next `global_batch` positions, each micro-batch a contiguous A-th of them, each rank a
         contiguous W-th of that in the order of its partitions: the number of ranks does not change a micro-batch.
-
-        Args:
-            cursor: a multiple of the number of partitions, as the end of every step is.
+        `cursor` is a multiple of the number of partitions, as the end of every step is.
         """
         size = self.micro_batch_size
         count = max(1, _PLANNED_AT_ONCE // size)
@@ -157,9 +154,7 @@ class Plan:
 def check_batch(samples: int, global_batch: int, accumulate: int, world_size: int) -> None:
     """Return if each rank has an equal share of a step, and no step, without repeats, holds a sample twice.
 
-    Raises:
-        ConfigError: `global_batch` is no multiple of `accumulate` * `world_size`.
-        DataError: there are fewer samples than one step takes.
+    Raises ConfigError for a `global_batch` that cannot be divided, DataError for one larger than the set.
     """
     share = accumulate * world_size
     if global_batch < 1 or global_batch % share:

@@ -30,7 +30,7 @@ def prefetch(
     Args:
         load: takes a micro-batch of one sample; returns the sample that it has loaded, this one or its fallback, and
             the result. An exception is raised when the micro-batch is due; tasks that have not begun are dropped then.
-        samples_per_task: more than one where loading a sample is a matter of microseconds.
+        samples_per_task: more than one where loading a sample takes microseconds.
     """
 
     def load_part(samples: list[MicroBatch]) -> list[tuple[MicroBatch, Result]]:
@@ -55,16 +55,11 @@ def prefetch(
 def load_with_fallback(
     load: Callable[[MicroBatch], Result], sample: MicroBatch, plan: Plan, bad_samples: BadSamples
 ) -> tuple[MicroBatch, Result]:
-    """Load a sample, or the first of its fallbacks that can be loaded; return the sample loaded and the result.
+    """Load a micro-batch of one, or the first of its fallbacks for which `load` does not raise DataError.
 
-    The fallbacks are drawn by (seed, epoch, sample id): the same in every run, on every rank, with every loader.
-
-    Args:
-        load: raises DataError for an image that cannot be used.
-        sample: a micro-batch of one.
-        bad_samples: records each failure.
-
-    Raises DataError if no fallback can be loaded either, or if `bad_samples` allows no more.
+    Return the sample that was loaded and the result. The fallbacks are drawn by (seed, epoch, sample id): the same in
+    every run, on every rank, with every loader. `bad_samples` records each failure. Raises DataError if it allows no
+    more, or if no fallback can be loaded either.
     """
     index, epoch = sample.ids_B.item(), sample.epochs_B.item()
     for attempt in range(_ATTEMPTS):

@@ -28,11 +28,9 @@ class TorchLoader:
 
     @staticmethod
     def suits(source: Source) -> bool:
-        """See `Loader`."""
         return True
 
     def stream(self, cursor: int) -> Iterator[Batch]:
-        """See `Loader`."""
         source = self.plan.source
         load_one = partial(load_crop, source, image_size=self._image_size)
         load = partial(load_with_fallback, load_one, plan=self.plan, bad_samples=self.bad_samples)
