@@ -1,6 +1,7 @@
 """Both loaders carry out the same plan, go on where they stopped, and name what they cannot read."""
 
 import sys
+import typing
 from itertools import islice
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from ccmim_fast.config.schema import DataConfig
-from ccmim_fast.data.build import build_loader, build_source
+from ccmim_fast.data.build import LOADERS, SOURCES, build_loader, build_source
 from ccmim_fast.data.index.indexed import IndexedSource, open_images
 from ccmim_fast.data.made.photos import PhotosSource
 from ccmim_fast.data.made.shapes import ShapesSource
@@ -35,7 +36,7 @@ def make_loader(source, kind, global_batch=8, seed=0, device="cpu", image_size=S
 
 
 def take(loader, count, cursor=0):
-    """The first `count` batches from the place `cursor` on."""
+    """Return the first `count` batches from the position `cursor` on."""
     stream = loader.stream(cursor)
     batches = list(islice(stream, count))
     stream.close()
@@ -61,7 +62,7 @@ def test_batches_are_as_promised(source, kind):
 
 @both
 def test_the_stream_goes_on_at_any_place(source, kind):
-    """With other batches too: pixel for pixel what the uninterrupted stream has at these places."""
+    """Other batch sizes too give, pixel for pixel, the uninterrupted stream at these positions."""
 
     def joined(batches):
         names = ("images_BHWC", "ids_B", "epochs_B", "labels_B", "boxes_B4")
@@ -151,7 +152,7 @@ def test_torch_loader_cuts_resizes_and_mirrors(source):
 
 
 def assert_close(image, expected):
-    """To Pillow's pixels: the same filter, other rounding of its weights."""
+    """Compare with Pillow's pixels: the filter is the same, its weights are rounded otherwise."""
     difference = abs(image.astype(int) - np.asarray(expected))
     assert difference.mean() < 0.4
     assert difference.max() <= 12
@@ -203,7 +204,7 @@ def test_evaluation_shows_every_image_whole_and_once(source):
 
 
 def test_evaluation_shows_the_middle_as_a_resize_and_a_central_crop_do(source):
-    """As MAE tests: the shorter side to 256, then the central 224, here of an eighth; up to a pixel of rounding."""
+    """The crop is MAE's: the shorter side to 256, then the central 224, here of an eighth, up to one rounded pixel."""
     side = 28
     batches = list(evaluation_batches(source, (side, side), 22, torch.device("cpu"), central=0.875))
     for index in (0, 21):
@@ -260,3 +261,9 @@ def test_dali_refuses_other_channel_counts(tmp_path):
         make_loader(five, "dali", 1)
     (batch,) = take(make_loader(five, "auto", 1), 1)
     assert batch.images_BHWC.shape == (1, *SIZE, 5)
+
+
+def test_the_settings_name_the_registries():
+    hints = typing.get_type_hints(DataConfig)
+    assert set(typing.get_args(hints["loader"])) == {"auto", *LOADERS}
+    assert set(typing.get_args(hints["source"])) == set(SOURCES)

@@ -1,4 +1,4 @@
-"""Tars: what is in them, and that they are a data set of their own."""
+"""Shards: their contents, and their use as a data set."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ BAD = ("00.jpg", "01.jpg", "02.jpg")
 
 @pytest.fixture
 def source(tmp_path, photo_folder, photograph, monkeypatch):
-    """The photographs; besides one that is turned by EXIF, one gray, one small, one that is no image."""
+    """Open the photographs with four more: one is turned by EXIF, one gray, one small, one no image."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = tmp_path / "photos"
     shutil.copytree(photo_folder, root)
@@ -37,7 +37,7 @@ def source(tmp_path, photo_folder, photograph, monkeypatch):
 
 
 def originals(source, seed=0):
-    """Ids of the source in the order of the tars."""
+    """Return the ids of the source in the order of the tars."""
     count = usable_count(source)
     return usable_ids(source, epoch_order(seed, 0, count, np.arange(count))).tolist()
 

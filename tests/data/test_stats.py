@@ -1,4 +1,4 @@
-"""Mean and standard deviation against numpy."""
+"""Mean and standard deviation equal NumPy's."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from ccmim_fast.errors import DataError
 
 
 class Pictures:
-    """Noise of different sizes; no image but those in `bad` fails."""
+    """A source of noise of different sizes; the images in `bad` fail."""
 
     def __init__(self, samples, channels=3, bad=(), excluded=()):
         self.channels, self.bad, self.excluded_X = channels, set(bad), np.array(sorted(excluded), dtype=np.int64)
