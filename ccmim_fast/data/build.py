@@ -1,21 +1,17 @@
-"""The registries of image sources (`data.source`) and of loaders (`data.loader`), and what builds one of each."""
+"""The source of images and the loader that the settings name."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.index.bad_samples import BadSamples
-from ccmim_fast.data.index.indexed import open_images
-from ccmim_fast.data.made.photos import PhotosSource
-from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.source import Source
 from ccmim_fast.data.stream.batch import Batch
-from ccmim_fast.data.stream.dali_loader import DaliLoader
 from ccmim_fast.data.stream.plan import Plan
-from ccmim_fast.data.stream.torch_loader import TorchLoader
 from ccmim_fast.errors import ConfigError
+from ccmim_fast.registry import IMAGE_SOURCES, LOADERS, load
 
 
 class Loader(Protocol):
@@ -51,27 +47,21 @@ class Loader(Protocol):
         """
 
 
-# data.loader -> class. `auto` takes the last one that suits the source.
-LOADERS: dict[str, type[Loader]] = {"torch": TorchLoader, "dali": DaliLoader}
-
-# data.source -> function of the settings and the seed
-SOURCES: dict[str, Callable[[DataConfig, int], Source]] = {
-    "images": lambda data, seed: open_images(data.root, data.channels, data.index, quiet=False),
-    "photos": lambda data, seed: PhotosSource(seed, data.samples, data.image_size, data.root or None),
-    "shapes": lambda data, seed: ShapesSource(
-        seed, data.samples, data.image_size, data.classes, data.background, data.root or None
-    ),
-}
-
-
 def build_source(data: DataConfig, seed: int) -> Source:
     """Open the images that `data.source` names.
 
     Raises DataError if no image is readable, ConfigError for settings that generated images cannot have.
     """
-    if data.source != "images" and data.channels != 3:
-        raise ConfigError(f"data.channels={data.channels} must be 3 for data.source={data.source}")
-    return SOURCES[data.source](data, seed)
+    kind = IMAGE_SOURCES[data.source]
+    if kind.channels not in (0, data.channels):
+        raise ConfigError(f"data.channels={data.channels} must be {kind.channels} for data.source={data.source}")
+    return load(kind.path)(data, seed)
+
+
+def suitable_loaders(source: Source) -> dict[str, type[Loader]]:
+    """Return the loaders that are installed and gain from such images, by name."""
+    loaders = {name: load(row.path) for name, row in LOADERS.items()}
+    return {name: loader for name, loader in loaders.items() if loader.suits(source)}
 
 
 def build_loader(
@@ -96,7 +86,5 @@ def build_loader(
     own = {name: getattr(data, name) for name in ("crop_scale", "crop_ratio", "flip", "window")}
     plan = Plan(source, seed, global_batch, accumulate, rank, world_size, partitions=partitions, **own)
     bad_samples = BadSamples.of(source, data.on_error, data.max_bad)
-    name = data.loader
-    if name == "auto":
-        name = [name for name, loader in LOADERS.items() if loader.suits(source)][-1]
-    return LOADERS[name](plan, bad_samples, data.image_size, data.workers, torch.device(device))
+    name = next(iter(suitable_loaders(source))) if data.loader == "auto" else data.loader
+    return load(LOADERS[name].path)(plan, bad_samples, data.image_size, data.workers, torch.device(device))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ccmim_fast.config.schema import DataConfig
-from ccmim_fast.data.build import LOADERS, build_loader
+from ccmim_fast.data.build import build_loader, suitable_loaders
 from ccmim_fast.data.index.indexed import IndexedSource
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.batch import Batch
@@ -78,8 +78,7 @@ def measure_throughput(
     data = DataConfig(image_size=(image_size, image_size), channels=source.channels, workers=workers, max_bad=1.0)
     loaders = {
         name: build_loader(source, replace(data, loader=name), _SEED, batch, device=on)
-        for name, loader in LOADERS.items()
-        if loader.suits(source)
+        for name in reversed(suitable_loaders(source))
     }
     # The stages come first: the loaders would bring the files from the disk into memory.
     stages = measure_stage_times(Plan(source, _SEED, batch), data.image_size, _STAGE_IMAGES)

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from ccmim_fast.config.schema import DataConfig
-from ccmim_fast.data.build import LOADERS, SOURCES, build_loader, build_source
+from ccmim_fast.data.build import build_loader, build_source
 from ccmim_fast.data.index.indexed import IndexedSource, open_images
 from ccmim_fast.data.made.photos import PhotosSource
 from ccmim_fast.data.made.shapes import ShapesSource
@@ -19,6 +19,7 @@ from ccmim_fast.data.stream import dali_loader
 from ccmim_fast.data.stream.dali_loader import DaliLoader
 from ccmim_fast.data.stream.torch_loader import TorchLoader, crop_and_resize, evaluation_batches, resize
 from ccmim_fast.errors import ConfigError, DataError, MachineError
+from ccmim_fast.registry import IMAGE_SOURCES, LOADERS
 
 needs_dali = pytest.mark.skipif(not dali_loader.is_installed(), reason="DALI is not installed")
 both = pytest.mark.parametrize("kind", ["torch", pytest.param("dali", marks=needs_dali)])
@@ -266,4 +267,4 @@ def test_dali_refuses_other_channel_counts(tmp_path):
 def test_the_settings_name_the_registries():
     hints = typing.get_type_hints(DataConfig)
     assert set(typing.get_args(hints["loader"])) == {"auto", *LOADERS}
-    assert set(typing.get_args(hints["source"])) == set(SOURCES)
+    assert set(typing.get_args(hints["source"])) == set(IMAGE_SOURCES)

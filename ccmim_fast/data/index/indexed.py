@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 
+from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.index.decode import decode, has_end
 from ccmim_fast.data.index.index_file import BESIDE, Index
 from ccmim_fast.data.index.scan import build_index, changed
@@ -67,6 +68,11 @@ class IndexedSource:
             if has_end(data):
                 return data
         return encode_pnm(self.decode(index))
+
+
+def build(data: DataConfig, seed: int) -> IndexedSource:
+    """Build the source of `data.source=images`; the seed does not matter."""
+    return open_images(data.root, data.channels, data.index, quiet=False)
 
 
 def open_images(

@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
+from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.made.base import GeneratedSource
 from ccmim_fast.errors import ConfigError, MachineError
 
@@ -46,6 +47,11 @@ class PhotosSource(GeneratedSource):
         y, x = u_y * (photo.height - crop_height), u_x * (photo.width - crop_width)
         crop = photo.resize((width, height), Image.Resampling.BICUBIC, box=(x, y, x + crop_width, y + crop_height))
         return (np.asarray(crop),)
+
+
+def build(data: DataConfig, seed: int) -> PhotosSource:
+    """Build the source of `data.source=photos`."""
+    return PhotosSource(seed, data.samples, data.image_size, data.root or None)
 
 
 def photo_path(name: str) -> str:

@@ -10,6 +10,7 @@ from collections import namedtuple
 
 import numpy as np
 
+from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.made.base import PURPOSE_NOISE, GeneratedSource
 from ccmim_fast.errors import ConfigError
 
@@ -106,6 +107,12 @@ class ShapesSource(GeneratedSource):
         else:
             share_HW = _pink_noise(self.uniforms(index, math.prod(self._image_size), PURPOSE_NOISE), self._image_size)
         return dark + share_HW[..., None] * (light - dark)
+
+
+def build(data: DataConfig, seed: int) -> ShapesSource:
+    """Build the source of `data.source=shapes`."""
+    size, folder = data.image_size, data.root or None
+    return ShapesSource(seed, data.samples, size, data.classes, data.background, folder)
 
 
 def _paint_object(
