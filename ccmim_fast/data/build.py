@@ -1,4 +1,4 @@
-"""The source of images and the loader that the settings name."""
+"""This module builds the image source and the loader that the settings name."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -15,7 +15,7 @@ from ccmim_fast.registry import IMAGE_SOURCES, LOADERS, load
 
 
 class Loader(Protocol):
-    """Training micro-batches of one rank.
+    """A loader yields the training micro-batches of one rank.
 
     Args:
         plan: which samples this rank loads, in which order, with which crops.

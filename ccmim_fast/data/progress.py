@@ -1,4 +1,4 @@
-"""The progress of a long command, on standard error."""
+"""This module shows the progress of a long command on standard error."""
 
 import contextlib
 import sys

@@ -1,4 +1,4 @@
-"""Shards: tars of images, as WebDataset lays them out, smaller if wanted, with their index beside them."""
+"""This module writes shards: tars of images, as WebDataset lays them out, smaller if wanted, with their index."""
 
 import io
 import os
@@ -113,7 +113,7 @@ def _suffix_of(data: bytes) -> str:
 
 
 class _Writer:
-    """The shards of a folder, written one after the other."""
+    """This class writes the shards of a folder, one after the other."""
 
     def __init__(self, folder: str, most: int):
         self._folder, self._most, self._tar, self._samples = folder, most, None, 0

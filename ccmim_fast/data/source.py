@@ -1,4 +1,4 @@
-"""The interface that every set of images has, and the one image format that all decoders read alike."""
+"""This module defines the interface of every set of images, and an image format that all decoders read alike."""
 
 # N samples, P positions, X excluded samples, H height, W width, C channels
 
@@ -10,7 +10,7 @@ from ccmim_fast.errors import DataError
 
 
 class Source(Protocol):
-    """Images by sample id, 0 .. N - 1, whose sizes are known before they are read.
+    """A source gives images by sample id, 0 .. N - 1; their sizes are known before they are read.
 
     Attributes:
         channels: C of every image.

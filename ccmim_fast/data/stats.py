@@ -1,4 +1,4 @@
-"""Mean and standard deviation of the pixels of a set of images."""
+"""This module measures the mean and the standard deviation of the pixels of a set of images."""
 
 # L levels, C channels
 
@@ -14,7 +14,7 @@ from ccmim_fast.errors import DataError
 
 
 class Stats(NamedTuple):
-    """Mean and deviation of all pixels on a scale of 0 .. 1, and the number of images that they were measured on."""
+    """The statistics cover all pixels of so many `images`, on a scale of 0 .. 1."""
 
     mean_C: tuple[float, ...]
     std_C: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""Threads: how many a rank has, and results that they compute ahead of their use."""
+"""This module counts the threads of a rank, and lets them compute results ahead of their use."""
 
 import os
 from collections import deque

@@ -1,4 +1,4 @@
-"""How fast images arrive: milliseconds of each stage, images per second of each loader, and what to do about it."""
+"""This module measures how fast images arrive: the time of each stage, and the speed of each loader."""
 
 import itertools
 import time
@@ -30,7 +30,7 @@ _ADVICE = {
 
 
 class StageTimes(NamedTuple):
-    """Milliseconds that one thread needs to read an image, to decode it with Pillow, and to crop and resize it."""
+    """One thread needs so many milliseconds to read an image, to decode it with Pillow, and to crop and resize it."""
 
     read: float
     decode: float
@@ -44,8 +44,8 @@ class StageTimes(NamedTuple):
 
 
 class Throughput(NamedTuple):
-    """Speeds: `stages` of one thread, `copy_ms` of an image to the device, images per second of `loaders` by name, each
-    with `threads` threads."""
+    """The report holds the `stages` of one thread, `copy_ms` of an image to the device, and images per second of the
+    `loaders` by name, each with `threads` threads."""
 
     stages: StageTimes
     copy_ms: float

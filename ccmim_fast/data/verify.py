@@ -1,4 +1,4 @@
-"""The check of an index: all cores decode every image, and what fails is marked as bad in the index."""
+"""This module checks an index: all cores decode every image, and what fails is marked as bad in the index."""
 
 import json
 import multiprocessing
@@ -30,8 +30,8 @@ Bad = list[tuple[int, str]]  # sample ids and reasons
 
 
 class Report(NamedTuple):
-    """What an index holds. samples: number of rows. bad: ids and reasons of those that cannot be used. reasons: counts
-    by kind of reason. modes: counts by mode of the pixels."""
+    """The report sums up an index. samples: number of rows. bad: ids and reasons of those that cannot be used. reasons:
+    counts by kind of reason. modes: counts by mode of the pixels."""
 
     samples: int
     bad: Bad

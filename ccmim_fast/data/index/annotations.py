@@ -1,4 +1,4 @@
-"""Label files as the owners of data sets publish them: iNaturalist's JSON and Flowers-102's MATLAB files."""
+"""This module reads published label files: iNaturalist's JSON and Flowers-102's MATLAB files."""
 
 # P images of a split, N images of the set
 

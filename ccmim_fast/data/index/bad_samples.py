@@ -1,4 +1,4 @@
-"""The account of samples that fail in a run: in memory, and for later runs as JSON lines beside the index."""
+"""This module records the samples that fail in a run: in memory, and for later runs as JSON lines beside the index."""
 
 import json
 import threading
@@ -36,7 +36,7 @@ def read_bad_samples(index: Index) -> dict[int, str]:
 
 
 class BadSamples:
-    """The samples of one run that failed; may be used by many threads.
+    """This class records the samples of one run that failed; many threads may use it.
 
     Args:
         index: the index beside which bad samples are recorded for the next run; None: nowhere.
@@ -59,7 +59,7 @@ class BadSamples:
 
     @classmethod
     def of(cls, source: Source, on_error: str, max_bad: float) -> "BadSamples":
-        """Open the account of a source, recorded beside its index if it has one."""
+        """Start the record of a source, beside its index if it has one."""
         return cls(getattr(source, "index", None), len(source), len(source.excluded_X), on_error, max_bad)
 
     def add(self, sample: int, reason: str, lasting: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""One encoded image: its header and its pixels, as Pillow reads them."""
+"""This module reads the header and the pixels of one encoded image, with Pillow."""
 
 # H height, W width, C channels
 
@@ -26,8 +26,8 @@ _HEADER_FIRST = (b"\xff\xd8", b"\x89PNG")  # formats whose header can be read fr
 
 
 class Header(NamedTuple):
-    """What the index keeps of a header. height, width: pixels after EXIF rotation. plain: every decoder reads the file
-    as `decode` does. orientation: EXIF, 1 .. 8. mode: Pillow's name of the pixels' mode; for arrays their dtype."""
+    """A header holds what the index keeps of it. height, width: pixels after EXIF rotation. plain: every decoder reads
+    the file as `decode` does. orientation: EXIF, 1 .. 8. mode: Pillow's name of the pixels' mode; or the dtype."""
 
     height: int
     width: int

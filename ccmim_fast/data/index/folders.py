@@ -1,4 +1,4 @@
-"""Image files in folders and lists: which files there are, and the class of each."""
+"""This module lists the image files of folders and of text files, each with its class."""
 
 import os
 import stat
@@ -65,7 +65,7 @@ def _reason(path: str, error: OSError) -> str:
 
 
 class _Walk:
-    """The state of a walk through folders: what it has met so far."""
+    """This class walks through folders and remembers the files and folders that it has met."""
 
     def __init__(self, root: str, suffixes: tuple[str, ...]):
         self._root, self._suffixes = root, suffixes

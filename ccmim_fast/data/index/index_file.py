@@ -1,4 +1,4 @@
-"""The index of a set of images: one Arrow file, mapped into memory, with a row for every sample.
+"""The index of a set of images is one Arrow file, mapped into memory, with a row for every sample.
 
 The row's number is the sample's id. Files that are no usable image have a row too, with the reason: the samples that a
 run uses and those that it excludes add up to what is indexed. The file never changes in place. Samples that fail later
@@ -48,7 +48,7 @@ _ROWS_AT_ONCE = 2**16  # a million rows as Python objects would take a gigabyte
 
 
 class Row(NamedTuple):
-    """One sample, by the columns of `SCHEMA`."""
+    """A row describes one sample by the columns of `SCHEMA`."""
 
     location: bytes
     container: int = -1
@@ -79,9 +79,9 @@ class Row(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """The samples of a set. rows: in the order of the ids. class_names: sorted; empty without classes. dependencies:
-    path -> mtime_ns of every folder, container or list that changes when samples come or go. notes: (path, reason) of
-    what was met and gives no sample, such as an unreadable folder."""
+    """A listing names the samples of a set. rows: in the order of the ids. class_names: sorted; empty without classes.
+    dependencies: path -> mtime_ns of every folder, container or list that changes when samples come or go. notes:
+    (path, reason) of what was met and gives no sample, such as an unreadable folder."""
 
     rows: Iterable[Row]
     class_names: tuple[str, ...]
@@ -90,7 +90,7 @@ class Listing(NamedTuple):
 
 
 class Index:
-    """An open index file.
+    """This class opens an index file.
 
     Attributes:
         root: folder or URL that locations are relative to; stored as "", it is the folder of the index.

@@ -1,4 +1,4 @@
-"""The images of an index, as a source."""
+"""This module makes a source of the images of an index."""
 
 # N samples, H height, W width, C channels
 
@@ -21,7 +21,7 @@ _MAGIC = b"ARROW1"  # the first bytes of every Arrow file
 
 
 class IndexedSource:
-    """Images of files, tars or tables, of an open `index`; a `Source`."""
+    """This source reads the images of an open `index`: files, members of tars or rows of tables."""
 
     def __init__(self, index: Index):
         self.index = index
@@ -47,7 +47,7 @@ class IndexedSource:
             raise DataError(f"{self.name(index)!r} {error}") from error
 
     def decode(self, index: int) -> np.ndarray:
-        """See `Source`. An image that is damaged, gone, or of another size than indexed cannot be used."""
+        """Return the pixels. An image that is damaged, gone, or of another size than indexed raises DataError."""
         return self.decoded(index, self.encoded(index))
 
     def decoded(self, index: int, data: bytes) -> np.ndarray:
@@ -62,7 +62,7 @@ class IndexedSource:
         return image_HWC
 
     def read(self, index: int) -> bytes:
-        """See `Source`: the file itself if every decoder reads it alike, else its pixels as PGM or PPM."""
+        """Return the file itself if every decoder reads it alike, else its pixels as PGM or PPM."""
         if self.index.plain_N[index]:
             data = self.encoded(index)
             if has_end(data):

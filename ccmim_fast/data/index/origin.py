@@ -1,4 +1,4 @@
-"""The kinds of places that images come from: a folder, a list, tars or tables, named by a path, a pattern or a URL."""
+"""This module finds out what a path, a pattern or a URL names: a folder, a list, tars or tables."""
 
 import glob
 import os
@@ -18,8 +18,8 @@ _LISTS = (".txt", ".lst", ".tsv")
 
 
 class Origin(NamedTuple):
-    """The parts of what is to be indexed. root: folder or URL that paths are relative to. containers: paths of tars or
-    tables. files: the image files of a folder or list; None if there are containers."""
+    """An origin consists of the parts to be indexed. root: folder or URL that paths are relative to. containers: paths
+    of tars or tables. files: the image files of a folder or list; None if there are containers."""
 
     root: str
     containers: list[str]
@@ -115,10 +115,7 @@ def _remote_files(root: str, paths: list[str]) -> Listing:
     names = tuple(sorted({path.split("/")[0] for path in paths if "/" in path}))
     label_of = {name: label for label, name in enumerate(names)}
     classed = [path for path in paths if "/" in path] if names else paths
-    notes = [
-        (join(root, path), "lies beside the class folders, in none of them")
-        for path in paths
-        if names and "/" not in path
-    ]
+    loose = [path for path in paths if names and "/" not in path]
+    notes = [(join(root, path), "lies beside the class folders, in none of them") for path in loose]
     rows = [Row(os.fsencode(path), label=label_of.get(path.split("/")[0], -1)) for path in classed]
     return Listing(rows, names, {}, notes)

@@ -1,4 +1,4 @@
-"""The way from a place of images (`origin`) to its index: the samples are listed, and each header is read once.
+"""This module builds the index of a place of images (`origin`): it lists the samples, and reads each header once.
 
 Where something changed, headers are read again. The order of the samples depends on names alone.
 """

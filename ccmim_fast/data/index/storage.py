@@ -1,4 +1,4 @@
-"""Bytes from the places where they are stored: files, spans of tars and rows of tables, on a disk or behind a URL."""
+"""This module reads bytes from files, spans of tars and rows of tables, on a disk or behind a URL."""
 
 import io
 import os
@@ -64,7 +64,7 @@ def open_binary(path: str) -> Iterator[io.IOBase]:
 
 
 class Storage:
-    """Reads files below a folder or URL `root`, and samples of its `containers` (paths of tars or tables from `root`).
+    """A storage reads files below a folder or URL `root`, and samples of `containers` (tars or tables, paths from it).
 
     It may be used by many threads, and by a forked copy of this process.
     """
@@ -137,7 +137,7 @@ class Storage:
 
 
 class _ThreadCache:
-    """The last few results of something slow; threads that want the same result wait for the first of them."""
+    """This cache keeps the last few results; threads that want the same result wait for the first of them."""
 
     def __init__(self, most: int):
         self._most, self._lock, self._results = most, threading.Lock(), OrderedDict()

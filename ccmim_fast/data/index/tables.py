@@ -1,4 +1,4 @@
-"""Tables with images in a column: parquet and Arrow files, as Hugging Face writes them."""
+"""This module reads tables with images in a column: parquet and Arrow files, as Hugging Face writes them."""
 
 import io
 import json
@@ -19,7 +19,7 @@ _LABEL_NAMES = ("label", "labels", "cls", "class", "fine_label", "target")
 
 
 class Table:
-    """One open table of `rows` rows in `groups` row groups; `class_names` is empty if the table names no labels.
+    """A table has `rows` rows in `groups` row groups; `class_names` is empty if the table names no labels.
 
     Args:
         schema: with a column of images.

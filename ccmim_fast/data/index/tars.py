@@ -1,4 +1,4 @@
-"""The members of a tar, as WebDataset writes them: the place of each image, told by the headers alone."""
+"""This module lists the images of a tar, as WebDataset writes it, from the headers alone."""
 
 import io
 import os

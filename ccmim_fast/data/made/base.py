@@ -1,4 +1,4 @@
-"""The common part of generated image sources: random numbers by (seed, sample id), balanced labels, a cache on disk."""
+"""Generated image sources share random numbers by (seed, sample id), balanced labels and a cache on disk."""
 
 # N samples, K classes, H height, W width
 
@@ -17,7 +17,7 @@ PURPOSE_LABEL, PURPOSE_PARAMETERS, PURPOSE_NOISE = range(3)
 
 
 class GeneratedSource:
-    """Base of sources that generate RGB images; a `Source`. Image i is a function of i and the arguments only.
+    """This base generates RGB images; it is a `Source`. Image i is a function of i and the arguments only.
 
     A subclass has a `noun` for messages, `fields` for what `generate` returns besides the image, and `generate`.
 

@@ -1,4 +1,4 @@
-"""A small set of real pictures without a download: crops of the photographs that scikit-image's wheel contains."""
+"""This module cuts a small set of real pictures from the photographs in scikit-image's wheel, without a download."""
 
 # H height, W width
 
@@ -20,10 +20,10 @@ _SHARES = (0.3, 0.9)  # smallest and largest height of a crop, as a share of the
 
 
 class PhotosSource(GeneratedSource):
-    """Crops at random positions and scales, without rotation, with the aspect of `image_size`; see `GeneratedSource`.
+    """This source cuts out crops at random positions and scales, without rotation; see `GeneratedSource`.
 
-    The label is the photograph. Raises ConfigError for a parameter out of its range, MachineError if scikit-image's
-    wheel or a photograph in it is missing.
+    The crops have the aspect of `image_size`; the label is the photograph. Raises ConfigError for a parameter out of
+    its range, MachineError if scikit-image's wheel or a photograph in it is missing.
     """
 
     noun = "photograph"

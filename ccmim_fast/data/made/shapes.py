@@ -1,4 +1,4 @@
-"""A generated data set whose labels, masks and boxes are exact: one textured shape in front of a background.
+"""This module generates images with exact labels, masks and boxes: one textured shape in front of a background.
 
 The label is the shape. Background, colours, texture, position, size and rotation are drawn independently of the label.
 """
@@ -35,7 +35,7 @@ _Parameters = namedtuple("_Parameters", "radius y x rotation red green blue text
 
 
 class ShapesSource(GeneratedSource):
-    """Images of one of `classes` shapes; see `GeneratedSource`. The cache takes 16 KB an image at 64 x 64.
+    """This source draws one of `classes` shapes; see `GeneratedSource`. The cache takes 16 KB an image at 64 x 64.
 
     Args:
         classes: 2 .. 6 of disc, square, triangle, ring, cross, star.

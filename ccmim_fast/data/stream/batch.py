@@ -1,4 +1,4 @@
-"""The training batch: what a loader yields, and the memory on the device that its images are written to."""
+"""This module makes the batches that a loader yields, in memory on the device."""
 
 # N samples, B batch, H height, W width, C channels
 
@@ -15,7 +15,7 @@ from ccmim_fast.data.stream.plan import MicroBatch
 
 
 class Batch(NamedTuple):
-    """One micro-batch of one rank, on the training device. Ids and epochs key the masks.
+    """A batch is one micro-batch of one rank, on the training device. Ids and epochs key the masks.
 
     `boxes_B4` is the position of the crop in its image: y, x, height, width as shares of the image's sides. For a
     mirrored crop, x is the right edge in the image and the width is negative.
@@ -63,7 +63,7 @@ def _relative_boxes(samples: MicroBatch, source: Source) -> np.ndarray:
 
 
 class Buffers:
-    """The memory on the device that a loader writes its images to: uint8 tensors of one shape.
+    """Buffers hold the images of a loader on the device, in uint8 tensors of one shape.
 
     On CUDA it is a ring of `2 * held` tensors, filled on a separate stream while a step reads earlier ones: a batch
     stays valid until `2 * held - 1` others were asked for. `held` batches, the micro-batches of a step, are asked for

@@ -1,4 +1,4 @@
-"""Images decoded by NVIDIA DALI and, on a GPU, resized by DALI too. Only this file imports DALI.
+"""NVIDIA DALI decodes the images here and, on a GPU, resizes them too. Only this file imports DALI.
 
 DALI draws no random numbers and reads no files: it is given bytes and boxes. It therefore carries out the same plan as
 the torch loader and gives the same pixels up to rounding.
@@ -37,7 +37,7 @@ def is_installed() -> bool:
 
 
 class DaliLoader:
-    """Training micro-batches by DALI, of 1 or 3 channels; a `Loader`.
+    """This `Loader` decodes images of 1 or 3 channels by DALI.
 
     DALI cannot skip an image: one that does not decode ends the pipeline. A new pipeline then goes on with the same
     micro-batch, decoded by Pillow, in which fallbacks replace the images that Pillow cannot decode either.
@@ -63,7 +63,7 @@ class DaliLoader:
 
     @staticmethod
     def suits(source: Source) -> bool:
-        """See `Loader`; generated images gain nothing, since they are not encoded."""
+        """Tell whether DALI reads and speeds up such images; generated images are not encoded, so they gain nothing."""
         return isinstance(source, IndexedSource) and source.channels in (1, 3) and is_installed()
 
     def stream(self, cursor: int) -> Iterator[Batch]:
@@ -162,7 +162,7 @@ class DaliLoader:
 
 
 class _Encoded(NamedTuple):
-    """A micro-batch with its B encoded images; `repaired` if these are pixels that are known to be good."""
+    """The B images of a micro-batch are encoded here; if `repaired`, they are pixels that are known to be good."""
 
     samples: MicroBatch
     files: list[np.ndarray]
@@ -170,7 +170,7 @@ class _Encoded(NamedTuple):
 
 
 class _Feed:
-    """The source of DALI's inputs. `in_flight` are the micro-batches, in order, whose images have not come out yet."""
+    """A feed gives DALI its inputs; `in_flight` are the micro-batches, in order, whose images have not come out yet."""
 
     def __init__(self, loaded: Iterator[tuple[MicroBatch, list[np.ndarray]]], flip: bool):
         self._loaded, self._flip = loaded, flip

@@ -1,4 +1,4 @@
-"""The plan of one rank, made without touching an image: ids, epochs, boxes and flips of each micro-batch.
+"""A plan tells the ids, epochs, boxes and flips of each micro-batch of one rank, without touching an image.
 
 The samples form one endless stream, epoch after epoch, each epoch a keyed permutation of all samples. A run's position
 in it is its cursor: the number of samples that all ranks have seen. A step takes the next samples, across the end of an
@@ -32,9 +32,9 @@ _PLANNED_AT_ONCE = 1024  # samples: 4 microseconds each; with 64 at once 41
 
 
 class MicroBatch(NamedTuple):
-    """Samples with their crops. ids_B: int64 sample ids. epochs_B: int64; repeat r of epoch e counts as epoch
-    e * repeats + r, so that every random number of a sample is drawn anew. boxes_B4: int64 y, x, height, width of the
-    crops in pixels. flips_B: bool, mirrored or not."""
+    """A micro-batch names samples and their crops. ids_B: int64 sample ids. epochs_B: int64; repeat r of epoch e counts
+    as epoch e * repeats + r, so that every random number of a sample is drawn anew. boxes_B4: int64 y, x, height, width
+    of the crops in pixels. flips_B: bool, mirrored or not."""
 
     ids_B: np.ndarray
     epochs_B: np.ndarray
@@ -57,7 +57,7 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The micro-batches of one rank; every loader carries out the same plan.
+    """A plan describes the micro-batches of one rank; every loader carries out the same plan.
 
     Raises ConfigError or DataError as `check_batch` and `check_partitions` do.
     """
@@ -81,19 +81,19 @@ class Plan:
 
     @property
     def samples(self) -> int:
-        """Samples of an epoch; a partition with one sample more than others leaves out a different one each epoch."""
+        """Count the samples of an epoch; a partition with one more than others leaves out a different one each time."""
         return usable_count(self.source) // self.partitions * self.partitions
 
     @property
     def own_partitions(self) -> range:
-        """Partitions that this rank trains on: several if there are more partitions than ranks, else one."""
+        """Return the partitions that this rank trains on: several if there are more partitions than ranks, else one."""
         own = max(1, self.partitions // self.world_size)
         first = self.rank * self.partitions // self.world_size
         return range(first, first + own)
 
     @property
     def micro_batch_size(self) -> int:
-        """B, the images of one micro-batch of one rank."""
+        """Return B, the images of one micro-batch of one rank."""
         return self.global_batch // (self.accumulate * self.world_size)
 
     def micro_batches(self, cursor: int) -> Iterator[MicroBatch]:

@@ -1,4 +1,4 @@
-"""Images loaded by threads ahead of their use, each bad sample replaced by its fallback."""
+"""Threads load images ahead of their use; each bad sample is replaced by its fallback."""
 
 # B images of one micro-batch
 

@@ -1,4 +1,4 @@
-"""Images decoded by Pillow and resized by torch in threads: runs everywhere and is the reference for other loaders."""
+"""Pillow decodes the images here and torch resizes them: this loader runs everywhere and is the reference."""
 
 # N samples, B batch, H height, W width, C channels
 
@@ -18,7 +18,7 @@ from ccmim_fast.data.threads import thread_count
 
 
 class TorchLoader:
-    """Training micro-batches by Pillow and torch, of any number of channels; a `Loader`."""
+    """This `Loader` decodes images of any number of channels by Pillow and resizes them by torch."""
 
     def __init__(
         self, plan: Plan, bad_samples: BadSamples, image_size: tuple[int, int], workers: int, device: torch.device
