@@ -72,7 +72,7 @@ def shard(argv: list[str]) -> None:
     given = parser.parse_args(argv)
     source = _open(given)
     with progress_bar("writing") as report:
-        made = write_shards(
+        index, left_out = write_shards(
             source,
             given.out,
             side=given.side,
@@ -82,9 +82,9 @@ def shard(argv: list[str]) -> None:
             workers=given.workers,
             report=report,
         )
-    tars = _count(len(made.index.containers), "tar")
-    print(f"{_count(len(made.index), 'image')} in {tars}; train on them with --data.root={given.out!r}")
-    _print_list(_named(source, made.left_out), "left out", len(source))
+    tars = _count(len(index.containers), "tar")
+    print(f"{_count(len(index), 'image')} in {tars}; train on them with --data.root={given.out!r}")
+    _print_list(_named(source, left_out), "left out", len(source))
 
 
 def stats(argv: list[str]) -> None:

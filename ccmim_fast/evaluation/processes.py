@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ccmim_fast.data.stream.prefetch import thread_count
+from ccmim_fast.data.threads import thread_count
 from ccmim_fast.errors import CcmimError
 
 _AHEAD = 1  # micro-batches of each process: as large as a step's, and there are as many of them as processes

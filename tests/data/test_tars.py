@@ -7,7 +7,7 @@ import threading
 import pytest
 from made_containers import encode, open_images_again, pixels_of, summary, touch_later, write_tar
 
-from ccmim_fast.data.index import scan, storage
+from ccmim_fast.data.index import containers, scan, storage
 from ccmim_fast.data.index.index_file import BESIDE
 from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.data.shard import write_shards
@@ -164,9 +164,9 @@ def test_patterns(tmp_path):
 
 def test_only_changed_tars_are_read_again(tmp_path, monkeypatch):
     read, listed = [], []
-    header, members = scan.read_header, scan.read_members
+    header, members = scan.read_header, containers.list_tar
     monkeypatch.setattr(scan, "read_header", lambda *args: (read.append(1), header(*args))[1])
-    monkeypatch.setattr(scan, "read_members", lambda file, *args: (listed.append(file.name), members(file, *args))[1])
+    monkeypatch.setattr(containers, "list_tar", lambda file, *args: (listed.append(file.name), members(file, *args))[1])
     for name in "bd":
         write_tar(tmp_path / f"{name}.tar", [(f"{name}{i}/x.png", encode(i)) for i in range(2)])
     assert open_images(str(tmp_path)).class_names == ("b0", "b1", "d0", "d1")

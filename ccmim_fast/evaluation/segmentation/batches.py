@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ccmim_fast.data.index.bad_samples import BadSamples
 from ccmim_fast.data.stream.plan import MicroBatch, Plan
-from ccmim_fast.data.stream.prefetch import load_with_fallback, prefetch, thread_count
+from ccmim_fast.data.stream.prefetch import load_with_fallback, prefetch
+from ccmim_fast.data.threads import thread_count
 from ccmim_fast.evaluation.segmentation.scenes import Scenes
 from ccmim_fast.evaluation.segmentation.transforms import Augment, Pair, pair_of
 

@@ -14,7 +14,7 @@ from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.index.indexed import IndexedSource, open_images
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.source import Source
-from ccmim_fast.data.stream.prefetch import thread_count
+from ccmim_fast.data.threads import thread_count
 from ccmim_fast.errors import DataError
 
 IGNORED = 255  # label of pixels that count neither in the loss nor in the figures
