@@ -59,7 +59,7 @@ class Checkpointer:
         maps_NGG = None if self._bank is None else self._bank.contents()
         if self._here.is_main or self._together is not None:
             now, plan = self._step, self._plan
-            progress = Progress(step, seen, plan.samples, plan.source.fingerprint, plan.shards)
+            progress = Progress(step, seen, plan.samples, plan.source.fingerprint, plan.partitions)
             state = capture(now.model, now.optimizer, now.scaler, now.ema, progress, self._config, maps_NGG)
             self._saver.save(step, state, for_good)
 
@@ -96,7 +96,7 @@ class Checkpointer:
             if self._here.is_main:
                 print(problem, flush=True)
         # Every place where a step may begin is a multiple of the shards; another batch may have left one that is not.
-        shards = self._plan.shards
+        shards = self._plan.partitions
         return progress.step, -(-progress.seen // shards) * shards
 
     def go_back(self) -> int | None:
@@ -170,8 +170,8 @@ class Checkpointer:
             return
         if progress.images != plan.source.fingerprint:
             what = f"the images are not those of the checkpoint ({progress.samples} then, {plan.samples} now)"
-        elif progress.shards != plan.shards:
-            what = f"score.shards={plan.shards} is not the checkpoint's {progress.shards}"
+        elif progress.shards != plan.partitions:
+            what = f"score.shards={plan.partitions} is not the checkpoint's {progress.shards}"
         else:
             return
         yield f"{what}: this epoch goes on in another order, in which some may come twice and some not at all"

@@ -11,7 +11,7 @@ import torch
 from ccmim_fast.config.schema import Config
 from ccmim_fast.config.validate import validate
 from ccmim_fast.data.build import build_loader, build_source
-from ccmim_fast.data.source import left_out
+from ccmim_fast.data.source import excluded_summary
 from ccmim_fast.data.stream.batch import Batch, in_groups
 from ccmim_fast.engine.build import build_bank, build_step, check_device, check_images, choose_shards, prepare_step
 from ccmim_fast.engine.checkpointer import Checkpointer
@@ -79,7 +79,7 @@ class Trainer:
             rank=here.rank,
             world_size=here.world_size,
             device=here.device,
-            shards=choose_shards(config),
+            partitions=choose_shards(config),
         )
         self.bank = build_bank(config, self.loader.plan, here, self.folder)
         self.lr = scaled_lr(config.optim.base_lr, config.train.batch_size)
@@ -148,7 +148,7 @@ class Trainer:
         with_what = f"{self.here.world_size} x {self.here.device}, {self.train_step.precision.name}"
         size = f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters"
         loader = type(self.loader).__name__
-        return " · ".join([f"{self.samples} images", *left_out(self.source), loader, with_what, size])
+        return " · ".join([f"{self.samples} images", *excluded_summary(self.source), loader, with_what, size])
 
     def _total_steps(self) -> int:
         """Of the whole run: until every sample was seen in every epoch. The last step may see some once more."""

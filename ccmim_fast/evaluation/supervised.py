@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ccmim_fast.checkpoints import io
 from ccmim_fast.config.keys import flatten
 from ccmim_fast.config.load import to_yaml
-from ccmim_fast.data.source import usable
+from ccmim_fast.data.source import usable_count
 from ccmim_fast.errors import CheckpointError, ConfigError, NumericsError, StoppedError
 from ccmim_fast.evaluation.encoders import Weights
 from ccmim_fast.evaluation.job import Job
@@ -61,7 +61,7 @@ class Training:
         self.config, self.here, self.learner = config, here, learner
         self.precision = choose_precision(config.train.precision, here.device)
         self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.precision.scaled)
-        self.checkpoints, self.samples = folder / "checkpoints", usable(job.train.source)
+        self.checkpoints, self.samples = folder / "checkpoints", usable_count(job.train.source)
         self.ema, self.encoder = build_ema(learner.module, config.optim.ema), fingerprint(job.weights)
         self.step = self._resume() if config.run.resume == "auto" else 0
         self.module = learner.module
