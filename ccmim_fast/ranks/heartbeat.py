@@ -100,15 +100,12 @@ def diagnose(heartbeats: Sequence[Heartbeat | None], now: float, silence: float)
     """
     running = [(rank, beat) for rank, beat in enumerate(heartbeats) if beat is None or beat.outcome != DONE]
     known = [(rank, beat) for rank, beat in running if beat is not None]
-    oldest = now - silence
     positions = [beat.position for _, beat in known]
     first, last = min(positions, default=()), max(positions, default=())
     problems = {
         "failed": [rank for rank, beat in known if beat.outcome],
         "died": [rank for rank, beat in known if beat.has_died],
-        "silent": [
-            rank for rank, beat in running if beat is None or not (beat.outcome or now - silence <= beat.written)
-        ],
+        "silent": [r for r, beat in running if beat is None or (not beat.outcome and beat.written < now - silence)],
         "behind": [rank for rank, beat in known if beat.position == first < last],
     }
     return next((Diagnosis(ranks, reason) for reason, ranks in problems.items() if ranks), Diagnosis([], "level"))
