@@ -181,10 +181,10 @@ class Trainer:
             epochs=self.config.train.epochs,
         )
         if self.bank is not None:
-            batches = self.bank.lend(self.seen, batches)
+            batches = self.bank.read(self.seen, batches)
         result = self.step_fn(batches, lr)
         if self.bank is not None:
-            self.bank.take_back([seen.maps_BGG for seen in result.seen])
+            self.bank.write([seen.maps_BGG for seen in result.seen])
         self.meter.stepped()
         self.step += 1
         self.seen += self.config.train.batch_size

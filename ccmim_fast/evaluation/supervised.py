@@ -25,7 +25,7 @@ from ccmim_fast.evaluation.encoders import Weights
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.optim.ema import averaged_in, build_ema, update_ema_
-from ccmim_fast.optim.schedule import scaled_lr, schedule_lr
+from ccmim_fast.optim.schedule import lr_at, scaled_lr
 from ccmim_fast.ranks.session import barrier, broadcast, max_over_ranks, mean_over_ranks
 from ccmim_fast.ranks.signals import StopSignals
 from ccmim_fast.runs.metrics import Metrics, ProgressLine
@@ -114,9 +114,9 @@ class Training:
         """Of the next step, before `lr_scale`."""
         optim, train = self.config.optim, self.config.train
         a_step = train.batch_size / self.samples  # in epochs
-        return schedule_lr(
-            optim.schedule,
+        return lr_at(
             self.epoch,
+            shape=optim.schedule,
             peak=scaled_lr(optim.base_lr, train.batch_size),
             floor=optim.min_lr,
             warmup=optim.warmup_steps * a_step or optim.warmup_epochs,
