@@ -25,7 +25,7 @@ from ccmim_fast.optim.ema import build_ema
 from ccmim_fast.optim.optimizer import build_optimizer
 from ccmim_fast.optim.schedule import scaled_lr
 from ccmim_fast.ranks.fsdp import is_sharded, shard
-from ccmim_fast.ranks.session import Session, backend_timeout, from_main, node_count
+from ccmim_fast.ranks.session import Session, backend_timeout, broadcast, node_count
 from ccmim_kernels.dispatch import check_triton
 
 
@@ -84,7 +84,7 @@ def check_images(source: Source, here: Session) -> None:
     Raises:
         DataError: it has others.
     """
-    fingerprint, count = from_main((source.fingerprint, len(source)))
+    fingerprint, count = broadcast((source.fingerprint, len(source)))
     if fingerprint != source.fingerprint:
         raise DataError(
             f"rank {here.rank} on {socket.gethostname()} has other images than rank 0 ({len(source)}, there {count}); "

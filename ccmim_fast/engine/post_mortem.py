@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ccmim_fast.data.stream.batch import make_batch
 from ccmim_fast.data.stream.plan import Plan
-from ccmim_fast.data.stream.torch_loader import crop_of
+from ccmim_fast.data.stream.torch_loader import load_crop
 from ccmim_fast.engine.step_monitor import Past
 from ccmim_fast.errors import CcmimError
 from ccmim_fast.models.blocks import BlockRunner
@@ -45,8 +45,8 @@ def write_capture(
     """
     found: dict[str, Any] = {"step": past.step, "seed": plan.seed, "rank": plan.rank, "micro_batches": []}
     for ids_B, epochs_B, mask_BL in zip(past.ids, past.epochs, past.masks):
-        shown = plan.showing(ids_B, epochs_B.cpu().numpy())
-        images_BHWC = torch.from_numpy(np.stack([crop_of(plan.source, one, image_size) for one in shown.samples()]))
+        shown = plan.micro_batch(ids_B, epochs_B.cpu().numpy())
+        images_BHWC = torch.from_numpy(np.stack([load_crop(plan.source, one, image_size) for one in shown.samples()]))
         batch = make_batch(images_BHWC.to(mask_BL.device), shown, plan.source, mask_BL.device)
         partition = partition_from_mask(mask_BL, model.keep)
         with torch.no_grad(), _watched(model) as outputs, precision.autocast(mask_BL.device):

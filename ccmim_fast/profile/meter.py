@@ -101,7 +101,7 @@ class Meter:
         items = iter(items)
         while True:
             asked = time.perf_counter()
-            self._watchdog.mark("waiting for images")
+            self._watchdog.enter_phase("waiting for images")
             item = next(items, None)
             self._waited += time.perf_counter() - asked
             if item is None:

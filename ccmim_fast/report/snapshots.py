@@ -15,7 +15,7 @@ from ccmim_fast.bank.warp import read
 from ccmim_fast.checkpoints import OpenedRun, io, open_run
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.build import build_source
-from ccmim_fast.data.source import Source, usable, usable_ids
+from ccmim_fast.data.source import Source, usable_count, usable_ids
 from ccmim_fast.data.stream.batch import Batch, make_batch
 from ccmim_fast.data.stream.plan import MicroBatch
 from ccmim_fast.data.stream.torch_loader import crop_and_resize
@@ -114,7 +114,7 @@ def few_images(data: DataConfig, seed: int, count: int) -> FewImages:
         DataError: there is none, or none of those chosen decodes.
     """
     source = build_source(data, seed)
-    places_B = np.unique(np.linspace(0, usable(source) - 1, count).round().astype(np.int64))
+    places_B = np.unique(np.linspace(0, usable_count(source) - 1, count).round().astype(np.int64))
     found = []
     for place, index in zip(places_B, usable_ids(source, places_B)):
         try:

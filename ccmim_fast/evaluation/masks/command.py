@@ -20,7 +20,7 @@ from ccmim_fast.evaluation.masks.result import Look, write
 from ccmim_fast.evaluation.masks.scored import figures_of, score_and_divide
 from ccmim_fast.evaluation.masks.subject import COUNT, PROG, Subject, read_subject
 from ccmim_fast.models.output import Known, Output
-from ccmim_fast.ranks.session import session
+from ccmim_fast.ranks.session import open_session
 from ccmim_fast.report.reconstruction import drawn
 from ccmim_fast.report.snapshots import FewImages, few_images, prior_scores, spread
 from ccmim_fast.runs.folder import check_apart, describe_run, open_run_folder
@@ -40,7 +40,7 @@ def masks(argv: list[str]) -> None:
     check_apart(subject.config.run.dir, given.checkpoint)
     few = few_images(subject.config.data, subject.config.seed, given.measure)
     object_BL = _objects(subject, few, given.masks)
-    with session(subject.config.train.device) as here:
+    with open_session(subject.config.train.device) as here:
         if here.world_size > 1:
             raise ConfigError(f"{PROG}: one process only, got {here.world_size}; start it without torchrun")
         folder = open_run_folder(subject.config, goes_on=False)

@@ -10,7 +10,7 @@ import torch
 from ccmim_fast.bank.warp import read
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.stream.batch import make_batch
-from ccmim_fast.data.stream.torch_loader import crop_of
+from ccmim_fast.data.stream.torch_loader import load_crop
 from ccmim_fast.engine.loop import Trainer
 from ccmim_fast.evaluation.masks.metrics import object_leakage, score_auroc
 from ccmim_fast.evaluation.masks.objects import objects_of
@@ -43,9 +43,9 @@ def probe_scores(run: Trainer, epoch: int, count: int) -> ScoreProbe:
     """
     model, plan, size = run.model, run.loader.plan, run.config.data.image_size
     places_P = epoch * plan.samples + np.arange(min(count, plan.samples))
-    own_P = np.isin(places_P % plan.samples % plan.shards, plan.own_shards)
-    shown = plan.showing(*plan.ids_at(places_P[own_P]))
-    images_BHWC = torch.from_numpy(np.stack([crop_of(run.source, one, size) for one in shown.samples()]))
+    own_P = np.isin(places_P % plan.samples % plan.partitions, plan.own_partitions)
+    shown = plan.micro_batch(*plan.ids_at(places_P[own_P]))
+    images_BHWC = torch.from_numpy(np.stack([load_crop(run.source, one, size) for one in shown.samples()]))
     batch = make_batch(images_BHWC.to(run.here.device), shown, run.source, run.here.device)
     known = None
     if run.bank is not None:
