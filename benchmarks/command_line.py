@@ -78,6 +78,7 @@ def job_of(contender: Contender, options: argparse.Namespace, **more) -> Job:
         ours_config(settings, options.arch, (options.batch, options.image_size, options.image_size, 3), precision)
     return Job(
         settings=settings,
+        without=list(contender.without),
         peer=contender.peer,
         arch=options.arch,
         batch=options.batch,

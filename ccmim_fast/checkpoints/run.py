@@ -9,11 +9,11 @@ from typing import Literal
 
 from torch import Tensor
 
+from ccmim_fast.build.model import build_model
 from ccmim_fast.checkpoints import io
 from ccmim_fast.config.load import from_yaml
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import CheckpointError
-from ccmim_fast.models.build import build_model
 from ccmim_fast.models.ccmim import CCMIM
 
 _EMA = "module."  # torch's AveragedModel puts it before the names of the averaged weights

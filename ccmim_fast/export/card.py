@@ -15,7 +15,7 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.export.about import environment, method, public
 from ccmim_fast.export.graphs import OPSET
-from ccmim_fast.models.embedding import patch_size_of
+from ccmim_fast.models.tokens import patch_size_of
 from ccmim_fast.report.curves import read_metrics
 
 _LOSSES = ("epoch", "loss", "recons", "contrast")

@@ -22,8 +22,8 @@ from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.errors import ConfigError, MachineError
 from ccmim_fast.evaluation.frozen.features import extract
-from ccmim_fast.models.encoder import tokens_of
 from ccmim_fast.models.precision import choose_precision
+from ccmim_fast.models.tokens import tokens_of
 
 SUFFIXES = (".npy", ".arrow")
 

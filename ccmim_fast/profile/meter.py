@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ccmim_fast.models.linear import product
+from ccmim_fast.models.precision import product
 from ccmim_fast.ranks.session import Session
 
 # Square matmuls large enough to be bound by arithmetic, small enough to take a moment.

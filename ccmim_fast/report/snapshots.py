@@ -20,7 +20,7 @@ from ccmim_fast.data.stream.batch import Batch, make_batch
 from ccmim_fast.data.stream.plan import MicroBatch
 from ccmim_fast.data.stream.torch_loader import crop_and_resize
 from ccmim_fast.errors import CcmimError, DataError
-from ccmim_fast.models.output import Known
+from ccmim_fast.models.scores import PriorScores
 
 from .pictures import Snapshot
 from .reconstruction import drawn
@@ -87,7 +87,7 @@ def _snapshot(run: OpenedRun, count: int, root: str) -> Snapshot:
     data = dataclasses.replace(config.data, source="images", root=root, index="") if root else config.data
     few = few_images(data, config.seed, count)
     images_BHWC = few.batch.images_BHWC
-    output = model(images_BHWC, few.batch.ids_B, 0, known=prior_scores(run, few))
+    output = model(images_BHWC, few.batch.ids_B, 0, prior=prior_scores(run, few))
     drawn_BHWC = drawn(model, config, images_BHWC, output)
     return Snapshot(
         run.epoch,
@@ -98,12 +98,12 @@ def _snapshot(run: OpenedRun, count: int, root: str) -> Snapshot:
     )
 
 
-def prior_scores(run: OpenedRun, few: FewImages) -> Known | None:
+def prior_scores(run: OpenedRun, few: FewImages) -> PriorScores | None:
     """Read the score bank of a run at the images; None where it has none, or its maps are of other images."""
     model, maps_NGG = run.model, run.maps_NGG
     if not model.banked or maps_NGG is None or few.source.fingerprint != run.images:
         return None
-    return Known(*read(maps_NGG[few.places_B], few.batch.boxes_B4, model.grid))
+    return PriorScores(*read(maps_NGG[few.places_B], few.batch.boxes_B4, model.grid))
 
 
 @lru_cache(maxsize=1)  # runs of one data set, one after the other, open it once

@@ -19,7 +19,8 @@ from ccmim_fast.evaluation.masks.picture import Drawn
 from ccmim_fast.evaluation.masks.result import Look, write
 from ccmim_fast.evaluation.masks.scored import figures_of, score_and_divide
 from ccmim_fast.evaluation.masks.subject import COUNT, PROG, Subject, read_subject
-from ccmim_fast.models.output import Known, Output
+from ccmim_fast.models.output import Output
+from ccmim_fast.models.scores import PriorScores
 from ccmim_fast.ranks.session import open_session
 from ccmim_fast.report.reconstruction import drawn
 from ccmim_fast.report.snapshots import FewImages, few_images, prior_scores, spread
@@ -90,7 +91,7 @@ def _look(subject: Subject, few: FewImages, object_BL: Tensor | None, count: int
     model, config = subject.model.to(device), subject.config
     known = None if subject.run is None else prior_scores(subject.run, few)
     if known is not None:
-        known = Known(*(part.to(device) for part in known))
+        known = PriorScores(*(part.to(device) for part in known))
     batch = few.batch._replace(images_BHWC=few.batch.images_BHWC.to(device), ids_B=few.batch.ids_B.to(device))
     scored = score_and_divide(model, config, batch, known, subject.decodes)
     if not all(scores_BL.isfinite().all() for scores_BL in scored.scores.values()):

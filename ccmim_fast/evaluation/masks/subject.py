@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from ccmim_fast.build.model import build_model, build_score_source
 from ccmim_fast.checkpoints import OpenedRun, open_run
 from ccmim_fast.checkpoints.published import derived, fill_, read_weights, with_arch
 from ccmim_fast.checkpoints.run import portable
@@ -13,9 +14,7 @@ from ccmim_fast.config.keys import show
 from ccmim_fast.config.load import difference, load_config
 from ccmim_fast.config.schema import Config, ModelConfig, RunConfig
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.models.build import build_model
 from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.models.scores import check_scores
 from ccmim_fast.runs.folder import evaluation_folder
 
 PROG = "ccmim eval masks"
@@ -67,7 +66,7 @@ def read_subject(place: str, settings: list[str], images: str = "") -> Subject:
         subject = Subject(str(run.path), run.model, run.config, True, run.step, run.epoch, run)
     else:
         subject = _published(place, settings, images)
-    check_scores(subject.model.encoder, subject.config.score.source, subject.config.score.block)
+    build_score_source(subject.config, subject.model.encoder)
     return subject
 
 
