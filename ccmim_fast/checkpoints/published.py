@@ -169,11 +169,8 @@ def fill_(model: CCMIM, of: Weights) -> list[str]:
         CheckpointError: one line with the names that are missing, unexpected, or of another shape.
     """
     own, weights = model.state_dict(), of.tensors
-    new = [
-        part
-        for part in _NEW
-        if getattr(model, part) is not None and not any(key.startswith(f"{part}.") for key in weights)
-    ]
+    owned, given = ({name.partition(".")[0] for name in of} for of in (own, weights))
+    new = [part for part in _NEW if part in owned - given]
     kept = {key: value for key, value in own.items() if key.partition(".")[0] in new}
     wrong = {
         "missing": own.keys() - weights.keys() - kept.keys(),
