@@ -133,8 +133,8 @@ def test_fault_27_command_lines(monkeypatch):
         *("trainer.loop.fit", "demo.run_demo", "submit.hand_in", "ablation.command.run_all"),
         *("data.throughput.measure_throughput", "data.verify.verify", "doctor.gpus"),
         *("evaluation.command.open_run_folder", "evaluation.masks.subject.build_model"),
-        "evaluation.masks.subject.restored",
-        *("export.trained.build_model", "export.imported.build_model", "export.hub.push"),
+        "checkpoints.run.build_model",
+        *("export.imported.build_model", "export.hub.push"),
     ):
         monkeypatch.setattr(f"ccmim_fast.{name}", begin)
     monkeypatch.setattr(cli, "subprocess", SimpleNamespace(run=begin))

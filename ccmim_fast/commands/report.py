@@ -29,7 +29,7 @@ def report(argv: list[str]) -> Path:
     # Behind the checks: torch and matplotlib take seconds to import.
     from ccmim_fast.report import RunView, write_report
     from ccmim_fast.report.runs import Comparison
-    from ccmim_fast.report.snapshots import look_back
+    from ccmim_fast.report.snapshots import take_snapshots
 
     names = names_of(folders)
     rows = [(name, describe(folder, folder.parent)) for name, folder in zip(names, folders)]
@@ -43,11 +43,13 @@ def report(argv: list[str]) -> Path:
     kept = [any((folder / "snapshots").glob("epoch_*.npz")) for folder in folders]
     images = [0 if has else given.images for has in kept]
     root = "" if given.data is None else str(given.data)
-    looks = [look_back(folder, count, given.moments if count else 0, root) for folder, count in zip(folders, images)]
+    snapshots = [
+        take_snapshots(folder, count, given.moments if count else 0, root) for folder, count in zip(folders, images)
+    ]
     title = given.title or ("Run " if len(names) == 1 else "Runs ") + ", ".join(names)
-    write_report(given.out, title, [RunView(*run) for run in zip(names, folders)], {}, standing, looks)
+    write_report(given.out, title, [RunView(*run) for run in zip(names, folders)], {}, standing, snapshots)
     print(f"{given.out}: {len(folders)} run{'s' * (len(folders) > 1)}, {given.out.stat().st_size / 1e6:.1f} MB")
-    for remark in (remark for look in looks for remark in look.remarks):
+    for remark in (remark for of_run in snapshots for remark in of_run.remarks):
         print(remark)
     return given.out
 

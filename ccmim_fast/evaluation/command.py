@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ccmim_fast.checkpoints.published import Weights
 from ccmim_fast.config.evaluation import EvalConfig, validate_evaluation
 from ccmim_fast.config.keys import flatten, nearest, show
 from ccmim_fast.config.load import load_config
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation import detection, finetune, probes
-from ccmim_fast.evaluation.encoders import Weights, read_weights
+from ccmim_fast.evaluation.encoders import read_encoder
 from ccmim_fast.evaluation.frozen import run as frozen
 from ccmim_fast.evaluation.images import Images, open_both
 from ccmim_fast.evaluation.job import Job
@@ -102,7 +103,7 @@ def _run(name: str, of: Protocol, config: EvalConfig, checkpoint: str) -> None:
     with open_session(config.train.device, config.train.timeout) as here:
         # In the order in which a mistake is cheapest to find: weights' header, images, folder.
         with main_first(here):  # that downloads weights and indexes images, if nobody has
-            weights = read_weights(checkpoint, config.model.arch, config.model.num_heads)
+            weights = read_encoder(checkpoint, config.model.arch, config.model.num_heads)
             train, test = EVALUATIONS[name].open_images(config, weights.mean, weights.std)
         weights = weights._replace(mean=train.data.mean, std=train.data.std)
         folder = open_run_folder(config) if here.is_main else Path(config.run.dir)

@@ -5,12 +5,13 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ccmim_fast.checkpoints.published import Weights
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.keys import flatten, show
 from ccmim_fast.config.load import load_config, presets
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.evaluation.encoders import Weights, width_and_patch
+from ccmim_fast.evaluation.encoders import width_and_patch
 from ccmim_fast.evaluation.images import Images
 
 FOLDER = "eval"  # of the presets, below configs/

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ccmim_fast.checkpoints import io
+from ccmim_fast.checkpoints.published import Weights
 from ccmim_fast.config.keys import flatten
 from ccmim_fast.config.load import to_yaml
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.errors import CheckpointError, ConfigError, NumericsError, StoppedError
-from ccmim_fast.evaluation.encoders import Weights
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.optim.ema import averaged_in, build_ema, update_ema_
@@ -258,7 +258,7 @@ class Training:
 
 def fingerprint(weights: Weights) -> str:
     """Of an encoder's tensors, wherever they lie; of initial weights, the name of their architecture."""
-    if weights.tensors is None:
+    if not weights.tensors:
         return weights.name
     found = hashlib.sha256()
     for name, tensor in sorted(weights.tensors.items()):

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from ccmim_fast.checkpoints import OpenedRun, open_run
 from ccmim_fast.config.keys import nearest
 from ccmim_fast.config.parser import Parser
 from ccmim_fast.errors import ConfigError, MachineError
 from ccmim_fast.export import graphs, hugging_face, plain
 from ccmim_fast.export.card import read_result, write_card
-from ccmim_fast.export.trained import Trained, read_trained
 
 
 class Target(NamedTuple):
@@ -22,7 +22,7 @@ class Target(NamedTuple):
         said: for the help.
     """
 
-    write: Callable[[Trained, Path], list[Path]]
+    write: Callable[[OpenedRun, Path], list[Path]]
     suffix: str
     said: str
 
@@ -45,27 +45,27 @@ def export(argv: list[str]) -> None:
     """
     given = _read(argv)
     evaluation = [row for path in given.result for row in read_result(path)]
-    trained = read_trained(given.run)
+    run = open_run(given.run)
     out = Path(given.out)
     try:
-        for path in _write(TARGETS[given.target], trained, out):
+        for path in _write(TARGETS[given.target], run, out):
             print(path)
         if out.is_dir():
-            print(write_card(given.target, trained, out, given.push, evaluation))
+            print(write_card(given.target, run, out, given.push, evaluation))
     except OSError as error:
         raise MachineError(f"{error.filename or given.out}: not written: {error.strerror or error}") from None
     if given.push:
         _push(out, given)
 
 
-def _write(target: Target, trained: Trained, out: Path) -> list[Path]:
+def _write(target: Target, run: OpenedRun, out: Path) -> list[Path]:
     if target.suffix and out.suffix == target.suffix:
         out.parent.mkdir(parents=True, exist_ok=True)
-        return target.write(trained, out)
+        return target.write(run, out)
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise ConfigError(f"ccmim export: {str(out)!r:.200} is not empty; name a new folder")
-    return target.write(trained, out)
+    return target.write(run, out)
 
 
 def _push(folder: Path, given: argparse.Namespace) -> None:

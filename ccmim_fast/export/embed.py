@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from ccmim_fast.checkpoints import OpenedRun, open_run
 from ccmim_fast.config.parser import Parser
 from ccmim_fast.data.index.indexed import IndexedSource, open_images
 from ccmim_fast.data.progress import progress_bar
@@ -21,7 +22,6 @@ from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.errors import ConfigError, MachineError
 from ccmim_fast.evaluation.frozen.features import extract
-from ccmim_fast.export.trained import Trained, read_trained
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.models.tokens import tokens_of
 
@@ -44,29 +44,29 @@ def embed(argv: list[str]) -> None:
     """
     given = _read(argv)
     out = Path(given.out)
-    trained = read_trained(given.run)
-    source = open_images(given.folder, trained.config.data.channels, quiet=False)
-    width = trained.model.encoder.embed_dim
+    run = open_run(given.run)
+    source = open_images(given.folder, run.config.data.channels, quiet=False)
+    width = run.model.encoder.embed_dim
     with progress_bar("embedding") as report, _written(out) as parts:
         write = _npy if out.suffix == ".npy" else _arrow
-        write(parts, usable_count(source), width, source.labels_N is not None, _rows(trained, source, given, report))
+        write(parts, usable_count(source), width, source.labels_N is not None, _rows(run, source, given, report))
     left_out = len(source) - usable_count(source)
     print(f"{given.out}: {usable_count(source)} x {width}{f'; {left_out} images cannot be used' if left_out else ''}")
 
 
 def _rows(
-    trained: Trained, source: IndexedSource, given: argparse.Namespace, report: Callable[[int, int], None]
+    run: OpenedRun, source: IndexedSource, given: argparse.Namespace, report: Callable[[int, int], None]
 ) -> Iterator[Rows]:
     device = torch.device(given.device)
     precision = choose_precision(given.precision, device)
-    model, done = trained.model.to(device), 0
+    model, done = run.model.to(device), 0
     plain, prefix = tokens_of(model.encoder, model.mean_C, model.std_C), model.encoder.num_prefix_tokens
 
     def encode(images_BHWC: torch.Tensor) -> torch.Tensor:
         with precision.autocast(device):
             return plain(images_BHWC)
 
-    batches = evaluation_batches(source, tuple(trained.config.data.image_size), given.batch, device, given.workers)
+    batches = evaluation_batches(source, tuple(run.config.data.image_size), given.batch, device, given.workers)
     for batch in batches:
         features_BD, labels_B = extract(encode, [batch], prefix, given.pool)
         names = [source.name(number).encode(errors="replace").decode() for number in batch.host_ids_B.tolist()]

@@ -103,7 +103,7 @@ def repeated(trees, tmp_path, **changes):
 def job_of(trees, tmp_path, data_changes=(), **changes):
     from dataclasses import replace
 
-    from ccmim_fast.evaluation.encoders import read_weights
+    from ccmim_fast.evaluation.encoders import read_encoder
     from ccmim_fast.evaluation.images import open_both
     from ccmim_fast.evaluation.job import Job
     from ccmim_fast.ranks.session import open_session
@@ -113,7 +113,7 @@ def job_of(trees, tmp_path, data_changes=(), **changes):
     train = replace(config.train, batch_size=60, device="cpu", precision="fp32")
     augment = replace(config.augment, mixup=0.0, cutmix=0.0, **changes)
     config = replace(config, data=data, train=train, augment=augment)
-    weights = read_weights("timm:test_vit")
+    weights = read_encoder("timm:test_vit")
     with open_session("cpu", 1.0) as here:
         return config, Job(config, here, tmp_path, weights, *open_both(config, weights.mean, weights.std))
 
