@@ -8,7 +8,7 @@ from tiny import images, tiny_config
 
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine import build as trainer_build
-from ccmim_fast.engine.loop import fit
+from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.engine.step import TrainStep
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.build import build_model

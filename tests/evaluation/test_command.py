@@ -13,7 +13,7 @@ from tiny import tiny_config
 from ccmim_fast import cli
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.load import presets
-from ccmim_fast.engine.loop import fit
+from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.evaluation.encoders import build_encoder, read_weights
 from ccmim_fast.evaluation.masks.subject import read_subject
 from ccmim_fast.evaluation.protocols import FIGURES, protocol
