@@ -32,7 +32,7 @@ _RANGES = {
 def index(argv: list[str]) -> None:
     """`ccmim data index ROOT`: make the index of a set of images, or bring it up to date."""
     given = _parser("index", index).parse_args(argv)
-    source = _open(given, look=True)
+    source = _open(given, rescan=True)
     _print_summary(source, _SHOWN)
     print(f"index: {source.index.path!r}")
 
@@ -104,7 +104,7 @@ def stats(argv: list[str]) -> None:
 
 def bench(argv: list[str]) -> None:
     """`ccmim data bench ROOT`: what reading, decoding, cropping and copying cost, and what bounds a run."""
-    from ccmim_fast.data.rates import measure_rates
+    from ccmim_fast.data.throughput import measure_throughput
 
     parser = _parser("bench", bench)
     parser.add_argument("--image-size", type=int, default=224, help="pixels a side of the crops; default 224")
@@ -116,7 +116,7 @@ def bench(argv: list[str]) -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     given = parser.parse_args(argv)
     source = _open(given)
-    rates = measure_rates(source, given.image_size, given.batch, given.images, given.workers, given.device)
+    rates = measure_throughput(source, given.image_size, given.batch, given.images, given.workers, given.device)
     for line in rates.lines():
         print(line)
 
@@ -139,13 +139,13 @@ def _parser(name: str, command: Callable) -> Parser:
     return parser
 
 
-def _open(given: argparse.Namespace, look: bool = False) -> IndexedSource:
+def _open(given: argparse.Namespace, rescan: bool = False) -> IndexedSource:
     for name, (least, most) in _RANGES.items():
         value = getattr(given, name, least)
         if not least <= value <= most:
             limit = f"at least {least}" if most == _NO_LIMIT else f"in {least}..{most}"
             raise ConfigError(f"--{name.replace('_', '-')}={value}: must be {limit}")
-    return open_images(given.root, given.channels, given.index, quiet=False, look=look)
+    return open_images(given.root, given.channels, given.index, quiet=False, rescan=rescan)
 
 
 def _print_summary(source: IndexedSource, shown: int) -> None:

@@ -9,12 +9,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ccmim_fast.build.model import build_model
 from ccmim_fast.config.schema import Config
 from ccmim_fast.engine.pretraining import Pretraining, fit
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.frozen.held_out import HELD_OUT, HeldOut, make_held_out, measure_features
 from ccmim_fast.evaluation.masks.probe import probe
-from ccmim_fast.models.build import build_model
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.report import RunView, Snapshot, write_report
 from ccmim_fast.report.reconstruction import drawn

@@ -24,7 +24,7 @@ from ccmim_fast.engine.compile import choose_compile
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.optim.apex import BUILD
-from ccmim_fast.ranks.session import session
+from ccmim_fast.ranks.session import open_session
 
 PATIENCE = 120  # seconds for a trial; torch.compile takes 20 to 60 of them
 _WIDE = 160  # characters of a line where nobody reads it on a terminal
@@ -71,7 +71,7 @@ def print_report(argv: Sequence[str] = ()) -> None:
         return
     if argv:
         raise ConfigError(f"usage: ccmim doctor; it takes no options, not {argv[0]!r:.80}")
-    with session("auto") as here:
+    with open_session("auto") as here:
         precision, compiled = choose_precision("auto", here.device).name, choose_compile("auto", here.device)
     rows = [*gpus(), *examine(parts(here.device.type == "cuda"))]
     table = Table("part", "found", "works", "instead")

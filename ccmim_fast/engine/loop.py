@@ -43,7 +43,7 @@ class Loop:
         self.step, self.seen = self.checkpointer.resume()
         self.total_steps = self._count_steps()
         self.monitor, self.spikes = StepMonitor(here), Spikes(config.watch.spike)
-        self.signals = StopSignals(to_the_end=here.world_size > 1)
+        self.signals = StopSignals(keep_after_error=here.world_size > 1)
         self.meter = Meter(config.train.batch_size, here, task.flops, task.precision.dtype)
         self.metrics = None
         if here.is_main:
@@ -109,7 +109,7 @@ class Loop:
         return ended if ended > (self.seen - self.config.train.batch_size) // self.samples else 0
 
     def _train(self, batches: Sequence[Any]) -> Result:
-        self.here.watchdog.mark("in step", self.step + 1)
+        self.here.watchdog.enter_phase("in step", self.step + 1)
         result = self.task.train(batches, self.step, self.seen)
         self.meter.stepped()
         self.step += 1
@@ -175,6 +175,6 @@ class Loop:
         return bool(every and epoch) and epoch % every == 0 and self.seen >= epoch * self.samples
 
     def _evaluate(self, epoch: int) -> None:
-        self.here.watchdog.mark("looking at the model")
+        self.here.watchdog.enter_phase("evaluating the model")
         self.task.after_epoch(epoch, self)
         self.meter.pause()

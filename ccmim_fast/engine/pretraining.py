@@ -15,7 +15,7 @@ from ccmim_fast.checkpoints.state import Progress, maps_in
 from ccmim_fast.config.schema import Config
 from ccmim_fast.config.validate import validate
 from ccmim_fast.data.build import build_loader, build_source
-from ccmim_fast.data.source import left_out
+from ccmim_fast.data.source import excluded_summary
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine.build import build_bank, build_step, check_device, check_images, choose_shards, prepare_step
 from ccmim_fast.engine.dry_run import count_flops
@@ -27,7 +27,7 @@ from ccmim_fast.engine.step import StepResult
 from ccmim_fast.engine.task import Report, Task
 from ccmim_fast.optim.schedule import lr_at, scaled_lr
 from ccmim_fast.profile.profiler import Profile, check_room
-from ccmim_fast.ranks.session import Session, main_first, max_over_ranks, mean_over_ranks, session
+from ccmim_fast.ranks.session import Session, main_first, max_over_ranks, mean_over_ranks, open_session
 from ccmim_fast.runs.folder import describe_run, open_run_folder
 from ccmim_fast.runs.state import recorded
 
@@ -45,14 +45,14 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None
     Raises:
         CcmimError: a user's error, with its exit code.
     """
-    with session(config.train.device, config.watch.timeout) as here:
+    with open_session(config.train.device, config.watch.timeout) as here:
         validate(config, here.world_size)
         check_device(config, here, looks=after_epoch is not None)
         if config.train.find_batch:
             config = with_largest_batch(config, here)
         # In the order in which a mistake is cheapest to find: folder, images, model, checkpoint.
         folder = open_run_folder(config) if here.is_main else Path(config.run.dir)
-        here.watchdog.open(folder)
+        here.watchdog.start(folder)
         task = Pretraining(config, here, folder, after_epoch, more)
         with closing(Loop(task, config, here, folder)) as loop:
             profile = _profile(loop)
@@ -108,7 +108,7 @@ class Pretraining(Task):
             rank=here.rank,
             world_size=here.world_size,
             device=here.device,
-            shards=choose_shards(config),
+            partitions=choose_shards(config),
         )
         self.bank: ScoreBank | None = build_bank(config, self.loader.plan, here, folder)
         self.train_step = step = build_step(config, here)
@@ -125,7 +125,7 @@ class Pretraining(Task):
     @property
     def headline(self) -> str:
         """Say what the run works on and with, `auto` resolved, and what it leaves out."""
-        images = [f"{self.loader.plan.samples} images", *left_out(self.source), type(self.loader).__name__]
+        images = [f"{self.loader.plan.samples} images", *excluded_summary(self.source), type(self.loader).__name__]
         device = f"{self.here.world_size} x {self.here.device}, {self.precision.name}"
         weights = sum(p.numel() for p in self.model.parameters())
         return " · ".join([*images, device, f"{weights / 1e6:.1f} M parameters"])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ccmim_fast.data.build import Loader
-from ccmim_fast.data.source import usable
+from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.evaluation.job import Job
@@ -65,12 +65,12 @@ def accuracies(job: Job, logits: Callable[[Tensor], Tensor], heads: tuple[str, .
         part=(here.rank, here.world_size),
     )
     for batch in batches:
-        here.watchdog.mark("looking at the model")
+        here.watchdog.enter_phase("evaluating the model")
         hits = logits(batch.images_BHWC).topk(guesses[-1], dim=-1).indices == batch.labels_B[:, None]
         right += torch.stack([hits[..., :n].any(-1).sum(1) for n in guesses])
     if dist.is_initialized():
         dist.all_reduce(right)
-    shares = (right / usable(job.test.source)).tolist()
+    shares = (right / usable_count(job.test.source)).tolist()
     names = [f"{head}{suffix}" for suffix in ("", ", five guesses")[: len(guesses)] for head in heads]
     return dict(zip(names, [share for row in shares for share in row]))
 

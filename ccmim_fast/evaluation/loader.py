@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ccmim_fast.data.index.bad_samples import Skipped
-from ccmim_fast.data.source import usable, usable_ids
-from ccmim_fast.data.stream.fallback import load_or_substitute
+from ccmim_fast.data.index.bad_samples import BadSamples
+from ccmim_fast.data.source import usable_count, usable_ids
+from ccmim_fast.data.stream.prefetch import load_with_fallback
 from ccmim_fast.data.stream.plan import MicroBatch, Plan
 from ccmim_fast.data.stream.prefetch import thread_count
 from ccmim_fast.errors import CcmimError
@@ -21,7 +21,7 @@ _AHEAD = 1  # micro-batches of each process: as large as a step's, and there are
 class SampleLoader:
     """Training micro-batches of one rank; a `Loader`. A subclass says what a sample is.
 
-    An image that `read` cannot give is replaced, see `load_or_substitute`. What comes is to depend on (seed, epoch,
+    An image that `read` cannot give is replaced, see `load_with_fallback`. What comes is to depend on (seed, epoch,
     sample id) alone, not on the process that makes it.
 
     Attributes:
@@ -36,10 +36,7 @@ class SampleLoader:
         self.plan = Plan(
             source, config.seed, train.batch_size, train.accumulate, here.rank, here.world_size, repeats=repeats
         )
-        # Where there is no index, what is excluded is not bad: there is no object in it.
-        index = getattr(source, "index", None)
-        bad = 0 if index is None else len(source.excluded_X)
-        self.skipped = Skipped(index, len(source), bad, data.on_error, data.max_bad)
+        self.bad_samples = BadSamples.of(source, data.on_error, data.max_bad)
 
     def read(self, index: int) -> Any:
         """Return an image, and what is known of it; raises DataError where that cannot be had."""
@@ -64,17 +61,17 @@ class SampleLoader:
         for batch, reasons in prepared(self._sample, keys, self._collate, self.config.data.workers, self.here.device):
             # Processes keep account of their own; they have written it down for the next run.
             for sample, reason in reasons.items():
-                self.skipped.add(sample, reason, lasting=False)
+                self.bad_samples.add(sample, reason, lasting=False)
             yield self.place(batch, number)
             number += 1
 
     def _sample(self, sample: MicroBatch) -> Any:
         """Return the sample that a micro-batch of one asks for, or its substitute."""
-        shown, read = load_or_substitute(lambda one: self.read(one.ids_B.item()), sample, self.plan, self.skipped)
+        shown, read = load_with_fallback(lambda one: self.read(one.ids_B.item()), sample, self.plan, self.bad_samples)
         return self.make(read, shown.ids_B.item(), shown.epochs_B.item())
 
     def _collate(self, samples: list) -> tuple[Any, dict[int, str]]:
-        return self.collate(samples), dict(self.skipped.reasons)
+        return self.collate(samples), dict(self.bad_samples.reasons)
 
 
 def samples_to_test(job: Job, read: Callable[[int], Any]) -> Iterator[list[Any]]:
@@ -84,11 +81,11 @@ def samples_to_test(job: Job, read: Callable[[int], Any]) -> Iterator[list[Any]]
         read: sample id -> sample; raises DataError naming a bad image, which ends the test.
     """
     here, train, source = job.here, job.config.train, job.test.source
-    ids = usable_ids(source, np.arange(here.rank, usable(source), here.world_size)).tolist()
+    ids = usable_ids(source, np.arange(here.rank, usable_count(source), here.world_size)).tolist()
     size = max(1, train.batch_size // (train.accumulate * here.world_size))
     batches = (ids[first : first + size] for first in range(0, len(ids), size))
     for samples in prepared(read, batches, list, job.config.data.workers, here.device):
-        here.watchdog.mark("looking at the model")
+        here.watchdog.enter_phase("evaluating the model")
         yield samples
 
 

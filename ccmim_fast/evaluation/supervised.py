@@ -23,8 +23,7 @@ from ccmim_fast.evaluation.encoders import Weights
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.optim.ema import averaged_in, build_ema, update_ema_
-from ccmim_fast.optim.gradients import Gradients, drop_gradients, guard, update
-from ccmim_fast.optim.optimizer import set_lr
+from ccmim_fast.optim.gradients import Gradients, drop_gradients, guard, set_lr, update
 from ccmim_fast.optim.schedule import scaled_lr, schedule_lr
 from ccmim_fast.ranks.session import mean_over_ranks
 
@@ -57,7 +56,7 @@ class SupervisedResult(NamedTuple):
 def train(job: Job, learner: Learner) -> dict[str, float]:
     """Train to the end, or go on with a run that was stopped; returns the figures of the end."""
     task = Supervised(job, learner)
-    job.here.watchdog.open(job.folder)
+    job.here.watchdog.start(job.folder)
     with contextlib.closing(Loop(task, job.config, job.here, job.folder)) as loop:
         loop.run()
         return task.report_test(loop)

@@ -17,13 +17,13 @@ import torch
 from ccmim_fast.config.parser import Parser
 from ccmim_fast.data.index.indexed import IndexedSource, open_images
 from ccmim_fast.data.progress import progress_bar
-from ccmim_fast.data.source import usable
+from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.errors import ConfigError, MachineError
 from ccmim_fast.evaluation.frozen.features import extract
 from ccmim_fast.export.trained import Trained, read_trained
-from ccmim_fast.models.encoder import tokens_of
 from ccmim_fast.models.precision import choose_precision
+from ccmim_fast.models.tokens import tokens_of
 
 SUFFIXES = (".npy", ".arrow")
 
@@ -49,9 +49,9 @@ def embed(argv: list[str]) -> None:
     width = trained.model.encoder.embed_dim
     with progress_bar("embedding") as report, _written(out) as parts:
         write = _npy if out.suffix == ".npy" else _arrow
-        write(parts, usable(source), width, source.labels_N is not None, _rows(trained, source, given, report))
-    left_out = len(source) - usable(source)
-    print(f"{given.out}: {usable(source)} x {width}{f'; {left_out} images cannot be used' if left_out else ''}")
+        write(parts, usable_count(source), width, source.labels_N is not None, _rows(trained, source, given, report))
+    left_out = len(source) - usable_count(source)
+    print(f"{given.out}: {usable_count(source)} x {width}{f'; {left_out} images cannot be used' if left_out else ''}")
 
 
 def _rows(
@@ -72,7 +72,7 @@ def _rows(
         names = [source.name(number).encode(errors="replace").decode() for number in batch.host_ids_B.tolist()]
         yield Rows(names, None if labels_B is None else labels_B.tolist(), features_BD.numpy())
         done += len(names)
-        report(done, usable(source))
+        report(done, usable_count(source))
 
 
 @contextlib.contextmanager

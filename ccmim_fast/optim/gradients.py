@@ -13,7 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ccmim_fast.optim.parts import own_part
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that FSDP has divided, or any other tensor: the same memory, no gradient."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 class Gradients(NamedTuple):
@@ -78,6 +81,16 @@ def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, bad: 
         scaler.update()
     elif _is_capturing(bad) or not bad.item():
         optimizer.step()
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of all groups, times their `lr_scale`, without waiting for the device where it is a tensor there."""
+    for group in optimizer.param_groups:
+        rate = lr * group.get("lr_scale", 1.0)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def drop_gradients(optimizer: torch.optim.Optimizer) -> None:

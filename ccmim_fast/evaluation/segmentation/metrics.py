@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ccmim_fast.data.source import usable
+from ccmim_fast.data.source import usable_count
 from ccmim_fast.errors import DataError
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.loader import samples_to_test
@@ -48,7 +48,7 @@ def segmentation_figures(job: Job, model: nn.Module) -> dict[str, float]:
     if dist.is_initialized():
         dist.all_reduce(confusion_KK)
     if not confusion_KK.any():
-        raise DataError(f"{config.data.root}: no pixel of the {usable(scenes)} images to test on has a class")
+        raise DataError(f"{config.data.root}: no pixel of the {usable_count(scenes)} images to test on has a class")
     return figures_of(confusion_KK)
 
 
