@@ -15,7 +15,7 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.engine.task import Task
 from ccmim_fast.errors import CheckpointError, ConfigError
 from ccmim_fast.ranks.fsdp import is_sharded, let_go
-from ccmim_fast.ranks.session import Session, backend_timeout, broadcast, barrier
+from ccmim_fast.ranks.session import Session, backend_timeout, barrier, broadcast
 
 
 class Checkpointer:

@@ -44,7 +44,7 @@ class Loop:
         self.total_steps = self._count_steps()
         self.monitor, self.spikes = StepMonitor(here), Spikes(config.watch.spike)
         self.signals = StopSignals(keep_after_error=here.world_size > 1)
-        self.meter = Meter(config.train.batch_size, here, task.flops, task.precision.dtype)
+        self.meter = Meter(config.train.batch_size, here, task.count_flops(), task.precision.dtype)
         self.metrics = None
         if here.is_main:
             self.metrics = Metrics(folder, tensorboard=config.run.tensorboard, resume_step=self.step)

@@ -2,7 +2,6 @@
 
 # E embedding dim
 
-import functools
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -118,8 +117,8 @@ class Pretraining(Task):
         self.length = config.train.epochs * self.loader.plan.samples
         self._nan_id = torch.full((), -1, device=here.device)
 
-    @functools.cached_property
-    def flops(self) -> dict[Any, float]:
+    def count_flops(self) -> dict[Any, float]:
+        """See `Task`."""
         return count_flops(self.train_step)
 
     @property

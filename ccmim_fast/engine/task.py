@@ -34,7 +34,6 @@ class Task:
         loader: of the images to train on.
         length: samples of all epochs together.
         precision: of the step's products.
-        flops: per image by operator, for MFU; empty where nobody counts them.
         headline: one line on images and model, printed before the first step.
     """
 
@@ -45,7 +44,6 @@ class Task:
     loader: Loader
     length: int
     precision: Precision
-    flops: dict[Any, float]
     headline: str
 
     def train(self, batches: Sequence[Any], step: int, seen: int) -> Result:
@@ -58,6 +56,10 @@ class Task:
         The one function of a task that may wait for the device. Events besides go to `report`.
         """
         raise NotImplementedError
+
+    def count_flops(self) -> dict[Any, float]:
+        """Return the FLOPs per image by operator, for MFU; empty where nobody counts them."""
+        return {}
 
     def after_epoch(self, epoch: int, loop: "Loop") -> None:
         """Evaluate the model after an epoch, and before the first one as epoch 0; every rank calls it."""

@@ -9,9 +9,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ccmim_fast.data.index.bad_samples import BadSamples
 from ccmim_fast.data.source import usable_count, usable_ids
-from ccmim_fast.data.stream.prefetch import load_with_fallback
 from ccmim_fast.data.stream.plan import MicroBatch, Plan
-from ccmim_fast.data.stream.prefetch import thread_count
+from ccmim_fast.data.stream.prefetch import load_with_fallback, thread_count
 from ccmim_fast.errors import CcmimError
 from ccmim_fast.evaluation.job import Job
 

@@ -65,8 +65,6 @@ def train(job: Job, learner: Learner) -> dict[str, float]:
 class Supervised(Task):
     """One run of a protocol that trains."""
 
-    flops: dict[Any, float] = {}
-
     def __init__(self, job: Job, learner: Learner):
         config, here = job.config, job.here
         self.config, self.here, self.learner, self.loader = config, here, learner, learner.loader

@@ -107,13 +107,13 @@ def _check(job: Job, vit: nn.Module) -> None:
 
 
 def losses(model: nn.Module, batch: MicroBatchOfObjects) -> Tensor:
-    """Return [1], the sum of the losses of proposals, classes, boxes and masks, each with weight 1 (He et al., 2017)."""
+    """Return [1], the sum of the losses of proposals, classes, boxes and masks, of weight 1 each (He et al., 2017)."""
     return sum(model(batch.images, batch.targets).values()).float()[None]
 
 
 @torch.no_grad()
 def found_in_share(model: nn.Module, job: Job) -> Iterator[tuple[dict[str, Tensor], Instances]]:
-    """Yield for each image of this rank's share what the detector finds in it, and what there is; masks [N, H, W] bool."""
+    """Yield what the detector finds in each image of this rank's share, and what there is; masks are [N, H, W] bool."""
     for shown in share_to_test(job):
         images = [one.image_CHW.to(job.here.device, non_blocking=True) / 255 for one in shown]
         sizes = [one.objects.masks_NHW.shape[1:] for one in shown]

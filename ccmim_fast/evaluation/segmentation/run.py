@@ -10,9 +10,9 @@ from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.finetune import build_optimizer
 from ccmim_fast.evaluation.images import Images
 from ccmim_fast.evaluation.job import Job
+from ccmim_fast.evaluation.segmentation.metrics import segmentation_figures
 from ccmim_fast.evaluation.segmentation.model import build_segmenter, check_installed
 from ccmim_fast.evaluation.segmentation.scenes import IGNORED, folder_scenes, shape_scenes
-from ccmim_fast.evaluation.segmentation.metrics import segmentation_figures
 from ccmim_fast.evaluation.segmentation.transforms import SceneBatch, SceneLoader
 from ccmim_fast.evaluation.supervised import Learner, train
 
@@ -65,6 +65,7 @@ def _check(config: EvalConfig, mean: tuple[float, ...], std: tuple[float, ...]) 
 def run(job: Job) -> dict[str, float]:
     """Train all weights; mIoU, aAcc and mAcc of the end, see `figures_of`."""
     config, model = job.config, build_segmenter(job)
+
     def losses(module: nn.Module, batch: SceneBatch) -> Tensor:
         logits_BKHW, auxiliary_BKHW = module(batch.images_BCHW)
         main, auxiliary = (pixel_loss(logits, batch.labels_BHW) for logits in (logits_BKHW, auxiliary_BKHW))
