@@ -41,7 +41,7 @@ def test_beats_chance(evaluated, trees, source, decay, precision):
 
     In half precision too, where autocast keeps weights that it has cast.
     """
-    more = [f"--data.source={source}", f"--data.root={trees[source]}", "--train.epochs=4", f"--optim.ema={decay}"]
+    more = [f"--data.source={source}", f"--data.root={trees[source]}", "--train.epochs=6", f"--optim.ema={decay}"]
     result = evaluated("transfer", *SHORT, *more, f"--train.precision={precision}")
     found, averaged = result["figures"]["accuracy"], result["figures"]["accuracy, averaged weights"]
     assert found > CHANCE + MARGIN
