@@ -45,7 +45,7 @@ def demo(argv: list[str]) -> None:
 def pretrain(argv: list[str]) -> None:
     """`ccmim pretrain [settings]`."""
     from ccmim_fast.config.load import load_config
-    from ccmim_fast.engine.loop import fit
+    from ccmim_fast.engine.pretraining import fit
 
     config = load_config(argv, "ccmim pretrain")
     if config.data.source != "shapes":

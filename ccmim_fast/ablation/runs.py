@@ -17,7 +17,7 @@ from ccmim_fast.config.load import load_config
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.build import build_source
 from ccmim_fast.data.source import Source
-from ccmim_fast.engine.loop import Trainer, fit
+from ccmim_fast.engine.pretraining import Pretraining, fit
 from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.frozen.held_out import make_held_out, measure_features
 from ccmim_fast.evaluation.masks.score_probe import probe_scores
@@ -106,7 +106,7 @@ def _pretrain(config: Config, test: str) -> dict[str, Any]:
     wanted = {round(epochs * i / LOOKS) for i in range(1, LOOKS + 1)}
     started, looked = time.perf_counter(), 0.0  # in all, of it with looking
 
-    def look(epoch: int, run: Trainer) -> None:
+    def look(epoch: int, run: Pretraining) -> None:
         nonlocal looked
         if epoch not in wanted:
             return

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ccmim_fast.build.model import build_model
 from ccmim_fast.config.schema import Config
-from ccmim_fast.engine.loop import Trainer, fit
+from ccmim_fast.engine.pretraining import Pretraining, fit
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.frozen.held_out import HELD_OUT, HeldOut, make_held_out, measure_features
 from ccmim_fast.evaluation.masks.probe import probe
@@ -69,7 +69,7 @@ def train_and_measure(config: Config, held_out: HeldOut) -> dict[str, float]:
     moments = {"_start": 0, "_early": round(last / (LOOKS - 1)), "": last}
     figures: dict[str, float] = {}
 
-    def look(epoch: int, run: Trainer) -> None:
+    def look(epoch: int, run: Pretraining) -> None:
         if epoch not in looks:
             return
         model = run.model

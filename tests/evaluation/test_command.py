@@ -14,10 +14,11 @@ from ccmim_fast import cli
 from ccmim_fast.checkpoints import open_run
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.load import presets
-from ccmim_fast.engine.loop import fit
+from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.evaluation.encoders import build_encoder, read_encoder
 from ccmim_fast.evaluation.masks.subject import read_subject
-from ccmim_fast.evaluation.protocols import FIGURES, protocol
+from ccmim_fast.evaluation.protocols import protocol
+from ccmim_fast.evaluation.registry import EVALUATIONS
 from ccmim_fast.export.plain import export_timm
 from ccmim_fast.models.encoder import build_encoder as ours
 
@@ -64,7 +65,7 @@ def test_deviations_are_listed_and_only_those(evaluated, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", [name for name in presets("eval") if not name.startswith(("transfer", "detection"))])
 def test_presets_hold_the_figures_of_their_protocols(name):
-    of = protocol(next(evaluation for evaluation in FIGURES if name.startswith(evaluation)), name)
+    of = protocol(next(evaluation for evaluation in EVALUATIONS if name.startswith(evaluation)), name)
     assert of.source
     assert of.images == PUBLISHED.get(of.evaluation, IMAGENET)
     optim, train = of.config.optim, of.config.train
