@@ -14,7 +14,7 @@ ONE_FILE = {
     "xformers": "models/attention.py",
     "apex": "optim/apex.py",
     "torchmetrics": "evaluation/detection/precision.py",
-    "submitit": "commands/submit.py",
+    "submitit": "ranks/slurm.py",
     "huggingface_hub": "export/hub.py",
     "segmentation_models_pytorch": "evaluation/segmentation/upernet.py",
 }
