@@ -95,10 +95,8 @@ def test_every_command_has_help(words, capsys):
 
 def test_every_benchmark_is_handed_its_options(monkeypatch):
     """`--help` among them: the script prints it."""
-    called = []
-    monkeypatch.setattr(
-        bench.subprocess, "run", lambda command, env: called.append(command) or SimpleNamespace(returncode=0)
-    )
+    called, done = [], SimpleNamespace(returncode=0)
+    monkeypatch.setattr(bench.subprocess, "run", lambda command, env: called.append(command) or done)
     for name, script in bench.SCRIPTS.items():
         assert main(["bench", name, "--help"]) == 0
         assert str(called[-1][1]).endswith(f"benchmarks/{script}")
@@ -109,9 +107,7 @@ def test_every_benchmark_is_handed_its_options(monkeypatch):
 def test_a_command_imports_what_it_needs_when_it_is_called():
     """`ccmim --help` and those of the quick commands load no torch; nor is another command's file imported."""
     code = "import sys; from ccmim_fast.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
-    code += (
-        "print([name for name in sys.modules if name in ('torch', 'timm') or name.startswith('ccmim_fast.commands.')])"
-    )
+    code += "print([n for n in sys.modules if n in ('torch', 'timm') or n.startswith('ccmim_fast.commands.')])"
     quick = ["demo", "pretrain", "submit", "runs", "report", "data", "export", "embed", "import", "ablate", "bench"]
     for argv in ([], *([name] for name in [*quick, "doctor"])):
         done = subprocess.run([sys.executable, "-c", code, *argv, "--help"], capture_output=True, text=True, check=True)

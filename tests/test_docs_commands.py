@@ -32,8 +32,8 @@ from ccmim_fast.config.evaluation import EvalConfig, validate_evaluation
 from ccmim_fast.config.load import load_config, on_preset
 from ccmim_fast.config.validate import validate
 from ccmim_fast.evaluation.command import EVALUATIONS, _protocol_of
+from ccmim_fast.evaluation.masks.command import _read as read_masks
 from ccmim_fast.evaluation.protocols import FOLDER
-from ccmim_fast.masks.command import _read as read_masks
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each folder may import itself and what stands before it; errors.py is everyone's, cli.py and its commands see all.
 LAYERS = ["config", "data", "models", "bank", "losses", "optim", "checkpoints", "runs", "ranks", "profile", "engine"]
-LAYERS += ["evaluation", "report", "export", "masks", "ablation", "commands"]
+LAYERS += ["report", "evaluation", "export", "doctor", "ablation", "commands"]
 ONE_FILE = {
     "nvidia": "data/stream/dali_loader.py",
     "xformers": "models/attention.py",

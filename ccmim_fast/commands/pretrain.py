@@ -11,6 +11,6 @@ def pretrain(argv: list[str]) -> None:
     if config.data.source != "shapes":
         fit(config)
         return
-    from ccmim_fast.evaluation.objects import object_figures
+    from ccmim_fast.evaluation.masks.objects import object_figures
 
     fit(config, more=object_figures)

@@ -67,7 +67,12 @@ class KnnConfig:
 
 @dataclass(frozen=True)
 class LogregConfig:
-    c: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)  # inverse penalties tried on a fifth held out; evaluation/linear.py
+    c: tuple[float, ...] = (
+        1e-4,
+        1e-3,
+        1e-2,
+        1e-1,
+    )  # inverse penalties tried on a fifth held out
 
 
 @dataclass(frozen=True)

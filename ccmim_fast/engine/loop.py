@@ -17,9 +17,8 @@ from ccmim_fast.engine.build import build_bank, build_step, check_device, check_
 from ccmim_fast.engine.checkpointer import Checkpointer
 from ccmim_fast.engine.data_report import DataReport
 from ccmim_fast.engine.dry_run import count_flops
-from ccmim_fast.engine.find_batch import with_largest_batch
 from ccmim_fast.engine.health import Spikes, health_of
-from ccmim_fast.engine.out_of_memory import tells_what_fits
+from ccmim_fast.engine.memory import explains_out_of_memory, with_largest_batch
 from ccmim_fast.engine.post_mortem import capture
 from ccmim_fast.engine.step import StepResult
 from ccmim_fast.engine.step_monitor import Past, StepMonitor
@@ -40,7 +39,7 @@ AfterEpoch = Callable[[int, "Trainer"], None]
 More = Callable[["Trainer", Sequence[Batch], StepResult], dict[str, float | None]]
 
 
-@tells_what_fits
+@explains_out_of_memory
 def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None = None) -> Path:
     """Pretrain as `config` says; returns the run's folder.
 

@@ -12,8 +12,9 @@ from ccmim_fast.config.evaluation import EvalConfig, validate_evaluation
 from ccmim_fast.config.keys import flatten, nearest, show
 from ccmim_fast.config.load import load_config
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.evaluation import detection, finetune, frozen, probes
+from ccmim_fast.evaluation import detection, finetune, probes
 from ccmim_fast.evaluation.encoders import Weights, read_weights
+from ccmim_fast.evaluation.frozen import run as frozen
 from ccmim_fast.evaluation.images import Images, open_both
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.protocols import FOLDER, Protocol, deviations, protocol, write_result

@@ -20,6 +20,9 @@ from ccmim_fast.config.load import from_yaml
 from ccmim_fast.errors import CheckpointError, ConfigError
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Shares = tuple[tuple[int, int], ...]  # numerator and denominator
+OUTPUTS: Shares = ((1, 3), (1, 2), (2, 3), (1, 1))  # blocks 3 5 7 11 of 12, 7 11 15 23 of 24; BEiT, CAE
+QUARTERS: Shares = ((1, 4), (1, 2), (3, 4), (1, 1))  # blocks 2 5 8 11 of 12; where ViTDet attends globally
 _HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")  # timm's names of what stands behind the tokens
 
 
@@ -204,6 +207,11 @@ def _resampled(positions_1TD: Tensor, old: tuple[int, ...], new: tuple[int, ...]
     x_1DRC = x_1LD.float().unflatten(1, old).permute(0, 3, 1, 2)
     x_1DRC = F.interpolate(x_1DRC, size=new, mode="bicubic", antialias=True)
     return torch.cat([prefix_1PD, x_1DRC.flatten(2).transpose(1, 2).to(x_1LD.dtype)], dim=1)
+
+
+def out_indices(depth: int, shares: Shares) -> tuple[int, ...]:
+    """Return the index of the last block of each share of an encoder; in a shallow one some come twice."""
+    return tuple(-(-depth * part // whole) - 1 for part, whole in shares)
 
 
 class Encoder(nn.Module):

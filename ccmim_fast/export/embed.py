@@ -18,7 +18,7 @@ from ccmim_fast.data.progress import progress_bar
 from ccmim_fast.data.source import usable
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.errors import MachineError
-from ccmim_fast.evaluation.features import extract
+from ccmim_fast.evaluation.frozen.features import extract
 from ccmim_fast.export.trained import read_trained
 from ccmim_fast.models.encoder import tokens_of
 from ccmim_fast.models.precision import choose_precision

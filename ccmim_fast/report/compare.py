@@ -41,8 +41,8 @@ def compare_runs(
         raise ConfigError(f"--out={out}: is a folder; write --out={out / 'report.html'}")
     # Behind the checks: torch and matplotlib take seconds to import.
     from ccmim_fast.report.html import write_report
-    from ccmim_fast.report.looks import look_back
     from ccmim_fast.report.runs import Comparison, RunView
+    from ccmim_fast.report.snapshots import look_back
 
     names = names_of(folders)
     rows = []

@@ -16,9 +16,9 @@ from ccmim_fast.config.schema import Config
 
 from .curves import curve_svg, line_style
 from .evaluations import Evaluation, read_evaluations
-from .looks import Looks
 from .pictures import Snapshot, columns_of, picture_uri, snapshot_grid
 from .runs import Comparison, RunView, against, compare, differences, flatten, merge_equal, read_part
+from .snapshots import Looks
 
 MISSING = "—"
 METHODS = {"untrained": "Untrained", "mae": "MAE", "ccmim": "ccMIM"}  # any other name is shown as it is

@@ -14,7 +14,7 @@ from ccmim_fast.checkpoints.published import read_published
 from ccmim_fast.cli import main
 from ccmim_fast.errors import CheckpointError, ConfigError
 from ccmim_fast.evaluation.encoders import IMAGENET, build_encoder, read_weights
-from ccmim_fast.masks.subject import read_subject
+from ccmim_fast.evaluation.masks.subject import read_subject
 
 NAME = "test_vit.r160_in1k"
 

@@ -86,7 +86,7 @@ def test_the_page_asks_for_nothing(ended, tmp_path):
 
 def test_pictures_follow_the_weights_and_not_the_noise(ended, tmp_path):
     """Of one image at two checkpoints: equal input, another reconstruction."""
-    from ccmim_fast.report.looks import look_back
+    from ccmim_fast.report.snapshots import look_back
 
     for run in ended:
         before = sorted(run.rglob("*"))
@@ -108,7 +108,7 @@ def test_a_bank_is_read_as_it_was_saved(ended):
 
     from ccmim_fast.bank.warp import read
     from ccmim_fast.checkpoints import io as checkpoints
-    from ccmim_fast.report.looks import look_back
+    from ccmim_fast.report.snapshots import look_back
 
     path = checkpoints.checkpoints(ended[0] / "checkpoints")[-1]
     maps_BGG = checkpoints.load(path)["maps"][[0, 11]]

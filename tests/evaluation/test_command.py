@@ -15,10 +15,10 @@ from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.load import presets
 from ccmim_fast.engine.loop import fit
 from ccmim_fast.evaluation.encoders import build_encoder, read_weights
+from ccmim_fast.evaluation.masks.subject import read_subject
 from ccmim_fast.evaluation.protocols import FIGURES, protocol
 from ccmim_fast.export.plain import export_timm
 from ccmim_fast.export.trained import read_trained
-from ccmim_fast.masks.subject import read_subject
 from ccmim_fast.models.encoder import build_encoder as ours
 
 CHANCE, MARGIN = 1 / 3, 0.25
@@ -177,7 +177,7 @@ def test_positions_are_not_resampled_by_the_size_of_timms_weights(tmp_path):
 @pytest.mark.parametrize(
     ("line", "code", "words"),
     [
-        ([], 2, "which one; one of knn"),
+        ([], 2, "the evaluation is missing; one of knn"),
         (["knm", "timm:vit_tiny_patch16_224"], 2, "'knm|knm: no such evaluation; nearest: knn"),
         (["knn"], 2, "the checkpoint is missing"),
         (["knn", "timm:vit_tiny_patch16"], 2, "no model of timm; nearest is vit_tiny_patch16_224"),

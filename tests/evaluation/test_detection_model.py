@@ -11,7 +11,7 @@ from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.evaluation.detection.detector import build_detector, build_optimizer, detect
 from ccmim_fast.evaluation.detection.pyramid import LEVELS, Backbone, strides
 from ccmim_fast.evaluation.detection.windows import Windowed, use_windows_
-from ccmim_fast.evaluation.taps import OUTPUTS, QUARTERS, blocks_at
+from ccmim_fast.evaluation.encoders import OUTPUTS, QUARTERS, out_indices
 
 KINDS = ("fpn", "simple")
 
@@ -35,10 +35,10 @@ def targets(*boxes, size=(64, 64)):
 
 
 def test_blocks_are_those_of_the_publications():
-    assert blocks_at(12, OUTPUTS) == (3, 5, 7, 11)
-    assert blocks_at(24, OUTPUTS) == (7, 11, 15, 23)
-    assert blocks_at(12, QUARTERS) == (2, 5, 8, 11)
-    assert blocks_at(2, OUTPUTS) == (0, 0, 1, 1)
+    assert out_indices(12, OUTPUTS) == (3, 5, 7, 11)
+    assert out_indices(24, OUTPUTS) == (7, 11, 15, 23)
+    assert out_indices(12, QUARTERS) == (2, 5, 8, 11)
+    assert out_indices(2, OUTPUTS) == (0, 0, 1, 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

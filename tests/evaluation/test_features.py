@@ -3,7 +3,7 @@ import torch
 
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.errors import DataError, NumericsError
-from ccmim_fast.evaluation.features import extract
+from ccmim_fast.evaluation.frozen.features import extract
 
 
 def made(sizes=(4, 4, 3), labelled=True):

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from ccmim_fast.evaluation import knn
-from ccmim_fast.evaluation.knn import knn_accuracy
+from ccmim_fast.evaluation.frozen import knn
+from ccmim_fast.evaluation.frozen.knn import knn_accuracy
 
 
 def brute_force(train, train_labels, test, test_labels, k, temperature):

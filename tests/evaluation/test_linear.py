@@ -4,7 +4,7 @@ import torch
 from scipy.optimize import minimize
 from sklearn.model_selection import StratifiedKFold
 
-from ccmim_fast.evaluation.linear import logreg_accuracy
+from ccmim_fast.evaluation.frozen.logreg import logreg_accuracy
 
 
 def made(n=150, classes=3, width=8, spread=1.5):

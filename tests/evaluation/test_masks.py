@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ccmim_fast.evaluation.masks import object_leakage, object_patches, score_auroc, score_entropy, top_share
+from ccmim_fast.evaluation.masks.metrics import object_leakage, object_patches, score_auroc, score_entropy, top_share
 
 
 def auroc_by_pairs(scores, objects):

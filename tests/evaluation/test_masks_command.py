@@ -20,9 +20,9 @@ from ccmim_fast.config.load import from_yaml
 from ccmim_fast.data.build import build_source
 from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.engine.loop import fit
-from ccmim_fast.evaluation import scored
-from ccmim_fast.evaluation.masks import object_patches
-from ccmim_fast.evaluation.objects import MaskFolder
+from ccmim_fast.evaluation.masks import scored
+from ccmim_fast.evaluation.masks.metrics import object_patches
+from ccmim_fast.evaluation.masks.objects import MaskFolder
 from ccmim_fast.runs.folder import evaluation_folder
 
 SIZE, GRID, SAMPLES = (32, 48), (4, 6), 24

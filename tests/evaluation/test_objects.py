@@ -9,9 +9,9 @@ from tiny import tiny_config
 
 from ccmim_fast.cli import main
 from ccmim_fast.engine.loop import fit
-from ccmim_fast.evaluation import objects
-from ccmim_fast.evaluation.masks import object_leakage, object_patches, score_auroc
-from ccmim_fast.evaluation.objects import object_figures
+from ccmim_fast.evaluation.masks import objects
+from ccmim_fast.evaluation.masks.metrics import object_leakage, object_patches, score_auroc
+from ccmim_fast.evaluation.masks.objects import object_figures
 
 SETTINGS = ["--data.samples=16", "--data.image_size=[32,32]", "--model.arch=vit_tiny_patch16_224", "--score.source=all"]
 SETTINGS += ["--model.patch_size=8", "--model.embed_dim=48", "--model.depth=2", "--model.num_heads=3"]
@@ -89,6 +89,6 @@ def test_pretraining_tells_of_objects_that_are_known(tmp_path):
 
 
 def test_and_pays_nothing_where_they_are_not(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ccmim_fast.evaluation.objects", None)  # cannot be imported
+    monkeypatch.setitem(sys.modules, "ccmim_fast.evaluation.masks.objects", None)  # cannot be imported
     assert main(["pretrain", f"--run.dir={tmp_path / 'run'}", "--data.source=photos", *SETTINGS]) == 0
     assert not any({"auroc", "leakage"} & record.keys() for record in records(tmp_path / "run"))

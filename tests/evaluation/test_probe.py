@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import images, tiny_model
 
-from ccmim_fast.evaluation import object_leakage, object_patches
-from ccmim_fast.evaluation.probe import probe
+from ccmim_fast.evaluation.masks.metrics import object_leakage, object_patches
+from ccmim_fast.evaluation.masks.probe import probe
 from ccmim_fast.losses.total import total_loss
 
 

@@ -5,8 +5,8 @@ import torch
 from tiny import tiny_config
 
 from ccmim_fast.engine.loop import fit
-from ccmim_fast.evaluation.masks import object_patches, score_auroc
-from ccmim_fast.evaluation.score_probe import probe_scores
+from ccmim_fast.evaluation.masks.metrics import object_patches, score_auroc
+from ccmim_fast.evaluation.masks.score_probe import probe_scores
 
 COUNT = 12
 

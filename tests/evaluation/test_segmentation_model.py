@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from ccmim_fast.config.evaluation import EvalOptimConfig
+from ccmim_fast.evaluation.encoders import OUTPUTS, out_indices
 from ccmim_fast.evaluation.finetune import build_optimizer
 from ccmim_fast.evaluation.segmentation.figures import confusion, figures_of
 from ccmim_fast.evaluation.segmentation.model import Neck, Segmenter
 from ccmim_fast.evaluation.segmentation.run import pixel_loss
 from ccmim_fast.evaluation.segmentation.scenes import IGNORED
 from ccmim_fast.evaluation.segmentation.windows import slide
-from ccmim_fast.evaluation.taps import OUTPUTS, blocks_at
 
 # What stands before the patches' tokens, and what pools all of them.
 KINDS = {
@@ -32,10 +32,10 @@ def segmenter(patch=8, side=32, depth=4, classes=5, kind="cls"):
 
 
 def test_published_blocks_are_decoded():
-    assert blocks_at(12, OUTPUTS) == (3, 5, 7, 11)  # ViT-B
-    assert blocks_at(24, OUTPUTS) == (7, 11, 15, 23)  # ViT-L
-    assert blocks_at(2, OUTPUTS) == (0, 0, 1, 1)
-    assert blocks_at(1, OUTPUTS) == (0, 0, 0, 0)
+    assert out_indices(12, OUTPUTS) == (3, 5, 7, 11)  # ViT-B
+    assert out_indices(24, OUTPUTS) == (7, 11, 15, 23)  # ViT-L
+    assert out_indices(2, OUTPUTS) == (0, 0, 1, 1)
+    assert out_indices(1, OUTPUTS) == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("patch", [4, 8, 16])
@@ -59,7 +59,7 @@ def test_the_neck_takes_odd_grids():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("depth", [2, 4])
-def test_the_taps_are_outputs_of_their_blocks(depth, kind):
+def test_out_indices_are_outputs_of_their_blocks(depth, kind):
     """Also where a block is decoded twice; the final norm has no part in it."""
     model = segmenter(depth=depth, kind=kind).eval()
     of_block, given = {}, []
@@ -67,7 +67,7 @@ def test_the_taps_are_outputs_of_their_blocks(depth, kind):
         block.register_forward_hook(lambda _, inputs, made, number=number: of_block.update({number: made}))
     model.neck.register_forward_hook(lambda neck, inputs, made: given.extend(inputs[0]))
     model(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8))
-    for block, map_BDhw in zip(blocks_at(depth, OUTPUTS), given, strict=True):
+    for block, map_BDhw in zip(out_indices(depth, OUTPUTS), given, strict=True):
         assert torch.equal(map_BDhw.flatten(2).mT, of_block[block][:, -16:])
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from ccmim_fast.evaluation.taps import OUTPUTS, blocks_at
+from ccmim_fast.evaluation.encoders import OUTPUTS, out_indices
 
 LEVELS = ("0", "1", "2", "3", "pool")  # torchvision's names; the last is every second pixel of the fourth
 
@@ -39,7 +39,7 @@ class Backbone(nn.Module):
         vit.reset_classifier(0, "")
         vit.norm = vit.fc_norm = nn.Identity()
         self.vit, depth = vit, len(vit.blocks)
-        self.blocks = blocks_at(depth, OUTPUTS if kind == "fpn" else ((1, 1),) * 4)
+        self.blocks = out_indices(depth, OUTPUTS if kind == "fpn" else ((1, 1),) * 4)
         self.pyramid = (FourStrides if kind == "fpn" else SimplePyramid)(vit.embed_dim, channels)
         self.out_channels = channels  # what torchvision asks for
 

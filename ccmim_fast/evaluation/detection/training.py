@@ -14,10 +14,9 @@ from ccmim_fast.evaluation.detection.detector import build_detector, build_optim
 from ccmim_fast.evaluation.detection.instances import Instances
 from ccmim_fast.evaluation.detection.precision import average_precision
 from ccmim_fast.evaluation.detection.windows import use_windows_
-from ccmim_fast.evaluation.encoders import build_encoder
+from ccmim_fast.evaluation.encoders import QUARTERS, build_encoder, out_indices
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.supervised import Learner, Training
-from ccmim_fast.evaluation.taps import QUARTERS, blocks_at
 
 _SURE = 0.5  # of a pixel of a mask; torchvision's and Detectron's
 
@@ -43,7 +42,7 @@ def detector_of(job: Job) -> nn.Module:
     vit = build_encoder(job.weights, size, config.model.num_heads, drop_path=config.model.drop_path, any_size=True)
     _check(job, vit)
     if section.window:
-        use_windows_(vit, section.window, blocks_at(len(vit.blocks), QUARTERS))
+        use_windows_(vit, section.window, out_indices(len(vit.blocks), QUARTERS))
     model = build_detector(
         vit,
         job.test.classes,

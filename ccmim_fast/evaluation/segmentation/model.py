@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ccmim_fast.evaluation.encoders import OUTPUTS, out_indices
 from ccmim_fast.evaluation.segmentation.upernet import build_decoder
-from ccmim_fast.evaluation.taps import OUTPUTS, blocks_at
 
 _AUXILIARY = 2  # which of the four scales the second classifier looks at
 
@@ -65,7 +65,7 @@ class Segmenter(nn.Module):
         # What no pixel's logits go through has no gradient, which other ranks would wait for.
         vit.reset_classifier(0, "")
         vit.norm = vit.fc_norm = nn.Identity()
-        width, self.vit, self.taps = vit.embed_dim, vit, blocks_at(len(vit.blocks), OUTPUTS)
+        width, self.vit, self.out_indices = vit.embed_dim, vit, out_indices(len(vit.blocks), OUTPUTS)
         self.neck, self.decoder = Neck(width), build_decoder(width, decoder_dim)
         self.auxiliary = nn.Sequential(
             nn.Conv2d(width, auxiliary_dim, 3, padding=1, bias=False), nn.BatchNorm2d(auxiliary_dim), nn.ReLU()
@@ -80,9 +80,9 @@ class Segmenter(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         pixels_BCHW = (images_BCHW - self.mean_C11) / self.std_C11
-        blocks = sorted(set(self.taps))
+        blocks = sorted(set(self.out_indices))
         maps_of = dict(zip(blocks, self.vit.forward_intermediates(pixels_BCHW, blocks, intermediates_only=True)))
-        scales = self.neck([maps_of[block] for block in self.taps])
+        scales = self.neck([maps_of[block] for block in self.out_indices])
         logits_BKHW = self._at_pixels(self.classifier(self.decoder([None, None, *scales])), images_BCHW)
         if not self.training:
             return logits_BKHW

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ccmim_fast.evaluation.scored import Scored
+from ccmim_fast.evaluation.masks.scored import Scored
 from ccmim_fast.report.figure import Column, figure_png
 from ccmim_fast.report.pictures import heatmap, visible_set
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ccmim_fast.config.schema import Config
-from ccmim_fast.evaluation.masks import object_leakage, object_patches, score_auroc
+from ccmim_fast.evaluation.masks.metrics import object_leakage, object_patches, score_auroc
 from ccmim_fast.losses.total import recons_loss
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.output import Known, Output

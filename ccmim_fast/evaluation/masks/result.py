@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ccmim_fast.config.keys import flatten
 from ccmim_fast.config.schema import Config
-from ccmim_fast.evaluation.scored import Scored, of_scores
-from ccmim_fast.masks.picture import HEADINGS, Drawn, moments_png, strategies_png
+from ccmim_fast.evaluation.masks.picture import HEADINGS, Drawn, moments_png, strategies_png
+from ccmim_fast.evaluation.masks.scored import Scored, of_scores
 from ccmim_fast.runs.folder import environment
 
 STRATEGIES_FILE, MOMENTS_FILE = "masks.png", "moments.png"

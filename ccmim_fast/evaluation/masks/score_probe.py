@@ -12,8 +12,8 @@ from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.stream.batch import make_batch
 from ccmim_fast.data.stream.torch_loader import crop_of
 from ccmim_fast.engine.loop import Trainer
-from ccmim_fast.evaluation.masks import object_leakage, score_auroc
-from ccmim_fast.evaluation.objects import objects_of
+from ccmim_fast.evaluation.masks.metrics import object_leakage, score_auroc
+from ccmim_fast.evaluation.masks.objects import objects_of
 from ccmim_fast.losses.total import recons_loss
 from ccmim_fast.models.output import Known
 

@@ -19,7 +19,7 @@ from ccmim_fast.data.stream.torch_loader import crop_and_resize
 from ccmim_fast.engine.loop import Trainer
 from ccmim_fast.engine.step import StepResult
 from ccmim_fast.errors import DataError
-from ccmim_fast.evaluation.masks import object_leakage, object_patches, score_auroc
+from ccmim_fast.evaluation.masks.metrics import object_leakage, object_patches, score_auroc
 
 LOOKED_AT = 256  # images of a step at most: 26 ms of a core at 64 pixels a side, 143 ms at 224 (AMD EPYC)
 

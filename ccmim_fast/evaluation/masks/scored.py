@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.stream.batch import Batch
-from ccmim_fast.evaluation.masks import object_leakage, score_auroc, score_entropy, top_share
+from ccmim_fast.evaluation.masks.metrics import object_leakage, score_auroc, score_entropy, top_share
 from ccmim_fast.losses.total import recons_loss
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.output import Known, Output

@@ -13,7 +13,9 @@ from ccmim_fast.data.build import build_source
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.source import Source
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
-from ccmim_fast.evaluation import extract, knn_accuracy, logreg_accuracy
+from ccmim_fast.evaluation.frozen.features import extract
+from ccmim_fast.evaluation.frozen.knn import knn_accuracy
+from ccmim_fast.evaluation.frozen.logreg import logreg_accuracy
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.encoder import tokens_of
 

@@ -12,15 +12,15 @@ from torch import Tensor
 from ccmim_fast.config.parser import Parser
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.errors import CheckpointError, ConfigError, DataError
-from ccmim_fast.evaluation.objects import MaskFolder, objects_of
-from ccmim_fast.evaluation.scored import figures_of, score_and_divide
-from ccmim_fast.masks.picture import Drawn
-from ccmim_fast.masks.result import Look, write
-from ccmim_fast.masks.subject import COUNT, PROG, Subject, places, read_subject, untrained
+from ccmim_fast.evaluation.masks.objects import MaskFolder, objects_of
+from ccmim_fast.evaluation.masks.picture import Drawn
+from ccmim_fast.evaluation.masks.result import Look, write
+from ccmim_fast.evaluation.masks.scored import figures_of, score_and_divide
+from ccmim_fast.evaluation.masks.subject import COUNT, PROG, Subject, places, read_subject, untrained
 from ccmim_fast.models.output import Known, Output
 from ccmim_fast.ranks.session import session
-from ccmim_fast.report.looks import FewImages, few_images
 from ccmim_fast.report.reconstruction import drawn
+from ccmim_fast.report.snapshots import FewImages, few_images
 from ccmim_fast.runs.folder import check_apart, describe_run, open_run_folder
 from ccmim_kernels import Partition, partition_from_mask
 

@@ -8,17 +8,16 @@ import torch
 
 from ccmim_fast.checkpoints import io
 from ccmim_fast.checkpoints.manifest import MANIFEST
-from ccmim_fast.checkpoints.published import TIMM, assumed_arch, known_arch, read_published
+from ccmim_fast.checkpoints.published import TIMM, assumed_arch, derived, fill_, known_arch, read_published
 from ccmim_fast.config.keys import show
 from ccmim_fast.config.load import difference, from_yaml, load_config
 from ccmim_fast.config.schema import Config, ModelConfig, RunConfig
 from ccmim_fast.errors import CheckpointError, ConfigError
-from ccmim_fast.export.imported import derived, fill_
 from ccmim_fast.models.build import build_model
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.output import Known
 from ccmim_fast.models.scores import check_scores
-from ccmim_fast.report.looks import FewImages, anywhere, epoch_of, known_of, restored, spread
+from ccmim_fast.report.snapshots import FewImages, anywhere, epoch_of, known_of, restored, spread
 from ccmim_fast.runs.folder import CHECKPOINTS, evaluation_folder
 
 PROG = "ccmim eval masks"

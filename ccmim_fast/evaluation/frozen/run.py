@@ -9,11 +9,11 @@ from torch import Tensor
 from ccmim_fast.data.source import usable
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.evaluation.features import extract
+from ccmim_fast.evaluation.frozen.features import extract
+from ccmim_fast.evaluation.frozen.knn import knn_accuracies
+from ccmim_fast.evaluation.frozen.logreg import logreg_accuracy
 from ccmim_fast.evaluation.images import Images
 from ccmim_fast.evaluation.job import Job
-from ccmim_fast.evaluation.knn import knn_accuracies
-from ccmim_fast.evaluation.linear import logreg_accuracy
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.ranks.session import from_main
 
