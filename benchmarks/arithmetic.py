@@ -18,6 +18,7 @@ from floors import FLOORS, Size
 
 from ccmim_fast.config.keys import build, flatten
 from ccmim_fast.config.schema import Config
+from ccmim_fast.registry import SCORE_SOURCES
 
 E = 256  # heads.dim
 DECODER_WIDTH = 512
@@ -83,13 +84,7 @@ def parts(vit: Vit, source: str, decoder_blocks: int) -> dict[str, float]:
     head = 2 * D * D + 2 * D * E
     found["masked"] = (n - 1) * block(M + 1, D, backward=False) + block(M + 1, D, Q=1, backward=False)
     found["heads"] = 3 * head + head
-    if source == "bank":
-        # Rows of [CLS] in both passes, and Eq. 4 at the first block for what the bank does not know.
-        found["score"] = n * 2 * (K + 1 + M + 1) * D + 2 * L * D
-    if source == "all":
-        # Keys of the last block alone; a row of [CLS] against all tokens in every block.
-        rows = n * 2 * (L + 1) * D
-        found["score"] = (n - 1) * block(L + 1, D, backward=False) + 2 * (L + 1) * D**2 + 2 * D**2 + rows
+    found["score"] = SCORE_SOURCES[source].flops(L, D, n, 0)
     return found
 
 
@@ -111,15 +106,15 @@ def counted(vit: Vit, source: str, decoder_blocks: int) -> float:
     """FLOPs of one image by torch's counter, over a forward and backward pass of two images on the CPU."""
     import torch
 
-    from ccmim_fast.losses.total import total_loss
-    from ccmim_fast.models.build import build_model
+    from ccmim_fast.build.model import build_model, build_objective
     from ccmim_fast.profile.meter import flop_counter
 
     config = config_of(vit, source, decoder_blocks)
     model = build_model(config).train()
+    objective = build_objective(config, model)
     images_BHWC = torch.randint(0, 256, (2, vit.image, vit.image, 3), dtype=torch.uint8)
     with flop_counter() as counter:
-        total_loss(model, model(images_BHWC, torch.arange(2), 0), images_BHWC, config).total.backward()
+        objective(model(images_BHWC, torch.arange(2), 0), images_BHWC).total.backward()
     return counter.get_total_flops() / 2
 
 

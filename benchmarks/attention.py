@@ -1,4 +1,4 @@
-"""Time every attention backend at the lengths of our passes; `models/attention.py` takes its table from here.
+"""Time every attention backend at the lengths of our passes; `models/block.py` takes its table from here.
 
     ccmim bench attention [--device cuda] [--batch 16] [--threads 2] [--rounds 7] [--out PREFIX]
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import pages
 import torch
 
-from ccmim_fast.models.attention import BACKENDS, CUDA_ONLY, attention
+from ccmim_fast.models.block import BACKENDS, CUDA_ONLY, attention
 from ccmim_fast.profile.meter import synchronise
 
 # Tokens, heads, head dim: ViT-B's visible set, masked set and whole image, MAE's decoder; then longer sequences.

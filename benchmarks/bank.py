@@ -30,7 +30,6 @@ from timing import Variant, time_variants
 from ccmim_fast.bank.stores import FileStore, open_store
 from ccmim_fast.bank.warp import read, update
 from ccmim_fast.config.keys import settings
-from ccmim_fast.models.blocks import RowReader
 from ccmim_fast.models.precision import choose_precision
 from ccmim_kernels import cls_row
 
@@ -65,14 +64,13 @@ def parts(options: Namespace) -> dict[str, Variant]:
     maps = torch.randn(batch, cells, cells, device=device).half()
     boxes = torch.tensor([0.1, 0.2, 0.7, 0.6], dtype=torch.float64, device=device).expand(batch, 4)
     scores = torch.randn(batch, 196, device=device)
-    reader = RowReader(prefix=1)
 
     def rows(_: object) -> None:
         for blocks_of_pass in passes:
             total = None
             for qkv in blocks_of_pass:
                 q, k, _ = qkv.unbind(2)
-                total = cls_row(q[:, 0], k, prefix=reader.prefix, kind="softmax", scale=width**-0.5, total_BL=total)
+                total = cls_row(q[:, 0], k, prefix=1, kind="softmax", scale=width**-0.5, total_BL=total)
 
     store = open_store("device", IMAGENET, cells, device, Path())
     numbers = np.random.default_rng(0).choice(IMAGENET, batch, replace=False)

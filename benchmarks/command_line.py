@@ -11,7 +11,7 @@ from measure import SMALL, Job
 from ccmim_fast.config.parser import Parser
 from ccmim_fast.errors import CcmimError, ConfigError
 from ccmim_fast.models.precision import choose_precision
-from ccmim_fast.ranks.session import session
+from ccmim_fast.ranks.session import open_session
 
 # Settings that an option of the benchmark gives.
 OWNED = {
@@ -51,7 +51,7 @@ def parse(made: Parser, arguments: list[str]) -> argparse.Namespace:
         key = given.removeprefix("--").partition("=")[0]
         if key in OWNED:
             raise ConfigError(f"{made.prog}: {given}: is {OWNED[key]}")
-    with session(options.device) as here:
+    with open_session(options.device) as here:
         options.device = here.device.type
         options.precision = choose_precision(options.precision, here.device).name
     if options.batch is None:
@@ -78,6 +78,7 @@ def job_of(contender: Contender, options: argparse.Namespace, **more) -> Job:
         ours_config(settings, options.arch, (options.batch, options.image_size, options.image_size, 3), precision)
     return Job(
         settings=settings,
+        without=list(contender.without),
         peer=contender.peer,
         arch=options.arch,
         batch=options.batch,

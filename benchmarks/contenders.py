@@ -8,15 +8,15 @@ peer is a function of the contract in throughput.py.
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from naive import SAVINGS, without
 from torch import Tensor
 
-from ccmim_fast.config.keys import settings
 from ccmim_fast.config.load import load_config
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.source import NOTHING_EXCLUDED
@@ -32,19 +32,12 @@ LR = 1.5e-4  # of every contender; optim.base_lr: large enough that a few steps 
 Step = Callable[[], Tensor]
 
 
-def switches() -> list[str]:
-    """The settings that spare arithmetic or memory and leave the losses as they are, in the schema's order."""
-    return [key for key in settings() if key.startswith("fast.")]
-
-
-ALL_OFF = [f"--{key}=false" for key in switches()]
-
-
 class Contender(NamedTuple):
     """One line of the comparison: ours, by `settings`, or a peer, by `peer`.
 
     Attributes:
         settings: for `load_config`; of ours alone.
+        without: savings that the step lacks, see `naive.SAVINGS`; of ours alone.
         peer: path.py:function.
         package: what a peer needs, as it is imported.
         install: the command that installs it.
@@ -57,6 +50,7 @@ class Contender(NamedTuple):
     package: str = ""
     install: str = ""
     precision: str = ""
+    without: tuple[str, ...] = ()
 
     @property
     def installed(self) -> bool:
@@ -68,7 +62,7 @@ class Contender(NamedTuple):
         return bool(self.peer) or self.name.startswith("naive")
 
 
-_NAIVE = ["--config=ccmim_vit_base_official", *ALL_OFF]
+_NAIVE = ["--config=ccmim_vit_base_official"]
 CONTENDERS = {
     c.name: c
     for c in (
@@ -91,14 +85,14 @@ CONTENDERS = {
             # With its dependencies it would bring pytorch_lightning, which its MAE does not need.
             install="pip install --no-deps lightly",
         ),
-        # The authors' algorithm as it is written down: no switch on.
-        Contender("naive", _NAIVE),
+        # The authors' algorithm as it is written down: no saving.
+        Contender("naive", _NAIVE, without=tuple(SAVINGS)),
         # As the authors run it, autocast off, beside whatever precision the others have.
-        Contender("naive-fp32", _NAIVE, precision="fp32"),
+        Contender("naive-fp32", _NAIVE, precision="fp32", without=tuple(SAVINGS)),
     )
 }
 
-# GFLOP per image at 224 pixels, from the design's table of arithmetic, which knows none of the switches.
+# GFLOP per image at 224 pixels, from the design's table of arithmetic, which knows none of the savings.
 _MAE_8 = {"vit_base_patch16_224": 58.5, "vit_large_patch16_224": 124.2}
 _AUTHORS = {"vit_base_patch16_224": 119.3, "vit_large_patch16_224": 338.6}
 EXPECTED = {
@@ -114,7 +108,7 @@ EXPECTED = {
     "lightly": _MAE_8,
 }
 TOLERANCE = 0.01
-SPARED = 0.06  # by all switches together: at most 5 % (ccmim-first), and the tolerance
+SPARED = 0.06  # by all savings together: at most 5 % (ccmim-first), and the tolerance
 
 
 def as_expected(contender: Contender, deviation: float) -> bool:
@@ -141,13 +135,16 @@ def ours_config(given: list[str], arch: str, shape: tuple[int, ...], precision: 
     return load_config([*given, *said], "ccmim bench")
 
 
-def ours(given: list[str], arch: str, images_BHWC: Tensor, precision: str) -> Step:
-    """The trainer's own step on `images_BHWC` [B, H, W, C] uint8, on their device; a call returns the loss."""
+def ours(given: list[str], arch: str, images_BHWC: Tensor, precision: str, savings_off: Collection[str] = ()) -> Step:
+    """Build the trainer's own step on `images_BHWC` [B, H, W, C] uint8, on their device; a call returns the loss."""
     device, count = images_BHWC.device, len(images_BHWC)
     config = ours_config(given, arch, tuple(images_BHWC.shape), precision)
     here = Session(0, 1, device)
     check_device(config, here)
-    train_step = prepare_step(build_step(config, here), count)
+    train_step = build_step(config, here)
+    if savings_off:
+        without(train_step, savings_off)
+    train_step = prepare_step(train_step, count)
     plan = Plan(MadeSizes(), seed=0, global_batch=count)
     # In memory, so that nothing is written on a disk.
     bank = build_bank(config, plan, here, Path())

@@ -2,7 +2,7 @@
 
     ccmim bench ladder [--preset NAME] [--section.key=value ...]
 
-The algorithm is one and the same on every rung: ccMIM with scores by Eq. 4 at the first block, where every switch has
+The algorithm is one and the same on every rung: ccMIM with scores by Eq. 4 at the first block, where every saving has
 something to do (`--preset` takes another). Every rung starts from the same weights, takes equally many steps on the
 same images, and must end at the same loss, up to rounding. What changes the rounding (bf16, compiled code) comes last.
 Rungs are measured in rounds, each in a process of its own; speed-ups are taken round by round.
@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import command_line
 import pages
-from contenders import ALL_OFF, Contender, switches
+from contenders import Contender
 from measure import Figures
+from naive import SAVINGS
 from rounds import over_rounds, run_rounds
 
 from ccmim_fast.config.keys import nearest
@@ -30,18 +31,22 @@ ROUGH = 2e-2  # where the rounding differs: 8 bits of mantissa
 
 
 class Rung(NamedTuple):
-    """`settings` are those it adds to the rung before it; `rounding`: whether they change how numbers are rounded."""
+    """A rung adds `settings` and a `saving` to the rung before it.
+
+    `rounding`: whether these change how numbers are rounded.
+    """
 
     name: str
     settings: list[str]
     precision: str
     rounding: bool = False
+    saving: str = ""
 
 
 def rungs(precision: str) -> list[Rung]:
-    """From all switches off to all on; then what changes the rounding, from fp32 to the precision asked for."""
-    found = [Rung("naive", [*ALL_OFF, "--train.compile=off"], "fp32")]
-    found += [Rung(f"+ {key.partition('.')[2]}", [f"--{key}=true"], "fp32") for key in switches()]
+    """List the rungs: from no saving to all; then what changes the rounding, from fp32 to the precision asked for."""
+    found = [Rung("naive", ["--train.compile=off"], "fp32")]
+    found += [Rung(f"+ {name}", [], "fp32", saving=name) for name in SAVINGS]
     if precision != "fp32":
         found.append(Rung(f"+ {precision}", [], precision, rounding=True))
     found.append(Rung("+ compile", ["--train.compile=step"], precision, rounding=True))
@@ -64,10 +69,11 @@ def parse(arguments: list[str]) -> Namespace:
 
 def contenders_of(climbed: list[Rung], preset: str) -> list[Contender]:
     """Each rung with its own settings and those of all rungs below it."""
-    found, given = [], [f"--config={preset}"]
+    found, given, lacking = [], [f"--config={preset}"], list(SAVINGS)
     for rung in climbed:
         given = [*given, *rung.settings]
-        found.append(Contender(rung.name, given, precision=rung.precision))
+        lacking = [name for name in lacking if name != rung.saving]
+        found.append(Contender(rung.name, given, precision=rung.precision, without=tuple(lacking)))
     return found
 
 
@@ -87,6 +93,7 @@ def rows_of(climbed: list[Rung], found: dict[str, list[Figures] | str]) -> list[
                 "name": rung.name,
                 "ours": rung is not climbed[0],
                 "settings": rung.settings,
+                "saving": rung.saving,
                 "precision": rung.precision,
                 "changes_rounding": rung.rounding,
                 "images_per_second": over_rounds([f.images_per_second for f in own]),

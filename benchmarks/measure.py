@@ -34,7 +34,7 @@ class Job(NamedTuple):
     """What to measure.
 
     Attributes:
-        settings, peer: of the contender, see `contenders.Contender`.
+        settings, without, peer: of the contender, see `contenders.Contender`.
         precision: fp32, bf16 or fp16.
         threads: on a CPU.
         seconds: how long to measure, in whole steps, at least one; where `steps` is 0.
@@ -43,6 +43,7 @@ class Job(NamedTuple):
     """
 
     settings: list[str]
+    without: list[str]
     peer: str
     arch: str
     batch: int
@@ -104,7 +105,11 @@ def run(job: Job) -> Figures:
     dtype = choose_precision(job.precision, device).dtype
     rate = measure_matmul_rate(device, dtype)
     # Loaded here: what a peer's libraries take is no part of its model.
-    build = contenders.load_peer(job.peer) if job.peer else functools.partial(contenders.ours, job.settings)
+    build = (
+        contenders.load_peer(job.peer)
+        if job.peer
+        else functools.partial(contenders.ours, job.settings, savings_off=job.without)
+    )
     images_BHWC = random_images(job.batch, job.image_size, device)
     before = _start_of_memory(device)
     torch.manual_seed(0)

@@ -24,7 +24,7 @@ from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.engine.build import build_bank, build_step
 from ccmim_fast.engine.step import TrainStep
-from ccmim_fast.engine.step_monitor import Watch
+from ccmim_fast.engine.step_monitor import StepMonitor
 from ccmim_fast.errors import MachineError
 from ccmim_fast.ranks.session import Session
 
@@ -86,7 +86,7 @@ class Run:
         together = images * accumulate * here.world_size
         self.plan = Plan(FewSizes(), 0, together, accumulate, here.rank, here.world_size)
         self.bank = build_bank(config, self.plan, here, Path())
-        self.watch, self.cursor = Watch(here), 0
+        self.watch, self.cursor = StepMonitor(here), 0
         self.images_BHWC = random_images(images, config.data.image_size[0], here.device)
         self.boxes_B4 = torch.tensor([0.1, 0.2, 0.7, 0.6], dtype=torch.float64).expand(images, 4)
 

@@ -1,4 +1,4 @@
-"""The user's errors: each ends the command with one line and its own exit code, never with a traceback."""
+"""User errors: each one ends the command with one line and its own exit code, without a traceback."""
 
 import errno
 import io
@@ -12,43 +12,43 @@ LINE = 1000  # characters; a line of ours has 400 at most, and the user's words 
 
 
 class CcmimError(Exception):
-    """Base of every error a user can cause; `exit_code` is what the command ends with."""
+    """This class is the base of every error that a user can cause; the command ends with `exit_code`."""
 
     exit_code = 1
 
 
 class ConfigError(CcmimError):
-    """A wrong option, key or value. The message names the key, the value and the nearest valid one."""
+    """An option, key or value is wrong. The message names the key, the value and the nearest valid value."""
 
     exit_code = 2
 
 
 class DataError(CcmimError):
-    """Images that are missing, unreadable or too few."""
+    """Images are missing, unreadable or too few."""
 
     exit_code = 3
 
 
 class NumericsError(CcmimError):
-    """A loss or gradient that is not finite and stays so."""
+    """A loss or gradient is not finite and stays so."""
 
     exit_code = 4
 
 
 class CheckpointError(CcmimError):
-    """A checkpoint that is damaged, hostile, or belongs to another model."""
+    """A checkpoint is damaged, hostile, or belongs to another model."""
 
     exit_code = 5
 
 
 class StoppedError(CcmimError):
-    """No mistake: a signal asked the run to stop, and it did, with everything saved."""
+    """A signal asked the run to stop, and it stopped with everything saved: this is no mistake."""
 
     exit_code = 143
 
 
 class MachineError(CcmimError):
-    """A device, library or right that the command needs and the machine lacks."""
+    """The machine lacks a device, a library or a permission that the command needs."""
 
     exit_code = 6
 
@@ -81,6 +81,11 @@ def exit_code_of(run: Callable[[], Any]) -> int:
 
 def _end(line: str, code: int) -> int:
     """Print one line that a terminal shows as it is, whatever words of the user are in it."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(line.split()))
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in one_line(line, LINE + 1))
     print(f"ccmim: {line if len(line) <= LINE else line[:LINE] + '...'}", file=sys.stderr)
     return code
+
+
+def one_line(text: object, limit: int = 200) -> str:
+    """Return `text` (an error, mostly) on one line of at most `limit` characters."""
+    return " ".join(str(text).split())[:limit]

@@ -60,7 +60,7 @@ def run(plan, store, steps, cursor=0, maps=None, substituted=()):
 
 
 def make_plan(rank=0, world_size=1, shards=1, samples=26, batch=8, accumulate=1, excluded=(3, 11)):
-    return Plan(Sizes(samples, excluded), 5, batch, accumulate, rank, world_size, shards=shards)
+    return Plan(Sizes(samples, excluded), 5, batch, accumulate, rank, world_size, partitions=shards)
 
 
 def rank_main(rank, world_size, folder, shards, accumulate, store):

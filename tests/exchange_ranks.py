@@ -5,9 +5,7 @@ import os
 
 import torch
 import torch.distributed as dist
-from tiny import images, tiny_model
-
-from ccmim_fast.losses.total import total_loss
+from tiny import images, tiny_model, total_loss
 
 EACH = 4  # images of a rank
 RANKS = 2
@@ -80,5 +78,5 @@ def wait_for_each_other(rank, world_size, forward, backward):
         model.projector.register_forward_hook(lambda *_: wait(forward))
     output = model(pictures, torch.arange(EACH), 0)
     if rank == 1:
-        output.rows_NE.register_hook(lambda _: wait(backward))
+        output.gathered_NE.register_hook(lambda _: wait(backward))
     total_loss(model, output, pictures, config).total.backward()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ccmim_fast.models.build import build_model
+from ccmim_fast.build.model import build_model
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -132,8 +132,9 @@ def test_fault_27_command_lines(monkeypatch):
     seen = Counter()
     for name in (
         *("engine.loop.fit", "ablation.demo.run_demo", "commands.submit.submit_job", "ablation.run.run_all"),
-        *("data.rates.measure_rates", "data.verify.verify", "doctor.parts.gpus", "evaluation.command.open_run_folder"),
-        *("evaluation.masks.subject.build_model", "evaluation.masks.subject.restored"),
+        *("data.throughput.measure_throughput", "data.verify.verify", "doctor.parts.gpus"),
+        *("evaluation.command.open_run_folder", "evaluation.masks.subject.build_model"),
+        "evaluation.masks.subject.restored",
         *("export.trained.build_model", "export.imported.build_model", "export.hub.push"),
     ):
         monkeypatch.setattr(f"ccmim_fast.{name}", begin)

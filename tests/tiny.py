@@ -4,9 +4,11 @@ import dataclasses
 
 import torch
 
+from ccmim_fast.build.model import build_model, build_objective
 from ccmim_fast.config.schema import Config, DataConfig, DecoderConfig, HeadsConfig, ModelConfig, ScoreConfig
-from ccmim_fast.models.build import build_model
+from ccmim_fast.losses.reconstruction import Losses
 from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.models.output import Output
 
 TINY = Config(
     data=DataConfig(image_size=(32, 48)),
@@ -35,6 +37,11 @@ def tiny_model(dtype: torch.dtype = torch.float64, **sections) -> tuple[CCMIM, C
             if parameter.ndim == 1:
                 parameter += 0.3 * torch.randn_like(parameter)
     return model, config
+
+
+def total_loss(model: CCMIM, output: Output, images_BHWC: torch.Tensor, config: Config) -> Losses:
+    """The losses of a run with this configuration, in the model's dtype."""
+    return build_objective(config, model).to(model.mean_C.dtype)(output, images_BHWC)
 
 
 def images(count: int = 4, size: tuple[int, int] = (32, 48), channels: int = 3) -> torch.Tensor:

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 
 from ccmim_fast.ablation.milestones import QUARTERS, fit_and_measure
+from ccmim_fast.build.model import build_model
 from ccmim_fast.config.schema import Config
 from ccmim_fast.engine.loop import Trainer
 from ccmim_fast.evaluation.frozen.held_out import HELD_OUT, HeldOut, make_held_out, measure_features
 from ccmim_fast.evaluation.masks.probe import probe
-from ccmim_fast.models.build import build_model
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.report.html import write_report
 from ccmim_fast.report.pictures import Snapshot

@@ -1,7 +1,7 @@
 """The score bank: a small map per sample of where [CLS] looked when the sample came by last.
 
 Each step's own two passes tell how much [CLS] attends to every patch; kept, that is a score from all blocks at no pass
-more. A map stays with the ranks that train on its sample (`Plan.shards`).
+more. A map stays with the ranks that train on its sample (`Plan.partitions`).
 """
 
 # A micro-batches of a step, W ranks, S of them with the same maps, B images, G cells per side, N samples
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ccmim_fast.bank.stores import Store
-from ccmim_fast.data.source import usable, usable_numbers
+from ccmim_fast.data.source import usable_count, usable_positions
 from ccmim_fast.data.stream.batch import Batch, to_device
 from ccmim_fast.data.stream.plan import Plan
 
@@ -24,7 +24,7 @@ _CHUNK = 65536  # maps that one message to the first rank holds
 
 def own_maps(plan: Plan) -> int:
     """How many maps this rank keeps: one for each sample of its shards."""
-    return -(-usable(plan.source) // plan.shards) * len(plan.own_shards)
+    return -(-usable_count(plan.source) // plan.partitions) * len(plan.own_partitions)
 
 
 class ScoreBank:
@@ -43,7 +43,7 @@ class ScoreBank:
     def __init__(self, plan: Plan, store: Store, device: torch.device, timeout: timedelta | None = None):
         self._plan, self._store, self._device = plan, store, device
         # Ranks with the same shards have the same maps, and tell each other what became of them.
-        sharing = max(1, plan.world_size // plan.shards)
+        sharing = max(1, plan.world_size // plan.partitions)
         first = plan.rank // sharing * sharing
         self._sharing = range(first, first + sharing)
         self._group = _groups(plan.world_size, sharing, plan.rank, timeout) if sharing > 1 else None
@@ -89,7 +89,7 @@ class ScoreBank:
         Every rank is to call it.
         """
         plan, own_NGG = self._plan, self._store.contents()
-        if plan.world_size == 1 and plan.shards == 1:
+        if plan.world_size == 1 and plan.partitions == 1:
             return own_NGG
         # Of ranks with the same maps the first sends.
         step = len(self._sharing)
@@ -98,7 +98,7 @@ class ScoreBank:
                 for part in own_NGG.split(_CHUNK):
                     dist.send(part.to(self._device), 0)
             return None
-        all_NGG = torch.empty(usable(plan.source), *own_NGG.shape[1:], dtype=torch.float16)
+        all_NGG = torch.empty(usable_count(plan.source), *own_NGG.shape[1:], dtype=torch.float16)
         for owner in range(0, plan.world_size, step):
             numbers = torch.from_numpy(self._numbers_on(owner))
             for part, numbers_P in zip(own_NGG.split(_CHUNK), numbers.split(_CHUNK), strict=True):
@@ -111,7 +111,7 @@ class ScoreBank:
 
     def fill(self, maps_NGG: Tensor) -> None:
         """Take over the maps that `contents` gave, at any world size; on every rank."""
-        if self._plan.world_size == self._plan.shards == 1:
+        if self._plan.world_size == self._plan.partitions == 1:
             self._store.fill(maps_NGG)
             return
         numbers = torch.from_numpy(self._numbers_on(self._plan.rank)).clamp_max(len(maps_NGG) - 1)
@@ -128,17 +128,17 @@ class ScoreBank:
 
     def _rows_of(self, ids: np.ndarray) -> np.ndarray:
         """The rows of samples of this rank's shards: shard by shard in turn, in the order of their numbers."""
-        own = self._plan.own_shards
-        order, shard = np.divmod(usable_numbers(self._plan.source, ids.reshape(-1)), self._plan.shards)
+        own = self._plan.own_partitions
+        order, shard = np.divmod(usable_positions(self._plan.source, ids.reshape(-1)), self._plan.partitions)
         return (order * len(own) + shard - own.start).reshape(ids.shape)
 
     def _numbers_on(self, rank: int) -> np.ndarray:
         """The inverse for a rank: the samples' numbers by row. A last row of a short shard has a number too high."""
-        own = len(self._plan.own_shards)
-        start = self._plan.own_shards.start - self._plan.rank // len(self._sharing) * own
+        own = len(self._plan.own_partitions)
+        start = self._plan.own_partitions.start - self._plan.rank // len(self._sharing) * own
         start += rank // len(self._sharing) * own
         order, shard = np.divmod(np.arange(own_maps(self._plan)), own)
-        return order * self._plan.shards + start + shard
+        return order * self._plan.partitions + start + shard
 
 
 def _groups(world_size: int, sharing: int, rank: int, timeout: timedelta | None) -> "dist.ProcessGroup":

@@ -38,7 +38,7 @@ def data(argv: list[str]) -> None:
 
 
 def _index(parser: Parser, argv: list[str]) -> None:
-    source = _open(parser.parse_args(argv), look=True)
+    source = _open(parser.parse_args(argv), rescan=True)
     _print_summary(source, _SHOWN)
     print(f"index: {source.index.path!r}")
 
@@ -103,15 +103,15 @@ def _bench(parser: Parser, argv: list[str]) -> None:
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where batches are copied to")
     given = parser.parse_args(argv)
-    from ccmim_fast.data.rates import measure_rates
+    from ccmim_fast.data.throughput import measure_throughput
 
     source = _open(given)
-    rates = measure_rates(source, given.image_size, given.batch, given.images, given.workers, given.device)
+    rates = measure_throughput(source, given.image_size, given.batch, given.images, given.workers, given.device)
     print("\n".join(rates.lines()))
 
 
-def _open(given: argparse.Namespace, look: bool = False) -> IndexedSource:
-    return open_images(given.root, given.channels, given.index, quiet=False, look=look)
+def _open(given: argparse.Namespace, rescan: bool = False) -> IndexedSource:
+    return open_images(given.root, given.channels, given.index, quiet=False, rescan=rescan)
 
 
 def _print_summary(source: IndexedSource, shown: int) -> None:

@@ -21,9 +21,9 @@ def doctor(argv: list[str]) -> None:
     from ccmim_fast.doctor import parts
     from ccmim_fast.engine.compile import choose_compile
     from ccmim_fast.models.precision import choose_precision
-    from ccmim_fast.ranks.session import session
+    from ccmim_fast.ranks.session import open_session
 
-    with session("auto") as here:
+    with open_session("auto") as here:
         device = here.device
     rows = [*parts.gpus(), *parts.examine(parts.parts(device.type == "cuda"))]
     table = Table("part", "found", "works", "instead")

@@ -111,20 +111,6 @@ class ContrastConfig:
 
 
 @dataclass(frozen=True)
-class FastConfig:
-    """Arithmetic and memory that no result depends on. Off: to measure what it saves, or to rule it out."""
-
-    fold_input: bool = True  # normalisation of uint8 images folded into the patch embedding: no float image
-    visible_gradient: bool = True  # gradient of the patch embedding from the visible patches only
-    fold_score: bool = True  # `score.source: first` as one vector in place of all keys
-    masked_no_grad: bool = True  # the masked branch, whose result has no gradient, saves no activation
-    cls_only: bool = True  # last block of the masked branch and of `score.source: all` for [CLS] only
-    masked_only: bool = True  # decoder's last block (queries, MLP) and the prediction for masked positions only
-    row_ops: bool = True  # rows moved by the ops of ccmim_kernels, not by index tensors as large as the tokens
-    onednn_linear: bool = True  # on a CPU in float32, uncompiled: large linear layers by oneDNN, not MKL
-
-
-@dataclass(frozen=True)
 class OptimConfig:
     # torch's fused AdamW; the others are NVIDIA apex's, which is built from source, see docs/performance.md
     name: Literal["adamw", "apex_adamw", "apex_lamb"] = "adamw"
@@ -146,7 +132,7 @@ class TrainConfig:
     device: str = "auto"  # auto | cpu | cuda
     # auto: Triton on CUDA for the ops measured to win there (none yet: no kernel has run on a GPU), else plain PyTorch
     kernels: Literal["auto", "triton", "reference"] = "auto"
-    # backend, see models/attention.py; auto: the one measured best for the device, the dtype and the number of tokens
+    # backend, see models/block.py; auto: the one measured best for the device, the dtype and the number of tokens
     attention: Literal["auto", "sdpa", "plain", "flash", "cudnn", "efficient", "xformers"] = "auto"
     # many processes: whole weights on each, or (FSDP2) each block's divided among them and gathered when it runs
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -179,7 +165,6 @@ class Config:
     target: TargetConfig = field(default_factory=TargetConfig)
     heads: HeadsConfig = field(default_factory=HeadsConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
-    fast: FastConfig = field(default_factory=FastConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)

@@ -1,18 +1,18 @@
-"""From the configuration to the images: which source, which loader."""
+"""The registries of image sources (`data.source`) and of loaders (`data.loader`), and what builds one of each."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
 
 from ccmim_fast.config.schema import DataConfig
-from ccmim_fast.data.index.bad_samples import Skipped
-from ccmim_fast.data.index.indexed import IndexedSource, open_images
+from ccmim_fast.data.index.bad_samples import BadSamples
+from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.data.made.photos import PhotosSource
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.source import Source
-from ccmim_fast.data.stream import dali_loader
 from ccmim_fast.data.stream.batch import Batch
+from ccmim_fast.data.stream.dali_loader import DaliLoader
 from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.data.stream.torch_loader import TorchLoader
 from ccmim_fast.errors import ConfigError
@@ -21,44 +21,69 @@ from ccmim_fast.errors import ConfigError
 class Loader(Protocol):
     """Training micro-batches of one rank.
 
-    Attributes:
-        plan: what comes, and in which order.
-        skipped: what could not be shown so far.
+    Args:
+        plan: which samples this rank loads, in which order, with which crops.
+        bad_samples: the account of samples that fail.
+        image_size: height and width of the crops, pixels.
+        workers: threads; 0: this rank's share of the cores.
+        device: where the batches go.
+
+    Raises:
+        ConfigError: the loader cannot read such images.
+        MachineError: a library that the loader needs is missing.
     """
 
     plan: Plan
-    skipped: Skipped
+    bad_samples: BadSamples
+
+    def __init__(
+        self, plan: Plan, bad_samples: BadSamples, image_size: tuple[int, int], workers: int, device: torch.device
+    ): ...
+
+    @staticmethod
+    def suits(source: Source) -> bool:
+        """Tell whether the loader is installed and gains from such images; `data.loader=auto` asks."""
+        ...
 
     def stream(self, cursor: int) -> Iterator[Batch]:
-        """`train.accumulate` batches, one after the other, for each optimizer step, without end.
+        """Yield `train.accumulate` batches for each optimizer step, without end.
 
-        What comes depends on the seed and the place in the stream alone. For an image that cannot be shown comes a
-        substitute (`data.stream.fallback`). A batch is to be used before the next step's second one is asked for; on
-        a GPU its memory is used again then.
+        The batches depend on the seed and the position in the stream alone. A sample that fails is replaced by its
+        fallback (`data.stream.prefetch`). A batch must be used before the second batch of the next step is asked
+        for: on a GPU its memory is used again then.
 
         Args:
-            cursor: samples seen before, by all ranks.
+            cursor: number of samples that all ranks have seen before.
 
         Raises:
-            DataError: too many images cannot be shown, see `Skipped`.
+            DataError: too many samples fail, see `BadSamples`.
         """
         ...
 
 
+# data.loader -> class. `auto` takes the last one that suits the source.
+LOADERS: dict[str, type[Loader]] = {"torch": TorchLoader, "dali": DaliLoader}
+
+# data.source -> function of the settings and the seed
+SOURCES: dict[str, Callable[[DataConfig, int], Source]] = {
+    "images": lambda data, seed: open_images(data.root, data.channels, data.index, quiet=False),
+    "photos": lambda data, seed: PhotosSource(seed, data.samples, data.image_size, data.root or None),
+    "shapes": lambda data, seed: ShapesSource(
+        seed, data.samples, data.image_size, data.classes, data.background, data.root or None
+    ),
+}
+
+
 def build_source(data: DataConfig, seed: int) -> Source:
-    """The images that `data.source` names.
+    """Open the images that `data.source` names.
 
     Raises:
-        DataError: no readable image.
-        ConfigError: made images of other than 3 channels, too small, or of a number of classes that is not made.
+        DataError: there is no readable image.
+        ConfigError: generated images cannot have these channels, this size or this number of classes.
     """
-    if data.source == "images":
-        return open_images(data.root, data.channels, data.index, quiet=False)
-    if data.channels != 3:
+    if data.source != "images" and data.channels != 3:
         raise ConfigError(f"data.channels={data.channels} must be 3 for data.source={data.source}")
-    if data.source == "photos":
-        return PhotosSource(seed, data.samples, data.image_size, data.root or None)
-    return ShapesSource(seed, data.samples, data.image_size, data.classes, data.background, data.root or None)
+    return SOURCES[data.source](data, seed)
 
 
 def build_loader(
@@ -70,21 +95,21 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     device: str | torch.device = "cpu",
-    shards: int = 1,
+    partitions: int = 1,
 ) -> Loader:
-    """The training loader that `data.build` names; `auto` is DALI for files where it is installed, else torch.
+    """Build the training loader that `data.loader` names; `auto` is DALI for files where it is installed, else torch.
 
     Args:
         global_batch: images per optimizer step, over all ranks and micro-batches.
         accumulate: micro-batches per optimizer step.
-        rank, world_size: this process among those that train together.
+        rank, world_size: this process among the processes that train together.
         device: where the batches go.
-        shards: parts of the samples, each on ranks of its own; see `Plan`.
+        partitions: parts of the samples, each on its own ranks; see `Plan`.
 
     Raises:
         ConfigError: the batch or the ranks cannot be divided, or the loader cannot read such images.
-        DataError: fewer images than `global_batch`, or too many that cannot be used.
-        MachineError: `loader: dali` without DALI.
+        DataError: there are fewer images than `global_batch`, or too many bad samples.
+        MachineError: a library that the loader needs is missing.
     """
     plan = Plan(
         source,
@@ -97,11 +122,10 @@ def build_loader(
         crop_ratio=data.crop_ratio,
         flip=data.flip,
         window=data.window,
-        shards=shards,
+        partitions=partitions,
     )
-    index = source.index if isinstance(source, IndexedSource) else None
-    skipped = Skipped(index, len(source), len(source.excluded_X), data.on_error, data.max_bad)
-    suits_dali = isinstance(source, IndexedSource) and source.channels in (1, 3)
-    use_dali = data.loader == "dali" or (data.loader == "auto" and suits_dali and dali_loader.is_installed())
-    kind = dali_loader.DaliLoader if use_dali else TorchLoader
-    return kind(plan, skipped, data.image_size, data.workers, torch.device(device))
+    bad_samples = BadSamples.of(source, data.on_error, data.max_bad)
+    name = data.loader
+    if name == "auto":
+        name = [name for name, loader in LOADERS.items() if loader.suits(source)][-1]
+    return LOADERS[name](plan, bad_samples, data.image_size, data.workers, torch.device(device))

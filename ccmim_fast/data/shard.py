@@ -15,7 +15,7 @@ from PIL import Image
 from ccmim_fast.data.index.decode import Header, read_header
 from ccmim_fast.data.index.index_file import BESIDE, Index, Row, write_index
 from ccmim_fast.data.index.indexed import IndexedSource
-from ccmim_fast.data.source import usable, usable_ids
+from ccmim_fast.data.source import usable_count, usable_ids
 from ccmim_fast.data.stream.permutation import epoch_order
 from ccmim_fast.data.stream.prefetch import thread_count
 from ccmim_fast.errors import ConfigError, DataError
@@ -66,7 +66,7 @@ def write_shards(
     def rows() -> Iterator[Row]:
         with writer:
             for done, (number, loaded) in enumerate(_loaded(source, side, quality, seed, thread_count(workers))):
-                report(done + 1, usable(source))
+                report(done + 1, usable_count(source))
                 if isinstance(loaded, str):
                     left_out.append((number, loaded))
                     continue
@@ -126,7 +126,7 @@ def _loaded(
         except (DataError, OSError) as error:
             return number, str(error)
 
-    count = usable(source)
+    count = usable_count(source)
     ids = usable_ids(source, epoch_order(seed, 0, count, np.arange(count)))
     with ThreadPoolExecutor(threads) as pool:
         numbers = iter(ids.tolist())

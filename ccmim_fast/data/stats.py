@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ccmim_fast.data.source import Source, usable, usable_ids
+from ccmim_fast.data.source import Source, usable_count, usable_ids
 from ccmim_fast.data.stream.permutation import epoch_order
 from ccmim_fast.data.stream.prefetch import thread_count
 from ccmim_fast.errors import DataError
@@ -29,8 +29,8 @@ def measure_stats(source: Source, images: int, workers: int = 0) -> Stats:
     Raises:
         DataError: none decodes.
     """
-    count = min(images, usable(source))
-    ids = usable_ids(source, epoch_order(0, 0, usable(source), np.arange(count)))
+    count = min(images, usable_count(source))
+    ids = usable_ids(source, epoch_order(0, 0, usable_count(source), np.arange(count)))
 
     levels_L1 = np.arange(256)[:, None]
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from ccmim_fast.data.index.bad_samples import marks_path, read_marks
+from ccmim_fast.data.index.bad_samples import bad_samples_path, read_bad_samples
 from ccmim_fast.data.index.index_file import BAD, INDEXED, SCHEMA, VERIFIED, Index, rewrite_index
 from ccmim_fast.data.index.indexed import IndexedSource
 from ccmim_fast.data.source import Source
@@ -77,7 +77,7 @@ def verify(
                 finished += len(chunk)
                 report(finished, len(wanted))
         index = _write_status(index, np.union1d(wanted, done), dict(bad))
-        for path in (log, marks_path(index.path)):
+        for path in (log, bad_samples_path(index.path)):
             if os.path.exists(path):
                 os.unlink(path)
     except OSError as error:
@@ -105,7 +105,7 @@ def _wanted(index: Index, again: bool) -> np.ndarray:
     """Ids to decode, ascending; what has no header that can be read is not tried again."""
     if again:
         return np.flatnonzero(index.sizes_N2[:, 0] > 0)
-    marked = np.fromiter(read_marks(index), dtype=np.int64)
+    marked = np.fromiter(read_bad_samples(index), dtype=np.int64)
     return np.union1d(np.flatnonzero(index.status_N == INDEXED), marked)
 
 

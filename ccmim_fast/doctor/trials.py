@@ -59,7 +59,7 @@ def xformers() -> None:
     """Compare its attention with two products and a softmax."""
     import torch
 
-    from ccmim_fast.models.attention import attention
+    from ccmim_fast.models.block import attention
 
     q, k, v = torch.randn(3, 2, 50, 4, 32, device="cuda", dtype=torch.float16)
     _agree(*(attention(q, k, v, backend) for backend in ("xformers", "plain")))

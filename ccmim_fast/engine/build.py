@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ccmim_fast.bank.bank import ScoreBank, own_maps
 from ccmim_fast.bank.stores import choose_store, open_store
+from ccmim_fast.build.model import build_model, build_objective
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.source import Source
 from ccmim_fast.data.stream.plan import Plan
@@ -17,15 +18,15 @@ from ccmim_fast.engine.cuda_graph import GraphedStep
 from ccmim_fast.engine.host_memory import keep_freed_memory
 from ccmim_fast.engine.step import TrainStep
 from ccmim_fast.errors import ConfigError, DataError
-from ccmim_fast.models.attention import check_attention
-from ccmim_fast.models.build import build_model
+from ccmim_fast.models.block import check_attention
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.precision import Precision, choose_precision
 from ccmim_fast.optim.ema import build_ema
 from ccmim_fast.optim.optimizer import build_optimizer
 from ccmim_fast.optim.schedule import scaled_lr
 from ccmim_fast.ranks.fsdp import is_sharded, shard
-from ccmim_fast.ranks.session import Session, backend_timeout, from_main, node_count
+from ccmim_fast.ranks.session import Session, backend_timeout, broadcast, node_count
+from ccmim_fast.registry import SCORE_SOURCES
 from ccmim_kernels.dispatch import check_triton
 
 
@@ -84,7 +85,7 @@ def check_images(source: Source, here: Session) -> None:
     Raises:
         DataError: it has others.
     """
-    fingerprint, count = from_main((source.fingerprint, len(source)))
+    fingerprint, count = broadcast((source.fingerprint, len(source)))
     if fingerprint != source.fingerprint:
         raise DataError(
             f"rank {here.rank} on {socket.gethostname()} has other images than rank 0 ({len(source)}, there {count}); "
@@ -111,7 +112,7 @@ def build_step(config: Config, here: Session) -> TrainStep:
         betas=config.optim.betas,
         capturable=config.train.cuda_graph,
     )
-    return TrainStep(model, _wrapped(model, here), optimizer, precision, config, ema)
+    return TrainStep(model, _wrapped(model, here), build_objective(config, model), optimizer, precision, config, ema)
 
 
 def is_divided(config: Config, here: Session) -> bool:
@@ -121,7 +122,7 @@ def is_divided(config: Config, here: Session) -> bool:
 
 def has_bank(config: Config) -> bool:
     """Whether the run keeps its scores in a bank."""
-    return config.score.source == "bank" and config.mask.strategy.startswith("importance")
+    return SCORE_SOURCES[config.score.source].has_bank and config.mask.strategy.startswith("importance")
 
 
 def choose_shards(config: Config) -> int:

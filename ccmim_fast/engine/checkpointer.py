@@ -16,7 +16,7 @@ from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.engine.step import TrainStep
 from ccmim_fast.errors import CheckpointError, ConfigError
 from ccmim_fast.ranks.fsdp import is_sharded, let_go
-from ccmim_fast.ranks.session import Session, backend_timeout, from_main, wait_for_all
+from ccmim_fast.ranks.session import Session, backend_timeout, barrier, broadcast
 
 
 class Checkpointer:
@@ -55,11 +55,11 @@ class Checkpointer:
 
     def save(self, step: int, seen: int, for_good: bool = False) -> None:
         """The run as it is after `step` optimizer steps and `seen` samples; see `BackgroundSaver.save`."""
-        self._here.watchdog.mark("saving")
+        self._here.watchdog.enter_phase("saving")
         maps_NGG = None if self._bank is None else self._bank.contents()
         if self._here.is_main or self._together is not None:
             now, plan = self._step, self._plan
-            progress = Progress(step, seen, plan.samples, plan.source.fingerprint, plan.shards)
+            progress = Progress(step, seen, plan.samples, plan.source.fingerprint, plan.partitions)
             state = capture(now.model, now.optimizer, now.scaler, now.ema, progress, self._config, maps_NGG)
             self._saver.save(step, state, for_good)
 
@@ -73,7 +73,7 @@ class Checkpointer:
             self._saver.close()
         finally:
             # Who ends first has its launcher end the others.
-            wait_for_all()
+            barrier()
 
     def resume(self) -> tuple[int, int]:
         """Go on where `run.resume` says; returns optimizer steps taken and samples seen, 0 of a new run.
@@ -83,7 +83,7 @@ class Checkpointer:
             ConfigError: another setting is not that of the checkpoint, and `run.allow_change` is not set.
         """
         resume = self._config.run.resume
-        self._here.watchdog.mark("loading a checkpoint")
+        self._here.watchdog.enter_phase("loading a checkpoint")
         if resume == "never":
             return 0, 0
         state = self._newest()[1] if resume == "auto" else self._load(Path(resume))
@@ -91,12 +91,12 @@ class Checkpointer:
             return 0, 0
         self._check_settings(state)
         progress = self._restore(state, in_place=False)
-        self._here.watchdog.mark("loading a checkpoint", progress.step)
+        self._here.watchdog.enter_phase("loading a checkpoint", progress.step)
         for problem in self._changes(progress):
             if self._here.is_main:
                 print(problem, flush=True)
         # Every place where a step may begin is a multiple of the shards; another batch may have left one that is not.
-        shards = self._plan.shards
+        shards = self._plan.partitions
         return progress.step, -(-progress.seen // shards) * shards
 
     def go_back(self) -> int | None:
@@ -116,12 +116,12 @@ class Checkpointer:
     def _newest(self) -> tuple[Path | None, dict[str, Any] | None]:
         """The newest checkpoint that the first rank can load, on every rank."""
         if not self._here.is_main:
-            path = from_main(None)
+            path = broadcast(None)
             return path, None if path is None else self._load(path)
         found = io.newest(self.folder, divided=self._together is not None)
         for problem in found.problems:
             print(problem, flush=True)
-        from_main(found.path)
+        broadcast(found.path)
         return found.path, found.state if found.path is None else self._own(found.path, found.state)
 
     def _load(self, path: Path) -> dict[str, Any]:
@@ -170,8 +170,8 @@ class Checkpointer:
             return
         if progress.images != plan.source.fingerprint:
             what = f"the images are not those of the checkpoint ({progress.samples} then, {plan.samples} now)"
-        elif progress.shards != plan.shards:
-            what = f"score.shards={plan.shards} is not the checkpoint's {progress.shards}"
+        elif progress.shards != plan.partitions:
+            what = f"score.shards={plan.partitions} is not the checkpoint's {progress.shards}"
         else:
             return
         yield f"{what}: this epoch goes on in another order, in which some may come twice and some not at all"

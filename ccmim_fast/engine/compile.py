@@ -1,12 +1,17 @@
 """torch.compile of the step, and a warm-up that leaves no trace: it compiles, tries, and gives up in one line."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine.dry_run import dry_run, synthetic_batch
 from ccmim_fast.engine.step import TrainStep
+from ccmim_fast.models.block import ViTBlock
+from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.optim.gradients import drop_gradients
 
 
@@ -36,7 +41,7 @@ def compile_step(step: TrainStep, what: str, mode: str = "default", backend: str
     options = {"backend": backend, **({"mode": mode} if backend == "inductor" else {})}
     try:
         if what == "blocks":
-            step.model.run.compile(**options)
+            compile_blocks(step.model, **options)
         elif what == "step":
             # DDP cuts the graph into buckets itself.
             step.forward = torch.compile(step.losses, fullgraph=step.wrapped is step.model, dynamic=False, **options)
@@ -44,9 +49,40 @@ def compile_step(step: TrainStep, what: str, mode: str = "default", backend: str
         _give_up(step, error)
 
 
+def compile_blocks(model: CCMIM, **options: Any) -> None:
+    """Compile the blocks' arithmetic as one graph, which all blocks of a width and a number of tokens share."""
+    # A graph for each of: visible, masked and decoder's tokens, first and later blocks, whole and query tokens.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    compute = torch.compile(ViTBlock.compute, fullgraph=True, **options)
+    for block in vit_blocks(model):
+        block.compute = compute
+
+
+def vit_blocks(model: CCMIM) -> list[ViTBlock]:
+    """Return the blocks of encoder and decoder that can be compiled."""
+    return [block for block in (*model.encoder.blocks, *model.decoder.blocks) if isinstance(block, ViTBlock)]
+
+
+def is_compiled(model: CCMIM) -> bool:
+    return any("compute" in vars(block) for block in vit_blocks(model))
+
+
+@contextlib.contextmanager
+def uncompiled(model: CCMIM) -> Iterator[None]:
+    """Run the blocks eagerly within, so that hooks of their parts are called."""
+    kept = [(block, block.__dict__.pop("compute", None)) for block in vit_blocks(model)]
+    try:
+        yield
+    finally:
+        for block, compute in kept:
+            if compute is not None:
+                block.compute = compute
+
+
 def uncompile(step: TrainStep) -> None:
     """Make `step` run eagerly again."""
-    step.model.run.uncompiled()
+    for block in vit_blocks(step.model):
+        block.__dict__.pop("compute", None)
     step.forward = step.losses
 
 
@@ -71,7 +107,7 @@ def warm_up(step: TrainStep, batch: int, accumulate: int, steps: int = 2) -> boo
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
-            if step.forward == step.losses and not step.model.run.compiled:
+            if step.forward == step.losses and not is_compiled(step.model):
                 raise
             _give_up(step, error)
         _take(step, batches, steps)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from itertools import islice
 
 from ccmim_fast.data.build import Loader
-from ccmim_fast.data.stages import advice, measure_stages
+from ccmim_fast.data.throughput import measure_stage_times
 from ccmim_fast.runs.metrics import Metrics
 
 WAIT = 0.1  # share of the time waiting for images from which on it is said what they wait for
@@ -27,19 +27,19 @@ class DataReport:
 
     def update(self, step: int, waited: float) -> None:
         """Tell what is new since the last time; `waited` is the share of the time spent waiting for images."""
-        for sample, reason in islice(self._loader.skipped.reasons.items(), self._told, None):
+        for sample, reason in islice(self._loader.bad_samples.reasons.items(), self._told, None):
             self._told += 1
             self._note(f"step {step}: sample {sample} is left out: {reason}")
             if self._metrics is not None:
                 self._metrics.write("skipped", step, sample=sample, reason=reason)
         if waited > WAIT and not self._advised and self._metrics is not None:
             self._advised = True
-            stages = measure_stages(self._loader.plan, self._image_size, _IMAGES)
-            self._note(f"step {step}: {waited:.0%} of the time goes by waiting for images; {advice(stages)}")
+            stages = measure_stage_times(self._loader.plan, self._image_size, _IMAGES)
+            self._note(f"step {step}: {waited:.0%} of the time goes by waiting for images; {stages.advice()}")
 
     def close(self) -> None:
         """Sum up."""
-        plan, count = self._loader.plan, len(self._loader.skipped.reasons)
+        plan, count = self._loader.plan, len(self._loader.bad_samples.reasons)
         if count:
             self._note(
                 f"{count} of {len(plan.source)} samples could not be shown; ccmim data verify looks at all of them"

@@ -11,7 +11,7 @@ import torch
 from ccmim_fast.config.schema import Config
 from ccmim_fast.config.validate import validate
 from ccmim_fast.data.build import build_loader, build_source
-from ccmim_fast.data.source import left_out
+from ccmim_fast.data.source import excluded_summary
 from ccmim_fast.data.stream.batch import Batch, in_groups
 from ccmim_fast.engine.build import build_bank, build_step, check_device, check_images, choose_shards, prepare_step
 from ccmim_fast.engine.checkpointer import Checkpointer
@@ -26,7 +26,7 @@ from ccmim_fast.errors import NumericsError, StoppedError
 from ccmim_fast.optim.schedule import lr_at, scaled_lr
 from ccmim_fast.profile.meter import Meter
 from ccmim_fast.profile.profiler import Profile, check_room
-from ccmim_fast.ranks.session import Session, main_first, max_over_ranks, mean_over_ranks, session
+from ccmim_fast.ranks.session import Session, main_first, max_over_ranks, mean_over_ranks, open_session
 from ccmim_fast.ranks.signals import StopSignals
 from ccmim_fast.runs.folder import describe_run, open_run_folder
 from ccmim_fast.runs.metrics import Metrics, ProgressLine
@@ -46,7 +46,7 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None
     Raises:
         CcmimError: a user's error, with its exit code.
     """
-    with session(config.train.device, config.watch.timeout) as here:
+    with open_session(config.train.device, config.watch.timeout) as here:
         validate(config, here.world_size)
         check_device(config, here, looks=after_epoch is not None)
         if config.train.find_batch:
@@ -66,7 +66,7 @@ class Trainer:
     def __init__(self, config: Config, here: Session, after_epoch: AfterEpoch | None = None, more: More | None = None):
         self.config, self.here, self.after_epoch, self.more = config, here, after_epoch, more
         self.folder = open_run_folder(config) if here.is_main else Path(config.run.dir)
-        here.watchdog.open(self.folder)
+        here.watchdog.start(self.folder)
         with main_first(here):  # that indexes the images, if nobody has
             self.source = build_source(config.data, config.seed)
         check_images(self.source, here)
@@ -79,7 +79,7 @@ class Trainer:
             rank=here.rank,
             world_size=here.world_size,
             device=here.device,
-            shards=choose_shards(config),
+            partitions=choose_shards(config),
         )
         self.bank = build_bank(config, self.loader.plan, here, self.folder)
         self.lr = scaled_lr(config.optim.base_lr, config.train.batch_size)
@@ -102,7 +102,7 @@ class Trainer:
         check_room(config.train.profile, left=self.total_steps - self.step)
         self.nan_id = torch.full((), -1, device=here.device)
         self.watch, self.spikes = StepMonitor(here), Spikes(config.watch.spike)
-        self.signals = StopSignals(to_the_end=here.world_size > 1)
+        self.signals = StopSignals(keep_after_error=here.world_size > 1)
         self.meter = Meter(config.train.batch_size, here, count_flops(self.train_step), self.train_step.precision.dtype)
         self.metrics = None
         if here.is_main:
@@ -148,7 +148,7 @@ class Trainer:
         with_what = f"{self.here.world_size} x {self.here.device}, {self.train_step.precision.name}"
         size = f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters"
         loader = type(self.loader).__name__
-        return " · ".join([f"{self.samples} images", *left_out(self.source), loader, with_what, size])
+        return " · ".join([f"{self.samples} images", *excluded_summary(self.source), loader, with_what, size])
 
     def _total_steps(self) -> int:
         """Of the whole run: until every sample was seen in every epoch. The last step may see some once more."""
@@ -169,7 +169,7 @@ class Trainer:
         return epochs if epochs > (self.seen - self.config.train.batch_size) // self.samples else 0
 
     def _train(self, batches: list[Batch]) -> StepResult:
-        self.here.watchdog.mark("in step", self.step + 1)
+        self.here.watchdog.enter_phase("in step", self.step + 1)
         if self.config.model.drop_path > 0:
             # Stochastic depth draws from the global generator: keyed by step and rank, so that a resumed run repeats.
             torch.manual_seed((self.config.seed << 40) + self.step * self.here.world_size + self.here.rank)
@@ -289,7 +289,7 @@ class Trainer:
         return bool(every and epoch) and epoch % every == 0 and self.seen >= epoch * self.samples
 
     def _look(self, epoch: int) -> None:
-        self.here.watchdog.mark("looking at the model")
+        self.here.watchdog.enter_phase("evaluating the model")
         if self.after_epoch is not None and self.here.is_main:
             self.model.eval()
             self.after_epoch(epoch, self)

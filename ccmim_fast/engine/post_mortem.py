@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from ccmim_fast.data.stream.batch import make_batch
 from ccmim_fast.data.stream.plan import Plan
-from ccmim_fast.data.stream.torch_loader import crop_of
+from ccmim_fast.data.stream.torch_loader import load_crop
+from ccmim_fast.engine.compile import uncompiled
 from ccmim_fast.engine.step_monitor import Past
 from ccmim_fast.errors import CcmimError
-from ccmim_fast.models.blocks import BlockRunner
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.precision import Precision
-from ccmim_fast.optim.parts import own_part
+from ccmim_fast.optim.gradients import own_part
 from ccmim_kernels.partition import partition_from_mask
 
 
@@ -45,11 +45,11 @@ def write_capture(
     """
     found: dict[str, Any] = {"step": past.step, "seed": plan.seed, "rank": plan.rank, "micro_batches": []}
     for ids_B, epochs_B, mask_BL in zip(past.ids, past.epochs, past.masks):
-        shown = plan.showing(ids_B, epochs_B.cpu().numpy())
-        images_BHWC = torch.from_numpy(np.stack([crop_of(plan.source, one, image_size) for one in shown.samples()]))
+        shown = plan.micro_batch(ids_B, epochs_B.cpu().numpy())
+        images_BHWC = torch.from_numpy(np.stack([load_crop(plan.source, one, image_size) for one in shown.samples()]))
         batch = make_batch(images_BHWC.to(mask_BL.device), shown, plan.source, mask_BL.device)
         partition = partition_from_mask(mask_BL, model.keep)
-        with torch.no_grad(), _watched(model) as outputs, precision.autocast(mask_BL.device):
+        with torch.no_grad(), uncompiled(model), _watched(model) as outputs, precision.autocast(mask_BL.device):
             model(batch.images_BHWC, batch.ids_B, batch.epochs_B, partition=partition)
         told = {"ids": batch.ids_B.cpu(), "epochs": epochs_B.cpu(), "masks": mask_BL.cpu(), "outputs": outputs}
         found["micro_batches"].append(told)
@@ -88,12 +88,11 @@ def _watched(model: CCMIM) -> Iterator[dict[str, dict[str, float]]]:
         return look
 
     hooks = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
-    run, model.run, training = model.run, BlockRunner(model.run.attention), model.training
+    training = model.training
     model.eval()
     try:
         yield outputs
     finally:
         model.train(training)
-        model.run = run
         for one in hooks:
             one.remove()

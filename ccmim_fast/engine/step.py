@@ -15,15 +15,15 @@ from torch.optim.swa_utils import AveragedModel
 from ccmim_fast.bank import warp
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.stream.batch import Batch
-from ccmim_fast.losses.total import Losses, total_loss
+from ccmim_fast.losses.reconstruction import Losses, Objective
 from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.models.linear import onednn_linear
-from ccmim_fast.models.output import Known, Output
-from ccmim_fast.models.precision import Precision
+from ccmim_fast.models.output import Output
+from ccmim_fast.models.precision import Precision, onednn_linear
+from ccmim_fast.models.scores import PriorScores
 from ccmim_fast.optim.ema import update_ema_
-from ccmim_fast.optim.gradients import Gradients, drop_gradients, guard, update
-from ccmim_fast.optim.optimizer import set_lr
+from ccmim_fast.optim.gradients import Gradients, drop_gradients, guard, set_lr, update
 from ccmim_fast.ranks.fsdp import is_sharded
+from ccmim_fast.registry import SCORE_SOURCES
 
 
 class Seen(NamedTuple):
@@ -71,6 +71,7 @@ class TrainStep:
     Args:
         model: the bare model, whose weights are trained.
         wrapped: the same model as it is called (DDP, or bare, which FSDP's is too).
+        objective: the losses of its output.
         optimizer: over the model's parameters.
         precision: autocast and scaling.
         config: of the run.
@@ -78,7 +79,7 @@ class TrainStep:
 
     Attributes:
         forward: as `losses`; may be replaced by its compiled self (`engine.compile`).
-        onednn: linear layers by oneDNN, see `models.linear`; not to be compiled.
+        onednn: linear layers by oneDNN, see `models.precision`; not to be compiled.
         parts: names of the model's parts, and the parameters of each.
     """
 
@@ -86,17 +87,19 @@ class TrainStep:
         self,
         model: CCMIM,
         wrapped: nn.Module,
+        objective: Objective,
         optimizer: torch.optim.Optimizer,
         precision: Precision,
         config: Config,
         ema: AveragedModel | None = None,
     ):
         self.model, self.wrapped, self.optimizer, self.precision = model, wrapped, optimizer, precision
-        self.config, self.ema = config, ema
+        self.objective, self.config, self.ema = objective, config, ema
+        self._sharded = is_sharded(model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.scaled)
         self.parts = parts_of(model)
         self._statistics = [buffer for name, buffer in model.named_buffers() if ".running_" in name]
-        self.onednn = config.fast.onednn_linear and self.device.type == "cpu" and not config.train.recompute
+        self.onednn = self.device.type == "cpu" and not config.train.recompute
         self.forward = self.losses
 
     @property
@@ -136,23 +139,23 @@ class TrainStep:
     ) -> tuple[Losses, Seen]:
         """Eq. 10 of one micro-batch, and what it showed."""
         model, momentum = self.model, self.config.score.momentum
-        known = None if maps_BGG is None else Known(*warp.read(maps_BGG, boxes_B4, model.grid))
+        prior = None if maps_BGG is None else PriorScores(*warp.read(maps_BGG, boxes_B4, model.grid))
         # A cast weight that is kept gives the weight no gradient where a pass without gradients made it, as scores of
         # later blocks do (seen with torch 2.7.1), or FSDP let go of the weight meanwhile (seen with 2.15).
-        cache = self.config.score.source in ("first", "bank") and not is_sharded(model)
+        cache = not (SCORE_SOURCES[self.config.score.source].runs_blocks or self._sharded)
         with self.precision.autocast(images_BHWC.device, cache), onednn_linear(self.onednn):
-            output = self.wrapped(images_BHWC, ids_B, epochs_B, known=known)
+            output = self.wrapped(images_BHWC, ids_B, epochs_B, prior=prior)
         if maps_BGG is not None:
-            maps_BGG = warp.update(maps_BGG, boxes_B4, output.shares_BL, model.grid, momentum)
+            maps_BGG = warp.update(maps_BGG, boxes_B4, output.cls_attention_BL, model.grid, momentum)
         # Outside autocast: losses are float32 whatever the forward pass ran in.
-        losses, partition = total_loss(model, output, images_BHWC, self.config), output.partition
+        losses, partition = self.objective(output, images_BHWC), output.partition
         h_BE = None if output.visible_BE is None else output.visible_BE.detach()
         logits_BL = None if output.logits_BL is None else output.logits_BL.detach()
         return losses, Seen(partition.nan_B, partition.mask_BL, _entropy(output), h_BE, maps_BGG, logits_BL)
 
     def _gradients_summed_over_ranks(self, last: bool):
         """Gradients are reduced with the last micro-batch only."""
-        if is_sharded(self.model):
+        if self._sharded:
             self.model.set_requires_gradient_sync(last)
         elif isinstance(self.wrapped, DistributedDataParallel) and not last:
             return self.wrapped.no_sync()

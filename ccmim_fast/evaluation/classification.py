@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ccmim_fast.data.source import usable
+from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.supervised import Learner
@@ -67,7 +67,7 @@ def accuracies(job: Job, logits: Callable[[Tensor], Tensor], heads: tuple[str, .
         right += torch.stack([hits[..., :n].any(-1).sum(1) for n in guesses])
     if dist.is_initialized():
         dist.all_reduce(right)
-    shares = (right / usable(job.test.source)).tolist()
+    shares = (right / usable_count(job.test.source)).tolist()
     names = [f"{head}{suffix}" for suffix in ("", ", five guesses")[: len(guesses)] for head in heads]
     return dict(zip(names, [share for row in shares for share in row]))
 

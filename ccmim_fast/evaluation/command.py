@@ -20,7 +20,7 @@ from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.protocols import FOLDER, Protocol, deviations, protocol, write_result
 from ccmim_fast.evaluation.segmentation.run import open_scenes
 from ccmim_fast.evaluation.segmentation.run import run as segmentation
-from ccmim_fast.ranks.session import Session, main_first, session
+from ccmim_fast.ranks.session import Session, main_first, open_session
 from ccmim_fast.runs.folder import check_apart, describe_run, environment, evaluation_folder, open_run_folder
 from ccmim_fast.runs.state import recorded
 
@@ -99,7 +99,7 @@ def _protocol_of(name: str, argv: list[str]) -> tuple[Protocol, list[str]]:
 
 
 def _run(name: str, of: Protocol, config: EvalConfig, checkpoint: str) -> None:
-    with session(config.train.device, config.train.timeout) as here:
+    with open_session(config.train.device, config.train.timeout) as here:
         # In the order in which a mistake is cheapest to find: weights' header, images, folder.
         with main_first(here):  # that downloads weights and indexes images, if nobody has
             weights = read_weights(checkpoint, config.model.arch, config.model.num_heads)

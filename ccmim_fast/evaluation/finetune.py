@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from ccmim_fast.config.evaluation import EvalOptimConfig
-from ccmim_fast.data.index.bad_samples import Skipped
-from ccmim_fast.data.stream.fallback import load_or_substitute
+from ccmim_fast.data.index.bad_samples import BadSamples
 from ccmim_fast.data.stream.plan import MicroBatch, Plan
+from ccmim_fast.data.stream.prefetch import load_with_fallback
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.classification import classifier
 from ccmim_fast.evaluation.encoders import build_encoder
@@ -74,11 +74,11 @@ class Augmented(Dataset):
     id), so what comes does not depend on the process that makes it.
     """
 
-    def __init__(self, plan: Plan, skipped: Skipped, transform: Callable[[Image.Image], Tensor], seed: int):
-        self._plan, self._skipped, self._transform, self._seed = plan, skipped, transform, seed
+    def __init__(self, plan: Plan, bad_samples: BadSamples, transform: Callable[[Image.Image], Tensor], seed: int):
+        self._plan, self._bad_samples, self._transform, self._seed = plan, bad_samples, transform, seed
 
     def __getitem__(self, sample: MicroBatch) -> tuple[Tensor, int]:
-        shown, image_CHW = load_or_substitute(self._load, sample, self._plan, self._skipped)
+        shown, image_CHW = load_with_fallback(self._load, sample, self._plan, self._bad_samples)
         return image_CHW, int(self._plan.source.labels_N[shown.ids_B.item()])
 
     def _load(self, sample: MicroBatch) -> Tensor:
@@ -111,8 +111,7 @@ class Batches:
             job.here.world_size,
             repeats=augment.repeats,
         )
-        index = getattr(source, "index", None)
-        skipped = Skipped(index, len(source), len(source.excluded_X), data.on_error, data.max_bad)
+        bad_samples = BadSamples.of(source, data.on_error, data.max_bad)
         transform = create_transform(
             (len(data.mean), *data.image_size),
             is_training=True,
@@ -126,7 +125,7 @@ class Batches:
             re_prob=augment.erase,
             re_mode="pixel",
         )
-        self._samples = Augmented(self._plan, skipped, transform, config.seed)
+        self._samples = Augmented(self._plan, bad_samples, transform, config.seed)
         self._mix = None
         if augment.mixup or augment.cutmix:
             self._mix = Mixup(

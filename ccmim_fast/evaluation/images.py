@@ -6,8 +6,8 @@ from typing import NamedTuple
 from ccmim_fast.config.evaluation import EvalConfig, images_of
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.build import build_source
-from ccmim_fast.data.index.fine_grained import flowers_origins, inaturalist_origins
-from ccmim_fast.data.source import Source, usable
+from ccmim_fast.data.index.annotations import flowers_origins, inaturalist_origins
+from ccmim_fast.data.source import Source, usable_count
 from ccmim_fast.errors import ConfigError, DataError
 
 
@@ -22,7 +22,7 @@ class Images(NamedTuple):
         return len(self.source.class_names)
 
     def words(self) -> str:
-        return f"{usable(self.source)} images of {self.classes} classes"
+        return f"{usable_count(self.source)} images of {self.classes} classes"
 
 
 def open_both(config: EvalConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Images, Images]:

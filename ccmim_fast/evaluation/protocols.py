@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.keys import flatten, show
 from ccmim_fast.config.load import load_config, presets
-from ccmim_fast.data.source import usable
+from ccmim_fast.data.source import usable_count
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.encoders import Weights, width_and_patch
 from ccmim_fast.evaluation.images import Images
@@ -81,7 +81,7 @@ def deviations(of: Protocol, config: EvalConfig, weights: Weights, train: Images
         for key, value in asked.items()
         if key.startswith(FIGURES[of.evaluation]) and given[key] != value
     ]
-    here = (usable(train.source), usable(test.source), train.classes)
+    here = (usable_count(train.source), usable_count(test.source), train.classes)
     if of.images is not None and here != of.images:
         words = "{} images to train on, {} to test on, {} classes"
         found.insert(0, f"images: {words.format(*here)} ({words.format(*of.images)})")

@@ -19,14 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 from ccmim_fast.checkpoints import io
 from ccmim_fast.config.keys import flatten
 from ccmim_fast.config.load import to_yaml
-from ccmim_fast.data.source import usable
+from ccmim_fast.data.source import usable_count
 from ccmim_fast.errors import CheckpointError, ConfigError, NumericsError, StoppedError
 from ccmim_fast.evaluation.encoders import Weights
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.optim.ema import averaged_in, build_ema, update_ema_
 from ccmim_fast.optim.schedule import scaled_lr, schedule_lr
-from ccmim_fast.ranks.session import from_main, max_over_ranks, mean_over_ranks, wait_for_all
+from ccmim_fast.ranks.session import barrier, broadcast, max_over_ranks, mean_over_ranks
 from ccmim_fast.ranks.signals import StopSignals
 from ccmim_fast.runs.metrics import Metrics, ProgressLine
 
@@ -61,7 +61,7 @@ class Training:
         self.config, self.here, self.learner = config, here, learner
         self.precision = choose_precision(config.train.precision, here.device)
         self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.precision.scaled)
-        self.checkpoints, self.samples = folder / "checkpoints", usable(job.train.source)
+        self.checkpoints, self.samples = folder / "checkpoints", usable_count(job.train.source)
         self.ema, self.encoder = build_ema(learner.module, config.optim.ema), fingerprint(job.weights)
         self.step = self._resume() if config.run.resume == "auto" else 0
         self.module = learner.module
@@ -223,7 +223,7 @@ class Training:
                 "settings": {key: str(value) for key, value in flatten(self.config).items()},
             }
             io.save(self.checkpoints, self.step, state, self.config.run.keep)
-        wait_for_all()
+        barrier()
 
     def _resume(self) -> int:
         """Load the newest checkpoint that the first rank can; returns its step, 0 where there is none.
@@ -232,7 +232,7 @@ class Training:
             ConfigError: a setting, or the encoder it began with, is not that of the checkpoint.
             CheckpointError: it is of something else.
         """
-        path = from_main(io.newest(self.checkpoints).path if self.here.is_main else None)
+        path = broadcast(io.newest(self.checkpoints).path if self.here.is_main else None)
         if path is None:
             return 0
         state = io.load(path)

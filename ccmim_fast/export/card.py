@@ -12,7 +12,7 @@ from ccmim_fast.config.keys import show
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.export.graphs import OPSET
 from ccmim_fast.export.trained import Trained
-from ccmim_fast.models.embedding import patch_size_of
+from ccmim_fast.models.tokens import patch_size_of
 from ccmim_fast.report.curves import read_metrics
 
 _LOSSES = ("epoch", "loss", "recons", "contrast")

@@ -15,13 +15,13 @@ import torch
 
 from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.data.progress import progress_bar
-from ccmim_fast.data.source import usable
+from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.errors import MachineError
 from ccmim_fast.evaluation.frozen.features import extract
 from ccmim_fast.export.trained import read_trained
-from ccmim_fast.models.encoder import tokens_of
 from ccmim_fast.models.precision import choose_precision
+from ccmim_fast.models.tokens import tokens_of
 
 
 class Rows(NamedTuple):
@@ -86,9 +86,9 @@ def embed_folder(
             names = [source.name(number).encode(errors="replace").decode() for number in images.host_ids_B.tolist()]
             yield Rows(names, None if labels_B is None else labels_B.tolist(), features_BD.numpy())
             done += len(names)
-            report(done, usable(source))
+            report(done, usable_count(source))
 
-    count, width = usable(source), model.encoder.embed_dim
+    count, width = usable_count(source), model.encoder.embed_dim
     with progress_bar("embedding") as report, _written(out) as parts:
         write = _npy if out.suffix == ".npy" else _arrow
         write(parts, count, width, source.labels_N is not None, rows(report))

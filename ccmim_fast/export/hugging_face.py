@@ -16,8 +16,8 @@ from ccmim_fast.checkpoints.convert import to_flat
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.export.plain import write_json, write_weights
 from ccmim_fast.export.trained import Trained
-from ccmim_fast.models.blocks import is_plain
-from ccmim_fast.models.embedding import patch_size_of
+from ccmim_fast.models.block import ViTBlock
+from ccmim_fast.models.tokens import patch_size_of
 
 _BICUBIC = 3  # Pillow's number, which preprocessor_config.json holds
 
@@ -80,16 +80,17 @@ def export_vitmae(trained: Trained, out: Path) -> list[Path]:
 def obstacles(vit: VisionTransformer) -> list[str]:
     """What of `vit` transformers' ViTModel cannot express, in words."""
     blocks = list(vit.blocks)
-    norms = [vit.norm, *(norm for block in blocks if is_plain(block) for norm in (block.norm1, block.norm2))]
+    standard = [block for block in blocks if isinstance(block, ViTBlock)]
+    norms = [vit.norm, *(norm for block in standard for norm in (block.norm1, block.norm2))]
     found = {
         "registers (reg_tokens)": vit.reg_token is not None,
         "a norm before the blocks (pre_norm)": _there(vit.norm_pre),
         "a norm of the patches": _there(vit.patch_embed.norm),
-        "blocks that are not timm's standard one": not all(map(is_plain, blocks)),
+        "blocks that are not timm's standard one": len(standard) < len(blocks),
         "a norm that is no LayerNorm with weights and biases": not all(map(_is_layer_norm, norms)),
         "norms of several eps": len({getattr(norm, "eps", None) for norm in norms}) > 1,
     }
-    for block in filter(is_plain, blocks):
+    for block in standard:
         attn, mlp = block.attn, block.mlp
         found |= {
             "norms of queries and keys (qk_norm)": _there(attn.q_norm) or _there(attn.k_norm),

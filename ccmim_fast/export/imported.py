@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ccmim_fast.build.model import build_model
 from ccmim_fast.checkpoints import io
 from ccmim_fast.checkpoints.published import TIMM, derived, fill_, read_published
 from ccmim_fast.checkpoints.state import Progress, capture
@@ -14,7 +15,6 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.export.plain import write_weights
 from ccmim_fast.export.trained import Trained
-from ccmim_fast.models.build import build_model
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.optim.optimizer import build_optimizer
 from ccmim_fast.runs.folder import describe_run, open_run_folder

@@ -5,14 +5,14 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ccmim_fast.build.model import build_model
 from ccmim_fast.checkpoints import io
 from ccmim_fast.checkpoints.manifest import MANIFEST
 from ccmim_fast.config.load import difference, from_yaml, to_yaml
 from ccmim_fast.config.schema import Config, RunConfig
 from ccmim_fast.errors import CheckpointError
-from ccmim_fast.models.build import build_model
 from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.models.embedding import patch_size_of
+from ccmim_fast.models.tokens import patch_size_of
 
 _PLACES = ("root", "index")  # settings of `data` that name places of the machine, which are nobody else's business
 

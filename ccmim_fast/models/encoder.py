@@ -1,22 +1,22 @@
-"""The encoder is a timm VisionTransformer, unchanged; this file builds it and runs its parts.
+"""Building the encoder: a timm VisionTransformer of `ViTBlock`s, with fixed positions and MAE's initial weights.
 
 Nothing wraps the module, so its weights keep timm's names and load into timm as they are.
 """
 
-# B batch, H height, W width, C channels, T tokens, D width
+# S positions, D width
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.models.blocks import PLAIN, BlockRunner, RowReader, is_plain
-from ccmim_fast.models.embedding import embed, folded_projection, patch_size_of, prefix_tokens
-from ccmim_fast.models.positions import sincos_positions
+from ccmim_fast.models.block import ViTBlock
+from ccmim_fast.models.tokens import grid_of, patch_size_of
 
 
 def build_encoder(
@@ -30,7 +30,9 @@ def build_encoder(
     num_heads: int = 0,
     drop_path: float = 0.0,
 ) -> VisionTransformer:
-    """A timm VisionTransformer with a [CLS] token, fixed sine-cosine positions, MAE's initial weights and no head.
+    """Build a timm VisionTransformer with a [CLS] token, fixed sine-cosine positions, MAE's initial weights, no head.
+
+    Its blocks are `ViTBlock`s where the architecture has timm's standard ones; other blocks stay as they are.
 
     Args:
         arch: timm's name of a model whose class is VisionTransformer.
@@ -41,7 +43,9 @@ def build_encoder(
         ConfigError: an unknown name, another class of model, or sizes that do not fit each other.
     """
     sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-    _check_width(arch, embed_dim, num_heads)
+    own = _own(arch)
+    _check_width(own, embed_dim, num_heads)
+    standard = type(own.blocks[0]) is Block and type(own.blocks[0].attn) is Attention
     try:
         vit = timm.create_model(
             arch,
@@ -52,6 +56,7 @@ def build_encoder(
             class_token=True,
             global_pool="token",
             drop_path_rate=drop_path,
+            **({"block_fn": ViTBlock} if standard else {}),
             **{key: value for key, value in sizes.items() if value},
         )
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
@@ -59,15 +64,29 @@ def build_encoder(
     _check_sizes(vit, arch, image_size)
     _fix_positions(vit)
     initialise(vit)
+    configure_blocks(vit.blocks, num_prefix_tokens=vit.num_prefix_tokens)
     return vit
 
 
-def _check_width(arch: str, embed_dim: int, num_heads: int) -> None:
-    """The width must be a multiple of the heads, and of 4 (sine and cosine of two axes)."""
+def configure_blocks(blocks: Iterable[nn.Module], **attributes: object) -> None:
+    """Set attributes of `ViTBlock` (`attention`, `kernels`, `recompute`, ...) on all blocks of that class."""
+    for block in blocks:
+        if isinstance(block, ViTBlock):
+            for name, value in attributes.items():
+                setattr(block, name, value)
+
+
+def _own(arch: str) -> VisionTransformer:
+    """Build the architecture as timm has it, without memory."""
     with torch.device("meta"):
         own = timm.create_model(arch, pretrained=False)
     if type(own) is not VisionTransformer:
         raise ConfigError(f"model.arch={arch} is a {type(own).__name__}, expected a timm VisionTransformer")
+    return own
+
+
+def _check_width(own: VisionTransformer, embed_dim: int, num_heads: int) -> None:
+    """Refuse a width that is no multiple of the heads, and of 4 (sine and cosine of two axes)."""
     width = embed_dim or own.embed_dim
     heads = num_heads or getattr(getattr(own.blocks[0], "attn", None), "num_heads", 1)
     if width % heads and num_heads:
@@ -96,7 +115,7 @@ def _fix_positions(vit: VisionTransformer) -> None:
 
 
 def initialise(module: nn.Module) -> None:
-    """MAE's initial weights: Xavier-uniform for linear layers and the patch projection, N(0, 0.02) for tokens."""
+    """Draw MAE's initial weights: Xavier-uniform for linear layers and the patch projection, N(0, 0.02) for tokens."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
@@ -110,69 +129,25 @@ def initialise(module: nn.Module) -> None:
             nn.init.normal_(getattr(module, name), std=0.02)
 
 
-def grid_of(vit: VisionTransformer) -> tuple[int, int]:
-    """Rows and columns of patches."""
-    return tuple(vit.patch_embed.grid_size)
+def _axis(dim: int, coordinate_S: Tensor) -> Tensor:
+    """Return [S, dim] float64: sines, then cosines, of coordinate / 10000^(2i / dim)."""
+    frequency = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+    angle = coordinate_S[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-def encode(vit: VisionTransformer, x_BTD: Tensor, run: BlockRunner = PLAIN) -> Tensor:
-    """All blocks and the final norm: [B, T, D] tokens, prefix first, -> [B, T, D]."""
-    x_BTD = vit.norm_pre(x_BTD)
-    for block in vit.blocks:
-        x_BTD = run(block, x_BTD)
-    return vit.norm(x_BTD)
+def sincos_positions(dim: int, grid: tuple[int, int], prefix: int) -> Tensor:
+    """Return fixed 2-D sine-cosine positions [prefix + rows * columns, dim] float32; zeros for the prefix.
 
+    The first half of the channels encodes the column, the second the row, as in MAE's published checkpoints.
 
-def encode_cls(vit: VisionTransformer, x_BTD: Tensor, run: BlockRunner = PLAIN) -> Tensor:
-    """[CLS] after all blocks and the final norm, [B, D]: the last block is computed for [CLS] alone.
-
-    Equal to `encode(vit, x)[:, 0]`.
+    Raises:
+        ValueError: `dim` is no multiple of 4.
     """
-    x_BTD = vit.norm_pre(x_BTD)
-    *others, last = vit.blocks
-    for block in others:
-        x_BTD = run(block, x_BTD)
-    x_BTD = run.some(last, x_BTD[:, :1], x_BTD) if is_plain(last) else run(last, x_BTD)
-    return vit.norm(x_BTD[:, 0])
-
-
-def encode_and_read(
-    vit: VisionTransformer,
-    x_BTD: Tensor,
-    last: int,
-    read: RowReader,
-    run: BlockRunner = PLAIN,
-    cls_only: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`encode`, or [CLS] of it alone [B, 1, D], and how much [CLS] attends to each patch meanwhile.
-
-    Args:
-        x_BTD: [B, P + K, D], prefix first; the blocks must be plain.
-        last: in how many blocks it is read, the last ones.
-
-    Returns:
-        the tokens, and the log of K times the attention's mean over those blocks and all heads [B, K] float32, without
-        gradient: 0 is a patch's share of all the attention there is.
-    """
-    total_BK = None
-    x_BTD = vit.norm_pre(x_BTD)
-    unread = len(vit.blocks) - last
-    for block in vit.blocks[:unread]:
-        x_BTD = run(block, x_BTD)
-    for index, block in enumerate(vit.blocks[unread:], 1):
-        x_BTD, total_BK = run.reading(block, x_BTD, total_BK, read, cls_only and index == last)
-    patches = total_BK.shape[1]
-    # Attention may round to zero, whose log no map could hold.
-    share_BK = (total_BK * (patches / last)).clamp_min(torch.finfo(total_BK.dtype).tiny)
-    return vit.norm(x_BTD), share_BK.log()
-
-
-def tokens_of(vit: VisionTransformer, mean_C: Tensor, std_C: Tensor) -> Callable[[Tensor], Tensor]:
-    """The frozen encoder as a function: uint8 images [B, H, W, C] -> final tokens [B, P + L, D] of the whole image."""
-
-    def run(images_BHWC: Tensor) -> Tensor:
-        x_BLD = embed(vit, images_BHWC, folded_projection(vit, mean_C, std_C), mean_C, std_C)
-        prefix_BPD = prefix_tokens(vit).to(x_BLD.dtype).expand(len(x_BLD), -1, -1)
-        return encode(vit, torch.cat([prefix_BPD, x_BLD], dim=1))
-
-    return run
+    if dim % 4:
+        raise ValueError(f"dim={dim} must be a multiple of 4")
+    rows, columns = grid
+    row_S = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)
+    column_S = torch.arange(columns, dtype=torch.float64).repeat(rows)
+    table = torch.cat([_axis(dim // 2, column_S), _axis(dim // 2, row_S)], dim=1)
+    return torch.cat([torch.zeros(prefix, dim), table.float()])

@@ -13,7 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ccmim_fast.optim.parts import own_part
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that FSDP has divided, or any other tensor: the same memory, no gradient."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 class Gradients(NamedTuple):
@@ -78,6 +81,15 @@ def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, bad: 
         scaler.update()
     elif _is_capturing(bad) or not bad.item():
         optimizer.step()
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of all groups, without waiting for the device where it is a tensor there."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def drop_gradients(optimizer: torch.optim.Optimizer) -> None:

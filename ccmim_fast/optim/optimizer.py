@@ -36,12 +36,3 @@ def build_optimizer(
     rate = torch.tensor(lr, device=device) if capturable else lr
     # `capturable` is for the unfused kernels; the fused ones keep their step counts on the device anyhow.
     return torch.optim.AdamW(groups, lr=rate, betas=tuple(betas), fused=True, capturable=capturable)
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the rate of all groups; without waiting for the device where it is a tensor there."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr

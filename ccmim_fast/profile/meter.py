@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ccmim_fast.models.linear import product
+from ccmim_fast.models.precision import product
 from ccmim_fast.ranks.session import Session
 
 # Square matmuls large enough to be bound by arithmetic, small enough to take a moment.
@@ -101,7 +101,7 @@ class Meter:
         items = iter(items)
         while True:
             asked = time.perf_counter()
-            self._watchdog.mark("waiting for images")
+            self._watchdog.enter_phase("waiting for images")
             item = next(items, None)
             self._waited += time.perf_counter() - asked
             if item is None:

@@ -3,13 +3,7 @@
 Each block of encoder and decoder is a unit, the rest of the model another. What is gathered stays until the backward
 pass is done with it: a step runs the encoder up to three times (scores, visible, masked) and back, and a copy in half
 precision is 2 bytes of the 16 that a weight has in float32 with gradient and moments, 1.3 GB for ViT-H.
-
-A block runs by functions of its own (models/blocks.py), not by its `forward`: they are what gathers.
 """
-
-import types
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -34,8 +28,8 @@ def shard(model: CCMIM, here: Session, dtype: torch.dtype | None) -> None:
     for block in [*model.encoder.blocks, *model.decoder.blocks]:
         policy = exact if block is model.encoder.blocks[0] else half
         fully_shard(block, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
-        block.around = types.MethodType(_run, block)
-        register_fsdp_forward_method(block, "around")
+        for method in ("cls_attention", "folded_direction"):
+            register_fsdp_forward_method(block, method)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=exact)
 
 
@@ -48,7 +42,3 @@ def let_go(model: nn.Module) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
-
-
-def _run(block: nn.Module, way: Callable, *args: Any) -> Any:
-    return way(block, *args)

@@ -1,8 +1,8 @@
-"""Where the ranks of one launch find each other, whatever earlier launches of the same run left there.
+"""Rendezvous: the ranks of one launch find each other, whatever earlier launches of the same run left in the store.
 
-torchrun's agent serves one store to all its launches, and the addresses that killed ranks wrote into it are found by
-their successors, who then wait for the dead (pytorch/pytorch#135712). Its count of launches does not tell them apart:
-each machine's agent has one of its own. So the ranks agree on a name that no earlier launch had.
+torchrun's agent serves one store to all its launches. Addresses that killed ranks wrote into it are found by their
+successors, which then wait for dead processes (pytorch/pytorch#135712). The agent's restart count does not tell
+launches apart, because each machine's agent has its own. So the ranks agree on an id that no earlier launch had.
 """
 
 import datetime
@@ -16,47 +16,47 @@ from torch.distributed.rendezvous import rendezvous
 _POLL = 0.05  # seconds
 
 
-def meet(timeout: datetime.timedelta) -> tuple[Store, int, int, str]:
-    """The store of this launch alone, rank and world size, as the environment tells, and the launch's name.
+def join_launch(timeout: datetime.timedelta) -> tuple[Store, int, int, str]:
+    """Return a store of this launch alone, rank and world size as the environment gives them, and the launch's id.
 
     Raises:
         TimeoutError: some rank did not come.
     """
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    name = common_name(store, rank, world_size, timeout)
-    return PrefixStore(name, store), rank, world_size, name
+    launch = agree_on_launch(store, rank, world_size, timeout)
+    return PrefixStore(launch, store), rank, world_size, launch
 
 
-def common_name(store: Store, rank: int, world_size: int, timeout: datetime.timedelta) -> str:
-    """A name that rank 0 makes and all ranks of its launch get; those of dead ones may lie about in the store.
+def agree_on_launch(store: Store, rank: int, world_size: int, timeout: datetime.timedelta) -> str:
+    """Return an id that rank 0 makes and all ranks of its launch get; the store may hold keys of dead ranks.
 
-    Each rank writes a new word of its own and waits for the answer to this word, which no earlier launch can have
-    given. Rank 0 answers every word it finds with its name, until each rank has confirmed the name.
+    Each rank writes a new token and waits for the reply to this token, which no earlier launch can have given. Rank 0
+    replies to every token it finds with its id, until each rank has confirmed the id.
     """
     deadline = time.monotonic() + timeout.total_seconds()
-    word = uuid.uuid4().hex
+    token = uuid.uuid4().hex
     if rank:
-        store.set(f"ccmim/word/{rank}", word)
-        _wait_until(lambda: store.check([f"ccmim/answer/{word}"]), deadline, "rank 0")
-        name = store.get(f"ccmim/answer/{word}").decode()
-        store.set(f"ccmim/{name}/{rank}", "here")
-        return name
+        store.set(f"ccmim/token/{rank}", token)
+        _wait_until(lambda: store.check([f"ccmim/reply/{token}"]), deadline, "rank 0")
+        launch = store.get(f"ccmim/reply/{token}").decode()
+        store.set(f"ccmim/{launch}/{rank}", "joined")
+        return launch
     missing = set(range(1, world_size))
 
-    def all_here() -> bool:
+    def all_joined() -> bool:
         for other in sorted(missing):
-            if store.check([f"ccmim/{word}/{other}"]):
+            if store.check([f"ccmim/{token}/{other}"]):
                 missing.remove(other)
-            elif store.check([f"ccmim/word/{other}"]):
-                store.set(f"ccmim/answer/{store.get(f'ccmim/word/{other}').decode()}", word)
+            elif store.check([f"ccmim/token/{other}"]):
+                store.set(f"ccmim/reply/{store.get(f'ccmim/token/{other}').decode()}", token)
         return not missing
 
-    _wait_until(all_here, deadline, f"ranks of 1..{world_size - 1}")
-    return word
+    _wait_until(all_joined, deadline, f"ranks of 1..{world_size - 1}")
+    return token
 
 
-def _wait_until(happened: Callable[[], bool], deadline: float, who: str) -> None:
-    while not happened():
+def _wait_until(condition: Callable[[], bool], deadline: float, expected: str) -> None:
+    while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{who} did not come in time")
+            raise TimeoutError(f"{expected} did not come in time")
         time.sleep(_POLL)

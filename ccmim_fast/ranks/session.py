@@ -1,4 +1,4 @@
-"""One process or many: rank, world size and device, from torchrun's environment."""
+"""A session: this process as one rank of many or alone, with its device, from torchrun's environment."""
 
 import contextlib
 import datetime
@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ccmim_fast.errors import MachineError
-from ccmim_fast.ranks.rendezvous import meet
+from ccmim_fast.errors import MachineError, one_line
+from ccmim_fast.ranks.rendezvous import join_launch
 from ccmim_fast.ranks.watchdog import Watchdog
 
-_LONGER = 1.0  # minutes that the backend waits beyond `watch.timeout`: the watchdog is to be first, which knows more
+_MARGIN = 1.0  # minutes that the backend waits beyond `watch.timeout`: the watchdog, which knows more, ends first
 
 
 class Session(NamedTuple):
-    """This process's place: `rank` of `world_size`, and its device; `watchdog` is told what it does."""
+    """This process is rank `rank` of `world_size` and computes on `device`; `watchdog` is told its phases."""
 
     rank: int
     world_size: int
@@ -31,7 +31,7 @@ class Session(NamedTuple):
 
 
 @contextlib.contextmanager
-def session(device: str, timeout: float = 30.0) -> Iterator[Session]:
+def open_session(device: str, timeout: float = 30.0) -> Iterator[Session]:
     """Join the process group that torchrun announces (NCCL on CUDA, gloo on CPU), or run alone.
 
     Args:
@@ -39,7 +39,7 @@ def session(device: str, timeout: float = 30.0) -> Iterator[Session]:
         timeout: minutes that a rank waits for another.
 
     Raises:
-        MachineError: `cuda` without a GPU; the ranks do not find each other; within, when another rank is lost.
+        MachineError: `cuda` without a GPU; the ranks do not find each other; in the body, when another rank is lost.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise MachineError("train.device=cuda: no CUDA device is visible; use train.device=cpu")
@@ -47,67 +47,65 @@ def session(device: str, timeout: float = 30.0) -> Iterator[Session]:
     if "WORLD_SIZE" not in os.environ:
         yield Session(0, 1, torch.device(kind))
         return
-    local = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+    local_rank, backend, own = int(os.environ.get("LOCAL_RANK", 0)), "gloo", torch.device(kind)
     if kind == "cuda":
-        torch.cuda.set_device(local)
-    # Each rank compiles for itself: two that write one cache at a time have broken it.
-    os.environ.setdefault("TRITON_CACHE_DIR", _own_cache())
-    backend, own = ("nccl", local) if kind == "cuda" else ("gloo", None)
+        backend, own = "nccl", torch.device(kind, local_rank)
+        torch.cuda.set_device(own)
+    # Each rank compiles for itself: two that wrote one cache at a time have broken it.
+    cache = Path.home() / ".triton" / f"cache_rank_{os.environ['RANK']}"
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache))
     try:
-        store, rank, world_size, launch = meet(datetime.timedelta(minutes=timeout))
+        store, rank, world_size, launch = join_launch(datetime.timedelta(minutes=timeout))
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, device_id=own, timeout=backend_timeout(timeout)
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            device_id=own if kind == "cuda" else None,
+            timeout=backend_timeout(timeout),
         )
     except (TimeoutError, dist.DistError) as error:
         address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        line = " ".join(str(error).split())[:200]
-        raise MachineError(f"rank {os.environ['RANK']} does not find the others at {address}: {line}") from error
-    watchdog = Watchdog(rank, world_size, launch, 60 * timeout, _ranks_here(rank))
+        line = f"rank {os.environ['RANK']} does not find the other ranks at {address}: {one_line(error)}"
+        raise MachineError(line) from error
+    first = rank - local_rank  # torchrun numbers the ranks of a machine consecutively
+    local_ranks = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    watchdog = Watchdog(rank, world_size, launch, 60 * timeout, local_ranks)
     try:
         with watchdog:
-            yield Session(rank, world_size, local, watchdog)
+            yield Session(rank, world_size, own, watchdog)
             dist.barrier()
-            watchdog.close()
+            watchdog.finish()
     finally:
         dist.destroy_process_group()
 
 
 def backend_timeout(timeout: float) -> datetime.timedelta:
-    """Of a process group, where ranks wait for each other for `timeout` minutes."""
-    return datetime.timedelta(minutes=timeout + _LONGER)
-
-
-def _ranks_here(rank: int) -> range:
-    """The ranks of this machine, as torchrun numbers them."""
-    first = rank - int(os.environ.get("LOCAL_RANK", 0))
-    return range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def _own_cache() -> str:
-    return str(Path.home() / ".triton" / f"cache_rank_{os.environ['RANK']}")
+    """Return the time-out of a process group whose ranks wait `timeout` minutes for each other."""
+    return datetime.timedelta(minutes=timeout + _MARGIN)
 
 
 @contextlib.contextmanager
-def main_first(here: Session) -> Iterator[None]:
-    """What rank 0 does within is done before the others begin: it writes a file, they find it.
+def main_first(session: Session) -> Iterator[None]:
+    """Run the body on rank 0 before the other ranks: it writes a file that the others then find.
 
-    Behind it comes the first rank of each other machine, where that file may not be, and then all others.
+    The first rank of each other machine, where that file may be missing, comes second, and all others come last.
     """
-    turn = 0 if here.is_main else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
-    here.watchdog.mark("waiting for the index")
+    turn = 0 if session.is_main else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+    session.watchdog.enter_phase("waiting for the index")
     for _ in range(turn):
-        wait_for_all()
-    here.watchdog.mark("indexing images")
+        barrier()
+    session.watchdog.enter_phase("indexing images")
     try:
         yield
     finally:
-        here.watchdog.mark("building the model")
+        session.watchdog.enter_phase("building the model")
         for _ in range(turn, 2):
-            wait_for_all()
+            barrier()
 
 
-def from_main(value: Any) -> Any:
-    """What the first rank has, on every rank; any picklable value."""
+def broadcast(value: Any) -> Any:
+    """Return the first rank's value, any picklable one, on every rank."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -115,27 +113,27 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
-def wait_for_all() -> None:
-    """Return when every rank has come here."""
+def barrier() -> None:
+    """Return when every rank has called this."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def node_count() -> int:
-    """Machines that train together, as torchrun tells; 1 without it, or where they have unequal numbers of ranks."""
+    """Return how many machines train together; 1 without torchrun, or where they have unequal numbers of ranks."""
     world, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     return world // local if world % local == 0 else 1
 
 
-def max_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """The largest value of any rank, in place."""
+def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Replace each value by the largest of all ranks, in place; return the tensor."""
     if dist.is_initialized():
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return value
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The mean of a tensor over ranks, in place."""
+    """Replace each value by its mean over ranks, in place; return the tensor."""
     if dist.is_initialized():
         dist.all_reduce(values)
         values /= dist.get_world_size()

@@ -3,37 +3,37 @@
 import signal
 from types import FrameType
 
-_ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignals:
-    """Within it SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C are requests; a second Ctrl-C interrupts at once.
+    """Within this context SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C only set `name`; a second Ctrl-C interrupts.
 
     Args:
-        to_the_end: so they are after an error, too, until the process ends: a launcher ends the ranks that are left
-            when one is lost, and they have last words.
+        keep_after_error: leave the handlers in place after an error, until the process ends: when a rank is lost, the
+            launcher ends the other ranks, which still have to write their diagnosis.
 
     Attributes:
-        name: of the signal that came, empty before.
+        name: of the signal that came; "" before.
     """
 
-    def __init__(self, to_the_end: bool = False) -> None:
-        self.name, self._before, self._to_the_end = "", {}, to_the_end
+    def __init__(self, keep_after_error: bool = False) -> None:
+        self.name, self._previous, self._keep_after_error = "", {}, keep_after_error
 
     def __enter__(self) -> "StopSignals":
         try:
-            self._before = {number: signal.signal(number, self._asked) for number in _ASKING}
-        except ValueError:  # not the main thread: nobody can install handlers there
-            self._before = {}
+            self._previous = {number: signal.signal(number, self._handle) for number in _STOP_SIGNALS}
+        except ValueError:  # Python installs handlers in the main thread only
+            self._previous = {}
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is not None and self._to_the_end:
+        if error is not None and self._keep_after_error:
             return
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _asked(self, number: int, _frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.name == "SIGINT":
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name

@@ -1,8 +1,8 @@
-"""Keeps ranks from waiting for ever: each says what it does, and when one stands still or is lost, all end.
+"""The watchdog keeps ranks from waiting for ever: when one rank is stuck or lost, all end and name that rank.
 
-The training loop only sets three words in memory. A thread writes them into a file every few seconds (`beats`), and
-ends this process where the loop cannot: while it waits in a collective, or for an image that does not come. Nothing
-here waits for the device.
+The training loop only sets its phase and step in memory. A thread writes them to a file every few seconds
+(`heartbeat.py`), and ends this process where the loop cannot: while it waits in a collective, or for an image that does
+not come. Nothing here waits for the device.
 """
 
 import contextlib
@@ -17,31 +17,33 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from ccmim_fast.errors import MachineError, StoppedError
+from ccmim_fast.errors import MachineError, StoppedError, one_line
 from ccmim_fast.ranks.heartbeat import (
     DONE,
     Heartbeat,
+    diagnose,
     headline,
-    heartbeat_of,
+    heartbeat_now,
     read_heartbeats,
     report,
-    what_is_wrong,
     write_heartbeat,
 )
 from ccmim_fast.runs.state import read_state, write_state
 
-_WORDS = 200  # small files that all ranks write in a second, at most: a thousand ranks one each in 5 seconds
-_INTERVAL = 0.5  # seconds between two words of a rank, at least
-_SILENCE = 20.0  # seconds without a word of a rank, after which it is out of action; a third of the time-out at most
+_WRITES = 200  # heartbeats of all ranks per second, at most: a thousand ranks write one each in 5 seconds
+_INTERVAL = 0.5  # seconds between two heartbeats of a rank, at least
+_SILENCE = 20.0  # seconds without a heartbeat after which a rank counts as lost; a third of the time-out at most
 
 
 class Watchdog:
-    """Of one rank; a single process has one that only listens. As a context manager it gives an error its `last_words`.
+    """The watchdog of one rank; that of a single process does nothing.
+
+    As a context manager it replaces an error that another rank caused, see `translate_error`.
 
     Args:
-        launch: a name that all ranks of this launch have, and no other launch.
-        timeout: seconds in one phase, after which the rank stands still.
-        mates: the ranks of this machine.
+        launch: an id that all ranks of this launch have, and no other launch.
+        timeout: seconds in one phase after which the rank counts as stuck.
+        local_ranks: the ranks of this machine.
     """
 
     def __init__(
@@ -50,25 +52,26 @@ class Watchdog:
         world_size: int = 1,
         launch: str = "",
         timeout: float = float("inf"),
-        mates: Sequence[int] = (),
+        local_ranks: Sequence[int] = (),
     ):
         self._rank, self._world_size, self._launch, self._timeout = rank, world_size, launch, timeout
-        self._mates = mates
-        self._interval = max(_INTERVAL, world_size / _WORDS)
+        self._local_ranks = local_ranks
+        self._interval = max(_INTERVAL, world_size / _WRITES)
         self._silence = min(_SILENCE, timeout / 3)
-        self._place = ("beginning", 0, time.monotonic())
-        self._end, self._run, self._over = "", None, threading.Event()
-        self._one_at_a_time = threading.Lock()
+        self._phase = ("starting", 0, time.monotonic())  # name, step, start
+        self._outcome, self._run, self._done = "", None, threading.Event()
+        self._write_lock = threading.Lock()
 
-    def mark(self, phase: str, step: int | None = None) -> None:
-        """This rank is in `phase` (of `beats.PHASES`) from now on; `step`: that has begun, if it is another one.
+    def enter_phase(self, phase: str, step: int | None = None) -> None:
+        """Record in memory, in under a microsecond, that this rank is in `phase` (of `heartbeat.PHASES`) from now on.
 
-        Under a microsecond: nothing is written here.
+        Args:
+            step: number of the step that begins; None: it stays the same.
         """
-        self._place = (phase, self._place[1] if step is None else step, time.monotonic())
+        self._phase = (phase, self._phase[1] if step is None else step, time.monotonic())
 
-    def open(self, run: Path) -> None:
-        """Begin, in the run's folder, once rank 0 has opened it; all ranks call it."""
+    def start(self, run: Path) -> None:
+        """Start the thread. All ranks call this with the run's folder, once rank 0 has opened it."""
         if self._world_size == 1:
             return
         dist.barrier()
@@ -76,154 +79,155 @@ class Watchdog:
         self._report = self._folder / f"stopped_{self._launch[:8]}.txt"
         with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._stack_of(self._rank).unlink(missing_ok=True)
-        self._tell()
-        threading.Thread(target=self._keep, name="watchdog", daemon=True).start()
+            self._stack_file(self._rank).unlink(missing_ok=True)
+        self._write()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def close(self) -> None:
-        """All ranks have come to the end."""
-        self._end_with(DONE)
+    def finish(self) -> None:
+        """Stop the thread: all ranks have come to the end."""
+        self._finish_with(DONE)
 
     def __enter__(self) -> "Watchdog":
         return self
 
     def __exit__(self, _: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None and (said := self.last_words(error)) is not error:
-            raise said from error
+        if error is not None and (translated := self.translate_error(error)) is not error:
+            raise translated from error
 
-    def last_words(self, error: BaseException) -> BaseException:
-        """What to raise in place of an error: of one that tells of another rank's end, why that ended.
+    def translate_error(self, error: BaseException) -> BaseException:
+        """Return the error to raise in place of `error`.
 
-        All other errors are this rank's own: they are told to the others, who end too. Then, should this process not
-        end by itself, for a thread that does not come back, it is ended after the time-out.
+        An error of this rank is returned as it is; the others read it in this rank's heartbeat and end too. (Should
+        this process then hang, for a thread that does not come back, the watchdog ends it after the time-out.) An error
+        that the end of another rank caused becomes a MachineError that says why that rank ended.
         """
-        if self._world_size == 1 or self._end:
+        if self._world_size == 1 or self._outcome:
             return error
-        if is_of_others(error):
-            return self._lost(error)
-        line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        self._end_with(line)
-        # Ranks stop for a signal by agreement.
+        if is_peer_failure(error):
+            return self._peer_lost(error)
+        self._finish_with(one_line(f"{type(error).__name__}: {error}", 300))
+        # No report of a stop by a signal: all ranks agreed on it.
         if self._run is not None and not isinstance(error, StoppedError):
-            self._write_report(self._beats(), printed=False)  # whoever gets the error will
+            self._write_report(printed=False)  # the caller prints the error
         return error
 
-    def _lost(self, error: BaseException) -> MachineError:
-        """Another rank is lost: which, is known at once on its machine or if it could tell, else when it is silent."""
+    def _peer_lost(self, error: BaseException) -> MachineError:
+        """Find out which rank is lost: at once on its machine or if it wrote its error, else when it is silent."""
         if self._run is None:
-            self._end = "another rank was lost"
-            line = " ".join(str(error).split())[:200]
-            return MachineError(f"rank {self._rank} ends: another rank did, see its own line: {line}")
+            self._outcome = "another rank was lost"
+            return MachineError(f"rank {self._rank} ends: another rank did, see its own line: {one_line(error)}")
         deadline = time.monotonic() + self._silence + 2 * self._interval
         while not self._report.exists() and time.monotonic() < deadline:
-            self._tell()
-            if what_is_wrong(self._beats(), time.time(), self._silence).why in ("ended", "gone", "silent"):
+            self._write()
+            if diagnose(self._heartbeats(), time.time(), self._silence).reason in ("failed", "died", "silent"):
                 break
             time.sleep(self._interval)
-        line = self._write_report(self._beats())
-        self._end_with("ended as another rank was lost")
+        line = self._write_report()
+        self._finish_with("ended as another rank was lost")
         return MachineError(f"rank {self._rank} ends: {line}")
 
-    def _keep(self) -> None:
-        """The thread."""
-        while not self._over.wait(self._interval):
-            self._tell()
-            self._look()
+    def _watch(self) -> None:
+        """Run in the thread."""
+        while not self._done.wait(self._interval):
+            self._write()
+            self._check()
 
-    def _look(self) -> None:
-        """Whether this rank stands still, or all are to end."""
-        age = time.monotonic() - self._place[2]
+    def _check(self) -> None:
+        """End this process if it is stuck, or if another rank is lost."""
+        age = time.monotonic() - self._phase[2]
         if age > self._timeout:
-            self._stands_still()
-        elif self._end:
+            self._exit_if_stuck()
+        elif self._outcome:
             return
         elif self._report.exists():
-            # The loop mostly hears of it by itself, by a connection that breaks.
-            self._over.wait(self._silence)
-            if not self._end:
-                self._exit(self._write_report(self._beats()))
-        elif age > self._silence and any(beat and beat.is_gone for beat in self._beats(self._mates)):
-            # One of this machine was killed, and the loop has not heard of it: so it may be under NCCL.
-            self._exit(self._write_report(self._beats()))
+            # The loop mostly notices by itself, by a connection that breaks.
+            self._done.wait(self._silence)
+            if not self._outcome:
+                self._exit()
+        elif age > self._silence and any(beat and beat.has_died for beat in self._heartbeats(self._local_ranks)):
+            # A rank of this machine was killed and the loop has not noticed, as may happen under NCCL.
+            self._exit()
 
-    def _stands_still(self) -> None:
-        place = self._place
+    def _exit_if_stuck(self) -> None:
+        phase = self._phase
         with contextlib.suppress(OSError):
-            self._stack_of(self._rank).write_text(stacks())
-        # The others find out now, too; and what they do then is in the report.
-        if self._over.wait(2 * self._interval) or self._place is not place:
-            return
-        self._exit(self._write_report(self._beats()))
+            self._stack_file(self._rank).write_text(thread_stacks())
+        # The other ranks find out at this time, too; the report then has their stacks.
+        if not self._done.wait(2 * self._interval) and self._phase is phase:
+            self._exit()
 
-    def _exit(self, line: str) -> None:
+    def _exit(self) -> None:
         """End this process, whose loop does not come back."""
-        words = f"rank {self._rank} ends: {line}"
+        line = f"rank {self._rank} ends: {self._write_report()}"
         if self._rank == 0 and (state := read_state(self._run)) is not None:
-            write_state(self._run, state._replace(state="failed", error=words[:300], exit_code=MachineError.exit_code))
-        print(f"ccmim: {words}", file=sys.stderr, flush=True)
+            write_state(self._run, state._replace(state="failed", error=line[:300], exit_code=MachineError.exit_code))
+        print(f"ccmim: {line}", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(MachineError.exit_code)
 
-    def _write_report(self, beats: list[Heartbeat | None], printed: bool = True) -> str:
-        """Write the report of this launch, if no other rank has; returns its headline and where it is."""
-        wrong = what_is_wrong(beats, time.time(), self._silence)
-        found = {rank: stack for rank in wrong.ranks or range(len(beats)) if (stack := self._read_stack(rank))}
-        if not wrong.ranks:  # the main threads tell who does not wait in the same place
-            found = {rank: stack.partition("\n\n")[0] for rank, stack in found.items()}
-        text = report(beats, wrong, found)
+    def _write_report(self, printed: bool = True) -> str:
+        """Write the report of this launch unless another rank has; return its headline and its path."""
+        heartbeats = self._heartbeats()
+        diagnosis = diagnose(heartbeats, time.time(), self._silence)
+        ranks = diagnosis.ranks or range(len(heartbeats))
+        stacks = {rank: stack for rank in ranks if (stack := self._read_stack(rank))}
+        if not diagnosis.ranks:  # the main threads show which rank does not wait in the same place
+            stacks = {rank: stack.partition("\n\n")[0] for rank, stack in stacks.items()}
+        text = report(heartbeats, diagnosis, stacks)
         own = self._report.with_suffix(f".{self._rank}")
         try:
             own.write_text(text)
-            os.link(own, self._report)  # appears whole, and once
+            os.link(own, self._report)  # the report appears whole, and once
             own.unlink()
         except FileExistsError:
             own.unlink()
             return f"{self._report.read_text().partition(chr(10))[0]}; see {self._report}"
         except OSError:
-            return headline(beats, wrong)
+            return headline(heartbeats, diagnosis)
         if printed:
             print(f"\n{text}", file=sys.stderr, flush=True)
-        return f"{headline(beats, wrong)}; see {self._report}"
+        return f"{headline(heartbeats, diagnosis)}; see {self._report}"
 
-    def _beats(self, ranks: Sequence[int] = ()) -> list[Heartbeat | None]:
-        """Of some ranks, or of all."""
+    def _heartbeats(self, ranks: Sequence[int] = ()) -> list[Heartbeat | None]:
+        """Read the heartbeats of some ranks, or of all."""
         return read_heartbeats(self._folder, self._launch, ranks or range(self._world_size))
 
-    def _tell(self) -> None:
-        with self._one_at_a_time:
-            phase, step, since = self._place
-            age = time.monotonic() - since
-            write_heartbeat(self._folder, heartbeat_of(self._launch, self._rank, step, phase, age, self._end))
+    def _write(self) -> None:
+        """Write the heartbeat of this rank."""
+        with self._write_lock:
+            phase, step, start = self._phase
+            age = time.monotonic() - start
+            write_heartbeat(self._folder, heartbeat_now(self._launch, self._rank, step, phase, age, self._outcome))
 
-    def _end_with(self, line: str) -> None:
-        self._end = line
-        self._place = (*self._place[:2], time.monotonic())
+    def _finish_with(self, outcome: str) -> None:
+        self._outcome = outcome
+        self._phase = (*self._phase[:2], time.monotonic())
         if self._run is not None:
-            self._tell()
-        if line == DONE:
-            self._over.set()
+            self._write()
+        if outcome == DONE:
+            self._done.set()
 
-    def _stack_of(self, rank: int) -> Path:
+    def _stack_file(self, rank: int) -> Path:
         return self._folder / f"rank_{rank}_stack.txt"
 
     def _read_stack(self, rank: int) -> str:
         with contextlib.suppress(OSError):
-            return self._stack_of(rank).read_text()
+            return self._stack_file(rank).read_text()
         return ""
 
 
-def is_of_others(error: BaseException) -> bool:
-    """Whether it tells that another rank is lost: gloo has no type of its own for that, NCCL and the store have."""
+def is_peer_failure(error: BaseException) -> bool:
+    """Return True if the end of another rank caused the error: NCCL and the store have a type for it, gloo has none."""
     signs = ("gloo/", "caused pair closure")
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(s in str(error) for s in signs)
     )
 
 
-def stacks() -> str:
-    """What the threads of this process do, the main thread first; but for this one and those without work."""
-    frames, told = sys._current_frames(), {}
+def thread_stacks() -> str:
+    """Return the stacks of this process's threads, the main thread first; without the caller and idle workers."""
+    frames, names = sys._current_frames(), {}
     for thread in sorted(threading.enumerate(), key=lambda thread: thread is not threading.main_thread()):
         frame = frames.get(thread.ident)
         if frame is None or thread is threading.current_thread():
@@ -231,5 +235,5 @@ def stacks() -> str:
         calls = traceback.extract_stack(frame)
         if "work_queue.get" not in (calls[-1].line or ""):
             lines = [f"    {call.filename}:{call.lineno} {call.name}: {call.line}" for call in calls]
-            told.setdefault("\n".join(lines), []).append(thread.name)
-    return "\n\n".join(f"  {', '.join(names)}:\n{lines}" for lines, names in told.items())
+            names.setdefault("\n".join(lines), []).append(thread.name)
+    return "\n\n".join(f"  {', '.join(same)}:\n{stack}" for stack, same in names.items())

@@ -12,18 +12,18 @@ import numpy as np
 import torch
 
 from ccmim_fast.bank.warp import read
+from ccmim_fast.build.model import build_model
 from ccmim_fast.checkpoints import io
 from ccmim_fast.config.load import from_yaml
 from ccmim_fast.config.schema import Config, DataConfig
 from ccmim_fast.data.build import build_source
-from ccmim_fast.data.source import Source, usable, usable_ids
+from ccmim_fast.data.source import Source, usable_count, usable_ids
 from ccmim_fast.data.stream.batch import Batch, make_batch
 from ccmim_fast.data.stream.plan import MicroBatch
 from ccmim_fast.data.stream.torch_loader import crop_and_resize
 from ccmim_fast.errors import CcmimError, CheckpointError, DataError
-from ccmim_fast.models.build import build_model
 from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.models.output import Known
+from ccmim_fast.models.scores import PriorScores
 
 from .pictures import Snapshot
 from .reconstruction import drawn
@@ -94,7 +94,7 @@ def _snapshot(state: dict[str, Any], count: int, root: str) -> Snapshot:
     few = few_images(config.data, config.seed, count)
     model = restored(state, config)
     images_BHWC = few.batch.images_BHWC
-    output = model(images_BHWC, few.batch.ids_B, 0, known=known_of(model, state, few))
+    output = model(images_BHWC, few.batch.ids_B, 0, prior=known_of(model, state, few))
     drawn_BHWC = drawn(model, config, images_BHWC, output)
     return Snapshot(
         epoch_of(state),
@@ -132,12 +132,12 @@ def epoch_of(state: dict[str, Any]) -> float:
     return int(epoch) if epoch == int(epoch) else epoch
 
 
-def known_of(model: CCMIM, state: dict[str, Any], few: FewImages) -> Known | None:
+def known_of(model: CCMIM, state: dict[str, Any], few: FewImages) -> PriorScores | None:
     """What the maps of a checkpoint say of the images; None where it has none, or they are of other images."""
     maps_NGG = state.get("maps")
     if not model.banked or maps_NGG is None or few.source.fingerprint != state["progress"]["images"]:
         return None
-    return Known(*read(maps_NGG[few.places_B], few.batch.boxes_B4, model.grid))
+    return PriorScores(*read(maps_NGG[few.places_B], few.batch.boxes_B4, model.grid))
 
 
 @lru_cache(maxsize=1)  # runs of one data set, one after the other, open it once
@@ -148,7 +148,7 @@ def few_images(data: DataConfig, seed: int, count: int) -> FewImages:
         DataError: there is none, or none of those chosen decodes.
     """
     source = build_source(data, seed)
-    places_B = np.unique(np.linspace(0, usable(source) - 1, count).round().astype(np.int64))
+    places_B = np.unique(np.linspace(0, usable_count(source) - 1, count).round().astype(np.int64))
     found = []
     for place, index in zip(places_B, usable_ids(source, places_B)):
         try:

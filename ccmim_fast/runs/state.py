@@ -1,4 +1,4 @@
-"""What a run says of itself: state.json in its folder, from its first step to its end. Needs no torch to be read."""
+"""state.json: the run's folder says from the first step to the end how the run stands. Imports no torch."""
 
 import contextlib
 import json
@@ -6,26 +6,33 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-from ccmim_fast.errors import CcmimError
+from ccmim_fast.errors import CcmimError, one_line
 
 FILE = "state.json"
 STATES = ("running", "done", "stopped", "failed")
 _SIGNAL = 128  # a process that signal n ended has the exit code 128 + n, as a shell counts
-_ERROR_MAX = 300  # characters
+
+Record = TypeVar("Record")
+
+
+class Process(Protocol):
+    """A process of some machine; `started` in clock ticks since boot, because a pid alone is used again."""
+
+    host: str
+    pid: int
+    started: int | None
 
 
 class RunState(NamedTuple):
-    """What state.json holds.
+    """The content of state.json.
 
     Attributes:
         state: running, done (the last step was taken), stopped (ended in order before that) or failed.
-        pid: the process of rank 0.
-        host: its machine's name.
-        started: when that process began, in clock ticks after its machine did: a pid is used again, both are not.
+        pid, host, started: the process of rank 0, see `Process`.
         error: one line; empty unless failed.
-        exit_code: what the command ends with; None while running, and where the caller of `fit` decides.
+        exit_code: of the command; None while running, and where the caller of `fit` decides.
     """
 
     state: str
@@ -38,27 +45,28 @@ class RunState(NamedTuple):
 
 @contextlib.contextmanager
 def recorded(folder: Path, is_main: bool, finished: Callable[[], bool]) -> Iterator[None]:
-    """Say in `folder` that this process runs, and how what is within ended. Ranks other than 0 say nothing.
+    """Record in `folder` that this process runs, and how the body ended. Ranks other than 0 record nothing.
 
     Args:
         folder: the run's folder.
         is_main: rank 0.
-        finished: whether the last step was taken; asked if nothing was raised.
+        finished: returns True if the last step was taken; called if nothing was raised.
     """
     if not is_main:
         yield
         return
-    now = RunState("running", os.getpid(), socket.gethostname(), process_start(os.getpid()))
-    write_state(folder, now)
+    host, pid, started = this_process()
+    running = RunState("running", pid, host, started)
+    write_state(folder, running)
     try:
         yield
     except BaseException as error:
-        write_state(folder, _ended_by(error, now))
+        write_state(folder, _after_error(error, running))
         raise
-    write_state(folder, now._replace(state="done", exit_code=0) if finished() else now._replace(state="stopped"))
+    write_state(folder, running._replace(state="done", exit_code=0) if finished() else running._replace(state="stopped"))
 
 
-def _ended_by(error: BaseException, now: RunState) -> RunState:
+def _after_error(error: BaseException, running: RunState) -> RunState:
     if isinstance(error, KeyboardInterrupt):
         code = _SIGNAL + 2
     elif isinstance(error, SystemExit):
@@ -66,45 +74,58 @@ def _ended_by(error: BaseException, now: RunState) -> RunState:
     else:
         code = getattr(error, "exit_code", 1)
     if code == 0 or code > _SIGNAL:
-        return now._replace(state="stopped", exit_code=code)
+        return running._replace(state="stopped", exit_code=code)
     kind = "" if isinstance(error, CcmimError) else f"{type(error).__name__}: "
-    line = " ".join(f"{kind}{error}".split())
-    return now._replace(state="failed", exit_code=code, error=line[:_ERROR_MAX])
+    return running._replace(state="failed", exit_code=code, error=one_line(f"{kind}{error}", 300))
 
 
 def write_state(folder: Path, state: RunState) -> None:
-    """Write state.json so that a reader finds the old one or the new one, whole."""
-    new = folder / f".{FILE}.new"
-    # A full disk must neither end a run nor hide the error that did.
-    with contextlib.suppress(OSError):
-        new.write_text(json.dumps(state._asdict(), indent=1) + "\n")
-        new.replace(folder / FILE)
+    write_record(folder / FILE, state)
 
 
 def read_state(folder: Path) -> RunState | None:
-    """What the run in `folder` said last; None where it said nothing, or nothing that can be read."""
+    """Return the last state of the run in `folder`; None where there is none, or none that can be read."""
+    state = read_record(folder / FILE, RunState)
+    return state if state is not None and state.state in STATES else None
+
+
+def write_record(path: Path, record: Any) -> None:
+    """Write a NamedTuple as JSON so that a reader finds the old record or the new one, whole."""
+    new = path.with_name(f".{path.name}.new")
+    # A full disk must neither end a run nor hide the error that did.
+    with contextlib.suppress(OSError):
+        new.write_text(json.dumps(record._asdict(), indent=1) + "\n")
+        new.replace(path)
+
+
+def read_record(path: Path, kind: type[Record]) -> Record | None:
+    """Return the NamedTuple that `write_record` wrote; None where the file is missing, damaged or of another kind."""
     try:
-        state = RunState(**json.loads((folder / FILE).read_text()))
+        return kind(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-    return state if state.state in STATES else None
 
 
-def is_alive(state: RunState) -> bool | None:
-    """Whether the process that wrote `state` is there; None if it is another machine's."""
-    if state.host != socket.gethostname():
+def this_process() -> tuple[str, int, int | None]:
+    """Return host, pid and start of this process, see `Process`."""
+    return socket.gethostname(), os.getpid(), process_start(os.getpid())
+
+
+def is_alive(process: Process) -> bool | None:
+    """Return True if the process still runs; None if it belongs to another machine."""
+    if process.host != socket.gethostname():
         return None
-    started = process_start(state.pid)
-    return started is not None and started == state.started
+    started = process_start(process.pid)
+    return started is not None and started == process.started
 
 
 def process_start(pid: int) -> int | None:
-    """When process `pid` of this machine began, in clock ticks after the machine did; None if it is gone."""
+    """Return when process `pid` of this machine began, in clock ticks since boot; None if it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except (OSError, ValueError):
         return None
-    # Behind the name, which is in brackets and may hold some: field 3 is the state, field 22 the start (proc(5)).
+    # The name stands in brackets and may hold some itself; after it, field 3 is the state, field 22 the start (proc(5)).
     fields = stat.rpartition(")")[2].split()
-    # A zombie ended; only its parent has not asked how.
+    # A zombie has ended; its parent has not collected the exit code yet.
     return int(fields[19]) if fields[0] not in ("Z", "X") else None

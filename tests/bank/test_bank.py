@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ccmim_fast.bank.bank import ScoreBank, own_maps
 from ccmim_fast.bank.stores import open_store
-from ccmim_fast.data.source import usable, usable_ids
+from ccmim_fast.data.source import usable_count, usable_ids
 
 
 def by_dictionary(plan, steps, substituted=()):
@@ -25,7 +25,7 @@ def by_dictionary(plan, steps, substituted=()):
                 before = maps.get(sample, 0.0)
                 written[sample] = before if sample in substituted else 0.5 * before + 1 + sample % 7 + 8 * epoch
         maps |= {sample: float(torch.tensor(value).half()) for sample, value in written.items()}
-    ids = usable_ids(plan.source, np.arange(usable(plan.source)))
+    ids = usable_ids(plan.source, np.arange(usable_count(plan.source)))
     return torch.tensor([maps.get(sample, 0.0) for sample in ids.tolist()]).half()
 
 

@@ -13,7 +13,7 @@ def ladder(module):
 
 @pytest.mark.slow
 def test_results(ladder, small, tmp_path, monkeypatch):
-    """Of four rungs, as each takes a process; what all switches do is tested in tests/models/test_fast.py."""
+    """Of four rungs, as each takes a process; what each saving does is tested in tests/models/test_savings.py."""
     names = ("naive", "+ fold_input", "+ masked_only", "+ compile")
     few = [rung for rung in ladder.rungs("fp32") if rung.name in names]
     monkeypatch.setattr(ladder, "rungs", lambda precision: few)
@@ -28,6 +28,7 @@ def test_results(ladder, small, tmp_path, monkeypatch):
             "name",
             "ours",
             "settings",
+            "saving",
             "precision",
             "changes_rounding",
             "images_per_second",
@@ -50,14 +51,12 @@ def test_results(ladder, small, tmp_path, monkeypatch):
 
 def test_rungs_add_up(ladder, module):
     contenders = ladder.contenders_of(ladder.rungs("bf16"), "ccmim_vit_base_eq4")
-    switches = module("contenders").switches()
-    off = [f"--{key}=false" for key in switches]
-    assert contenders[0].settings == ["--config=ccmim_vit_base_eq4", *off, "--train.compile=off"]
-    assert [c.precision for c in contenders[: len(switches) + 2]] == ["fp32"] * (len(switches) + 1) + ["bf16"]
-    # The last one counts: all are on in the end.
+    savings = tuple(module("naive").SAVINGS)
+    assert contenders[0].settings == ["--config=ccmim_vit_base_eq4", "--train.compile=off"]
+    assert [c.precision for c in contenders[: len(savings) + 2]] == ["fp32"] * (len(savings) + 1) + ["bf16"]
+    assert [c.without for c in contenders[: len(savings) + 1]] == [savings[i:] for i in range(len(savings) + 1)]
+    assert not contenders[-1].without
     assert contenders[-1].settings[-1] != contenders[0].settings[-1]
-    for key in switches:
-        assert [s for s in contenders[-1].settings if key in s][-1] == f"--{key}=true"
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,12 @@ import argparse
 import pytest
 import torch
 from timm.models.vision_transformer import Block
-from tiny import images, tiny_model
+from tiny import images, tiny_model, total_loss
 from torch import nn
 
 from ccmim_fast.checkpoints.convert import from_flat, load_flat, read_flat_file, to_flat, to_timm
 from ccmim_fast.errors import CheckpointError
-from ccmim_fast.losses.total import total_loss
-from ccmim_fast.models.positions import sincos_positions
+from ccmim_fast.models.encoder import sincos_positions
 from ccmim_kernels import patchify
 
 

@@ -9,18 +9,18 @@ import torch
 
 from ccmim_fast.cli import main
 from ccmim_fast.config.load import load_config
-from ccmim_fast.data import rates
 from ccmim_fast.data import verify as verify_module
 from ccmim_fast.data.index.index_file import BESIDE
 from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.data.stats import measure_stats
+from ccmim_fast.data.stream import dali_loader
 
 
 @pytest.fixture
 def folder(tmp_path, photo_folder, photograph, monkeypatch):
     """22 photographs, one of them cut behind its header, and a text and a CMYK image."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(rates.dali_loader, "is_installed", lambda: False)
+    monkeypatch.setattr(dali_loader, "is_installed", lambda: False)
     root = tmp_path / "photos"
     shutil.copytree(photo_folder, root)
     cut = root / "class0/02.jpg"

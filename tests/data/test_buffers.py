@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ccmim_fast.data.stream.buffers import Buffers
+from ccmim_fast.data.stream.batch import Buffers
 
 
 def filled_with(value):

@@ -21,7 +21,7 @@ from PIL import Image
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.build import build_loader
 from ccmim_fast.data.index import indexed
-from ccmim_fast.data.index.bad_samples import marks_path, read_marks
+from ccmim_fast.data.index.bad_samples import bad_samples_path, read_bad_samples
 from ccmim_fast.data.index.indexed import IndexedSource, open_images
 from ccmim_fast.data.stream import dali_loader
 from ccmim_fast.data.stream.batch import Batch
@@ -70,7 +70,7 @@ def spoil(path, how):
 
 def assert_accounted(source, loader, batches):
     """Every sample of one epoch was seen, or failed now, or was known as bad."""
-    seen, failed, known = set(ids_of(batches)), set(loader.skipped.reasons), set(source.excluded_X.tolist())
+    seen, failed, known = set(ids_of(batches)), set(loader.bad_samples.reasons), set(source.excluded_X.tolist())
     assert seen | failed | known == set(range(len(source)))
     assert not seen & (failed | known)
     assert not failed & known
@@ -110,9 +110,9 @@ def test_a_disk_that_fails_for_a_moment_leaves_no_mark(tmp_path, photograph, kin
         patch.setattr(indexed.Storage, "read", failing)
         loader = make_loader(source, kind, batch=11)
         assert_accounted(source, loader, take(loader, 2))
-        assert list(loader.skipped.reasons) == [5]
-        assert "Input/output error" in loader.skipped.reasons[5]
-    assert read_marks(source.index) == {}
+        assert list(loader.bad_samples.reasons) == [5]
+        assert "Input/output error" in loader.bad_samples.reasons[5]
+    assert read_bad_samples(source.index) == {}
     assert_same(take(make_loader(source, kind, batch=11), 2), expected)
 
 
@@ -129,9 +129,9 @@ def test_damaged_files_are_replaced_counted_and_marked(tmp_path, photograph, kin
     first = take(loader, 2)
     assert_full(first, 11)
     assert_accounted(source, loader, first)
-    assert {source.index.location(n) for n in loader.skipped.reasons} == {"03.jpg", "11.jpg"}
-    assert all("truncated" in reason for reason in loader.skipped.reasons.values())
-    assert read_marks(source.index) == loader.skipped.reasons
+    assert {source.index.location(n) for n in loader.bad_samples.reasons} == {"03.jpg", "11.jpg"}
+    assert all("truncated" in reason for reason in loader.bad_samples.reasons.values())
+    assert read_bad_samples(source.index) == loader.bad_samples.reasons
 
     longer = take(make_loader(source, kind, batch=11), 6)
     again = open_images(str(folder))
@@ -140,12 +140,12 @@ def test_damaged_files_are_replaced_counted_and_marked(tmp_path, photograph, kin
     again.decode = lambda number: (tried.append(number), IndexedSource.decode(again, number))[1]
     again.encoded = lambda number: (tried.append(number), IndexedSource.encoded(again, number))[1]
     known = make_loader(again, kind, batch=11)
-    assert known.skipped.known.keys() == loader.skipped.reasons.keys()
+    assert known.bad_samples.known.keys() == loader.bad_samples.reasons.keys()
     assert_same(take(known, 6), longer)  # marks change nothing of what is seen
     assert_same(first, longer[:2])
-    assert not set(tried) & loader.skipped.reasons.keys()  # they are not even read
-    with open(marks_path(source.index.path)) as file:
-        assert sorted(json.loads(line)["id"] for line in file) == sorted(loader.skipped.reasons)  # a line each
+    assert not set(tried) & loader.bad_samples.reasons.keys()  # they are not even read
+    with open(bad_samples_path(source.index.path)) as file:
+        assert sorted(json.loads(line)["id"] for line in file) == sorted(loader.bad_samples.reasons)  # a line each
     assert_same(take(make_loader(again, kind, batch=11), 3, cursor=33), longer[3:])
 
 
@@ -162,9 +162,9 @@ def test_both_loaders_show_the_same_when_files_go_bad(tmp_path, photograph, how)
         streams.append(take(loader, 8))
         assert_full(streams[-1], 6)
         assert_accounted(source, loader, streams[-1][:4])
-        failed.append(dict(sorted(loader.skipped.reasons.items())))
+        failed.append(dict(sorted(loader.bad_samples.reasons.items())))
         assert [*failed[-1]] == [2, 3, 9, 17, 23]
-        os.unlink(marks_path(source.index.path))
+        os.unlink(bad_samples_path(source.index.path))
     assert_same(streams[0], streams[2])
     assert ids_of(streams[0]) == ids_of(streams[1])
     assert failed[0] == failed[1] == failed[2]
@@ -181,7 +181,7 @@ def test_on_error_error_names_the_file(tmp_path, photograph, kind, how):
     with pytest.raises(DataError, match=r"07\.jpg'.*; data\.on_error=skip goes on without it") as error:
         take(make_loader(source, kind, batch=4, on_error="error"), 3)
     assert "\n" not in str(error.value)
-    assert not os.path.exists(marks_path(source.index.path))
+    assert not os.path.exists(bad_samples_path(source.index.path))
 
 
 @both
@@ -223,8 +223,8 @@ def test_what_only_dali_cannot_decode_is_shown_all_the_same(tmp_path, photograph
     assert ids_of(found) == ids_of(expected)
     for batch, other in zip(found, expected):
         assert (batch.images_BHWC.int() - other.images_BHWC.int()).abs().float().mean() < 2
-    assert loader.skipped.reasons == {}
-    assert not os.path.exists(marks_path(source.index.path))
+    assert loader.bad_samples.reasons == {}
+    assert not os.path.exists(bad_samples_path(source.index.path))
 
 
 @needs_dali
@@ -240,8 +240,8 @@ def test_dali_goes_on_after_each_file_that_stops_it(tmp_path, photograph, monkey
         loader = make_loader(source, "dali", batch=4, seed=seed)
         batches = take(loader, 12)
         assert_full(batches, 4)
-        assert set(loader.skipped.reasons) <= {1, 5, 6, 7, 20}
-        assert set(ids_of(batches[:6])) | set(loader.skipped.reasons) == set(range(24))
+        assert set(loader.bad_samples.reasons) <= {1, 5, 6, 7, 20}
+        assert set(ids_of(batches[:6])) | set(loader.bad_samples.reasons) == set(range(24))
 
 
 # Row 3: kinds of pixels
@@ -294,7 +294,7 @@ def test_extreme_sizes_are_shown_or_skipped_with_the_reason(tmp_path, kind):
     batches = take(loader, 2)
     assert_full(batches, 6)
     assert_accounted(source, loader, batches[:1])
-    assert loader.skipped.reasons == {}
+    assert loader.bad_samples.reasons == {}
     for batch in batches:
         assert (batch.images_BHWC[:, 0, 0, 0].int() - 50 * (batch.ids_B // 2)).abs().max() <= 2
 
@@ -335,8 +335,8 @@ def test_a_file_removed_while_training_is_replaced(tmp_path, photograph, kind):
         (folder / f"{gone:02d}.jpg").unlink()
         rest = list(itertools.islice(stream, 8))
     assert_full(rest, 4)
-    assert loader.skipped.reasons.keys() == {gone}
-    assert "No such file" in loader.skipped.reasons[gone]
+    assert loader.bad_samples.reasons.keys() == {gone}
+    assert "No such file" in loader.bad_samples.reasons[gone]
     assert gone not in ids_of(rest)
 
 
@@ -357,8 +357,8 @@ def test_odd_names_load_and_are_marked(tmp_path, photograph, kind):
     batches = take(loader, 2)
     assert_full(batches, 6)
     assert_accounted(source, loader, batches[:1])
-    assert read_marks(source.index) == loader.skipped.reasons
-    assert all(reason.isprintable() for reason in loader.skipped.reasons.values())
+    assert read_bad_samples(source.index) == loader.bad_samples.reasons
+    assert all(reason.isprintable() for reason in loader.bad_samples.reasons.values())
 
 
 # Rows 8 and 9: tars
@@ -396,8 +396,8 @@ def test_a_cut_tar_with_unsafe_members_loads(tmp_path, photograph, kind):
     batches = take(loader, 2)
     assert_full(batches, 6)
     assert_accounted(source, loader, batches[:1])
-    assert [*loader.skipped.reasons] == [4]
-    assert "a.tar::c/4.jpg" in loader.skipped.reasons[4]
+    assert [*loader.bad_samples.reasons] == [4]
+    assert "a.tar::c/4.jpg" in loader.bad_samples.reasons[4]
 
 
 @both

@@ -17,7 +17,7 @@ from ccmim_fast.errors import ConfigError, DataError
 def _little_at_once():
     """Few samples are planned together, so that each stream does so more than once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_module, "_TOGETHER", 7)
+        patch.setattr(plan_module, "_PLANNED_AT_ONCE", 7)
         yield
 
 
@@ -98,19 +98,19 @@ def test_excluded_samples_leave_no_gap():
 
 def test_substitutes_are_drawn_by_the_sample_and_the_attempt():
     plan = make_plan(2000, excluded=range(1000))
-    drawn = [plan.substitute(1500, 3, attempt).ids_B.item() for attempt in range(20)]
-    assert drawn == [plan.substitute(1500, 3, attempt).ids_B.item() for attempt in range(20)]
+    drawn = [plan.fallback(1500, 3, attempt).ids_B.item() for attempt in range(20)]
+    assert drawn == [plan.fallback(1500, 3, attempt).ids_B.item() for attempt in range(20)]
     assert all(1000 <= number < 2000 for number in drawn)
     assert len(set(drawn)) > 15
     others = [
-        [plan.substitute(*key, attempt).ids_B.item() for attempt in range(20)]
+        [plan.fallback(*key, attempt).ids_B.item() for attempt in range(20)]
         for key in ((1501, 3), (1500, 4), (1500 + 2**32, 3))
     ]
     assert all(sum(a == b for a, b in zip(drawn, other, strict=True)) < 3 for other in others)
     alike = make_plan(2000, excluded=range(1000), global_batch=4, world_size=2, rank=1)
-    assert alike.substitute(1500, 3, 0).ids_B.item() == drawn[0]
-    whole = plan.showing(np.array([drawn[0]]), np.array([3]))
-    assert all((a == b).all() for a, b in zip(whole, plan.substitute(1500, 3, 0), strict=True))
+    assert alike.fallback(1500, 3, 0).ids_B.item() == drawn[0]
+    whole = plan.micro_batch(np.array([drawn[0]]), np.array([3]))
+    assert all((a == b).all() for a, b in zip(whole, plan.fallback(1500, 3, 0), strict=True))
 
 
 def test_batches_that_do_not_fit_are_named():
@@ -152,7 +152,7 @@ def test_repeats_that_do_not_divide_an_epoch_are_cut_at_its_end():
 
 
 def test_repeats_stay_with_the_shard_of_their_sample():
-    plans = [make_plan(60, global_batch=12, repeats=3, shards=2, world_size=2, rank=rank) for rank in (0, 1)]
+    plans = [make_plan(60, global_batch=12, repeats=3, partitions=2, world_size=2, rank=rank) for rank in (0, 1)]
     for rank, plan in enumerate(plans):
         ids = np.concatenate([part.ids_B for part in itertools.islice(plan.micro_batches(0), 10)])
         assert (ids % 2 == rank).all()

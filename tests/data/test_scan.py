@@ -11,10 +11,10 @@ import tifffile
 from PIL import Image
 
 from ccmim_fast.data.index import scan
-from ccmim_fast.data.index.bad_samples import Skipped, marks_path, read_marks
+from ccmim_fast.data.index.bad_samples import BadSamples, bad_samples_path, read_bad_samples
 from ccmim_fast.data.index.index_file import Index, Row, rewrite_index, write_index
 from ccmim_fast.data.index.indexed import index_path, open_images
-from ccmim_fast.data.source import usable
+from ccmim_fast.data.source import usable_count
 from ccmim_fast.errors import DataError
 
 
@@ -37,7 +37,7 @@ def notes(source):
 
 
 def mark(source, number, reason="spoiled"):
-    Skipped(source.index, len(source), 0, "skip", 1.0).add(number, reason)
+    BadSamples(source.index, len(source), 0, "skip", 1.0).add(number, reason)
 
 
 def touch_later(path):
@@ -115,7 +115,7 @@ def test_any_name_works(tmp_path, write_image):
         source.decode(number)
     assert str(error.value).isprintable()  # one line that any terminal takes
     mark(source, number, str(error.value))
-    assert read_marks(source.index) == {number: str(error.value)}
+    assert read_bad_samples(source.index) == {number: str(error.value)}
     assert len(open_images(os.fsdecode(root))) == len(odd)  # the folder changed: built again, less the file that went
 
 
@@ -162,7 +162,7 @@ def test_unusable_files_are_excluded_with_the_reason(tmp_path, write_image, monk
     source = open_images(str(tmp_path))
     assert names(source) == ["good.png"]
     assert len(source) == 9
-    assert usable(source) == 1
+    assert usable_count(source) == 1
     found = reasons(source)
     assert found.pop("bomb.png").count("pixels")
     assert found.pop("float.tif").startswith("TIFF pixels of mode F")
@@ -309,7 +309,7 @@ def test_marks_are_folded_in_when_the_index_is_made_again(tmp_path, write_image,
     again = open_images(str(tmp_path))
     assert again.fingerprint == first.fingerprint  # marks alone change nothing: the stream stays as it is
     assert len(again.excluded_X) == 0
-    assert read_marks(again.index) == {1: "spoiled", 3: "spoiled"}
+    assert read_bad_samples(again.index) == {1: "spoiled", 3: "spoiled"}
 
     write_image(tmp_path / "5.png", seed=5)
     write_image(tmp_path / "3.png", seed=33)  # mended since
@@ -318,7 +318,7 @@ def test_marks_are_folded_in_when_the_index_is_made_again(tmp_path, write_image,
     source = open_images(str(tmp_path))
     assert reasons(source) == {"1.png": "spoiled"}
     assert names(source) == ["0.png", "2.png", "3.png", "4.png", "5.png"]
-    assert read_marks(source.index) == {}
+    assert read_bad_samples(source.index) == {}
     assert len(header_reads) == 5 + 2
 
 
@@ -333,7 +333,7 @@ def test_a_mended_file_is_usable_when_the_index_is_made_again(tmp_path, write_im
     touch_later(tmp_path)
     source = open_images(str(tmp_path))
     assert source.fingerprint == first.fingerprint
-    assert read_marks(source.index) == {}
+    assert read_bad_samples(source.index) == {}
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "half", "text", "footer", "zeros"])
@@ -386,9 +386,9 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, write_image, monke
     assert "\n" not in str(error.value)
     source = open_images(str(tmp_path / "images"), path=str(tmp_path / "elsewhere/i.arrow"))
     assert names(source) == ["a.png"]
-    os.mkdir(marks_path(source.index.path))  # nor can anything be marked; the run goes on
+    os.mkdir(bad_samples_path(source.index.path))  # nor can anything be marked; the run goes on
     mark(source, 0)
-    assert read_marks(source.index) == {}
+    assert read_bad_samples(source.index) == {}
 
 
 def many_rows(count):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ccmim_fast.data.made import photos as photos_module
 from ccmim_fast.data.made import shapes as shapes_module
-from ccmim_fast.data.made.draws import balanced_labels
+from ccmim_fast.data.made.base import balanced_labels
 from ccmim_fast.data.made.photos import PhotosSource
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.errors import ConfigError

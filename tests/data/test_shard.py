@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ccmim_fast.data.index import indexed
 from ccmim_fast.data.index.decode import EXIF_ORIENTATION, decode
-from ccmim_fast.data.index.index_file import BESIDE, indexed
+from ccmim_fast.data.index.index_file import BESIDE
 from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.data.shard import smaller, write_shards
-from ccmim_fast.data.source import usable, usable_ids
+from ccmim_fast.data.source import usable_count, usable_ids
 from ccmim_fast.data.stream.permutation import epoch_order
 from ccmim_fast.errors import ConfigError, DataError
 
@@ -37,7 +38,7 @@ def source(tmp_path, photo_folder, photograph, monkeypatch):
 
 def originals(source, seed=0):
     """Ids of the source in the order of the tars."""
-    count = usable(source)
+    count = usable_count(source)
     return usable_ids(source, epoch_order(seed, 0, count, np.arange(count))).tolist()
 
 
@@ -124,8 +125,8 @@ def test_they_may_be_moved_and_are_not_scanned(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(indexed, "build_index", refuse)
     for name in ("copy", "moved"):
-        for look in (False, True):
-            tars = open_images(str(tmp_path / name), look=look)
+        for rescan in (False, True):
+            tars = open_images(str(tmp_path / name), rescan=rescan)
             assert tars.fingerprint == before.fingerprint
             assert str(tmp_path / name) in tars.name(0)
             assert all((tars.decode(number) == image).all() for number, image in enumerate(pixels))

@@ -10,7 +10,7 @@ import pytest
 from made_containers import encode, image_table, open_images_again, pixels_of, summary
 
 from ccmim_fast.data.index.indexed import open_images
-from ccmim_fast.data.source import usable
+from ccmim_fast.data.source import usable_count
 from ccmim_fast.errors import DataError
 
 
@@ -80,7 +80,7 @@ def test_unusable_tables_are_told(tmp_path, kind):
     assert told.keys() == {"numbers.feather", f"cut.{kind}", f"empty.{kind}", f"folder.{kind}"}
     assert "no column of bytes among x" in told["numbers.feather"]
     assert "\n" not in "".join(told.values())
-    assert usable(source) == 3
+    assert usable_count(source) == 3
     with pytest.raises(DataError, match=r"no image in .*cut.*: 1 skipped, the first '.*cut\..*is no table of images"):
         open_images(f"{tmp_path}/cut.{kind}")
 

@@ -11,7 +11,7 @@ from ccmim_fast.data.index import scan, storage
 from ccmim_fast.data.index.index_file import BESIDE
 from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.data.shard import write_shards
-from ccmim_fast.data.source import usable
+from ccmim_fast.data.source import usable_count
 from ccmim_fast.errors import DataError
 
 
@@ -87,7 +87,7 @@ def test_refused_members(tmp_path):
     ]
     assert source.class_names == ("c",)
     assert source.encoded(0) == data
-    assert usable(source) == 1
+    assert usable_count(source) == 1
     assert sorted(os.listdir(tmp_path.parent)) == before  # nothing is unpacked
 
 
@@ -108,7 +108,7 @@ def test_a_cut_tar_is_used_up_to_the_cut_and_the_cut_is_told(tmp_path):
         path.write_bytes(whole[:length])
         touch_later(path)
         source = open_images(str(path), path=str(tmp_path / f"{name}.arrow"))
-        assert usable(source) == good, name
+        assert usable_count(source) == good, name
         assert [source.encoded(n) for n in range(good)] == datas[:good], name
         assert [source.index.location(n) for n in source.excluded_X] == cut, name
         assert all("cut off by the end" in source.index.reason(n) for n in source.excluded_X), name

@@ -8,7 +8,7 @@ import pytest
 from unsteady import Broken, Unsteady
 
 from ccmim_fast.data import verify as module
-from ccmim_fast.data.index.bad_samples import Skipped, marks_path, read_marks
+from ccmim_fast.data.index.bad_samples import BadSamples, bad_samples_path, read_bad_samples
 from ccmim_fast.data.index.index_file import BAD, INDEXED, VERIFIED, Index
 from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.data.verify import kind_of, verify, without_name
@@ -95,7 +95,7 @@ def test_again_decodes_what_was_decoded_or_failed(folder, photograph):
     found = verify(Index(source.index.path), processes=1)
     assert cut in dict(found.bad)
     # The repaired file has another length than when it was indexed, so it is looked at first.
-    repaired = open_images(str(folder), look=True)
+    repaired = open_images(str(folder), rescan=True)
     assert repaired.index.status_N[cut] == INDEXED
     found = verify(repaired.index, processes=1, again=True)
     assert cut not in dict(found.bad)
@@ -110,13 +110,13 @@ def test_marks_of_a_run_are_looked_at_and_removed(folder):
     verify(source.index, processes=1)
     source = open_images(str(folder))
     good, gone = ids_of(source, "06.jpg", "08.jpg")
-    skipped = Skipped(source.index, len(source), 2, "skip", 1.0)
-    skipped.add(good, f"cannot read {source.name(good)!r}: Stale file handle")
-    skipped.add(gone, f"cannot read {source.name(gone)!r}: No such file or directory")
+    bad_samples = BadSamples(source.index, len(source), 2, "skip", 1.0)
+    bad_samples.add(good, f"cannot read {source.name(good)!r}: Stale file handle")
+    bad_samples.add(gone, f"cannot read {source.name(gone)!r}: No such file or directory")
     (folder / "class0/08.jpg").unlink()
-    assert set(read_marks(source.index)) == {good, gone}
+    assert set(read_bad_samples(source.index)) == {good, gone}
     found = verify(source.index, processes=1)
-    assert not os.path.exists(marks_path(source.index.path))
+    assert not os.path.exists(bad_samples_path(source.index.path))
     index = Index(source.index.path)
     assert index.status_N[good] == VERIFIED
     assert index.status_N[gone] == BAD

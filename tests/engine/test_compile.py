@@ -10,7 +10,7 @@ from ccmim_fast.engine import compile as compiled
 from ccmim_fast.engine.build import build_step, check_device, prepare_step
 from ccmim_fast.engine.compile import choose_compile, compile_step, warm_up
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.models.attention import CUDA_ONLY
+from ccmim_fast.models.block import CUDA_ONLY
 from ccmim_fast.ranks.session import Session
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from tiny import images, tiny_config
 
+from ccmim_fast.build.model import build_model
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine import build as trainer_build
 from ccmim_fast.engine.loop import fit
 from ccmim_fast.engine.step import TrainStep
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.models.build import build_model
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.optim.optimizer import build_optimizer
@@ -92,10 +92,10 @@ def test_nan_scores_are_reported_with_the_sample(tmp_path, monkeypatch, capsys, 
     """Sample 5's tokens are NaN in one step; the next logged line names it, once."""
 
     class Poisoned(CCMIM):
-        def divide(self, x_BLD, ids_B, epoch, partition=None, known=None):
+        def divide(self, x_BLD, ids_B, epoch, partition=None, prior=None):
             if (torch.as_tensor(epoch) == 1).all():
                 x_BLD = torch.where((ids_B == 5)[:, None, None], torch.nan, x_BLD)
-            return super().divide(x_BLD, ids_B, epoch, partition, known)
+            return super().divide(x_BLD, ids_B, epoch, partition, prior)
 
     def build(config):
         model = build_model(config)

@@ -1,9 +1,7 @@
 """Activation checkpointing: the same gradients from fewer saved bytes."""
 
 import torch
-from tiny import images, tiny_model
-
-from ccmim_fast.losses.total import total_loss
+from tiny import images, tiny_model, total_loss
 
 
 def trained(recompute):

@@ -174,16 +174,16 @@ def test_a_second_interrupt_is_one_at_once():
 
 
 def test_after_an_error_of_several_ranks_signals_stay_requests():
-    """The launcher ends who is left, by SIGTERM; who is left has last words."""
+    """The launcher ends the remaining ranks, by SIGTERM; they still write a diagnosis."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
-        for to_the_end in (False, True):
-            with pytest.raises(ValueError, match="lost"), StopSignals(to_the_end) as signals:
+        for keep in (False, True):
+            with pytest.raises(ValueError, match="lost"), StopSignals(keep) as signals:
                 raise ValueError("lost")
-            assert (signal.getsignal(signal.SIGTERM) == signals._asked) == to_the_end
-        with StopSignals(to_the_end=True):
+            assert (signal.getsignal(signal.SIGTERM) == signals._handle) == keep
+        with StopSignals(keep_after_error=True):
             pass
-        assert signal.getsignal(signal.SIGTERM) == signals._asked
+        assert signal.getsignal(signal.SIGTERM) == signals._handle
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -177,7 +177,7 @@ def test_pictures_have_their_rows_and_columns(trained, tmp_path):
 
 
 def test_moments_begin_with_the_weights_that_the_seed_draws(trained, tmp_path):
-    from ccmim_fast.models.build import build_model
+    from ccmim_fast.build.model import build_model
 
     result, _ = looked(trained, "--moments=3", out=tmp_path / "out")
     assert [(moment["step"], moment["epoch"]) for moment in result["moments"]] == [(0, 0), (2, 1), (4, 2), (6, 3)]

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from tiny import images, tiny_model
+from tiny import images, tiny_model, total_loss
 
 from ccmim_fast.evaluation.masks.metrics import object_leakage, object_patches
 from ccmim_fast.evaluation.masks.probe import probe
-from ccmim_fast.losses.total import total_loss
 
 
 def test_figures_are_those_of_the_models_own_masks():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.tv_tensors import Image, Mask
 
-from ccmim_fast.data.index.bad_samples import Skipped
+from ccmim_fast.data.index.bad_samples import BadSamples
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.errors import DataError
@@ -169,8 +169,8 @@ def scenes_of(source):
 
 
 def stream(scenes, cursor, count, workers=1, batch=4):
-    plan, skipped = Plan(scenes, 7, batch), Skipped(None, len(scenes), 0, "skip", 0.2)
-    batches = Batches(plan, skipped, plain(), workers, torch.device("cpu")).stream(cursor)
+    plan, bad_samples = Plan(scenes, 7, batch), BadSamples(None, len(scenes), 0, "skip", 0.2)
+    batches = Batches(plan, bad_samples, plain(), workers, torch.device("cpu")).stream(cursor)
     return [next(batches) for _ in range(count)]
 
 
@@ -207,7 +207,7 @@ def test_an_image_that_cannot_be_decoded_is_replaced_with_its_labels():
     ]
     [((_, wanted_HW), (_, shown_HW))] = changed
     # Not the labels of sample 4 with another image: those of the sample that is shown.
-    shown = Plan(scenes_of(source), 7, 4).substitute(4, 0, 0).ids_B.item()
+    shown = Plan(scenes_of(source), 7, 4).fallback(4, 0, 0).ids_B.item()
     assert wanted_HW.unique().tolist() == [4 % 3]
     assert shown_HW.unique().tolist() == [shown % 3] != [4 % 3]
 

@@ -106,7 +106,7 @@ def job_of(trees, tmp_path, data_changes=(), **changes):
     from ccmim_fast.evaluation.encoders import read_weights
     from ccmim_fast.evaluation.images import open_both
     from ccmim_fast.evaluation.job import Job
-    from ccmim_fast.ranks.session import session
+    from ccmim_fast.ranks.session import open_session
 
     config = protocol("transfer", "transfer_flowers").config
     data = replace(config.data, root=str(trees["flowers"]), image_size=(32, 32), **{"workers": 1, **dict(data_changes)})
@@ -114,7 +114,7 @@ def job_of(trees, tmp_path, data_changes=(), **changes):
     augment = replace(config.augment, mixup=0.0, cutmix=0.0, **changes)
     config = replace(config, data=data, train=train, augment=augment)
     weights = read_weights("timm:test_vit")
-    with session("cpu", 1.0) as here:
+    with open_session("cpu", 1.0) as here:
         return config, Job(config, here, tmp_path, weights, *open_both(config, weights.mean, weights.std))
 
 

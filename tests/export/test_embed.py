@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import images
 
 from ccmim_fast.cli import main
-from ccmim_fast.models.encoder import tokens_of
+from ccmim_fast.models.tokens import tokens_of
 
 
 @pytest.fixture

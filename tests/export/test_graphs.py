@@ -8,7 +8,7 @@ from made_run import make_run
 from tiny import images
 
 from ccmim_fast.cli import main
-from ccmim_fast.models.encoder import tokens_of
+from ccmim_fast.models.tokens import tokens_of
 
 NEAR = {"rtol": 0, "atol": 1e-5}
 

@@ -4,11 +4,10 @@ import pytest
 import torch
 from made_run import make_run
 from PIL import Image
-from tiny import images
+from tiny import images, total_loss
 
 from ccmim_fast.cli import main
-from ccmim_fast.losses.total import recons_loss
-from ccmim_fast.models.encoder import tokens_of
+from ccmim_fast.models.tokens import tokens_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -54,7 +53,7 @@ def test_vitmae_gives_our_loss_on_our_mask(tmp_path, norm_pix):
     pictures = images(size=(32, 32))
     with torch.no_grad():
         output = model(pictures, torch.arange(4), 0)
-        expected = recons_loss(model, output, pictures, config)
+        expected = total_loss(model, output, pictures, config).recons
         # Sorting by the place in the shuffled sequence gives that sequence.
         noise = output.partition.ids_restore_BL.float()
         found = target(prepared(tmp_path / "out", pictures), noise=noise)

@@ -12,7 +12,7 @@ from tiny import images, tiny_model
 
 from ccmim_fast.checkpoints.convert import to_flat
 from ccmim_fast.cli import main
-from ccmim_fast.models.encoder import tokens_of
+from ccmim_fast.models.tokens import tokens_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
 SQUARE = {"image_size": (32, 32)}

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny import images
 
 from ccmim_fast.cli import main
-from ccmim_fast.models.encoder import tokens_of
+from ccmim_fast.models.tokens import tokens_of
 
 # The same function in float32, by two orders of the arithmetic.
 NEAR = {"rtol": 0, "atol": 1e-5}

@@ -7,8 +7,8 @@ import torch
 from ops.gold import DTYPES
 
 from ccmim_fast.errors import MachineError
-from ccmim_fast.models import attention as module
-from ccmim_fast.models.attention import BACKENDS, CUDA_ONLY, MEASURED_BEST, attention, check_attention
+from ccmim_fast.models import block as module
+from ccmim_fast.models.block import BACKENDS, CUDA_ONLY, MEASURED_BEST, attention, check_attention
 
 # Backends that have no kernel for a dtype, on any device.
 LACKING = {("flash", torch.float32), ("cudnn", torch.float32)}

@@ -4,18 +4,19 @@ import math
 
 import pytest
 import torch
-from tiny import images, tiny_model
+from naive import without_in_model
+from tiny import images, tiny_model, total_loss
 
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.losses.total import total_loss
-from ccmim_fast.models.encoder import encode
-from ccmim_fast.models.output import Known
+from ccmim_fast.models.scores import OneBlock, PriorScores
+from ccmim_fast.models.tokens import encode
 
 B, L, K = 3, 24, 6
 
 
-def bank_model(score=(), **sections):
-    return tiny_model(score={"source": "bank", **dict(score)}, **sections)[0].eval()
+def bank_model(score=(), without=(), **sections):
+    model = tiny_model(score={"source": "bank", **dict(score)}, **sections)[0].eval()
+    return without_in_model(model, without) if without else model
 
 
 def shares_by_full_attention(vit, tokens_BTD, last):
@@ -35,7 +36,7 @@ def shares_by_full_attention(vit, tokens_BTD, last):
 @pytest.mark.parametrize("blocks", [0, 1, 2, 3])
 @pytest.mark.parametrize("cls_only", [True, False])
 def test_shares_are_those_of_both_passes(blocks, cls_only):
-    model = bank_model({"blocks": blocks}, fast={"cls_only": cls_only})
+    model = bank_model({"blocks": blocks}, without=() if cls_only else ("cls_only",))
     pictures, ids = images(B), torch.arange(B)
     output = model(pictures, ids, 0)
     divided = model.divide(model.embed(pictures), ids, 0)
@@ -43,8 +44,8 @@ def test_shares_are_those_of_both_passes(blocks, cls_only):
     expected = torch.empty(B, L, dtype=torch.float64)
     for tokens, where in ((divided.visible, ~output.partition.mask_BL), (divided.masked, output.partition.mask_BL)):
         expected[where] = shares_by_full_attention(model.encoder, tokens, blocks or 3).flatten()
-    assert not output.shares_BL.requires_grad
-    torch.testing.assert_close(output.shares_BL.double(), expected, rtol=1e-6, atol=1e-6)
+    assert not output.cls_attention_BL.requires_grad
+    torch.testing.assert_close(output.cls_attention_BL.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_reading_changes_neither_losses_nor_gradients():
@@ -65,28 +66,28 @@ def test_reading_changes_neither_losses_nor_gradients():
 def test_known_scores_decide_what_is_masked():
     model = bank_model(mask={"strategy": "importance"})
     scores = torch.randn(B, L)
-    output = model(images(B), torch.arange(B), 0, known=Known(scores, torch.ones(B, L)))
+    output = model(images(B), torch.arange(B), 0, prior=PriorScores(scores, torch.ones(B, L)))
     assert torch.equal(output.partition.mask_BL.nonzero()[:, 1].view(B, -1), scores.topk(L - K).indices.sort().values)
     assert torch.equal(output.logits_BL, scores)
 
 
 @pytest.mark.parametrize("fold", [True, False])
 def test_unknown_patches_are_scored_by_the_first_block_where_asked(fold):
-    model = bank_model({"unseen": "first"}, fast={"fold_score": fold})
+    model = bank_model({"unseen": "first"}, without=() if fold else ("fold_score",))
     pictures = images(B)
     scores, share = torch.randn(B, L).double(), torch.rand(B, L).double()
-    output = model(pictures, torch.arange(B), 0, known=Known(scores, share))
-    reference = model.score(model.embed(pictures), source="first", fold=False).logits_BL.softmax(1)
+    output = model(pictures, torch.arange(B), 0, prior=PriorScores(scores, share))
+    reference = OneBlock(model.encoder, block=0)(model.encoder, model.embed(pictures)).logits_BL.softmax(1)
     expected = scores + (1 - share) * (reference * L).log()
     torch.testing.assert_close(output.logits_BL.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_without_a_bank_at_hand_nothing_is_known():
     model = bank_model()
-    nothing = Known(torch.zeros(B, L), torch.zeros(B, L))
+    nothing = PriorScores(torch.zeros(B, L), torch.zeros(B, L))
     pictures, ids = images(B), torch.arange(B)
     assert torch.equal(
-        model(pictures, ids, 4).partition.mask_BL, model(pictures, ids, 4, known=nothing).partition.mask_BL
+        model(pictures, ids, 4).partition.mask_BL, model(pictures, ids, 4, prior=nothing).partition.mask_BL
     )
 
 
@@ -98,7 +99,7 @@ def test_recomputed_in_the_backward_pass():
         pictures = images(B)
         output = model(pictures, torch.arange(B), 0)
         total_loss(model, output, pictures, config).total.backward()
-        results.append((output.shares_BL, model.encoder.blocks[0].attn.qkv.weight.grad))
+        results.append((output.cls_attention_BL, model.encoder.blocks[0].attn.qkv.weight.grad))
     for one, other in zip(*results):
         torch.testing.assert_close(one, other)
 
@@ -109,21 +110,21 @@ def test_attention_that_rounds_to_zero_is_finite():
         for block in model.encoder.blocks:
             block.attn.qkv.weight.mul_(1e4)
     output = model.float()(images(B), torch.arange(B), 0)
-    assert output.shares_BL.isfinite().all()
-    assert float(output.shares_BL.min()) < -50
+    assert output.cls_attention_BL.isfinite().all()
+    assert float(output.cls_attention_BL.min()) < -50
 
 
 def test_the_encoders_tokens_are_the_same():
     model = bank_model()
     tokens = torch.randn(B, 1 + K, 48, dtype=torch.float64)
     encoded, _ = model._encode(tokens)
-    torch.testing.assert_close(encoded, encode(model.encoder, tokens))
+    torch.testing.assert_close(encoded, encode(model.encoder, tokens)[0])
     cls, _ = model._encode(tokens, cls_only=True)
     torch.testing.assert_close(cls, encoded[:, :1])
 
 
 def test_what_cannot_be_read_is_refused():
-    with pytest.raises(ConfigError, match=r"score\.source=bank: reads both passes"):
+    with pytest.raises(ConfigError, match=r"score\.source: a bank reads both passes"):
         bank_model(contrast={"loss": "none"})
     with pytest.raises(ConfigError, match=r"score\.blocks=4 must be in 0\.\.3"):
         bank_model({"blocks": 4})

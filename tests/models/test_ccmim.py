@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from tiny import images, tiny_config, tiny_model
+from tiny import images, tiny_config, tiny_model, total_loss
 
+from ccmim_fast.build.model import build_model
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.losses.total import total_loss
-from ccmim_fast.models.build import build_model
-from ccmim_fast.models.encoder import encode
+from ccmim_fast.models.tokens import encode
 from ccmim_kernels import info_nce, sample_partition
 
 IDS = torch.arange(4)

@@ -1,13 +1,17 @@
 """The encoder's parts against timm's own forward pass."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import Block, VisionTransformer
 from tiny import images, tiny_model
 
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.models.embedding import embed, folded_projection, prefix_tokens
-from ccmim_fast.models.encoder import build_encoder, encode, encode_cls, tokens_of
+from ccmim_fast.models.block import ViTBlock
+from ccmim_fast.models.encoder import build_encoder
+from ccmim_fast.models.tokens import embed, encode, folded_projection, prefix_tokens, tokens_of
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).double(), torch.tensor([0.2, 0.25, 0.3]).double()
 
@@ -51,10 +55,10 @@ def test_folded_normalisation_in_bfloat16_is_as_good_as_eager():
     vit = build_encoder("vit_tiny_patch16_224", image_size=(224, 224), channels=3, depth=1)
     mean, std = MEAN.float(), STD.float()
     pictures = images(4, (224, 224))
-    gold = embed(vit.double(), pictures, folded_projection(vit, MEAN, STD), MEAN, STD)
+    gold = embed(vit.double(), pictures, folded_projection(vit, MEAN, STD))
     vit.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        folded = embed(vit, pictures, folded_projection(vit, mean, std), mean, std)
+        folded = embed(vit, pictures, folded_projection(vit, mean, std))
         eager = vit.patch_embed(normalised(pictures, MEAN, STD).float()) + vit.pos_embed[:, 1:]
     assert (folded - gold).abs().max() <= 2 * (eager - gold).abs().max()
 
@@ -63,9 +67,28 @@ def test_folded_normalisation_in_bfloat16_is_as_good_as_eager():
 def test_cls_only_last_block_equals_the_full_one(arch):
     size = (28, 42) if "14" in arch else (32, 48)
     vit = build_encoder(arch, image_size=size, channels=3, depth=3).double()
-    x_BLD = embed(vit, images(2, size), folded_projection(vit, MEAN, STD), MEAN, STD)
+    x_BLD = embed(vit, images(2, size), folded_projection(vit, MEAN, STD))
     x = torch.cat([prefix_tokens(vit).expand(2, -1, -1), x_BLD], dim=1).detach()
-    torch.testing.assert_close(encode_cls(vit, x), encode(vit, x)[:, 0])
+    torch.testing.assert_close(encode(vit, x, cls_only=True)[0], encode(vit, x)[0][:, :1])
+
+
+@pytest.mark.parametrize("options", [{}, {"init_values": 0.1}, {"qk_norm": True}, {"drop_path": 0.5}])
+def test_block_is_timms_where_timm_makes_it(options):
+    """`block_fn=ViTBlock`: timm's forward, names and results, for all tokens and for some of them."""
+    torch.manual_seed(0)
+    ours = VisionTransformer(embed_dim=48, depth=2, num_heads=3, block_fn=partial(ViTBlock, **options)).double()
+    theirs = VisionTransformer(embed_dim=48, depth=2, num_heads=3, block_fn=partial(Block, **options)).double()
+    theirs.load_state_dict(ours.state_dict())
+    x_BCHW = torch.randn(2, 3, 224, 224, dtype=torch.float64)
+    torch.manual_seed(1)
+    found = ours(x_BCHW)
+    torch.manual_seed(1)
+    torch.testing.assert_close(found, theirs(x_BCHW))
+    block, x_BTD = ours.blocks[0].eval(), torch.randn(2, 7, 48, dtype=torch.float64)
+    torch.testing.assert_close(block(x_BTD, query_BQD=x_BTD[:, 2:5]), theirs.blocks[0].eval()(x_BTD)[:, 2:5])
+    causal = theirs.blocks[0](x_BTD, is_causal=True)
+    torch.testing.assert_close(block(x_BTD, is_causal=True), causal)
+    assert not torch.equal(causal, block(x_BTD))
 
 
 def test_state_dict_is_timms():

@@ -6,10 +6,15 @@ import pytest
 import torch
 from tiny import images, tiny_model
 
+from ccmim_fast.build.model import build_score_source
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.models.encoder import build_encoder, prefix_tokens
-from ccmim_fast.models.scores import can_fold, check_scores, eq4_of_blocks, score
+from ccmim_fast.models.encoder import build_encoder
+from ccmim_fast.models.scores import AllBlocks, Bank, FirstBlock, OneBlock, can_fold, eq4_of_blocks
+from ccmim_fast.models.tokens import prefix_tokens
+from ccmim_fast.profile.meter import flop_counter
+from ccmim_fast.registry import SCORE_SOURCES
 from ccmim_kernels import divide_tokens
+from ccmim_kernels.divide_tokens.reference import folded_logits
 
 
 def eq4_by_loops(block, tokens_TD):
@@ -46,7 +51,7 @@ def test_first_block_folded_equals_loops(heads):
     x = model.embed(images(2))
     tokens = torch.cat([prefix_tokens(vit).expand(2, -1, -1), x], dim=1)
     assert can_fold(vit)
-    direction = score(vit, x, "first", 0, "renorm").direction_D
+    direction = FirstBlock(vit)(vit, x).direction_D
     logits = divide_tokens(
         x, prefix_tokens(vit), torch.arange(2), direction_D=direction, keep=6, grid=(4, 6), seed=0, epoch=0
     ).logits
@@ -57,7 +62,7 @@ def test_first_block_folded_equals_loops(heads):
 @pytest.mark.parametrize("block", [0, 1, 2])
 def test_one_block_equals_loops(embedded, block):
     vit, x, tokens = embedded
-    logits = score(vit, x, "block", block, "renorm").logits_BL
+    logits = OneBlock(vit, block=block)(vit, x).logits_BL
     for earlier in vit.blocks[:block]:
         tokens = earlier(tokens)
     for b in range(2):
@@ -69,7 +74,7 @@ def test_all_blocks_in_one_pass_are_those_one_by_one(embedded):
     found = eq4_of_blocks(vit, x)
     assert len(found) == len(vit.blocks)
     for block, logits in enumerate(found):
-        assert torch.equal(logits, score(vit, x, "block", block, "renorm").logits_BL)
+        assert torch.equal(logits, OneBlock(vit, block=block)(vit, x).logits_BL)
 
 
 def cls_rows_by_full_attention(vit, tokens):
@@ -89,14 +94,14 @@ def cls_rows_by_full_attention(vit, tokens):
 def test_all_blocks_renormalised(embedded):
     vit, x, tokens = embedded
     mean = sum(cls_rows_by_full_attention(vit, tokens)) / len(vit.blocks)
-    logits = score(vit, x, "all", 0, "renorm").logits_BL
+    logits = AllBlocks(vit)(vit, x).logits_BL
     torch.testing.assert_close(logits.softmax(1), mean / mean.sum(1, keepdim=True))
 
 
 def test_all_blocks_softmax_again_as_in_the_authors_code(embedded):
     vit, x, tokens = embedded
     total = sum(cls_rows_by_full_attention(vit, tokens))
-    logits = score(vit, x, "all", 0, "softmax").logits_BL
+    logits = AllBlocks(vit, normalise="softmax")(vit, x).logits_BL
     torch.testing.assert_close(logits.softmax(1), total.softmax(1))
 
 
@@ -104,16 +109,35 @@ def test_models_that_cannot_be_folded_take_the_general_way():
     vit = build_encoder("vit_base_patch16_clip_224", image_size=(32, 32), channels=3, depth=2)
     assert not can_fold(vit)
     x = torch.randn(2, 4, vit.embed_dim)
-    out = score(vit, x, "first", 0, "renorm")
-    assert torch.equal(out.logits_BL, score(vit, x, "block", 0, "renorm").logits_BL)
+    out = FirstBlock(vit)(vit, x)
+    assert torch.equal(out.logits_BL, OneBlock(vit, block=0)(vit, x).logits_BL)
 
 
 def test_scores_have_no_gradient(embedded):
     vit, x, _ = embedded
     vit.requires_grad_(True)
-    for source in ("first", "block", "all"):
-        out = score(vit, x.clone().requires_grad_(), source, 1, "renorm")
+    for source in (FirstBlock(vit), OneBlock(vit, block=1), AllBlocks(vit), Bank(vit)):
+        out = source(vit, x.clone().requires_grad_())
         assert not any(t.requires_grad for t in out if t is not None)
+
+
+@pytest.mark.parametrize("name", SCORE_SOURCES)
+def test_every_source_is_registered_with_its_cost(name):
+    """Each builds from the settings, scores what enters, and costs what the registry says (torch's own count)."""
+    model, config = tiny_model(score={"source": name, "block": 1})
+    vit, x = model.encoder, torch.randn(1, 24, 48, dtype=torch.float64)
+    source = build_score_source(config, vit)
+    with flop_counter() as counter:
+        scored = source(vit, x)
+        if scored.direction_D is not None:
+            folded_logits(x, scored.direction_D, 1e-6)
+    assert source.read_blocks == (3 if SCORE_SOURCES[name].has_bank else 0)
+    counted = counter.get_total_flops()
+    if SCORE_SOURCES[name].runs_blocks:  # a row of [CLS] against all keys is no product that torch counts
+        assert counted == pytest.approx(SCORE_SOURCES[name].flops(24, 48, 3, 1), rel=0.05)
+    else:
+        assert counted <= SCORE_SOURCES[name].flops(24, 48, 3, 1) * 4  # the fold itself is once a batch
+    assert SCORE_SOURCES[name].label
 
 
 def test_errors():
@@ -121,4 +145,4 @@ def test_errors():
         tiny_model(model={"arch": "vit_small_patch16_18x2_224", "num_heads": 0, "embed_dim": 0})
     model, _ = tiny_model()
     with pytest.raises(ConfigError, match=r"score.block=3 must be in 0\.\.2"):
-        check_scores(model.encoder, "block", 3)
+        OneBlock(model.encoder, block=3)

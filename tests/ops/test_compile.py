@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from tiny import images, tiny_config
+from tiny import images, tiny_config, total_loss
 
-from ccmim_fast.losses.total import total_loss
-from ccmim_fast.models.build import build_model
+from ccmim_fast.build.model import build_model
 
 CASES = {
     "all": {"score": {"source": "all"}},

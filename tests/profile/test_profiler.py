@@ -7,15 +7,14 @@ import re
 
 import pytest
 import torch
-from tiny import TINY, images, tiny_config
+from tiny import TINY, images, tiny_config, total_loss
 
+from ccmim_fast.build.model import build_model
 from ccmim_fast.checkpoints import io
 from ccmim_fast.engine.build import build_step
 from ccmim_fast.engine.dry_run import count_flops
 from ccmim_fast.engine.loop import Trainer, fit
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.losses.total import total_loss
-from ccmim_fast.models.build import build_model
 from ccmim_fast.profile import profiler as profile
 from ccmim_fast.profile.meter import Meter, flop_counter
 from ccmim_fast.profile.profiler import ADAMW_BYTES, WARM_UP, Profile, check_room, make_table, markdown

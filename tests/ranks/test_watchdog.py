@@ -1,4 +1,4 @@
-"""A rank dies, fails or stands still: all end, soon or after `watch.timeout`, and say which it was (faults 18, 19)."""
+"""A rank dies, fails or is stuck: all end, soon or after `watch.timeout`, and name it (faults 18, 19)."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from small_run import SETTINGS
 
 from ccmim_fast.errors import DataError, MachineError, StoppedError
 from ccmim_fast.ranks.heartbeat import read_heartbeats
-from ccmim_fast.ranks.watchdog import Watchdog, is_of_others, stacks
+from ccmim_fast.ranks.watchdog import Watchdog, is_peer_failure, thread_stacks
 from ccmim_fast.runs.state import process_start, read_state
 
 FAULTY = str(Path(__file__).parents[1] / "faulty.py")
@@ -66,13 +66,13 @@ def last_line(errors):
 
 @pytest.mark.slow
 def test_fault_18_a_rank_is_killed(tmp_path):
-    """Under torchrun without restarts, which ends the ranks that are left: they tell all the same."""
+    """torchrun without restarts ends the other ranks: they write the report all the same."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     line = [*launcher, *command(tmp_path, "kill", "5", 1, HALF_AN_HOUR)]
     done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode != 0
     assert "ccmim: rank 0 ends: rank 1 (" in done.stderr
-    assert "is gone without a word, perhaps killed: last heard of" in the_report(tmp_path)
+    assert "died without an error message, perhaps killed; last heartbeat: " in the_report(tmp_path)
     assert the_report(tmp_path) in done.stderr
     assert "Connection closed by peer" not in done.stderr
     state = read_state(tmp_path / "run")
@@ -83,7 +83,7 @@ def test_fault_18_a_rank_is_killed(tmp_path):
 def test_fault_18_a_loader_thread_dies(tmp_path):
     codes, errors = two_ranks(tmp_path, "thread", "40", 1, HALF_AN_HOUR)
     assert codes == [6, 6]
-    why = "ended, waiting for images after step 4: MemoryError: no memory for an image"
+    why = "failed, waiting for images after step 4: MemoryError: no memory for an image"
     assert why in last_line(errors[0])
     assert "Traceback" not in errors[0]
     assert why in the_report(tmp_path)
@@ -115,7 +115,7 @@ def test_a_machine_with_other_images(tmp_path):
 def test_a_rank_that_is_stopped(tmp_path):
     codes, errors = two_ranks(tmp_path, "stop", "5", 1, 0.1)
     assert codes == [6, None]
-    assert "is silent: last heard of waiting for images after step 4 at " in last_line(errors[0])
+    assert "is silent; last heartbeat: waiting for images after step 4 at " in last_line(errors[0])
     assert "; rank 0 waits for it; see " in last_line(errors[0])
     assert "\n  rank 0: in step 5, since " in the_report(tmp_path)
     assert read_state(tmp_path / "run").exit_code == 6
@@ -123,13 +123,13 @@ def test_a_rank_that_is_stopped(tmp_path):
 
 @pytest.mark.slow
 def test_a_read_that_does_not_come_back(tmp_path):
-    """All end; the stack of the rank that stands still says in which call."""
+    """All end; the stack of the stuck rank shows its call."""
     codes, errors = two_ranks(tmp_path, "blocked", "40", 1, 0.1)
     assert codes == [6, 6]
     report = the_report(tmp_path)
     first = report.splitlines()[0]
     assert first.startswith("rank 1 (")
-    assert "stands still: waiting for images after step 4 since " in first
+    assert "is stuck: waiting for images after step 4 since " in first
     assert first.endswith("; rank 0 waits for it")
     assert all(f"ends: {first}; see " in last_line(error) for error in errors)
     assert sum(report in error for error in errors) == 1  # printed once
@@ -142,23 +142,23 @@ def opened(folder, rank=0, world_size=2, **more):
     """One rank's, without the others and without the thread."""
     watchdog = Watchdog(rank, world_size, LAUNCH, **more)
     watchdog._run, watchdog._folder, watchdog._report = folder, folder, folder / "stopped.txt"
-    watchdog._tell()
+    watchdog._write()
     return watchdog
 
 
-def test_the_last_words_of_a_rank(tmp_path):
-    """It tells its error and raises it; others name it. What all raise by agreement leaves no report."""
+def test_errors_are_translated(tmp_path):
+    """A rank raises its own error, others name that rank. An error that all raise by agreement leaves no report."""
 
     def ends(error, rank, step=0):
         with opened(tmp_path, rank, timeout=60) as watchdog:
-            watchdog.mark("in step", step)
+            watchdog.enter_phase("in step", step)
             raise error
 
     with pytest.raises(DataError):
         ends(DataError("a.jpg\ncannot be read"), 1, step=7)
     beat = read_heartbeats(tmp_path, LAUNCH, [1])[0]
-    assert (beat.step, beat.end) == (7, "DataError: a.jpg cannot be read")
-    with pytest.raises(MachineError, match=r"rank 0 ends: rank 1 \(.* ended, in step 7: DataError: a\.jpg") as caught:
+    assert (beat.step, beat.outcome) == (7, "DataError: a.jpg cannot be read")
+    with pytest.raises(MachineError, match=r"rank 0 ends: rank 1 \(.* failed, in step 7: DataError: a\.jpg") as caught:
         ends(BROKEN, 0)
     assert caught.value.exit_code == 6
     assert caught.value.__cause__ is BROKEN
@@ -168,52 +168,54 @@ def test_the_last_words_of_a_rank(tmp_path):
     assert not (tmp_path / "stopped.txt").exists()
 
 
-def test_a_lost_rank_of_another_machine_is_known_by_its_silence(tmp_path):
+def test_a_lost_rank_of_another_machine_is_silent(tmp_path):
     watchdog = opened(tmp_path, timeout=6)
-    opened(tmp_path, 1)._tell()
+    opened(tmp_path, 1)._write()
     other = json.loads((tmp_path / "rank_1.json").read_text())
     (tmp_path / "rank_1.json").write_text(json.dumps(other | {"host": "node-b"}))
     start = time.monotonic()
-    assert "rank 1 (node-b, process" in str(watchdog.last_words(BROKEN))
+    assert "rank 1 (node-b, process" in str(watchdog.translate_error(BROKEN))
     assert "is silent" in (tmp_path / "stopped.txt").read_text()
     assert time.monotonic() - start > 1
 
 
-def test_a_killed_rank_of_this_machine_is_noticed_where_no_connection_tells(tmp_path, monkeypatch):
-    """As under NCCL: the loop hangs in a collective. One that is there, and of another machine, is let alone."""
-    watchdog, ends = opened(tmp_path, timeout=60, mates=[0, 1]), []
-    monkeypatch.setattr(watchdog, "_exit", ends.append)
+def test_a_killed_rank_of_this_machine_is_noticed_where_no_connection_breaks(tmp_path, monkeypatch, capsys):
+    """As under NCCL, the loop hangs in a collective. A rank that lives, or of another machine, ends nothing."""
+    watchdog, ends = opened(tmp_path, timeout=60, local_ranks=[0, 1]), []
+    monkeypatch.setattr(os, "_exit", ends.append)
     opened(tmp_path, 1)
     now, gone = time.monotonic(), json.loads((tmp_path / "rank_1.json").read_text()) | {"started": 1}
     for age, changed in [(21, {"started": process_start(os.getpid())}), (19, {}), (21, {"host": "node-b"}), (21, {})]:
         assert not ends
-        watchdog._place = ("in step", 8, now - age)
+        watchdog._phase = ("in step", 8, now - age)
         (tmp_path / "rank_1.json").write_text(json.dumps(gone | changed))
-        watchdog._look()
-    assert "rank 1 (" in ends[0]
-    assert "is gone without a word" in ends[0]
+        watchdog._check()
+    assert ends == [6]
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("ccmim: rank 0 ends: rank 1 (")
+    assert "died without an error message" in line
 
 
-def test_before_the_folder_is_known_and_alone():
-    """The first rank refuses the folder; a single process has nobody to tell."""
-    error = Watchdog(1, 2, "name", 60).last_words(BROKEN)
+def test_errors_before_the_start_and_without_other_ranks():
+    """Before the start the run's folder is unknown."""
+    error = Watchdog(1, 2, "name", 60).translate_error(BROKEN)
     assert isinstance(error, MachineError)
     assert str(error).startswith("rank 1 ends: another rank did, see its own line: [gloo/")
     mine = DataError("no image")
-    assert Watchdog(1, 2, "name", 60).last_words(mine) is mine
-    assert Watchdog().last_words(BROKEN) is BROKEN
+    assert Watchdog(1, 2, "name", 60).translate_error(mine) is mine
+    assert Watchdog().translate_error(BROKEN) is BROKEN
 
 
-def test_errors_of_others_are_told_from_own_ones():
+def test_errors_that_a_lost_peer_caused():
     texts = ["Application timeout caused pair closure", "[third_party/gloo/gloo/x.cc:78] Timed out waiting 4000ms"]
-    assert all(is_of_others(RuntimeError(text)) for text in texts)
-    assert is_of_others(dist.DistBackendError("NCCL error: remote process exited"))
-    assert not is_of_others(RuntimeError("shape '[2]' is invalid"))
-    assert not is_of_others(ValueError("gloo/"))
+    assert all(is_peer_failure(RuntimeError(text)) for text in texts)
+    assert is_peer_failure(dist.DistBackendError("NCCL error: remote process exited"))
+    assert not is_peer_failure(RuntimeError("shape '[2]' is invalid"))
+    assert not is_peer_failure(ValueError("gloo/"))
 
 
 def test_stacks_of_threads_that_have_something_to_do():
-    """Asked by another thread, as a watchdog asks; two that wait in the same place are told once."""
+    """Another thread asks, as a watchdog does; two threads with the same stack are shown once."""
     go = threading.Event()
     waiting = [threading.Thread(target=go.wait, name=name) for name in ("w0", "w1")]
     for thread in waiting:
@@ -221,7 +223,7 @@ def test_stacks_of_threads_that_have_something_to_do():
     with ThreadPoolExecutor(1, "idle") as idle, ThreadPoolExecutor(1, "asks") as asks:
         idle.submit(int).result()
         # Until all have come to where they wait.
-        told = next(told for _ in range(999) if "  w0, w1:\n" in (told := asks.submit(stacks).result()))
+        told = next(told for _ in range(999) if "  w0, w1:\n" in (told := asks.submit(thread_stacks).result()))
         go.set()
     main = told.partition("\n\n")[0]
     assert main.startswith("  MainThread:\n")

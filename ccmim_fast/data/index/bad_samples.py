@@ -1,61 +1,83 @@
-"""Samples that did not decode, put down beside the index as they are met: an append-only file of JSON lines."""
+"""The account of samples that fail while a run goes on: in memory, and for the next run in a file beside the index.
+
+The file holds a JSON line for each bad sample and is only appended to.
+"""
 
 import json
 import os
 import threading
+from collections.abc import Iterator
 
 from ccmim_fast.data.index.index_file import Index
+from ccmim_fast.data.source import Source
 from ccmim_fast.errors import DataError
 
 
-def marks_path(index_path: str) -> str:
-    """Where the marks of an index are."""
+def bad_samples_path(index_path: str) -> str:
+    """Return the path of the file of bad samples that belongs to an index."""
     return f"{index_path}.bad"
 
 
-def read_marks(index: Index) -> dict[int, str]:
-    """Reason by sample id. Lines of another state of the index, or cut off, do not count."""
-    marks = {}
+def read_json_lines(path: str, index: Index, *keys: str) -> Iterator[tuple]:
+    """Yield the values of `keys` in each record of this state of the index.
+
+    A line that was cut off does not count, nor does a file that cannot be read.
+    """
     try:
-        with open(marks_path(index.path), encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
-                    said = json.loads(line)
-                    if said["index"] == index.fingerprint and 0 <= said["id"] < len(index):
-                        marks[said["id"]] = said["reason"]
+                    record = json.loads(line)
+                    if record["index"] == index.fingerprint:
+                        yield tuple(record[key] for key in keys)
                 except (ValueError, KeyError, TypeError):
                     continue
     except OSError:
-        pass  # none yet, or a place of somebody else's
-    return marks
+        return
 
 
-class Skipped:
-    """Samples of one run that could not be shown; may be used by many threads.
+def read_bad_samples(index: Index) -> dict[int, str]:
+    """Return the reason by sample id, as earlier runs have recorded it."""
+    records = read_json_lines(bad_samples_path(index.path), index, "id", "reason")
+    return {sample: reason for sample, reason in records if sample in range(len(index))}
+
+
+class BadSamples:
+    """The samples of one run that failed; may be used by many threads.
 
     Args:
-        index: where they are marked for the next run; None: nowhere.
-        total: samples indexed, usable or not.
-        bad: how many of them were known as unusable before.
+        index: the index beside which bad samples are recorded for the next run; None: nowhere.
+        total: number of samples, usable or not.
+        excluded: how many of them were known to be unusable before.
         on_error: `skip` or `error`.
-        most: share of `total` that may be bad.
+        max_bad: share of `total` that may be bad.
 
     Attributes:
-        reasons: by sample id, in the order they were met.
+        reasons: by sample id, in the order in which the samples failed.
+        known: reasons of the samples that failed in earlier runs.
+
+    Raises:
+        DataError: more than `max_bad` of the samples are excluded.
     """
 
-    def __init__(self, index: Index | None, total: int, bad: int, on_error: str, most: float):
-        self._index, self._total, self._bad, self._on_error, self._most = index, total, bad, on_error, most
+    def __init__(self, index: Index | None, total: int, excluded: int, on_error: str, max_bad: float):
+        self._index, self._total, self._excluded = index, total, excluded
+        self._on_error, self._max_bad = on_error, max_bad
         self._lock = threading.Lock()
         self.reasons: dict[int, str] = {}
-        self.known = read_marks(index) if index is not None else {}
-        self._check("")
+        self.known = read_bad_samples(index) if index is not None else {}
+        self._check()
+
+    @classmethod
+    def of(cls, source: Source, on_error: str, max_bad: float) -> "BadSamples":
+        """Open the account of a source, recorded beside its index if it has one."""
+        return cls(getattr(source, "index", None), len(source), len(source.excluded_X), on_error, max_bad)
 
     def add(self, sample: int, reason: str, lasting: bool = True) -> None:
-        """Put down that a sample failed; for the next run too where the cause is `lasting`.
+        """Record that a sample failed; for the next run too if the cause is `lasting`.
 
         Raises:
-            DataError: nothing may fail, or more than the allowed share did.
+            DataError: `on_error` is `error`, or more than the allowed share has failed.
         """
         if self._on_error == "error":
             raise DataError(f"{reason}; data.on_error=skip goes on without it")
@@ -64,23 +86,23 @@ class Skipped:
                 return
             self.reasons[sample] = reason
             if lasting and sample not in self.known and self._index is not None:
-                self._mark(sample, reason)
+                self._append(sample, reason)
         self._check(f", the last {reason}")
 
-    def _check(self, last: str) -> None:
-        bad = self._bad + len(self.reasons)
-        if bad > self._most * self._total:
+    def _check(self, last: str = "") -> None:
+        bad = self._excluded + len(self.reasons)
+        if bad > self._max_bad * self._total:
             raise DataError(
-                f"{bad} of {self._total} samples cannot be used, more than data.max_bad={self._most:g}{last}; "
+                f"{bad} of {self._total} samples cannot be used, more than data.max_bad={self._max_bad:g}{last}; "
                 "ccmim data verify lists them"
             )
 
-    def _mark(self, sample: int, reason: str) -> None:
+    def _append(self, sample: int, reason: str) -> None:
         line = json.dumps({"index": self._index.fingerprint, "id": sample, "reason": reason}) + "\n"
         try:
-            # One write of a short line at the end: several ranks may do so at once.
-            descriptor = os.open(marks_path(self._index.path), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            # One write of a short line at the end: several ranks may append at once.
+            descriptor = os.open(bad_samples_path(self._index.path), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             os.write(descriptor, line.encode())
             os.close(descriptor)
         except OSError:
-            pass  # a read-only place: the next run finds out again
+            pass  # a read-only place: the next run finds the bad sample again

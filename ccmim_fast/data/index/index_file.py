@@ -72,7 +72,7 @@ class Index:
         origin: what was indexed, as it was asked for.
         channels: C.
         containers: paths from `root` of tars or tables.
-        moves_along: the root is wherever the index is.
+        relocatable: the root is wherever the index is.
         class_names: sorted; empty without labels.
         watched: path -> mtime_ns of what changes when samples come or go: folders, containers, a list.
         notes: (path, reason) of what was met and is no sample, as an unreadable folder.
@@ -108,7 +108,7 @@ class Index:
             said["origin"],
             said["channels"],
         )
-        self.moves_along = not self.root
+        self.relocatable = not self.root
         self.root = self.root or os.path.dirname(os.path.abspath(self.path))
         self.containers: list[str] = said["containers"]
         self.class_names: tuple[str, ...] = tuple(said["class_names"])

@@ -81,7 +81,7 @@ class IndexedSource:
 
 
 def open_images(
-    origin: str, channels: int = 3, path: str = "", quiet: bool = True, look: bool = False
+    origin: str, channels: int = 3, path: str = "", quiet: bool = True, rescan: bool = False
 ) -> IndexedSource:
     """The images that `origin` names, indexed now if they were not yet, or again if files came or went.
 
@@ -89,7 +89,7 @@ def open_images(
         origin: see `scan.build_index`.
         path: the index file; empty: beside the tars if there is one, else in the user's cache folder.
         quiet: no progress bar.
-        look: at every file, for those that changed while their folder did not; tars with their index beside them stay
+        rescan: look at every file, for changes that left their folder as it was; tars with their index stay
             as they are.
 
     Raises:
@@ -100,7 +100,7 @@ def open_images(
         _refuse_other_files(path)
     path = path or index_path(origin, channels)
     previous = _previous(path, origin, channels)
-    if previous is not None and (previous.moves_along or not (look or changed(previous))):
+    if previous is not None and (previous.relocatable or not (rescan or changed(previous))):
         return IndexedSource(previous)
     with progress_bar(f"indexing {origin}", quiet) as report:
         return IndexedSource(build_index(origin, path, channels, previous, report))
@@ -134,5 +134,5 @@ def _previous(path: str, origin: str, channels: int) -> Index | None:
         index = Index(path)
     except DataError:
         return None
-    of_these = index.root == origin if index.moves_along else index.origin == origin
+    of_these = index.root == origin if index.relocatable else index.origin == origin
     return index if index.channels == channels and of_these else None

@@ -7,8 +7,8 @@ import posixpath
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ccmim_fast.data.index.annotations import is_flowers, read_flowers, read_inaturalist
 from ccmim_fast.data.index.decode import file_suffixes
-from ccmim_fast.data.index.fine_grained import is_flowers, read_flowers, read_inaturalist
 from ccmim_fast.data.index.folders import File, Found, read_list, walk_folder
 from ccmim_fast.data.index.index_file import BESIDE
 from ccmim_fast.data.index.storage import as_os_errors, file_system, is_remote, join

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ccmim_fast.data.index.bad_samples import marks_path, read_marks
+from ccmim_fast.data.index.bad_samples import bad_samples_path, read_bad_samples
 from ccmim_fast.data.index.decode import HEADER_BYTES, Header, file_suffixes, needs_more, read_header
 from ccmim_fast.data.index.folders import Found
 from ccmim_fast.data.index.index_file import BAD, INDEXED, Index, Row, write_index
@@ -66,7 +66,7 @@ def build_index(
     )
     # Marks are in the index now, or no longer true: a file that was mended has its old place and so its old mark.
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(marks_path(path))
+        os.unlink(bad_samples_path(path))
     if len(index) == len(index.excluded_X):
         os.unlink(path)
         raise DataError(_nothing_found(origin, channels, index))
@@ -78,7 +78,7 @@ def changed(index: Index) -> bool:
 
     Neither a URL is looked at, nor tars that brought their index with them.
     """
-    if is_remote(index.root) or index.moves_along:
+    if is_remote(index.root) or index.relocatable:
         return False
     try:
         if index.containers and find_origin(index.origin, index.channels).containers != index.containers:
@@ -201,7 +201,7 @@ def _labels_are_folders(index: Index) -> bool:
 
 
 def _rows_in(index: Index, container: str) -> Iterator[Row]:
-    marks = read_marks(index)
+    marks = read_bad_samples(index)
     for number in np.flatnonzero(index.containers_N == index.containers.index(container)).tolist():
         yield _marked(index.row(number), marks.get(number))
 
@@ -214,7 +214,7 @@ class _Known:
     """Rows of a previous index, by where they lie."""
 
     def __init__(self, index: Index | None):
-        self._index, self._marks = index, {} if index is None else read_marks(index)
+        self._index, self._marks = index, {} if index is None else read_bad_samples(index)
         self._rows = {row.location: number for number, row in enumerate(index.rows())} if index is not None else {}
 
     def complete(self, row: Row) -> Row:

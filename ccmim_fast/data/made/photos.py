@@ -1,6 +1,6 @@
 """A small set of real pictures without a download: crops of the photographs that scikit-image's wheel contains."""
 
-# N samples, H height, W width
+# H height, W width
 
 import importlib.util
 import os
@@ -9,12 +9,10 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from ccmim_fast.data.made.cache import stored_records
-from ccmim_fast.data.made.draws import PURPOSE_PARAMETERS, balanced_labels, sample_uniforms
-from ccmim_fast.data.source import NOTHING_EXCLUDED, encode_pnm
+from ccmim_fast.data.made.base import PURPOSE_PARAMETERS, GeneratedSource, sample_uniforms
 from ccmim_fast.errors import ConfigError, MachineError
 
-_VERSION = 1  # of the crops: raise it when a parameter gives another crop, or old caches stay in use
+_VERSION = 1  # of the crops: raise it when the same parameters give another crop, or old caches stay in use
 _PHOTOS = (
     "astronaut.png",
     "chelsea.png",
@@ -25,60 +23,32 @@ _PHOTOS = (
     "retina.jpg",
     "rocket.jpg",
 )
-_SHARES = (0.3, 0.9)  # of the largest crop that fits: its height, from .. to
+_SHARES = (0.3, 0.9)  # smallest and largest height of a crop, as a share of the largest crop that fits
 
 
-class PhotosSource:
-    """Crops at random places and scales, RGB, without rotation; a `Source`. Crop i is a function of i, the seed and the
-    size only, and its label the photograph it comes from.
+class PhotosSource(GeneratedSource):
+    """Crops at random positions and scales, RGB, without rotation; a `Source`. The label is the photograph.
 
     Args:
-        seed: 0 .. 2**32 - 1.
-        samples: N.
-        image_size: height and width, pixels; the crops have this aspect.
-        cache_dir: folder for the crops, cut once; None: cut at each call.
+        seed, samples, image_size, cache_dir: see `GeneratedSource`; the crops have the aspect of `image_size`.
 
     Raises:
-        ConfigError: a parameter out of its range.
-        MachineError: scikit-image is missing, or has not these photographs in its wheel.
+        ConfigError: a parameter is out of its range.
+        MachineError: scikit-image is missing, or its wheel lacks these photographs.
     """
 
-    channels = 3
-    excluded_X = NOTHING_EXCLUDED
+    noun = "photograph"
 
-    def __init__(self, seed: int, samples: int, image_size: tuple[int, int], cache_dir: str | None = None) -> None:
+    def __init__(self, seed: int, samples: int, image_size: tuple[int, int], cache_dir: str | None = None):
         if samples < 1 or min(image_size) < 1:
             raise ConfigError(f"data.samples={samples} and data.image_size={image_size} must be at least 1")
-        self._seed, self._image_size = seed, image_size
         self._paths = [photo_path(name) for name in _PHOTOS]
-        self.class_names = tuple(os.path.splitext(name)[0] for name in _PHOTOS)
-        self.labels_N = balanced_labels(seed, samples, len(_PHOTOS))
-        self.sizes_N2 = np.tile(np.array(image_size, dtype=np.int32), (samples, 1))
-        self._records = None
-        height, width = image_size
-        self.fingerprint = f"photos-v{_VERSION}-seed{seed}-n{samples}-{height}x{width}"
-        if cache_dir is not None:
-            dtype = np.dtype([("image", np.uint8, (height, width, 3))])
-            self._records = stored_records(
-                cache_dir, self.fingerprint, dtype, samples, lambda index: (self._cut(index),)
-            )
+        names = tuple(os.path.splitext(name)[0] for name in _PHOTOS)
+        fingerprint = f"photos-v{_VERSION}-seed{seed}-n{samples}-{image_size[0]}x{image_size[1]}"
+        super().__init__(seed, samples, image_size, names, fingerprint, cache_dir)
 
-    def __len__(self) -> int:
-        return len(self.labels_N)
-
-    def name(self, index: int) -> str:
-        """See `Source`."""
-        return f"photograph {index}"
-
-    def decode(self, index: int) -> np.ndarray:
-        """See `Source`."""
-        return self._cut(index) if self._records is None else self._records[index]["image"]
-
-    def read(self, index: int) -> bytes:
-        """See `Source`."""
-        return encode_pnm(self.decode(index))
-
-    def _cut(self, index: int) -> np.ndarray:
+    def generate(self, index: int) -> tuple[np.ndarray]:
+        """Cut out the crop: ([H, W, 3] uint8,)."""
         photo = _open_photo(self._paths[self.labels_N[index]])
         u_scale, u_y, u_x = sample_uniforms(self._seed, index, 3, PURPOSE_PARAMETERS)
         height, width = self._image_size
@@ -87,13 +57,14 @@ class PhotosSource:
         crop_width = crop_height * width / height
         y, x = u_y * (photo.height - crop_height), u_x * (photo.width - crop_width)
         crop = photo.resize((width, height), Image.Resampling.BICUBIC, box=(x, y, x + crop_width, y + crop_height))
-        return np.asarray(crop)
+        return (np.asarray(crop),)
 
 
 def photo_path(name: str) -> str:
-    """Where a photograph of scikit-image's wheel lies; its package is not imported, so it cannot download anything.
+    """Return the path of a photograph in scikit-image's wheel; the package is not imported, so nothing is downloaded.
 
-    Raises MachineError if it is not there.
+    Raises:
+        MachineError: scikit-image is not installed, or its wheel lacks the photograph.
     """
     package = importlib.util.find_spec("skimage")
     if package is None:

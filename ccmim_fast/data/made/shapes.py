@@ -1,20 +1,18 @@
-"""A made data set whose labels, masks and boxes are exact: one textured shape before a background.
+"""A generated data set whose labels, masks and boxes are exact: one textured shape in front of a background.
 
-The label is the shape. Background, colours, texture, place, size and rotation are drawn independently of it.
+The label is the shape. Background, colours, texture, position, size and rotation are drawn independently of the label.
 """
 
-# N samples, H height, W width, h w the object's window, S subpixels per side
+# H height, W width, h w the object's window, S subpixels per side
 
 from typing import NamedTuple
 
 import numpy as np
 
-from ccmim_fast.data.made.cache import stored_records
-from ccmim_fast.data.made.draws import PURPOSE_NOISE, PURPOSE_PARAMETERS, balanced_labels, sample_uniforms
-from ccmim_fast.data.source import NOTHING_EXCLUDED, encode_pnm
+from ccmim_fast.data.made.base import PURPOSE_NOISE, PURPOSE_PARAMETERS, GeneratedSource, sample_uniforms
 from ccmim_fast.errors import ConfigError
 
-_VERSION = 2  # of the pictures: raise it when a parameter gives another picture, or old caches stay in use
+_VERSION = 2  # of the pictures: raise it when the same parameters give another picture, or old caches stay in use
 _SUBPIXELS = 3  # S; 10 grey levels along an edge
 _SMALLEST = 8  # pixels per side; the object is half of that
 _CLASSES = ("disc", "square", "triangle", "ring", "cross", "star")
@@ -31,7 +29,7 @@ _PALETTES = np.array(  # two tones each: sky, sand, meadow, slate
 
 
 class _Parameters(NamedTuple):
-    """What is drawn for one image, each uniform in (0, 1)."""
+    """The random numbers of one image, each uniform in (0, 1)."""
 
     radius: float
     y: float
@@ -47,23 +45,19 @@ class _Parameters(NamedTuple):
     direction: float
 
 
-class ShapesSource:
-    """Images of one of `classes` shapes, RGB; a `Source`. Image i is a function of i and the other parameters only.
+class ShapesSource(GeneratedSource):
+    """Images of one of `classes` shapes, RGB; a `Source`.
 
     Args:
-        seed: 0 .. 2**32 - 1.
-        samples: N.
-        image_size: height and width, pixels.
+        seed, samples, image_size, cache_dir: see `GeneratedSource`; 16 KB an image at 64 x 64.
         classes: 2 .. 6 of disc, square, triangle, ring, cross, star.
         background: `plain`, a gradient between two tones, or `textured`, 1/f noise between them.
-        cache_dir: folder for the pictures and masks, drawn once (16 KB each at 64 x 64); None: drawn at each call.
 
     Raises:
-        ConfigError: a parameter out of its range.
+        ConfigError: a parameter is out of its range.
     """
 
-    channels = 3
-    excluded_X = NOTHING_EXCLUDED
+    noun = "shape"
 
     def __init__(
         self,
@@ -73,65 +67,47 @@ class ShapesSource:
         classes: int = 6,
         background: str = "plain",
         cache_dir: str | None = None,
-    ) -> None:
+    ):
         _check(samples, image_size, classes, background)
-        self._seed, self._image_size, self._background = seed, image_size, background
-        self.class_names = _CLASSES[:classes]
-        self.labels_N = balanced_labels(seed, samples, classes)
-        self.sizes_N2 = np.tile(np.array(image_size, dtype=np.int32), (samples, 1))
-        self._records = None
-        height, width = image_size
-        self.fingerprint = f"shapes-v{_VERSION}-seed{seed}-n{samples}-{height}x{width}-k{classes}-{background}"
-        if cache_dir is not None:
-            dtype = np.dtype([("image", np.uint8, (height, width, 3)), ("mask", np.bool_, (height, width))])
-            self._records = stored_records(cache_dir, self.fingerprint, dtype, samples, self._draw)
+        self._background = background
+        size = f"{image_size[0]}x{image_size[1]}"
+        fingerprint = f"shapes-v{_VERSION}-seed{seed}-n{samples}-{size}-k{classes}-{background}"
+        super().__init__(seed, samples, image_size, _CLASSES[:classes], fingerprint, cache_dir)
 
-    def __len__(self) -> int:
-        return len(self.labels_N)
-
-    def name(self, index: int) -> str:
-        """See `Source`."""
-        return f"shape {index}"
-
-    def decode(self, index: int) -> np.ndarray:
-        """See `Source`."""
-        return self._draw(index)[0] if self._records is None else self._records[index]["image"]
-
-    def read(self, index: int) -> bytes:
-        """See `Source`."""
-        return encode_pnm(self.decode(index))
+    def record_dtype(self) -> np.dtype:
+        """See `GeneratedSource`."""
+        return np.dtype([*super().record_dtype().descr, ("mask", np.bool_, self._image_size)])
 
     def mask(self, index: int) -> np.ndarray:
-        """The pixels the object has any part in, [H, W] bool; the others show the background alone."""
-        return self._draw(index)[1] if self._records is None else self._records[index]["mask"]
+        """Return the pixels that the object covers at least in part, [H, W] bool; the others show the background."""
+        return self.record(index)[1]
 
     def box(self, index: int) -> tuple[int, int, int, int]:
-        """The mask's bounds in pixels: y0, x0, y1, x1, the last two exclusive."""
+        """Return the mask's bounds in pixels: y0, x0, y1, x1, the last two exclusive."""
         mask_HW = self.mask(index)
         rows, columns = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
         return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
 
     def background(self, index: int) -> np.ndarray:
-        """The image without its object, [H, W, 3] uint8."""
+        """Return the image without its object, [H, W, 3] uint8."""
         return _to_uint8(self._draw_background(index, self._parameters(index)))
 
-    def _parameters(self, index: int) -> _Parameters:
-        return _Parameters(*sample_uniforms(self._seed, index, len(_Parameters._fields), PURPOSE_PARAMETERS))
-
-    def _draw(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """([H, W, 3] uint8, [H, W] bool)."""
+    def generate(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draw the image [H, W, 3] uint8 and the mask [H, W] bool."""
         parameters = self._parameters(index)
         image_HW3 = self._draw_background(index, parameters)
         mask_HW = np.zeros(self._image_size, dtype=bool)
-        window, paint_hw3, cover_hw = _paint_object(
-            parameters, self.class_names[self.labels_N[index]], self._image_size
-        )
+        shape = self.class_names[self.labels_N[index]]
+        window, paint_hw3, cover_hw = _paint_object(parameters, shape, self._image_size)
         image_HW3[window] = image_HW3[window] * (1 - cover_hw)[..., None] + paint_hw3
         mask_HW[window] = cover_hw > 0
         return _to_uint8(image_HW3), mask_HW
 
+    def _parameters(self, index: int) -> _Parameters:
+        return _Parameters(*sample_uniforms(self._seed, index, len(_Parameters._fields), PURPOSE_PARAMETERS))
+
     def _draw_background(self, index: int, parameters: _Parameters) -> np.ndarray:
-        """[H, W, 3] float64 in 0 .. 255."""
+        """Draw the background alone, [H, W, 3] float64 in 0 .. 255."""
         dark, light = _PALETTES[int(parameters.palette * len(_PALETTES))]
         if self._background == "plain":
             share_HW = _gradient(self._image_size, 2 * np.pi * parameters.direction)
@@ -143,10 +119,10 @@ class ShapesSource:
 def _paint_object(
     parameters: _Parameters, shape: str, image_size: tuple[int, int]
 ) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
-    """The object in the window that holds it.
+    """Paint the object in the smallest window that holds it.
 
     Returns:
-        The window's rows and columns; its colour [h, w, 3] times its cover, 0 .. 255; its cover [h, w] in 0 .. 1.
+        The window's rows and columns; the colour [h, w, 3] times the coverage, 0 .. 255; the coverage [h, w] in 0 .. 1.
     """
     height, width = image_size
     radius = min(image_size) * (1 + parameters.radius / 2) / 4  # a diameter of 1/2 to 3/4 of the shorter side
@@ -169,7 +145,7 @@ def _paint_object(
 
 
 def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Whether a point is in the shape; every shape touches the unit circle from within."""
+    """Tell which points lie in the shape; every shape touches the unit circle from within."""
     if shape == "disc":
         return u**2 + v**2 < 1
     if shape == "square":
@@ -179,7 +155,7 @@ def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     if shape == "ring":
         return (u**2 + v**2 < 1) & (u**2 + v**2 > 0.5**2)
     if shape == "cross":
-        half = 0.3  # of an arm's width; its length follows from the unit circle
+        half = 0.3  # half of an arm's width; the length follows from the unit circle
         return (np.minimum(abs(u), abs(v)) < half) & (np.maximum(abs(u), abs(v)) < np.sqrt(1 - half**2))
     # A star of five points: folded onto the half of one point, it lies on one side of a line from tip to notch.
     angle = abs((np.arctan2(v, u) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
@@ -189,7 +165,7 @@ def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _texture(parameters: _Parameters, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Where the second colour stands: stripes, checks or dots."""
+    """Tell which points have the second colour: stripes, checks or dots."""
     periods = 1.5 + 1.5 * parameters.frequency  # per radius
     a, b = u * periods + parameters.phase, v * periods + parameters.phase
     kind = int(3 * parameters.texture)
@@ -201,13 +177,13 @@ def _texture(parameters: _Parameters, u: np.ndarray, v: np.ndarray) -> np.ndarra
 
 
 def _gradient(image_size: tuple[int, int], angle: float) -> np.ndarray:
-    """[H, W] rising from 0 in one corner or edge to 1 in the opposite one."""
+    """Return [H, W] that rises from 0 in one corner or edge to 1 in the opposite one."""
     ramp_HW = np.sin(angle) * np.arange(image_size[0])[:, None] + np.cos(angle) * np.arange(image_size[1])
     return (ramp_HW - ramp_HW.min()) / (ramp_HW.max() - ramp_HW.min())
 
 
 def _pink_noise(seed: int, index: int, image_size: tuple[int, int]) -> np.ndarray:
-    """[H, W] in 0 .. 1, of amplitude 1/f as in natural images."""
+    """Return noise [H, W] in 0 .. 1 with the amplitude 1/f, as natural images have it."""
     white_HW = sample_uniforms(seed, index, image_size[0] * image_size[1], PURPOSE_NOISE).reshape(image_size)
     frequency = np.hypot(np.fft.fftfreq(image_size[0])[:, None], np.fft.rfftfreq(image_size[1]))
     frequency[0, 0] = np.inf  # no mean
@@ -216,7 +192,7 @@ def _pink_noise(seed: int, index: int, image_size: tuple[int, int]) -> np.ndarra
 
 
 def _mean_subpixels(subpixels: np.ndarray) -> np.ndarray:
-    """[h S, w S] bool -> [h, w] float64."""
+    """Average [h S, w S] bool over the subpixels: [h, w] float64."""
     h, w = subpixels.shape[0] // _SUBPIXELS, subpixels.shape[1] // _SUBPIXELS
     return subpixels.reshape(h, _SUBPIXELS, w, _SUBPIXELS).mean(axis=(1, 3))
 

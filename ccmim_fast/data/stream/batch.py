@@ -1,8 +1,8 @@
-"""What a loader yields."""
+"""The training batch: what a loader yields, and the memory on the device that its images are written to."""
 
 # N samples, B batch, H height, W width, C channels
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
@@ -19,13 +19,13 @@ class Batch(NamedTuple):
 
     Attributes:
         images_BHWC: uint8, crops of `data.image_size`.
-        ids_B: int64 sample ids: the index of each image in its source, the key of its mask.
-        epochs_B: int64, the epoch each image is shown in, which keys its mask too; nearly always one.
-        labels_B: int64 class indices, or None where the source has none.
-        boxes_B4: float64, where the crop lies in its image: y, x, height, width as shares of the image's sides. Of a
-            mirrored one x is its right edge in the image, and the width is negative.
-        host_ids_B: the ids again, where the host can read them without waiting.
-        maps_BGG: float16 maps of the scores so far, of a run with a score bank; see `bank`.
+        ids_B: int64 sample ids: the index of each image in its source, a part of the key of its mask.
+        epochs_B: int64, the epoch of each sample, the other part of that key; nearly always one epoch for all.
+        labels_B: int64 class indices, or None if the source has none.
+        boxes_B4: float64, the position of the crop in its image: y, x, height, width as shares of the image's sides.
+            For a mirrored crop, x is the right edge in the image and the width is negative.
+        host_ids_B: the ids again, on the host, where they can be read without waiting for the device.
+        maps_BGG: float16 maps of the scores so far, in a run with a score bank; see `bank`.
     """
 
     images_BHWC: Tensor
@@ -37,34 +37,73 @@ class Batch(NamedTuple):
     maps_BGG: Tensor | None = None
 
 
-def make_batch(images_BHWC: Tensor, shown: MicroBatch, source: Source, device: torch.device) -> Batch:
-    """Put what belongs to the images on their device, without making the host wait for it."""
-    ids_B = shown.ids_B
-    of_images = [ids_B, shown.epochs_B] if source.labels_N is None else [ids_B, shown.epochs_B, source.labels_N[ids_B]]
-    numbers = to_device(np.stack(of_images).astype(np.int64), device).unbind()
-    labels_B = None if source.labels_N is None else numbers[2]
-    return Batch(images_BHWC, *numbers[:2], labels_B, to_device(_shares(shown, source), device), ids_B)
+def make_batch(images_BHWC: Tensor, samples: MicroBatch, source: Source, device: torch.device) -> Batch:
+    """Add to the images what belongs to them, copied to the device without making the host wait."""
+    ids_B = samples.ids_B
+    columns = [ids_B, samples.epochs_B] + ([] if source.labels_N is None else [source.labels_N[ids_B]])
+    ids, epochs, *labels = to_device(np.stack(columns).astype(np.int64), device).unbind()
+    boxes_B4 = to_device(_relative_boxes(samples, source), device)
+    return Batch(images_BHWC, ids, epochs, labels[0] if labels else None, boxes_B4, ids_B)
 
 
 def in_groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Lists of `size` micro-batches, the last one of what is left."""
+    """Yield lists of `size` micro-batches; the last list holds the rest."""
     batches = iter(batches)
     while group := list(islice(batches, size)):
         yield group
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy on `device`, in the order of its work."""
+    """Copy an array to `device`, in the order of the device's work."""
     tensor = torch.from_numpy(array)
-    # Pinned memory alone is copied asynchronously.
+    # Only pinned memory is copied asynchronously.
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def _shares(shown: MicroBatch, source: Source) -> np.ndarray:
-    """`Batch.boxes_B4`."""
-    sizes_B2 = source.sizes_N2[shown.ids_B].astype(np.float64)
-    boxes_B4 = shown.boxes_B4 / np.concatenate([sizes_B2, sizes_B2], axis=1)
-    mirrored_B = shown.flips_B
-    boxes_B4[mirrored_B, 1] += boxes_B4[mirrored_B, 3]
-    boxes_B4[mirrored_B, 3] *= -1
+def _relative_boxes(samples: MicroBatch, source: Source) -> np.ndarray:
+    """Return `Batch.boxes_B4`."""
+    sizes_B2 = source.sizes_N2[samples.ids_B].astype(np.float64)
+    boxes_B4 = samples.boxes_B4 / np.concatenate([sizes_B2, sizes_B2], axis=1)
+    boxes_B4[samples.flips_B, 1] += boxes_B4[samples.flips_B, 3]
+    boxes_B4[samples.flips_B, 3] *= -1
     return boxes_B4
+
+
+class Buffers:
+    """The memory on the device that a loader writes its images to.
+
+    On CUDA it is a ring of `2 * held` tensors, filled on a separate stream while a step reads earlier ones: a batch
+    stays valid until `2 * held - 1` others were asked for. A copy waits for the work that was queued before the batch
+    `held` positions behind it was asked for; of all other work, only what reads the batch waits for the copy. On a CPU
+    each batch has its own memory.
+
+    Args:
+        shape: shape of a batch; uint8.
+        held: batches that are asked for before the first of them is used: the micro-batches of a step.
+    """
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device, held: int):
+        self._shape, self._device, self._held, self._asked = shape, device, held, 0
+        if device.type == "cuda":
+            self._slots = [torch.empty(shape, dtype=torch.uint8, device=device) for _ in range(2 * held)]
+            self._asked_at: list[torch.cuda.Event | None] = [None] * (2 * held)
+            self._stream = torch.cuda.Stream(device)
+
+    def fill(self, copy: Callable[[Tensor, "torch.cuda.Stream | None"], object]) -> Tensor:
+        """Return the next batch, written by `copy(tensor, stream)`, on CUDA in the order of that stream."""
+        if self._device.type != "cuda":
+            images_BHWC = torch.empty(self._shape, dtype=torch.uint8)
+            copy(images_BHWC, None)
+            return images_BHWC
+        current = torch.cuda.current_stream(self._device)
+        slot = self._asked % len(self._slots)
+        self._asked_at[slot] = current.record_event()
+        # Batch k was last used before batch k + held was asked for; its memory is for batch k + 2 held.
+        used = self._asked_at[(self._asked - self._held) % len(self._slots)]
+        if used is not None:
+            self._stream.wait_event(used)
+        self._asked += 1
+        with torch.cuda.stream(self._stream):
+            copy(self._slots[slot], self._stream)
+        current.wait_event(self._stream.record_event())
+        return self._slots[slot]

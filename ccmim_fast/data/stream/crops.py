@@ -1,4 +1,4 @@
-"""Which part of an image a crop shows: a function of (seed, epoch, sample id), whatever the batch or the machine."""
+"""The random crop and flip of an image: functions of (seed, epoch, sample id), whatever the batch or the machine."""
 
 # B batch, A attempts
 
@@ -18,15 +18,15 @@ def crop_boxes(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> np.ndarray:
-    """Boxes of a random resized crop by torchvision's rule, [B, 4] int64: y, x, height, width in pixels.
+    """Draw boxes of a random resized crop by torchvision's rule, [B, 4] int64: y, x, height, width in pixels.
 
-    The area is uniform in `scale` (share of the image), the aspect width / height log-uniform in `ratio`, the place
-    uniform. The first of ten draws that fits in the image is taken; if none does, a central crop with the aspect
+    The area is uniform in `scale` (share of the image), the aspect width / height log-uniform in `ratio`, the position
+    uniform. The first of ten attempts that fits in the image counts; if none fits, the box is central with the aspect
     clamped to `ratio`.
 
     Args:
         seed: 0 .. 2**32 - 1.
-        epochs_B: int64, or one for all, likewise.
+        epochs_B: int64, or one epoch for all, in the same range.
         ids_B: int64 sample ids.
         sizes_B2: height and width of the images, >= 1.
         scale, ratio: (low, high), positive.
@@ -47,21 +47,21 @@ def crop_boxes(
 
 
 def flips(seed: int, epochs_B: np.ndarray | int, ids_B: np.ndarray) -> np.ndarray:
-    """Which images are mirrored left to right, [B] bool, p = 0.5; a function of (seed, epoch, sample id)."""
-    # The counter behind the crop's attempts: the same key, no draw in common.
+    """Draw which images are mirrored left to right, [B] bool, p = 0.5; a function of (seed, epoch, sample id)."""
+    # The counter after the crop's attempts: the same key, but no random number in common.
     u_B1, *_ = _uniforms(seed, epochs_B, ids_B, range(_ATTEMPTS, _ATTEMPTS + 1))
     return u_B1[:, 0] < 0.5
 
 
 def _central_boxes(height_B1: np.ndarray, width_B1: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
-    """Largest central boxes [B, 4] whose aspect is in `ratio`, at least 1 x 1."""
+    """Return the largest central boxes [B, 4] whose aspect is in `ratio`, at least 1 x 1."""
     w_B1 = np.minimum(width_B1, np.maximum(1, np.rint(height_B1 * ratio[1])))
     h_B1 = np.minimum(height_B1, np.maximum(1, np.rint(width_B1 / ratio[0])))
     return np.concatenate([(height_B1 - h_B1) // 2, (width_B1 - w_B1) // 2, h_B1, w_B1], axis=1)
 
 
 def _uniforms(seed: int, epochs_B: np.ndarray | int, ids_B: np.ndarray, attempts: range) -> list[np.ndarray]:
-    """Four independent uniforms [B, A] float64 in (0, 1) per sample and attempt."""
+    """Draw four independent uniforms [B, A] float64 in (0, 1) per sample and attempt."""
     epochs_B = np.broadcast_to(epochs_B, ids_B.shape)
     ids_B1, epochs_B1 = (torch.from_numpy(x_B.astype(np.int64))[:, None] for x_B in (ids_B, epochs_B))
     attempt_1A = torch.arange(attempts.start, attempts.stop)[None]

@@ -1,7 +1,7 @@
-"""Images decoded by NVIDIA DALI, on a GPU resized by it too. The one file that imports DALI.
+"""Images decoded by NVIDIA DALI and, on a GPU, resized by DALI too. Only this file imports DALI.
 
-DALI draws nothing and reads no file: it gets bytes and boxes, so it carries out the same plan as the torch loader and
-gives the same pixels up to rounding.
+DALI draws no random numbers and reads no files: it is given bytes and boxes. It therefore carries out the same plan as
+the torch loader and gives the same pixels up to rounding.
 """
 
 # B batch, H height, W width, C channels
@@ -17,47 +17,36 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ccmim_fast.data.index.bad_samples import Skipped
-from ccmim_fast.data.source import encode_pnm
-from ccmim_fast.data.stream.batch import Batch, make_batch
-from ccmim_fast.data.stream.buffers import Buffers
-from ccmim_fast.data.stream.fallback import load_or_substitute
+from ccmim_fast.data.index.bad_samples import BadSamples
+from ccmim_fast.data.index.indexed import IndexedSource
+from ccmim_fast.data.source import Source, encode_pnm
+from ccmim_fast.data.stream.batch import Batch, Buffers, make_batch
 from ccmim_fast.data.stream.plan import MicroBatch, Plan
-from ccmim_fast.data.stream.prefetch import prefetch, thread_count
+from ccmim_fast.data.stream.prefetch import load_with_fallback, prefetch, thread_count
 from ccmim_fast.data.stream.torch_loader import resize
 from ccmim_fast.errors import ConfigError, DataError, MachineError
 
-_READ_AT_ONCE = 16  # files a thread takes at a time: one by one, handing over takes longer than reading
+_FILES_PER_TASK = 16  # with one file per task, the hand-over between threads takes longer than reading
 
 
 def is_installed() -> bool:
-    """Whether DALI is there, without importing it."""
-    # Looking for `nvidia.dali` imports `nvidia`, so that is looked for first.
+    """Tell whether DALI is installed, without importing it."""
+    # `find_spec("nvidia.dali")` imports `nvidia`, which may be missing itself.
     return all(importlib.util.find_spec(name) is not None for name in ("nvidia", "nvidia.dali"))
 
 
 class DaliLoader:
-    """Training micro-batches by DALI; a `Loader`.
+    """Training micro-batches by DALI, of 1 or 3 channels; a `Loader`.
 
-    DALI cannot leave an image out: one that does not decode ends its pipeline. A new one is made then, and goes on with
-    that micro-batch, in which substitutes stand for what Pillow cannot decode either. What Pillow can is handed over
-    decoded.
+    DALI cannot skip an image: one that does not decode ends the pipeline. A new pipeline then goes on with the same
+    micro-batch, decoded by Pillow, in which fallbacks replace the images that Pillow cannot decode either.
 
-    Args:
-        plan: what this rank loads, and from where; images of 1 or 3 channels.
-        skipped: keeps account of what cannot be shown.
-        image_size: height and width of the crops, pixels.
-        workers: threads, both of Python to read files and of DALI to decode; 0: this rank's share of the cores.
-        device: where the batches go; DALI works there, on "cuda" the current one.
-
-    Raises:
-        MachineError: DALI is not installed or does not load.
-        ConfigError: another number of channels.
+    `workers` counts threads, both of Python to read files and of DALI to decode. `device` "cuda" is the current device.
     """
 
     def __init__(
-        self, plan: Plan, skipped: Skipped, image_size: tuple[int, int], workers: int, device: torch.device
-    ) -> None:
+        self, plan: Plan, bad_samples: BadSamples, image_size: tuple[int, int], workers: int, device: torch.device
+    ):
         if plan.source.channels not in (1, 3):
             raise ConfigError(
                 f"data.loader=dali reads 1 or 3 channels, not {plan.source.channels}; set data.loader=torch"
@@ -69,9 +58,14 @@ class DaliLoader:
                 f"data.loader=dali needs DALI ({error}); pip install nvidia-dali-cuda130, or set data.loader=torch"
             ) from error
         self._copy = dali_torch.feed_ndarray
-        self.plan, self.skipped, self._image_size = plan, skipped, image_size
+        self.plan, self.bad_samples, self._image_size = plan, bad_samples, image_size
         self._threads, self._device = thread_count(workers), device
         self._pool = ThreadPoolExecutor(self._threads)  # on a CPU torch resizes, eight times as fast as DALI there
+
+    @staticmethod
+    def suits(source: Source) -> bool:
+        """See `Loader`; generated images gain nothing, since they are not encoded."""
+        return isinstance(source, IndexedSource) and source.channels in (1, 3) and is_installed()
 
     def stream(self, cursor: int) -> Iterator[Batch]:
         """See `Loader`."""
@@ -86,16 +80,16 @@ class DaliLoader:
                 except RuntimeError as error:
                     if not feed.in_flight:
                         raise
-                    feed.in_flight[0] = self._repaired(feed.in_flight[0], error)
+                    feed.in_flight[0] = self._repair(feed.in_flight[0], error)
                     feed.rewind()
                     pipeline = self._build(feed)
                     continue
-                batch = feed.in_flight.popleft().batch
-                own = buffers.fill(functools.partial(self._take, images, batch))
-                yield make_batch(own, batch, source, self._device)
+                samples = feed.in_flight.popleft().samples
+                own_BHWC = buffers.fill(functools.partial(self._take, images, samples))
+                yield make_batch(own_BHWC, samples, source, self._device)
 
-    def _take(self, images, batch: MicroBatch, own_BHWC: torch.Tensor, stream: "torch.cuda.Stream | None") -> None:
-        """Bring DALI's output into memory of our own: it will use its buffer again."""
+    def _take(self, images, samples: MicroBatch, own_BHWC: torch.Tensor, stream: "torch.cuda.Stream | None") -> None:
+        """Copy DALI's output to our own memory, since DALI will use its buffer again."""
         if stream is not None:
             self._copy(images.as_tensor(), own_BHWC, cuda_stream=stream)
             return
@@ -103,38 +97,37 @@ class DaliLoader:
 
         def resize_one(i: int) -> None:
             resized_HWC = resize(images.at(i), self._image_size)
-            out_BHWC[i] = resized_HWC[:, ::-1] if batch.flips_B[i] else resized_HWC
+            out_BHWC[i] = resized_HWC[:, ::-1] if samples.flips_B[i] else resized_HWC
 
         list(self._pool.map(resize_one, range(len(out_BHWC))))
 
     def encoded(self, cursor: int) -> "_Feed":
-        """What DALI is given: for each micro-batch its encoded images, anchors and shapes of the crops, and flips."""
+        """Return DALI's input: for each micro-batch the encoded images, anchors and shapes of the crops, and flips."""
         return _Feed(self._read(cursor), self.plan.flip and self._device.type == "cuda")
 
     def _read(self, cursor: int) -> Iterator["_Encoded"]:
+        def read(sample: MicroBatch) -> np.ndarray:
+            return np.frombuffer(self.plan.source.read(sample.ids_B.item()), dtype=np.uint8)
+
         def load(sample: MicroBatch) -> tuple[MicroBatch, np.ndarray]:
-            return load_or_substitute(self._bytes, sample, self.plan, self.skipped)
+            return load_with_fallback(read, sample, self.plan, self.bad_samples)
 
-        loaded = prefetch(load, self.plan.micro_batches(cursor), self._threads, _READ_AT_ONCE)
-        with closing(loaded):
-            for batch, files in loaded:
-                yield _Encoded(batch, files)
+        with closing(prefetch(load, self.plan.micro_batches(cursor), self._threads, _FILES_PER_TASK)) as loaded:
+            for samples, files in loaded:
+                yield _Encoded(samples, files)
 
-    def _bytes(self, sample: MicroBatch) -> np.ndarray:
-        return np.frombuffer(self.plan.source.read(sample.ids_B.item()), dtype=np.uint8)
+    def _repair(self, failed: "_Encoded", error: RuntimeError) -> "_Encoded":
+        """Return the same micro-batch as pixels that Pillow has decoded, with fallbacks for what it cannot decode."""
 
-    def _repaired(self, failed: "_Encoded", error: RuntimeError) -> "_Encoded":
-        """The same micro-batch as pixels that Pillow decoded, with substitutes for what it cannot decode."""
-
-        def decoded(sample: MicroBatch) -> np.ndarray:
+        def decode(sample: MicroBatch) -> np.ndarray:
             return np.frombuffer(encode_pnm(self.plan.source.decode(sample.ids_B.item())), dtype=np.uint8)
 
         if failed.repaired:
-            # DALI's message has many lines, and the cause is none of the first.
+            # DALI's message has many lines, and the cause is not in the first one.
             message = " ".join(str(error).split())
-            raise DataError(f"DALI fails on decoded pixels; data.loader=torch does without it: {message}") from error
+            raise DataError(f"DALI fails on decoded pixels; set data.loader=torch: {message}") from error
         samples, files = zip(
-            *(load_or_substitute(decoded, sample, self.plan, self.skipped) for sample in failed.batch.samples())
+            *(load_with_fallback(decode, sample, self.plan, self.bad_samples) for sample in failed.samples.samples())
         )
         return _Encoded(MicroBatch.join(samples), list(files), repaired=True)
 
@@ -157,7 +150,7 @@ class DaliLoader:
                 ndim=[1, 1, 1, 0][:inputs],
             )
             # Anchors refer to the image after EXIF rotation (`adjust_orientation`, on by default), as our sizes do.
-            # On a GPU `mixed` decodes the box alone, in hardware where there is a decoder for it.
+            # On a GPU `mixed` decodes only the box, by a hardware decoder where there is one.
             images = fn.decoders.image_slice(
                 files,
                 anchors,
@@ -177,18 +170,18 @@ class DaliLoader:
 
 
 class _Encoded(NamedTuple):
-    """A micro-batch with its B encoded images; `repaired` where they are pixels that are known to be good."""
+    """A micro-batch with its B encoded images; `repaired` if these are pixels that are known to be good."""
 
-    batch: MicroBatch
+    samples: MicroBatch
     files: list[np.ndarray]
     repaired: bool = False
 
 
 class _Feed:
-    """Gives DALI its inputs, and keeps each until its images came out.
+    """The source of DALI's inputs, which keeps each micro-batch until its images have come out.
 
     Attributes:
-        in_flight: what was given and did not come out yet, in order.
+        in_flight: micro-batches that were given to DALI and have not come out yet, in order.
     """
 
     def __init__(self, encoded: Iterator[_Encoded], flip: bool):
@@ -202,17 +195,18 @@ class _Feed:
     def __next__(self) -> tuple:
         encoded = self._again.popleft() if self._again else next(self._encoded)
         self.in_flight.append(encoded)
-        batch = encoded.batch
+        samples = encoded.samples
         anchors_B2, shapes_B2 = (
-            np.ascontiguousarray(part_B2, dtype=np.int32) for part_B2 in np.split(batch.boxes_B4, 2, axis=1)
+            np.ascontiguousarray(part_B2, dtype=np.int32) for part_B2 in np.split(samples.boxes_B4, 2, axis=1)
         )
-        flips = (batch.flips_B.astype(np.int32),) if self._flip else ()
+        flips = (samples.flips_B.astype(np.int32),) if self._flip else ()
         return encoded.files, anchors_B2, shapes_B2, *flips
 
     def rewind(self) -> None:
-        """Give again what did not come out."""
+        """Give the micro-batches that did not come out once more."""
         self._again.extendleft(reversed(self.in_flight))
         self.in_flight.clear()
 
     def close(self) -> None:
+        """Stop reading ahead."""
         self._encoded.close()

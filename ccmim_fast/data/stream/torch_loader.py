@@ -1,51 +1,48 @@
-"""Images decoded by Pillow and resized by torch in threads: runs everywhere, says what the DALI loader must give."""
+"""Images decoded by Pillow and resized by torch in threads: runs everywhere and is the reference for other loaders."""
 
 # N samples, B batch, H height, W width, C channels
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ccmim_fast.data.index.bad_samples import Skipped
-from ccmim_fast.data.source import Source, usable, usable_ids
-from ccmim_fast.data.stream.batch import Batch, make_batch
-from ccmim_fast.data.stream.buffers import Buffers
-from ccmim_fast.data.stream.fallback import load_or_substitute
+from ccmim_fast.data.index.bad_samples import BadSamples
+from ccmim_fast.data.source import Source, usable_count, usable_ids
+from ccmim_fast.data.stream.batch import Batch, Buffers, make_batch
 from ccmim_fast.data.stream.plan import MicroBatch, Plan
-from ccmim_fast.data.stream.prefetch import prefetch, thread_count
+from ccmim_fast.data.stream.prefetch import load_with_fallback, prefetch, thread_count
 
 
 class TorchLoader:
-    """Training micro-batches by Pillow and torch; a `Loader`.
-
-    Args:
-        plan: what this rank loads, and from where; images of any number of channels.
-        skipped: keeps account of what cannot be shown.
-        image_size: height and width of the crops, pixels.
-        workers: decoding threads; 0: this rank's share of the cores.
-        device: where the batches go.
-    """
+    """Training micro-batches by Pillow and torch, of any number of channels; a `Loader`."""
 
     def __init__(
-        self, plan: Plan, skipped: Skipped, image_size: tuple[int, int], workers: int, device: torch.device
-    ) -> None:
-        self.plan, self.skipped, self._image_size = plan, skipped, image_size
+        self, plan: Plan, bad_samples: BadSamples, image_size: tuple[int, int], workers: int, device: torch.device
+    ):
+        self.plan, self.bad_samples, self._image_size = plan, bad_samples, image_size
         self._threads, self._device = thread_count(workers), device
+
+    @staticmethod
+    def suits(source: Source) -> bool:
+        """See `Loader`."""
+        return True
 
     def stream(self, cursor: int) -> Iterator[Batch]:
         """See `Loader`."""
+        source = self.plan.source
+
+        def load_one(sample: MicroBatch) -> np.ndarray:
+            return load_crop(source, sample, self._image_size)
 
         def load(sample: MicroBatch) -> tuple[MicroBatch, np.ndarray]:
-            return load_or_substitute(
-                lambda one: crop_of(self.plan.source, one, self._image_size), sample, self.plan, self.skipped
-            )
+            return load_with_fallback(load_one, sample, self.plan, self.bad_samples)
 
-        shape = (self.plan.micro_batch_size, *self._image_size, self.plan.source.channels)
+        shape = (self.plan.micro_batch_size, *self._image_size, source.channels)
         buffers = Buffers(shape, self._device, held=self.plan.accumulate)
-        for batch, images in prefetch(load, self.plan.micro_batches(cursor), self._threads):
-            yield _batch(batch, images, self.plan.source, buffers.fill, self._device)
+        for samples, images in prefetch(load, self.plan.micro_batches(cursor), self._threads):
+            yield make_batch(_stack(images, buffers), samples, source, self._device)
 
 
 def evaluation_batches(
@@ -57,21 +54,23 @@ def evaluation_batches(
     central: float = 0.0,
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
-    """Every usable image once, in the order of its id; no augmentation.
-
-    The last batch may be smaller. Raises DataError naming an image that does not decode.
+    """Yield every usable image once, in the order of the ids, without augmentation; the last batch may be smaller.
 
     Args:
-        central: show the largest central part of the aspect of `image_size`, so many times its sides: 0.875 is a resize
-            of the shorter side to 256 and a central crop of 224. 0: the whole image, without regard to its aspect.
-        part: (k, n): the images k, k + n, k + 2 n, ... alone.
+        central: crop the largest central part that has the aspect of `image_size`, with sides scaled by this factor:
+            0.875 equals a resize of the shorter side to 256 and a central crop of 224. 0: the whole image, whatever
+            its aspect.
+        part: (k, n): yield the images k, k + n, k + 2 n, ... only.
+
+    Raises:
+        DataError: an image cannot be decoded; the message names the image.
     """
     first, step = part
 
-    def whole_images() -> Iterator[MicroBatch]:
-        places_P = np.arange(first, usable(source), step)
-        for start in range(0, len(places_P), batch_size):
-            ids_B = usable_ids(source, places_P[start : start + batch_size])
+    def micro_batches() -> Iterator[MicroBatch]:
+        positions_P = np.arange(first, usable_count(source), step)
+        for start in range(0, len(positions_P), batch_size):
+            ids_B = usable_ids(source, positions_P[start : start + batch_size])
             sizes_B2 = source.sizes_N2[ids_B].astype(np.int64)
             boxes_B4 = np.concatenate([np.zeros_like(sizes_B2), sizes_B2], axis=1)
             if central:
@@ -79,31 +78,35 @@ def evaluation_batches(
             yield MicroBatch(ids_B, np.zeros_like(ids_B), boxes_B4, np.zeros(len(ids_B), dtype=bool))
 
     def load(sample: MicroBatch) -> tuple[MicroBatch, np.ndarray]:
-        return sample, crop_of(source, sample, image_size)
+        return sample, load_crop(source, sample, image_size)
 
-    for batch, images in prefetch(load, whole_images(), thread_count(workers)):
+    for samples, images in prefetch(load, micro_batches(), thread_count(workers)):
         buffers = Buffers((len(images), *images[0].shape), device, held=1)
-        yield _batch(batch, images, source, buffers.fill, device)
+        yield make_batch(_stack(images, buffers), samples, source, device)
 
 
 def _central_boxes(sizes_B2: np.ndarray, image_size: tuple[int, int], share: float) -> np.ndarray:
-    """Boxes [B, 4] of the aspect of `image_size` in the middle of images: `share` of the sides of the largest one."""
+    """Return central boxes [B, 4] with the aspect of `image_size`: `share` of the sides of the largest one."""
     sides_2 = np.array(image_size)
     largest_B1 = (sizes_B2 / sides_2).min(axis=1, keepdims=True)
     cut_B2 = np.clip(np.rint(share * largest_B1 * sides_2).astype(np.int64), 1, sizes_B2)
     return np.concatenate([(sizes_B2 - cut_B2) // 2, cut_B2], axis=1)
 
 
-def crop_of(source: Source, sample: MicroBatch, image_size: tuple[int, int]) -> np.ndarray:
-    """What a micro-batch of one shows: [H, W, C] uint8. Raises DataError naming the image."""
+def load_crop(source: Source, sample: MicroBatch, image_size: tuple[int, int]) -> np.ndarray:
+    """Decode, crop and resize the image of a micro-batch of one: [H, W, C] uint8.
+
+    Raises:
+        DataError: the image cannot be decoded; the message names the image.
+    """
     image_HWC = source.decode(sample.ids_B.item())
     return crop_and_resize(image_HWC, sample.boxes_B4[0], sample.flips_B.item(), image_size)
 
 
 def crop_and_resize(image_HWC: np.ndarray, box_4: np.ndarray, flipped: bool, image_size: tuple[int, int]) -> np.ndarray:
-    """Cut out a box (y, x, height, width), `resize` and mirror it.
+    """Crop to a box (y, x, height, width), `resize` the crop, and mirror it where `flipped`.
 
-    The cut comes first: pixels outside the box have no part in the result, as when only the box is decoded.
+    The crop comes first: pixels outside the box do not influence the result, as if only the box had been decoded.
     """
     y, x, height, width = box_4.tolist()
     resized_HWC = resize(image_HWC[y : y + height, x : x + width], image_size)
@@ -111,25 +114,27 @@ def crop_and_resize(image_HWC: np.ndarray, box_4: np.ndarray, flipped: bool, ima
 
 
 def resize(image_HWC: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-    """[H, W, C] uint8 in another size by antialiased bicubic interpolation.
+    """Resize [H, W, C] uint8 by antialiased bicubic interpolation.
 
-    torch's uint8 kernel: Pillow's filter, on photographs 0.2 levels from it on average, in a fifth of its time
-    (500 x 375 to 224 x 224 pixels: 0.25 ms against 1.2, AMD EPYC; DALI's operator for CPUs: 2.1).
+    torch's uint8 kernel has Pillow's filter, differs from Pillow by 0.2 levels on average on photographs, and takes a
+    fifth of the time (500 x 375 to 224 x 224 pixels: 0.25 ms against 1.2, AMD EPYC; DALI's operator for CPUs: 2.1).
     """
-    # A copy, contiguous and writable: of a view torch would lay out the result in planes.
+    # A contiguous, writable copy: for a view torch would lay out the result in planes.
     image_1CHW = torch.from_numpy(np.array(image_HWC)).permute(2, 0, 1)[None]
     resized_1CHW = F.interpolate(image_1CHW, image_size, mode="bicubic", antialias=True)
     return resized_1CHW[0].permute(1, 2, 0).numpy()
 
 
-def _batch(batch: MicroBatch, images: list[np.ndarray], source: Source, fill: Callable, device: torch.device) -> Batch:
+def _stack(images: list[np.ndarray], buffers: Buffers) -> torch.Tensor:
+    """Stack images [H, W, C] in the next buffer: [B, H, W, C]."""
+
     def copy(images_BHWC: torch.Tensor, stream: object) -> None:
         if stream is None:
             np.stack(images, out=images_BHWC.numpy())
             return
-        # Stacked right into pinned memory: pinning a pageable tensor would copy it once more.
+        # The images are stacked in pinned memory at once: pinning a pageable tensor would copy it once more.
         pinned_BHWC = torch.empty(images_BHWC.shape, dtype=torch.uint8, pin_memory=True)
         np.stack(images, out=pinned_BHWC.numpy())
         images_BHWC.copy_(pinned_BHWC, non_blocking=True)
 
-    return make_batch(fill(copy), batch, source, device)
+    return buffers.fill(copy)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ccmim_fast.data.index.bad_samples import Skipped
-from ccmim_fast.data.source import usable, usable_ids
-from ccmim_fast.data.stream.fallback import load_or_substitute
+from ccmim_fast.data.index.bad_samples import BadSamples
+from ccmim_fast.data.source import usable_count, usable_ids
 from ccmim_fast.data.stream.plan import MicroBatch, Plan
+from ccmim_fast.data.stream.prefetch import load_with_fallback
 from ccmim_fast.evaluation.detection.instances import Instances, InstanceSource
 from ccmim_fast.evaluation.detection.transforms import ForTesting, ForTraining, Sample
 from ccmim_fast.evaluation.job import Job
@@ -38,11 +38,11 @@ class Shown(NamedTuple):
 class _Prepared(Dataset):
     """A micro-batch of one -> `Sample`; draws are keyed by (seed, epoch, sample id)."""
 
-    def __init__(self, plan: Plan, skipped: Skipped, transform: ForTraining, seed: int):
-        self._plan, self._skipped, self._transform, self._seed = plan, skipped, transform, seed
+    def __init__(self, plan: Plan, bad_samples: BadSamples, transform: ForTraining, seed: int):
+        self._plan, self._bad_samples, self._transform, self._seed = plan, bad_samples, transform, seed
 
     def __getitem__(self, sample: MicroBatch) -> Sample:
-        return load_or_substitute(self._load, sample, self._plan, self._skipped)[1]
+        return load_with_fallback(self._load, sample, self._plan, self._bad_samples)[1]
 
     def _load(self, sample: MicroBatch) -> Sample:
         index = sample.ids_B.item()
@@ -61,8 +61,8 @@ class Batches:
             source, config.seed, config.train.batch_size, config.train.accumulate, job.here.rank, job.here.world_size
         )
         # What is excluded is not bad: there is no object in it.
-        skipped = Skipped(None, len(source), 0, config.data.on_error, config.data.max_bad)
-        self._samples = _Prepared(self._plan, skipped, ForTraining(config, job.weights.mean), config.seed)
+        bad_samples = BadSamples(None, len(source), 0, config.data.on_error, config.data.max_bad)
+        self._samples = _Prepared(self._plan, bad_samples, ForTraining(config, job.weights.mean), config.seed)
 
     def stream(self, cursor: int) -> Iterator[MicroBatchOfObjects]:
         """From a place of the stream on, without end; prepared by other processes where there is more than one core."""
@@ -83,7 +83,7 @@ class _Share(Dataset):
 
     def __init__(self, source: InstanceSource, transform: ForTesting, first: int, step: int):
         self._source, self._transform = source, transform
-        self._ids_N = usable_ids(source, np.arange(first, usable(source), step))
+        self._ids_N = usable_ids(source, np.arange(first, usable_count(source), step))
 
     def __len__(self) -> int:
         return len(self._ids_N)

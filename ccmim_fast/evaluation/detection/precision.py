@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ccmim_fast.errors import MachineError
 from ccmim_fast.evaluation.detection.instances import Instances
-from ccmim_fast.ranks.session import from_main
+from ccmim_fast.ranks.session import broadcast
 
 _NEEDS = ("torchmetrics", "faster_coco_eval")
 FIGURES = {"box AP": "bbox_map", "box AP50": "bbox_map_50", "box AP75": "bbox_map_75"}
@@ -52,9 +52,9 @@ def average_precision(pairs: Iterable[tuple[dict[str, Tensor], Instances]]) -> d
     if dist.is_initialized():
         _gather_(metric)
         if dist.get_rank() > 0:
-            return from_main(None)
+            return broadcast(None)
     values = metric.compute()
-    return from_main({name: float(values[key]) for name, key in FIGURES.items()})
+    return broadcast({name: float(values[key]) for name, key in FIGURES.items()})
 
 
 def _truth(objects: Instances) -> dict[str, Tensor]:

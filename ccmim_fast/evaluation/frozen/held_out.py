@@ -17,7 +17,7 @@ from ccmim_fast.evaluation.frozen.features import extract
 from ccmim_fast.evaluation.frozen.knn import knn_accuracy
 from ccmim_fast.evaluation.frozen.logreg import logreg_accuracy
 from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.models.encoder import tokens_of
+from ccmim_fast.models.tokens import tokens_of
 
 HELD_OUT = 1000  # images that no run trains on
 NEIGHBOURS = 20  # of kNN, or all images where they are fewer

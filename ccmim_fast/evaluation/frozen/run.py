@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ccmim_fast.data.source import usable
+from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.frozen.features import extract
@@ -15,18 +15,18 @@ from ccmim_fast.evaluation.frozen.logreg import logreg_accuracy
 from ccmim_fast.evaluation.images import Images
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.models.precision import choose_precision
-from ccmim_fast.ranks.session import from_main
+from ccmim_fast.ranks.session import broadcast
 
 _BATCH = 256  # images encoded at once by a rank
 
 
 def knn(job: Job) -> dict[str, float]:
     """Accuracy by the number of neighbours."""
-    ks, images = job.config.knn.k, usable(job.train.source)
+    ks, images = job.config.knn.k, usable_count(job.train.source)
     if max(ks) > images:
         raise ConfigError(f"knn.k={max(ks)}: must be at most the {images} training images; nearest valid is {images}")
     train_SD, train_labels_S = features(job, job.train)
-    test_ND, test_labels_N = of_all_ranks(*features(job, job.test), usable(job.test.source))
+    test_ND, test_labels_N = of_all_ranks(*features(job, job.test), usable_count(job.test.source))
     on_device = [t.to(job.here.device) for t in (train_SD, train_labels_S, test_ND, test_labels_N)]
     found = knn_accuracies(*on_device, ks, job.config.knn.temperature)
     return {f"k={k}": accuracy for k, accuracy in found.items()}
@@ -34,10 +34,10 @@ def knn(job: Job) -> dict[str, float]:
 
 def logreg(job: Job) -> dict[str, float]:
     """Accuracy; fitted by the first rank."""
-    train = of_all_ranks(*features(job, job.train), usable(job.train.source))
-    test = of_all_ranks(*features(job, job.test), usable(job.test.source))
+    train = of_all_ranks(*features(job, job.train), usable_count(job.train.source))
+    test = of_all_ranks(*features(job, job.test), usable_count(job.test.source))
     accuracy = logreg_accuracy(*train, *test, job.config.logreg.c)[0] if job.here.is_main else None
-    return {"accuracy": from_main(accuracy)}
+    return {"accuracy": broadcast(accuracy)}
 
 
 def features(job: Job, images: Images) -> tuple[Tensor, Tensor]:

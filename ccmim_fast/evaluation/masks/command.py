@@ -17,8 +17,9 @@ from ccmim_fast.evaluation.masks.picture import Drawn
 from ccmim_fast.evaluation.masks.result import Look, write
 from ccmim_fast.evaluation.masks.scored import figures_of, score_and_divide
 from ccmim_fast.evaluation.masks.subject import COUNT, PROG, Subject, places, read_subject, untrained
-from ccmim_fast.models.output import Known, Output
-from ccmim_fast.ranks.session import session
+from ccmim_fast.models.output import Output
+from ccmim_fast.models.scores import PriorScores
+from ccmim_fast.ranks.session import open_session
 from ccmim_fast.report.reconstruction import drawn
 from ccmim_fast.report.snapshots import FewImages, few_images
 from ccmim_fast.runs.folder import check_apart, describe_run, open_run_folder
@@ -38,7 +39,7 @@ def masks(argv: list[str]) -> None:
     check_apart(subject.config.run.dir, given.checkpoint)
     few = few_images(subject.config.data, subject.config.seed, given.measure)
     object_BL = _objects(subject, few, given.masks)
-    with session(subject.config.train.device) as here:
+    with open_session(subject.config.train.device) as here:
         if here.world_size > 1:
             raise ConfigError(f"{PROG}: one process only, got {here.world_size}; start it without torchrun")
         folder = open_run_folder(subject.config, goes_on=False)
@@ -74,7 +75,7 @@ def _look(subject: Subject, few: FewImages, object_BL: Tensor | None, count: int
     model, config = subject.model.to(device), subject.config
     known = subject.known(few)
     if known is not None:
-        known = Known(*(part.to(device) for part in known))
+        known = PriorScores(*(part.to(device) for part in known))
     batch = few.batch._replace(images_BHWC=few.batch.images_BHWC.to(device), ids_B=few.batch.ids_B.to(device))
     scored = score_and_divide(model, config, batch, known, subject.decodes)
     if not all(scores_BL.isfinite().all() for scores_BL in scored.scores.values()):

@@ -34,7 +34,7 @@ def object_figures(run: Trainer, batches: Sequence[Batch], result: StepResult) -
     """
     batch, seen, config = batches[-1], result.seen[-1], run.config
     few = slice(0, LOOKED_AT)
-    shown = run.loader.plan.showing(batch.host_ids_B[few], batch.epochs_B[few].cpu().numpy())
+    shown = run.loader.plan.micro_batch(batch.host_ids_B[few], batch.epochs_B[few].cpu().numpy())
     object_BL = objects_of(run.source, shown, config.data.image_size, run.model.patch)
     mask_BL = seen.mask_BL[few].cpu()
     leakage = object_leakage(mask_BL, object_BL, 1 - run.model.keep / mask_BL.shape[1]) if object_BL.any() else None

@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ccmim_fast.build.model import build_objective
 from ccmim_fast.config.schema import Config
 from ccmim_fast.evaluation.masks.metrics import object_leakage, object_patches, score_auroc
-from ccmim_fast.losses.total import recons_loss
 from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.models.output import Known, Output
+from ccmim_fast.models.output import Output
+from ccmim_fast.models.scores import AllBlocks, PriorScores
 
 
 class Probe(NamedTuple):
@@ -43,15 +44,15 @@ def probe(model: CCMIM, config: Config, images_BHWC: Tensor, objects_BHW: Tensor
         The figures, the model's output, and the all-block scores [B, L].
     """
     device = images_BHWC.device
-    logits_BL = model.score(model.embed(images_BHWC), source="all", normalise="renorm").logits_BL
-    known = Known(logits_BL.log_softmax(1) + math.log(logits_BL.shape[1]), torch.ones_like(logits_BL))
-    output = model(images_BHWC, torch.arange(len(images_BHWC), device=device), 0, known=known)
+    logits_BL = AllBlocks(model.encoder)(model.encoder, model.embed(images_BHWC)).logits_BL
+    known = PriorScores(logits_BL.log_softmax(1) + math.log(logits_BL.shape[1]), torch.ones_like(logits_BL))
+    output = model(images_BHWC, torch.arange(len(images_BHWC), device=device), 0, prior=known)
     scores_BL = logits_BL.softmax(1).cpu()
     object_BL = object_patches(objects_BHW, model.patch)
     ratio = 1 - model.keep / object_BL.shape[1]
     figures = Probe(
         auroc=score_auroc(scores_BL, object_BL),
         leakage=object_leakage(output.partition.mask_BL.cpu(), object_BL, ratio),
-        recons=float(recons_loss(model, output, images_BHWC, config)),
+        recons=float(build_objective(config, model).recons(output, images_BHWC)),
     )
     return figures, output, scores_BL

@@ -10,12 +10,11 @@ import torch
 from ccmim_fast.bank.warp import read
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.stream.batch import make_batch
-from ccmim_fast.data.stream.torch_loader import crop_of
+from ccmim_fast.data.stream.torch_loader import load_crop
 from ccmim_fast.engine.loop import Trainer
 from ccmim_fast.evaluation.masks.metrics import object_leakage, score_auroc
 from ccmim_fast.evaluation.masks.objects import objects_of
-from ccmim_fast.losses.total import recons_loss
-from ccmim_fast.models.output import Known
+from ccmim_fast.models.scores import AllBlocks, PriorScores
 
 
 class ScoreProbe(NamedTuple):
@@ -43,18 +42,18 @@ def probe_scores(run: Trainer, epoch: int, count: int) -> ScoreProbe:
     """
     model, plan, size = run.model, run.loader.plan, run.config.data.image_size
     places_P = epoch * plan.samples + np.arange(min(count, plan.samples))
-    own_P = np.isin(places_P % plan.samples % plan.shards, plan.own_shards)
-    shown = plan.showing(*plan.ids_at(places_P[own_P]))
-    images_BHWC = torch.from_numpy(np.stack([crop_of(run.source, one, size) for one in shown.samples()]))
+    own_P = np.isin(places_P % plan.samples % plan.partitions, plan.own_partitions)
+    shown = plan.micro_batch(*plan.ids_at(places_P[own_P]))
+    images_BHWC = torch.from_numpy(np.stack([load_crop(run.source, one, size) for one in shown.samples()]))
     batch = make_batch(images_BHWC.to(run.here.device), shown, run.source, run.here.device)
     known = None
     if run.bank is not None:
-        known = Known(*read(run.bank.maps_of(shown.ids_B), batch.boxes_B4, model.grid))
-    output = model(batch.images_BHWC, batch.ids_B, batch.epochs_B, known=known)
-    recons = float(recons_loss(model, output, batch.images_BHWC, run.config))
+        known = PriorScores(*read(run.bank.maps_of(shown.ids_B), batch.boxes_B4, model.grid))
+    output = model(batch.images_BHWC, batch.ids_B, batch.epochs_B, prior=known)
+    recons = float(run.train_step.objective.recons(output, batch.images_BHWC))
     if not isinstance(run.source, ShapesSource):
         return ScoreProbe(recons)
-    all_BL = model.score(model.embed(batch.images_BHWC), source="all", normalise="renorm").logits_BL
+    all_BL = AllBlocks(model.encoder)(model.encoder, model.embed(batch.images_BHWC)).logits_BL
     object_BL = objects_of(run.source, shown, size, model.patch)
     logits_BL = output.logits_BL if output.logits_BL is not None else torch.zeros(object_BL.shape)
     return ScoreProbe(

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ccmim_fast.build.model import build_objective
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.evaluation.masks.metrics import object_leakage, score_auroc, score_entropy, top_share
-from ccmim_fast.losses.total import recons_loss
 from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.models.output import Known, Output
-from ccmim_fast.models.scores import eq4_of_blocks
+from ccmim_fast.models.output import Output
+from ccmim_fast.models.scores import AllBlocks, PriorScores, eq4_of_blocks
 from ccmim_kernels import sample_partition
 from ccmim_kernels.sample_partition.op import STRATEGIES
 
@@ -42,7 +42,7 @@ class Scored(NamedTuple):
         return Scored(self.source, scores, masks, self.recons)
 
 
-def source_of(config: Config, known: Known | None) -> str:
+def source_of(config: Config, known: PriorScores | None) -> str:
     """The source that a run's settings name, as `Scored` does; all blocks for a bank that knows nothing."""
     names = {
         "first": "block 0",
@@ -53,7 +53,9 @@ def source_of(config: Config, known: Known | None) -> str:
 
 
 @torch.inference_mode()
-def score_and_divide(model: CCMIM, config: Config, batch: Batch, known: Known | None, decodes: bool = True) -> Scored:
+def score_and_divide(
+    model: CCMIM, config: Config, batch: Batch, known: PriorScores | None, decodes: bool = True
+) -> Scored:
     """Score the images by every source, and divide them by every strategy, as often as these are: no step is taken.
 
     Args:
@@ -65,7 +67,7 @@ def score_and_divide(model: CCMIM, config: Config, batch: Batch, known: Known | 
     source, parts = source_of(config, known), []
     for start in range(0, len(batch.ids_B), CHUNK):
         few = slice(start, start + CHUNK)
-        known_here = None if known is None else Known(*(of_all[few] for of_all in known))
+        known_here = None if known is None else PriorScores(*(of_all[few] for of_all in known))
         parts.append(_of_few(model, config, batch.images_BHWC[few], batch.ids_B[few], source, known_here, decodes))
     scores, masks, losses, counts = zip(*parts)
     weights = torch.tensor(counts, dtype=torch.float64) / sum(counts)
@@ -83,7 +85,7 @@ def _of_few(
     images_BHWC: Tensor,
     ids_B: Tensor,
     source: str,
-    known: Known | None,
+    known: PriorScores | None,
     decodes: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float], int]:
     logits = _logits(model, images_BHWC, ids_B, known)
@@ -94,18 +96,18 @@ def _of_few(
         masks[strategy] = partition.mask_BL.cpu()
         if decodes:
             output = Output(model.predict(images_BHWC, partition), partition, None, None, None)
-            losses[strategy] = float(recons_loss(model, output, images_BHWC, config))
+            losses[strategy] = float(build_objective(config, model).recons(output, images_BHWC))
     scores = {name: logits_BL.float().softmax(1).cpu() for name, logits_BL in logits.items()}
     return scores, masks, losses, len(ids_B)
 
 
-def _logits(model: CCMIM, images_BHWC: Tensor, ids_B: Tensor, known: Known | None) -> dict[str, Tensor]:
+def _logits(model: CCMIM, images_BHWC: Tensor, ids_B: Tensor, known: PriorScores | None) -> dict[str, Tensor]:
     """log s [B, L] by source, each up to a constant per row."""
     x_BLD = model.embed(images_BHWC)
-    found = {"all blocks": model.score(x_BLD, source="all").logits_BL}
-    found |= {f"block {i}": one for i, one in enumerate(eq4_of_blocks(model.encoder, x_BLD, model.kernels, model.run))}
+    found = {"all blocks": AllBlocks(model.encoder)(model.encoder, x_BLD).logits_BL}
+    found |= {f"block {i}": one for i, one in enumerate(eq4_of_blocks(model.encoder, x_BLD))}
     if known is not None:
-        found["bank"] = model.divide(x_BLD, ids_B, 0, known=known).logits
+        found["bank"] = model.divide(x_BLD, ids_B, 0, prior=known).logits
     return found
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ccmim_fast.build.model import build_model, build_score_source
 from ccmim_fast.checkpoints import io
 from ccmim_fast.checkpoints.manifest import MANIFEST
 from ccmim_fast.checkpoints.published import TIMM, assumed_arch, derived, fill_, known_arch, read_published
@@ -13,10 +14,8 @@ from ccmim_fast.config.keys import show
 from ccmim_fast.config.load import difference, from_yaml, load_config
 from ccmim_fast.config.schema import Config, ModelConfig, RunConfig
 from ccmim_fast.errors import CheckpointError, ConfigError
-from ccmim_fast.models.build import build_model
 from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.models.output import Known
-from ccmim_fast.models.scores import check_scores
+from ccmim_fast.models.scores import PriorScores
 from ccmim_fast.report.snapshots import FewImages, anywhere, epoch_of, known_of, restored, spread
 from ccmim_fast.runs.folder import CHECKPOINTS, evaluation_folder
 
@@ -46,7 +45,7 @@ class Subject(NamedTuple):
     epoch: float | None = None
     state: dict[str, Any] | None = None
 
-    def known(self, few: FewImages) -> Known | None:
+    def known(self, few: FewImages) -> PriorScores | None:
         """What the run's score bank says of the images, if it does."""
         return None if self.state is None else known_of(self.model, self.state, few)
 
@@ -87,7 +86,7 @@ def read_subject(place: str, settings: list[str], images: str = "") -> Subject:
         subject = _of_run(path, settings, images)
     else:
         subject = _of_file(place, settings, images)
-    check_scores(subject.model.encoder, subject.config.score.source, subject.config.score.block)
+    build_score_source(subject.config, subject.model.encoder)
     return subject
 
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ccmim_fast.config.evaluation import EvalConfig, images_of
-from ccmim_fast.data.index.bad_samples import Skipped
-from ccmim_fast.data.source import usable, usable_ids
+from ccmim_fast.data.index.bad_samples import BadSamples
+from ccmim_fast.data.source import usable_count, usable_ids
 from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.finetune import build_optimizer
@@ -90,8 +90,8 @@ def run(job: Job) -> dict[str, float]:
         colour=tuple(round(255 * value) for value in job.weights.mean),
     )
     scenes, data = job.train.source, job.train.data
-    skipped = Skipped(scenes.index, len(scenes), len(scenes.excluded_X), data.on_error, data.max_bad)
-    batches = Batches(plan, skipped, augment, data.workers, here.device)
+    bad_samples = BadSamples.of(scenes, data.on_error, data.max_bad)
+    batches = Batches(plan, bad_samples, augment, data.workers, here.device)
 
     def losses(module: nn.Module, batch: Batch) -> Tensor:
         logits_BKHW, auxiliary_BKHW = module(batch.images_BCHW)
@@ -116,7 +116,7 @@ def tested(job: Job, model: Segmenter) -> dict[str, float]:
     config, here, scenes = job.config, job.here, job.test.source
     at_once = max(1, config.train.batch_size // (config.train.accumulate * here.world_size))
     confusion_KK = torch.zeros(job.test.classes, job.test.classes, dtype=torch.int64, device=here.device)
-    for index in usable_ids(scenes, np.arange(here.rank, usable(scenes), here.world_size)).tolist():
+    for index in usable_ids(scenes, np.arange(here.rank, usable_count(scenes), here.world_size)).tolist():
         pair = pair_of(scenes, index, scenes.decode(index))
         image_CHW = pair.resized(scaled(pair.size, (config.segment.sides[0], math.inf))).image_CHW.to(here.device)
         logits_KHW = slide(model, image_CHW, config.data.image_size, config.segment.stride, at_once)
@@ -125,5 +125,5 @@ def tested(job: Job, model: Segmenter) -> dict[str, float]:
     if dist.is_initialized():
         dist.all_reduce(confusion_KK)
     if not confusion_KK.any():
-        raise DataError(f"{config.data.root}: no pixel of the {usable(scenes)} images to test on has a class")
+        raise DataError(f"{config.data.root}: no pixel of the {usable_count(scenes)} images to test on has a class")
     return figures_of(confusion_KK)

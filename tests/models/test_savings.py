@@ -1,23 +1,20 @@
-"""What is left out (`fast.*`) changes no loss and no gradient, and saves what it says."""
-
-import dataclasses
+"""The arithmetic that ours leaves out changes no loss and no gradient, and saves what benchmarks/naive.py says."""
 
 import pytest
 import torch
-from tiny import images, tiny_config
+from naive import SAVINGS, without_in_model
+from tiny import images, tiny_config, total_loss
 from torch.utils.flop_counter import FlopCounterMode
 
-from ccmim_fast.config.schema import Config, FastConfig
-from ccmim_fast.losses.total import total_loss
-from ccmim_fast.models.build import build_model
+from ccmim_fast.build.model import build_model
+from ccmim_fast.config.schema import Config
 
-# `onednn_linear` is no part of the model: tests/models/test_linear.py.
-SWITCHES = [field.name for field in dataclasses.fields(FastConfig) if field.name != "onednn_linear"]
-ALL_OFF = dict.fromkeys(SWITCHES, False)
+# `onednn_linear` is no part of the model: tests/models/test_onednn.py.
+OF_MODEL = [name for name in SAVINGS if name != "onednn_linear"]
 IDS = torch.arange(3)
 
 
-def run(config: Config, pictures: torch.Tensor, dtype=torch.float64, autocast=False):
+def run(config: Config, pictures: torch.Tensor, without=(), dtype=torch.float64, autocast=False):
     """Losses, every gradient, FLOPs, and the bytes kept for the backward pass."""
     torch.manual_seed(0)
     model = build_model(config).to(dtype)
@@ -25,6 +22,8 @@ def run(config: Config, pictures: torch.Tensor, dtype=torch.float64, autocast=Fa
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter += 0.3 * torch.randn_like(parameter)
+    if without:
+        without_in_model(model, without)
     kept = {}
 
     def keep(tensor):
@@ -50,13 +49,13 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("source", ["first", "all", "bank"])
 @pytest.mark.parametrize(
-    "off", [*([name] for name in SWITCHES), SWITCHES], ids=lambda off: off[0] if off[1:] == [] else "all"
+    "off", [*([name] for name in OF_MODEL), OF_MODEL], ids=lambda off: off[0] if off[1:] == [] else "all"
 )
 def test_no_loss_and_no_gradient_depends_on_it(source, off):
     pictures = images(3)
     sections = {"score": {"source": source}}
     expected, _, _ = run(tiny_config(**sections), pictures)
-    found, _, _ = run(tiny_config(fast=dict.fromkeys(off, False), **sections), pictures)
+    found, _, _ = run(tiny_config(**sections), pictures, off)
     assert_same(found, expected)
 
 
@@ -64,7 +63,7 @@ def test_no_loss_and_no_gradient_depends_on_it(source, off):
 def test_nor_with_another_contrast(contrast):
     pictures = images(3)
     expected, _, _ = run(tiny_config(contrast={"loss": contrast}), pictures)
-    assert_same(run(tiny_config(contrast={"loss": contrast}, fast=ALL_OFF), pictures)[0], expected)
+    assert_same(run(tiny_config(contrast={"loss": contrast}), pictures, OF_MODEL)[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +74,7 @@ def test_nor_with_registers_other_norms_and_biases(arch):
     sections = {"data": {"image_size": size}, "model": {"arch": arch, "patch_size": 0, "embed_dim": 0, "num_heads": 0}}
     pictures = images(3, size)
     expected, _, _ = run(tiny_config(**sections), pictures)
-    assert_same(run(tiny_config(fast=ALL_OFF, **sections), pictures)[0], expected)
+    assert_same(run(tiny_config(**sections), pictures, OF_MODEL)[0], expected)
 
 
 @pytest.mark.parametrize("source", ["first", "all", "bank"])
@@ -86,7 +85,7 @@ def test_each_saves_arithmetic(source):
     for name in {"visible_gradient", "fold_score", "cls_only", "masked_only"} - (
         set() if source == "first" else {"fold_score"}
     ):
-        _, slow, _ = run(tiny_config(score={"source": source}, fast={name: False}), pictures)
+        _, slow, _ = run(tiny_config(score={"source": source}), pictures, [name])
         assert slow > fast, name
 
 
@@ -94,7 +93,7 @@ def test_scores_from_all_blocks_end_with_the_last_keys():
     """Without a masked branch, so that only the score has a last block to shorten."""
     sections = {"score": {"source": "all"}, "contrast": {"loss": "none"}}
     _, fast, _ = run(tiny_config(**sections), images(3))
-    _, slow, _ = run(tiny_config(fast={"cls_only": False}, **sections), images(3))
+    _, slow, _ = run(tiny_config(**sections), images(3), ["cls_only"])
     assert slow > fast
 
 
@@ -102,7 +101,7 @@ def test_scores_from_all_blocks_end_with_the_last_keys():
 def test_some_save_memory(name):
     pictures = images(3)
     _, _, kept = run(tiny_config(), pictures)
-    _, _, more = run(tiny_config(fast={name: False}), pictures)
+    _, _, more = run(tiny_config(), pictures, [name])
     assert more > 1.05 * kept
 
 
@@ -112,8 +111,6 @@ def test_gradient_of_the_visible_patches_in_bfloat16_is_as_good_as_eager():
     sections = {"mask": {"strategy": "random"}}
     name = "encoder.patch_embed.proj.weight"
     gold = run(tiny_config(**sections), pictures)[0][name]
-    ours = run(tiny_config(**sections), pictures, torch.float32, autocast=True)[0][name]
-    eager = run(tiny_config(fast={"visible_gradient": False}, **sections), pictures, torch.float32, autocast=True)[0][
-        name
-    ]
+    ours = run(tiny_config(**sections), pictures, (), torch.float32, autocast=True)[0][name]
+    eager = run(tiny_config(**sections), pictures, ["visible_gradient"], torch.float32, autocast=True)[0][name]
     assert (ours - gold).abs().max() <= 2 * (eager - gold).abs().max()

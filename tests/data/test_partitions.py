@@ -8,15 +8,15 @@ from bank_ranks import Sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ccmim_fast.data.source import usable_ids, usable_numbers
-from ccmim_fast.data.stream.plan import Plan, check_shards
+from ccmim_fast.data.source import usable_ids, usable_positions
+from ccmim_fast.data.stream.plan import Plan, check_partitions
 from ccmim_fast.errors import ConfigError
 
 
 def plans_of(world_size, shards, samples, per_rank=2, accumulate=1, excluded=(), window=0):
     batch = per_rank * accumulate * world_size
     return [
-        Plan(Sizes(samples, excluded), 3, batch, accumulate, rank, world_size, window=window, shards=shards)
+        Plan(Sizes(samples, excluded), 3, batch, accumulate, rank, world_size, window=window, partitions=shards)
         for rank in range(world_size)
     ]
 
@@ -46,12 +46,12 @@ def test_an_epoch_shows_equally_many_of_each_shard_once(division, samples, exclu
     steps = -(-3 * epoch // plans[0].global_batch)
     ids, epochs = micro_batches(plans, 0, steps)
     for rank, plan in enumerate(plans):
-        assert set(usable_numbers(plan.source, ids[:, rank].reshape(-1)) % shards) == set(plan.own_shards)
+        assert set(usable_positions(plan.source, ids[:, rank].reshape(-1)) % shards) == set(plan.own_partitions)
     for number in range(3):
         shown = ids[epochs == number]
         assert len(set(shown.tolist())) == len(shown) == epoch
         assert not set(shown.tolist()) & excluded
-        of_shard = np.bincount(usable_numbers(plans[0].source, shown) % shards, minlength=shards)
+        of_shard = np.bincount(usable_positions(plans[0].source, shown) % shards, minlength=shards)
         assert (of_shard == usable // shards).all()
 
 
@@ -90,7 +90,7 @@ def test_shards_have_orders_of_their_own():
 
 def test_numbers_are_the_inverse_of_ids():
     source = Sizes(12, {0, 3, 4, 9})
-    assert usable_numbers(source, usable_ids(source, np.arange(8))).tolist() == list(range(8))
+    assert usable_positions(source, usable_ids(source, np.arange(8))).tolist() == list(range(8))
 
 
 @pytest.mark.parametrize(
@@ -98,5 +98,5 @@ def test_numbers_are_the_inverse_of_ids():
 )
 def test_shards_that_do_not_fit_are_refused(shards, together, world_size, nearest):
     with pytest.raises(ConfigError, match=rf"score.shards={shards} must divide the {together} .* nearest is {nearest}"):
-        check_shards(shards, together, world_size)
-    check_shards(nearest, together, world_size)
+        check_partitions(shards, together, world_size)
+    check_partitions(nearest, together, world_size)

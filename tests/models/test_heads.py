@@ -8,7 +8,7 @@ import torch.distributed as dist
 from exchange_ranks import EACH, RANKS, gradients, gradients_of_rank, join, wait_for_each_other
 from tiny import images, tiny_model
 
-from ccmim_fast.models.exchange import arrived, send
+from ccmim_fast.models.heads import finish_all_gather, start_all_gather
 
 CONTRASTS = ("nce", "moco")  # `align` compares with nobody
 
@@ -36,7 +36,7 @@ def test_rows_travel_while_the_decoder_runs(tmp_path):
 
 def test_one_process_sends_nothing():
     assert not dist.is_initialized()
-    assert send(torch.ones(2, 3)) is None
-    assert arrived(None) is None
+    assert start_all_gather(torch.ones(2, 3)) is None
+    assert finish_all_gather(None) is None
     model, _ = tiny_model()
-    assert model(images(EACH), torch.arange(EACH), 0).rows_NE is None
+    assert model(images(EACH), torch.arange(EACH), 0).gathered_NE is None

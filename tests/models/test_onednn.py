@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from naive import without
 from tiny import images, tiny_config
 
-from ccmim_fast.config.schema import FastConfig
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine.build import build_step
 from ccmim_fast.engine.compile import compile_step
-from ccmim_fast.models import linear
-from ccmim_fast.models.linear import onednn_linear, product
+from ccmim_fast.models import precision
+from ccmim_fast.models.precision import onednn_linear, product
 from ccmim_fast.profile.meter import flop_counter
 from ccmim_fast.ranks.session import Session
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 @pytest.fixture
 def any_size(monkeypatch):
-    monkeypatch.setattr(linear, "LEAST", 1)
+    monkeypatch.setattr(precision, "LEAST", 1)
 
 
 def by_onednn(output: torch.Tensor) -> bool:
@@ -71,7 +71,7 @@ def test_what_is_left_to_torch(any_size):
         assert not by_onednn(F.linear(x.double(), weight.double()))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert F.linear(x, weight).dtype == torch.bfloat16
-        linear.LEAST = 4 * 8 * 3 + 1
+        precision.LEAST = 4 * 8 * 3 + 1
         assert not by_onednn(F.linear(x, weight))
 
 
@@ -86,7 +86,6 @@ def test_no_rows(any_size):
     ("section", "fields", "ours"),
     [
         ("train", {}, True),
-        ("fast", {"onednn_linear": False}, False),
         ("train", {"recompute": True}, False),
         ("train", {"compile": "blocks"}, False),
     ],
@@ -95,13 +94,13 @@ def test_the_step_takes_them_where_it_can(any_size, monkeypatch, section, fields
     """Same losses and norm of the gradient, and their arithmetic is counted."""
     config = tiny_config(optim={"clip_grad": 1.0}, train={"batch_size": 4, "precision": "fp32"})
     here = Session(0, 1, torch.device("cpu"))
-    plain = build_step(dataclasses.replace(config, fast=FastConfig(onednn_linear=False)), here)
+    plain = without(build_step(config, here), ["onednn_linear"])
     changed = dataclasses.replace(getattr(config, section), **fields)
     step = build_step(dataclasses.replace(config, **{section: changed}), here)
     compile_step(step, fields.get("compile", "off"), backend="eager")
     batch = Batch(images(4), torch.arange(4), torch.zeros(4, dtype=torch.int64))
     taken = []
-    monkeypatch.setattr(linear, "product", lambda *tensors: taken.append(1) or product(*tensors))
+    monkeypatch.setattr(precision, "product", lambda *tensors: taken.append(1) or product(*tensors))
     with torch.compiler.set_stance("force_eager"):
         expected, expected_flops = counted(plain, batch)
         assert not taken

@@ -10,7 +10,7 @@ from made_fine_grained import make_flowers, make_inaturalist, shapes
 from PIL import Image
 from scipy.io import savemat
 
-from ccmim_fast.data.index.fine_grained import flowers_origins, inaturalist_origins
+from ccmim_fast.data.index.annotations import flowers_origins, inaturalist_origins
 from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.errors import ConfigError, DataError
 
@@ -59,7 +59,7 @@ def test_a_file_that_does_not_decode_is_left_out_as_everywhere(tmp_path, make):
     with open(broken, "wb") as file:
         file.write(b"no image")
     os.unlink(gone)
-    source = open_images(train, look=True)
+    source = open_images(train, rescan=True)
     assert len(source) == 12
     assert source.excluded_X.tolist() == [3, 5]
     assert "No such file" in source.index.reason(5)

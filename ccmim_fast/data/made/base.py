@@ -1,0 +1,120 @@
+"""The common part of generated image sources: random numbers by (seed, sample id), balanced labels, a cache on disk."""
+
+# N samples, K classes, H height, W width
+
+import os
+import tempfile
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from ccmim_fast.data.source import NOTHING_EXCLUDED, encode_pnm
+from ccmim_kernels.philox import STREAM_SHAPES, keyed_uniform
+
+# What `philox` calls the epoch separates the purposes of one sample's random numbers here.
+PURPOSE_LABEL, PURPOSE_PARAMETERS, PURPOSE_NOISE = range(3)
+
+
+class GeneratedSource:
+    """Base of generated RGB images; a `Source`. Image i is a function of i and the constructor's arguments only.
+
+    A subclass defines `noun`, `record_dtype` and `generate`.
+
+    Args:
+        seed: 0 .. 2**32 - 1.
+        samples: N.
+        image_size: height and width, pixels.
+        class_names: one name per label.
+        fingerprint: holds every parameter that the images depend on, and the version of the code that generates them.
+        cache_dir: folder for the images, generated once; None: each is generated at each call.
+    """
+
+    channels = 3
+    excluded_X = NOTHING_EXCLUDED
+    noun = "image"
+
+    def __init__(
+        self,
+        seed: int,
+        samples: int,
+        image_size: tuple[int, int],
+        class_names: tuple[str, ...],
+        fingerprint: str,
+        cache_dir: str | None,
+    ):
+        self._seed, self._image_size, self.class_names, self.fingerprint = seed, image_size, class_names, fingerprint
+        self.labels_N = balanced_labels(seed, samples, len(class_names))
+        self.sizes_N2 = np.tile(np.array(image_size, dtype=np.int32), (samples, 1))
+        self._records = None
+        if cache_dir is not None:
+            self._records = cached_records(cache_dir, fingerprint, self.record_dtype(), samples, self.generate)
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def record_dtype(self) -> np.dtype:
+        """Return the structured dtype of what `generate` returns; the first field is the image."""
+        return np.dtype([("image", np.uint8, (*self._image_size, 3))])
+
+    def generate(self, index: int) -> tuple[np.ndarray, ...]:
+        """Generate the image [H, W, 3] uint8 and what the source keeps with the image."""
+        raise NotImplementedError
+
+    def record(self, index: int) -> tuple[np.ndarray, ...] | np.void:
+        """Return `generate(index)`, from the cache if there is one."""
+        return self.generate(index) if self._records is None else self._records[index]
+
+    def name(self, index: int) -> str:
+        """See `Source`."""
+        return f"{self.noun} {index}"
+
+    def decode(self, index: int) -> np.ndarray:
+        """See `Source`."""
+        return self.record(index)[0]
+
+    def read(self, index: int) -> bytes:
+        """See `Source`."""
+        return encode_pnm(self.decode(index))
+
+
+def sample_uniforms(seed: int, index: int, count: int, purpose: int) -> np.ndarray:
+    """Return [count] float64 in (0, 1), a function of (seed, index, purpose)."""
+    return keyed_uniform(seed, purpose, torch.tensor([index]), count, STREAM_SHAPES)[0].numpy()
+
+
+def balanced_labels(seed: int, samples: int, classes: int) -> np.ndarray:
+    """Return [N] int64 in 0 .. K - 1: each K consecutive samples hold every class once, in an order drawn for them.
+
+    The classes are therefore balanced, a label depends on (seed, id, K) alone, and no stride through the ids misses a
+    class.
+    """
+    blocks = -(-samples // classes)
+    u_N1 = keyed_uniform(seed, PURPOSE_LABEL, torch.arange(blocks * classes), 1, STREAM_SHAPES).numpy()
+    ranks = u_N1.reshape(blocks, classes).argsort(axis=1)
+    return ranks.reshape(-1)[:samples].astype(np.int64)
+
+
+def cached_records(folder: str, name: str, dtype: np.dtype, samples: int, make: Callable[[int], tuple]) -> np.ndarray:
+    """Return the records make(0) .. make(samples - 1), mapped read-only from the file `name`.npy in `folder`.
+
+    A missing or damaged file is built in a scratch folder and moved into place when it is whole: a killed process
+    leaves no half file, and of several processes that build it the last one wins, since all build the same.
+
+    Args:
+        name: holds every parameter that `make` depends on, its version included.
+        dtype: structured, one field per element of what `make` returns.
+    """
+    path = os.path.join(folder, f"{name}.npy")
+    try:
+        return np.load(path, mmap_mode="r")
+    except (FileNotFoundError, ValueError, EOFError):
+        os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as scratch:
+        unfinished = os.path.join(scratch, "records.npy")
+        records = np.lib.format.open_memmap(unfinished, mode="w+", dtype=dtype, shape=(samples,))
+        for index in range(samples):
+            records[index] = make(index)
+        records.flush()
+        os.replace(unfinished, path)
+    return np.load(path, mmap_mode="r")

@@ -1,0 +1,141 @@
+"""How fast images arrive: milliseconds of each stage, images per second of each loader, and what to do about it."""
+
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ccmim_fast.config.schema import DataConfig
+from ccmim_fast.data.build import LOADERS, build_loader
+from ccmim_fast.data.index.indexed import IndexedSource
+from ccmim_fast.data.source import Source, usable_count
+from ccmim_fast.data.stream.batch import Batch
+from ccmim_fast.data.stream.plan import Plan
+from ccmim_fast.data.stream.prefetch import thread_count
+from ccmim_fast.data.stream.torch_loader import crop_and_resize
+from ccmim_fast.errors import DataError, MachineError
+
+_SEED = 0
+_STAGE_IMAGES = 64
+_ADVICE = {
+    "read": "put the images into tars on a faster disk (ccmim data shard), or raise data.workers",
+    "decode": "make the images smaller once (ccmim data shard --side 320), or let DALI decode them (data.loader=dali)",
+    "crop": "make the images smaller once (ccmim data shard --side 320), or give the run more cores",
+}
+
+
+class StageTimes(NamedTuple):
+    """Milliseconds that one thread needs to read an image, to decode it with Pillow, and to crop and resize it."""
+
+    read: float
+    decode: float
+    crop: float
+
+    def advice(self) -> str:
+        """Return one line with the three times and what makes the slowest stage faster."""
+        times = self._asdict()
+        parts = ", ".join(f"{name} {value:.1f}" for name, value in times.items())
+        return f"milliseconds an image: {parts}; {_ADVICE[max(times, key=times.get)]}"
+
+
+class Throughput(NamedTuple):
+    """Speeds of all parts: `stages` of one thread, `copy_ms` of an image to the device, `loaders` in images per second.
+
+    Each loader has `threads` threads.
+    """
+
+    stages: StageTimes
+    copy_ms: float
+    loaders: dict[str, float]
+    threads: int
+
+    def lines(self) -> list[str]:
+        """Return the report of `ccmim data bench`."""
+        bound = 1e3 * self.threads / max(sum(self.stages), 1e-9)
+        return [
+            *(f"{name:<7}{value:8.2f} ms an image, one thread" for name, value in self.stages._asdict().items()),
+            f"{'copy':<7}{self.copy_ms:8.3f} ms an image, to the device",
+            f"{self.threads} threads could give {bound:.0f} img/s without DALI",
+            *(f"{name:<7}{rate:8.0f} img/s" for name, rate in self.loaders.items()),
+            self.stages.advice(),
+        ]
+
+
+def measure_throughput(
+    source: IndexedSource, image_size: int, batch: int, images: int, workers: int, device: str
+) -> Throughput:
+    """Load `images` images with each loader that can read them, after a warm-up with as many.
+
+    Raises:
+        DataError: no image can be loaded.
+        MachineError: there is no such device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MachineError("--device=cuda: no CUDA device is visible; use --device=cpu")
+    on = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    batch = min(batch, usable_count(source))
+    data = DataConfig(image_size=(image_size, image_size), channels=source.channels, workers=workers, max_bad=1.0)
+    loaders = {
+        name: build_loader(source, replace(data, loader=name), _SEED, batch, device=on)
+        for name, loader in LOADERS.items()
+        if loader.suits(source)
+    }
+    # The stages come first: the loaders would bring the files from the disk into memory.
+    stages = measure_stage_times(Plan(source, _SEED, batch), data.image_size, _STAGE_IMAGES)
+    copy_ms = _copy_ms((batch, *data.image_size, source.channels), on)
+    rates = {name: _images_per_second(loader.stream(0), batch, images) for name, loader in loaders.items()}
+    return Throughput(stages, copy_ms, rates, thread_count(workers))
+
+
+def measure_stage_times(plan: Plan, image_size: tuple[int, int], images: int) -> StageTimes:
+    """Return the medians over `images` images of the plan's epoch 0; images that fail do not count."""
+    ids_B, epochs_B = plan.ids_at(np.arange(min(images, plan.samples)))
+    times = []
+    for sample in plan.micro_batch(ids_B, epochs_B).samples():
+        try:
+            image_HWC, read, decode = _timed_decode(plan.source, sample.ids_B.item())
+        except DataError:
+            continue
+        start = time.perf_counter()
+        crop_and_resize(image_HWC, sample.boxes_B4[0], sample.flips_B.item(), image_size)
+        times.append((read, decode, time.perf_counter() - start))
+    return StageTimes(*(1e3 * median(column) for column in zip(*times))) if times else StageTimes(0.0, 0.0, 0.0)
+
+
+def _timed_decode(source: Source, index: int) -> tuple[np.ndarray, float, float]:
+    """Return an image and the seconds that reading and decoding took; a source without files has nothing to read."""
+    start = time.perf_counter()
+    if not isinstance(source, IndexedSource):
+        return source.decode(index), 0.0, time.perf_counter() - start
+    data = source.encoded(index)
+    read = time.perf_counter()
+    image_HWC = source.decoded(index, data)
+    return image_HWC, read - start, time.perf_counter() - read
+
+
+def _images_per_second(stream: Iterator[Batch], batch: int, images: int) -> float:
+    steps = max(1, images // batch)
+    for _ in itertools.islice(stream, steps):
+        pass
+    start = time.perf_counter()
+    *_, last = itertools.islice(stream, steps)
+    last.images_BHWC.flatten()[0].item()  # on a GPU: wait for the batch
+    rate = steps * batch / (time.perf_counter() - start)
+    stream.close()
+    return rate
+
+
+def _copy_ms(shape: tuple[int, ...], device: torch.device) -> float:
+    images_BHWC = torch.zeros(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    out = torch.empty(shape, dtype=torch.uint8, device=device)
+    out.copy_(images_BHWC)
+    start = time.perf_counter()
+    for _ in range(10):
+        out.copy_(images_BHWC, non_blocking=True)
+    out.flatten()[0].item()
+    return (time.perf_counter() - start) * 1e3 / (10 * shape[0])

@@ -1,0 +1,231 @@
+"""The transformer block: timm's weights and arithmetic, for some of its tokens alone, with any attention backend.
+
+The weights and their names stay timm's. This file is the only one that imports xformers.
+"""
+
+# B batch, Q query tokens, T tokens, L patches, N heads, H head dim, D width
+
+import contextlib
+import importlib.util
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from ccmim_fast.errors import ConfigError, MachineError
+from ccmim_kernels import cls_row
+
+# `sdpa` leaves the choice to torch; the three behind it are its CUDA kernels, one by one.
+_KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+CUDA_ONLY = ("xformers", *_KERNELS)
+BACKENDS = ("sdpa", "plain", *CUDA_ONLY)
+
+# The backend that `auto` takes: by device (compute capability, or None for a CPU) and dtype, up to how many tokens.
+# Beyond, and for all that is not listed: `sdpa`. From benchmarks/results/attention-*; no GPU has been measured yet.
+MEASURED_BEST: dict[tuple[tuple[int, int] | None, torch.dtype], tuple[tuple[int, str], ...]] = {
+    # AMD EPYC with AVX-512 and bf16, two threads: the CPU's fused kernel has a slow backward pass.
+    (None, torch.bfloat16): ((401, "plain"),),
+}
+
+
+def check_attention(name: str, device: torch.device) -> None:
+    """Return if `train.attention=name` can run on `device`.
+
+    Raises:
+        ConfigError: the backend needs CUDA, and `device` is a CPU.
+        MachineError: xformers is not installed.
+    """
+    if name in CUDA_ONLY and device.type != "cuda":
+        raise ConfigError(f"train.attention={name} needs CUDA, got {device.type}; use attention=sdpa")
+    if name == "xformers" and importlib.util.find_spec("xformers") is None:
+        raise MachineError("train.attention=xformers: not installed; pip install xformers, or use attention=sdpa")
+
+
+def attention(q_BQNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor, backend: str = "auto", dropout: float = 0.0) -> Tensor:
+    """Compute softmax(q k^T / sqrt(H)) v, [B, Q, N, H], in the dtype of the inputs.
+
+    Equivalent PyTorch: `F.scaled_dot_product_attention` with tokens and heads swapped before and after.
+
+    Args:
+        q_BQNH, k_BTNH, v_BTNH: float of one dtype; all receive gradients.
+        backend: `auto`, `sdpa` (torch's choice), `plain` (two products and a softmax, weights in memory), or, on
+            CUDA, `flash`, `cudnn`, `efficient` or `xformers`.
+        dropout: share of the attention weights that are dropped.
+
+    Raises:
+        RuntimeError: from torch or xformers, where the backend has no kernel for the device, dtype or shape.
+    """
+    if backend == "auto":
+        backend = _measured_best(q_BQNH.device, k_BTNH.shape[1], q_BQNH.dtype)
+    if backend == "plain":
+        return _plain(q_BQNH, k_BTNH, v_BTNH, dropout)
+    if backend == "xformers":
+        return _memory_efficient()(q_BQNH, k_BTNH, v_BTNH, p=dropout)
+    with sdpa_kernel(_KERNELS[backend]) if backend in _KERNELS else contextlib.nullcontext():
+        mixed_BNQH = F.scaled_dot_product_attention(
+            q_BQNH.transpose(1, 2), k_BTNH.transpose(1, 2), v_BTNH.transpose(1, 2), dropout_p=dropout
+        )
+    return mixed_BNQH.transpose(1, 2)
+
+
+def _plain(q_BQNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor, dropout: float) -> Tensor:
+    q_BNQH, k_BNTH, v_BNTH = (x.transpose(1, 2) for x in (q_BQNH, k_BTNH, v_BTNH))
+    # Autocast would let the softmax return float32, and round for the second product.
+    with torch.autocast(q_BQNH.device.type, enabled=False):
+        weights_BNQT = ((q_BNQH * q_BNQH.shape[-1] ** -0.5) @ k_BNTH.transpose(2, 3)).softmax(-1)
+        return (F.dropout(weights_BNQT, dropout) @ v_BNTH).transpose(1, 2)
+
+
+def _measured_best(device: torch.device, tokens: int, dtype: torch.dtype) -> str:
+    architecture = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    for most, backend in MEASURED_BEST.get((architecture, dtype), ()):
+        if tokens <= most:
+            return backend
+    return "sdpa"
+
+
+@cache
+def _memory_efficient():
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention
+
+
+class ViTBlock(Block):
+    """This block is timm's standard pre-norm block with a `forward` that can compute less and tell more.
+
+    timm's `block_fn=` takes the class; the state dict has timm's names.
+
+    Attributes:
+        attention: backend, see `attention`.
+        kernels: implementation of `cls_row`, see `ccmim_kernels.dispatch`.
+        recompute: keep the block's input alone for the backward pass and compute the rest again (activation
+            checkpointing).
+        num_prefix_tokens: [CLS] and registers, which stand before the patches.
+        compute: the arithmetic; may be replaced by its compiled self, which all blocks of a shape share.
+    """
+
+    attention, kernels, recompute, num_prefix_tokens = "auto", "auto", False, 1
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        query_BQD: Tensor | None = None,
+        reads_cls: bool = False,
+        total_BL: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Compute the block's output for all tokens, or for some of them.
+
+        Args:
+            x_BTD: tokens, prefix first.
+            attn_mask, is_causal: timm's; with either, timm's own arithmetic runs.
+            query_BQD: some of `x_BTD`, whose output alone is computed; keys and values are those of all tokens.
+            reads_cls: return [CLS]'s attention too; [CLS] must be the first query token.
+            total_BL: the sum of earlier blocks' rows, which this block's is added to; None: nothing yet.
+
+        Returns:
+            [B, T, D], or [B, Q, D] of the query tokens: equal to those rows of the whole output. With `reads_cls` also
+            the sum of [CLS]'s softmaxed rows over the patches, averaged over heads, [B, L] float32 without gradient.
+        """
+        if attn_mask is not None or is_causal:
+            return super().forward(x_BTD, attn_mask, is_causal)
+        if self.recompute and x_BTD.requires_grad:
+            return checkpoint(self.compute, self, x_BTD, query_BQD, reads_cls, total_BL, use_reentrant=False)
+        return self.compute(self, x_BTD, query_BQD, reads_cls, total_BL)
+
+    @staticmethod
+    def compute(
+        block: "ViTBlock", x_BTD: Tensor, query_BQD: Tensor | None, reads_cls: bool, total_BL: Tensor | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        attn, normed_BTD = block.attn, block.norm1(x_BTD)
+        if query_BQD is None:
+            query_BQD, normed_BQD = x_BTD, normed_BTD
+            q_BQNH, k_BTNH, v_BTNH = _project(attn, normed_BTD, slice(0, 3))
+        else:
+            normed_BQD = block.norm1(query_BQD)
+            (q_BQNH,), (k_BTNH, v_BTNH) = (
+                _project(attn, normed_BQD, slice(0, 1)),
+                _project(attn, normed_BTD, slice(1, 3)),
+            )
+        q_BQNH, k_BTNH = attn.q_norm(q_BQNH), attn.k_norm(k_BTNH)
+        if reads_cls:
+            total_BL = block._row(q_BQNH, k_BTNH, "softmax", total_BL)
+        mixed = attn.norm(
+            attention(q_BQNH, k_BTNH, v_BTNH, block.attention, attn.attn_drop.p if attn.training else 0.0).flatten(2)
+        )
+        gate = getattr(attn, "gate", None)
+        if gate is not None:
+            mixed = mixed * gate(normed_BQD).sigmoid()
+        x_BQD = query_BQD + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(mixed))))
+        x_BQD = x_BQD + block.drop_path2(block.ls2(block.mlp(block.norm2(x_BQD))))
+        return (x_BQD, total_BL) if reads_cls else x_BQD
+
+    def cls_attention(self, x_BTD: Tensor, kind: str, total_BL: Tensor | None = None) -> Tensor:
+        """Return [CLS]'s attention to the patches [B, L] and compute nothing else of the block.
+
+        Args:
+            x_BTD: the tokens that enter the block.
+            kind: `logits`: E_h[q_0 K^T / sqrt(H)] (Eq. 4); `softmax`: the mean over heads of the softmaxed row.
+            total_BL: added to it; None: nothing.
+        """
+        normed_BTD = self.norm1(x_BTD)
+        (q_B1NH,), (k_BTNH,) = (
+            _project(self.attn, normed_BTD[:, :1], slice(0, 1)),
+            _project(self.attn, normed_BTD, slice(1, 2)),
+        )
+        return self._row(self.attn.q_norm(q_B1NH), self.attn.k_norm(k_BTNH), kind, total_BL)
+
+    def folded_direction(self, cls_11D: Tensor) -> Tensor:
+        """Return v [D] with Eq. 4's logits_i = LN(x_i) . v: gamma * W_K^T q_0 / (heads * sqrt(H)).
+
+        It holds at the first block: [CLS] is the same for every image there, so q_0 is one vector and the mean over
+        heads moves inside. gamma is the LayerNorm's weight; its bias and the key's bias add the same to every patch,
+        which the softmax does not see. `can_fold` must be true.
+        """
+        attn = self.attn
+        # Always float32: the fold multiplies three tensors, and the result is one vector.
+        with torch.autocast(cls_11D.device.type, enabled=False):
+            (q_11NH,) = _project(attn, self.norm1(cls_11D.to(attn.qkv.weight.dtype)), slice(0, 1))
+            q_D = attn.q_norm(q_11NH).flatten()
+            width = len(q_D)
+            direction_D = q_D @ attn.qkv.weight[width : 2 * width] * (attn.scale / attn.num_heads)
+            return direction_D if self.norm1.weight is None else direction_D * self.norm1.weight
+
+    @property
+    def can_fold(self) -> bool:
+        """Whether `folded_direction` is Eq. 4: a LayerNorm before the attention, and no norm of the keys."""
+        return isinstance(self.norm1, nn.LayerNorm) and isinstance(self.attn.k_norm, nn.Identity)
+
+    def _row(self, q_BQNH: Tensor, k_BTNH: Tensor, kind: str, total_BL: Tensor | None) -> Tensor:
+        return cls_row(
+            q_BQNH[:, 0].detach(),
+            k_BTNH.detach(),
+            prefix=self.num_prefix_tokens,
+            kind=kind,
+            scale=self.attn.scale,
+            total_BL=total_BL,
+            kernels=self.kernels,
+        )
+
+
+def _project(attn: Attention, x_BTD: Tensor, parts: slice) -> tuple[Tensor, ...]:
+    """Return some of queries, keys and values, each [B, T, N, H], by one product, before their norms."""
+    width = attn.num_heads * attn.head_dim
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+    if parts != slice(0, 3):
+        rows = slice(parts.start * width, parts.stop * width)
+        weight, bias = weight[rows], None if bias is None else bias[rows]
+    projected = F.linear(x_BTD, weight, bias).unflatten(-1, (parts.stop - parts.start, attn.num_heads, attn.head_dim))
+    return projected.unbind(2)

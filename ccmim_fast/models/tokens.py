@@ -1,0 +1,152 @@
+"""From pixels to tokens, and tokens through the encoder's blocks.
+
+The images' normalisation is folded into the patch embedding, and the gradient of the embedding is computed for visible
+patches alone.
+"""
+
+# B batch, H height, W width, C channels, L patches, K visible, P prefix tokens, T tokens, D width, A values
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from ccmim_fast.models.block import ViTBlock
+from ccmim_kernels import patchify
+
+
+def patch_size_of(vit: VisionTransformer) -> int:
+    """Return the side of a patch in pixels."""
+    return vit.patch_embed.patch_size[0]
+
+
+def grid_of(vit: VisionTransformer) -> tuple[int, int]:
+    """Return rows and columns of patches."""
+    return tuple(vit.patch_embed.grid_size)
+
+
+def folded_projection(vit: VisionTransformer, mean_C: Tensor, std_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Fold (u / 255 - mean) / std into the patch projection: weight [D, A] and bias [D] for patches of uint8 values."""
+    projection = vit.patch_embed.proj
+    scale_C = 1 / (255 * std_C)
+    # Convolution weights are [D, C, p, q]; patches are flattened as (p, q, C).
+    weight_DA = (projection.weight * scale_C[:, None, None]).permute(0, 2, 3, 1).flatten(1)
+    bias_D = -(projection.weight.sum((2, 3)) * (mean_C / std_C)).sum(1)
+    return weight_DA, bias_D if projection.bias is None else bias_D + projection.bias
+
+
+def embed(vit: VisionTransformer, images_BHWC: Tensor, projection: tuple[Tensor, Tensor]) -> Tensor:
+    """Embed patches, with positions: uint8 [B, H, W, C] -> [B, L, D]; `projection` is from `folded_projection`."""
+    weight_DA, bias_D = projection
+    x_BLD = F.linear(patchify(images_BHWC, patch_size_of(vit)).to(weight_DA.dtype), weight_DA, bias_D)
+    x_BLD = vit.patch_embed.norm(x_BLD)
+    return x_BLD + vit.pos_embed[:, -x_BLD.shape[1] :]
+
+
+class _VisibleGradient(torch.autograd.Function):
+    """Forward: the visible tokens as they are. Backward: the projection's gradient, from visible patches alone."""
+
+    @staticmethod
+    def forward(ctx, visible_BTD, weight_DA, bias_D, prefix_PD, images_BHWC, ids_BK, patch, dtype):
+        ctx.save_for_backward(images_BHWC, ids_BK)
+        ctx.patch, ctx.prefix, ctx.dtype = patch, len(prefix_PD), dtype
+        ctx.dtypes = weight_DA.dtype, bias_D.dtype, prefix_PD.dtype
+        return visible_BTD.view_as(visible_BTD)
+
+    @staticmethod
+    def backward(ctx, grad_BTD):
+        images_BHWC, ids_BK = ctx.saved_tensors
+        weight, bias, prefix = ctx.dtypes
+        pixels_KA = patches_of(images_BHWC, ids_BK, ctx.patch).flatten(0, 1).to(ctx.dtype)
+        grad_KD = grad_BTD[:, ctx.prefix :].flatten(0, 1)
+        grad_weight_DA = (grad_KD.to(ctx.dtype).T @ pixels_KA).to(weight)
+        grad_prefix_PD = grad_BTD[:, : ctx.prefix].sum(0, dtype=prefix)
+        return None, grad_weight_DA, grad_KD.sum(0, dtype=bias), grad_prefix_PD, None, None, None, None
+
+
+def with_gradient(
+    visible_BTD: Tensor, projection: tuple[Tensor, Tensor], prefix_PD: Tensor, images_BHWC: Tensor, ids_BK: Tensor
+) -> Tensor:
+    """Attach the patch embedding's gradient to visible tokens that were computed without gradient.
+
+    Of the embedding's weight gradient three quarters would be products with zeros, and its input a float image kept for
+    the backward pass. Here it is K of L patches, read from the uint8 image again.
+
+    Args:
+        visible_BTD: [B, P + K, D] prefix and embedded patches, as `divide_tokens` gives them.
+        projection: from `folded_projection`; receives gradients, as does `prefix_PD` [P, D].
+        images_BHWC: uint8; `ids_BK` int64, the patches in `visible_BTD`.
+    """
+    patch = math.isqrt(projection[0].shape[1] // images_BHWC.shape[3])
+    kind = images_BHWC.device.type
+    # As autocast does with a linear layer's gradient.
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else projection[0].dtype
+    return _VisibleGradient.apply(visible_BTD, *projection, prefix_PD, images_BHWC, ids_BK, patch, dtype)
+
+
+def patches_of(images_BHWC: Tensor, ids_BK: Tensor, patch: int) -> Tensor:
+    """Read some patches of each image alone: [B, K, A], values in (row, column, channel) order."""
+    B, H, W, C = images_BHWC.shape
+    columns = W // patch
+    tiles = images_BHWC.view(B, H // patch, patch, columns, patch, C)
+    image_B1 = torch.arange(B, device=ids_BK.device)[:, None]
+    return tiles[image_B1, ids_BK // columns, :, ids_BK % columns].flatten(2)
+
+
+def prefix_tokens(vit: VisionTransformer) -> Tensor:
+    """Return [CLS], then registers, with their positions where the model has them: [P, D]."""
+    prefix_1PD = vit.cls_token if vit.reg_token is None else torch.cat([vit.cls_token, vit.reg_token], dim=1)
+    if not vit.no_embed_class:
+        prefix_1PD = prefix_1PD + vit.pos_embed[:, : prefix_1PD.shape[1]]
+    return prefix_1PD[0]
+
+
+def with_prefix(vit: VisionTransformer, x_BLD: Tensor) -> Tensor:
+    """Put the prefix in front of embedded patches: [B, L, D] -> [B, P + L, D]."""
+    return torch.cat([prefix_tokens(vit).to(x_BLD.dtype).expand(len(x_BLD), -1, -1), x_BLD], dim=1)
+
+
+def encode(
+    vit: VisionTransformer, x_BTD: Tensor, *, cls_only: bool = False, read_blocks: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """Run all blocks and the final norm.
+
+    Args:
+        x_BTD: tokens, prefix first.
+        cls_only: compute [CLS] alone in the last block.
+        read_blocks: read [CLS]'s attention in so many of the last blocks, which must be `ViTBlock`s.
+
+    Returns:
+        Encoded tokens [B, T, D], or [CLS] alone [B, 1, D]; and, where attention is read, the log of the number of
+        patches times its mean over those blocks and all heads [B, T - P] float32, without gradient: 0 is a patch's
+        equal share.
+    """
+    x_BTD, total_BL = vit.norm_pre(x_BTD), None
+    depth = len(vit.blocks)
+    for index, block in enumerate(vit.blocks):
+        options = {}
+        if cls_only and index == depth - 1 and isinstance(block, ViTBlock):
+            options["query_BQD"] = x_BTD[:, :1]
+        if index >= depth - read_blocks:
+            x_BTD, total_BL = block(x_BTD, reads_cls=True, total_BL=total_BL, **options)
+        else:
+            x_BTD = block(x_BTD, **options)
+    x_BTD = vit.norm(x_BTD[:, :1] if cls_only else x_BTD)
+    if total_BL is None:
+        return x_BTD, None
+    # Attention may round to zero, whose log no map could hold.
+    share_BL = (total_BL * (total_BL.shape[1] / read_blocks)).clamp_min(torch.finfo(total_BL.dtype).tiny)
+    return x_BTD, share_BL.log()
+
+
+def tokens_of(vit: VisionTransformer, mean_C: Tensor, std_C: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the frozen encoder as a function: uint8 images [B, H, W, C] -> final tokens [B, P + L, D]."""
+
+    def run(images_BHWC: Tensor) -> Tensor:
+        x_BLD = embed(vit, images_BHWC, folded_projection(vit, mean_C, std_C))
+        return encode(vit, with_prefix(vit, x_BLD))[0]
+
+    return run
