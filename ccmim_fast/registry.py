@@ -40,7 +40,7 @@ class Contrast(NamedTuple):
 
     Attributes:
         label: for tables and reports.
-        path: `module:name` of the criterion, see `losses.contrastive`; empty: there is none, and no masked branch.
+        path: `module:name` of the criterion, see `losses.criteria`; empty: there is none, and no masked branch.
         predictor: the visible set's projection passes a predictor (Eq. 8).
         negatives: whose projections of all ranks a rank compares with: `visible`, `masked`, or empty.
     """
@@ -56,7 +56,7 @@ class Target(NamedTuple):
 
     Attributes:
         label: for tables and reports.
-        path: `module:name` of the criterion, see `losses.reconstruction`.
+        path: `module:name` of the criterion, see `losses.criteria`.
         drawable: a prediction can be put back into the image.
     """
 
@@ -100,13 +100,13 @@ SCORE_SOURCES: dict[str, ScoreSource] = {
 }
 
 CONTRASTS: dict[str, Contrast] = {
-    "nce": Contrast("NCE (Eq. 7)", "ccmim_fast.losses.contrastive:InfoNCE", negatives="visible"),
-    "align": Contrast("align (Eq. 8)", "ccmim_fast.losses.contrastive:Align", predictor=True),
-    "moco": Contrast("authors' code", "ccmim_fast.losses.contrastive:MoCo", negatives="masked"),
+    "nce": Contrast("NCE (Eq. 7)", "ccmim_fast.losses.criteria:InfoNCE", negatives="visible"),
+    "align": Contrast("align (Eq. 8)", "ccmim_fast.losses.criteria:Align", predictor=True),
+    "moco": Contrast("authors' code", "ccmim_fast.losses.criteria:MoCo", negatives="masked"),
     "none": Contrast("none"),
 }
 
 TARGETS: dict[str, Target] = {
-    "pixels": Target("pixels", "ccmim_fast.losses.reconstruction:Pixels", drawable=True),
-    "hog": Target("HOG features", "ccmim_fast.losses.reconstruction:Hog"),
+    "pixels": Target("pixels", "ccmim_fast.losses.criteria:Pixels", drawable=True),
+    "hog": Target("HOG features", "ccmim_fast.losses.criteria:Hog"),
 }

@@ -118,7 +118,7 @@ def all_curves() -> dict[str, Any]:
 
 def curves_here(folder: Path) -> dict[str, Any]:
     """Run everything in this process, below `folder`."""
-    _skip_measuring()
+    skip_measuring()
     runs = {}
     for name, changed in RUNS.items():
         runs[name] = curve([*COMMON, f"--data.root={folder / 'shapes'}", *changed.split()], folder / name)
@@ -171,7 +171,7 @@ def _sum(tensors: dict[str, Any]) -> str:
     return total.hexdigest()
 
 
-def _skip_measuring() -> None:
+def skip_measuring() -> None:
     """Replace the rate of matrix products, which a run measures for seconds and no result depends on."""
     import ccmim_fast
 

@@ -32,7 +32,7 @@ CASES = {
     "bank": {"score": {"source": "bank"}},
     "first": {"score": {"source": "first"}, "contrast": {"loss": "align"}},
     "all": {"contrast": {"loss": "moco"}, "optim": {"clip_grad": 0.5, "ema_decay": 0.9}},
-    "block": {"score": {"source": "block", "block": 1}, "fast": {"cls_only": False}},
+    "block": {"score": {"source": "block", "block": 1}},
     "accumulate": {"score": {"source": "bank"}, "train": {"accumulate": 2}},
     "recompute": {"score": {"source": "bank"}, "train": {"recompute": True}},
     "compiled": {"score": {"source": "bank"}},

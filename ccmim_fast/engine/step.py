@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from ccmim_fast.bank import warp
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.stream.batch import Batch
-from ccmim_fast.losses.reconstruction import Losses, Objective
+from ccmim_fast.losses.criteria import Losses, Objective
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.output import Output
 from ccmim_fast.models.precision import Precision, onednn_linear

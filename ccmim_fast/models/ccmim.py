@@ -65,6 +65,7 @@ class CCMIM(nn.Module):
         self.register_buffer("mean_C", torch.tensor(mean), persistent=False)
         self.register_buffer("std_C", torch.tensor(std), persistent=False)
         self.patch, self.grid, self.keep = patch_size_of(encoder), grid_of(encoder), sampling["keep"]
+        self.eps = eps_of(encoder)
 
     @property
     def banked(self) -> bool:
@@ -104,7 +105,7 @@ class CCMIM(nn.Module):
         if self.predictor is not None:
             visible_BE = self.predictor(visible_BE)
         pred_BMP = self._decode(encoded_BTD, divided.partition)
-        gathered_NE = finish_all_gather(gathering)
+        gathered_NE = None if gathering is None else finish_all_gather(gathering)
         return Output(pred_BMP, divided.partition, visible_BE, masked_BE, divided.logits, attention_BL, gathered_NE)
 
     def predict(self, images_BHWC: Tensor, partition: Partition) -> Tensor:
@@ -167,7 +168,7 @@ class CCMIM(nn.Module):
             epoch=epoch,
             logits_BL=scores.logits_BL,
             direction_D=scores.direction_D,
-            eps=eps_of(self.encoder),
+            eps=self.eps,
             with_masked=with_masked,
             kernels=self.kernels,
             **self.sampling,

@@ -63,7 +63,8 @@ def recorded(folder: Path, is_main: bool, finished: Callable[[], bool]) -> Itera
     except BaseException as error:
         write_state(folder, _after_error(error, running))
         raise
-    write_state(folder, running._replace(state="done", exit_code=0) if finished() else running._replace(state="stopped"))
+    ended = running._replace(state="done", exit_code=0) if finished() else running._replace(state="stopped")
+    write_state(folder, ended)
 
 
 def _after_error(error: BaseException, running: RunState) -> RunState:
@@ -125,7 +126,7 @@ def process_start(pid: int) -> int | None:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except (OSError, ValueError):
         return None
-    # The name stands in brackets and may hold some itself; after it, field 3 is the state, field 22 the start (proc(5)).
+    # The name stands in brackets and may hold some itself; after it, field 3 is the state, 22 the start (proc(5)).
     fields = stat.rpartition(")")[2].split()
     # A zombie has ended; its parent has not collected the exit code yet.
     return int(fields[19]) if fields[0] not in ("Z", "X") else None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import images, tiny_config
 
-from ccmim_fast.build.model import build_model
+from ccmim_fast.build.model import build_model, build_objective
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine import build as trainer_build
 from ccmim_fast.engine.loop import fit
@@ -24,7 +24,7 @@ def losses_of(kernels: str, device: torch.device, steps: int, **sections) -> tor
     torch.manual_seed(3)
     model = build_model(config).to(device).train()
     optimizer = build_optimizer("adamw", model, lr=1e-4, weight_decay=0.05, betas=(0.9, 0.95))
-    step = TrainStep(model, model, optimizer, choose_precision("fp32", device), config)
+    step = TrainStep(model, model, build_objective(config, model), optimizer, choose_precision("fp32", device), config)
     torch.manual_seed(4)
     pictures, ids = images(4).to(device), torch.arange(4, device=device)
     results = [step([Batch(pictures, ids, torch.full_like(ids, epoch))], 1e-4) for epoch in range(steps)]

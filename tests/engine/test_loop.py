@@ -325,7 +325,7 @@ def test_every_setting_is_free_refused_or_asked_for():
     """So that a new one is thought about: whoever adds one finds it here among those that must be allowed."""
     kinds = {key: _kind(key) for key in settings()}
     assert all(key in kinds for key in (*_SHAPES, *_FREE))
-    assert {kinds[key] for key in ("run.dir", "train.device", "fast.row_ops")} == {"free"}
+    assert {kinds[key] for key in ("run.dir", "train.device")} == {"free"}
     assert {kinds[key] for key in ("seed", "train.batch_size", "score.momentum", "data.crop_scale")} == {"asked"}
 
 

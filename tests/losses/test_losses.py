@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import images, tiny_model, total_loss
 
-from ccmim_fast.losses.contrastive import Align, InfoNCE
+from ccmim_fast.losses.criteria import Align, InfoNCE
 from ccmim_kernels import info_nce
 
 

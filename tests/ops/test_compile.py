@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny import images, tiny_config, total_loss
+from tiny import images, tiny_config
 
-from ccmim_fast.build.model import build_model
+from ccmim_fast.build.model import build_model, build_objective
 
 CASES = {
     "all": {"score": {"source": "all"}},
@@ -18,10 +18,11 @@ CASES = {
 def test_one_graph_and_the_same_gradients(case, device):
     config = tiny_config(train={"kernels": "triton"}, **CASES[case])
     model = build_model(config).to(device).train()
+    objective = build_objective(config, model)
     pixels, ids = images(4).to(device), torch.arange(4, device=device)
 
     def loss_of(epoch):
-        return total_loss(model, model(pixels, ids, epoch), pixels, config).total
+        return objective(model(pixels, ids, epoch), pixels).total
 
     results = []
     for run in (loss_of, torch.compile(loss_of, backend="aot_eager", fullgraph=True)):

@@ -1,20 +1,27 @@
-"""L = L_recons + lambda * L_contrast (Eq. 10), and L_recons (Eq. 9) against pixels or HOG features.
+"""The losses: L = L_recons + lambda * L_contrast (Eq. 10), and the criteria it is made of.
 
-A target is a criterion in `registry.TARGETS`: it is built with the patch's side in pixels, the images' mean and std per
-channel, and settings of the section `target` as keyword arguments; `width` is P, the values that the decoder predicts
-of a patch; it is called with predictions, images and masked patches.
+A target is a line of `registry.TARGETS`. Its criterion is L_recons (Eq. 9): it is built with the side of a patch in
+pixels, mean and std of the images per channel, and settings of the section `target` as keyword arguments; `width` is P,
+the number of values that the decoder predicts of a patch. It is called with predictions [B, M, P], which receive a
+gradient, uint8 images [B, H, W, C] and masked patches [B, M] int64, and returns the mean over all predicted values.
+
+A contrastive loss is a line of `registry.CONTRASTS`. Its criterion is built with settings of the section `contrast` and
+called with hV [B, E] (for Eq. 8 p(hV)), the teacher hM [B, E], which receives no gradient, and the rows of all ranks
+[N, E] in rank order (None: there is one rank); it returns the mean over the local images. All are scalars, float32.
 """
 
-# B batch, H height, W width, C channels, M masked, P values per patch
+# B local batch, N global batch, H height, W width, C channels, M masked, P values per patch, E embedding dim
 
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.output import Output
-from ccmim_kernels import hog_target, masked_patch_loss
+from ccmim_kernels import hog_target, info_nce, masked_patch_loss, moco_nce
 
 
 class Losses(NamedTuple):
@@ -31,8 +38,8 @@ class Objective(nn.Module):
     Every rank must go back through it: gradients of the contrastive half are summed over all of them.
 
     Args:
-        reconstruction: one of this file's criteria.
-        contrast: one of `losses.contrastive`, or None.
+        reconstruction: the criterion of a target.
+        contrast: a contrastive criterion, or None.
         weight: lambda.
     """
 
@@ -71,7 +78,6 @@ class Pixels(nn.Module):
         self.register_buffer("std_C", torch.tensor(std), persistent=False)
 
     def forward(self, pred_BMP: Tensor, images_BHWC: Tensor, ids_masked_BM: Tensor) -> Tensor:
-        """Return a scalar float32, the mean over images, masked patches and values; `pred_BMP` receives a gradient."""
         return masked_patch_loss(
             pred_BMP,
             images_BHWC,
@@ -114,7 +120,6 @@ class Hog(nn.Module):
         self.width = (patch // hog_cell) ** 2 * len(mean) * hog_bins
 
     def forward(self, pred_BMP: Tensor, images_BHWC: Tensor, ids_masked_BM: Tensor) -> Tensor:
-        """Return a scalar float32, the mean over images, masked patches and values; `pred_BMP` receives a gradient."""
         target_BMP = hog_target(
             images_BHWC,
             ids_masked_BM,
@@ -124,3 +129,41 @@ class Hog(nn.Module):
             kernels=self.kernels,
         )
         return (pred_BMP.float() - target_BMP).square().mean()
+
+
+class InfoNCE(nn.Module):
+    """L_NCE (Eq. 7); the rows of all ranks are hV, which receives a gradient.
+
+    Args:
+        temperature: tau.
+        kernels: which implementation of the op runs, see `ccmim_kernels.dispatch`.
+    """
+
+    def __init__(self, *, temperature: float, kernels: str = "auto"):
+        super().__init__()
+        self.temperature, self.kernels = temperature, kernels
+
+    def forward(self, visible_BE: Tensor, masked_BE: Tensor, gathered_NE: Tensor | None = None) -> Tensor:
+        offset = _offset(visible_BE, gathered_NE)
+        return info_nce(masked_BE, visible_BE, gathered_NE, offset=offset, tau=self.temperature, kernels=self.kernels)
+
+
+class MoCo(InfoNCE):
+    """The authors' code's form: cross-entropy of hV against the hM of all ranks, times 2 tau."""
+
+    def forward(self, visible_BE: Tensor, masked_BE: Tensor, gathered_NE: Tensor | None = None) -> Tensor:
+        offset = _offset(visible_BE, gathered_NE)
+        rows_NE = masked_BE if gathered_NE is None else gathered_NE
+        return moco_nce(visible_BE, rows_NE, offset=offset, tau=self.temperature, kernels=self.kernels)
+
+
+class Align(nn.Module):
+    """L_align (Eq. 8): the mean of 1 - cos(SG(hM_i), p(hV_i)); it compares with no other image."""
+
+    def forward(self, visible_BE: Tensor, masked_BE: Tensor, gathered_NE: Tensor | None = None) -> Tensor:
+        return (1 - F.cosine_similarity(masked_BE.detach().float(), visible_BE.float(), dim=-1)).mean()
+
+
+def _offset(visible_BE: Tensor, gathered_NE: Tensor | None) -> int:
+    """Return the row of all ranks' that the first local one is."""
+    return 0 if gathered_NE is None else dist.get_rank() * len(visible_BE)

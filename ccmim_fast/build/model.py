@@ -1,0 +1,124 @@
+"""From the configuration to the model and its losses; `models/` and `losses/` know no configuration.
+
+A class behind a registered name is built with the settings of its section that its constructor names as keyword
+arguments: a new score source or loss with a new setting needs no line here.
+"""
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from ccmim_fast import registry
+from ccmim_fast.config.schema import Config
+from ccmim_fast.errors import ConfigError
+from ccmim_fast.losses.criteria import Objective
+from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.models.decoder import Decoder
+from ccmim_fast.models.encoder import build_encoder, configure_blocks
+from ccmim_fast.models.heads import Heads, build_predictor, build_projector
+from ccmim_fast.models.scores import ScoreSource
+from ccmim_fast.models.tokens import grid_of, patch_size_of
+
+
+def build_model(config: Config) -> CCMIM:
+    """Build the model of a run, with initial weights drawn from torch's global generator.
+
+    Raises:
+        ConfigError: sizes that do not fit each other; the message names the nearest valid one.
+    """
+    encoder = build_encoder(
+        config.model.arch,
+        image_size=tuple(config.data.image_size),
+        channels=config.data.channels,
+        patch_size=config.model.patch_size,
+        embed_dim=config.model.embed_dim,
+        depth=config.model.depth,
+        num_heads=config.model.num_heads,
+        drop_path=config.model.drop_path,
+    )
+    sampling = _sampling(config, grid_of(encoder))
+    decoder = Decoder(
+        encoder_dim=encoder.embed_dim,
+        dim=config.decoder.dim,
+        depth=config.decoder.depth,
+        num_heads=config.decoder.num_heads,
+        grid=grid_of(encoder),
+        outputs=_reconstruction(config, patch_size_of(encoder)).width,
+        kernels=config.train.kernels,
+    )
+    configure_blocks(
+        [*encoder.blocks, *decoder.blocks],
+        attention=config.train.attention,
+        kernels=config.train.kernels,
+        recompute=config.train.recompute,
+    )
+    return CCMIM(
+        encoder,
+        decoder,
+        mean=config.data.mean,
+        std=config.data.std,
+        sampling=sampling,
+        score_source=build_score_source(config, encoder) if config.mask.strategy.startswith("importance") else None,
+        heads=_heads(config, encoder.embed_dim),
+        kernels=config.train.kernels,
+    )
+
+
+def build_objective(config: Config, model: CCMIM) -> Objective:
+    """Build the losses of a run, on the model's device."""
+    contrast = registry.CONTRASTS[config.contrast.loss]
+    criterion = _configured(contrast.path, config, config.contrast) if contrast.path else None
+    objective = Objective(_reconstruction(config, model.patch), criterion, config.contrast.weight)
+    return objective.to(model.mean_C.device)
+
+
+def build_score_source(config: Config, encoder: nn.Module) -> ScoreSource:
+    """Build `score.source` for this encoder.
+
+    Raises:
+        ConfigError: the encoder's attention cannot be read as the source asks.
+    """
+    return _configured(registry.SCORE_SOURCES[config.score.source].path, config, config.score, encoder)
+
+
+def _sampling(config: Config, grid: tuple[int, int]) -> dict[str, Any]:
+    """Return the arguments of `sample_partition`; the number visible is int(L * (1 - ratio)), as in MAE."""
+    patches, mask = grid[0] * grid[1], config.mask
+    keep = int(patches * (1 - mask.ratio))
+    if not 1 <= keep < patches:
+        nearest = min(max(keep, 1), patches - 1)
+        raise ConfigError(
+            f"mask.ratio={mask.ratio} leaves {keep} of {patches} patches visible; "
+            f"nearest valid: {1 - nearest / patches:.4g}"
+        )
+    return {
+        "grid": grid,
+        "keep": keep,
+        "seed": config.seed,
+        "strategy": mask.strategy,
+        "noise": mask.noise,
+        "temperature": config.score.temperature,
+        "block_min": mask.block_min,
+    }
+
+
+def _reconstruction(config: Config, patch: int) -> nn.Module:
+    path = registry.TARGETS[config.target.kind].path
+    return _configured(path, config, config.target, patch, config.data.mean, config.data.std)
+
+
+def _heads(config: Config, width: int) -> Heads | None:
+    contrast, heads = registry.CONTRASTS[config.contrast.loss], config.heads
+    if not contrast.path:
+        return None
+    projector = build_projector(width, heads.dim, sync_bn=heads.sync_bn)
+    predictor = build_predictor(heads.dim, sync_bn=heads.sync_bn) if contrast.predictor else None
+    return Heads(projector, predictor, contrast.negatives)
+
+
+def _configured(path: str, config: Config, section: Any, *arguments: Any) -> Any:
+    """Build the class at `path`; its keyword arguments are settings of `section`, or `kernels`."""
+    made = registry.load(path)
+    options = {**vars(section), "kernels": config.train.kernels}
+    return made(*arguments, **{name: options[name] for name in inspect.signature(made).parameters if name in options})
