@@ -133,7 +133,8 @@ def test_a_name_that_is_not_text(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"), [(["nowhere"], "'nowhere': no such folder"), (["a", "b"], "unrecognized"), (["--all"], "unrecognized")]
+    ("argv", "words"),
+    [(["nowhere"], "'nowhere': no such folder"), (["a", "b"], "unrecognized"), (["--all"], "unrecognized")],
 )
 def test_mistakes(argv, words, capsys):
     assert main(["runs", *argv]) == 2
