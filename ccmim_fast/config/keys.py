@@ -11,6 +11,14 @@ from typing import Any, NamedTuple, get_type_hints
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
 
+# Spellings of the command line alone.
+SHORT = {"resume": "run.resume", "overwrite": "run.overwrite", "allow-change": "run.allow_change"}
+
+# Settings of earlier versions: files and checkpoints may still hold them, with any value, and they count for nothing.
+_ALWAYS = "the trainer always saves this work; the switch was removed, leave it out"
+_SAVINGS = ("fold_input", "visible_gradient", "fold_score", "masked_no_grad", "cls_only", "masked_only", "row_ops")
+REMOVED = {f"fast.{name}": _ALWAYS for name in (*_SAVINGS, "onednn_linear")}
+
 
 class Setting(NamedTuple):
     """One leaf of the schema.
@@ -86,23 +94,20 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def check_key(key: str, prefix: str = "", source: str = "", others: Iterable[str] = (), schema: type = Config) -> None:
-    """Refuses a key that is neither a setting nor one of `others`, naming the nearest that is.
+def unknown_key(
+    key: str, known: Iterable[str], prefix: str = "", source: str = "", schema: type | None = Config
+) -> ConfigError:
+    """Return the error for a key that is none of `known`: it names the nearest that is, or what a section holds.
 
     Args:
         key: the dotted key as the user gave it, less `prefix`.
-        prefix: what stands before a key where it was given: "--" on a command line.
-        source: where that is, for the message: " in demo.yaml".
-
-    Raises:
-        ConfigError: one line.
+        prefix: the characters before a key where it was given: "--" on a command line.
+        source: that place, for the message: " in demo.yaml".
     """
-    if key in settings(schema) or key in others:
-        return
+    if key in REMOVED:
+        return ConfigError(f"{prefix}{key}: {REMOVED[key]}")
     name = prefix + key if key.isprintable() and len(key) <= 80 else show(key)
-    if key in sections(schema):
+    if schema is not None and key in sections(schema):
         leaves = ", ".join(known for known in settings(schema) if known.startswith(f"{key}."))
-        raise ConfigError(f"{name}: is a section{source}; its keys are {leaves}")
-    raise ConfigError(
-        f"{name}: unknown key{source}; did you mean {prefix}{nearest(key, [*others, *settings(schema)])}?"
-    )
+        return ConfigError(f"{name}: is a section{source}; its keys are {leaves}")
+    return ConfigError(f"{name}: unknown key{source}; did you mean {prefix}{nearest(key, known)}?")

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
-from ccmim_fast.config.keys import check_key, sections, settings, show
+from ccmim_fast.config.keys import REMOVED, sections, settings, show, unknown_key
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
 
@@ -42,7 +42,10 @@ def read_settings(content: bytes | str, source: str, schema: type = Config) -> d
         raise ConfigError(f"not valid YAML{source}{line}: {' '.join(reason.split())}") from None
     given: dict[str, str | list[str]] = {}
     for key, value in _leaves(document, source, schema):
-        check_key(key, source=source, schema=schema)
+        if key in REMOVED:
+            continue
+        if key not in settings(schema):
+            raise unknown_key(key, settings(schema), source=source, schema=schema)
         if key in given:
             raise ConfigError(f"{key}: is given twice{source}")
         # A deeper value is not shown: aliases make small files that are endless when printed.
@@ -58,12 +61,9 @@ def _leaves(document: Any, source: str, schema: type) -> Iterator[tuple[str, Any
         return
     if not isinstance(document, dict):
         raise ConfigError(f"no settings{source}: write lines such as `seed: 0`")
+    known = {*sections(schema), *(key.partition(".")[0] for key in REMOVED)}
     for name, value in document.items():
-        if name in sections(schema) and isinstance(value, dict):
+        if name in known and isinstance(value, dict):
             yield from ((f"{name}.{leaf}", item) for leaf, item in value.items())
-        elif name not in sections(schema) or value not in (
-            "",
-            "null",
-            "~",
-        ):  # a section whose keys are commented out is fine
+        elif name not in known or value not in ("", "null", "~"):  # a section whose keys are commented out is fine
             yield name, value

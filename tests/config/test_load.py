@@ -200,3 +200,13 @@ def test_a_base_stands_where_nothing_is_asked_for(tmp_path):
     config = load_config(["--config", str(path), "--optim.base_lr=0.3"], "ccmim", base=base)
     assert (config.mask.ratio, config.seed, config.optim.base_lr) == (0.5, 4, 0.3)
     assert load_config([], "ccmim", base=base) == base
+
+
+def test_settings_that_were_removed_load_from_files_and_count_for_nothing(load, error_of):
+    assert load("fast: {fold_input: false, row_ops: true}\nseed: 1") == {"seed": 1}
+    assert load("fast.cls_only: false\nfast: null") == {}
+    assert from_yaml("fast: {masked_only: false}", "a checkpoint") == Config()
+    message = error_of(load_config, ["--fast.fold_input=false"], PROG)
+    assert message.startswith("--fast.fold_input: ")
+    assert "removed" in message
+    assert "fast.fold_inputs: unknown key" in error_of(load, "fast: {fold_inputs: false}")
