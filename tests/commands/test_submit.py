@@ -206,7 +206,7 @@ def test_a_task_ends_with_the_code_of_its_run(monkeypatch):
     ("argv", "code", "words"),
     [
         ([], 2, "the settings are missing"),
-        (["--config", "demo"], 2, "unrecognized arguments: --config demo"),
+        (["--config", "demo"], 2, "--config: unknown key"),
         (["--nodes=0", "--"], 2, "'0' must be a whole number"),
         (["--time=90", "--"], 2, "'90' must be HH:MM:SS"),
         (["--time=00:02:00", "--"], 2, "more than 120 seconds"),

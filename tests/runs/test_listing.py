@@ -134,7 +134,7 @@ def test_a_name_that_is_not_text(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("argv", "words"),
-    [(["nowhere"], "'nowhere': no such folder"), (["a", "b"], "unrecognized"), (["--all"], "unrecognized")],
+    [(["nowhere"], "'nowhere': no such folder"), (["a", "b"], "b: unexpected"), (["--all"], "--all: unknown")],
 )
 def test_mistakes(argv, words, capsys):
     assert main(["runs", *argv]) == 2
