@@ -52,7 +52,7 @@ class Contrast(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What the decoder predicts of a masked patch.
+    """A target is what the decoder predicts of a masked patch.
 
     Attributes:
         label: for tables and reports.
