@@ -1,4 +1,4 @@
-"""Tests of `data/` keep their indexes in a temporary cache folder."""
+"""Each test's indexes lie in a folder of its own."""
 
 import pytest
 
