@@ -16,7 +16,7 @@ class Target(NamedTuple):
 
     Attributes:
         place: `module:function` below this package; the function takes an `OpenedRun` and the folder, or the file of
-            this `suffix`, to write, and returns the paths that it wrote. Imported when it is called: torch takes seconds.
+            this `suffix`, to write, and returns the paths that it wrote; imported when called, for torch takes seconds.
         suffix: of a file that may stand alone; "": always a folder.
         help: one line.
     """
