@@ -99,7 +99,7 @@ def _protocol_of(name: str, argv: list[str]) -> tuple[Protocol, list[str]]:
 
 
 def _run(name: str, of: Protocol, config: EvalConfig, checkpoint: str) -> None:
-    with open_session(config.train.device, config.train.timeout) as here:
+    with open_session(config.train.device, config.watch.timeout) as here:
         # In the order in which a mistake is cheapest to find: weights' header, images, folder.
         with main_first(here):  # that downloads weights and indexes images, if nobody has
             weights = read_weights(checkpoint, config.model.arch, config.model.num_heads)

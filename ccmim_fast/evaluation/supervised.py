@@ -31,7 +31,7 @@ from ccmim_fast.ranks.signals import StopSignals
 from ccmim_fast.runs.metrics import Metrics, ProgressLine
 
 # May differ when a run goes on; whatever else does would make it another one.
-_FREE = ("run.", "train.device", "train.timeout", "train.max_steps", "data.workers", "data.root", "data.test")
+_FREE = ("run.", "watch.", "train.device", "train.max_steps", "data.workers", "data.root", "data.test")
 
 
 class Learner(NamedTuple):
