@@ -15,7 +15,7 @@ from tiny import TINY
 from ccmim_fast.checkpoints import io
 from ccmim_fast.config.keys import settings
 from ccmim_fast.config.load import from_yaml
-from ccmim_fast.engine.loop import fit
+from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.errors import CheckpointError, ConfigError, DataError
 
 
