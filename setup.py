@@ -75,6 +75,7 @@ setup(
         "ccmim_fast.configs": ["*.yaml", "eval/*.yaml"],
         "ccmim_fast.report": ["*.html"],
         "ccmim_fast.export": ["*.md"],
+        "ccmim_fast.ranks": ["*.sh"],
     },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,

@@ -91,6 +91,11 @@ def make_config(
     return config
 
 
+def on_preset(name: str, argv: list[str]) -> list[str]:
+    """Return the settings `argv`, on top of the preset `name` where they name no file or preset themselves."""
+    return argv if any(word.startswith("--config") for word in argv) else ["--config", name, *argv]
+
+
 def presets(below: str = "") -> dict[str, Path]:
     """The shipped presets by name, in alphabetic order; those of pretraining, or in a folder `below` theirs."""
     package = Path(__file__).parents[1]

@@ -177,7 +177,7 @@ def test_positions_are_not_resampled_by_the_size_of_timms_weights(tmp_path):
 @pytest.mark.parametrize(
     ("line", "code", "words"),
     [
-        ([], 2, "which one; one of knn"),
+        ([], 2, "the evaluation is missing; one of knn"),
         (["knm", "timm:vit_tiny_patch16_224"], 2, "'knm|knm: no such evaluation; nearest: knn"),
         (["knn"], 2, "the checkpoint is missing"),
         (["knn", "timm:vit_tiny_patch16"], 2, "no model of timm; nearest is vit_tiny_patch16_224"),
