@@ -8,7 +8,7 @@ from typing import Any
 from ccmim_fast.checkpoints import OpenedRun
 from ccmim_fast.config.load import to_yaml
 from ccmim_fast.config.schema import Config, RunConfig
-from ccmim_fast.models.embedding import patch_size_of
+from ccmim_fast.models.tokens import patch_size_of
 
 
 def public(config: Config) -> Config:
