@@ -1,6 +1,6 @@
-"""Between the backward pass and the update: norms, clipping, and no update where gradients are not finite.
+"""Gradients between backward pass and update: norms, clipping, and no update where gradients are not finite.
 
-Nothing here waits for the device, but for an optimizer that cannot be told by a tensor.
+Nothing here waits for the device, except for an optimizer that takes no flag from the device.
 """
 
 # P parts of the model
@@ -20,13 +20,13 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 class Gradients(NamedTuple):
-    """On the device, float32, unscaled and before clipping.
+    """Figures of a step's gradients, on the device, float32, unscaled and before clipping.
 
     Attributes:
         norm: of all gradients.
-        norms_P: of those of each part.
-        bad: bool, they are not finite; under a scaler only once its scale is down to 1, as it tries too large ones on
-            purpose.
+        norms_P: of each part's gradients.
+        bad: bool, True if they are not finite; under a scaler only once its scale is down to 1, because it tries scales
+            that are too large on purpose.
     """
 
     norm: Tensor
@@ -40,11 +40,12 @@ def guard(
     parts: Sequence[Sequence[nn.Parameter]],
     limit: float = 0.0,
 ) -> Gradients:
-    """Have the next `update` see gradients of norm `limit` at most (0: as they are), and none that are not finite.
+    """Make the next `update` use gradients of norm `limit` at most (0: any norm), and skip those that are not finite.
 
-    Equal to `nn.utils.clip_grad_norm_` before the step. A fused optimizer of torch divides by `grad_scale` as it reads
-    the gradients, and leaves weights and moments alone where `found_inf` is 1: so gradients are read once more, and not
-    written. Those of other optimizers, and those under a scaler (which sets both itself), are clipped in place.
+    The result equals `nn.utils.clip_grad_norm_` before the step. A fused optimizer of torch divides by `grad_scale` as
+    it reads the gradients, and leaves weights and moments alone where `found_inf` is 1: so gradients are read once
+    more, and not written. Other optimizers' gradients, and those under a scaler (which sets both itself), are clipped
+    in place.
 
     Args:
         parts: all parameters of the optimizer, in P parts.
@@ -73,36 +74,33 @@ def guard(
 def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, bad: Tensor) -> None:
     """Take the step that `guard` prepared, or none.
 
-    apex's kernels cannot be told by a tensor: the host waits for `bad`. Within a CUDA graph, where nobody can wait,
-    they take the step whatever the gradients are.
+    apex's kernels take no flag from the device, so the host waits for `bad`. Within a CUDA graph, where waiting is
+    impossible, they take the step whatever the gradients are.
     """
     if scaler.is_enabled() or _reads_scale(optimizer):
         scaler.step(optimizer)
         scaler.update()
-    elif _is_capturing(bad) or not bad.item():
+    elif (bad.is_cuda and torch.cuda.is_current_stream_capturing()) or not bad.item():
         optimizer.step()
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the rate of all groups, without waiting for the device where it is a tensor there."""
+    """Set the rate of all groups, times their `lr_scale`, without waiting for the device where it is a tensor there."""
     for group in optimizer.param_groups:
+        rate = lr * group.get("lr_scale", 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = lr
+            group["lr"] = rate
 
 
 def drop_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """As `zero_grad(set_to_none=True)`, which apex's optimizers do not know."""
+    """Set all gradients to None; apex's optimizers lack `zero_grad(set_to_none=True)`."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None
 
 
 def _reads_scale(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its kernels read `grad_scale` and `found_inf`; apex's says so of itself and reads something else."""
+    """Return True if its kernels read `grad_scale` and `found_inf`; apex's claim it, but read something else."""
     return isinstance(optimizer, torch.optim.AdamW) and getattr(optimizer, "_step_supports_amp_scaling", False)
-
-
-def _is_capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -76,13 +76,13 @@ class Meter:
     Args:
         batch_size: images per optimizer step, over all ranks.
         here: this process's place; the matmul rate is measured on its device.
-        flops_by_op: FLOPs per image by operator, see `engine.dry_run.count_flops`.
+        flops_by_op: FLOPs per image by operator, see `engine.dry_run.count_flops`; without any there is no MFU.
         dtype: of the step's products, whose rate is measured; None: float32.
     """
 
     def __init__(self, batch_size: int, here: Session, flops_by_op: dict[Any, float], dtype: torch.dtype | None = None):
         self._batch_size = batch_size
-        self._peak = measure_matmul_rate(here.device, dtype)
+        self._peak = measure_matmul_rate(here.device, dtype) if flops_by_op else None
         self._world_size, self._watchdog = here.world_size, here.watchdog
         self.flops_by_op = flops_by_op
         self._flops_per_image = sum(self.flops_by_op.values())
@@ -113,12 +113,10 @@ class Meter:
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         steps_per_second = self._steps / elapsed
         images_per_second = steps_per_second * self._batch_size
-        figures = {
-            "images_per_second": images_per_second,
-            "data_wait": self._waited / elapsed,
-            "gflop_per_image": self._flops_per_image / 1e9,
-            "mfu": images_per_second * self._flops_per_image / (self._world_size * self._peak),
-            "eta_seconds": steps_left / max(steps_per_second, 1e-9),
-        }
+        figures = {"images_per_second": images_per_second, "data_wait": self._waited / elapsed}
+        if self._peak is not None:
+            figures["gflop_per_image"] = self._flops_per_image / 1e9
+            figures["mfu"] = images_per_second * self._flops_per_image / (self._world_size * self._peak)
+        figures["eta_seconds"] = steps_left / max(steps_per_second, 1e-9)
         self.pause()
         return figures

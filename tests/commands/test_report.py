@@ -14,8 +14,8 @@ from PIL import Image
 from tiny import tiny_config
 
 from ccmim_fast.cli import main
-from ccmim_fast.commands.report import names_of
-from ccmim_fast.engine.loop import fit
+from ccmim_fast.engine.pretraining import fit
+from ccmim_fast.report.compare import names_of
 from ccmim_fast.runs.state import RunState, write_state
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")

@@ -14,10 +14,11 @@ from ccmim_fast import cli
 from ccmim_fast.checkpoints import open_run
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.load import presets
-from ccmim_fast.engine.loop import fit
+from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.evaluation.encoders import build_encoder, read_encoder
 from ccmim_fast.evaluation.masks.subject import read_subject
-from ccmim_fast.evaluation.protocols import FIGURES, protocol
+from ccmim_fast.evaluation.protocols import protocol
+from ccmim_fast.evaluation.registry import EVALUATIONS
 from ccmim_fast.export.plain import export_timm
 from ccmim_fast.models.encoder import build_encoder as ours
 
@@ -64,7 +65,7 @@ def test_deviations_are_listed_and_only_those(evaluated, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", [name for name in presets("eval") if not name.startswith(("transfer", "detection"))])
 def test_presets_hold_the_figures_of_their_protocols(name):
-    of = protocol(next(evaluation for evaluation in FIGURES if name.startswith(evaluation)), name)
+    of = protocol(next(evaluation for evaluation in EVALUATIONS if name.startswith(evaluation)), name)
     assert of.source
     assert of.images == PUBLISHED.get(of.evaluation, IMAGENET)
     optim, train = of.config.optim, of.config.train
@@ -177,7 +178,7 @@ def test_positions_are_not_resampled_by_the_size_of_timms_weights(tmp_path):
 @pytest.mark.parametrize(
     ("line", "code", "words"),
     [
-        ([], 2, "which one; one of knn"),
+        ([], 2, "the evaluation is missing; one of knn"),
         (["knm", "timm:vit_tiny_patch16_224"], 2, "'knm|knm: no such evaluation; nearest: knn"),
         (["knn"], 2, "the checkpoint is missing"),
         (["knn", "timm:vit_tiny_patch16"], 2, "no model of timm; nearest is vit_tiny_patch16_224"),

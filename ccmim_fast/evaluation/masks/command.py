@@ -44,7 +44,7 @@ def masks(argv: list[str]) -> None:
     with open_session(subject.config.train.device) as here:
         if here.world_size > 1:
             raise ConfigError(f"{PROG}: one process only, got {here.world_size}; start it without torchrun")
-        folder = open_run_folder(subject.config, goes_on=False)
+        folder = open_run_folder(subject.config, resumable=False)
         describe_run(folder, subject.config, here.device)
         looks = [_look(subject.untrained(), few, object_BL, given.drawn, here.device)] if given.moments > 1 else []
         looks.append(_look(subject, few, object_BL, given.drawn, here.device))
