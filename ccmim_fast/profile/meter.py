@@ -1,5 +1,6 @@
 """Images per second, arithmetic per image, and what share of the device's own matmul rate a run reaches (MFU)."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -92,20 +93,21 @@ class Meter:
         """Start a new reading: what happened since the last one was no training."""
         self._start, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
-    def stepped(self) -> None:
-        """After each optimizer step."""
-        self._steps += 1
+    def steps(self, items: Iterable[Item], first: int) -> Iterator[Item]:
+        """Yield the items, each the images of a step, the first one's number being `first`.
 
-    def waiting(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, while the time to get each is counted as waiting for data."""
+        The time to get an item counts as waiting for data; the step is counted when its item is handed out.
+        """
         items = iter(items)
-        while True:
+        for number in itertools.count(first):
             asked = time.perf_counter()
             self._watchdog.enter_phase("waiting for images")
             item = next(items, None)
             self._waited += time.perf_counter() - asked
             if item is None:
                 return
+            self._watchdog.enter_phase("in step", number)
+            self._steps += 1
             yield item
 
     def read(self, steps_left: int) -> dict[str, float]:
