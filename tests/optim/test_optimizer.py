@@ -10,8 +10,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ccmim_fast.errors import MachineError
 from ccmim_fast.optim.ema import build_ema, update_ema_
-from ccmim_fast.optim.gradients import guard, update
-from ccmim_fast.optim.optimizer import build_optimizer, set_lr
+from ccmim_fast.optim.gradients import guard, set_lr, update
+from ccmim_fast.optim.optimizer import build_optimizer
 
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.05, "betas": (0.9, 0.95)}
 

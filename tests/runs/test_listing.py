@@ -11,7 +11,7 @@ import pytest
 
 from ccmim_fast.checkpoints.manifest import MANIFEST, STATE, Sum, manifest
 from ccmim_fast.cli import main
-from ccmim_fast.runs.listing import describe, status, last_line
+from ccmim_fast.runs.listing import describe, last_line, status
 from ccmim_fast.runs.state import RunState, process_start, write_state
 
 HERE = RunState("running", os.getpid(), socket.gethostname(), process_start(os.getpid()))
