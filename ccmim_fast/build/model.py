@@ -1,4 +1,4 @@
-"""From the configuration to the model and its losses; `models/` and `losses/` know no configuration.
+"""This file builds the model and its losses from the configuration, which `models/` and `losses/` do not know.
 
 A class behind a registered name is built with the settings of its section that its constructor names as keyword
 arguments: a new score source or loss with a new setting needs no line here.

@@ -27,7 +27,7 @@ from ccmim_fast.registry import SCORE_SOURCES
 
 
 class Seen(NamedTuple):
-    """What a micro-batch shows beside its losses; on the device, without gradient.
+    """The observations of a micro-batch beside its losses; on the device, without gradient.
 
     Attributes:
         nan_B: bool, images with NaN scores.
@@ -47,7 +47,7 @@ class Seen(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """Of this rank, on the device, without gradient; scalars are float32.
+    """The results of a step on this rank; on the device, without gradient, scalars in float32.
 
     Attributes:
         total, recons, contrast, entropy: means over the micro-batches; `contrast` is zero where the run has none.
@@ -112,7 +112,7 @@ class TrainStep:
         return self.run(batches)
 
     def run(self, batches: Sequence[Batch]) -> StepResult:
-        """The step at the optimizer's present rate; everything it reads and writes is on the device."""
+        """Take the step at the optimizer's present rate; all that it reads and writes is on the device."""
         sums = torch.zeros(4, device=self.device)
         nan_id = torch.full((), -1, device=self.device)
         before, seen = [buffer.clone() for buffer in self._statistics], []
@@ -137,7 +137,7 @@ class TrainStep:
         boxes_B4: Tensor | None = None,
         maps_BGG: Tensor | None = None,
     ) -> tuple[Losses, Seen]:
-        """Eq. 10 of one micro-batch, and what it showed."""
+        """Compute Eq. 10 of one micro-batch, and observe it."""
         model, momentum = self.model, self.config.score.momentum
         prior = None if maps_BGG is None else PriorScores(*warp.read(maps_BGG, boxes_B4, model.grid))
         # A cast weight that is kept gives the weight no gradient where a pass without gradients made it, as scores of
@@ -162,7 +162,7 @@ class TrainStep:
         return contextlib.nullcontext()
 
     def _update(self, before: list[Tensor]) -> Gradients:
-        """`before` are the model's statistics before the step, which a step without an update does not change."""
+        """Update weights and averages; a step without an update restores the statistics `before` it."""
         gradients = guard(self.optimizer, self.scaler, list(self.parts.values()), self.config.optim.clip_grad)
         update(self.optimizer, self.scaler, gradients.bad)
         drop_gradients(self.optimizer)
@@ -174,7 +174,7 @@ class TrainStep:
 
 
 def parts_of(model: CCMIM) -> dict[str, list[nn.Parameter]]:
-    """The trained parameters of encoder, decoder and heads, as far as there are any."""
+    """Return the trained parameters of encoder, decoder and heads, as far as there are any."""
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -184,7 +184,7 @@ def parts_of(model: CCMIM) -> dict[str, list[nn.Parameter]]:
 
 
 def _entropy(output: Output) -> Tensor:
-    """`Seen.entropy`."""
+    """Compute `Seen.entropy`."""
     logits_BL = output.logits_BL
     if logits_BL is None:
         return torch.full((), torch.nan, device=output.pred_BMP.device)

@@ -69,7 +69,7 @@ class CCMIM(nn.Module):
 
     @property
     def banked(self) -> bool:
-        """Whether the scores of a pass come from those of earlier passes."""
+        """Tell whether the scores of a pass come from those of earlier passes."""
         return self.read_blocks > 0
 
     def forward(

@@ -85,12 +85,13 @@ def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, bad: 
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the rate of all groups, without waiting for the device where it is a tensor there."""
+    """Set the rate of all groups, times their `lr_scale`, without waiting for the device where it is a tensor there."""
     for group in optimizer.param_groups:
+        rate = lr * group.get("lr_scale", 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = lr
+            group["lr"] = rate
 
 
 def drop_gradients(optimizer: torch.optim.Optimizer) -> None:

@@ -76,7 +76,7 @@ class Meter:
     Args:
         batch_size: images per optimizer step, over all ranks.
         session: the matmul rate is measured on its device.
-        flops_by_op: FLOPs per image by operator, see `engine.dry_run.count_flops`.
+        flops_by_op: FLOPs per image by operator, see `engine.dry_run.count_flops`; without any there is no MFU.
         dtype: of the step's products, whose rate is measured; None: float32.
     """
 
@@ -84,7 +84,7 @@ class Meter:
         self, batch_size: int, session: Session, flops_by_op: dict[Any, float], dtype: torch.dtype | None = None
     ):
         self._batch_size, self._session, self.flops_by_op = batch_size, session, flops_by_op
-        self._peak = session.world_size * measure_matmul_rate(session.device, dtype)
+        self._peak = session.world_size * measure_matmul_rate(session.device, dtype) if flops_by_op else None
         self.pause()
 
     def pause(self) -> None:
@@ -110,12 +110,10 @@ class Meter:
     def read(self, steps_left: int) -> dict[str, float]:
         """Return the figures since the last reading: img/s over all ranks, shares, GFLOP per image, seconds left."""
         elapsed = max(time.perf_counter() - self._start, 1e-9)
-        flops, waited, steps_per_second = sum(self.flops_by_op.values()), self._waited, self._steps / elapsed
+        steps_per_second, flops = self._steps / elapsed, sum(self.flops_by_op.values())
+        images_per_second = steps_per_second * self._batch_size
+        figures = {"images_per_second": images_per_second, "data_wait": self._waited / elapsed}
+        if self._peak is not None:
+            figures |= {"gflop_per_image": flops / 1e9, "mfu": images_per_second * flops / self._peak}
         self.pause()
-        return {
-            "images_per_second": steps_per_second * self._batch_size,
-            "data_wait": waited / elapsed,
-            "gflop_per_image": flops / 1e9,
-            "mfu": steps_per_second * self._batch_size * flops / self._peak,
-            "eta_seconds": steps_left / max(steps_per_second, 1e-9),
-        }
+        return figures | {"eta_seconds": steps_left / max(steps_per_second, 1e-9)}

@@ -1,30 +1,24 @@
-"""`ccmim runs`: every run folder below a folder, its state and its newest figures. Imports no torch."""
+"""Run folders below a folder: how each run stands and what it logged last. Imports no torch."""
 
 import contextlib
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from ccmim_fast.checkpoints.manifest import read_manifest
-from ccmim_fast.errors import CheckpointError, ConfigError, one_line
+from ccmim_fast.errors import CheckpointError, one_line
 from ccmim_fast.runs.state import CHECKPOINTS, CONFIG, FILE, METRICS, RunState, is_alive, read_state
 
 COLUMNS = ("run", "state", "epoch", "loss", "recons", "contrast", "img/s", "saved", "silent")
-_TAIL = 65536  # bytes at the end of metrics.jsonl that are read first; a line has about 400
-_SILENT = 600  # seconds without a line after which a run on another machine counts as dead; covers an evaluation
-_LINES = 5  # the same in log lines that should have come meanwhile, for slow steps
-_WIDTH = 160  # characters of a line, unless it is written to a terminal
+_TAIL = 65536  # bytes of metrics.jsonl read first; a line has about 400
+_SILENT = 600  # seconds without a line, after which a run on another machine counts as gone; covers a look and a save
+_LINES = 5  # the same, in log lines that should have come meanwhile, for slow steps
 
 
 class RunRow(NamedTuple):
@@ -32,38 +26,6 @@ class RunRow(NamedTuple):
 
     cells: tuple[str, ...]
     error: str
-
-
-def print_runs(argv: list[str]) -> None:
-    """`ccmim runs [FOLDER]`: list the run folders below FOLDER (default: runs) with their state and newest figures.
-
-    state: running; done; stopped (in order, before the end, by a signal); failed (the error stands below the table);
-    dead (killed). `running?` and `dead?` are runs on another machine, judged by the age of their last line.
-    saved: the step of the newest complete checkpoint. silent: the time since the run last wrote.
-    """
-    if argv and argv[0] in ("-h", "--help"):
-        print(print_runs.__doc__.replace("`", ""))
-        return
-    if len(argv) > 1 or (argv and argv[0].startswith("-")):
-        raise ConfigError("usage: ccmim runs [FOLDER]")
-    root = Path(argv[0] if argv else "runs")
-    if not root.is_dir():
-        raise ConfigError(f"ccmim runs: {str(root)!r:.80}: no such folder; write ccmim runs FOLDER")
-    rows = [describe(folder, root) for folder in run_folders(root)]
-    if not rows:
-        print(f"no run below {str(root)!r}")
-        return
-    # Narrow: it fits 80 characters with runs of short names, and folds longer ones.
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in COLUMNS:
-        left = name in ("run", "state")
-        table.add_column(name, justify="left" if left else "right", no_wrap=name != "run", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row.cells))
-    Console(width=None if sys.stdout.isatty() else _WIDTH).print(table)
-    for row in rows:
-        if row.error:
-            print(f"{row.cells[0]}: {row.error}")
 
 
 def run_folders(root: Path) -> Iterator[Path]:

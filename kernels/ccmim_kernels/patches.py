@@ -1,4 +1,4 @@
-"""Patches of an image, in MAE's order: patches row by row, and (row, column, channel) inside a patch."""
+"""An image is cut into patches in MAE's order: patches row by row, and (row, column, channel) inside a patch."""
 
 # B batch, H height, W width, C channels, L patches, P patch * patch * C
 
@@ -6,7 +6,11 @@ from torch import Tensor
 
 
 def patchify(images_BHWC: Tensor, patch: int) -> Tensor:
-    """[B, H, W, C] -> [B, L, patch * patch * C], any dtype; H and W multiples of `patch`."""
+    """Return the patches of images, [B, H, W, C] -> [B, L, patch * patch * C], any dtype.
+
+    Raises:
+        ValueError: H or W is no multiple of `patch`.
+    """
     B, H, W, C = images_BHWC.shape
     if H % patch or W % patch:
         raise ValueError(f"image {H}x{W} is no multiple of patch={patch}")
@@ -15,7 +19,7 @@ def patchify(images_BHWC: Tensor, patch: int) -> Tensor:
 
 
 def unpatchify(patches_BLP: Tensor, patch: int, height: int, width: int) -> Tensor:
-    """The inverse of `patchify`: [B, L, patch * patch * C] -> [B, height, width, C]."""
+    """Invert `patchify`: [B, L, patch * patch * C] -> [B, height, width, C]."""
     B, _, P = patches_BLP.shape
     C = P // patch**2
     grid = patches_BLP.reshape(B, height // patch, width // patch, patch, patch, C)

@@ -65,7 +65,7 @@ def test_it_fits_a_narrow_terminal(tmp_path, capsys, monkeypatch):
     """A name is folded; nothing else is cut."""
     run = make(tmp_path / "a-name-of-some-length", HERE, [LINE | {"epoch": 123.45, "contrast": 3.0}])
     checkpoint(run, 123456)
-    monkeypatch.setattr("ccmim_fast.runs.listing._WIDTH", 80)
+    monkeypatch.setattr("ccmim_fast.commands.runs.WIDE", 80)
     assert main(["runs", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert all(len(line) <= 80 for line in printed.splitlines())
@@ -135,7 +135,8 @@ def test_a_name_that_is_not_text(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"), [(["nowhere"], "'nowhere': no such folder"), (["a", "b"], "usage"), (["--all"], "usage")]
+    ("argv", "words"),
+    [(["nowhere"], "'nowhere': no such folder"), (["a", "b"], "b: unexpected"), (["--all"], "--all: unknown")],
 )
 def test_mistakes(argv, words, capsys):
     assert main(["runs", *argv]) == 2
