@@ -131,7 +131,7 @@ def called(argv: list[str]) -> tuple[int, str]:
 def test_fault_27_command_lines(monkeypatch):
     seen = Counter()
     for name in (
-        *("engine.loop.fit", "ablation.demo.run_demo", "commands.submit.submit_job", "ablation.run.run_all"),
+        *("engine.pretraining.fit", "ablation.demo.run_demo", "commands.submit.submit_job", "ablation.run.run_all"),
         *("data.throughput.measure_throughput", "data.verify.verify", "doctor.parts.gpus"),
         *("evaluation.command.open_run_folder", "evaluation.masks.subject.build_model"),
         "checkpoints.run.build_model",
