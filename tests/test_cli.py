@@ -1,15 +1,19 @@
 """The command: one line and an exit code for every mistake, and what is no run."""
 
+import ast
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ccmim_fast import cli
+from ccmim_fast.ablation.variants import ABLATIONS
 from ccmim_fast.checkpoints import io
 from ccmim_fast.cli import main
+from ccmim_fast.commands import COMMANDS, bench, data, runs
 from ccmim_fast.errors import ConfigError
+from ccmim_fast.evaluation.command import EVALUATIONS
 
 
 @pytest.mark.parametrize(
@@ -23,6 +27,8 @@ from ccmim_fast.errors import ConfigError
         (["pretrain", "--train.device=cuda", "--run.dir=RUN"], 6, ["no CUDA device"]),
         (["export", "timm", "/nowhere", "out.safetensors"], 5, ["no complete checkpoint"]),
         (["export"], 2, ["TARGET, RUN, OUT"]),
+        (["data", "indx"], 2, ["'indx': no such command", "nearest: index"]),
+        (["bench"], 2, ["the benchmark is missing", "throughput"]),
         (["demo", "--data.source=photos"], 2, ["data.source=photos"]),
     ],
 )
@@ -50,7 +56,7 @@ def test_what_ends_any_command_is_one_line(error, code, line, monkeypatch, capsy
     def fails(argv):
         raise error
 
-    monkeypatch.setitem(cli.COMMANDS, "runs", fails)
+    monkeypatch.setattr(runs, "runs", fails)
     assert main(["runs"]) == code
     assert capsys.readouterr().err == line + "\n"
 
@@ -59,14 +65,55 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
     def fails(argv):
         raise OSError("no number: not the system's")
 
-    monkeypatch.setitem(cli.COMMANDS, "runs", fails)
+    monkeypatch.setattr(runs, "runs", fails)
     with pytest.raises(OSError, match="no number"):
         main(["runs"])
 
 
 def test_help(capsys):
-    assert main([]) == 0
-    assert "pretrain" in capsys.readouterr().out
+    """Every command of the table is listed."""
+    for argv in ([], ["--help"], ["-h"]):
+        assert main(argv) == 0
+        printed = capsys.readouterr().out
+        assert all(f"\n  {name:9}" in printed and command.help in printed for name, command in COMMANDS.items())
+
+
+WITH_HELP = [[name] for name in COMMANDS]
+WITH_HELP += [["data", name] for name in data.NAMES] + [["ablate", name] for name in ABLATIONS]
+WITH_HELP += [["eval", name] for name in [*EVALUATIONS, "masks"]]
+
+
+@pytest.mark.parametrize("words", WITH_HELP, ids=" ".join)
+def test_every_command_has_help(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr()
+    assert said.out.startswith(f"usage: ccmim {' '.join(words)}")
+    assert said.err == ""
+
+
+def test_every_benchmark_is_handed_its_options(monkeypatch):
+    """`--help` among them: the script prints it."""
+    called, done = [], SimpleNamespace(returncode=0)
+    monkeypatch.setattr(bench.subprocess, "run", lambda command, env: called.append(command) or done)
+    for name, script in bench.SCRIPTS.items():
+        assert main(["bench", name, "--help"]) == 0
+        assert str(called[-1][1]).endswith(f"benchmarks/{script}")
+        assert called[-1][2:] == ["--help"]
+    assert bench.SCRIPTS.keys() == bench.NAMES.keys()
+
+
+def test_a_command_imports_what_it_needs_when_it_is_called():
+    """`ccmim --help` and those of the quick commands load no torch; nor is another command's file imported."""
+    code = "import sys; from ccmim_fast.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+    code += "print([n for n in sys.modules if n in ('torch', 'timm') or n.startswith('ccmim_fast.commands.')])"
+    quick = ["demo", "pretrain", "submit", "runs", "report", "data", "export", "embed", "import", "ablate", "bench"]
+    for argv in ([], *([name] for name in [*quick, "doctor"])):
+        done = subprocess.run([sys.executable, "-c", code, *argv, "--help"], capture_output=True, text=True, check=True)
+        own = [f"ccmim_fast.commands.{COMMANDS[argv[0]].place.partition(':')[0]}"] if argv else []
+        own += ["ccmim_fast.commands.pretrain"] * (argv == ["submit"])
+        assert sorted(ast.literal_eval(done.stdout.splitlines()[-1])) == sorted(own), argv
 
 
 @pytest.mark.parametrize("state", [{}, {"model": 5, "ema": None}, {"model": {}, "ema": None}, {"model": {}, "ema": 5}])
@@ -74,7 +121,7 @@ def test_export_of_what_is_no_run(tmp_path, capsys, state):
     io.save(tmp_path / "checkpoints", 1, state, keep=1)
     assert main(["export", "timm", str(tmp_path), str(tmp_path / "out.safetensors")]) == 5
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("step_00000001: state.pt is no run's: it has no model, settings or progress")
+    assert line.endswith("step_00000001: not a checkpoint of pretraining; name the folder of such a run")
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -82,12 +129,14 @@ def test_it_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "ccmim_fast.cli", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stdout.startswith("usage: ccmim COMMAND")
+    assert done.stderr == ""
 
 
 def test_a_reader_that_went_away_is_no_traceback():
     """As in `ccmim submit --print ... | head -1`; more than a pipe's buffer is printed."""
-    program = "import sys; from ccmim_fast import cli; cli.COMMANDS['long'] = lambda _: print('x' * 10**6); "
-    command = [sys.executable, "-c", program + "sys.exit(cli.main(['long']))"]
+    program = "import sys; from ccmim_fast import cli; from ccmim_fast.commands import runs; "
+    program += "runs.runs = lambda argv: print('x' * 10**6); sys.exit(cli.main(['runs']))"
+    command = [sys.executable, "-c", program]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.read(1)
     process.stdout.close()

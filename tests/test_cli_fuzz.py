@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ccmim_fast import cli
+from ccmim_fast import cli, errors
 from ccmim_fast.checkpoints import io as checkpoints
+from ccmim_fast.commands import COMMANDS, bench
 from ccmim_fast.errors import StoppedError
 
 CASES = 800  # with those of tests/config/test_fuzz.py 2,000
@@ -130,14 +131,14 @@ def called(argv: list[str]) -> tuple[int, str]:
 def test_fault_27_command_lines(monkeypatch):
     seen = Counter()
     for name in (
-        *("trainer.loop.fit", "demo.run_demo", "submit.hand_in", "ablation.command.run_all"),
-        *("data.throughput.measure_throughput", "data.verify.verify", "doctor.gpus"),
+        *("engine.loop.fit", "ablation.demo.run_demo", "commands.submit.submit_job", "ablation.run.run_all"),
+        *("data.throughput.measure_throughput", "data.verify.verify", "doctor.parts.gpus"),
         *("evaluation.command.open_run_folder", "evaluation.masks.subject.build_model"),
-        "evaluation.masks.subject.restored",
-        *("export.trained.build_model", "export.imported.build_model", "export.hub.push"),
+        "checkpoints.run.build_model",
+        *("export.imported.build_model", "export.hub.push"),
     ):
         monkeypatch.setattr(f"ccmim_fast.{name}", begin)
-    monkeypatch.setattr(cli, "subprocess", SimpleNamespace(run=begin))
+    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=begin))
 
     @settings(max_examples=CASES, deadline=None, derandomize=True, database=None)
     @given(command_lines)
@@ -147,9 +148,9 @@ def test_fault_27_command_lines(monkeypatch):
         if code:
             assert len(said.splitlines()) == 1, (argv, said)
             assert said.startswith("ccmim: "), (argv, said)
-            assert len(said) <= len("ccmim: ") + cli._LINE + len("...\n"), argv
+            assert len(said) <= len("ccmim: ") + errors.LINE + len("...\n"), argv
             assert said.strip().isprintable(), (argv, said)
-        seen[argv[0] if argv and argv[0] in cli.COMMANDS else "", code] += 1
+        seen[argv[0] if argv and argv[0] in COMMANDS else "", code] += 1
 
     with tempfile.TemporaryDirectory() as outer:
         # Below, so that `../..` is ours, too.
@@ -160,7 +161,7 @@ def test_fault_27_command_lines(monkeypatch):
         run()
         monkeypatch.undo()
     assert sum(seen.values()) >= CASES
-    for command in cli.COMMANDS:
+    for command in COMMANDS:
         codes = {code for name, code in seen if name == command}
         assert 2 in codes, command
         assert codes & {0, BEGUN}, f"no line of {command} got through: the test tests little of it"

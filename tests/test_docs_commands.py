@@ -24,17 +24,16 @@ import pytest
 import torch
 from PIL import Image
 
-from ccmim_fast.ablation.command import _parser as parse_ablation
-from ccmim_fast.ablation.command import on_a_base
 from ccmim_fast.ablation.variants import ABLATIONS
-from ccmim_fast.cli import BENCHMARKS, COMMANDS, main
+from ccmim_fast.cli import main
+from ccmim_fast.commands import COMMANDS, ablate, data, import_
+from ccmim_fast.commands.bench import SCRIPTS
 from ccmim_fast.config.evaluation import EvalConfig, validate_evaluation
-from ccmim_fast.config.load import load_config
+from ccmim_fast.config.load import load_config, on_preset
 from ccmim_fast.config.validate import validate
 from ccmim_fast.evaluation.command import EVALUATIONS, _protocol_of
 from ccmim_fast.evaluation.masks.command import _read as read_masks
 from ccmim_fast.evaluation.protocols import FOLDER
-from ccmim_fast.export.imported import _read as read_import
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -138,7 +137,7 @@ def parse_torchrun(words):
 
 def parse_only(command, words):
     if command == "bench":
-        path = ROOT / "benchmarks" / BENCHMARKS[words[0]]
+        path = ROOT / "benchmarks" / SCRIPTS[words[0]]
         spec = importlib.util.spec_from_file_location(f"documented_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -154,12 +153,12 @@ def parse_only(command, words):
         load_config(settings, "ccmim eval", EvalConfig, validate_evaluation, FOLDER)
         return
     if command == "import":
-        given, settings = read_import(words)
+        given, settings = import_.read_options(words)
         load_config([*settings, f"--model.arch={given.arch}"], "ccmim import")
         return
     assert words[0] in ABLATIONS
-    _, settings = parse_ablation(words[0]).parse_known_args(words[1:])
-    load_config(on_a_base(settings), "ccmim ablate")
+    _, settings = ablate.parser_of(words[0]).parse_known_args(words[1:])
+    load_config(on_preset("demo", settings), "ccmim ablate")
 
 
 @pytest.fixture
@@ -211,9 +210,9 @@ def test_commands_that_are_named_in_words_exist(page):
         name, *rest = command.split()
         assert name in COMMANDS, command
         if name == "bench" and rest:
-            assert rest[0] in BENCHMARKS, command
+            assert rest[0] in SCRIPTS, command
         if name == "data" and rest:
-            assert rest[0] in ("index", "verify", "shard", "stats", "bench"), command
+            assert rest[0] in data.NAMES, command
 
 
 @pytest.mark.slow

@@ -8,15 +8,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A folder may import itself and what stands before it; errors.py and registry.py are everyone's, cli.py sees all.
 LAYERS = ["config", "data", "models", "bank", "losses", "build", "optim", "checkpoints", "runs", "ranks", "profile"]
-LAYERS += ["engine", "report", "evaluation", "export", "ablation", "commands"]
+LAYERS += ["engine", "report", "evaluation", "export", "doctor", "ablation", "commands"]
 ONE_FILE = {
     "nvidia": "data/stream/dali_loader.py",
     "xformers": "models/block.py",
     "apex": "optim/apex.py",
     "torchmetrics": "evaluation/detection/precision.py",
-    "submitit": "commands/submit.py",
+    "submitit": "ranks/slurm.py",
     "huggingface_hub": "export/hub.py",
-    "segmentation_models_pytorch": "evaluation/segmentation/upernet.py",
+    "segmentation_models_pytorch": "evaluation/segmentation/model.py",
 }
 
 

@@ -3,8 +3,6 @@
 import json
 import multiprocessing
 import os
-import statistics
-import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -13,19 +11,18 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ccmim_fast.ablation.milestones import fit_and_measure
 from ccmim_fast.config.load import load_config
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.build import build_source
 from ccmim_fast.data.source import Source
-from ccmim_fast.engine.loop import Trainer, fit
+from ccmim_fast.engine.pretraining import Pretraining
 from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.frozen.held_out import make_held_out, measure_features
 from ccmim_fast.evaluation.masks.score_probe import probe_scores
-from ccmim_fast.report.curves import read_metrics
 
 PROBED = 1000  # training images whose scores and masks are looked at
 SUMMARY = "summary.json"  # in the folder of a run that is done
-LOOKS = 4  # moments of a run at which they are, its end included
 
 
 class Run(NamedTuple):
@@ -102,27 +99,18 @@ def finished(run: Run, folder: Path, test: str) -> dict[str, Any] | None:
 
 
 def _pretrain(config: Config, test: str) -> dict[str, Any]:
-    epochs, looks, features = config.train.epochs, [], {}
-    wanted = {round(epochs * i / LOOKS) for i in range(1, LOOKS + 1)}
-    started, looked = time.perf_counter(), 0.0  # in all, of it with looking
-
-    def look(epoch: int, run: Trainer) -> None:
-        nonlocal looked
-        if epoch not in wanted:
-            return
-        begun = time.perf_counter()
+    def measure(epoch: int, trainer: Pretraining) -> dict[str, float | None]:
+        if not epoch:
+            return {}
         # The scores that the next epoch would divide by.
-        looks.append(
-            {"epoch": epoch, "seconds": begun - started - looked, **probe_scores(run, epoch, PROBED)._asdict()}
-        )
-        if epoch == epochs and (held_out := held_out_of(run.source, config, test)) is not None:
-            features.update(measure_features(run.model, config, held_out))
-        looked += time.perf_counter() - begun
+        figures = probe_scores(trainer, epoch, PROBED)._asdict()
+        if epoch == config.train.epochs and (held_out := held_out_of(trainer.source, config, test)) is not None:
+            figures |= measure_features(trainer.model, config, held_out)
+        return figures
 
-    folder = fit(config, after_epoch=look)
-    rates = [line["images_per_second"] for line in read_metrics(folder / "metrics.jsonl")]
-    # The first line counts FLOPs as it goes, which is slow.
-    return {**looks[-1], **features, "images_per_second": statistics.median(rates[1:] or rates), "looks": looks}
+    milestones, rate = fit_and_measure(config, measure)
+    looks = [{"epoch": epoch, "seconds": seconds, **figures} for epoch, seconds, figures in milestones if epoch]
+    return {**looks[-1], "images_per_second": rate, "looks": looks}
 
 
 def held_out_of(train: Source, config: Config, test: str) -> Source | None:

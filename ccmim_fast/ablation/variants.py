@@ -3,9 +3,6 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import timm
-import torch
-
 from ccmim_fast.config.schema import Config
 
 Variants = dict[str, list[str]]
@@ -61,6 +58,10 @@ def score_variants(base: Config) -> Variants:
 
 
 def _depth(arch: str) -> int:
+    # Seconds to import, which `ccmim ablate --help` need not wait for.
+    import timm
+    import torch
+
     with torch.device("meta"):
         return len(timm.create_model(arch).blocks)
 

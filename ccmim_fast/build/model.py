@@ -1,4 +1,4 @@
-"""From the configuration to the model and its losses; `models/` and `losses/` know no configuration.
+"""This file builds the model and its losses from the configuration, which `models/` and `losses/` do not know.
 
 A class behind a registered name is built with the settings of its section that its constructor names as keyword
 arguments: a new score source or loss with a new setting needs no line here.
@@ -13,8 +13,7 @@ from ccmim_fast import registry
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.losses.criteria import Objective
-from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.models.decoder import Decoder
+from ccmim_fast.models.ccmim import CCMIM, Decoder
 from ccmim_fast.models.encoder import build_encoder, configure_blocks
 from ccmim_fast.models.heads import Heads, build_predictor, build_projector
 from ccmim_fast.models.scores import ScoreSource

@@ -1,0 +1,80 @@
+"""The commands of `ccmim`: a file for each, named as the command, and the table that finds it.
+
+A command's file reads options and calls a library function of another folder. It is imported when its command is
+called, and imports heavy libraries (torch, timm) after the options are read: so every `--help` is quick.
+"""
+
+from collections.abc import Callable, Mapping
+from pkgutil import resolve_name
+from typing import NamedTuple
+
+from ccmim_fast.config.keys import nearest
+from ccmim_fast.errors import ConfigError
+
+HELP = ("-h", "--help")
+
+
+class Command(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        place: `module:function` below this package; the function takes the words behind the command's name.
+        help: one line.
+    """
+
+    place: str
+    help: str
+
+    def load(self) -> Callable[[list[str]], None]:
+        return resolve_name(f"{__name__}.{self.place}")
+
+
+COMMANDS = {
+    "demo": Command("demo:demo", "pretrain ccMIM and MAE on made images, compare them, write a report"),
+    "pretrain": Command("pretrain:pretrain", "pretrain a vision transformer on your images"),
+    "submit": Command("submit:submit", "pretrain as a job of Slurm"),
+    "runs": Command("runs:runs", "list runs, how each stands and what it logged last"),
+    "report": Command("report:report", "compare runs in one offline HTML page"),
+    "data": Command("data:data", "index, check, gather and measure images"),
+    "eval": Command("eval:evaluate", "measure a checkpoint by a published protocol, or draw its scores and masks"),
+    "export": Command("export:export", "write a run's weights for another library"),
+    "embed": Command("embed:embed", "write features of a folder's images"),
+    "import": Command("import_:import_weights", "make a checkpoint of published weights"),
+    "ablate": Command("ablate:ablate", "train variants side by side, several seeds, one table"),
+    "bench": Command("bench:bench", "measure speed, in a checkout"),
+    "doctor": Command("doctor:doctor", "show what this machine has, and what to install for more"),
+}
+
+
+def usage(program: str, kind: str, names: Mapping[str, str], then: str = "[options]") -> str:
+    """Return the help of a program whose first word is one of `names`: a line for each of them."""
+    rows = [f"  {name:<{max(map(len, names))}}  {help}" for name, help in names.items()]
+    title = f"usage: {program} {kind.upper()} {then}"
+    return "\n".join([title, "", *rows, "", f"{program} {kind.upper()} --help tells more."])
+
+
+def take_name(
+    program: str, kind: str, names: Mapping[str, str], argv: list[str], then: str = "[options]"
+) -> tuple[str, list[str]]:
+    """Split a command line into its first word, which is one of `names`, and the others.
+
+    Args:
+        program: the command that `argv` stands behind, such as "ccmim data".
+        kind: the noun for what `names` are, such as "command".
+        names: the words that may come first, each with its line of help.
+        argv: the words behind `program`.
+        then: what follows the first word, for the help.
+
+    Raises:
+        ConfigError: the first word is missing or unknown; the message names the nearest.
+        SystemExit: 0, after printing the help that `--help` asks for.
+    """
+    if argv and argv[0] in HELP:
+        print(usage(program, kind, names, then))
+        raise SystemExit(0)
+    if not argv:
+        raise ConfigError(f"{program}: the {kind} is missing; one of {', '.join(names)}")
+    if argv[0] not in names:
+        near = nearest(argv[0], names)
+        raise ConfigError(f"{program}: {argv[0]!r:.80}: no such {kind}; nearest: {near}; one of {', '.join(names)}")
+    return argv[0], argv[1:]

@@ -1,54 +1,57 @@
-"""The commands `ccmim data index | verify | shard | stats | bench`."""
+"""`ccmim data index | verify | shard | stats | bench`: look after a set of images."""
 
 import argparse
 import sys
-from collections.abc import Callable
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ccmim_fast.config.parser import Parser
+from ccmim_fast.commands import take_name
+from ccmim_fast.config.parser import Parser, whole_number
 from ccmim_fast.data.index.indexed import IndexedSource, open_images
 from ccmim_fast.data.progress import progress_bar
-from ccmim_fast.errors import ConfigError
 
-_SHOWN = 20  # bad samples listed by name, kinds of reasons
-_INTERRUPTED = 130  # as a shell has it for Ctrl-C
-_NO_LIMIT = 2**63
-_RANGES = {
-    "workers": (0, _NO_LIMIT),
-    "images": (1, _NO_LIMIT),
-    "batch": (1, _NO_LIMIT),
-    "image_size": (1, _NO_LIMIT),
-    "side": (0, _NO_LIMIT),
-    "channels": (1, _NO_LIMIT),
-    "quality": (1, 100),
-    "shard_bytes": (1, _NO_LIMIT),
-    "seed": (0, 2**32 - 1),
+NAMES = {
+    "index": "make the index of a set of images, or bring it up to date",
+    "verify": "decode every image whole, mark in the index what fails, and list it",
+    "shard": "gather the images in tars, with their index",
+    "stats": "measure mean and standard deviation of the pixels, printed as settings",
+    "bench": "measure what reading, decoding, cropping and copying cost, and what bounds a run",
 }
+_SHOWN = 20  # bad samples listed by name, kinds of reasons
+_INTERRUPTED = 130  # the exit code that a shell has for Ctrl-C
 
 
-def index(argv: list[str]) -> None:
-    """`ccmim data index ROOT`: make the index of a set of images, or bring it up to date."""
-    given = _parser("index", index).parse_args(argv)
-    source = _open(given, rescan=True)
+def data(argv: list[str]) -> None:
+    """Run one of `NAMES` on a set of images."""
+    name, rest = take_name("ccmim data", "command", NAMES, argv, "ROOT [options]")
+    parser = Parser(f"ccmim data {name}", NAMES[name].capitalize() + ".")
+    parser.add_argument("root", help="folder of images, of tars or of tables; one of these, a pattern, a list, a URL")
+    parser.add_argument(
+        "--channels", type=whole_number(1), default=3, help="1: gray, 3: RGB, else of uint8 .npy or TIFF files"
+    )
+    parser.add_argument("--index", default="", help="index file; if not given: beside the tars or in the cache folder")
+    if name != "index":
+        parser.add_argument("--workers", type=whole_number(0), default=0, help="threads or processes; 0: one per core")
+    {"index": _index, "verify": _verify, "shard": _shard, "stats": _stats, "bench": _bench}[name](parser, rest)
+
+
+def _index(parser: Parser, argv: list[str]) -> None:
+    source = _open(parser.parse_args(argv), rescan=True)
     _print_summary(source, _SHOWN)
     print(f"index: {source.index.path!r}")
 
 
-def verify(argv: list[str]) -> None:
-    """`ccmim data verify ROOT`: decode every image whole, mark in the index what fails, and list it."""
-    from ccmim_fast.data.verify import verify as run
-
-    parser = _parser("verify", verify)
-    parser.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
-    parser.add_argument("--again", action="store_true", help="those too that were decoded before, or failed")
+def _verify(parser: Parser, argv: list[str]) -> None:
+    parser.add_argument("--again", action="store_true", help="also decode images that were decoded before, or failed")
     given = parser.parse_args(argv)
+    from ccmim_fast.data.verify import verify
+
     source = _open(given)
     try:
         with progress_bar("decoding") as report:
-            run(source.index, given.workers, given.again, report)
+            verify(source.index, given.workers, given.again, report)
     except KeyboardInterrupt:
         print("ccmim: stopped; the same command goes on", file=sys.stderr)
         raise SystemExit(_INTERRUPTED) from None
@@ -56,45 +59,35 @@ def verify(argv: list[str]) -> None:
     _print_summary(source, len(source))
 
 
-def shard(argv: list[str]) -> None:
-    """`ccmim data shard ROOT OUT`: gather the images in tars, with their index."""
+def _shard(parser: Parser, argv: list[str]) -> None:
+    parser.add_argument("out", help="a new folder")
+    parser.add_argument(
+        "--side", type=whole_number(0), default=0, help="shorter side of larger images, pixels; 0: as they are"
+    )
+    parser.add_argument(
+        "--quality", type=whole_number(1, 100), default=90, help="of JPEG, where images are made smaller"
+    )
+    parser.add_argument(
+        "--shard-bytes", type=whole_number(1), default=2**29, help="bytes after which the next tar begins"
+    )
+    parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="seed of the order in the tars")
+    given = parser.parse_args(argv)
     from ccmim_fast.data.shard import write_shards
 
-    parser = _parser("shard", shard)
-    parser.add_argument("out", help="a new folder")
-    parser.add_argument("--side", type=int, default=0, help="shorter side of larger images, pixels; 0: as they are")
-    parser.add_argument("--quality", type=int, default=90, help="of JPEG, where images are made smaller; default 90")
-    parser.add_argument(
-        "--shard-bytes", type=int, default=2**29, help="after which the next tar begins; default 512 MiB"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the order in the tars")
-    parser.add_argument("--workers", type=int, default=0, help="threads; 0: one per core")
-    given = parser.parse_args(argv)
     source = _open(given)
+    options = {name: getattr(given, name) for name in ("side", "quality", "shard_bytes", "seed", "workers")}
     with progress_bar("writing") as report:
-        made = write_shards(
-            source,
-            given.out,
-            side=given.side,
-            quality=given.quality,
-            shard_bytes=given.shard_bytes,
-            seed=given.seed,
-            workers=given.workers,
-            report=report,
-        )
-    tars = _count(len(made.index.containers), "tar")
-    print(f"{_count(len(made.index), 'image')} in {tars}; train on them with --data.root={given.out!r}")
-    _print_list(_named(source, made.left_out), "left out", len(source))
+        index, left_out = write_shards(source, given.out, report=report, **options)
+    tars = _count(len(index.containers), "tar")
+    print(f"{_count(len(index), 'image')} in {tars}; train on them with --data.root={given.out!r}")
+    _print_list(_named(source, left_out), "left out", len(source))
 
 
-def stats(argv: list[str]) -> None:
-    """`ccmim data stats ROOT`: mean and standard deviation of the pixels, as settings."""
+def _stats(parser: Parser, argv: list[str]) -> None:
+    parser.add_argument("--images", type=whole_number(1), default=10_000, help="images measured, drawn by a fixed key")
+    given = parser.parse_args(argv)
     from ccmim_fast.data.stats import measure_stats
 
-    parser = _parser("stats", stats)
-    parser.add_argument("--images", type=int, default=10_000, help="drawn by a fixed key; default 10000")
-    parser.add_argument("--workers", type=int, default=0, help="threads; 0: one per core")
-    given = parser.parse_args(argv)
     found = measure_stats(_open(given), given.images, given.workers)
     print(f"of {_count(found.images, 'image')}:")
     for name, values in (("mean", found.mean_C), ("std", found.std_C)):
@@ -102,49 +95,22 @@ def stats(argv: list[str]) -> None:
         print(f"--data.{name}='[{','.join(f'{value:.4f}' for value in values)}]'")
 
 
-def bench(argv: list[str]) -> None:
-    """`ccmim data bench ROOT`: what reading, decoding, cropping and copying cost, and what bounds a run."""
+def _bench(parser: Parser, argv: list[str]) -> None:
+    parser.add_argument("--image-size", type=whole_number(1), default=224, help="pixels a side of the crops")
+    parser.add_argument("--batch", type=whole_number(1), default=64, help="images of a batch")
+    parser.add_argument(
+        "--images", type=whole_number(1), default=512, help="images by each loader, and as many to warm up"
+    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where batches are copied to")
+    given = parser.parse_args(argv)
     from ccmim_fast.data.throughput import measure_throughput
 
-    parser = _parser("bench", bench)
-    parser.add_argument("--image-size", type=int, default=224, help="pixels a side of the crops; default 224")
-    parser.add_argument("--batch", type=int, default=64, help="images of a batch; default 64")
-    parser.add_argument(
-        "--images", type=int, default=512, help="by each loader, the same again to warm up; default 512"
-    )
-    parser.add_argument("--workers", type=int, default=0, help="threads; 0: one per core")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    given = parser.parse_args(argv)
     source = _open(given)
     rates = measure_throughput(source, given.image_size, given.batch, given.images, given.workers, given.device)
-    for line in rates.lines():
-        print(line)
-
-
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "index": index,
-    "verify": verify,
-    "shard": shard,
-    "stats": stats,
-    "bench": bench,
-}
-
-
-def _parser(name: str, command: Callable) -> Parser:
-    said = command.__doc__.partition(": ")[2]
-    parser = Parser(f"ccmim data {name}", description=said[0].upper() + said[1:], allow_abbrev=False)
-    parser.add_argument("root", help="folder of images, of tars or of tables; one of these, a pattern, a list, a URL")
-    parser.add_argument("--channels", type=int, default=3, help="1: gray, 3: RGB (default), else uint8 .npy or TIFF")
-    parser.add_argument("--index", default="", help="index file; default: beside the tars or in the cache folder")
-    return parser
+    print("\n".join(rates.lines()))
 
 
 def _open(given: argparse.Namespace, rescan: bool = False) -> IndexedSource:
-    for name, (least, most) in _RANGES.items():
-        value = getattr(given, name, least)
-        if not least <= value <= most:
-            limit = f"at least {least}" if most == _NO_LIMIT else f"in {least}..{most}"
-            raise ConfigError(f"--{name.replace('_', '-')}={value}: must be {limit}")
     return open_images(given.root, given.channels, given.index, quiet=False, rescan=rescan)
 
 
@@ -170,7 +136,7 @@ def _print_table(title: str, counts: list[tuple[str, int]]) -> None:
 
 
 def _named(source: IndexedSource, bad: list[tuple[int, str]]) -> list[tuple[str, str]]:
-    """Names and reasons, the name once."""
+    """Return the name and the reason of each bad sample; the name is taken out of the reason."""
     from ccmim_fast.data.verify import without_name
 
     return [(source.name(number), without_name(reason)) for number, reason in bad]

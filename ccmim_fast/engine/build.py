@@ -1,4 +1,4 @@
-"""From the configuration to the training step."""
+"""This file builds the training step and the score bank of a run from its configuration."""
 
 import socket
 from pathlib import Path
@@ -23,7 +23,7 @@ from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.precision import Precision, choose_precision
 from ccmim_fast.optim.ema import build_ema
 from ccmim_fast.optim.optimizer import build_optimizer
-from ccmim_fast.optim.schedule import scaled_lr
+from ccmim_fast.optim.update import scaled_lr
 from ccmim_fast.ranks.fsdp import is_sharded, shard
 from ccmim_fast.ranks.session import Session, backend_timeout, broadcast, node_count
 from ccmim_fast.registry import SCORE_SOURCES
@@ -61,9 +61,9 @@ def check_device(config: Config, here: Session, looks: bool = False) -> None:
 
 
 def _gathered_in(precision: Precision, device: torch.device) -> torch.dtype | None:
-    """The type in which FSDP gathers blocks; None: as they are kept.
+    """Return the type in which FSDP gathers blocks; None: as they are kept.
 
-    A CPU's layer norm takes no weights of another type than its input's, which CUDA's autocast turns into float32.
+    The layer norm of a CPU takes weights of its input's type alone; CUDA's autocast turns them into float32.
     """
     return precision.dtype if device.type == "cuda" else None
 
@@ -94,7 +94,7 @@ def check_images(source: Source, here: Session) -> None:
 
 
 def build_step(config: Config, here: Session) -> TrainStep:
-    """Model with initial weights drawn from `config.seed`, optimizer and precision, on this rank's device; eager."""
+    """Build the eager step on this rank's device, with initial weights drawn from `config.seed`."""
     if here.device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(config.seed)
@@ -116,22 +116,22 @@ def build_step(config: Config, here: Session) -> TrainStep:
 
 
 def is_divided(config: Config, here: Session) -> bool:
-    """Whether ranks share the weights among them; a process alone has them all, whatever `train.parallel` says."""
+    """Return whether ranks share the weights among them; a process alone has them all."""
     return config.train.parallel == "fsdp" and here.world_size > 1
 
 
 def has_bank(config: Config) -> bool:
-    """Whether the run keeps its scores in a bank."""
+    """Return whether the run keeps its scores in a bank."""
     return SCORE_SOURCES[config.score.source].has_bank and config.mask.strategy.startswith("importance")
 
 
 def choose_shards(config: Config) -> int:
-    """Parts of the images that have ranks of their own: `score.shards`, or for 0 one per node if there is a bank."""
+    """Return how many parts of the images have ranks of their own: `score.shards`; for 0 one per node with a bank."""
     return config.score.shards or (node_count() if has_bank(config) else 1)
 
 
 def build_bank(config: Config, plan: Plan, here: Session, folder: Path) -> ScoreBank | None:
-    """The score bank of this rank, empty; None where the run has none.
+    """Build the empty score bank of this rank; None where the run has none.
 
     Raises:
         ConfigError: the store that is named has no room for the maps.
@@ -140,15 +140,15 @@ def build_bank(config: Config, plan: Plan, here: Session, folder: Path) -> Score
     if not has_bank(config):
         return None
     maps, cells, score = own_maps(plan), config.score.grid, config.score
-    store = choose_store(score.store, maps, cells, here.device, score.device_gb, score.host_gb)
+    store = choose_store(score.store, maps, cells, score.device_gb, score.host_gb)
     opened = open_store(store, maps, cells, here.device, folder / f"scores_{here.rank}.bin")
     return ScoreBank(plan, opened, here.device, backend_timeout(config.watch.timeout))
 
 
 def prepare_step(step: TrainStep, micro_batch: int) -> TrainStep | GraphedStep:
-    """Compile and warm up as `train.compile` and `train.cuda_graph` say; what comes back is called as the step.
+    """Compile and warm up as `train.compile` and `train.cuda_graph` say; the result is called like the step.
 
-    To be done before a checkpoint is loaded into the step.
+    A checkpoint must be loaded into the step after this.
     """
     train = step.config.train
     what = choose_compile(train.compile, step.device, divided=is_sharded(step.model))

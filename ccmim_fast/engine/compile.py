@@ -12,11 +12,11 @@ from ccmim_fast.engine.dry_run import dry_run, synthetic_batch
 from ccmim_fast.engine.step import TrainStep
 from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.optim.gradients import drop_gradients
+from ccmim_fast.optim.update import drop_gradients
 
 
 def choose_compile(name: str, device: torch.device, divided: bool = False) -> str:
-    """`off`, `blocks` or `step`; `auto` is `step` on CUDA from compute capability 7.0 on, which inductor needs.
+    """Return `off`, `blocks` or `step`; `auto` is `step` on CUDA from compute capability 7.0 on, which inductor needs.
 
     Blocks whose weights are `divided` among ranks are gathered between them: there it is `blocks`.
 
@@ -64,30 +64,30 @@ def vit_blocks(model: CCMIM) -> list[ViTBlock]:
 
 
 def is_compiled(model: CCMIM) -> bool:
+    """Return whether the blocks run compiled."""
     return any("compute" in vars(block) for block in vit_blocks(model))
 
 
 @contextlib.contextmanager
 def uncompiled(model: CCMIM) -> Iterator[None]:
     """Run the blocks eagerly within, so that hooks of their parts are called."""
-    kept = [(block, block.__dict__.pop("compute", None)) for block in vit_blocks(model)]
+    compiled = {block: vars(block).pop("compute") for block in vit_blocks(model) if "compute" in vars(block)}
     try:
         yield
     finally:
-        for block, compute in kept:
-            if compute is not None:
-                block.compute = compute
+        for block, compute in compiled.items():
+            block.compute = compute
 
 
 def uncompile(step: TrainStep) -> None:
     """Make `step` run eagerly again."""
     for block in vit_blocks(step.model):
-        block.__dict__.pop("compute", None)
+        vars(block).pop("compute", None)
     step.forward = step.losses
 
 
 def warm_up(step: TrainStep, batch: int, accumulate: int, steps: int = 2) -> bool:
-    """Take some steps on made images, so that all that is compiled or chosen is so before the run, and undo them.
+    """Take some steps on made images, so that everything is compiled before the run, and undo them.
 
     Weights, optimizer, scaler, averages and random numbers are as before, in the same memory. Where the compiled step
     fails, the step is eager from then on and one line on standard error says why.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine.step import StepResult, TrainStep
-from ccmim_fast.optim.gradients import drop_gradients, set_lr
+from ccmim_fast.optim.update import drop_gradients, set_lr
 
 
 class GraphedStep:
@@ -28,7 +28,7 @@ class GraphedStep:
         self._result: StepResult | None = None
 
     def __call__(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        """As `TrainStep.__call__`; the result is overwritten by the next call."""
+        """Train as `TrainStep.__call__`; the next call overwrites the result."""
         if self._graph is None:
             self._batches = [Batch(**{name: tensor.clone() for name, tensor in _read(b).items()}) for b in batches]
             self._capture()
@@ -49,6 +49,6 @@ class GraphedStep:
 
 
 def _read(batch: Batch) -> dict[str, Tensor]:
-    """What the step reads of a batch."""
+    """Return the tensors of a batch that the step reads."""
     names = ("images_BHWC", "ids_B", "epochs_B", "boxes_B4", "maps_BGG")
     return {name: getattr(batch, name) for name in names if getattr(batch, name) is not None}

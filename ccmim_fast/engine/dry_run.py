@@ -1,4 +1,4 @@
-"""Steps that leave no trace: for warm-up, for counting arithmetic, for finding what fits."""
+"""Dry runs take steps that leave no trace: for warm-up, for counting arithmetic, for finding what fits."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine.step import TrainStep
-from ccmim_fast.optim.gradients import drop_gradients, own_part
+from ccmim_fast.optim.update import drop_gradients, own_part
 from ccmim_fast.profile.meter import flop_counter
 
 
 def synthetic_batch(step: TrainStep, batch: int) -> Batch:
-    """`batch` random images of the run's size on the step's device, with empty maps where the step takes some."""
+    """Make `batch` random images of the run's size on the step's device, with empty maps where the step takes some."""
     data, device = step.config.data, step.device
     images_BHWC = torch.randint(0, 256, (batch, *data.image_size, data.channels), dtype=torch.uint8, device=device)
     ids_B = torch.arange(batch, device=device)
@@ -56,9 +56,9 @@ def dry_run(step: TrainStep) -> Iterator[None]:
 
 
 def count_flops(step: TrainStep) -> dict[Any, float]:
-    """FLOPs per image of forward and backward pass, by operator, as torch's dispatcher counts them over an eager pass.
+    """Count the FLOPs per image of an eager forward and backward pass, by operator, as torch's dispatcher sees them.
 
-    Over two images; the contrastive loss, which alone grows with the square of the batch, is below 0.1 % of a step.
+    The pass is over two images; the contrastive loss alone grows with the square of the batch: below 0.1 % of a step.
     """
     with dry_run(step), flop_counter() as counter:
         batch = synthetic_batch(step, 2)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from ccmim_fast.bank import warp
+from ccmim_fast.bank.bank import read_maps, update_maps
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.losses.criteria import Losses, Objective
@@ -21,13 +21,13 @@ from ccmim_fast.models.output import Output
 from ccmim_fast.models.precision import Precision, onednn_linear
 from ccmim_fast.models.scores import PriorScores
 from ccmim_fast.optim.ema import update_ema_
-from ccmim_fast.optim.gradients import Gradients, drop_gradients, guard, set_lr, update
+from ccmim_fast.optim.update import Gradients, drop_gradients, guard, set_lr, update
 from ccmim_fast.ranks.fsdp import is_sharded
 from ccmim_fast.registry import SCORE_SOURCES
 
 
 class Seen(NamedTuple):
-    """What a micro-batch shows beside its losses; on the device, without gradient.
+    """The observations of a micro-batch beside its losses; on the device, without gradient.
 
     Attributes:
         nan_B: bool, images with NaN scores.
@@ -47,7 +47,7 @@ class Seen(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """Of this rank, on the device, without gradient; scalars are float32.
+    """The results of a step on this rank; on the device, without gradient, scalars in float32.
 
     Attributes:
         total, recons, contrast, entropy: means over the micro-batches; `contrast` is zero where the run has none.
@@ -112,7 +112,7 @@ class TrainStep:
         return self.run(batches)
 
     def run(self, batches: Sequence[Batch]) -> StepResult:
-        """The step at the optimizer's present rate; everything it reads and writes is on the device."""
+        """Take the step at the optimizer's present rate; all that it reads and writes is on the device."""
         sums = torch.zeros(4, device=self.device)
         nan_id = torch.full((), -1, device=self.device)
         before, seen = [buffer.clone() for buffer in self._statistics], []
@@ -137,16 +137,16 @@ class TrainStep:
         boxes_B4: Tensor | None = None,
         maps_BGG: Tensor | None = None,
     ) -> tuple[Losses, Seen]:
-        """Eq. 10 of one micro-batch, and what it showed."""
+        """Compute Eq. 10 of one micro-batch, and observe it."""
         model, momentum = self.model, self.config.score.momentum
-        prior = None if maps_BGG is None else PriorScores(*warp.read(maps_BGG, boxes_B4, model.grid))
+        prior = None if maps_BGG is None else PriorScores(*read_maps(maps_BGG, boxes_B4, model.grid))
         # A cast weight that is kept gives the weight no gradient where a pass without gradients made it, as scores of
         # later blocks do (seen with torch 2.7.1), or FSDP let go of the weight meanwhile (seen with 2.15).
         cache = not (SCORE_SOURCES[self.config.score.source].runs_blocks or self._sharded)
         with self.precision.autocast(images_BHWC.device, cache), onednn_linear(self.onednn):
             output = self.wrapped(images_BHWC, ids_B, epochs_B, prior=prior)
         if maps_BGG is not None:
-            maps_BGG = warp.update(maps_BGG, boxes_B4, output.cls_attention_BL, model.grid, momentum)
+            maps_BGG = update_maps(maps_BGG, boxes_B4, output.cls_attention_BL, model.grid, momentum)
         # Outside autocast: losses are float32 whatever the forward pass ran in.
         losses, partition = self.objective(output, images_BHWC), output.partition
         h_BE = None if output.visible_BE is None else output.visible_BE.detach()
@@ -162,7 +162,7 @@ class TrainStep:
         return contextlib.nullcontext()
 
     def _update(self, before: list[Tensor]) -> Gradients:
-        """`before` are the model's statistics before the step, which a step without an update does not change."""
+        """Update weights and averages; a step without an update restores the statistics `before` it."""
         gradients = guard(self.optimizer, self.scaler, list(self.parts.values()), self.config.optim.clip_grad)
         update(self.optimizer, self.scaler, gradients.bad)
         drop_gradients(self.optimizer)
@@ -174,7 +174,7 @@ class TrainStep:
 
 
 def parts_of(model: CCMIM) -> dict[str, list[nn.Parameter]]:
-    """The trained parameters of encoder, decoder and heads, as far as there are any."""
+    """Return the trained parameters of encoder, decoder and heads, as far as there are any."""
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -184,7 +184,7 @@ def parts_of(model: CCMIM) -> dict[str, list[nn.Parameter]]:
 
 
 def _entropy(output: Output) -> Tensor:
-    """`Seen.entropy`."""
+    """Compute `Seen.entropy`."""
     logits_BL = output.logits_BL
     if logits_BL is None:
         return torch.full((), torch.nan, device=output.pred_BMP.device)

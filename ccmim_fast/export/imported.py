@@ -1,53 +1,60 @@
-"""`ccmim import`: published weights as a checkpoint of ours, to evaluate, to export, to pretrain on."""
+"""Published weights as a checkpoint of ours, to evaluate, to export, to pretrain on."""
 
-import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ccmim_fast.build.model import build_model
-from ccmim_fast.checkpoints import io
-from ccmim_fast.checkpoints.published import TIMM, derived, fill_, read_published
+from ccmim_fast.checkpoints import OpenedRun, io
+from ccmim_fast.checkpoints.published import TIMM, derived, fill_, read_weights
 from ccmim_fast.checkpoints.state import Progress, capture
 from ccmim_fast.config.load import load_config
-from ccmim_fast.config.parser import Parser
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
+from ccmim_fast.export.about import about
 from ccmim_fast.export.plain import write_weights
-from ccmim_fast.export.trained import Trained
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.optim.optimizer import build_optimizer
 from ccmim_fast.runs.folder import describe_run, open_run_folder
 
 
-def import_weights(argv: list[str]) -> None:
-    """`ccmim import FILE --arch NAME --out OUT [settings]`: published weights as a checkpoint of ours.
+def import_weights(file: str, arch: str, out: str, settings: Sequence[str]) -> tuple[Path, list[str]]:
+    """Make a checkpoint of published weights.
 
-    FILE: MAE's or the authors' ccMIM .pth; timm's .pth or .safetensors of an encoder; our own .safetensors; or
-    timm:ARCH.TAG, which timm downloads. OUT: a new run folder, for ccmim export, embed, and pretrain --run.resume
-    OUT/checkpoints/step_00000000; or a .safetensors in our names. Sizes are read off the weights; the other settings
-    are those of ccmim pretrain. What is missing in FILE or unexpected is an error, but for a whole decoder or head,
-    which starts anew.
+    Args:
+        file: MAE's or the authors' ccMIM .pth; timm's .pth or .safetensors of an encoder; our own .safetensors; or
+            timm:ARCH.TAG, which timm downloads.
+        arch: timm's name of the architecture; "": `file` tells it.
+        out: a new run folder, or a .safetensors in our names.
+        settings: options of `ccmim pretrain`; sizes are read off the weights.
+
+    Returns:
+        The checkpoint's or the file's path, and the parts of the model that `file` lacks as a whole, which start anew.
+
+    Raises:
+        ConfigError: no architecture is known, or a setting is wrong.
+        CheckpointError: a weight is missing, unexpected or of another shape.
     """
-    given, settings = _read(argv)
-    found = read_published(given.file)
-    if given.arch and not given.file.startswith(TIMM):
-        found = found._replace(arch=given.arch)
+    found = read_weights(file)
+    if arch and not file.startswith(TIMM):
+        found = found._replace(arch=arch)
     if not found.arch:
-        raise ConfigError(f"ccmim import: {given.file!r:.200} does not tell its architecture; add --arch NAME")
+        raise ConfigError(f"ccmim import: {file!r:.200} does not tell its architecture; add --arch NAME")
+    if not found.tensors:
+        raise ConfigError(f"ccmim import: {file!r:.200} has initial weights; name a tag, as timm:ARCH.TAG")
     config = load_config([*derived(found, settings), *settings], "ccmim import FILE --arch NAME --out OUT")
     torch.manual_seed(config.seed)
     model = build_model(config)
-    new = fill_(model, found.tensors, given.file)
-    path = _write(model, config, given.out)
-    print(f"{path}; not in the file, starts anew: {', '.join(new)}" if new else path)
+    new = fill_(model, found)
+    return _write(model, config, out), new
 
 
 def _write(model: CCMIM, config: Config, out: str) -> Path:
     if out.endswith(".safetensors"):
-        about = Trained(model, config, step=0, samples=0, averaged=False, run=Path(out).parent).about()
-        return write_weights(model.state_dict(), about, Path(out))
+        run = OpenedRun(Path(out), Path(out).parent, config, model.state_dict())
+        return write_weights(run.weights, about(run), Path(out))
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=out))
     folder = open_run_folder(config)
     describe_run(folder, config, torch.device("cpu"))
@@ -56,17 +63,3 @@ def _write(model: CCMIM, config: Config, out: str) -> Path:
     optimizer = build_optimizer("adamw", model, lr=of.base_lr, weight_decay=of.weight_decay, betas=of.betas)
     state = capture(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), None, Progress(0, 0, 0, ""), config)
     return io.save(folder / "checkpoints", 0, state, keep=1)
-
-
-def _read(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    usage = "ccmim import FILE --arch NAME --out OUT [settings]"
-    said = import_weights.__doc__.replace("`", "")
-    parser = Parser("ccmim import", usage=usage, description=said, allow_abbrev=False)
-    parser.add_argument("--arch", metavar="NAME", default="", help="timm's name; not needed where FILE tells it")
-    parser.add_argument("--out", metavar="OUT", required=True, help="a new run folder, or a .safetensors")
-    file = argv[0] if argv and not argv[0].startswith("-") else None
-    given, settings = parser.parse_known_args(argv if file is None else argv[1:])
-    if file is None:
-        raise ConfigError(f"ccmim import: the file is missing; {usage}")
-    given.file = file
-    return given, settings

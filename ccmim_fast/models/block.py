@@ -205,7 +205,7 @@ class ViTBlock(Block):
 
     @property
     def can_fold(self) -> bool:
-        """Whether `folded_direction` is Eq. 4: a LayerNorm before the attention, and no norm of the keys."""
+        """Tell whether `folded_direction` is Eq. 4: a LayerNorm before the attention, and no norm of the keys."""
         return isinstance(self.norm1, nn.LayerNorm) and isinstance(self.attn.k_norm, nn.Identity)
 
     def _row(self, q_BQNH: Tensor, k_BTNH: Tensor, kind: str, total_BL: Tensor | None) -> Tensor:

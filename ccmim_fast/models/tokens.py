@@ -1,7 +1,7 @@
-"""From pixels to tokens, and tokens through the encoder's blocks.
+"""This file embeds pixels as tokens, and passes tokens through the encoder's blocks.
 
-The images' normalisation is folded into the patch embedding, and the gradient of the embedding is computed for visible
-patches alone.
+The normalisation of the images is folded into the patch embedding, and its gradient is computed for visible patches
+alone.
 """
 
 # B batch, H height, W width, C channels, L patches, K visible, P prefix tokens, T tokens, D width, A values

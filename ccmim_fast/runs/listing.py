@@ -1,73 +1,38 @@
-"""`ccmim runs`: every run folder below a folder, how it stands and what it logged last. Imports no torch."""
+"""Run folders below a folder: how each run stands and what it logged last. Imports no torch."""
 
 import contextlib
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from ccmim_fast.errors import ConfigError
-from ccmim_fast.runs.state import FILE, RunState, is_alive, read_state
+from ccmim_fast.checkpoints.manifest import read_manifest
+from ccmim_fast.errors import CheckpointError, one_line
+from ccmim_fast.runs.state import CHECKPOINTS, CONFIG, FILE, METRICS, RunState, is_alive, read_state
 
-CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
 COLUMNS = ("run", "state", "epoch", "loss", "recons", "contrast", "img/s", "saved", "silent")
 _TAIL = 65536  # bytes of metrics.jsonl read first; a line has about 400
 _SILENT = 600  # seconds without a line, after which a run on another machine counts as gone; covers a look and a save
 _LINES = 5  # the same, in log lines that should have come meanwhile, for slow steps
-_WIDE = 160  # characters of a line where nobody reads it on a terminal
 
 
 class RunRow(NamedTuple):
-    """One run: the texts of its row, and the line of its error, or an empty one."""
+    """The cells of one run's row, and its error in one line (or "")."""
 
     cells: tuple[str, ...]
     error: str
 
 
-def print_runs(argv: list[str]) -> None:
-    """`ccmim runs [FOLDER]`: the run folders below FOLDER (default: runs), how each stands, what it logged last.
-
-    State: running; done; stopped (in order, before the end: by a signal); failed (the error stands below the table);
-    dead (gone without a word: killed). `running?` and `dead?` are on another machine and judged by their last line.
-    saved: the step of the newest complete checkpoint. silent: how long ago the run wrote.
-    """
-    if argv and argv[0] in ("-h", "--help"):
-        print(print_runs.__doc__.replace("`", ""))
-        return
-    if len(argv) > 1 or (argv and argv[0].startswith("-")):
-        raise ConfigError("usage: ccmim runs [FOLDER]")
-    root = Path(argv[0] if argv else "runs")
-    if not root.is_dir():
-        raise ConfigError(f"ccmim runs: {str(root)!r:.80}: no such folder; write ccmim runs FOLDER")
-    rows = [describe(folder, root) for folder in run_folders(root)]
-    if not rows:
-        print(f"no run below {str(root)!r}")
-        return
-    # Narrow: it fits 80 characters with runs of short names, and folds longer ones.
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in COLUMNS:
-        left = name in ("run", "state")
-        table.add_column(name, justify="left" if left else "right", no_wrap=name != "run", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row.cells))
-    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
-    for row in rows:
-        if row.error:
-            print(f"{row.cells[0]}: {row.error}")
-
-
 def run_folders(root: Path) -> Iterator[Path]:
-    """The folders at and below `root` with config.yaml and metrics.jsonl, by name; links are followed, each once."""
+    """Yield the folders at and below `root` that hold config.yaml and metrics.jsonl, by name.
+
+    Links are followed; a folder is visited once.
+    """
     seen = set()
     for folder, inside, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -81,12 +46,12 @@ def run_folders(root: Path) -> Iterator[Path]:
 
 
 def describe(folder: Path, root: Path) -> RunRow:
-    """The row of the run in `folder`, named as seen from `root`; what is missing or damaged is left empty."""
+    """Return the row of the run in `folder`, named relative to `root`; a missing or damaged figure is an empty cell."""
     state, config, last = read_state(folder), _config(folder / CONFIG), last_line(folder / METRICS)
     age = time.time() - max(_mtime(folder / METRICS), _mtime(folder / FILE))
     cells = (
         _printable(str(folder.relative_to(root))),
-        judge(state, age, _silence_limit(config, last)),
+        status(state, age, _silence_limit(config, last)),
         "/".join(filter(None, [_figure(last, "epoch", ".2f"), _figure(config.get("train"), "epochs", "d")])),
         *(_figure(last, key, ".4f") for key in ("loss", "recons", "contrast")),
         _figure(last, "images_per_second", ".0f"),
@@ -96,10 +61,10 @@ def describe(folder: Path, root: Path) -> RunRow:
     return RunRow(cells, _printable(str(state.error)) if state is not None else "")
 
 
-def judge(state: RunState | None, age: float, limit: float) -> str:
-    """The word for a run that said `state` and wrote `age` seconds ago; `limit` counts on other machines only."""
+def status(state: RunState | None, age: float, limit: float) -> str:
+    """Return the word for a run whose files are `age` seconds old; `limit` counts on other machines only."""
     if state is None:
-        return "unknown"  # of an older version, or damaged
+        return "unknown"  # written by an older version, or damaged
     if state.state != "running":
         return state.state
     alive = is_alive(state)
@@ -109,39 +74,31 @@ def judge(state: RunState | None, age: float, limit: float) -> str:
 
 
 def last_line(path: Path) -> dict[str, Any]:
-    """The last training line of a metrics.jsonl; {} where there is none. One that was cut by a kill is passed over."""
+    """Return the last training record of a metrics.jsonl, or {}. A line that a kill cut short is skipped."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
-        # Nearly always the end is enough; a run that told of much else since is read whole.
+        # The end is enough, unless many records of other kinds came since.
         for begin in dict.fromkeys((max(0, size - _TAIL), 0)):
             file.seek(begin)
             for line in reversed(file.read().splitlines()):
-                record = _record(line)
-                if record.get("kind") == "train":
-                    return record
+                with contextlib.suppress(ValueError, RecursionError):
+                    record = json.loads(line)
+                    if isinstance(record, dict) and record.get("kind") == "train":
+                        return record
     return {}
 
 
-def _record(line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
 def _config(path: Path) -> dict[str, Any]:
-    """The resolved configuration as it stands in the file; not validated: an older version's has other keys."""
-    try:
-        # The loader in C: the other takes 20 ms a file.
+    """Return the configuration as the file has it, not validated: an older version's has other keys."""
+    # The loader in C: the other takes 20 ms a file.
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
         config = yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
+        return config if isinstance(config, dict) else {}
+    return {}
 
 
 def _silence_limit(config: dict[str, Any], last: dict[str, Any]) -> float:
-    """Seconds without a line after which a run counts as gone."""
+    """Return the seconds without a line after which a run on another machine counts as dead."""
     try:
         seconds = config["run"]["log_every"] * config["train"]["batch_size"] / last["images_per_second"]
         return max(_SILENT, _LINES * seconds)
@@ -150,22 +107,19 @@ def _silence_limit(config: dict[str, Any], last: dict[str, Any]) -> float:
 
 
 def _newest_step(folder: Path) -> str:
-    """The step of the newest checkpoint whose files have their sizes; their checksums are looked at when it loads."""
-    steps = [int(name[1]) for path in folder.glob("step_*") if (name := re.fullmatch(r"step_(\d{8,})", path.name))]
-    for step in sorted(steps, reverse=True):
-        path = folder / f"step_{step:08d}"
-        try:
-            sizes = json.loads((path / "manifest.json").read_text())["files"]
-            if all((path / name).stat().st_size == said["size"] for name, said in sizes.items()):
+    """Return the step of the newest checkpoint whose files have their sizes; loading it compares checksums, too."""
+    paths = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    for path in sorted(paths, key=lambda path: int(path.name[5:]), reverse=True):
+        step = int(path.name[5:])
+        with contextlib.suppress(OSError, CheckpointError):
+            if all((path / name).stat().st_size == file.size for name, file in read_manifest(path, step).items()):
                 return str(step)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue
     return ""
 
 
 def _printable(text: str) -> str:
-    """On one line; bytes of a name that are no text become question marks."""
-    return " ".join(text.encode(errors="replace").decode().split())
+    """Return the text on one line; bytes of a file name that are no text become question marks."""
+    return one_line(text.encode(errors="replace").decode(), None)
 
 
 def _figure(figures: Any, key: str, form: str) -> str:

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
+from ccmim_fast.ablation import demo
 from ccmim_fast.cli import main
-from ccmim_fast.commands import demo
 
 SETTINGS = [
     "--data.samples=120",

@@ -11,20 +11,23 @@ import pytest
 from ccmim_fast.cli import main
 from ccmim_fast.commands import submit
 from ccmim_fast.config.load import load_config
+from ccmim_fast.ranks.slurm import Job, submit_job
 from ccmim_fast.runs.state import RunState, read_state, write_state
 
 SETTINGS = ["--data.source=shapes", "--data.image_size=[32,32]", "--data.samples=8", "--data.loader=torch"]
 SETTINGS += ["--model.arch=test_vit", "--decoder.dim=32", "--train.batch_size=4", "--train.epochs=1"]
 SETTINGS += ["--train.device=cpu", "--train.precision=fp32", "--run.log_every=1", "--run.tensorboard=false"]
 
-# What Slurm and torchrun are here. A task is what srun becomes: its id is kept. `$AT` is the folder of the test.
+# What Slurm and Python are here. A task is what srun becomes: its id is kept. `$AT` is the folder of the test.
+RANK = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
 FAKES = {
     "scontrol": 'if [ "$1" = show ]; then echo node7; echo node8; else echo "$@" > "$AT/scontrol"; fi',
-    "srun": """echo $$ > "$AT/task"; echo "$1" "$2" > "$AT/srun"; shift 2; exec "$@" """,
-    "torchrun": """echo $$ > "$AT/agent"; printf '%s\\n' "$@" > "$AT/torchrun"
+    "srun": """echo $$ > "$AT/task"; echo "$1" "$2" > "$AT/srun"; shift 2
+SLURM_PROCID=3 SLURM_NTASKS=4 SLURM_LOCALID=1 SLURM_NTASKS_PER_NODE=2 exec "$@" """,
+    "python": f"""printf '%s\\n' "$@" > "$AT/python"; printenv {RANK} > "$AT/rank"
 [ -e "$AT/said" ] && cp "$AT/said" "$AT/run/state.json"
 [ -e "$AT/worker.py" ] || exit 3
-"$PYTHON" "$AT/worker.py" "$AT" & wait $!""",
+exec "$PYTHON" "$AT/worker.py" "$AT" """,
     "sbatch": """[ -e "$AT/refuse" ] && { echo "invalid partition" >&2; exit 1; }
 cp "$1" "$AT/job.sh"; echo Submitted batch job 7""",
 }
@@ -76,9 +79,9 @@ def test_the_file(slurm, capsys):
     assert [line[8:] for line in path.read_text().splitlines() if line.startswith("#SBATCH ")] == [
         "--job-name=run",
         "--nodes=2",
-        "--ntasks-per-node=1",
+        "--ntasks-per-node=2",
         "--gpus-per-node=2",
-        "--cpus-per-task=16",
+        "--cpus-per-task=8",
         "--time=24:00:00",
         "--partition=gpu",
         "--signal=USR1@120",
@@ -87,10 +90,9 @@ def test_the_file(slurm, capsys):
         "--requeue",
     ]
     assert subprocess.run(["bash", path]).returncode == 3
-    assert (slurm / "srun").read_text() == "--kill-on-bad-exit=1 --cpus-per-task=16\n"
-    assert (slurm / "torchrun").read_text().splitlines() == [
-        *("--nnodes", "2", "--nproc-per-node", "2"),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "node7:10123", "--rdzv-id", "20123"),
+    assert (slurm / "srun").read_text() == "--kill-on-bad-exit=1 --cpus-per-task=8\n"
+    assert (slurm / "rank").read_text().split() == ["3", "4", "1", "2", "node7", "10123"]
+    assert (slurm / "python").read_text().splitlines() == [
         *("-m", "ccmim_fast.cli", "pretrain", *SETTINGS, f"--run.dir={slurm / 'run'}", odd, "--resume=never"),
         "--run.resume=auto",
     ]
@@ -132,7 +134,7 @@ def test_a_stopped_run_is_queued_again(slurm, capsys, monkeypatch, by_submitit, 
         (slurm / "state.json").rename(slurm / "said")
     if by_submitit:
         # In place of the task, what follows in the job's file.
-        (slurm / "bin" / "srun").write_text(f"#!/bin/bash\n{FAKES['torchrun']}\n")
+        (slurm / "bin" / "srun").write_text(f"#!/bin/bash\n{FAKES['python']}\n")
     path = f"{slurm / 'bin'}:{os.environ['PATH']}"
     assert subprocess.run(["bash", slurm / "job.sh"], env={**os.environ, "PATH": path}).returncode == 3
     assert (slurm / "scontrol").exists() == again
@@ -140,17 +142,15 @@ def test_a_stopped_run_is_queued_again(slurm, capsys, monkeypatch, by_submitit, 
         assert (slurm / "scontrol").read_text() == "requeue 20123\n"
 
 
-@pytest.mark.parametrize("to_torchrun", [False, True])
-def test_the_signal_reaches_the_ranks_and_not_torchrun(slurm, capsys, to_torchrun):
-    """Slurm gives it to the task alone, or to torchrun too."""
+def test_the_signal_reaches_the_rank(slurm, capsys):
+    """Slurm gives it to the task alone: no shell may stand before the rank."""
     path = printed(slurm, capsys)
     (slurm / "worker.py").write_text(WORKER)
     process = subprocess.Popen(["bash", path])
     deadline = time.monotonic() + 60
     while not (slurm / "ready").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    for name in ("agent", "task") if to_torchrun else ("task",):
-        os.kill(int((slurm / name).read_text()), signal.SIGUSR1)
+    os.kill(int((slurm / "task").read_text()), signal.SIGUSR1)
     assert process.wait(timeout=60) == 143
     assert read_state(slurm / "run").state == "stopped"
     assert (slurm / "scontrol").read_text() == "requeue 20123\n"
@@ -179,11 +179,10 @@ def test_by_submitit(slurm, monkeypatch, capsys):
 def test_a_job_on_this_machine(tmp_path):
     """What submitit pickles, and a task makes of its place: a run of one rank that is there again and goes on."""
     settings = [*SETTINGS, f"--run.dir={tmp_path / 'run'}", f"--data.root={tmp_path / 'cache'}", "--run.resume=auto"]
-    given = submit._parser().parse_args(["--time=00:05:00"])
     settings += ["--train.epochs=2"]
     for steps in ("2", "4"):
         more = [*settings, f"--train.max_steps={steps}"]
-        job = submit.hand_in(load_config(settings, ""), given, more, cluster="local")
+        job = submit_job(submit.pretrain_rank, load_config(settings, ""), Job(time="00:05:00"), more, cluster="local")
         job.result()
     assert read_state(tmp_path / "run").state == "done"
     assert "step 2/2" in (tmp_path / "run" / "log.txt").read_text()
@@ -197,7 +196,7 @@ def test_a_task_ends_with_the_code_of_its_run(monkeypatch):
         monkeypatch.setenv(name, "")  # so that it is undone
         monkeypatch.delenv(name)
     with pytest.raises(SystemExit) as caught:
-        submit.train_here(["--mask.ratio=2"])
+        submit.pretrain_rank(["--mask.ratio=2"])
     assert caught.value.code == 2
     assert (os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("1", "0")
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
@@ -207,7 +206,7 @@ def test_a_task_ends_with_the_code_of_its_run(monkeypatch):
     ("argv", "code", "words"),
     [
         ([], 2, "the settings are missing"),
-        (["--config", "demo"], 2, "unrecognized arguments: --config demo"),
+        (["--config", "demo"], 2, "--config: unknown key"),
         (["--nodes=0", "--"], 2, "'0' must be a whole number"),
         (["--time=90", "--"], 2, "'90' must be HH:MM:SS"),
         (["--time=00:02:00", "--"], 2, "more than 120 seconds"),

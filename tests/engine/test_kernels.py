@@ -9,7 +9,7 @@ from tiny import images, tiny_config
 from ccmim_fast.build.model import build_model, build_objective
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine import build as trainer_build
-from ccmim_fast.engine.loop import fit
+from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.engine.step import TrainStep
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.ccmim import CCMIM

@@ -77,7 +77,7 @@ def test_what_fails_leaves_nothing(made, capsys):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(["--out=x.csv"], "must end in .npy or .arrow"), (["--out=x.npy", "--batch=0"], "at least 1")],
+    [(["--out=x.csv"], "must end in .npy or .arrow"), (["--out=x.npy", "--batch=0"], "from 1 on")],
 )
 def test_mistakes(capsys, options, words):
     assert main(["embed", "run", "images", *options]) == 2

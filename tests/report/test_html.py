@@ -8,8 +8,9 @@ import yaml
 from html_page import Page
 from PIL import Image
 
-from ccmim_fast.report import RunView, Snapshot, snapshot_grid, write_report
-from ccmim_fast.report.html import COLUMNS
+from ccmim_fast.report.html import COLUMNS, write_report
+from ccmim_fast.report.pictures import Snapshot, snapshot_grid
+from ccmim_fast.report.runs import RunView
 
 EPOCHS = (2, 10, 100)  # by name 10 and 100 would come before 2
 HOSTILE = "<script>alert('&')</script>\"><img src=x onerror=alert(1)>"

@@ -1,4 +1,4 @@
-"""Mask R-CNN on COCO's objects: all weights of the encoder are trained."""
+"""Object detection and instance segmentation: torchvision's Mask R-CNN on the encoder, all weights trained."""
 
 # N objects, C channels, H height, W width
 
@@ -8,32 +8,60 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ccmim_fast.errors import ConfigError
-from ccmim_fast.evaluation.detection.batches import Batches, MicroBatchOfObjects, share_to_test
+from ccmim_fast.config.evaluation import EvalConfig, images_of
+from ccmim_fast.errors import ConfigError, DataError
+from ccmim_fast.evaluation.detection.backbone import use_windows_
+from ccmim_fast.evaluation.detection.batches import MicroBatchOfObjects, ObjectLoader, share_to_test
+from ccmim_fast.evaluation.detection.coco import CocoSource
 from ccmim_fast.evaluation.detection.detector import build_detector, build_optimizer, detect
-from ccmim_fast.evaluation.detection.instances import Instances
-from ccmim_fast.evaluation.detection.precision import average_precision
-from ccmim_fast.evaluation.detection.windows import use_windows_
+from ccmim_fast.evaluation.detection.instances import Instances, ShapesInstances
+from ccmim_fast.evaluation.detection.precision import average_precision, check_installed
 from ccmim_fast.evaluation.encoders import QUARTERS, build_encoder, out_indices
+from ccmim_fast.evaluation.images import Images
 from ccmim_fast.evaluation.job import Job
-from ccmim_fast.evaluation.supervised import Learner, Training
+from ccmim_fast.evaluation.supervised import Learner, train
 
 _SURE = 0.5  # of a pixel of a mask; torchvision's and Detectron's
 
 
-def train(job: Job) -> dict[str, float]:
-    """Train all weights; average precisions of the end."""
+def open_images(config: EvalConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Images, Images]:
+    """Return the images to train on and those to test on; their sources are `InstanceSource`s.
+
+    Raises:
+        MachineError: a library of the extra `detection` is not installed.
+        DataError: a file is missing or damaged, or the two have other classes.
+        ConfigError: an encoder that takes no RGB.
+    """
+    check_installed()
+    data = config.data
+    mean, std = data.mean or mean, data.std or std
+    if len(mean) != 3 or len(std) != 3:
+        raise ConfigError(f"data.mean={list(mean)}, data.std={list(std)}: detection has RGB, three values of each")
+    if data.source == "shapes":
+        made = data.image_size, data.classes, data.background, data.root or None
+        train, test = (
+            ShapesInstances(config.seed + number, samples, *made)
+            for number, samples in enumerate((data.samples, data.test_samples))
+        )
+    else:
+        train, test = CocoSource(data.root, "train2017", train=True), CocoSource(data.root, "val2017", train=False)
+    if train.class_names != test.class_names:
+        raise DataError(f"{data.root}: train2017 and val2017 are of other categories, or in another order of their ids")
+    return tuple(Images(source, images_of(data, mean, std, test=source is test)) for source in (train, test))
+
+
+def run(job: Job) -> dict[str, float]:
+    """Train all weights; returns average precisions of boxes and masks at the end."""
     model = detector_of(job)
 
     def test() -> dict[str, float]:
         return average_precision(found_in_share(model, job))
 
-    learner = Learner(model, losses, build_optimizer(model, job.config.optim), Batches(job).stream, test)
-    return Training(job, learner).run()
+    return train(job, Learner(model, losses, build_optimizer(model, job.config.optim), ObjectLoader(job), test))
 
 
 def detector_of(job: Job) -> nn.Module:
-    """The detector of a job, on its device.
+    """Return the detector of a job, on its device.
 
     Raises:
         ConfigError: settings that do not go together, or an encoder that is no plain vision transformer.
@@ -79,13 +107,13 @@ def _check(job: Job, vit: nn.Module) -> None:
 
 
 def losses(model: nn.Module, batch: MicroBatchOfObjects) -> Tensor:
-    """[1]: the sum of the losses of proposals, classes, boxes and masks, each with weight 1 (He et al., 2017)."""
+    """Return [1], the sum of the losses of proposals, classes, boxes and masks, of weight 1 each (He et al., 2017)."""
     return sum(model(batch.images, batch.targets).values()).float()[None]
 
 
 @torch.no_grad()
 def found_in_share(model: nn.Module, job: Job) -> Iterator[tuple[dict[str, Tensor], Instances]]:
-    """Of each image of this rank's share what the detector finds in it, and what there is; masks [N, H, W] bool."""
+    """Yield what the detector finds in each image of this rank's share, and what there is; masks are [N, H, W] bool."""
     for shown in share_to_test(job):
         images = [one.image_CHW.to(job.here.device, non_blocking=True) / 255 for one in shown]
         sizes = [one.objects.masks_NHW.shape[1:] for one in shown]

@@ -1,0 +1,100 @@
+"""An ablation: runs of equal epochs and of equal time, several seeds, one table."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ccmim_fast.ablation.runs import Run, run_all
+from ccmim_fast.ablation.table import difference, known, markdown, over_seeds, plot
+from ccmim_fast.ablation.variants import ABLATIONS, Ablation
+from ccmim_fast.config.load import load_config
+from ccmim_fast.errors import ConfigError
+from ccmim_fast.runs.folder import environment
+
+
+def run_ablation(
+    name: str,
+    settings: Sequence[str],
+    *,
+    seeds: int,
+    jobs: int,
+    only: Sequence[str],
+    test: str,
+    runs: Path,
+    out: Path,
+    command: str,
+) -> Path:
+    """Train every variant with every seed, and write `out`.md, .json and .png; returns the first.
+
+    Args:
+        name: one of `ABLATIONS`.
+        settings: options of `ccmim pretrain`, for all variants alike.
+        seeds: runs of each variant.
+        jobs: runs at a time.
+        only: names of variants; empty: all.
+        test: folder of labelled images that features are tested on; "": made images, or none.
+        runs: folder of the runs; one that was finished there is not repeated.
+        out: path of the table, without its ending.
+        command: the command line, which the table shows.
+
+    Raises:
+        ConfigError: an unknown variant, a wrong setting, or no folder `test`.
+    """
+    ablation = ABLATIONS[name]
+    base = load_config(list(settings), f"ccmim ablate {name}")
+    if test and base.data.source != "images":
+        raise ConfigError(f"--test={test}: data.source={base.data.source} makes its own; nearest is images")
+    if test and not Path(test).is_dir():
+        raise ConfigError(f"--test={test}: no such folder; nearest is {Path(test).parent}")
+    variants = ablation.variants(base)
+    for unknown in set(only) - variants.keys():
+        raise ConfigError(f"--only={unknown!r:.80}: no such variant; one of: {'; '.join(variants)}")
+
+    def figures_of(options_of: dict[str, list[str]]) -> list[dict[str, Any]]:
+        pairs = [(name, seed) for seed in range(seeds) for name in options_of]
+        return run_all([Run(name, seed, (*settings, *options_of[name])) for name, seed in pairs], runs, jobs, test)
+
+    figures = figures_of({variant: variants[variant] for variant in only or variants})
+    slower = equal_time(figures, base.train.epochs, ablation.time_of)
+    figures += figures_of(
+        {
+            f"{variant}, in {ablation.time_of}'s time": [*variants[variant], f"--train.epochs={epochs}"]
+            for variant, epochs in slower.items()
+        }
+    )
+    return write(ablation, figures, out, command)
+
+
+def equal_time(figures: Sequence[dict[str, Any]], epochs: int, time_of: str) -> dict[str, int]:
+    """Return the epochs that fit into the time of `time_of`, for each variant that is slower by 5 % or more."""
+    rates = {
+        name: statistics.median(run["images_per_second"] for run in runs) for name, runs in over_seeds(figures).items()
+    }
+    if time_of not in rates:
+        return {}
+    fitting = {name: round(epochs * rate / rates[time_of]) for name, rate in rates.items() if "," not in name}
+    return {name: count for name, count in fitting.items() if 0 < count <= 0.95 * epochs}
+
+
+def write(ablation: Ablation, figures: Sequence[dict[str, Any]], prefix: Path, command: str) -> Path:
+    """Write the figures of all runs, their table and their picture; returns the table's path."""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    where = environment(torch.device("cpu")) | {"command": command}
+    prefix.with_name(prefix.name + ".json").write_text(json.dumps({"environment": where, "runs": figures}, indent=1))
+    plot(figures, ablation, prefix.with_name(prefix.name + ".png"))
+    text = [f"# {ablation.title}\n\n    {command}\n", markdown(figures)]
+    for one, other in ablation.compared:
+        if {one, other} <= over_seeds(figures).keys():
+            for key in known(figures, ("auroc", "leakage", "knn", "logreg")):
+                mean, deviation = difference(figures, one, other, key)
+                text.append(f"- {one} - {other}, {key}: {mean:+.3f} ± {deviation:.3f} (same seed)")
+    seeds = len({run["seed"] for run in figures})
+    machine = f"{where['device']}, torch {where['torch']}, commit {where['commit']}."
+    text.append(f"\nMean ± standard deviation over {seeds} seeds. {machine}\n\n![scores]({prefix.name}.png)\n")
+    path = prefix.with_name(prefix.name + ".md")
+    path.write_text("\n".join(text))
+    return path

@@ -1,0 +1,48 @@
+"""`ccmim bench`: run a script of benchmarks/."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ccmim_fast.commands import take_name
+from ccmim_fast.errors import MachineError
+
+SCRIPTS = {
+    "throughput": "throughput.py",
+    "ladder": "ladder.py",
+    "attention": "attention.py",
+    "data": "data.py",
+    "bank": "bank.py",
+    "soak": "soak.py",
+    "scaling": "scaling.py",
+    "ops": "ops/bench.py",
+}
+NAMES = {
+    "throughput": "whole training steps, beside those of other libraries",
+    "ladder": "what each saving of a training step gives",
+    "attention": "attention backends",
+    "data": "loaders, beside torchvision's",
+    "bank": "what the score bank costs a step",
+    "soak": "runs that are killed and disturbed, and go on",
+    "scaling": "what ranks send each other",
+    "ops": "the ops of ccmim_kernels, beside their floors",
+}
+
+
+def bench(argv: list[str]) -> None:
+    """Run one of `SCRIPTS` in a process of its own.
+
+    Raises:
+        MachineError: `ccmim_fast` is installed from a wheel, which has no benchmarks/.
+        SystemExit: the script failed; the exit code is the script's.
+    """
+    name, rest = take_name("ccmim bench", "benchmark", NAMES, argv)
+    root = Path(__file__).resolve().parents[2]
+    script = root / "benchmarks" / SCRIPTS[name]
+    if not script.is_file():
+        raise MachineError("ccmim bench: benchmarks/ is not in the wheel; git clone the repository and run it there")
+    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, script, *rest], env={**os.environ, "PYTHONPATH": path})
+    if done.returncode:
+        raise SystemExit(done.returncode)

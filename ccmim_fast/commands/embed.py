@@ -1,0 +1,34 @@
+"""`ccmim embed`: features of a folder's images."""
+
+from pathlib import Path
+
+from ccmim_fast.config.parser import Parser, whole_number
+from ccmim_fast.errors import ConfigError
+
+SUFFIXES = (".npy", ".arrow")
+_HELP = """
+Write the features of images, in the order of their index. FILE.npy holds float32 [N, D], and FILE.jsonl beside it the
+name and class of each row; FILE.arrow holds columns name, label (where the images have classes) and features. Images
+are shown whole, resized to the run's size.
+"""
+
+
+def embed(argv: list[str]) -> None:
+    """Write the features, and print how many there are."""
+    parser = Parser("ccmim embed", _HELP)
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
+    parser.add_argument("folder", metavar="FOLDER", help="folder of images, of tars or of tables; see ccmim data")
+    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help=f"ends in {' or '.join(SUFFIXES)}")
+    parser.add_argument("--pool", choices=["avg", "cls"], default="avg", help="mean over the patches, or [CLS]")
+    parser.add_argument("--batch", type=whole_number(1), default=64, help="images at a time")
+    parser.add_argument("--workers", type=whole_number(0), default=0, help="decoding threads; 0: one per core")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16", "auto"], default="fp32", help="of the encoder")
+    given = parser.parse_args(argv)
+    if given.out.suffix not in SUFFIXES:
+        raise ConfigError(f"--out={str(given.out)!r:.200}: must end in {' or '.join(SUFFIXES)}")
+    from ccmim_fast.export.embed import embed_folder
+
+    made = embed_folder(**vars(given))
+    left_out = f"; {made.left_out} images cannot be used" if made.left_out else ""
+    print(f"{given.out}: {made.images} x {made.width}{left_out}")

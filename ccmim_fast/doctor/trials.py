@@ -1,0 +1,164 @@
+"""Trials of libraries: each does what the trainer does with a library, and raises where that fails.
+
+    python -m ccmim_fast.doctor.trials NAME [ARGUMENT]
+
+A trial has a process of its own, as a library that was built for another torch may crash or hang. Nothing is imported
+before it is needed: a library that is broken must not end the trial of another.
+"""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import BinaryIO
+
+PATIENCE = 120  # seconds for a trial; torch.compile takes 20 to 60 of them
+
+
+def imported(module: str) -> None:
+    """Import a module, which is all that can be tried of a library for CUDA where there is none."""
+    importlib.import_module(module)
+
+
+def cuda(index: str) -> None:
+    """Multiply matrices on a GPU; fails where torch has no code for it."""
+    import torch
+
+    x = torch.ones(64, 64, device=f"cuda:{index}")
+    _agree((x @ x).sum(), torch.tensor(64.0**3, device=x.device))
+
+
+def compiled() -> None:
+    """Run torch.compile, forward and backward, on CUDA."""
+    import torch
+
+    x = torch.randn(64, 64, device="cuda", requires_grad=True)
+    torch.compile(lambda x: (x.softmax(1) @ x).square().sum())(x).backward()
+    found, x.grad = x.grad, None
+    (x.softmax(1) @ x).square().sum().backward()
+    _agree(found, x.grad)
+
+
+def triton() -> None:
+    """Compare a kernel of ours with its reference."""
+    import torch
+
+    from ccmim_kernels import gather_tokens
+
+    tokens_BLD = torch.randn(2, 16, 64, device="cuda")
+    ids_BK = torch.arange(4, device="cuda").expand(2, 4).contiguous()
+    _agree(*(gather_tokens(tokens_BLD, ids_BK, kernels=kernels) for kernels in ("triton", "reference")))
+
+
+def xformers() -> None:
+    """Compare its attention with two products and a softmax."""
+    import torch
+
+    from ccmim_fast.models.block import attention
+
+    q, k, v = torch.randn(3, 2, 50, 4, 32, device="cuda", dtype=torch.float16)
+    _agree(*(attention(q, k, v, backend) for backend in ("xformers", "plain")))
+
+
+def dali(device: str) -> None:
+    """Decode and cut a batch of JPEG files."""
+    import torch
+    from PIL import Image
+
+    from ccmim_fast.config.schema import DataConfig
+    from ccmim_fast.data.build import build_loader
+    from ccmim_fast.data.index.indexed import open_images
+
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(4):
+            Image.new("RGB", (64, 48), (60 * number, 0, 0)).save(Path(folder) / f"{number}.jpg", quality=95)
+        source = open_images(folder, 3, str(Path(folder) / "index"))
+        data = DataConfig(loader="dali", image_size=(32, 32), workers=1)
+        with closing(build_loader(source, data, 0, 4, device=device).stream(0)) as stream:
+            batch = next(stream)
+    _agree(batch.images_BHWC[:, 0, 0, 0].float(), 60 * batch.ids_B.float(), within=2.0)
+    if batch.images_BHWC.dtype != torch.uint8:
+        raise ValueError(f"its images are {batch.images_BHWC.dtype}")
+
+
+def apex() -> None:
+    """Take one step of its fused AdamW."""
+    import torch
+
+    from ccmim_fast.optim.apex import apex_optimizer
+
+    weight = torch.nn.Parameter(torch.ones(8, device="cuda"))
+    weight.grad = torch.ones_like(weight)
+    apex_optimizer("apex_adamw", [{"params": [weight]}], lr=0.1, betas=(0.9, 0.95)).step()
+    _agree(weight.detach(), torch.full_like(weight, 0.9))
+
+
+def tensorboard() -> None:
+    """Write a figure into a file of events."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as board:
+        board.add_scalar("loss", 1.0, 1)
+
+
+def submitit() -> None:
+    """Import submitit; nothing is submitted."""
+    importlib.import_module("submitit")
+
+
+def _agree(found, expected, within: float = 1e-2) -> None:
+    """Raise where the largest difference exceeds `within`, which is far above rounding, in half precision too."""
+    error = float((found.float() - expected.float()).abs().max())
+    if not error <= within:
+        raise ValueError(f"its result is wrong by {error:.3g}")
+
+
+def try_all(trials: Sequence[tuple[str, ...]], patience: float = PATIENCE) -> list[str]:
+    """Run trials at the same time; returns for each `yes`, or `no: ` and the reason.
+
+    Args:
+        trials: words behind `python -m ccmim_fast.doctor.trials`.
+        patience: seconds that each may take.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        errors = [open(Path(folder) / str(number), "w+b") for number in range(len(trials))]  # noqa: SIM115
+        try:
+            running = [_start(trial, error, folder) for trial, error in zip(trials, errors)]
+            return [_outcome(process, error, patience) for process, error in zip(running, errors)]
+        finally:
+            for error in errors:
+                error.close()
+
+
+def _start(trial: tuple[str, ...], error: BinaryIO, folder: str) -> subprocess.Popen:
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder}
+    command = [sys.executable, "-m", __name__, *trial]
+    # A group of its own: what hangs may have started others.
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=error, stderr=error, env=environment, start_new_session=True
+    )
+
+
+def _outcome(process: subprocess.Popen, error: BinaryIO, patience: float) -> str:
+    try:
+        code = process.wait(timeout=patience)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return f"no: no answer in {patience:g} seconds"
+    if code == 0:
+        return "yes"
+    error.seek(0)
+    lines = [line for line in error.read().decode(errors="replace").splitlines() if line.strip()]
+    if code < 0:
+        return f"no: ended by {signal.Signals(-code).name}"
+    return f"no: {lines[-1].strip()[:200] if lines else f'exit code {code}'}"
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,74 @@
+"""The forms in which a run's weights are written for other libraries."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, NamedTuple
+
+from ccmim_fast.errors import ConfigError, MachineError
+
+if TYPE_CHECKING:
+    from ccmim_fast.checkpoints import OpenedRun
+
+
+class Target(NamedTuple):
+    """One form.
+
+    Attributes:
+        place: `module:function` below this package; the function takes an `OpenedRun` and the folder, or the file of
+            this `suffix`, to write, and returns the paths that it wrote; imported when called, for torch takes seconds.
+        suffix: of a file that may stand alone; "": always a folder.
+        help: one line.
+    """
+
+    place: str
+    suffix: str
+    help: str
+
+    @property
+    def write(self) -> Callable[["OpenedRun", Path], list[Path]]:
+        return resolve_name(f"ccmim_fast.export.{self.place}")
+
+
+TARGETS = {
+    "timm": Target("plain:export_timm", ".safetensors", "the encoder, for timm.create_model"),
+    "hf-vit": Target("hugging_face:export_vit", "", "the encoder, for ViTModel of transformers"),
+    "hf-vitmae": Target("hugging_face:export_vitmae", "", "encoder and decoder, for ViTMAEForPreTraining"),
+    "safetensors": Target("plain:export_safetensors", ".safetensors", "all weights, under our own names"),
+    "onnx": Target("graphs:export_onnx", ".onnx", "the encoder as a graph, for ONNX runtime"),
+    "torch-export": Target("graphs:export_program", ".pt2", "the encoder as a graph, for torch.export.load"),
+}
+
+
+def export_run(target: str, run: str, out: Path, results: Sequence[str] = (), hub_name: str = "") -> list[Path]:
+    """Write the newest checkpoint of a run for another library; averaged weights where the run has them.
+
+    Args:
+        target: one of `TARGETS`.
+        run: a run's folder, or one of its checkpoints.
+        out: a new folder, in which a model card stands beside the weights, or a file of the target's suffix.
+        results: paths of result.json of evaluations, for the card.
+        hub_name: OWNER/NAME on the Hugging Face hub, which the card's code loads from; "": `out`.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        ConfigError: `out` is not empty; a result is none.
+        CheckpointError: `run` has no checkpoint that loads.
+        MachineError: `out` cannot be written.
+    """
+    from ccmim_fast.checkpoints import open_run
+    from ccmim_fast.export.card import read_result, write_card
+
+    evaluation = [row for path in results for row in read_result(path)]
+    opened = open_run(run)
+    is_file = bool(TARGETS[target].suffix) and out.suffix == TARGETS[target].suffix
+    try:
+        (out.parent if is_file else out).mkdir(parents=True, exist_ok=True)
+        if not is_file and any(out.iterdir()):
+            raise ConfigError(f"ccmim export: {str(out)!r:.200} is not empty; name a new folder")
+        written = TARGETS[target].write(opened, out)
+        return written if is_file else [*written, write_card(target, opened, out, hub_name, evaluation)]
+    except OSError as error:
+        raise MachineError(f"{error.filename or out}: not written: {error.strerror or error}") from None

@@ -1,0 +1,85 @@
+"""A page that compares run folders, whatever state they are in."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ccmim_fast.errors import ConfigError
+from ccmim_fast.runs.listing import COLUMNS, CONFIG, METRICS, describe
+from ccmim_fast.runs.state import FILE
+
+_SIGNS = (CONFIG, METRICS, FILE)  # a folder with one of them is a run's
+_NAMED = 5  # runs that a message names
+
+
+class Page(NamedTuple):
+    """How many runs the page compares, and a line for each part of them that cannot be shown."""
+
+    runs: int
+    remarks: list[str]
+
+
+def compare_runs(
+    runs: Sequence[Path], out: Path, *, title: str = "", images: int = 4, moments: int = 5, data: str = ""
+) -> Page:
+    """Write one offline HTML page that compares runs; nothing in a run changes.
+
+    Args:
+        runs: folders; the others are compared with the first.
+        out: the page.
+        title: "": the runs' names.
+        images: how many are drawn of a run that kept no pictures.
+        moments: checkpoints drawn of such a run; 0: no pictures.
+        data: root of the images to draw; "": the run's own.
+
+    Raises:
+        ConfigError: a folder holds no run, or `out` is a folder.
+    """
+    folders = [_run(path) for path in {path.resolve(): path for path in runs}.values()]
+    if out.is_dir():
+        raise ConfigError(f"--out={out}: is a folder; write --out={out / 'report.html'}")
+    # Behind the checks: torch and matplotlib take seconds to import.
+    from ccmim_fast.report.html import write_report
+    from ccmim_fast.report.runs import Comparison, RunView
+    from ccmim_fast.report.snapshots import take_snapshots
+
+    names = names_of(folders)
+    rows = []
+    for name, folder in zip(names, folders):
+        row = describe(folder, folder.parent)
+        rows.append((name, [*row.cells[1:], row.error or ("" if any(row.cells[3:7]) else "no metrics yet")]))
+    snapshots = []
+    for folder in folders:
+        count = 0 if any((folder / "snapshots").glob("epoch_*.npz")) else images
+        snapshots.append(take_snapshots(folder, count, moments if count else 0, data))
+    title = title or ("Run " if len(names) == 1 else "Runs ") + ", ".join(names)
+    standing = Comparison([*COLUMNS[1:], "remark"], rows)
+    write_report(out, title, [RunView(*run) for run in zip(names, folders)], {}, standing, snapshots)
+    return Page(len(folders), [remark for of_run in snapshots for remark in of_run.remarks])
+
+
+def _run(folder: Path) -> Path:
+    """Returns a run's folder. Raises ConfigError, naming the runs right below it, for another."""
+    if _is_run(folder):
+        return folder
+    there = "holds no run" if folder.is_dir() else "no such folder"
+    below = [str(path) for path in sorted(folder.glob("*")) if _is_run(path)] if folder.is_dir() else []
+    nearest = f"below it are {' '.join(below[:_NAMED])}" if below else "ccmim runs lists those there are"
+    raise ConfigError(f"ccmim report: {str(folder)!r:.80}: {there}; {nearest}")
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _SIGNS)
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """What the page calls each: its name, or its path below what all have in common where two have one name."""
+    whole = [folder.resolve() for folder in folders]
+    if len({path.name for path in whole}) < len(whole):
+        top = os.path.commonpath(whole)
+        names = [os.path.relpath(path, top) for path in whole]
+    else:
+        names = [path.name for path in whole]
+    # Names of files may be bytes that are no text, which no page holds.
+    return [name.encode(errors="replace").decode() for name in names]
