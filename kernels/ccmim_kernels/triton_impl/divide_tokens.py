@@ -11,7 +11,7 @@ from ccmim_kernels.philox import STREAM_MASK
 from ccmim_kernels.sample_partition import empty_partition
 from ccmim_kernels.triton_impl.gather_tokens import copy_prefix
 from ccmim_kernels.triton_impl.launch import ROW_SIZES, fitting, launch, rows_contiguous, tile_for
-from ccmim_kernels.triton_impl.sample_partition import importance_keys, key_options, select_largest, store_partition
+from ccmim_kernels.triton_impl.sample_partition import importance_keys, key_options, store_partition
 
 
 @triton.jit
@@ -70,6 +70,8 @@ def move_rows(
     BLOCK_D: tl.constexpr,
 ):
     """Copy each token of one image, read once, to its row of the visible or of the masked set."""
+    # What other threads of this program stored is read below.
+    tl.debug_barrier()
     for start in range(0, L, TOKENS):
         row = start + tl.arange(0, TOKENS)
         place = tl.load(restore_ptr + row, mask=row < L, other=0)
@@ -139,12 +141,7 @@ def ccmim_divide_tokens_kernel(
     keys = importance_keys(
         logits, patch, sample, seed, stream, epoch, inverse_temperature, gumbel_weight, uniform_weight
     )
-    masked = select_largest(keys, valid, L - keep)
-    store_partition(masked, patch, valid, image, L, keep, ids_visible_ptr, ids_masked_ptr, restore_ptr, mask_ptr)
-    tl.store(nan_ptr + image, tl.max((valid & (keys != keys)).to(tl.int32)).to(tl.uint8))
-    # What other threads of this program stored is read below.
-    tl.debug_barrier()
-
+    store_partition(keys, patch, valid, image, L, keep, ids_visible_ptr, ids_masked_ptr, restore_ptr, mask_ptr, nan_ptr)
     visible_ptr += image * (P + keep) * D
     masked_ptr += image * (P + L - keep) * D
     copy_prefix(prefix_ptr, visible_ptr, P, D, BLOCK_D)

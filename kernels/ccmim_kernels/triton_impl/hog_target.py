@@ -47,6 +47,23 @@ def sobel(image_ptr, y, x, channel, height, width, channels, inside):
     return falling - rising + 2 * dx, falling + rising + 2 * dy
 
 
+@triton.jit
+def votes(dx, dy, boundaries_ptr, bins, bin_index):
+    """Sum the lengths of gradients [X, R] by the bin of their angle: [len(bin_index), R] fp32."""
+    rest = tl.sqrt_rn((dx * dx + dy * dy).to(tl.float32))
+    flipped = (dy < 0) | ((dy == 0) & (dx < 0))
+    dx, dy = tl.where(flipped, -dx, dx).to(tl.float32), tl.where(flipped, -dy, dy).to(tl.float32)
+    histogram = tl.zeros((bin_index.shape[0], dx.shape[1]), tl.float32)
+    for q in range(bins):
+        # Votes that no bin before this one has taken are its own if they lie before the angle it ends at.
+        cos, sin = tl.load(boundaries_ptr + 2 * q), tl.load(boundaries_ptr + 2 * q + 1)
+        taken = (cos * dy - sin * dx < 0) | (q == bins - 1)
+        total = tl.sum(tl.where(taken, rest, 0.0), 0)
+        rest = tl.where(taken, 0.0, rest)
+        histogram = tl.where((bin_index == q)[:, None], total[None, :], histogram)
+    return histogram
+
+
 @triton.jit(do_not_specialize=_INTEGERS)
 def ccmim_hog_target_kernel(
     images_ptr,  # [B, H, W, C] uint8
@@ -91,19 +108,8 @@ def ccmim_hog_target_kernel(
     image_ptr = images_ptr + image * height * width * channels
     dx, dy = sobel(image_ptr, y, x, channel[None, :], height, width, channels, inside)
 
-    rest = tl.sqrt_rn((dx * dx + dy * dy).to(tl.float32))
-    flipped = (dy < 0) | ((dy == 0) & (dx < 0))
-    dx, dy = tl.where(flipped, -dx, dx).to(tl.float32), tl.where(flipped, -dy, dy).to(tl.float32)
     bin_index = tl.arange(0, BLOCK_Q)
-    histogram = tl.zeros([BLOCK_Q, ROWS], tl.float32)
-    for q in range(bins):
-        # Votes that no bin before this one has taken are its own if they lie before the angle it ends at.
-        cos, sin = tl.load(boundaries_ptr + 2 * q), tl.load(boundaries_ptr + 2 * q + 1)
-        taken = (cos * dy - sin * dx < 0) | (q == bins - 1)
-        votes = tl.sum(tl.where(taken, rest, 0.0), 0)
-        rest = tl.where(taken, 0.0, rest)
-        histogram = tl.where((bin_index == q)[:, None], votes[None, :], histogram)
-
+    histogram = votes(dx, dy, boundaries_ptr, bins, bin_index)
     length = tl.maximum(tl.sqrt_rn(tl.sum(histogram * histogram, 0)), _EPS)
     histogram = tl.div_rn(histogram, length[None, :])
     offset = (image * masked * histograms + row)[None, :] * bins + bin_index[:, None]

@@ -64,8 +64,9 @@ def select_largest(keys, valid, count):
 
 
 @triton.jit
-def store_partition(masked, patch, valid, image, L, keep, visible_ptr, masked_ptr, restore_ptr, mask_ptr):
-    """Write one image's row of a `Partition`; returns nothing."""
+def store_partition(keys, patch, valid, image, L, keep, visible_ptr, masked_ptr, restore_ptr, mask_ptr, nan_ptr):
+    """Mask the L - keep largest keys of one image, and write its row of a `Partition`."""
+    masked = select_largest(keys, valid, L - keep)
     count = masked.to(tl.int32)
     before = tl.cumsum(count, 0) - count
     seen = patch - before
@@ -73,6 +74,7 @@ def store_partition(masked, patch, valid, image, L, keep, visible_ptr, masked_pt
     tl.store(masked_ptr + image * (L - keep) + before, patch.to(tl.int64), mask=valid & (count == 1))
     tl.store(restore_ptr + image * L + patch, tl.where(masked, keep + before, seen).to(tl.int64), mask=valid)
     tl.store(mask_ptr + image * L + patch, count.to(tl.uint8), mask=valid)
+    tl.store(nan_ptr + image, tl.max((valid & (keys != keys)).to(tl.int32)).to(tl.uint8))
 
 
 @triton.jit
@@ -136,9 +138,7 @@ def ccmim_sample_partition_kernel(
         keys = importance_keys(
             logits, patch, sample, seed, stream, epoch, inverse_temperature, gumbel_weight, uniform_weight
         )
-    masked = select_largest(keys, valid, L - keep)
-    store_partition(masked, patch, valid, image, L, keep, visible_ptr, masked_ptr, restore_ptr, mask_ptr)
-    tl.store(nan_ptr + image, tl.max((valid & (keys != keys)).to(tl.int32)).to(tl.uint8))
+    store_partition(keys, patch, valid, image, L, keep, visible_ptr, masked_ptr, restore_ptr, mask_ptr, nan_ptr)
 
 
 def key_options(strategy: str, noise: str, temperature: float, seed: int) -> tuple[int, tuple[float, float, float]]:
