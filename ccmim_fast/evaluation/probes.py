@@ -14,9 +14,11 @@ from ccmim_fast.data.build import build_loader
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.classification import classifier
 from ccmim_fast.evaluation.job import Job
-from ccmim_fast.evaluation.supervised import Training
+from ccmim_fast.evaluation.supervised import train
 
 Groups = Sequence[tuple[Iterator[nn.Parameter], float]]  # parameters, and what their rate is multiplied by
+
+TRUST = 0.001  # coefficient of LARS; MAE, util/lars.py
 
 
 def linear(job: Job) -> dict[str, float]:
@@ -97,7 +99,7 @@ def build_head_optimizer(optim: EvalOptimConfig, groups: Groups) -> torch.optim.
         split.append({"params": matrices, "lr_scale": scale, "always_adapt": adapt, "weight_decay": optim.weight_decay})
         split.append({"params": vectors, "lr_scale": scale, "always_adapt": False, "weight_decay": 0.0})
     if optim.name == "lars":
-        return timm.optim.Lars(split, lr=optim.base_lr, momentum=optim.momentum, trust_coeff=optim.trust, eps=0.0)
+        return timm.optim.Lars(split, lr=optim.base_lr, momentum=optim.momentum, trust_coeff=TRUST, eps=0.0)
     for group in split:
         group.pop("always_adapt")
     return torch.optim.SGD(split, lr=optim.base_lr, momentum=optim.momentum)
@@ -118,9 +120,4 @@ def _train(
         world_size=here.world_size,
         device=here.device,
     )
-
-    def batches(cursor: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((batch.images_BHWC, batch.labels_B) for batch in loader.stream(cursor))
-
-    optimizer = build_head_optimizer(config.optim, groups)
-    return Training(job, classifier(job, head, inputs, optimizer, batches, names)).run()
+    return train(job, classifier(job, head, inputs, build_head_optimizer(config.optim, groups), loader, names))

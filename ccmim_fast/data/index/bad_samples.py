@@ -56,8 +56,10 @@ class BadSamples:
 
     @classmethod
     def of(cls, source: Source, on_error: str, max_bad: float) -> "BadSamples":
-        """Start the record of a source, beside its index if it has one."""
-        return cls(getattr(source, "index", None), len(source), len(source.excluded_X), on_error, max_bad)
+        """Open the account of a source, recorded beside its index if it has one."""
+        index = getattr(source, "index", None)
+        # A source without an index excludes samples that are of no use, such as images without an object, not bad ones.
+        return cls(index, len(source), 0 if index is None else len(source.excluded_X), on_error, max_bad)
 
     def add(self, sample: int, reason: str, lasting: bool = True) -> None:
         """Record that a sample failed; for the next run too if the cause is `lasting`.

@@ -39,7 +39,7 @@ class Scenes:
     def __init__(self, images: Source, class_names: tuple[str, ...], labels: Callable[[int], np.ndarray]):
         self.class_names, self.labels = class_names, labels
         self.sizes_N2, self.excluded_X = images.sizes_N2, images.excluded_X
-        self.name, self.decode = images.name, images.decode
+        self.name, self.decode, self.fingerprint = images.name, images.decode, images.fingerprint
         self.index = getattr(images, "index", None)
 
     def __len__(self) -> int:
