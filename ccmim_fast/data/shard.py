@@ -32,9 +32,8 @@ def write_shards(
     """Write `shard-000000.tar`, ... and the index to a new or empty folder.
 
     The samples are in an order drawn by `seed`, so that neighbours are of all classes. Each sample has two members, the
-    image and, with classes, the label as `.cls`. Bytes are copied as they are, unless the image is made smaller; a
-    copied image is not decoded. Return the index and (id, reason) of the samples that are left out, since the source
-    excludes them or they cannot be read.
+    image and, with classes, the label as `.cls`. Bytes are copied without decoding, unless the image is made smaller.
+    Return the index, and (id, reason) of the samples that the source excludes or that cannot be read.
 
     Args:
         side: the shorter side of larger images becomes `side` pixels; 0: no image is changed.

@@ -10,23 +10,14 @@ from ccmim_fast.errors import DataError
 
 
 class Source(Protocol):
-    """A source gives images by sample id, 0 .. N - 1; their sizes are known before they are read.
+    """A source gives images by sample id, 0 .. N - 1; their sizes are known before they are read."""
 
-    Attributes:
-        channels: C of every image.
-        sizes_N2: int32 height and width in pixels, after any EXIF rotation.
-        labels_N: integer indices into `class_names`, or None without labels.
-        class_names: sorted; empty without labels.
-        excluded_X: int64 ids, ascending, of the samples that are known to be unusable.
-        fingerprint: equal for two sources if they have the same images under the same ids.
-    """
-
-    channels: int
-    sizes_N2: np.ndarray
-    labels_N: np.ndarray | None
-    class_names: tuple[str, ...]
-    excluded_X: np.ndarray
-    fingerprint: str
+    channels: int  # C of every image
+    sizes_N2: np.ndarray  # int32 height and width in pixels, after any EXIF rotation
+    labels_N: np.ndarray | None  # integer indices into `class_names`, or None without labels
+    class_names: tuple[str, ...]  # sorted; empty without labels
+    excluded_X: np.ndarray  # int64 ids, ascending, of the samples that are known to be unusable
+    fingerprint: str  # equal for two sources if they have the same images under the same ids
 
     def __len__(self) -> int:
         """Return N, the excluded samples included."""

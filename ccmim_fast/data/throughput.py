@@ -44,16 +44,15 @@ class StageTimes(NamedTuple):
 
 
 class Throughput(NamedTuple):
-    """The report holds the `stages` of one thread, `copy_ms` of an image to the device, and images per second of the
-    `loaders` by name, each with `threads` threads."""
+    """The report of `ccmim data bench` holds the speed of every part."""
 
-    stages: StageTimes
-    copy_ms: float
-    loaders: dict[str, float]
-    threads: int
+    stages: StageTimes  # of one thread
+    copy_ms: float  # of an image to the device
+    loaders: dict[str, float]  # images per second, by name
+    threads: int  # that each loader has
 
     def lines(self) -> list[str]:
-        """Return the report of `ccmim data bench`."""
+        """Return the report as text."""
         bound = 1e3 * self.threads / max(sum(self.stages), 1e-9)
         return [
             *(f"{name:<7}{value:8.2f} ms an image, one thread" for name, value in self.stages._asdict().items()),

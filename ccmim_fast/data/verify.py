@@ -30,13 +30,12 @@ Bad = list[tuple[int, str]]  # sample ids and reasons
 
 
 class Report(NamedTuple):
-    """The report sums up an index. samples: number of rows. bad: ids and reasons of those that cannot be used. reasons:
-    counts by kind of reason. modes: counts by mode of the pixels."""
+    """The report sums up an index."""
 
-    samples: int
-    bad: Bad
-    reasons: Counter
-    modes: dict[str, int]
+    samples: int  # number of rows
+    bad: Bad  # those that cannot be used
+    reasons: Counter  # counts by kind of reason
+    modes: dict[str, int]  # counts by mode of the pixels
 
 
 def verify(

@@ -44,16 +44,13 @@ class BadSamples:
         excluded: how many of them were known to be unusable before.
         on_error: `skip` or `error`.
         max_bad: share of `total` that may be bad; DataError if more are.
-
-    Attributes:
-        reasons: by sample id, in the order in which the samples failed.
-        known: reasons of the samples that failed in earlier runs.
     """
 
     def __init__(self, index: Index | None, total: int, excluded: int, on_error: str, max_bad: float):
         self._index, self._total, self._excluded = index, total, excluded
         self._on_error, self._max_bad, self._lock = on_error, max_bad, threading.Lock()
-        self.reasons: dict[int, str] = {}
+        self.reasons: dict[int, str] = {}  # by sample id, in the order in which the samples failed
+        # Reasons of the samples that failed in earlier runs
         self.known = read_bad_samples(index) if index is not None else {}
         self._check()
 

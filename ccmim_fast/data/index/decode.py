@@ -26,14 +26,13 @@ _HEADER_FIRST = (b"\xff\xd8", b"\x89PNG")  # formats whose header can be read fr
 
 
 class Header(NamedTuple):
-    """A header holds what the index keeps of it. height, width: pixels after EXIF rotation. plain: every decoder reads
-    the file as `decode` does. orientation: EXIF, 1 .. 8. mode: Pillow's name of the pixels' mode; or the dtype."""
+    """A header holds what the index keeps of it."""
 
-    height: int
+    height: int  # pixels after EXIF rotation
     width: int
-    plain: bool
-    orientation: int
-    mode: str
+    plain: bool  # every decoder reads the file as `decode` does
+    orientation: int  # EXIF, 1 .. 8
+    mode: str  # Pillow's name of the pixels' mode; for arrays the dtype
 
 
 def file_suffixes(channels: int) -> tuple[str, ...]:

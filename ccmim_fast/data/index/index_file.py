@@ -79,31 +79,21 @@ class Row(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """A listing names the samples of a set. rows: in the order of the ids. class_names: sorted; empty without classes.
-    dependencies: path -> mtime_ns of every folder, container or list that changes when samples come or go. notes:
-    (path, reason) of what was met and gives no sample, such as an unreadable folder."""
+    """A listing names the samples of a set."""
 
-    rows: Iterable[Row]
-    class_names: tuple[str, ...]
-    dependencies: dict[str, int]
-    notes: list[tuple[str, str]]
+    rows: Iterable[Row]  # in the order of the ids
+    class_names: tuple[str, ...]  # sorted; empty without classes
+    dependencies: dict[str, int]  # path -> mtime_ns of the folders and files that change when samples come or go
+    notes: list[tuple[str, str]]  # (path, reason) of what gives no sample, such as an unreadable folder
 
 
 class Index:
-    """This class opens an index file.
+    """This class opens an index file. Raises DataError if the file is missing, damaged, or of another version.
 
-    Attributes:
-        root: folder or URL that locations are relative to; stored as "", it is the folder of the index.
-        relocatable: the root is the folder of the index, wherever that is moved.
-        origin, channels: what was indexed, as the user named it, and C.
-        containers: paths of tars or tables from `root`.
-        class_names, dependencies, notes: see `Listing`.
-        sizes_N2, labels_N, plain_N, status_N, offsets_N, bytes_N, containers_N: columns, mapped into memory.
-        table, metadata: all columns, and what the file says about all samples together.
-        excluded_X: ids of the samples whose status is BAD.
-        fingerprint: equal for two indexes if the same samples come from the same places in the same order.
-
-    Raises DataError if the file is missing, damaged, or of another version.
+    Its attributes are the columns, mapped into memory (`table`; `sizes_N2` and others as arrays), the metadata, and
+    `excluded_X`: the ids of the samples whose status is BAD. If the root is stored as "", it is the folder of the
+    index, wherever that is moved (`relocatable`). Two indexes with the same samples, from the same places in the same
+    order, have the same `fingerprint`.
     """
 
     def __init__(self, path: str):
@@ -126,7 +116,7 @@ class Index:
         root = os.fsdecode(bytes.fromhex(metadata["root"]))
         self.root, self.relocatable = root or os.path.dirname(os.path.abspath(self.path)), not root
         self.origin, self.channels, self.fingerprint = (metadata[key] for key in ("origin", "channels", "fingerprint"))
-        self.containers: list[str] = metadata["containers"]
+        self.containers: list[str] = metadata["containers"]  # tars or tables, paths from the root
         self.class_names: tuple[str, ...] = tuple(metadata["class_names"])
         self.dependencies: dict[str, int] = metadata["watched"]
         self.notes: list[tuple[str, str]] = [tuple(note) for note in metadata["notes"]]
@@ -168,7 +158,12 @@ class Index:
 def write_index(
     path: str, listing: Listing, *, root: str, origin: str, channels: int, containers: Iterable[str] = ()
 ) -> Index:
-    """Write an index, whole or not at all, and open it. For the arguments see the attributes of `Index`."""
+    """Write an index, whole or not at all, and open it.
+
+    Args:
+        root: folder or URL that locations and `containers` are relative to; "": the folder of the index.
+        origin: what was indexed, as the user named it.
+    """
     table = pa.Table.from_batches(list(_batches(listing.rows)), schema=SCHEMA)
     metadata = {"root": os.fsencode(root).hex(), "origin": origin, "channels": channels, "containers": list(containers)}
     metadata |= {"class_names": list(listing.class_names), "watched": listing.dependencies, "notes": listing.notes}

@@ -18,12 +18,11 @@ _LISTS = (".txt", ".lst", ".tsv")
 
 
 class Origin(NamedTuple):
-    """An origin consists of the parts to be indexed. root: folder or URL that paths are relative to. containers: paths
-    of tars or tables. files: the image files of a folder or list; None if there are containers."""
+    """An origin consists of the parts to be indexed."""
 
-    root: str
-    containers: list[str]
-    files: Listing | None = None
+    root: str  # folder or URL
+    containers: list[str]  # tars or tables, paths from `root`
+    files: Listing | None = None  # image files of a folder or list; None if there are containers
 
 
 def find_origin(origin: str, channels: int) -> Origin:

@@ -32,14 +32,15 @@ _PLANNED_AT_ONCE = 1024  # samples: 4 microseconds each; with 64 at once 41
 
 
 class MicroBatch(NamedTuple):
-    """A micro-batch names samples and their crops. ids_B: int64 sample ids. epochs_B: int64; repeat r of epoch e counts
-    as epoch e * repeats + r, so that every random number of a sample is drawn anew. boxes_B4: int64 y, x, height, width
-    of the crops in pixels. flips_B: bool, mirrored or not."""
+    """A micro-batch names samples and their crops.
 
-    ids_B: np.ndarray
-    epochs_B: np.ndarray
-    boxes_B4: np.ndarray
-    flips_B: np.ndarray
+    Repeat r of epoch e counts as epoch e * repeats + r, so that every random number of a sample is drawn anew.
+    """
+
+    ids_B: np.ndarray  # int64 sample ids
+    epochs_B: np.ndarray  # int64
+    boxes_B4: np.ndarray  # int64 y, x, height, width of the crops in pixels
+    flips_B: np.ndarray  # bool, mirrored or not
 
     def part(self, start: int, stop: int) -> "MicroBatch":
         """Return the samples from `start` to `stop`."""
