@@ -1,4 +1,4 @@
-"""Reads the settings of a YAML document as text: their types are the schema's matter, not YAML's."""
+"""Reads the settings of a YAML document: their types are the schema's matter, not YAML's."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,11 +8,15 @@ from yaml.constructor import ConstructorError
 
 from ccmim_fast.config.keys import REMOVED, RENAMED, sections, settings, show, unknown_key
 from ccmim_fast.config.schema import Config
+from ccmim_fast.config.values import read
 from ccmim_fast.errors import ConfigError
 
 
 class _TextLoader(yaml.BaseLoader):
-    """Scalars stay text (`1e-4`, which YAML 1.1 takes for a string, and `no` alike); a repeated key is an error."""
+    """This loader leaves scalars text (`1e-4`, which YAML 1.1 takes for a string, and `no` alike).
+
+    A repeated key is an error.
+    """
 
     def construct_mapping(self, node, deep=False):
         mapping = super().construct_mapping(node, deep)
@@ -23,15 +27,15 @@ class _TextLoader(yaml.BaseLoader):
         return mapping
 
 
-def read_settings(content: bytes | str, source: str, schema: type = Config) -> dict[str, str | list[str]]:
-    """The settings that a YAML document holds, by their dotted keys: text, or a list of text.
+def read_settings(content: bytes | str, source: str, schema: type = Config) -> dict[str, Any]:
+    """Return the settings that a YAML document holds, by their dotted keys.
 
     Args:
         content: a mapping of sections to mappings of settings; dotted keys work too, and nothing is no settings.
         source: names the document in messages: " in demo.yaml".
 
     Raises:
-        ConfigError: no valid YAML, a key that the schema lacks or that comes twice, or a nested value; one line.
+        ConfigError: no valid YAML, a key that the schema lacks or that comes twice, or a wrong value; one line.
     """
     try:
         document = yaml.load(content, _TextLoader)
@@ -40,7 +44,7 @@ def read_settings(content: bytes | str, source: str, schema: type = Config) -> d
         line = f" at line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error)
         raise ConfigError(f"not valid YAML{source}{line}: {' '.join(reason.split())}") from None
-    given: dict[str, str | list[str]] = {}
+    given: dict[str, Any] = {}
     for key, value in _leaves(document, source, schema):
         if key in REMOVED and REMOVED[key][0] in (None, value):
             continue
@@ -52,18 +56,16 @@ def read_settings(content: bytes | str, source: str, schema: type = Config) -> d
         # A deeper value is not shown: aliases make small files that are endless when printed.
         if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
             raise ConfigError(f"{key}: nested value{source}; write one such as {show(settings(schema)[key].default)}")
-        given[key] = value
+        given[key] = read(key, value, source, schema)
     return given
 
 
 def _leaves(document: Any, source: str, schema: type) -> Iterator[tuple[str, Any]]:
-    """The settings of a document and their values, down to the schema's two levels."""
-    if document in (None, ""):
-        return
-    if not isinstance(document, dict):
+    """Yield the settings of a document and their values, down to the schema's two levels."""
+    if not isinstance(document or {}, dict):
         raise ConfigError(f"no settings{source}: write lines such as `seed: 0`")
     known = {*sections(schema), *(key.partition(".")[0] for key in REMOVED)}
-    for name, value in document.items():
+    for name, value in (document or {}).items():
         if name in known and isinstance(value, dict):
             yield from ((f"{name}.{leaf}", item) for leaf, item in value.items())
         elif name not in known or value not in ("", "null", "~"):  # a section whose keys are commented out is fine

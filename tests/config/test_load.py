@@ -200,6 +200,8 @@ def test_a_base_stands_where_nothing_is_asked_for(tmp_path):
 def test_settings_that_were_removed_load_from_files_and_count_for_nothing(load, error_of):
     assert load("fast: {fold_input: false, row_ops: true}\nseed: 1") == {"seed": 1}
     assert load("fast.cls_only: false\nfast: null") == {}
+    assert load("target: {hog_bins: 9}") == {}
+    assert "target.hog_bins: this setting was removed (HOG has 9 " in error_of(load, "target: {hog_bins: 12}")
     assert from_yaml("fast: {masked_only: false}", "a checkpoint") == Config()
     message = error_of(load_config, ["--fast.fold_input=false"], PROG)
     assert message.startswith("--fast.fold_input: ")
