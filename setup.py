@@ -21,6 +21,7 @@ INSTALL_REQUIRES = [
     "tensorboard>=2.16",
     "matplotlib>=3.8",
     "jinja2>=3.1",
+    "scipy>=1.11",
     "scikit-learn>=1.4",
     "scikit-image>=0.22",
     "safetensors>=0.4",

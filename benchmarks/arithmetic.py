@@ -1,4 +1,4 @@
-"""On paper: FLOPs of one image, and what our ops must move. Prints the tables of docs/performance.md.
+"""Count on paper the FLOPs of one image: print the tables of docs/performance.md.
 
     python benchmarks/arithmetic.py             # the formulas
     python benchmarks/arithmetic.py --count     # beside torch's count of a real step: minutes on a CPU, 12 GB
@@ -9,12 +9,7 @@ Nothing here is a measurement of speed.
 # T tokens, Q of them that ask, D width, L patches, K visible, M masked, A values per patch, E contrastive width
 
 import argparse
-import sys
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent / "ops"))
-from floors import FLOORS, Size
 
 from ccmim_fast.config.keys import build, flatten
 from ccmim_fast.config.schema import Config
@@ -134,24 +129,12 @@ def parameters(vit: Vit, source: str = "all", decoder_blocks: int = 2) -> int:
 
 
 RATE = 0.5 * 800e12  # FLOP/s: half of what is assumed for a large bf16 product on an H100
-MEMORY = 3.0e12  # bytes/s: assumed for an H100, whose data sheet has 3.35e12
-PASSES = ("forward", "backward", "both")
 
 
 def lines(header: list[str], rows: list[list[str]]) -> str:
     """Markdown; the first column to the left, the others to the right."""
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
-
-
-def floors_table() -> str:
-    """Of our ops at B = 1024, ViT-B, bf16, with `MEMORY` and, for products, 800 TFLOP/s."""
-    rows = []
-    for op, floor in FLOORS.items():
-        passes = floor(Size(1024))
-        times = [f"{passes[p].seconds(MEMORY, 2 * RATE) * 1e6:.0f}" if p in passes else "-" for p in PASSES]
-        rows.append([f"`{op}`", f"{passes['forward'].bytes / 1e6:.0f}", *times])
-    return lines(["op", "MB forward", *(f"{name}, us" for name in PASSES)], rows)
 
 
 def arithmetic_table() -> str:
@@ -185,5 +168,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", action="store_true", help="count real steps too")
     chosen = parser.parse_args()
-    tables = [arithmetic_table(), parts_table(), floors_table()]
+    tables = [arithmetic_table(), parts_table()]
     print("\n\n".join([*tables, count_table()] if chosen.count else tables))

@@ -3,7 +3,7 @@
     ccmim bench bank [--stores] [--section.key=value ...]
 
 Steps of scores from the first block and from the bank take turns in one process, on the same random images; the bank's
-steps plan, lend and take back as in a run, with a map for each image of ImageNet. `--stores` measures memory and file
+steps plan, read and write as in a run, with a map for each image of ImageNet. `--stores` measures memory and file
 instead, up to 100 million maps: 13 GB of disk, minutes. Writes benchmarks/results/bank-<date>-<device>-<precision>.md
 and .json.
 """
@@ -27,8 +27,8 @@ from measure import random_images
 sys.path.insert(0, str(Path(__file__).parent / "ops"))
 from timing import Variant, time_variants
 
+from ccmim_fast.bank.bank import read_maps, update_maps
 from ccmim_fast.bank.stores import FileStore, open_store
-from ccmim_fast.bank.warp import read, update
 from ccmim_fast.config.keys import settings
 from ccmim_fast.models.precision import choose_precision
 from ccmim_kernels import cls_row
@@ -76,10 +76,10 @@ def parts(options: Namespace) -> dict[str, Variant]:
     numbers = np.random.default_rng(0).choice(IMAGENET, batch, replace=False)
     return {
         "rows of [CLS], 2 x 12 blocks": Variant(rows),
-        "read maps at patches": Variant(lambda _: read(maps, boxes, grid)),
-        "write patches to maps": Variant(lambda _: update(maps, boxes, scores, grid, 0.5)),
-        "take from the store": Variant(lambda _: store.take(numbers)),
-        "put into the store": Variant(lambda _: store.put(numbers, maps)),
+        "read maps at patches": Variant(lambda _: read_maps(maps, boxes, grid)),
+        "write patches to maps": Variant(lambda _: update_maps(maps, boxes, scores, grid, 0.5)),
+        "read from the store": Variant(lambda _: store.read(numbers)),
+        "write to the store": Variant(lambda _: store.write(numbers, maps)),
     }
 
 
@@ -95,12 +95,12 @@ def measure_store(name: str, maps: int, cells: int, path: Path) -> dict:
     def some() -> np.ndarray:
         return np.unique(draw.integers(maps, size=ROWS))
 
-    def put() -> None:
+    def write() -> None:
         rows = some()
-        store.put(rows, new[: len(rows)])
+        store.write(rows, new[: len(rows)])
 
-    row["take_ms"] = _median_ms(lambda: store.take(some()))
-    row["put_ms"] = _median_ms(put)
+    row["take_ms"] = _median_ms(lambda: store.read(some()))
+    row["put_ms"] = _median_ms(write)
     if isinstance(store, FileStore):
         row |= _from_disk(store, path, some)
     return row
@@ -115,11 +115,11 @@ def _from_disk(store: FileStore, path: Path, some: Callable[[], np.ndarray]) -> 
             rows = some()
             if ahead:
                 start = time.perf_counter()
-                store.expect(rows)
+                store.prefetch(rows)
                 telling.append(time.perf_counter() - start)
                 time.sleep(0.2)
             start = time.perf_counter()
-            store.take(rows)
+            store.read(rows)
             times.append(time.perf_counter() - start)
     return {
         "cold_ms": 1e3 * statistics.median(cold),

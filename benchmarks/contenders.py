@@ -156,9 +156,9 @@ def ours(given: list[str], arch: str, images_BHWC: Tensor, precision: str, savin
         host_ids_B = plan.step_ids(cursor, range(1)).reshape(-1)  # other samples, so other masks
         ids_B = to_device(host_ids_B, device)
         batches = [Batch(images_BHWC, ids_B, torch.zeros_like(ids_B), None, boxes_B4, host_ids_B)]
-        result = train_step(batches if bank is None else bank.lend(cursor, batches), LR)
+        result = train_step(batches if bank is None else bank.read(cursor, batches), LR)
         if bank is not None:
-            bank.take_back([seen.maps_BGG for seen in result.seen])
+            bank.write([seen.maps_BGG for seen in result.seen])
         cursor += count
         return result.total
 

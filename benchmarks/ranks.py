@@ -97,9 +97,9 @@ class Run:
         for ids_B in self.plan.step_ids(self.cursor, own)[:, 0]:
             ids = torch.from_numpy(ids_B)
             batches.append(Batch(self.images_BHWC, ids, torch.zeros_like(ids), None, self.boxes_B4, ids_B))
-        result = self.step(batches if self.bank is None else self.bank.lend(self.cursor, batches), contenders.LR)
+        result = self.step(batches if self.bank is None else self.bank.read(self.cursor, batches), contenders.LR)
         if self.bank is not None:
-            self.bank.take_back([seen.maps_BGG for seen in result.seen])
+            self.bank.write([seen.maps_BGG for seen in result.seen])
         self.watch.saw(0, result, batches, stop=False)
         list(self.watch.past())
         self.cursor += self.plan.global_batch

@@ -86,6 +86,6 @@ def _end(line: str, code: int) -> int:
     return code
 
 
-def one_line(text: object, limit: int = 200) -> str:
-    """Return `text` (an error, mostly) on one line of at most `limit` characters."""
+def one_line(text: object, limit: int | None = 200) -> str:
+    """Return `text` (an error, mostly) on one line, cut after `limit` characters."""
     return " ".join(str(text).split())[:limit]

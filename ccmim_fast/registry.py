@@ -1,4 +1,4 @@
-"""The registries of what a run can choose by name: score sources, contrastive losses and targets.
+"""The registries of what a run can choose by name: image sources, loaders, score sources, contrastive losses, targets.
 
 Nothing here imports torch: the settings' choices, `--help` and the tables of the benchmarks are made from these
 registries alone, and the class behind a name is imported when it is built. Nothing else in the tree lists the names.
@@ -13,6 +13,32 @@ def load(path: str) -> Any:
     """Import what `module:name` names."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+class ImageSource(NamedTuple):
+    """A kind of images to train on.
+
+    Attributes:
+        label: for tables and reports.
+        path: `module:name` of a function of the settings `data` and the seed that returns a `data.source.Source`.
+        channels: the only number of channels that its images can have; 0: any.
+    """
+
+    label: str
+    path: str
+    channels: int = 0
+
+
+class Loader(NamedTuple):
+    """A way to read, decode and crop images.
+
+    Attributes:
+        label: for tables and reports.
+        path: `module:name` of the class, see `data.build.Loader`.
+    """
+
+    label: str
+    path: str
 
 
 class ScoreSource(NamedTuple):
@@ -74,6 +100,18 @@ def _keys(tokens: int, width: int) -> float:
     """Count the keys of all tokens and the query of [CLS]."""
     return 2 * (tokens + 1) * width**2
 
+
+IMAGE_SOURCES: dict[str, ImageSource] = {
+    "images": ImageSource("image files", "ccmim_fast.data.index.indexed:build"),
+    "shapes": ImageSource("generated shapes", "ccmim_fast.data.made.shapes:build", channels=3),
+    "photos": ImageSource("crops of eight photographs", "ccmim_fast.data.made.photos:build", channels=3),
+}
+
+# `data.loader=auto` takes the first one that suits the images.
+LOADERS: dict[str, Loader] = {
+    "dali": Loader("NVIDIA DALI", "ccmim_fast.data.stream.dali_loader:DaliLoader"),
+    "torch": Loader("Pillow and torch", "ccmim_fast.data.stream.torch_loader:TorchLoader"),
+}
 
 SCORE_SOURCES: dict[str, ScoreSource] = {
     "first": ScoreSource("first block", "ccmim_fast.models.scores:FirstBlock", lambda L, D, n, k: 2 * L * D),

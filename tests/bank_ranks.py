@@ -53,8 +53,8 @@ def run(plan, store, steps, cursor=0, maps=None, substituted=()):
         bank.fill(maps)
     stream = plan.micro_batches(cursor)
     for _ in range(steps):
-        lent = bank.lend(cursor, batches_of(plan, stream, substituted))
-        bank.take_back([stepped(batch) for batch in lent])
+        lent = bank.read(cursor, batches_of(plan, stream, substituted))
+        bank.write([stepped(batch) for batch in lent])
         cursor += plan.global_batch
     return bank.contents()
 

@@ -16,7 +16,7 @@ import torch
 from ccmim_fast.checkpoints import io
 from ccmim_fast.cli import main as ccmim
 from ccmim_fast.data.made.shapes import ShapesSource
-from ccmim_fast.engine.loop import Trainer
+from ccmim_fast.engine.pretraining import Pretraining
 from ccmim_fast.engine.step import TrainStep
 
 
@@ -35,14 +35,14 @@ def not_finite(at, value=float("nan")):
 
 def in_step(at, act):
     """Within it `act` is called at the beginning of step `at`."""
-    train = Trainer._train
+    train = Pretraining.train
 
-    def acting(self, batches):
-        if self.step + 1 == at:
+    def acting(self, batches, step, seen):
+        if step + 1 == at:
             act()
-        return train(self, batches)
+        return train(self, batches, step, seen)
 
-    return patch.object(Trainer, "_train", acting)
+    return patch.object(Pretraining, "train", acting)
 
 
 def signalled(at, number=signal.SIGTERM):
@@ -52,15 +52,15 @@ def signalled(at, number=signal.SIGTERM):
 
 def recorded_ids(file):
     """Within it each step writes the ids of its samples: a line [step, ids]."""
-    train = Trainer._train
+    train = Pretraining.train
 
-    def recording(self, batches):
+    def recording(self, batches, step, seen):
         with open(file, "a") as lines:
             ids = np.concatenate([batch.host_ids_B for batch in batches]).tolist()
-            lines.write(json.dumps([self.step + 1, ids]) + "\n")
-        return train(self, batches)
+            lines.write(json.dumps([step + 1, ids]) + "\n")
+        return train(self, batches, step, seen)
 
-    return patch.object(Trainer, "_train", recording)
+    return patch.object(Pretraining, "train", recording)
 
 
 def image(at, act):
@@ -134,7 +134,7 @@ def main() -> int:
     concerned = rank in ("all", os.environ.get("RANK"))
     spoil = FAULTS[fault]({int(step) for step in at.split(",")}) if concerned else contextlib.nullcontext()
     # Both take a while before the run, for figures that nobody reads here.
-    counted = patch("ccmim_fast.engine.loop.count_flops", lambda step: {})
+    counted = patch("ccmim_fast.engine.pretraining.count_flops", lambda step: {})
     measured = patch("ccmim_fast.profile.meter.measure_matmul_rate", lambda device, dtype: 1e12)
     with counted, measured, spoil:
         return ccmim(["pretrain", *settings])

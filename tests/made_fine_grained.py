@@ -1,5 +1,6 @@
 """Miniature sets as their owners publish them, made of shapes: iNaturalist and Flowers-102."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -48,6 +49,13 @@ def make_flowers(root, train=12, test=6, classes=3, cache=None):
             Image.fromarray(source.decode(at)).save(root / f"jpg/image_{number:05d}.jpg", quality=95, subsampling=0)
             labels[0, number - 1] = source.labels_N[at] + 1
     parts = {"trnid": trained[::2], "valid": trained[1::2], "tstid": numbers[::-1]}
-    savemat(root / "imagelabels.mat", {"labels": labels})
-    savemat(root / "setid.mat", {name: np.array([part], dtype=np.uint16) for name, part in parts.items()})
+    save_arrays(root / "imagelabels.mat", {"labels": labels})
+    save_arrays(root / "setid.mat", {name: np.array([part], dtype=np.uint16) for name, part in parts.items()})
     return root
+
+
+def save_arrays(path, arrays):
+    """Write a MATLAB file, and its hash into the list that tells that its owner made it."""
+    savemat(path, arrays)
+    with open(path.parent / "MD5SUMS", "a") as sums:
+        sums.write(f"{hashlib.md5(path.read_bytes()).hexdigest()}  {path.name}\n")

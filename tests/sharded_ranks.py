@@ -6,6 +6,7 @@ Started by tests/ranks/test_fsdp.py, which looks at it.
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -21,8 +22,9 @@ from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.engine.build import build_step
 from ccmim_fast.engine.checkpointer import Checkpointer
 from ccmim_fast.engine.compile import compile_step
+from ccmim_fast.engine.task import Task
 from ccmim_fast.errors import CheckpointError
-from ccmim_fast.optim.gradients import own_part
+from ccmim_fast.optim.update import own_part
 from ccmim_fast.ranks.fsdp import let_go
 from ccmim_fast.ranks.session import Session
 
@@ -77,9 +79,16 @@ def weights(step):
     return [whole(tensor).detach().clone() for tensor in state]
 
 
+class Saved(Task):
+    """A step and a place in the stream; it is not trained."""
+
+    def __init__(self, step, here):
+        self.model, self.optimizer, self.scaler, self.ema = step.model, step.optimizer, step.scaler, step.ema
+        self.loader = SimpleNamespace(plan=Plan(Sizes(64), 0, 8, 1, here.rank, here.world_size))
+
+
 def checkpointer(step, here, folder, notes):
-    plan = Plan(Sizes(64), 0, 8, 1, here.rank, here.world_size)
-    return Checkpointer(step.config, here, folder, step, plan, None, notes.append)
+    return Checkpointer(step.config, here, folder, Saved(step, here), notes.append)
 
 
 def saved(step, here, folder, at):

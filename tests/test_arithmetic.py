@@ -54,7 +54,7 @@ def test_a_bank_costs_a_thousandth_at_most():
         assert 0 < bank / first - 1 < 1e-3
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "parts", "floors"])
+@pytest.mark.parametrize("name", ["arithmetic", "parts"])
 def test_the_page_holds_the_table(name):
     assert getattr(arithmetic, f"{name}_table")() in (ROOT / "docs" / "performance.md").read_text()
 

@@ -10,10 +10,16 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "ops"))
-bench, cases, floors, timing = (importlib.import_module(name) for name in ("bench", "cases", "floors", "timing"))
+bench, registry, timing = (importlib.import_module(name) for name in ("bench", "registry", "timing"))
+Size = registry.Size
+WITH_GRADIENT = [op for op in registry.NAMES if "backward" in registry.benchmark(op).floor(Size(1))]
 
 SMALL = ["--batch", "2", "--width", "64", "--rounds", "2"]
 ON_CPU = [*SMALL, "--device", "cpu", "--kernels", "reference"]
+
+
+def floor(op, size):
+    return registry.benchmark(op).floor(size)
 
 
 @pytest.fixture
@@ -27,12 +33,12 @@ def no_gpu(monkeypatch):
 )
 def test_floors_agree_with_the_design(op, megabytes):
     """Its table stands at B = 1024, L = 196, D = 768, bf16, forward."""
-    forward = floors.FLOORS[op](floors.Size(1024, 768))["forward"]
+    forward = floor(op, Size(1024))["forward"]
     assert forward.bytes / 1e6 == pytest.approx(megabytes, rel=0.03)
 
 
 def test_cls_row_reads_k_once():
-    assert floors.cls_row(floors.Size(1024, 768))["forward"].bytes == pytest.approx(1024 * 197 * 768 * 2, rel=0.03)
+    assert floor("cls_row", Size(1024))["forward"].bytes == pytest.approx(1024 * 197 * 768 * 2, rel=0.03)
 
 
 def test_where_hog_target_differs_from_the_design():
@@ -40,33 +46,33 @@ def test_where_hog_target_differs_from_the_design():
     patches' features in float32."""
     images, features = 1024 * 224 * 224 * 3, 1024 * 196 * 108
     assert 2 * (images + features) / 1e6 == pytest.approx(352, rel=0.03)
-    assert floors.hog_target(floors.Size(1024))["forward"].bytes == images + 1024 * 147 * (108 * 4 + 8)
+    assert floor("hog_target", Size(1024))["forward"].bytes == images + 1024 * 147 * (108 * 4 + 8)
 
 
 def test_where_info_nce_differs_from_the_design():
     """The design's 5 us at 1k x 8k x 256 are one product at 800 TFLOP/s; Eq. 7 has two, students' and teachers'."""
-    forward = floors.info_nce(floors.Size(1024, keys=8192))["forward"]
+    forward = floor("info_nce", Size(1024, keys=8192))["forward"]
     assert forward.flops == 2 * (2 * 1024 * 8192 * 256)
     assert forward.flops / 2 / 800e12 * 1e6 == pytest.approx(5, rel=0.1)
 
 
-@pytest.mark.parametrize("op", list(floors.FLOORS))
+@pytest.mark.parametrize("op", registry.NAMES)
 def test_forward_counts_every_input_and_output_once(op):
-    size = floors.Size(3, 128)
-    case = cases.CASES[op](size, torch.device("cpu"))
+    size = Size(3, 128)
+    case = registry.benchmark(op).case(size, torch.device("cpu"))
     tensors = [*case.inputs, *case.call(*case.inputs, kernels="reference")]
     count = sum(x.numel() * x.element_size() for x in tensors)
     if op == "masked_patch_loss":
         count -= 3 * size.keep * size.pixels  # pixels of visible patches are not read
-    assert floors.FLOORS[op](size)["forward"].bytes == count
+    assert floor(op, size)["forward"].bytes == count
 
 
-@pytest.mark.parametrize("op", [op for op in floors.FLOORS if "backward" in floors.FLOORS[op](floors.Size(1))])
+@pytest.mark.parametrize("op", WITH_GRADIENT)
 def test_backward_reads_the_gradient_and_writes_those_of_the_leaves(op):
-    size = floors.Size(3, 128)
-    case = cases.CASES[op](size, torch.device("cpu"))
+    size = Size(3, 128)
+    case = registry.benchmark(op).case(size, torch.device("cpu"))
     out = case.call(*case.inputs, kernels="reference")[0]
-    passes = floors.FLOORS[op](size)
+    passes = floor(op, size)
     least = sum(x.numel() * x.element_size() for x in (out, *case.leaves))
     assert least <= passes["backward"].bytes <= passes["both"].bytes
     assert passes["both"].bytes <= passes["forward"].bytes + passes["backward"].bytes
@@ -78,7 +84,7 @@ def test_without_a_gpu_floors_are_printed(no_gpu, capsys):
     assert printed.splitlines()[0].startswith("No CUDA device: times")
     assert "2.0 TB/s" in printed
     assert "ahead_of_time.py" in printed
-    assert all(f"`{op}`" in printed for op in floors.FLOORS)
+    assert all(f"`{op}`" in printed for op in registry.NAMES)
     # 261.0 MB at 2 TB/s.
     assert "| `restore_tokens` | 1024 |  | forward | 261.0 | 0.00 | 130.5 |" in printed
 
@@ -98,7 +104,7 @@ def test_red_tests_leave_an_op_out(monkeypatch, tmp_path, capsys):
 
 def test_the_gate_runs_the_ops_own_tests():
     assert bench.TESTS[1:] == ("-m", "pytest", "-q")
-    assert all((ROOT / "tests" / "ops" / f"test_{op}.py").is_file() for op in floors.FLOORS)
+    assert all((ROOT / "tests" / "ops" / f"test_{op}.py").is_file() for op in registry.NAMES)
 
 
 def test_results(tmp_path):

@@ -121,7 +121,7 @@ def test_export_of_what_is_no_run(tmp_path, capsys, state):
     io.save(tmp_path / "checkpoints", 1, state, keep=1)
     assert main(["export", "timm", str(tmp_path), str(tmp_path / "out.safetensors")]) == 5
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("step_00000001: state.pt is no run's: it has no model, settings or progress")
+    assert line.endswith("step_00000001: not a checkpoint of pretraining; name the folder of such a run")
     assert not (tmp_path / "out.safetensors").exists()
 
 

@@ -134,8 +134,8 @@ def test_fault_27_command_lines(monkeypatch):
         *("engine.loop.fit", "ablation.demo.run_demo", "commands.submit.submit_job", "ablation.run.run_all"),
         *("data.throughput.measure_throughput", "data.verify.verify", "doctor.parts.gpus"),
         *("evaluation.command.open_run_folder", "evaluation.masks.subject.build_model"),
-        "evaluation.masks.subject.restored",
-        *("export.trained.build_model", "export.imported.build_model", "export.hub.push"),
+        "checkpoints.run.build_model",
+        *("export.imported.build_model", "export.hub.push"),
     ):
         monkeypatch.setattr(f"ccmim_fast.{name}", begin)
     monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=begin))

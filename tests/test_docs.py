@@ -14,7 +14,7 @@ from ccmim_fast.config.keys import sections, settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-METHOD, KERNELS = ((ROOT / "docs" / name).read_text() for name in ("method.md", "kernels.md"))
+METHOD = (ROOT / "docs" / "method.md").read_text()
 FUNCTIONS = sorted({named for page in PAGES for named in re.findall(r"`([\w/]+\.py::\w+)`", page.read_text())})
 
 
@@ -31,16 +31,6 @@ def test_every_equation_has_its_function(number):
     part = re.search(rf"^## .*Eq\. {number}$(.*?)(?=^## |\Z)", METHOD, re.M | re.S)[1]
     paths = re.findall(r"`([\w/]+\.py)::\w+`", part)
     assert any(f"Eq. {number}" in (ROOT / path).read_text() for path in paths)
-
-
-def test_every_op_has_its_row():
-    ops = {path.parent.name for path in (ROOT / "kernels" / "ccmim_kernels").glob("*/op.py")}
-    rows = dict(re.findall(r"^\| `(\w+)`.* \| ([^|]+) \|$", KERNELS, re.M))
-    assert rows.keys() == ops
-    # The same floors as beside the kernels.
-    told = (ROOT / "kernels" / "README.md").read_text()
-    floors = dict(re.findall(r"^\| `(\w+)`[^|]*\|[^|]+\| ([\d.]+ MB)", told, re.M))
-    assert {op: floor for op, floor in rows.items() if floor.endswith("MB")} == floors
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -16,7 +16,7 @@ ONE_FILE = {
     "torchmetrics": "evaluation/detection/precision.py",
     "submitit": "ranks/slurm.py",
     "huggingface_hub": "export/hub.py",
-    "segmentation_models_pytorch": "evaluation/segmentation/upernet.py",
+    "segmentation_models_pytorch": "evaluation/segmentation/model.py",
 }
 
 

@@ -1,6 +1,6 @@
 """Compile every kernel, in every configuration its launcher can choose, for every GPU generation; no GPU needed.
 
-The launchers themselves are asked what they would launch (`ccmim_kernels.launch.recorded`, tensors on the meta device),
+The launchers themselves are asked what they would launch (`triton_impl.launch.recorded`, tensors on the meta device),
 so nothing is listed twice. Prints a table of registers, spills and shared memory; exit status 1 where a kernel does not
 compile, wants more shared memory than there is, or spills without a reason in `ALLOWED_SPILLS`.
 
@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import catalogue
+import registry
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ccmim_kernels.launch import Launch, compiler_options
+from ccmim_kernels.triton_impl.launch import Launch, compiler_options
 
 # Compute capability: kB of shared memory a program can have (CUDA C++ Programming Guide, technical specifications).
 ARCHITECTURES = {61: 48, 70: 96, 75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -31,7 +31,10 @@ ALLOWED_SPILLS: dict[str, str] = {}  # kernel name: why
 
 
 class Resources(NamedTuple):
-    """Of one program, as the cubin says: registers per thread, bytes spilled per thread, bytes of shared memory."""
+    """This class counts what a program needs, as the cubin says.
+
+    Attributes: registers per thread; bytes spilled per thread; bytes of shared memory.
+    """
 
     registers: int
     spilled: int
@@ -39,7 +42,7 @@ class Resources(NamedTuple):
 
 
 def source_of(launch: Launch) -> ASTSource:
-    """What Triton compiles for a launch: types, constants, and which pointers and integers are multiples of 16."""
+    """Return what Triton compiles for a launch: types, constants, and what is a multiple of 16."""
     names = list(launch.kernel.arg_names)
     constants = dict(launch.constants)
     signature, attributes = {}, {}
@@ -73,7 +76,7 @@ def compile_for(launch: Launch, architecture: int) -> Resources:
 
 
 def describe(launch: Launch) -> str:
-    """One line: the types and constants that make a variant, as far as they vary."""
+    """Name a variant in one line: its types and constants, as far as they vary."""
     types = dict.fromkeys(kind for kind in launch.arguments if kind in ("*fp16", "*bf16"))
     specialised = any(not p.do_not_specialize for p, k in zip(launch.kernel.params, launch.arguments) if k[0] == "i")
     aligned = any(kind.endswith(":16") for kind in launch.arguments)
@@ -85,22 +88,22 @@ def describe(launch: Launch) -> str:
 def _work(job: tuple[str, int, int]) -> tuple[str, int, int, Resources | str]:
     op, index, architecture = job
     try:
-        return op, index, architecture, compile_for(catalogue.launches(op)[index], architecture)
+        return op, index, architecture, compile_for(registry.launches(op)[index], architecture)
     except Exception as error:
         return op, index, architecture, f"{type(error).__name__}: {str(error).strip()[-300:]}"
 
 
 def compile_all(ops: list[str], architectures: list[int]) -> Iterator[tuple[Launch, int, Resources | str]]:
-    """Every launch of `ops` for every architecture, in parallel; a string where compilation failed."""
-    jobs = [(op, i, a) for op in ops for i in range(len(catalogue.launches(op))) for a in architectures]
+    """Compile every launch of `ops` for every architecture, in parallel; yield a string where one failed."""
+    jobs = [(op, i, a) for op in ops for i in range(len(registry.launches(op))) for a in architectures]
     # Fresh processes: a fork would inherit the locks of torch's threads.
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         for op, index, architecture, found in pool.imap(_work, jobs, chunksize=4):
-            yield catalogue.launches(op)[index], architecture, found
+            yield registry.launches(op)[index], architecture, found
 
 
 def table(results: dict[Launch, dict[int, Resources | str]], architectures: list[int]) -> str:
-    """Markdown, one row per kernel variant; a cell is registers, shared memory in bytes, and spills where there are."""
+    """Format Markdown, one row per kernel variant; a cell is registers, bytes of shared memory, and spills if any."""
     lines = ["| kernel | variant | " + " | ".join(f"sm_{a}" for a in architectures) + " |"]
     lines.append("|---" * (2 + len(architectures)) + "|")
     for launch, found in results.items():
@@ -117,7 +120,7 @@ def _cell(found: Resources | str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--op", nargs="*", default=list(catalogue.OPS), choices=list(catalogue.OPS))
+    parser.add_argument("--op", nargs="*", default=registry.NAMES, choices=registry.NAMES)
     parser.add_argument("--arch", nargs="*", type=int, default=list(ARCHITECTURES))
     parser.add_argument("--write", type=Path, help="write the table to this file")
     options = parser.parse_args()

@@ -16,14 +16,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import registry
 import report
 import timing
 import torch
-from cases import CASES, Case
-from floors import BY_WIDTH, FLOORS, Size, Work
+from registry import Case, Size, Work, by_width
 from timing import Timed, Variant
 
-from ccmim_kernels.launch import INTERPRETED
+from ccmim_kernels.triton_impl.launch import INTERPRETED
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -37,7 +37,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("ccmim bench ops", description=__doc__.split("\n")[0])
     # One line for a mistake, as everywhere in `ccmim`.
     parser.error = lambda message: parser.exit(2, f"ccmim: {parser.prog}: {message}\n")
-    parser.add_argument("--op", nargs="+", default=list(FLOORS), choices=list(FLOORS))
+    parser.add_argument("--op", nargs="+", default=registry.NAMES, choices=registry.NAMES)
     parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES), help="images")
     parser.add_argument("--width", nargs="+", type=int, default=list(WIDTHS), help="of the encoder")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
@@ -68,8 +68,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def sizes(op: str, options: argparse.Namespace) -> list[Size]:
-    """The sizes an op is measured at; one width where it does not depend on it."""
-    widths = options.width if op in BY_WIDTH else options.width[:1]
+    """List the sizes an op is measured at: one width where the op does not depend on it."""
+    widths = options.width if by_width(op) else options.width[:1]
     return [Size(batch, width) for batch in options.batch for width in widths]
 
 
@@ -84,7 +84,7 @@ def tests_are_green(op: str) -> bool:
 
 
 def implementations(case: Case, kernels: list[str]) -> dict[str, Callable[[], tuple]]:
-    """The op's forward pass at one size, by name."""
+    """Return the op's forward pass at one size, by name."""
     calls = {}
     for name in kernels:
         call = functools.partial(case.call, kernels="triton" if name == "triton" else "reference")
@@ -94,7 +94,7 @@ def implementations(case: Case, kernels: list[str]) -> dict[str, Callable[[], tu
 
 
 def variant_of(call: Callable[[], tuple], which: str, leaves: tuple, grad: torch.Tensor) -> Variant:
-    """What is timed of one pass; `backward` is prepared by the forward pass."""
+    """Return what is timed of one pass; `backward` is prepared by the forward pass."""
 
     def backward(out):
         return torch.autograd.grad(out[0], leaves, grad)
@@ -107,15 +107,15 @@ def variant_of(call: Callable[[], tuple], which: str, leaves: tuple, grad: torch
 
 
 def measure(op: str, size: Size, options: argparse.Namespace, roofs: tuple[float, float]) -> list[dict]:
-    """One row per pass of an op at one size."""
+    """Measure every pass of an op at one size: a row each."""
     device = torch.device(options.device)
     torch.manual_seed(0)
     torch._dynamo.reset()
-    case, rows = CASES[op](size, device), []
+    case, rows = registry.benchmark(op).case(size, device), []
     calls = implementations(case, options.kernels)
-    # Of the output's shape: the gradient of `out.sum()` would be a broadcast scalar, no bytes to read.
+    # As large as the output: the gradient of `out.sum()` would be a broadcast scalar, no bytes to read.
     grad = torch.randn_like(case.call(*case.inputs, kernels="reference")[0])
-    for which, work in FLOORS[op](size).items():
+    for which, work in registry.benchmark(op).floor(size).items():
         variants = {name: variant_of(call, which, case.leaves, grad) for name, call in calls.items()}
         variants["copy"] = timing.copy_of(work.bytes, device)
         rows.append(row_of(op, size, which, work, timing.time_variants(variants, options.rounds, device), roofs))
@@ -125,7 +125,7 @@ def measure(op: str, size: Size, options: argparse.Namespace, roofs: tuple[float
 def row_of(
     op: str, size: Size, which: str, work: Work, timed: dict[str, Timed | str], roofs: tuple[float, float]
 ) -> dict:
-    """One row of the result: what had to be done, and how long each implementation took."""
+    """Return one row of the result: what had to be done, and how long each implementation took."""
     floor_us = work.seconds(*roofs) * 1e6
     found = {}
     for name, value in timed.items():
@@ -135,26 +135,26 @@ def row_of(
         share = floor_us / value.median_us
         times = {"median_us": value.median_us, "iqr_us": value.iqr_us}
         found[name] = times | {"share_of_floor": share, "peak_mb": value.peak_bytes / 1e6}
-    width = size.width if op in BY_WIDTH else None
+    width = size.width if by_width(op) else None
     at = {"op": op, "batch": size.batch, "width": width, "pass": which}
     return at | {"bytes": work.bytes, "flops": work.flops, "floor_us": floor_us, "variants": found}
 
 
 def floors_only(options: argparse.Namespace) -> str:
-    """Bytes, FLOPs and floors of all sizes, at a nominal bandwidth and rate."""
+    """Tell bytes, FLOPs and floors of all sizes, at a nominal bandwidth and rate."""
     roofs = (options.bandwidth * 1e12, options.tflops * 1e12)
     rows = []
     for op in options.op:
         for size in sizes(op, options):
-            for which, work in FLOORS[op](size).items():
-                width = str(size.width) if op in BY_WIDTH else ""
+            for which, work in registry.benchmark(op).floor(size).items():
+                width = str(size.width) if by_width(op) else ""
                 figures = [f"{work.bytes / 1e6:.1f}", f"{work.flops / 1e9:.2f}", f"{work.seconds(*roofs) * 1e6:.1f}"]
                 rows.append([f"`{op}`", str(size.batch), width, which, *figures])
     return report.table(rows, ["op", "B", "width", "pass", "MB", "GFLOP", "floor, us"])
 
 
 def without_gpu(options: argparse.Namespace) -> int:
-    """What can be said without a GPU; exit status that of the ahead-of-time compilation, where it is asked for."""
+    """Say what can be said without a GPU; return the exit status of the ahead-of-time compilation, if asked for."""
     print("No CUDA device: times, their spread, peak memory and the copy's bandwidth cannot be measured here.\n")
     floors = f"Floors at {options.bandwidth} TB/s and {options.tflops:g} TFLOP/s (nominal):\n\n{floors_only(options)}\n"
     print(floors)
@@ -174,7 +174,7 @@ def without_gpu(options: argparse.Namespace) -> int:
 
 
 def prefix_of(out: Path | None, environment: dict[str, str]) -> Path:
-    """Where the results go: `out`, or a name made of date and device; never over another measurement."""
+    """Choose where the results go: `out`, or a name made of date and device; never over another measurement."""
     if out is not None:
         return out
     device = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")

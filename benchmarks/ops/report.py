@@ -1,4 +1,4 @@
-"""What a measurement says of itself, and its tables and plot."""
+"""This module tells the circumstances of a measurement, and makes its tables and its plot."""
 
 import datetime
 import platform
@@ -13,7 +13,7 @@ COLUMNS = ("triton", "reference", "compiled", "copy")
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Device, driver, versions, commit and date: names to printable values."""
+    """Return device, driver, versions, commit and date: names to printable values."""
     try:
         import triton
 
@@ -46,13 +46,13 @@ def _output(*command: str) -> str:
 
 
 def table(rows: list[list[str]], header: list[str]) -> str:
-    """Markdown; the first column to the left, the others to the right."""
+    """Format Markdown; the first column to the left, the others to the right."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def measured_table(rows: list[dict]) -> str:
-    """One line per op, size and pass: times in microseconds with the distance between the quartiles."""
+    """Format one line per op, size and pass: times in microseconds with the distance between the quartiles."""
     header = ["op", "B", "width", "pass", "MB", "floor", "copy", "Triton", "share", "eager", "compiled", "peak MB"]
     return table([_measured_row(row) for row in rows], header)
 
@@ -89,7 +89,7 @@ def _peak(found: dict | None) -> str:
 
 
 def markdown(result: dict) -> str:
-    """The whole page."""
+    """Write the whole page."""
     notes = (
         f"Medians of {result['rounds']} interleaved rounds on the GPU's clock, L2 flushed before each call, the host "
         f"ahead; after ± the distance between the quartiles. Microseconds. `floor`: bytes (read and written once) at "
@@ -106,7 +106,7 @@ def facts(environment: dict[str, str]) -> str:
 
 
 def plot(result: dict, path: Path) -> None:
-    """Two roofs: bandwidth reached against bytes moved, and for ops with matrix products FLOP/s against FLOPs."""
+    """Draw two roofs: bandwidth reached against bytes moved, and for ops with matrix products FLOP/s against FLOPs."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained")
@@ -118,7 +118,7 @@ def plot(result: dict, path: Path) -> None:
 
 
 def _panel(axes, result: dict, quantity: str, roof: float, unit: str, what: str) -> None:
-    """Ops are colours, implementations are markers; filled: Triton."""
+    """Draw one roof: ops are colours, implementations are markers; filled: Triton."""
     rows = [row for row in result["rows"] if (row["flops"] > 0) == (quantity == "flops")]
     colours = {op: f"C{index}" for index, op in enumerate(dict.fromkeys(row["op"] for row in rows))}
     markers = {"triton": ("o", "full"), "reference": ("s", "none"), "compiled": ("^", "none"), "copy": ("_", "full")}

@@ -1,4 +1,4 @@
-"""Times of several implementations in interleaved rounds: CUDA events, a cold L2 cache, medians and their spread."""
+"""This module times several implementations in interleaved rounds: CUDA events, a cold L2 cache, medians, spread."""
 
 import statistics
 import time
@@ -16,14 +16,14 @@ WAIT_CYCLES = 5_000_000
 
 
 class Variant(NamedTuple):
-    """What is timed: `run(prepare())`, of which only `run` counts."""
+    """This class is what is timed: `run(prepare())`, of which only `run` counts."""
 
     run: Callable[[Any], Any]
     prepare: Callable[[], Any] = lambda: None
 
 
 class Timed(NamedTuple):
-    """Of one variant.
+    """This class holds the times of one variant.
 
     Attributes:
         median_us: microseconds.
@@ -73,7 +73,7 @@ def time_variants(variants: dict[str, Variant], rounds: int, device: torch.devic
 
 
 def _warm_up(variant: Variant, device: torch.device) -> int:
-    """Run a few times; the peak memory of the last one."""
+    """Run a few times; return the peak memory of the last one."""
     for _ in range(WARM_UP - 1):
         variant.run(variant.prepare())
     if device.type != "cuda":
@@ -107,20 +107,20 @@ def _once_on_cpu(variant: Variant, _flush: torch.Tensor) -> float:
 
 
 def copy_of(count: int, device: torch.device) -> Variant:
-    """A copy that reads and writes `count` bytes in all: the ceiling of any op that moves as many."""
+    """Make a copy that reads and writes `count` bytes in all: the ceiling of any op that moves as many."""
     source = torch.zeros(max(1, count // 2), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return Variant(lambda _: target.copy_(source))
 
 
 def copy_bandwidth(device: torch.device, rounds: int, count: int = 2**30) -> float:
-    """Bytes per second of a large copy, read and written bytes together."""
+    """Measure the bytes per second of a large copy, read and written bytes together."""
     timed = time_variants({"copy": copy_of(count, device)}, rounds, device)["copy"]
     return count / (timed.median_us * 1e-6)
 
 
 def matmul_rate(device: torch.device, rounds: int, side: int = 8192) -> float:
-    """FLOP/s of a large float32 product, in TF32 where `torch.set_float32_matmul_precision` allows it."""
+    """Measure the FLOP/s of a large float32 product, in TF32 where `torch.set_float32_matmul_precision` allows it."""
     a, b = torch.randn(2, side, side, device=device)
     timed = time_variants({"matmul": Variant(lambda _: a @ b)}, rounds, device)["matmul"]
     return 2 * side**3 / (timed.median_us * 1e-6)

@@ -10,10 +10,11 @@ import torch
 from ccmim_fast.ablation.milestones import QUARTERS, fit_and_measure
 from ccmim_fast.build.model import build_model
 from ccmim_fast.config.schema import Config
-from ccmim_fast.engine.loop import Trainer
+from ccmim_fast.engine.pretraining import Pretraining
 from ccmim_fast.evaluation.frozen.held_out import HELD_OUT, HeldOut, make_held_out, measure_features
 from ccmim_fast.evaluation.masks.probe import probe
 from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.registry import SCORE_SOURCES
 from ccmim_fast.report.html import write_report
 from ccmim_fast.report.pictures import Snapshot
 from ccmim_fast.report.reconstruction import drawn
@@ -61,7 +62,7 @@ def as_mae(config: Config) -> Config:
 def train_and_measure(config: Config, held_out: HeldOut) -> dict[str, float]:
     """Pretrain one method; returns its figures at the start, early (after a quarter of the epochs) and at the end."""
 
-    def measure(epoch: int, trainer: Trainer) -> dict[str, float]:
+    def measure(epoch: int, trainer: Pretraining) -> dict[str, float]:
         figures = take_snapshot(trainer.model, config, held_out, epoch)
         if epoch == config.train.epochs:
             figures |= measure_features(trainer.model, config, held_out.source)
@@ -98,6 +99,6 @@ def setting_of(config: Config) -> dict[str, str]:
         "encoder": f"{model.depth} blocks, width {model.embed_dim}, patch {model.patch_size}",
         "images": f"{config.data.samples} made images of {height} x {width} pixels, {config.data.classes} classes",
         "budget": f"{config.train.epochs} epochs each",
-        "scores": {"all": "all blocks", "first": "first block"}.get(config.score.source, config.score.source),
+        "scores": SCORE_SOURCES[config.score.source].label,
         "held out": f"{HELD_OUT} images from another seed",
     }

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ccmim_fast.config.schema import Config
-from ccmim_fast.engine.loop import Trainer, fit
+from ccmim_fast.engine.pretraining import Pretraining, fit
 from ccmim_fast.report.curves import read_metrics
 
 QUARTERS = 4
@@ -20,7 +20,9 @@ class Milestone(NamedTuple):
     figures: dict[str, Any]
 
 
-def fit_and_measure(config: Config, measure: Callable[[int, Trainer], dict[str, Any]]) -> tuple[list[Milestone], float]:
+def fit_and_measure(
+    config: Config, measure: Callable[[int, Pretraining], dict[str, Any]]
+) -> tuple[list[Milestone], float]:
     """Pretrain, and call `measure(epoch, trainer)` at each milestone.
 
     Returns:
@@ -30,7 +32,7 @@ def fit_and_measure(config: Config, measure: Callable[[int, Trainer], dict[str, 
     found: list[Milestone] = []
     started, measuring = time.perf_counter(), 0.0
 
-    def after_epoch(epoch: int, trainer: Trainer) -> None:
+    def after_epoch(epoch: int, trainer: Pretraining) -> None:
         nonlocal measuring
         if epoch in wanted:
             begun = time.perf_counter()

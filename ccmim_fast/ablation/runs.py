@@ -16,7 +16,7 @@ from ccmim_fast.config.load import load_config
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.build import build_source
 from ccmim_fast.data.source import Source
-from ccmim_fast.engine.loop import Trainer
+from ccmim_fast.engine.pretraining import Pretraining
 from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.frozen.held_out import make_held_out, measure_features
 from ccmim_fast.evaluation.masks.score_probe import probe_scores
@@ -101,7 +101,7 @@ def finished(run: Run, folder: Path, test: str) -> dict[str, Any] | None:
 
 
 def _pretrain(config: Config, test: str) -> dict[str, Any]:
-    def measure(epoch: int, trainer: Trainer) -> dict[str, float | None]:
+    def measure(epoch: int, trainer: Pretraining) -> dict[str, float | None]:
         if not epoch:
             return {}
         # The scores that the next epoch would divide by.

@@ -1,6 +1,6 @@
-"""Where maps lie: on the training device, in the host's memory, or in a file that the host maps into its memory.
+"""Stores of maps: on the training device, in the host's memory, or in a file that the host maps into its memory.
 
-All three behave alike: what is taken holds everything that was put before, and nobody waits for the device.
+All three behave alike: a read sees every earlier write, and nobody waits for the device.
 """
 
 # N maps, P of them, G cells per side
@@ -8,89 +8,78 @@ All three behave alike: what is taken holds everything that was put before, and 
 import os
 from collections import deque
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ccmim_fast.data.stream.batch import to_device
 from ccmim_fast.errors import ConfigError, MachineError
 
-_IN_FLIGHT = 4  # steps whose maps may be on their way to the host; the oldest is waited for beyond
-
-
-class Store(Protocol):
-    """N maps of G x G scores, float16, all 0 at first."""
-
-    def take(self, rows_P: np.ndarray) -> Tensor:
-        """The maps of some rows, [P, G, G], on the training device."""
-        ...
-
-    def put(self, rows_P: np.ndarray, maps_PGG: Tensor) -> None:
-        """Replace some rows, each one at most once; the maps are on the training device."""
-        ...
-
-    def expect(self, rows_P: np.ndarray) -> None:
-        """These rows will be taken soon: what is slow to reach may be brought near."""
-        ...
-
-    def contents(self) -> Tensor:
-        """All maps [N, G, G] on the host, as of now; not to be written to."""
-        ...
-
-    def fill(self, maps_NGG: Tensor) -> None:
-        """Replace all maps, by some on the host."""
-        ...
+_IN_FLIGHT = 4  # steps whose maps may be on their way to the host; beyond, the oldest is waited for
 
 
 class DeviceStore:
-    """Maps in the training device's own memory; a `Store`."""
+    """N maps of G x G scores, float16, in the training device's own memory; the other stores have the same methods.
 
-    def __init__(self, maps: int, cells: int, device: torch.device):
-        self._device = device
-        self._maps_NGG = torch.zeros(maps, cells, cells, dtype=torch.float16, device=device)
+    Args:
+        maps_NGG: all maps at first; the store writes to this tensor.
+        device: the training device.
+    """
 
-    def take(self, rows_P: np.ndarray) -> Tensor:
-        return self._maps_NGG.index_select(0, to_device(rows_P, self._device))
+    def __init__(self, maps_NGG: Tensor, device: torch.device):
+        self._maps_NGG, self._device = maps_NGG, device
 
-    def put(self, rows_P: np.ndarray, maps_PGG: Tensor) -> None:
-        self._maps_NGG.index_copy_(0, to_device(rows_P, self._device), maps_PGG)
+    def read(self, rows_P: np.ndarray) -> Tensor:
+        """Return a copy of some rows, [P, G, G], on the training device."""
+        return self._maps_NGG.index_select(0, self._index(rows_P))
 
-    def expect(self, rows_P: np.ndarray) -> None:
-        """Nothing is nearer."""
+    def write(self, rows_P: np.ndarray, maps_PGG: Tensor) -> None:
+        """Replace some rows, each one at most once; the maps are on the training device."""
+        self._maps_NGG.index_copy_(0, self._index(rows_P), maps_PGG)
+
+    def _index(self, rows_P: np.ndarray) -> Tensor:
+        rows = torch.from_numpy(rows_P)
+        # Only pinned memory is copied asynchronously.
+        return rows.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else rows
+
+    def prefetch(self, rows_P: np.ndarray) -> None:
+        """Announce rows that will be read soon: only a file is slow enough to fetch them beforehand."""
 
     def contents(self) -> Tensor:
+        """Return all maps [N, G, G] on the host, as of now; the caller does not write to them."""
         return self._maps_NGG.cpu()
 
     def fill(self, maps_NGG: Tensor) -> None:
+        """Replace all maps by maps on the host."""
         self._maps_NGG.copy_(maps_NGG)
 
 
-class _Put(NamedTuple):
-    """Maps on their way to the host; there once `arrived` is over."""
+class _Write(NamedTuple):
+    """Maps on their way to the host, complete once `arrived` has happened."""
 
     rows_P: np.ndarray
     maps_PGG: Tensor
     arrived: "torch.cuda.Event"
 
 
-class HostStore:
-    """Maps in the host's memory; a `Store`.
+class HostStore(DeviceStore):
+    """Maps in the host's memory.
 
-    Only the rows of a step cross to the device and back, through pinned memory: a copy of 0.5 MB for 1,024 maps of 16 x
-    16. The maps themselves need not be pinned, as it is the host that gathers them. What is on its way back is written
-    when it has arrived; only who asks for the same rows before, as at the seam of two epochs, waits for them.
+    Only the rows of a step cross to the device and back, through pinned memory: 0.5 MB for 1,024 maps of 16 x 16. The
+    maps themselves need not be pinned, because the host gathers them. A write is carried out when its maps have
+    arrived; only a read of the same rows before that, as where two epochs meet, waits for them.
     """
 
     def __init__(self, maps_NGG: Tensor, device: torch.device):
-        self._maps_NGG, self._device = maps_NGG, device
-        self._puts: deque[_Put] = deque()
+        super().__init__(maps_NGG, device)
+        self._writes: deque[_Write] = deque()
 
-    def take(self, rows_P: np.ndarray) -> Tensor:
-        self._write_arrived()
-        while any(np.isin(put.rows_P, rows_P).any() for put in self._puts):
-            self._write_oldest()
+    def read(self, rows_P: np.ndarray) -> Tensor:
+        while self._writes and self._writes[0].arrived.query():
+            self._finish_oldest()
+        while any(np.isin(write.rows_P, rows_P).any() for write in self._writes):
+            self._finish_oldest()
         rows = torch.from_numpy(rows_P)
         if self._device.type != "cuda":
             return self._maps_NGG.index_select(0, rows)
@@ -98,43 +87,36 @@ class HostStore:
         torch.index_select(self._maps_NGG, 0, rows, out=pinned_PGG)
         return pinned_PGG.to(self._device, non_blocking=True)
 
-    def put(self, rows_P: np.ndarray, maps_PGG: Tensor) -> None:
+    def write(self, rows_P: np.ndarray, maps_PGG: Tensor) -> None:
         if maps_PGG.device.type != "cuda":
             self._maps_NGG.index_copy_(0, torch.from_numpy(rows_P), maps_PGG)
             return
         pinned_PGG = torch.empty(maps_PGG.shape, dtype=torch.float16, pin_memory=True)
         pinned_PGG.copy_(maps_PGG, non_blocking=True)
-        self._puts.append(_Put(rows_P, pinned_PGG, torch.cuda.current_stream(self._device).record_event()))
-        if len(self._puts) > _IN_FLIGHT:
-            self._write_oldest()
-
-    def expect(self, rows_P: np.ndarray) -> None:
-        """Memory is near."""
+        self._writes.append(_Write(rows_P, pinned_PGG, torch.cuda.current_stream(self._device).record_event()))
+        if len(self._writes) > _IN_FLIGHT:
+            self._finish_oldest()
 
     def contents(self) -> Tensor:
-        while self._puts:
-            self._write_oldest()
+        while self._writes:
+            self._finish_oldest()
         return self._maps_NGG
 
     def fill(self, maps_NGG: Tensor) -> None:
-        self._puts.clear()
+        self._writes.clear()
         self._maps_NGG.copy_(maps_NGG)
 
-    def _write_arrived(self) -> None:
-        while self._puts and self._puts[0].arrived.query():
-            self._write_oldest()
-
-    def _write_oldest(self) -> None:
-        put = self._puts.popleft()
-        put.arrived.synchronize()
-        self._maps_NGG.index_copy_(0, torch.from_numpy(put.rows_P), put.maps_PGG)
+    def _finish_oldest(self) -> None:
+        write = self._writes.popleft()
+        write.arrived.synchronize()
+        self._maps_NGG.index_copy_(0, torch.from_numpy(write.rows_P), write.maps_PGG)
 
 
 class FileStore(HostStore):
-    """Maps in a file; a `Store`. The system keeps in memory what it has room for.
+    """Maps in a file, which the operating system keeps in memory as far as it has room.
 
     Args:
-        path: made anew, all of its length reserved; a working copy: what lasts is in the checkpoints.
+        path: made anew, all of its length reserved; it is a working copy, the checkpoints hold the maps for good.
 
     Raises:
         MachineError: the disk has no room for it.
@@ -157,16 +139,16 @@ class FileStore(HostStore):
         flat = torch.from_file(str(path), shared=True, size=maps * cells * cells, dtype=torch.float16)
         super().__init__(flat.view(maps, cells, cells), device)
 
-    def expect(self, rows_P: np.ndarray) -> None:
+    def prefetch(self, rows_P: np.ndarray) -> None:
         for row in rows_P.tolist():
             os.posix_fadvise(self._file.fileno(), row * self._bytes, self._bytes, os.POSIX_FADV_WILLNEED)
 
 
-def choose_store(store: str, maps: int, cells: int, device: torch.device, device_gb: float, host_gb: float) -> str:
-    """`device`, `host` or `file`: what `score.store` names; for `auto` the first of them that holds the maps.
+def choose_store(store: str, maps: int, cells: int, device_gb: float, host_gb: float) -> str:
+    """Return `device`, `host` or `file`: the one that `score.store` names; for `auto` the first that holds the maps.
 
     Raises:
-        ConfigError: the one that is named does not.
+        ConfigError: the named store does not hold the maps.
     """
     needed = maps * cells * cells * 2 / 1e9
     budgets = {"device": device_gb, "host": host_gb, "file": float("inf")}
@@ -180,10 +162,9 @@ def choose_store(store: str, maps: int, cells: int, device: torch.device, device
     return store
 
 
-def open_store(name: str, maps: int, cells: int, device: torch.device, path: Path) -> Store:
-    """The store of a name that `choose_store` gave; `path` is for `file`."""
-    if name == "device":
-        return DeviceStore(maps, cells, device)
-    if name == "host":
-        return HostStore(torch.zeros(maps, cells, cells, dtype=torch.float16), device)
-    return FileStore(path, maps, cells, device)
+def open_store(name: str, maps: int, cells: int, device: torch.device, path: Path) -> DeviceStore:
+    """Return a store of zeros by a name that `choose_store` gave; `path` is for `file`."""
+    if name == "file":
+        return FileStore(path, maps, cells, device)
+    kind, memory = (DeviceStore, device) if name == "device" else (HostStore, "cpu")
+    return kind(torch.zeros(maps, cells, cells, dtype=torch.float16, device=memory), device)

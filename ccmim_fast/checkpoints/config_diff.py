@@ -9,7 +9,7 @@ from ccmim_fast.config.schema import Config
 # How a run is carried out and where: no result depends on it, but for rounding.
 _FREE_SECTIONS = ("run", "watch", "fast")
 _FREE = (
-    *("data.root", "data.index", "data.on_error", "data.max_bad", "data.loader", "data.workers"),
+    *("data.root", "data.test", "data.index", "data.on_error", "data.max_bad", "data.loader", "data.workers"),
     *("score.store", "score.device_gb", "score.host_gb", "score.shards"),
     *("train.device", "train.parallel", "train.kernels", "train.attention", "train.recompute"),
     *("train.compile", "train.compile_mode", "train.cuda_graph", "train.find_batch"),

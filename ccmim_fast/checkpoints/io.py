@@ -37,6 +37,7 @@ from ccmim_fast.checkpoints.manifest import (
 )
 from ccmim_fast.errors import CheckpointError
 
+CHECKPOINTS = "checkpoints"  # the folder of them, in that of a run
 KEPT = "kept"
 _NEW, _OLD, _DEAD = ".new_", ".old_", ".dead_"  # hidden folders: being written, being replaced, being removed
 

@@ -1,22 +1,28 @@
-"""Published weights: files of timm, MAE, the authors' ccMIM and our exports, and what timm downloads by name."""
+"""Weights of any place: a run, a file of timm, MAE, the authors' ccMIM or `ccmim export`, or a name of timm's.
 
+A new reader is a branch of `read_weights` that returns `Weights`.
+"""
+
+import argparse
 import json
 import math
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ccmim_fast.checkpoints.convert import from_flat, read_flat_file
+from ccmim_fast.checkpoints.convert import from_flat
+from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.config.keys import nearest
 from ccmim_fast.errors import CheckpointError, ConfigError
 from ccmim_fast.models.ccmim import CCMIM
 
+TIMM = "timm:"  # in front of a name of timm's
 _NEW = ("decoder", "projector", "predictor")  # parts that a file may lack as a whole: they start anew
 _SHOWN = 4  # names in one line
-TIMM = "timm:"  # in front of a name of timm's
 _ASSUMED = "vit_base_patch16_224"
 _OF_WIDTH = {  # timm's, by width: what to propose; patch and blocks are read off the weights
     192: "vit_tiny_patch16_224",
@@ -29,96 +35,104 @@ _OF_WIDTH = {  # timm's, by width: what to propose; patch and blocks are read of
 }
 
 
-class Published(NamedTuple):
-    """What a file tells.
+class Weights(NamedTuple):
+    """Weights, and what their place tells of them.
 
     Attributes:
-        tensors: under our names; a classifier (`head`) of timm's is left out.
-        arch: timm's name; empty where it does not tell.
-        num_heads: of attention; 0 where it does not tell, or they are the architecture's own.
-        mean, std: of the images it was trained on, per channel; empty where it does not tell.
-        image_size: height and width of those images in pixels; empty where it does not tell.
+        name: the place, for people.
+        tensors: by our names, without a classifier (`head`) of timm's; none for the initial weights of `arch`.
+        arch: timm's name; empty where the place does not tell.
+        num_heads: of attention; 0 where the place does not tell, or they are the architecture's own.
+        mean, std: of the images they were trained on, per channel; empty where the place does not tell.
+        image_size: height and width of those images in pixels; empty where the place does not tell.
+        step: optimizer steps of pretraining; None where the place does not tell.
     """
 
+    name: str
     tensors: dict[str, Tensor]
     arch: str = ""
     num_heads: int = 0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     image_size: tuple[int, ...] = ()
+    step: int | None = None
 
 
-def read_published(name: str) -> Published:
+def read_weights(place: str) -> Weights:
     """Read weights; no code in a file is run.
 
     Args:
-        name: a file `.safetensors`, or `.pth`, `.pt`, `.bin`; or `timm:ARCH.TAG`, from timm's cache or the Hugging Face
-            hub.
+        place: folder of a run or of one of its checkpoints (averaged weights where there are some); a file
+            `.safetensors`, or `.pth`, `.pt`, `.bin`; `timm:ARCH.TAG`, from timm's cache or the Hugging Face hub;
+            `timm:ARCH` for initial weights.
 
     Raises:
         CheckpointError: missing, damaged, no dictionary of tensors, or not to be downloaded.
         ConfigError: a name that timm does not know.
     """
-    if name.startswith(TIMM):
-        return _downloaded(name)
-    about = {}
-    if name.endswith(".safetensors"):
-        try:
-            with safe_open(name, "pt") as file:
-                found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                about = file.metadata() or {}
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{name}: cannot be read as weights: {' '.join(str(error).split())[:200]}") from None
-    else:
-        found = read_flat_file(name)
-        for key in ("model", "state_dict"):
-            found = found[key] if isinstance(found.get(key), dict) else found
+    if place.startswith(TIMM):
+        return _timms(place) if "." in place else Weights(place, {}, known_arch(place.removeprefix(TIMM)))
+    if Path(place).is_dir():
+        run = open_run(place)
+        model, data = run.config.model, run.config.data
+        told = (model.arch, model.num_heads, data.mean, data.std, data.image_size, run.step)
+        return Weights(str(run.path), run.weights, *told)
+    found, about = _safetensors(place) if place.endswith(".safetensors") else (_pickled(place), {})
     if not found or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()):
-        raise CheckpointError(f"{name}: holds no plain dictionary of tensors")
-    return Published(_renamed(found), *_told(about, name))
+        raise CheckpointError(f"{place}: holds no plain dictionary of tensors")
+    return Weights(place, _renamed(found), *_told(about, place))
 
 
 def known_arch(arch: str) -> str:
-    """The name, if timm knows such an architecture. Raises ConfigError naming the nearest."""
+    """Return the name if timm knows such an architecture; raise ConfigError naming the nearest if not."""
     if not timm.is_model(arch) or "." in arch:
         names = timm.list_models("*vit*") + timm.list_models("*deit*")
         raise ConfigError(f"model.arch={arch!r:.80}: no model of timm; nearest is {nearest(arch, names)}")
     return arch
 
 
-def assumed_arch(of: Published, name: str, num_heads: int) -> str:
-    """The architecture of weights of which nobody tells it: vit_base_patch16_224.
+def with_arch(of: Weights, arch: str = "", num_heads: int = 0) -> Weights:
+    """Return the weights with their architecture: the user's, else what their place tells, else vit_base_patch16_224.
 
     Args:
-        num_heads: what the user tells; 0: nothing.
+        arch, num_heads: what the user tells; empty or 0: nothing. A name of timm's tells its architecture itself.
 
     Raises:
-        ConfigError: another width, and nobody tells the heads, of which any number that divides the width would load.
+        ConfigError: timm does not know the architecture; or nobody tells it, the width is another than that of
+            vit_base_patch16_224, and nobody tells the heads, of which any number that divides the width would load.
     """
+    if of.name.startswith(TIMM):
+        return of
+    if arch := arch or of.arch:
+        return of._replace(arch=known_arch(arch))
     kernel = of.tensors.get("encoder.patch_embed.proj.weight")
     width = 0 if kernel is None or kernel.ndim != 4 else len(kernel)
     if width and _OF_WIDTH.get(width) != _ASSUMED and not (num_heads or of.num_heads):
         near = _OF_WIDTH[min(_OF_WIDTH, key=lambda known: abs(known - width))]
         raise ConfigError(
-            f"{name}: does not tell its architecture and is {width} wide, which {_ASSUMED} is not; add "
+            f"{of.name}: does not tell its architecture and is {width} wide, which {_ASSUMED} is not; add "
             f"--model.arch=NAME or --model.num_heads=N; nearest is --model.arch={near}"
         )
-    return _ASSUMED
+    return of._replace(arch=_ASSUMED)
 
 
-def derived(of: Published, given: list[str]) -> list[str]:
-    """Settings that the weights tell, as options: sizes, and the method where no file of settings is given.
+def derived(of: Weights, given: list[str]) -> list[str]:
+    """Return the settings that weights of a known architecture tell, as options.
+
+    Args:
+        given: options of the user; the method is derived where no file of settings is among them.
 
     Raises:
-        ConfigError: timm does not know the architecture.
+        ConfigError: timm cannot build the architecture.
     """
-    weights, arch = of.tensors, of.arch
+    weights, found = of.tensors, {"model.arch": of.arch}
+    if not weights:
+        return [f"--model.arch={of.arch}"]
     try:
         with torch.device("meta"):
-            own = timm.create_model(arch, num_classes=0, class_token=True, global_pool="token")
+            own = timm.create_model(of.arch, num_classes=0, class_token=True, global_pool="token")
     except Exception as error:  # whatever timm raises on a name or class that is none of these
-        raise ConfigError(f"--arch={arch!r:.80}: {' '.join(str(error).split())[:200]}") from None
-    found: dict[str, object] = {"model.arch": arch}
+        raise ConfigError(f"--arch={of.arch!r:.80}: {' '.join(str(error).split())[:200]}") from None
     found |= {"model.num_heads": of.num_heads} if of.num_heads else {}
     found |= {"data.mean": list(of.mean), "data.std": list(of.std)} if of.mean and of.std else {}
     kernel = weights.get("encoder.patch_embed.proj.weight")
@@ -140,39 +154,34 @@ def derived(of: Published, given: list[str]) -> list[str]:
     if "projector.3.weight" in weights:
         found["heads.dim"] = len(weights["projector.3.weight"])
     if not any(option.startswith("--config") for option in given):
-        found |= _method(weights)
+        parts = {name.partition(".")[0] for name in weights}
+        if "predictor" in parts:
+            found["contrast.loss"] = "align"
+        elif "decoder" in parts and "projector" not in parts:
+            found |= {"contrast.loss": "none", "mask.strategy": "random"}  # MAE
     return [f"--{key}={value}" for key, value in found.items()]
 
 
-def fill_(model: CCMIM, weights: dict[str, Tensor], name: str) -> list[str]:
-    """Load strictly; returns the parts that `weights` lack as a whole, which stay as they are.
+def fill_(model: CCMIM, of: Weights) -> list[str]:
+    """Load weights strictly; return the parts of the model that they lack as a whole, which stay as they are.
 
     Raises:
         CheckpointError: one line with the names that are missing, unexpected, or of another shape.
     """
-    own = model.state_dict()
-    new = [part for part in _NEW if hasattr(model, part) and not any(key.startswith(f"{part}.") for key in weights)]
+    own, weights = model.state_dict(), of.tensors
+    owned, given = ({name.partition(".")[0] for name in of} for of in (own, weights))
+    new = [part for part in _NEW if part in owned - given]
     kept = {key: value for key, value in own.items() if key.partition(".")[0] in new}
-    shared = weights.keys() & own.keys()
     wrong = {
         "missing": own.keys() - weights.keys() - kept.keys(),
         "unexpected": weights.keys() - own.keys(),
-        "of another shape": {key for key in shared if own[key].shape != weights[key].shape},
+        "of another shape": {key for key in weights.keys() & own.keys() if own[key].shape != weights[key].shape},
     }
     if any(wrong.values()):
         said = "; ".join(f"{words}: {_named(keys)}" for words, keys in wrong.items() if keys)
-        raise CheckpointError(f"{name}: not the weights of this model: {said}")
+        raise CheckpointError(f"{of.name}: not the weights of this model: {said}")
     model.load_state_dict(weights | kept)
     return new
-
-
-def _method(weights: dict[str, Tensor]) -> dict[str, str]:
-    parts = {name.partition(".")[0] for name in weights}
-    if "predictor" in parts:
-        return {"contrast.loss": "align"}
-    if "decoder" in parts and "projector" not in parts:
-        return {"contrast.loss": "none", "mask.strategy": "random"}  # MAE
-    return {}
 
 
 def _blocks(weights: dict[str, Tensor], prefix: str) -> int:
@@ -184,8 +193,8 @@ def _named(keys: set[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def _downloaded(name: str) -> Published:
-    """The weights of a tag, loaded strictly by timm, and what it says of their images."""
+def _timms(name: str) -> Weights:
+    """Have timm download the weights of a tag and load them strictly; it tells the mean and std of their images."""
     tagged = name.removeprefix(TIMM)
     arch = known_arch(tagged.partition(".")[0])
     tags = timm.list_pretrained(f"{arch}.*")
@@ -198,7 +207,30 @@ def _downloaded(name: str) -> Published:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{name}: timm cannot load it: {reason}; without a network, name a file") from None
     said = vit.pretrained_cfg
-    return Published(_renamed(vit.state_dict()), arch, 0, tuple(said["mean"]), tuple(said["std"]))
+    return Weights(name, _renamed(vit.state_dict()), arch, 0, tuple(said["mean"]), tuple(said["std"]))
+
+
+def _safetensors(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(name, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{name}: cannot be read as weights: {' '.join(str(error).split())[:200]}") from None
+
+
+def _pickled(name: str) -> dict[str, Any]:
+    """Read a `.pth` file; only tensors and plain containers are accepted, code in it never runs."""
+    try:
+        # MAE's training checkpoints carry their command line beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(name, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds on damaged input
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{name}: cannot be read as weights: {reason[:200]}") from None
+    for key in ("model", "state_dict"):
+        if isinstance(found, dict):
+            found = found[key] if isinstance(found.get(key), dict) else found
+    return found if isinstance(found, dict) else {}
 
 
 def _renamed(found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -207,7 +239,7 @@ def _renamed(found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _told(about: dict[str, str], name: str) -> tuple[str, int, tuple[float, ...], tuple[float, ...], tuple[int, ...]]:
-    """What a `Published` has behind its tensors, of the texts in a .safetensors as `ccmim export` writes them."""
+    """Return the fields of `Weights` from `arch` to `image_size`, from the texts that `ccmim export` writes."""
     try:
         arguments = json.loads(about.get("timm_arguments", "{}"))
         heads, size = int(arguments.get("num_heads", 0)), tuple(map(int, arguments.get("img_size", ())))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
+from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.load import to_yaml
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import CheckpointError
@@ -40,10 +41,9 @@ def capture(
     scaler: torch.amp.GradScaler,
     ema: AveragedModel | None,
     progress: Progress,
-    config: Config,
-    maps_NGG: Tensor | None = None,
+    config: Config | EvalConfig,
 ) -> dict[str, Any]:
-    """Plain dictionaries and tensors, DTensors of what is divided; `maps_NGG` are those of a score bank."""
+    """Return plain dictionaries and tensors, DTensors of what is divided."""
     return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -51,7 +51,6 @@ def capture(
         "ema": None if ema is None else ema.state_dict(),
         "progress": progress._asdict(),
         "config": to_yaml(config),
-        "maps": maps_NGG,
     }
 
 

@@ -77,10 +77,10 @@ def _shard(parser: Parser, argv: list[str]) -> None:
     source = _open(given)
     options = {name: getattr(given, name) for name in ("side", "quality", "shard_bytes", "seed", "workers")}
     with progress_bar("writing") as report:
-        made = write_shards(source, given.out, report=report, **options)
-    tars = _count(len(made.index.containers), "tar")
-    print(f"{_count(len(made.index), 'image')} in {tars}; train on them with --data.root={given.out!r}")
-    _print_list(_named(source, made.left_out), "left out", len(source))
+        index, left_out = write_shards(source, given.out, report=report, **options)
+    tars = _count(len(index.containers), "tar")
+    print(f"{_count(len(index), 'image')} in {tars}; train on them with --data.root={given.out!r}")
+    _print_list(_named(source, left_out), "left out", len(source))
 
 
 def _stats(parser: Parser, argv: list[str]) -> None:

@@ -6,7 +6,7 @@ from ccmim_fast.config.load import load_config
 def pretrain(argv: list[str]) -> None:
     """Pretrain with the settings `argv`."""
     config = load_config(argv, "ccmim pretrain")
-    from ccmim_fast.engine.loop import fit
+    from ccmim_fast.engine.pretraining import fit
 
     if config.data.source != "shapes":
         fit(config)

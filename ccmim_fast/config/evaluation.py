@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from ccmim_fast.config.keys import flatten, nearest, settings
-from ccmim_fast.config.schema import DataConfig
+from ccmim_fast.config.schema import DataConfig, WatchConfig
 from ccmim_fast.config.validate import COUNT, COUNT_OR_0, check_values
 from ccmim_fast.errors import ConfigError
 
@@ -20,8 +20,10 @@ class EvalRunConfig:
     dir: str = ""
     resume: Literal["never", "auto"] = "never"  # auto: go on from the newest complete checkpoint in `dir`
     overwrite: bool = False  # empty `dir` first
+    allow_change: bool = False  # go on with settings that make it another run: batch, rate, epochs and the like
     save_every: int = 1  # epochs between checkpoints; the last epoch is always saved
     keep: int = 1  # newest checkpoints kept
+    keep_every: int = 0  # epochs; every n-th is saved too, and its checkpoint kept for good besides those; 0: none
     log_every: int = 20  # optimizer steps between log lines
     test_every: int = 10  # epochs between accuracies on the test images; the last epoch is always tested
     tensorboard: bool = False  # event files beside metrics.jsonl
@@ -122,7 +124,7 @@ class DetectConfig:
 class EvalOptimConfig:
     name: Literal["lars", "sgd", "adamw"] = "adamw"  # LARS as in MAE: adapted for weights, plain for biases
     base_lr: float = 1e-3  # per 256 images
-    schedule: Literal["cosine", "poly", "steps"] = "cosine"  # see optim/schedule.py
+    schedule: Literal["cosine", "poly", "steps"] = "cosine"  # see optim/update.py
     min_lr: float = 0.0  # end of the cosine, or of poly
     milestones: tuple[float, ...] = ()  # steps: shares of the run at which the rate falls to a tenth
     momentum: float = 0.9  # lars, sgd
@@ -145,7 +147,6 @@ class EvalTrainConfig:
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # auto: by device, see models/precision.py
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_steps: int = 0  # stop after so many optimizer steps; 0: all epochs
-    timeout: float = 30.0  # minutes that a rank waits for another
 
 
 @dataclass(frozen=True)
@@ -162,12 +163,14 @@ class EvalConfig:
     detect: DetectConfig = field(default_factory=DetectConfig)
     optim: EvalOptimConfig = field(default_factory=EvalOptimConfig)
     train: EvalTrainConfig = field(default_factory=EvalTrainConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
 
 RANGES = {
     "seed": "[0, 4294967295]",
     "run.save_every": COUNT,
     "run.keep": COUNT,
+    "run.keep_every": COUNT_OR_0,
     "run.log_every": COUNT,
     "run.test_every": COUNT,
     "data.max_bad": "[0, 1]",
@@ -224,7 +227,9 @@ RANGES = {
     "train.batch_size": COUNT,
     "train.accumulate": COUNT,
     "train.max_steps": COUNT_OR_0,
-    "train.timeout": "(0, 100000)",
+    "watch.bad_steps": COUNT,
+    "watch.spike": "[0, inf)",
+    "watch.timeout": "(0, 100000)",
 }
 
 

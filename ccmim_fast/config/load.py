@@ -114,14 +114,14 @@ def to_yaml(config: Config) -> str:
     return yaml.dump(nested, Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True)
 
 
-def from_yaml(text: str, name: str) -> Config:
-    """The configuration written in `text`, such as that of a checkpoint; `name` says in messages where it stands.
+def from_yaml(text: str, name: str, schema: type = Config, check: Callable[[Any], None] = validate) -> Any:
+    """Return the configuration that `text` holds, such as a checkpoint's; `name` says in messages where it stands.
 
     Raises:
         ConfigError: as `load_config`.
     """
-    config = build(_values(text, f" in {name}", Config))
-    validate(config)
+    config = build(_values(text, f" in {name}", schema), schema)
+    check(config)
     return config
 
 

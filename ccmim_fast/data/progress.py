@@ -1,4 +1,4 @@
-"""How far a long command is, on standard error."""
+"""This module shows the progress of a long command on standard error."""
 
 import contextlib
 import sys
@@ -10,14 +10,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextlib.contextmanager
 def progress_bar(title: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """Gives report(done, total); where standard error is no terminal, or with `quiet`, nothing is drawn."""
+    """Yield report(done, total); nothing is drawn if `quiet`, or if standard error is no terminal."""
     console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield lambda done, total: None
-        return
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(
-            title.encode(sys.stderr.encoding or "utf-8", "replace").decode(errors="replace"), total=None
-        )
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        printable = title.encode(sys.stderr.encoding or "utf-8", "replace").decode(errors="replace")
+        task = bar.add_task(printable, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

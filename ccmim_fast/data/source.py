@@ -1,4 +1,4 @@
-"""The interface that every set of images has, and the one image format that all decoders read alike."""
+"""This module defines the interface of every set of images, and an image format that all decoders read alike."""
 
 # N samples, P positions, X excluded samples, H height, W width, C channels
 
@@ -10,7 +10,7 @@ from ccmim_fast.errors import DataError
 
 
 class Source(Protocol):
-    """Images by sample id, 0 .. N - 1, whose sizes are known before they are read.
+    """A source gives images by sample id, 0 .. N - 1; their sizes are known before they are read.
 
     Attributes:
         channels: C of every image.
@@ -30,27 +30,18 @@ class Source(Protocol):
 
     def __len__(self) -> int:
         """Return N, the excluded samples included."""
-        ...
 
     def name(self, index: int) -> str:
         """Return the image's path or another name for messages."""
-        ...
 
     def decode(self, index: int) -> np.ndarray:
-        """Return the pixels of one image, [H, W, C] uint8, of the size in `sizes_N2`; read-only.
-
-        Raises:
-            DataError: the image cannot be used; the message names the image.
-        """
-        ...
+        """Return the pixels of one image, [H, W, C] uint8, read-only. Raises DataError naming an image that fails."""
 
     def read(self, index: int) -> bytes:
         """Return one encoded image in which any decoder finds the pixels of `decode`, up to rounding; C is 1 or 3.
 
-        Raises:
-            DataError: the image cannot be used; the message names the image.
+        Raises DataError naming an image that fails.
         """
-        ...
 
 
 class UnreadableError(DataError):

@@ -1,4 +1,4 @@
-"""How fast images arrive: milliseconds of each stage, images per second of each loader, and what to do about it."""
+"""This module measures how fast images arrive: the time of each stage, and the speed of each loader."""
 
 import itertools
 import time
@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from ccmim_fast.config.schema import DataConfig
-from ccmim_fast.data.build import LOADERS, build_loader
+from ccmim_fast.data.build import build_loader, suitable_loaders
 from ccmim_fast.data.index.indexed import IndexedSource
-from ccmim_fast.data.source import Source, usable_count
+from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.data.stream.plan import Plan
-from ccmim_fast.data.stream.prefetch import thread_count
 from ccmim_fast.data.stream.torch_loader import crop_and_resize
+from ccmim_fast.data.threads import thread_count
 from ccmim_fast.errors import DataError, MachineError
 
 _SEED = 0
@@ -30,7 +30,7 @@ _ADVICE = {
 
 
 class StageTimes(NamedTuple):
-    """Milliseconds that one thread needs to read an image, to decode it with Pillow, and to crop and resize it."""
+    """One thread needs so many milliseconds to read an image, to decode it with Pillow, and to crop and resize it."""
 
     read: float
     decode: float
@@ -44,10 +44,8 @@ class StageTimes(NamedTuple):
 
 
 class Throughput(NamedTuple):
-    """Speeds of all parts: `stages` of one thread, `copy_ms` of an image to the device, `loaders` in images per second.
-
-    Each loader has `threads` threads.
-    """
+    """The report holds the `stages` of one thread, `copy_ms` of an image to the device, and images per second of the
+    `loaders` by name, each with `threads` threads."""
 
     stages: StageTimes
     copy_ms: float
@@ -71,9 +69,7 @@ def measure_throughput(
 ) -> Throughput:
     """Load `images` images with each loader that can read them, after a warm-up with as many.
 
-    Raises:
-        DataError: no image can be loaded.
-        MachineError: there is no such device.
+    Raises DataError if no image can be loaded, MachineError if there is no such device.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise MachineError("--device=cuda: no CUDA device is visible; use --device=cpu")
@@ -82,8 +78,7 @@ def measure_throughput(
     data = DataConfig(image_size=(image_size, image_size), channels=source.channels, workers=workers, max_bad=1.0)
     loaders = {
         name: build_loader(source, replace(data, loader=name), _SEED, batch, device=on)
-        for name, loader in LOADERS.items()
-        if loader.suits(source)
+        for name in reversed(suitable_loaders(source))
     }
     # The stages come first: the loaders would bring the files from the disk into memory.
     stages = measure_stage_times(Plan(source, _SEED, batch), data.image_size, _STAGE_IMAGES)
@@ -94,28 +89,23 @@ def measure_throughput(
 
 def measure_stage_times(plan: Plan, image_size: tuple[int, int], images: int) -> StageTimes:
     """Return the medians over `images` images of the plan's epoch 0; images that fail do not count."""
-    ids_B, epochs_B = plan.ids_at(np.arange(min(images, plan.samples)))
-    times = []
-    for sample in plan.micro_batch(ids_B, epochs_B).samples():
+    source, times = plan.source, []
+    for sample in plan.micro_batch(*plan.ids_at(np.arange(min(images, plan.samples)))).samples():
+        index = sample.ids_B.item()
+        start = read = time.perf_counter()
         try:
-            image_HWC, read, decode = _timed_decode(plan.source, sample.ids_B.item())
+            if isinstance(source, IndexedSource):
+                data = source.encoded(index)
+                read = time.perf_counter()
+                image_HWC = source.decoded(index, data)
+            else:
+                image_HWC = source.decode(index)
         except DataError:
             continue
-        start = time.perf_counter()
+        decoded = time.perf_counter()
         crop_and_resize(image_HWC, sample.boxes_B4[0], sample.flips_B.item(), image_size)
-        times.append((read, decode, time.perf_counter() - start))
+        times.append((read - start, decoded - read, time.perf_counter() - decoded))
     return StageTimes(*(1e3 * median(column) for column in zip(*times))) if times else StageTimes(0.0, 0.0, 0.0)
-
-
-def _timed_decode(source: Source, index: int) -> tuple[np.ndarray, float, float]:
-    """Return an image and the seconds that reading and decoding took; a source without files has nothing to read."""
-    start = time.perf_counter()
-    if not isinstance(source, IndexedSource):
-        return source.decode(index), 0.0, time.perf_counter() - start
-    data = source.encoded(index)
-    read = time.perf_counter()
-    image_HWC = source.decoded(index, data)
-    return image_HWC, read - start, time.perf_counter() - read
 
 
 def _images_per_second(stream: Iterator[Batch], batch: int, images: int) -> float:

@@ -1,4 +1,4 @@
-"""Every image decoded whole, by all cores: what fails is marked as bad in the index."""
+"""This module checks an index: all cores decode every image, and what fails is marked as bad in the index."""
 
 import json
 import multiprocessing
@@ -16,13 +16,13 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from ccmim_fast.data.index.bad_samples import bad_samples_path, read_bad_samples
+from ccmim_fast.data.index.bad_samples import bad_samples_path, read_bad_samples, read_json_lines
 from ccmim_fast.data.index.index_file import BAD, INDEXED, SCHEMA, VERIFIED, Index, rewrite_index
 from ccmim_fast.data.index.indexed import IndexedSource
 from ccmim_fast.data.source import Source
 from ccmim_fast.errors import DataError, MachineError
 
-_CHUNK = 64  # samples a task takes: what is decoded once more when a decoder crashes
+_CHUNK = 64  # samples of a task; they are decoded once more when a decoder crashes
 # How errors name a sample: `cannot decode 'a.jpg': `, `'a.jpg' `.
 _NAME = re.compile(r"""^(?:cannot (?:read|decode) )?(['"])(?:\\.|(?!\1).)*\1:? """)
 
@@ -30,14 +30,8 @@ Bad = list[tuple[int, str]]  # sample ids and reasons
 
 
 class Report(NamedTuple):
-    """What an index holds after all of it was decoded.
-
-    Attributes:
-        samples: rows of the index.
-        bad: ids and reasons of those that cannot be used.
-        reasons: how many there are of each kind of reason.
-        modes: how many samples there are of each mode of pixels.
-    """
+    """The report sums up an index. samples: number of rows. bad: ids and reasons of those that cannot be used. reasons:
+    counts by kind of reason. modes: counts by mode of the pixels."""
 
     samples: int
     bad: Bad
@@ -48,23 +42,18 @@ class Report(NamedTuple):
 def verify(
     index: Index, processes: int = 0, again: bool = False, report: Callable[[int, int], None] = lambda done, total: None
 ) -> Report:
-    """Decode every sample that was not decoded whole before, and write what was found into the index.
+    """Decode every sample that was not decoded whole before (`again`: or was, or failed), and update the index.
 
-    May be stopped at any time; the next call goes on.
-
-    Args:
-        processes: 0: one per core.
-        again: those too that were decoded before, or failed.
-        report: called now and then with the samples done, and all.
-
-    Raises:
-        DataError: the index's folder cannot be written to.
-        MachineError: no process can be started.
+    With 0 `processes` there is one per core. The call may be stopped at any time; the next call goes on. Raises
+    DataError if the index's folder cannot be written to, MachineError if no process can be started.
     """
     wanted = _wanted(index, again)
     log = f"{index.path}.verify"
-    done, bad = _read_log(log, index)
-    left = wanted[~np.isin(wanted, done)]
+    done, bad = [], []
+    for ids, found in read_json_lines(log, index, "done", "bad"):  # of a call that was stopped
+        done += ids
+        bad += map(tuple, found)
+    left = np.setdiff1d(wanted, done)
     chunks = [left[start : start + _CHUNK].tolist() for start in range(0, len(left), _CHUNK)]
     finished = len(wanted) - len(left)
     decoded = _decode_chunks(partial(_open_index, index.path), chunks, processes or os.cpu_count() or 1)
@@ -76,7 +65,7 @@ def verify(
                 bad += found
                 finished += len(chunk)
                 report(finished, len(wanted))
-        index = _write_status(index, np.union1d(wanted, done), dict(bad))
+        index = _write_status(index, np.union1d(wanted, np.array(done, dtype=np.int64)), dict(bad))
         for path in (log, bad_samples_path(index.path)):
             if os.path.exists(path):
                 os.unlink(path)
@@ -86,36 +75,35 @@ def verify(
 
 
 def summary(index: Index) -> Report:
-    """What an index holds, as far as it is known."""
-    bad = [(number, without_name(index.reason(number))) for number in index.excluded_X.tolist()]
+    """Return what an index holds, as far as it is known."""
+    bad = [(sample, without_name(index.reason(sample))) for sample in index.excluded_X.tolist()]
     return Report(len(index), bad, Counter(kind_of(reason) for _, reason in bad), index.modes())
 
 
 def without_name(reason: str) -> str:
-    """A reason without the sample's name before it."""
+    """Return a reason without the sample's name before it."""
     return _NAME.sub("", reason)
 
 
 def kind_of(reason: str) -> str:
-    """A reason without what differs from sample to sample: its name, and N for every number."""
+    """Return a reason without what differs from sample to sample: without the name, and with N for every number."""
     return re.sub(r"\d+(?:[.,]\d+)*", "N", without_name(reason))
 
 
 def _wanted(index: Index, again: bool) -> np.ndarray:
-    """Ids to decode, ascending; what has no header that can be read is not tried again."""
+    """Return the ids to decode, ascending; samples whose header cannot be read are not tried again."""
     if again:
         return np.flatnonzero(index.sizes_N2[:, 0] > 0)
-    marked = np.fromiter(read_bad_samples(index), dtype=np.int64)
-    return np.union1d(np.flatnonzero(index.status_N == INDEXED), marked)
+    recorded = np.fromiter(read_bad_samples(index), dtype=np.int64)
+    return np.union1d(np.flatnonzero(index.status_N == INDEXED), recorded)
 
 
 def _decode_chunks(
     open_source: Callable[[], Source], chunks: list[list[int]], processes: int
 ) -> Iterator[tuple[list[int], Bad]]:
-    """Each chunk with what is bad in it, as it is done. Those that may have killed a process come last.
+    """Yield each chunk with its bad samples, as it is done; chunks that may have crashed a process come last.
 
-    Args:
-        open_source: called once in every process; it can be pickled.
+    `open_source` is called once in every process, so that it must be picklable.
     """
     crashed = []
     waiting = list(chunks)
@@ -128,10 +116,10 @@ def _decode_chunks(
                 try:
                     yield tasks[task], task.result()
                 except BrokenProcessPool:
-                    # All that were not done yet end so; one of the first of them, as many as processes, is the cause.
+                    # All unfinished chunks end so; one of the first, as many as there are processes, is the cause.
                     waiting.append(tasks[task])
         finally:
-            # Whoever stops does not wait for what was not begun.
+            # A caller that stops does not wait for chunks that have not begun.
             pool.shutdown(cancel_futures=True)
         waiting.sort()
         crashed += waiting[: processes + 1]
@@ -140,24 +128,24 @@ def _decode_chunks(
         yield chunk, _decode_alone(open_source, chunk)
 
 
-def _decode_alone(open_source: Callable[[], Source], numbers: list[int]) -> Bad:
-    """What is bad of some samples, in a process of their own; if it dies, each half in one, down to the sample."""
+def _decode_alone(open_source: Callable[[], Source], samples: list[int]) -> Bad:
+    """Decode samples in a separate process; if it crashes, each half in one, down to the single sample."""
     with _pool(open_source, 1) as pool:
         try:
             pool.submit(_decode, []).result()
         except BrokenProcessPool as error:
             raise MachineError("no process to decode images in can be started, or it ends at once") from error
         try:
-            return pool.submit(_decode, numbers).result()
+            return pool.submit(_decode, samples).result()
         except BrokenProcessPool:
-            if len(numbers) == 1:
-                return [(numbers[0], "its decoder crashed")]
-    middle = len(numbers) // 2
-    return _decode_alone(open_source, numbers[:middle]) + _decode_alone(open_source, numbers[middle:])
+            if len(samples) == 1:
+                return [(samples[0], "its decoder crashed")]
+    middle = len(samples) // 2
+    return _decode_alone(open_source, samples[:middle]) + _decode_alone(open_source, samples[middle:])
 
 
 def _pool(open_source: Callable[[], Source], processes: int) -> ProcessPoolExecutor:
-    # Not forked: a copy of a process with threads may wait for ever for a lock that none of its own holds.
+    # Not forked: a copy of a process with threads may wait for ever for a lock that none of its own threads holds.
     return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start, (open_source,))
 
 
@@ -166,7 +154,7 @@ _source: Source | None = None  # of a worker process
 
 def _start(open_source: Callable[[], Source]) -> None:
     global _source
-    # Ctrl-C reaches every process of a terminal; the first one ends the others.
+    # Ctrl-C reaches every process of a terminal; the first process ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _source = open_source()
 
@@ -175,41 +163,24 @@ def _open_index(path: str) -> IndexedSource:
     return IndexedSource(Index(path))
 
 
-def _decode(numbers: list[int]) -> Bad:
+def _decode(samples: list[int]) -> Bad:
     bad = []
-    for number in numbers:
+    for sample in samples:
         try:
-            _source.decode(number)
+            _source.decode(sample)
         except (DataError, MemoryError) as error:
-            bad.append((number, without_name(str(error)) or "too little memory"))
+            bad.append((sample, without_name(str(error)) or "too little memory"))
     return bad
 
 
-def _read_log(path: str, index: Index) -> tuple[np.ndarray, Bad]:
-    """What a call that was stopped had done: ids, and the bad ones among them."""
-    done, bad = [], []
-    if os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    said = json.loads(line)
-                except ValueError:
-                    continue  # the line at which it was stopped
-                if said["index"] == index.fingerprint:
-                    done += said["done"]
-                    bad += [tuple(pair) for pair in said["bad"]]
-    return np.array(done, dtype=np.int64), bad
-
-
 def _write_status(index: Index, decoded: np.ndarray, bad: dict[int, str]) -> Index:
-    """The index with what was found of the samples that were decoded."""
+    """Write the status of the samples that were decoded into the index."""
     status_N = index.status_N.copy()
     reasons = index.table.column("reason").to_pylist()
-    for number in decoded[status_N[decoded] == BAD].tolist():
-        reasons[number] = None
+    for sample in decoded[status_N[decoded] == BAD].tolist():
+        reasons[sample] = None
     status_N[decoded] = VERIFIED
-    for number, reason in bad.items():
-        status_N[number], reasons[number] = BAD, reason
-    return rewrite_index(
-        index, {"status": pa.array(status_N), "reason": pa.array(reasons, SCHEMA.field("reason").type)}
-    )
+    for sample, reason in bad.items():
+        status_N[sample], reasons[sample] = BAD, reason
+    columns = {"status": pa.array(status_N), "reason": pa.array(reasons, SCHEMA.field("reason").type)}
+    return rewrite_index(index, columns)

@@ -23,11 +23,11 @@ from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.precision import Precision, choose_precision
 from ccmim_fast.optim.ema import build_ema
 from ccmim_fast.optim.optimizer import build_optimizer
-from ccmim_fast.optim.schedule import scaled_lr
+from ccmim_fast.optim.update import scaled_lr
 from ccmim_fast.ranks.fsdp import is_sharded, shard
 from ccmim_fast.ranks.session import Session, backend_timeout, broadcast, node_count
 from ccmim_fast.registry import SCORE_SOURCES
-from ccmim_kernels.dispatch import check_triton
+from ccmim_kernels import check_triton
 
 
 def check_device(config: Config, here: Session, looks: bool = False) -> None:
@@ -140,7 +140,7 @@ def build_bank(config: Config, plan: Plan, here: Session, folder: Path) -> Score
     if not has_bank(config):
         return None
     maps, cells, score = own_maps(plan), config.score.grid, config.score
-    store = choose_store(score.store, maps, cells, here.device, score.device_gb, score.host_gb)
+    store = choose_store(score.store, maps, cells, score.device_gb, score.host_gb)
     opened = open_store(store, maps, cells, here.device, folder / f"scores_{here.rank}.bin")
     return ScoreBank(plan, opened, here.device, backend_timeout(config.watch.timeout))
 

@@ -4,16 +4,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ccmim_fast.bank.bank import ScoreBank
 from ccmim_fast.checkpoints import distributed, io
 from ccmim_fast.checkpoints.background import BackgroundSaver
 from ccmim_fast.checkpoints.collective import Together
 from ccmim_fast.checkpoints.config_diff import changes, table
-from ccmim_fast.checkpoints.state import Progress, capture, maps_in, patterns, restore
+from ccmim_fast.checkpoints.state import Progress, capture, patterns, restore
+from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.load import from_yaml
 from ccmim_fast.config.schema import Config
-from ccmim_fast.data.stream.plan import Plan
-from ccmim_fast.engine.step import TrainStep
+from ccmim_fast.engine.task import Task
 from ccmim_fast.errors import CheckpointError, ConfigError
 from ccmim_fast.ranks.fsdp import is_sharded, let_go
 from ccmim_fast.ranks.session import Session, backend_timeout, barrier, broadcast
@@ -30,19 +29,12 @@ class Checkpointer:
     """
 
     def __init__(
-        self,
-        config: Config,
-        here: Session,
-        folder: Path,
-        step: TrainStep,
-        plan: Plan,
-        bank: ScoreBank | None,
-        note: Callable[[str], None],
+        self, config: Config | EvalConfig, here: Session, folder: Path, task: Task, note: Callable[[str], None]
     ):
-        self._config, self._here, self._step, self._plan, self._bank = config, here, step, plan, bank
+        self._config, self._here, self._task, self._plan = config, here, task, task.loader.plan
         self.folder = folder / "checkpoints"
         self._together = None
-        if is_sharded(step.model):
+        if is_sharded(task.model):
             self._together = Together(backend_timeout(config.watch.timeout))
         self._saver = BackgroundSaver(self.folder, config.run.keep, note, self._together)
         self._gone_back_to: Path | None = None
@@ -56,12 +48,11 @@ class Checkpointer:
     def save(self, step: int, seen: int, for_good: bool = False) -> None:
         """The run as it is after `step` optimizer steps and `seen` samples; see `BackgroundSaver.save`."""
         self._here.watchdog.enter_phase("saving")
-        maps_NGG = None if self._bank is None else self._bank.contents()
+        task, plan, own = self._task, self._plan, self._task.state()
         if self._here.is_main or self._together is not None:
-            now, plan = self._step, self._plan
             progress = Progress(step, seen, plan.samples, plan.source.fingerprint, plan.partitions)
-            state = capture(now.model, now.optimizer, now.scaler, now.ema, progress, self._config, maps_NGG)
-            self._saver.save(step, state, for_good)
+            state = capture(task.model, task.optimizer, task.scaler, task.ema, progress, self._config)
+            self._saver.save(step, state | own, for_good)
 
     def poll(self) -> None:
         """Tell of a save that failed meanwhile."""
@@ -106,7 +97,7 @@ class Checkpointer:
             The step that weights are of; None where there is no checkpoint, or the run went back to this one before.
         """
         self._saver.wait()
-        let_go(self._step.model)
+        let_go(self._task.model)
         path, state = self._newest()
         if state is None or path == self._gone_back_to:
             return None
@@ -131,7 +122,7 @@ class Checkpointer:
         """The state as this rank has it: of divided weights its own parts, whoever wrote them."""
         if self._together is None:
             return state
-        like = patterns(self._step.model, self._step.optimizer)
+        like = patterns(self._task.model, self._task.optimizer)
         if distributed.are_in(path):
             return distributed.unite(state, distributed.read(path, like))
         return distributed.spread(state, like)
@@ -139,7 +130,7 @@ class Checkpointer:
     def _check_settings(self, state: dict[str, Any]) -> None:
         """Tell which settings changed since; raise for those that may not, or not unasked."""
         try:
-            before = from_yaml(state["config"], "the checkpoint")
+            before = from_yaml(state["config"], "the checkpoint", type(self._config), lambda _: None)
         except (ConfigError, KeyError):  # of another version, with other settings: shapes will tell
             return
         found = changes(before, self._config)
@@ -156,11 +147,9 @@ class Checkpointer:
                 )
 
     def _restore(self, state: dict[str, Any], in_place: bool) -> Progress:
-        now = self._step
-        progress = restore(state, now.model, now.optimizer, now.scaler, now.ema, in_place)
-        maps_NGG = None if self._bank is None else maps_in(state, self._config.score.grid)
-        if maps_NGG is not None and progress.images == self._plan.source.fingerprint:
-            self._bank.fill(maps_NGG)
+        task = self._task
+        progress = restore(state, task.model, task.optimizer, task.scaler, task.ema, in_place)
+        task.restore(state, progress)
         return progress
 
     def _changes(self, progress: Progress) -> Iterator[str]:

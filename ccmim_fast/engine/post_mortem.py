@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,26 +16,34 @@ from ccmim_fast.data.stream.batch import make_batch
 from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.data.stream.torch_loader import load_crop
 from ccmim_fast.engine.compile import uncompiled
-from ccmim_fast.engine.step_monitor import Past
 from ccmim_fast.errors import CcmimError
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.precision import Precision
-from ccmim_fast.optim.gradients import own_part
-from ccmim_kernels.partition import partition_from_mask
+from ccmim_fast.optim.update import own_part
+from ccmim_kernels import partition_from_mask
+
+
+class Evidence(NamedTuple):
+    """What this rank kept of a step, of each micro-batch: ids int64 [B] on the host; epochs int64 [B] and masks bool
+    [B, L] on the device."""
+
+    ids: list[np.ndarray]
+    epochs: list[Tensor]
+    masks: list[Tensor]
 
 
 def capture(
-    folder: Path, past: Past, model: CCMIM, plan: Plan, precision: Precision, image_size: tuple[int, int]
+    folder: Path, step: int, kept: Evidence, model: CCMIM, plan: Plan, precision: Precision, image_size: tuple[int, int]
 ) -> str:
     """`write_capture`; returns where to look, or why there is nothing: a full disk, an image that is gone."""
     try:
-        return f"see {write_capture(folder, past, model, plan, precision, image_size)}"
+        return f"see {write_capture(folder, step, kept, model, plan, precision, image_size)}"
     except (OSError, RuntimeError, CcmimError) as error:
         return f"no capture: {' '.join(str(error).split())}"
 
 
 def write_capture(
-    folder: Path, past: Past, model: CCMIM, plan: Plan, precision: Precision, image_size: tuple[int, int]
+    folder: Path, step: int, kept: Evidence, model: CCMIM, plan: Plan, precision: Precision, image_size: tuple[int, int]
 ) -> Path:
     """Pass the samples of a step through the model once more, with the same masks, and write what was found.
 
@@ -43,8 +51,8 @@ def write_capture(
     `step_<step>_rank_<rank>.pt`, for `torch.load`: step, seed, rank; for each micro-batch ids [B], epochs [B], masks
     [B, L], and figures (see `figures_of`) of each module's output by name; and those of all weights.
     """
-    found: dict[str, Any] = {"step": past.step, "seed": plan.seed, "rank": plan.rank, "micro_batches": []}
-    for ids_B, epochs_B, mask_BL in zip(past.ids, past.epochs, past.masks):
+    found: dict[str, Any] = {"step": step, "seed": plan.seed, "rank": plan.rank, "micro_batches": []}
+    for ids_B, epochs_B, mask_BL in zip(*kept):
         shown = plan.micro_batch(ids_B, epochs_B.cpu().numpy())
         images_BHWC = torch.from_numpy(np.stack([load_crop(plan.source, one, image_size) for one in shown.samples()]))
         batch = make_batch(images_BHWC.to(mask_BL.device), shown, plan.source, mask_BL.device)
@@ -54,7 +62,7 @@ def write_capture(
         told = {"ids": batch.ids_B.cpu(), "epochs": epochs_B.cpu(), "masks": mask_BL.cpu(), "outputs": outputs}
         found["micro_batches"].append(told)
     found["weights"] = {name: figures_of(weight) for name, weight in model.named_parameters()}
-    path = folder / f"step_{past.step:08d}_rank_{plan.rank}.pt"
+    path = folder / f"step_{step:08d}_rank_{plan.rank}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(found, path)
     return path

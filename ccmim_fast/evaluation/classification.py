@@ -2,14 +2,16 @@
 
 # B batch, H height, W width, C classes, R heads
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ccmim_fast.data.build import Loader
 from ccmim_fast.data.source import usable_count
+from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.supervised import Learner
@@ -20,20 +22,20 @@ def classifier(
     module: nn.Module,
     inputs: Callable[[Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
-    batches: Callable[[int], Iterator[tuple[Tensor, Tensor]]],
+    loader: Loader,
     heads: tuple[str, ...] = ("accuracy",),
 ) -> Learner:
-    """What `Training` trains.
+    """Return what is trained, see `Learner`.
 
     Args:
         module: inputs -> logits [B, C], or [R, B, C] of heads that share no trained weights.
         inputs: images of a batch, uint8 [B, H, W, channels] or prepared, -> what `module` takes; no gradient in it.
-        batches: as of `Learner`, (images, targets); targets are labels [B] or shares [B, C].
+        loader: its micro-batches are (images, targets), or a `Batch` with labels; targets are [B] or shares [B, C].
         heads: names of the R heads.
     """
 
-    def losses(wrapped: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, targets = batch
+    def losses(wrapped: nn.Module, batch: Batch | tuple[Tensor, Tensor]) -> Tensor:
+        images, targets = (batch.images_BHWC, batch.labels_B) if isinstance(batch, Batch) else batch
         logits_RBC = _of_heads(wrapped(inputs(images)))
         return torch.stack([F.cross_entropy(of_head.float(), targets) for of_head in logits_RBC])
 
@@ -41,7 +43,7 @@ def classifier(
         # Not the wrapped module: ranks may have unequal numbers of batches.
         return accuracies(job, lambda images: _of_heads(module(inputs(images))), heads)
 
-    return Learner(module, losses, optimizer, batches, test)
+    return Learner(module, losses, optimizer, loader, test)
 
 
 def accuracies(job: Job, logits: Callable[[Tensor], Tensor], heads: tuple[str, ...]) -> dict[str, float]:
@@ -63,6 +65,7 @@ def accuracies(job: Job, logits: Callable[[Tensor], Tensor], heads: tuple[str, .
         part=(here.rank, here.world_size),
     )
     for batch in batches:
+        here.watchdog.enter_phase("evaluating the model")
         hits = logits(batch.images_BHWC).topk(guesses[-1], dim=-1).indices == batch.labels_B[:, None]
         right += torch.stack([hits[..., :n].any(-1).sum(1) for n in guesses])
     if dist.is_initialized():

@@ -1,56 +1,26 @@
 """`ccmim eval NAME CHECKPOINT [settings]`: any checkpoint by a published protocol, and what deviates from it."""
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from ccmim_fast.checkpoints.published import Weights
 from ccmim_fast.config.evaluation import EvalConfig, validate_evaluation
 from ccmim_fast.config.keys import flatten, nearest, show
 from ccmim_fast.config.load import load_config
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.evaluation import detection, finetune, probes
-from ccmim_fast.evaluation.encoders import Weights, read_weights
-from ccmim_fast.evaluation.frozen import run as frozen
-from ccmim_fast.evaluation.images import Images, open_both
+from ccmim_fast.evaluation.encoders import read_encoder
+from ccmim_fast.evaluation.images import Images
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.protocols import FOLDER, Protocol, deviations, protocol, write_result
-from ccmim_fast.evaluation.segmentation.run import open_scenes
-from ccmim_fast.evaluation.segmentation.run import run as segmentation
+from ccmim_fast.evaluation.registry import EVALUATIONS, load
 from ccmim_fast.ranks.session import Session, main_first, open_session
 from ccmim_fast.runs.folder import check_apart, describe_run, environment, evaluation_folder, open_run_folder
 from ccmim_fast.runs.state import recorded
 
-
-class Evaluation(NamedTuple):
-    """One of the commands.
-
-    Attributes:
-        run: on every rank; returns the figures, shares of 1.
-        sources: values of `data.source` that `open_images` reads.
-        open_images: (settings, mean, std of the checkpoint's images) -> those to train on, those to test on.
-        guessed: whether a guess among the classes is right once in as many, so that chance is known.
-    """
-
-    run: Callable[[Job], dict[str, float]]
-    sources: tuple[str, ...] = ("images", "shapes", "inaturalist", "flowers")
-    open_images: Callable[[EvalConfig, tuple[float, ...], tuple[float, ...]], tuple[Images, Images]] = open_both
-    guessed: bool = True
-
-
-EVALUATIONS = {
-    "knn": Evaluation(frozen.knn),
-    "logreg": Evaluation(frozen.logreg),
-    "linear": Evaluation(probes.linear),
-    "attentive": Evaluation(probes.attentive),
-    "finetune": Evaluation(finetune.run),
-    "transfer": Evaluation(finetune.run),
-    "detection": Evaluation(detection.run, ("coco", "shapes"), detection.open_images, guessed=False),
-    "segmentation": Evaluation(segmentation, ("ade20k", "shapes"), open_scenes, guessed=False),
-}
 _NAMES = (*EVALUATIONS, "masks")  # that is a command of its own: it draws, and needs neither labels nor a protocol
 USAGE = f"""usage: ccmim eval {"|".join(EVALUATIONS)} CHECKPOINT [--config PRESET_OR_FILE] [--section.key=value ...]
        ccmim eval masks CHECKPOINT [IMAGES] [options] [--section.key=value ...]
@@ -99,18 +69,18 @@ def _protocol_of(name: str, argv: list[str]) -> tuple[Protocol, list[str]]:
 
 
 def _run(name: str, of: Protocol, config: EvalConfig, checkpoint: str) -> None:
-    with open_session(config.train.device, config.train.timeout) as here:
+    with open_session(config.train.device, config.watch.timeout) as here:
         # In the order in which a mistake is cheapest to find: weights' header, images, folder.
         with main_first(here):  # that downloads weights and indexes images, if nobody has
-            weights = read_weights(checkpoint, config.model.arch, config.model.num_heads)
-            train, test = EVALUATIONS[name].open_images(config, weights.mean, weights.std)
+            weights = read_encoder(checkpoint, config.model.arch, config.model.num_heads)
+            train, test = load(EVALUATIONS[name].open_images)(config, weights.mean, weights.std)
         weights = weights._replace(mean=train.data.mean, std=train.data.std)
         folder = open_run_folder(config) if here.is_main else Path(config.run.dir)
         with recorded(folder, here.is_main, lambda: True):
             if here.is_main:
                 describe_run(folder, config, here.device)
             torch.manual_seed(config.seed)  # of new heads
-            figures = EVALUATIONS[name].run(Job(config, here, folder, weights, train, test))
+            figures = load(EVALUATIONS[name].run)(Job(config, here, folder, weights, train, test))
             if here.is_main:
                 print(write_result(folder, _result(name, of, config, weights, train, test, figures, here), of))
 

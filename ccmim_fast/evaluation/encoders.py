@@ -4,7 +4,6 @@
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -13,10 +12,8 @@ from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from ccmim_fast.checkpoints import io
 from ccmim_fast.checkpoints.convert import to_timm
-from ccmim_fast.checkpoints.published import TIMM, assumed_arch, known_arch, read_published
-from ccmim_fast.config.load import from_yaml
+from ccmim_fast.checkpoints.published import Weights, read_weights, with_arch
 from ccmim_fast.errors import CheckpointError, ConfigError
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -26,91 +23,30 @@ QUARTERS: Shares = ((1, 4), (1, 2), (3, 4), (1, 1))  # blocks 2 5 8 11 of 12; wh
 _HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")  # timm's names of what stands behind the tokens
 
 
-class Weights(NamedTuple):
-    """What a checkpoint tells of its encoder.
-
-    Attributes:
-        name: the checkpoint, for people.
-        arch: timm's name.
-        tensors: under timm's names; None: the architecture's initial weights.
-        num_heads: 0 where it does not tell.
-        mean, std: of the images it was trained on, per channel.
-        step: optimizer steps of pretraining; None where it does not tell.
-        grid: rows and columns of patches that the positions are of; empty where it does not tell.
-    """
-
-    name: str
-    arch: str
-    tensors: dict[str, Tensor] | None
-    num_heads: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    step: int | None = None
-    grid: tuple[int, ...] = ()
-
-
-def read_weights(checkpoint: str, arch: str = "", num_heads: int = 0) -> Weights:
-    """Read the encoder of a checkpoint; no code in it is run.
+def read_encoder(checkpoint: str, arch: str = "", num_heads: int = 0) -> Weights:
+    """Read the encoder of a checkpoint (see `read_weights`): its tensors under timm's names, empty for initial weights.
 
     Args:
-        checkpoint: the folder of a run, or of one of its checkpoints; what `read_published` reads; `timm:ARCH` for
-            initial weights.
-        arch: timm's name, in place of what a file tells; empty: that, or what `assumed_arch` says.
-        num_heads: what the user tells of attention; 0: nothing.
+        checkpoint: what `read_weights` reads.
+        arch, num_heads: what the user tells, see `with_arch`; a run tells its architecture itself.
 
     Raises:
         CheckpointError: missing, damaged, or without an encoder.
         ConfigError: a name that timm does not know, or one that must be told.
     """
-    if checkpoint.startswith(TIMM) and "." not in checkpoint:
-        return Weights(checkpoint, known_arch(checkpoint.removeprefix(TIMM)), None, 0, *IMAGENET)
-    if Path(checkpoint).is_dir():
-        return _of_run(Path(checkpoint))
-    found = read_published(checkpoint)
-    told = found.arch if checkpoint.startswith(TIMM) else arch or found.arch
-    arch = known_arch(told) if told else assumed_arch(found, checkpoint, num_heads)
-    images = (found.mean, found.std) if found.mean and found.std else IMAGENET
-    encoder = _encoder_in(to_timm(found.tensors), checkpoint)
-    grid = _grid_of(found.image_size, encoder)
-    return Weights(checkpoint, arch, encoder, found.num_heads, *images, grid=grid)
-
-
-def _of_run(path: Path) -> Weights:
-    """The newest checkpoint of a run, or the one at `path`; averaged weights where it has them."""
-    if (path / io.MANIFEST).is_file():
-        found = io.Newest(path, io.load(path), [])
-    else:
-        found = io.newest(path / "checkpoints")
-    if found.state is None:
-        raise CheckpointError(f"{path}: no complete checkpoint in it; {'; '.join(found.problems) or 'none at all'}")
-    try:
-        state = found.state
-        weights, config = state["model"], from_yaml(state["config"], "the checkpoint")
-        if state["ema"] is not None:
-            weights = {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
-        tensors, step = to_timm(weights), state["progress"]["step"]
-    except (KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{found.path}: it is no checkpoint of pretraining") from None
-    model, data = config.model, config.data
-    encoder = _encoder_in(tensors, found.path)
-    grid = _grid_of(data.image_size, encoder)
-    return Weights(str(found.path), model.arch, encoder, model.num_heads, data.mean, data.std, step, grid)
-
-
-def _encoder_in(tensors: dict[str, Any], name: str | Path) -> dict[str, Tensor]:
-    if "patch_embed.proj.weight" not in tensors or "blocks.0.norm1.weight" not in tensors:
-        raise CheckpointError(f"{name}: no vision transformer under timm's names in it")
-    return {key: value for key, value in tensors.items() if not key.startswith(_HEADS)}
-
-
-def _grid_of(image_size: tuple[int, ...], tensors: dict[str, Tensor]) -> tuple[int, ...]:
-    patch = tensors["patch_embed.proj.weight"].shape[-1]
-    return tuple(side // patch for side in image_size)
+    found = read_weights(checkpoint)
+    if not Path(checkpoint).is_dir():
+        found = with_arch(found, arch, num_heads)
+    tensors = {k: value for k, value in to_timm(found.tensors).items() if not k.startswith(_HEADS)}
+    if found.tensors and not {"patch_embed.proj.weight", "blocks.0.norm1.weight"} <= tensors.keys():
+        raise CheckpointError(f"{found.name}: no vision transformer under timm's names in it")
+    mean, std = (found.mean, found.std) if found.mean and found.std else IMAGENET
+    return found._replace(tensors=tensors, mean=mean, std=std)
 
 
 def width_and_patch(weights: Weights) -> tuple[int, int]:
-    """Of the encoder; the patch in pixels, 0 where an architecture of timm's names none."""
-    if weights.tensors is not None:
+    """Return the width of the encoder and its patch in pixels, 0 where an architecture of timm's names none."""
+    if weights.tensors:
         sizes = _sizes_in(weights.tensors)
         return sizes["embed_dim"], sizes["patch_size"]
     with torch.device("meta"):
@@ -143,7 +79,7 @@ def build_encoder(
         ConfigError: an architecture that takes no images of this size.
     """
     options = {"img_size": image_size, "num_classes": num_classes, "in_chans": len(weights.mean)}
-    if weights.tensors is not None:
+    if weights.tensors:
         heads = num_heads or weights.num_heads
         options |= _sizes_in(weights.tensors) | {"fc_norm": False}
         options |= {"global_pool": "token" if options["class_token"] else ""}
@@ -162,7 +98,7 @@ def build_encoder(
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"model.arch={weights.arch}: timm cannot build it for these images: {reason}") from None
-    if weights.tensors is not None:
+    if weights.tensors:
         _fill(vit, weights)
     return vit
 
@@ -190,13 +126,14 @@ def _fill(vit: nn.Module, weights: Weights) -> None:
 
 
 def _fitted(vit: VisionTransformer, weights: Weights) -> dict[str, Tensor]:
-    """The tensors, their positions resampled to the module's grid, from the checkpoint's or timm's guess of it."""
+    """Return the tensors, positions resampled to the module's grid, from the checkpoint's or timm's guess of it."""
     tensors = dict(weights.tensors)
-    if not weights.grid or "pos_embed" not in tensors:
+    if not weights.image_size or "pos_embed" not in tensors:
         return checkpoint_filter_fn(tensors, vit)
     positions, new = tensors.pop("pos_embed"), tuple(vit.patch_embed.grid_size)
-    if new != weights.grid:
-        positions = _resampled(positions, weights.grid, new)
+    old = tuple(side // tensors["patch_embed.proj.weight"].shape[-1] for side in weights.image_size)
+    if new != old:
+        positions = _resampled(positions, old, new)
     return checkpoint_filter_fn(tensors, vit) | {"pos_embed": positions}
 
 

@@ -2,25 +2,20 @@
 
 # B batch, H height, W width, C channels
 
-from collections.abc import Callable, Iterator
-
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
-from torch.utils.data import Dataset, default_collate
 
 from ccmim_fast.config.evaluation import EvalOptimConfig
-from ccmim_fast.data.index.bad_samples import BadSamples
-from ccmim_fast.data.stream.plan import MicroBatch, Plan
-from ccmim_fast.data.stream.prefetch import load_with_fallback
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.classification import classifier
 from ccmim_fast.evaluation.encoders import build_encoder
 from ccmim_fast.evaluation.job import Job
-from ccmim_fast.evaluation.processes import prepared
-from ccmim_fast.evaluation.supervised import Training, seed_generators
+from ccmim_fast.evaluation.loader import SampleLoader
+from ccmim_fast.evaluation.supervised import seed_generators, train
 
 _ATTEMPTS = 10
 
@@ -44,7 +39,7 @@ def run(job: Job) -> dict[str, float]:
         """Training images are prepared by timm; those to test on are uint8 [B, H, W, C]."""
         return images if images.is_floating_point() else ((images / 255 - mean_C) / std_C).permute(0, 3, 1, 2)
 
-    return Training(job, classifier(job, vit, inputs, build_optimizer(vit, config.optim), Batches(job).stream)).run()
+    return train(job, classifier(job, vit, inputs, build_optimizer(vit, config.optim), AugmentedLoader(job)))
 
 
 def _check(job: Job) -> None:
@@ -67,52 +62,13 @@ def build_optimizer(vit: nn.Module, optim: EvalOptimConfig) -> torch.optim.Optim
     return torch.optim.AdamW(groups, lr=optim.base_lr, betas=optim.betas)
 
 
-class Augmented(Dataset):
-    """One sample at a time, as the plan shows it: a micro-batch of one -> (normalised [C, H, W], label).
-
-    timm draws from the global generators of `random`, NumPy and torch: they are set by (seed, epoch, repeat, sample
-    id), so what comes does not depend on the process that makes it.
-    """
-
-    def __init__(self, plan: Plan, bad_samples: BadSamples, transform: Callable[[Image.Image], Tensor], seed: int):
-        self._plan, self._bad_samples, self._transform, self._seed = plan, bad_samples, transform, seed
-
-    def __getitem__(self, sample: MicroBatch) -> tuple[Tensor, int]:
-        shown, image_CHW = load_with_fallback(self._load, sample, self._plan, self._bad_samples)
-        return image_CHW, int(self._plan.source.labels_N[shown.ids_B.item()])
-
-    def _load(self, sample: MicroBatch) -> Tensor:
-        index, epoch = sample.ids_B.item(), sample.epochs_B.item()
-        image = Image.fromarray(self._plan.source.decode(index))
-        for attempt in range(_ATTEMPTS):
-            seed_generators(self._seed, epoch, index, attempt)
-            try:
-                return self._transform(image)
-            except ValueError as error:
-                # rand-m9-mstd0.5 posterizes 0.15 % of the images to no bit at all, which Pillow 13 refuses: they are
-                # augmented anew.
-                if "bits" not in str(error) or attempt == _ATTEMPTS - 1:
-                    raise
-        raise AssertionError("unreachable")
-
-
-class Batches:
+class AugmentedLoader(SampleLoader):
     """Training batches of one rank: (float [B, C, H, W], labels [B] or, mixed, shares of classes [B, classes])."""
 
     def __init__(self, job: Job):
-        self._config, self._here, config = job.config, job.here, job.config
-        data, augment, source = job.train.data, config.augment, job.train.source
-        self._plan = Plan(
-            source,
-            config.seed,
-            config.train.batch_size,
-            config.train.accumulate,
-            job.here.rank,
-            job.here.world_size,
-            repeats=augment.repeats,
-        )
-        bad_samples = BadSamples.of(source, data.on_error, data.max_bad)
-        transform = create_transform(
+        data, augment = job.train.data, job.config.augment
+        super().__init__(job, augment.repeats)
+        self._transform = create_transform(
             (len(data.mean), *data.image_size),
             is_training=True,
             scale=data.crop_scale,
@@ -125,27 +81,34 @@ class Batches:
             re_prob=augment.erase,
             re_mode="pixel",
         )
-        self._samples = Augmented(self._plan, bad_samples, transform, config.seed)
-        self._mix = None
+        self._classes, self._smoothing, self._mix = job.test.classes, augment.smoothing, None
         if augment.mixup or augment.cutmix:
             self._mix = Mixup(
-                augment.mixup, augment.cutmix, label_smoothing=augment.smoothing, num_classes=job.test.classes
+                augment.mixup, augment.cutmix, label_smoothing=augment.smoothing, num_classes=self._classes
             )
-        self._classes = job.test.classes
 
-    def stream(self, cursor: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """From a place of the stream on, without end; decoded by other processes where there is more than one core."""
-        keys = (batch.samples() for batch in self._plan.micro_batches(cursor))
-        batches = prepared(self._samples, keys, default_collate, self._config.data.workers, self._here.device)
-        accumulate = self._config.train.accumulate
-        place = cursor // self._plan.global_batch * accumulate
-        device, smoothing = self._here.device, self._config.augment.smoothing
-        for number, (images_BCHW, labels_B) in enumerate(batches, place):
-            images_BCHW = images_BCHW.to(device, non_blocking=True)
-            labels_B = labels_B.to(device, non_blocking=True)
-            if self._mix is not None:
-                seed_generators(self._config.seed, number, self._here.rank)
-                yield self._mix(images_BCHW, labels_B)
-            else:
-                shares_BC = nn.functional.one_hot(labels_B, self._classes).float()
-                yield images_BCHW, shares_BC * (1 - smoothing) + smoothing / self._classes
+    def make(self, read: np.ndarray, index: int, epoch: int) -> tuple[Tensor, int]:
+        """Return a normalised image [C, H, W] and its label.
+
+        timm draws from the global generators of `random`, NumPy and torch, so they are set.
+        """
+        image = Image.fromarray(read)
+        for attempt in range(_ATTEMPTS):
+            seed_generators(self.config.seed, epoch, index, attempt)
+            try:
+                return self._transform(image), int(self.plan.source.labels_N[index])
+            except ValueError as error:
+                # rand-m9-mstd0.5 posterizes 0.15 % of the images to no bit at all, which Pillow 13 refuses: they are
+                # augmented anew.
+                if "bits" not in str(error) or attempt == _ATTEMPTS - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+    def place(self, batch: tuple[Tensor, Tensor], number: int) -> tuple[Tensor, Tensor]:
+        """See `SampleLoader`; mixing draws from the global generators too."""
+        images_BCHW, labels_B = (part.to(self.here.device, non_blocking=True) for part in batch)
+        if self._mix is None:
+            shares_BC = nn.functional.one_hot(labels_B, self._classes).float()
+            return images_BCHW, shares_BC * (1 - self._smoothing) + self._smoothing / self._classes
+        seed_generators(self.config.seed, number, self.here.rank)
+        return self._mix(images_BCHW, labels_B)

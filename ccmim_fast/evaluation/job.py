@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from ccmim_fast.checkpoints.published import Weights
 from ccmim_fast.config.evaluation import EvalConfig
-from ccmim_fast.evaluation.encoders import Encoder, Weights, build_encoder
+from ccmim_fast.evaluation.encoders import Encoder, build_encoder
 from ccmim_fast.evaluation.images import Images
 from ccmim_fast.ranks.session import Session
 

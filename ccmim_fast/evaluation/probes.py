@@ -14,7 +14,7 @@ from ccmim_fast.data.build import build_loader
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.classification import classifier
 from ccmim_fast.evaluation.job import Job
-from ccmim_fast.evaluation.supervised import Training
+from ccmim_fast.evaluation.supervised import train
 
 Groups = Sequence[tuple[Iterator[nn.Parameter], float]]  # parameters, and what their rate is multiplied by
 
@@ -118,9 +118,4 @@ def _train(
         world_size=here.world_size,
         device=here.device,
     )
-
-    def batches(cursor: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((batch.images_BHWC, batch.labels_B) for batch in loader.stream(cursor))
-
-    optimizer = build_head_optimizer(config.optim, groups)
-    return Training(job, classifier(job, head, inputs, optimizer, batches, names)).run()
+    return train(job, classifier(job, head, inputs, build_head_optimizer(config.optim, groups), loader, names))

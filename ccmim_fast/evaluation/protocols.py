@@ -5,33 +5,18 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ccmim_fast.checkpoints.published import Weights
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.keys import flatten, show
 from ccmim_fast.config.load import load_config, presets
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.evaluation.encoders import Weights, width_and_patch
+from ccmim_fast.evaluation.encoders import width_and_patch
 from ccmim_fast.evaluation.images import Images
+from ccmim_fast.evaluation.registry import EVALUATIONS
 
 FOLDER = "eval"  # of the presets, below configs/
-_SHOWN = ("data.image_size", "data.test_crop", "model.pool")
-_LENGTH = ("train.epochs", "train.steps", "train.batch_size", "train.max_steps")
-_TRAINED = (*_SHOWN, "data.crop_scale", "data.flip", "optim.", *_LENGTH)
-_DENSE = ("data.image_size", "data.flip", "optim.", *_LENGTH, "head.init_std", "model.drop_path")
-
 ENCODERS = {"ViT-B/16": (768, 16), "ViT-L/16": (1024, 16), "ViT-H/14": (1280, 14)}  # width, patch in pixels
-
-# The settings that are figures of the protocol; the others say how and where it is carried out.
-FIGURES = {
-    "knn": (*_SHOWN, "knn."),
-    "logreg": (*_SHOWN, "logreg."),
-    "linear": (*_TRAINED, "head.rates", "head.init_std", "augment."),
-    "attentive": (*_TRAINED, "head.num_heads", "head.init_std", "augment."),
-    "finetune": (*_TRAINED, "head.init_std", "augment.", "model.drop_path"),
-    "transfer": (*_TRAINED, "head.init_std", "augment.", "model.drop_path"),
-    "segmentation": (*_DENSE, "segment."),
-    "detection": ("data.image_size", "data.flip", "detect.", "optim.", *_LENGTH, "model.drop_path"),
-}
 
 
 class Protocol(NamedTuple):
@@ -39,7 +24,7 @@ class Protocol(NamedTuple):
 
     Attributes:
         name: of the preset.
-        evaluation: one of `FIGURES`.
+        evaluation: one of `EVALUATIONS`.
         config: its figures.
         source: where they are from.
         images: train, test and classes; None where the preset names none.
@@ -79,7 +64,7 @@ def deviations(of: Protocol, config: EvalConfig, weights: Weights, train: Images
     found = [
         f"{key}: {show(given[key])} ({show(value)})"
         for key, value in asked.items()
-        if key.startswith(FIGURES[of.evaluation]) and given[key] != value
+        if key.startswith(EVALUATIONS[of.evaluation].figures) and given[key] != value
     ]
     here = (usable_count(train.source), usable_count(test.source), train.classes)
     if of.images is not None and here != of.images:

@@ -8,10 +8,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ccmim_fast.checkpoints import OpenedRun
 from ccmim_fast.config.keys import show
+from ccmim_fast.config.load import difference
+from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
+from ccmim_fast.export.about import environment, method, public
 from ccmim_fast.export.graphs import OPSET
-from ccmim_fast.export.trained import Trained
 from ccmim_fast.models.tokens import patch_size_of
 from ccmim_fast.report.curves import read_metrics
 
@@ -60,16 +63,16 @@ model = torch.export.load("{file}model.pt2").module()
 }
 
 
-def loading_code(target: str, trained: Trained, name: str = "", folder: str = "") -> str:
+def loading_code(target: str, run: OpenedRun, name: str = "", folder: str = "") -> str:
     """Python that loads the export: from the hub where it has a `name` there, else from `folder`."""
-    prefix = trained.model.encoder.num_prefix_tokens
+    prefix = run.model.encoder.num_prefix_tokens
     hub = "hf-hub" if name else "local-dir"
     file = "" if name else f"{folder}/"
     return CODE[target].format(scheme=hub, place=name or folder, prefix=prefix, file=file)
 
 
 def write_card(
-    target: str, trained: Trained, out: Path, name: str = "", evaluation: Sequence[tuple[str, str]] = ()
+    target: str, run: OpenedRun, out: Path, name: str = "", evaluation: Sequence[tuple[str, str]] = ()
 ) -> Path:
     """Write README.md into the folder `out`.
 
@@ -77,27 +80,27 @@ def write_card(
         name: OWNER/NAME on the hub, if it goes there.
         evaluation: figures by name, see `read_result`.
     """
-    config = trained.config
+    config = run.config
     height, width = config.data.image_size
     values = f"mean {list(config.data.mean)}, standard deviation {list(config.data.std)}"
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined)
-    commit = trained.environment().get("commit")
+    commit = environment(run.folder).get("commit")
     text = templates.get_template("card.md").render(
         library=LIBRARIES[target],
-        method=trained.method,
+        method=method(config),
         arch=config.model.arch,
         ratio=f"{config.mask.ratio:.0%}",
         by_score=config.mask.strategy.startswith("importance"),
         contrast=config.contrast.loss != "none",
         commit=commit if commit != "unknown" else None,
-        facts=_facts(target, trained),
+        facts=_facts(target, run),
         # Its own name alone: where it lies on this machine is nobody's business.
-        code=loading_code(target, trained, name, out.name),
+        code=loading_code(target, run, name, out.name),
         input=_FLOATS
         if target in ("onnx", "torch-export")
         else _NORMALISED.format(size=f"{height} x {width}", values=values),
-        changed=[(key, _cell(show(value))) for key, value in trained.changed()],
-        losses=_last_losses(trained.run),
+        changed=[(key, _cell(show(value))) for key, _, value in difference(Config(), public(config))],
+        losses=_last_losses(run.folder),
         evaluation=evaluation,
     )
     path = out / "README.md"
@@ -105,17 +108,17 @@ def write_card(
     return path
 
 
-def _facts(target: str, trained: Trained) -> list[tuple[str, Any]]:
-    vit, config = trained.model.encoder, trained.config
+def _facts(target: str, run: OpenedRun) -> list[tuple[str, Any]]:
+    vit, config = run.model.encoder, run.config
     height, width = config.data.image_size
     facts = {
         "image size": f"{height} x {width}, {config.data.channels} channels",
         "patch": patch_size_of(vit),
         "width, blocks": f"{vit.embed_dim}, {len(vit.blocks)}",
         "parameters of the encoder": f"{sum(p.numel() for p in vit.parameters()) / 1e6:.1f} M",
-        "optimizer steps": f"{trained.step:,}",
-        "images of an epoch": f"{trained.samples:,}",
-        "weights": "moving average" if trained.averaged else "of the last step",
+        "optimizer steps": f"{run.step:,}",
+        "images of an epoch": f"{run.samples:,}",
+        "weights": "moving average" if run.averaged else "of the last step",
     }
     if target == "onnx":
         facts["ONNX opset"] = OPSET

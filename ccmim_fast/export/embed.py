@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from ccmim_fast.checkpoints import open_run
 from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.data.progress import progress_bar
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.errors import MachineError
 from ccmim_fast.evaluation.frozen.features import extract
-from ccmim_fast.export.trained import read_trained
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.models.tokens import tokens_of
 
@@ -70,8 +70,8 @@ def embed_folder(
     if device == "cuda" and not torch.cuda.is_available():
         raise MachineError("--device=cuda: there is no CUDA device; use --device=cpu")
     at = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    trained = read_trained(run)
-    model, config = trained.model.to(at), trained.config.data
+    opened = open_run(run)
+    model, config = opened.model.to(at), opened.config.data
     source = open_images(folder, config.channels, quiet=False)
     plain, kind = tokens_of(model.encoder, model.mean_C, model.std_C), choose_precision(precision, at)
 

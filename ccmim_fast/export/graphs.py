@@ -14,8 +14,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ccmim_fast.checkpoints import OpenedRun
 from ccmim_fast.errors import MachineError
-from ccmim_fast.export.trained import Trained
+from ccmim_fast.export.about import about
 
 OPSET = 20  # of ONNX; the first with Gelu as an operator
 _ONNX_NEEDS = ("onnx", "onnxscript")
@@ -36,7 +37,7 @@ class Tokens(nn.Module):
         return self.encoder.forward_features((images - self.mean_C11) / self.std_C11)
 
 
-def export_onnx(trained: Trained, out: Path) -> list[Path]:
+def export_onnx(run: OpenedRun, out: Path) -> list[Path]:
     """`images` -> `tokens`, see `Tokens`, of any batch; what the file is stands in its metadata.
 
     Raises:
@@ -48,8 +49,8 @@ def export_onnx(trained: Trained, out: Path) -> list[Path]:
     file = out / "model.onnx" if out.is_dir() else out
     with _quiet():
         program = torch.onnx.export(
-            _tokens(trained),
-            (_example(trained),),
+            _tokens(run),
+            (_example(run),),
             dynamo=True,
             opset_version=OPSET,
             input_names=["images"],
@@ -57,28 +58,28 @@ def export_onnx(trained: Trained, out: Path) -> list[Path]:
             dynamic_shapes=_any_batch(),
             verbose=False,
         )
-        program.model.metadata_props.update(trained.about())
-        beside = sum(p.nbytes for p in trained.model.encoder.parameters()) > _ONE_FILE
+        program.model.metadata_props.update(about(run))
+        beside = sum(p.nbytes for p in run.model.encoder.parameters()) > _ONE_FILE
         program.save(file, external_data=beside)
     return [file, file.with_name(f"{file.name}.data")] if beside else [file]
 
 
-def export_program(trained: Trained, out: Path) -> list[Path]:
+def export_program(run: OpenedRun, out: Path) -> list[Path]:
     """For `torch.export.load(FILE).module()`: `Tokens` of any batch; what the file is stands in its `about.json`."""
     file = out / "model.pt2" if out.is_dir() else out
     with _quiet():
-        program = torch.export.export(_tokens(trained), (_example(trained),), dynamic_shapes=_any_batch())
-        torch.export.save(program, file, extra_files={"about.json": json.dumps(trained.about())})
+        program = torch.export.export(_tokens(run), (_example(run),), dynamic_shapes=_any_batch())
+        torch.export.save(program, file, extra_files={"about.json": json.dumps(about(run))})
     return [file]
 
 
-def _tokens(trained: Trained) -> Tokens:
-    return Tokens(trained.model.encoder, trained.config.data.mean, trained.config.data.std).eval()
+def _tokens(run: OpenedRun) -> Tokens:
+    return Tokens(run.model.encoder, run.config.data.mean, run.config.data.std).eval()
 
 
-def _example(trained: Trained) -> Tensor:
+def _example(run: OpenedRun) -> Tensor:
     # More than one: a batch of one would be taken for a constant.
-    return torch.zeros(2, trained.config.data.channels, *trained.config.data.image_size)
+    return torch.zeros(2, run.config.data.channels, *run.config.data.image_size)
 
 
 def _any_batch() -> dict[str, dict[int, object]]:

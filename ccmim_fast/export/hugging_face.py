@@ -12,10 +12,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ccmim_fast.checkpoints import OpenedRun
 from ccmim_fast.checkpoints.convert import to_flat
 from ccmim_fast.errors import ConfigError
+from ccmim_fast.export.about import about
 from ccmim_fast.export.plain import write_json, write_weights
-from ccmim_fast.export.trained import Trained
 from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.tokens import patch_size_of
 
@@ -39,27 +40,27 @@ _EMBEDDING = {
 }
 
 
-def export_vit(trained: Trained, out: Path) -> list[Path]:
+def export_vit(run: OpenedRun, out: Path) -> list[Path]:
     """The encoder as a ViTModel, in the folder `out`; `AutoModel.from_pretrained(out, add_pooling_layer=False)`.
 
     Raises:
         ConfigError: the architecture has what ViTModel has not.
     """
-    vit = trained.model.encoder
+    vit = run.model.encoder
     _refuse("hf-vit", obstacles(vit))
     weights = renamed(_expressed(vit), "")
-    return _write(trained, out, {"model_type": "vit", "architectures": ["ViTModel"], **_settings(vit)}, weights)
+    return _write(run, out, {"model_type": "vit", "architectures": ["ViTModel"], **_settings(vit)}, weights)
 
 
-def export_vitmae(trained: Trained, out: Path) -> list[Path]:
+def export_vitmae(run: OpenedRun, out: Path) -> list[Path]:
     """Encoder and decoder as a ViTMAEForPreTraining, in the folder `out`; its loss is our L_recons on the same mask.
 
     Raises:
         ConfigError: the architecture, the images or the target are none of ViTMAE's.
     """
-    vit, config = trained.model.encoder, trained.config
-    _refuse("hf-vitmae", [*obstacles(vit), *_obstacles_of_mae(trained)])
-    flat = to_flat({name: value for name, value in trained.model.state_dict().items() if name.startswith("decoder.")})
+    vit, config = run.model.encoder, run.config
+    _refuse("hf-vitmae", [*obstacles(vit), *_obstacles_of_mae(run)])
+    flat = to_flat({name: value for name, value in run.model.state_dict().items() if name.startswith("decoder.")})
     blocks = {name.removeprefix("decoder_"): flat.pop(name) for name in list(flat) if name.startswith("decoder_blocks")}
     weights = renamed(_expressed(vit), "vit.")
     weights |= {f"decoder.{name}": value for name, value in flat.items()}
@@ -70,11 +71,11 @@ def export_vitmae(trained: Trained, out: Path) -> list[Path]:
         "decoder_num_attention_heads": config.decoder.num_heads,
         "decoder_hidden_size": config.decoder.dim,
         "decoder_num_hidden_layers": config.decoder.depth,
-        "decoder_intermediate_size": trained.model.decoder.blocks[0].mlp.fc1.out_features,
+        "decoder_intermediate_size": run.model.decoder.blocks[0].mlp.fc1.out_features,
         "mask_ratio": config.mask.ratio,
         "norm_pix_loss": config.target.norm_pix,
     }
-    return _write(trained, out, settings, weights)
+    return _write(run, out, settings, weights)
 
 
 def obstacles(vit: VisionTransformer) -> list[str]:
@@ -103,13 +104,13 @@ def obstacles(vit: VisionTransformer) -> list[str]:
     return [words for words, there in found.items() if there]
 
 
-def _obstacles_of_mae(trained: Trained) -> list[str]:
-    config, vit = trained.config, trained.model.encoder
+def _obstacles_of_mae(run: OpenedRun) -> list[str]:
+    config, vit = run.config, run.model.encoder
     height, width = config.data.image_size
     found = {
         f"images that are not square (data.image_size=[{height}, {width}])": height != width,
         f"a target other than pixels (target.kind={config.target.kind})": config.target.kind != "pixels",
-        "another eps in the decoder's norms": vit.norm.eps != trained.model.decoder.norm.eps,
+        "another eps in the decoder's norms": vit.norm.eps != run.model.decoder.norm.eps,
         "queries, keys and values without bias": vit.blocks[0].attn.qkv.bias is None,
     }
     return [words for words, there in found.items() if there]
@@ -154,8 +155,8 @@ def _settings(vit: VisionTransformer) -> dict[str, Any]:
     }
 
 
-def _write(trained: Trained, out: Path, settings: dict[str, Any], weights: dict[str, Tensor]) -> list[Path]:
-    height, width = trained.config.data.image_size
+def _write(run: OpenedRun, out: Path, settings: dict[str, Any], weights: dict[str, Tensor]) -> list[Path]:
+    height, width = run.config.data.image_size
     # As images are prepared for evaluation here: whole, without regard to their aspect.
     preparation = {
         "image_processor_type": "ViTImageProcessor",
@@ -165,11 +166,11 @@ def _write(trained: Trained, out: Path, settings: dict[str, Any], weights: dict[
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(trained.config.data.mean),
-        "image_std": list(trained.config.data.std),
+        "image_mean": list(run.config.data.mean),
+        "image_std": list(run.config.data.std),
     }
     return [
-        write_weights(weights, trained.about(), out),
+        write_weights(weights, about(run), out),
         write_json(out / "config.json", settings),
         write_json(out / "preprocessor_config.json", preparation),
     ]

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 
 from ccmim_fast.build.model import build_model
-from ccmim_fast.checkpoints import io
-from ccmim_fast.checkpoints.published import TIMM, derived, fill_, read_published
+from ccmim_fast.checkpoints import OpenedRun, io
+from ccmim_fast.checkpoints.published import TIMM, derived, fill_, read_weights
 from ccmim_fast.checkpoints.state import Progress, capture
 from ccmim_fast.config.load import load_config
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
+from ccmim_fast.export.about import about
 from ccmim_fast.export.plain import write_weights
-from ccmim_fast.export.trained import Trained
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.optim.optimizer import build_optimizer
 from ccmim_fast.runs.folder import describe_run, open_run_folder
@@ -37,22 +37,24 @@ def import_weights(file: str, arch: str, out: str, settings: Sequence[str]) -> t
         ConfigError: no architecture is known, or a setting is wrong.
         CheckpointError: a weight is missing, unexpected or of another shape.
     """
-    found = read_published(file)
+    found = read_weights(file)
     if arch and not file.startswith(TIMM):
         found = found._replace(arch=arch)
     if not found.arch:
         raise ConfigError(f"ccmim import: {file!r:.200} does not tell its architecture; add --arch NAME")
+    if not found.tensors:
+        raise ConfigError(f"ccmim import: {file!r:.200} has initial weights; name a tag, as timm:ARCH.TAG")
     config = load_config([*derived(found, settings), *settings], "ccmim import FILE --arch NAME --out OUT")
     torch.manual_seed(config.seed)
     model = build_model(config)
-    new = fill_(model, found.tensors, file)
+    new = fill_(model, found)
     return _write(model, config, out), new
 
 
 def _write(model: CCMIM, config: Config, out: str) -> Path:
     if out.endswith(".safetensors"):
-        about = Trained(model, config, step=0, samples=0, averaged=False, run=Path(out).parent).about()
-        return write_weights(model.state_dict(), about, Path(out))
+        run = OpenedRun(Path(out), Path(out).parent, config, model.state_dict())
+        return write_weights(run.weights, about(run), Path(out))
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=out))
     folder = open_run_folder(config)
     describe_run(folder, config, torch.device("cpu"))

@@ -7,37 +7,38 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ccmim_fast.checkpoints import OpenedRun
 from ccmim_fast.checkpoints.convert import to_timm
 from ccmim_fast.errors import CheckpointError
-from ccmim_fast.export.trained import Trained
+from ccmim_fast.export.about import about, timm_arguments
 
 WEIGHTS = "model.safetensors"
 
 
-def export_timm(trained: Trained, out: Path) -> list[Path]:
+def export_timm(run: OpenedRun, out: Path) -> list[Path]:
     """The encoder for `timm.create_model(arch, num_classes=0, checkpoint_path=FILE, **timm_arguments)`.
 
     In a folder stands a config.json beside it, by which `timm.create_model("local-dir:FOLDER", pretrained=True)` needs
     no more, nor does `hf-hub:OWNER/NAME` once it is pushed.
     """
-    file = write_weights(to_timm(trained.model.state_dict()), trained.about(), out)
+    file = write_weights(to_timm(run.model.state_dict()), about(run), out)
     if file == out:
         return [file]
-    height, width = trained.config.data.image_size
+    height, width = run.config.data.image_size
     config = {
-        "architecture": trained.config.model.arch,
+        "architecture": run.config.model.arch,
         "num_classes": 0,
-        "num_features": trained.model.encoder.num_features,
+        "num_features": run.model.encoder.num_features,
         "global_pool": "token",
-        "model_args": trained.timm_arguments(),
+        "model_args": timm_arguments(run.config),
         "pretrained_cfg": {
-            "input_size": [trained.config.data.channels, height, width],
+            "input_size": [run.config.data.channels, height, width],
             "fixed_input_size": True,
             "interpolation": "bicubic",
             "crop_pct": 1.0,
             "crop_mode": "squash",
-            "mean": list(trained.config.data.mean),
-            "std": list(trained.config.data.std),
+            "mean": list(run.config.data.mean),
+            "std": list(run.config.data.std),
             "num_classes": 0,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
@@ -46,9 +47,9 @@ def export_timm(trained: Trained, out: Path) -> list[Path]:
     return [file, write_json(out / "config.json", config)]
 
 
-def export_safetensors(trained: Trained, out: Path) -> list[Path]:
+def export_safetensors(run: OpenedRun, out: Path) -> list[Path]:
     """All weights, under our own names: encoder, decoder and heads."""
-    return [write_weights(trained.model.state_dict(), trained.about(), out)]
+    return [write_weights(run.model.state_dict(), about(run), out)]
 
 
 def write_weights(weights: dict[str, Tensor], about: dict[str, str], out: Path) -> Path:

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from ccmim_fast.errors import ConfigError, MachineError
 
 if TYPE_CHECKING:
-    from ccmim_fast.export.trained import Trained
+    from ccmim_fast.checkpoints import OpenedRun
 
 
 class Target(NamedTuple):
     """One form.
 
     Attributes:
-        place: `module:function` below this package; the function takes a `Trained` and the folder, or the file of this
-            `suffix`, to write, and returns the paths that it wrote. Imported when it is called: torch takes seconds.
+        place: `module:function` below this package; the function takes an `OpenedRun` and the folder, or the file of
+            this `suffix`, to write, and returns the paths that it wrote; imported when called, for torch takes seconds.
         suffix: of a file that may stand alone; "": always a folder.
         help: one line.
     """
@@ -26,7 +26,7 @@ class Target(NamedTuple):
     help: str
 
     @property
-    def write(self) -> Callable[["Trained", Path], list[Path]]:
+    def write(self) -> Callable[["OpenedRun", Path], list[Path]]:
         return resolve_name(f"ccmim_fast.export.{self.place}")
 
 
@@ -58,17 +58,17 @@ def export_run(target: str, run: str, out: Path, results: Sequence[str] = (), hu
         CheckpointError: `run` has no checkpoint that loads.
         MachineError: `out` cannot be written.
     """
+    from ccmim_fast.checkpoints import open_run
     from ccmim_fast.export.card import read_result, write_card
-    from ccmim_fast.export.trained import read_trained
 
     evaluation = [row for path in results for row in read_result(path)]
-    trained = read_trained(run)
+    opened = open_run(run)
     is_file = bool(TARGETS[target].suffix) and out.suffix == TARGETS[target].suffix
     try:
         (out.parent if is_file else out).mkdir(parents=True, exist_ok=True)
         if not is_file and any(out.iterdir()):
             raise ConfigError(f"ccmim export: {str(out)!r:.200} is not empty; name a new folder")
-        written = TARGETS[target].write(trained, out)
-        return written if is_file else [*written, write_card(target, trained, out, hub_name, evaluation)]
+        written = TARGETS[target].write(opened, out)
+        return written if is_file else [*written, write_card(target, opened, out, hub_name, evaluation)]
     except OSError as error:
         raise MachineError(f"{error.filename or out}: not written: {error.strerror or error}") from None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.tokens import prefix_tokens, with_prefix
-from ccmim_kernels.divide_tokens.reference import folded_logits
+from ccmim_kernels import folded_logits
 
 
 class Score(NamedTuple):

@@ -1,6 +1,6 @@
-"""NVIDIA apex's fused optimizers, where apex was built. The only file that imports it.
+"""NVIDIA apex's fused optimizers, where apex was built. This is the only file that imports apex.
 
-The package index's `apex` is an unrelated web toolkit, so apex is no dependency and is told from it by its contents.
+The package index's `apex` is an unrelated web toolkit: so apex is no dependency, and its contents are checked.
 """
 
 import importlib
@@ -19,10 +19,10 @@ BUILD = (
 def apex_optimizer(
     name: str, groups: list[dict], *, lr: float, betas: tuple[float, float], capturable: bool = False
 ) -> torch.optim.Optimizer:
-    """`apex_adamw` (FusedAdam with decoupled decay) or `apex_lamb` (FusedLAMB), both CUDA only.
+    """Return `apex_adamw` (FusedAdam with decoupled decay) or `apex_lamb` (FusedLAMB), both for CUDA only.
 
     Raises:
-        MachineError: NVIDIA apex, with its CUDA extensions, is not installed, or this optimizer cannot be captured.
+        MachineError: NVIDIA apex with its CUDA extensions is not installed, or a CUDA graph cannot hold the optimizer.
     """
     try:
         optimizers = importlib.import_module("apex.optimizers")
@@ -30,7 +30,7 @@ def apex_optimizer(
     except (ImportError, AttributeError):
         raise MachineError(f"optim.name={name}: NVIDIA apex is not installed; {BUILD}") from None
     if name == "apex_lamb" and capturable:
-        raise MachineError("optim.name=apex_lamb: not within train.cuda_graph; use adamw or apex_adamw")
+        raise MachineError("optim.name=apex_lamb: does not work with train.cuda_graph; use adamw or apex_adamw")
     try:
         if name == "apex_adamw":
             return fused_adam(groups, lr=lr, betas=betas, adam_w_mode=True, capturable=capturable)

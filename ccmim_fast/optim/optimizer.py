@@ -1,4 +1,4 @@
-"""Optimizers over timm's parameter groups; each is one multi-tensor pass over all weights."""
+"""Optimizers over timm's parameter groups; each updates all weights in one multi-tensor pass."""
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -10,29 +10,24 @@ from ccmim_fast.optim.apex import apex_optimizer
 NO_DECAY = ("cls_token", "reg_token", "mask_token", "pos_embed")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: matrices and kernels with `weight_decay`; biases, norms and tokens without."""
-    exempt = [name for name, _ in model.named_parameters() if name.rsplit(".", 1)[-1] in NO_DECAY]
-    return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
-
-
 def build_optimizer(
     name: str, model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], capturable: bool = False
 ) -> torch.optim.Optimizer:
-    """The optimizer `optim.name` over the weights of `model`.
+    """Return the optimizer `optim.name` over the weights of `model`.
 
     Args:
         name: `adamw` (torch's, fused, on CPU and CUDA), `apex_adamw` or `apex_lamb` (CUDA, see `optim.apex`).
         lr: of the first step.
+        weight_decay: of matrices and kernels; biases, norms and tokens have none.
         capturable: for a CUDA graph: the rate is a device tensor, changed in place.
 
     Raises:
         MachineError: apex is asked for and not installed.
     """
-    groups = parameter_groups(model, weight_decay)
+    exempt = [name for name, _ in model.named_parameters() if name.rsplit(".", 1)[-1] in NO_DECAY]
+    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
     if name != "adamw":
         return apex_optimizer(name, groups, lr=lr, betas=tuple(betas), capturable=capturable)
-    device = next(model.parameters()).device
-    rate = torch.tensor(lr, device=device) if capturable else lr
+    rate = torch.tensor(lr, device=next(model.parameters()).device) if capturable else lr
     # `capturable` is for the unfused kernels; the fused ones keep their step counts on the device anyhow.
     return torch.optim.AdamW(groups, lr=rate, betas=tuple(betas), fused=True, capturable=capturable)

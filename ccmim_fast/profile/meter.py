@@ -1,5 +1,6 @@
 """Images per second, arithmetic per image, and what share of the device's own matmul rate a run reaches (MFU)."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -76,13 +77,13 @@ class Meter:
     Args:
         batch_size: images per optimizer step, over all ranks.
         here: this process's place; the matmul rate is measured on its device.
-        flops_by_op: FLOPs per image by operator, see `engine.dry_run.count_flops`.
+        flops_by_op: FLOPs per image by operator, see `engine.dry_run.count_flops`; without any there is no MFU.
         dtype: of the step's products, whose rate is measured; None: float32.
     """
 
     def __init__(self, batch_size: int, here: Session, flops_by_op: dict[Any, float], dtype: torch.dtype | None = None):
         self._batch_size = batch_size
-        self._peak = measure_matmul_rate(here.device, dtype)
+        self._peak = measure_matmul_rate(here.device, dtype) if flops_by_op else None
         self._world_size, self._watchdog = here.world_size, here.watchdog
         self.flops_by_op = flops_by_op
         self._flops_per_image = sum(self.flops_by_op.values())
@@ -92,20 +93,21 @@ class Meter:
         """Start a new reading: what happened since the last one was no training."""
         self._start, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
-    def stepped(self) -> None:
-        """After each optimizer step."""
-        self._steps += 1
+    def steps(self, items: Iterable[Item], first: int) -> Iterator[Item]:
+        """Yield the items, each the images of a step, the first one's number being `first`.
 
-    def waiting(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, while the time to get each is counted as waiting for data."""
+        The time to get an item counts as waiting for data; the step is counted when its item is handed out.
+        """
         items = iter(items)
-        while True:
+        for number in itertools.count(first):
             asked = time.perf_counter()
             self._watchdog.enter_phase("waiting for images")
             item = next(items, None)
             self._waited += time.perf_counter() - asked
             if item is None:
                 return
+            self._watchdog.enter_phase("in step", number)
+            self._steps += 1
             yield item
 
     def read(self, steps_left: int) -> dict[str, float]:
@@ -113,12 +115,10 @@ class Meter:
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         steps_per_second = self._steps / elapsed
         images_per_second = steps_per_second * self._batch_size
-        figures = {
-            "images_per_second": images_per_second,
-            "data_wait": self._waited / elapsed,
-            "gflop_per_image": self._flops_per_image / 1e9,
-            "mfu": images_per_second * self._flops_per_image / (self._world_size * self._peak),
-            "eta_seconds": steps_left / max(steps_per_second, 1e-9),
-        }
+        figures = {"images_per_second": images_per_second, "data_wait": self._waited / elapsed}
+        if self._peak is not None:
+            figures["gflop_per_image"] = self._flops_per_image / 1e9
+            figures["mfu"] = images_per_second * self._flops_per_image / (self._world_size * self._peak)
+        figures["eta_seconds"] = steps_left / max(steps_per_second, 1e-9)
         self.pause()
         return figures

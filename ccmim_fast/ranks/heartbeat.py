@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from ccmim_fast.runs.state import is_alive, read_record, this_process, write_record
+from ccmim_fast.runs.state import is_alive, read_record, write_record
 
 # In the order in which a rank enters them: at equal step numbers the later phase is further on.
 PHASES = (
@@ -80,12 +80,6 @@ class Diagnosis(NamedTuple):
     reason: str
 
 
-def heartbeat_now(launch: str, rank: int, step: int, phase: str, age: float, outcome: str) -> Heartbeat:
-    """Return the heartbeat of this process, which has been in `phase` for `age` seconds."""
-    now = time.time()
-    return Heartbeat(launch, rank, *this_process(), step, phase, now - age, now, outcome)
-
-
 def write_heartbeat(folder: Path, heartbeat: Heartbeat) -> None:
     write_record(folder / f"rank_{heartbeat.rank}.json", heartbeat)
 
@@ -111,9 +105,7 @@ def diagnose(heartbeats: Sequence[Heartbeat | None], now: float, silence: float)
     problems = {
         "failed": [rank for rank, beat in known if beat.outcome],
         "died": [rank for rank, beat in known if beat.has_died],
-        "silent": [
-            rank for rank, beat in running if beat is None or (not beat.outcome and beat.written < now - silence)
-        ],
+        "silent": [r for r, beat in running if beat is None or (not beat.outcome and beat.written < now - silence)],
         "behind": [rank for rank, beat in known if beat.position == first < last],
     }
     return next((Diagnosis(ranks, reason) for reason, ranks in problems.items() if ranks), Diagnosis([], "level"))

@@ -13,22 +13,12 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 import torch.distributed as dist
 
 from ccmim_fast.errors import MachineError, StoppedError, one_line
-from ccmim_fast.ranks.heartbeat import (
-    DONE,
-    Heartbeat,
-    diagnose,
-    headline,
-    heartbeat_now,
-    read_heartbeats,
-    report,
-    write_heartbeat,
-)
-from ccmim_fast.runs.state import read_state, write_state
+from ccmim_fast.ranks.heartbeat import DONE, Heartbeat, diagnose, headline, read_heartbeats, report, write_heartbeat
+from ccmim_fast.runs.state import read_state, this_process, write_state
 
 _WRITES = 200  # heartbeats of all ranks per second, at most: a thousand ranks write one each in 5 seconds
 _INTERVAL = 0.5  # seconds between two heartbeats of a rank, at least
@@ -83,14 +73,18 @@ class Watchdog:
         self._write()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def finish(self) -> None:
-        """Stop the thread: all ranks have come to the end."""
-        self._finish_with(DONE)
+    def finish(self, outcome: str = DONE) -> None:
+        """Write how this rank ended; once all are done, stop the thread."""
+        self._outcome, self._phase = outcome, (*self._phase[:2], time.monotonic())
+        if self._run is not None:
+            self._write()
+        if outcome == DONE:
+            self._done.set()
 
     def __enter__(self) -> "Watchdog":
         return self
 
-    def __exit__(self, _: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, _: type | None, error: BaseException | None, *_trace: object) -> None:
         if error is not None and (translated := self.translate_error(error)) is not error:
             raise translated from error
 
@@ -105,7 +99,7 @@ class Watchdog:
             return error
         if is_peer_failure(error):
             return self._peer_lost(error)
-        self._finish_with(one_line(f"{type(error).__name__}: {error}", 300))
+        self.finish(one_line(f"{type(error).__name__}: {error}", 300))
         # No report of a stop by a signal: all ranks agreed on it.
         if self._run is not None and not isinstance(error, StoppedError):
             self._write_report(printed=False)  # the caller prints the error
@@ -123,7 +117,7 @@ class Watchdog:
                 break
             time.sleep(self._interval)
         line = self._write_report()
-        self._finish_with("ended as another rank was lost")
+        self.finish("ended as another rank was lost")
         return MachineError(f"rank {self._rank} ends: {line}")
 
     def _watch(self) -> None:
@@ -170,24 +164,22 @@ class Watchdog:
         """Write the report of this launch unless another rank has; return its headline and its path."""
         heartbeats = self._heartbeats()
         diagnosis = diagnose(heartbeats, time.time(), self._silence)
-        ranks = diagnosis.ranks or range(len(heartbeats))
-        stacks = {rank: stack for rank in ranks if (stack := self._read_stack(rank))}
-        if not diagnosis.ranks:  # the main threads show which rank does not wait in the same place
-            stacks = {rank: stack.partition("\n\n")[0] for rank, stack in stacks.items()}
-        text = report(heartbeats, diagnosis, stacks)
         own = self._report.with_suffix(f".{self._rank}")
         try:
+            files = {rank: self._stack_file(rank) for rank in diagnosis.ranks or range(len(heartbeats))}
+            stacks = {rank: file.read_text() for rank, file in files.items() if file.exists()}
+            if not diagnosis.ranks:  # the main threads show which rank does not wait in the same place
+                stacks = {rank: stack.partition("\n\n")[0] for rank, stack in stacks.items()}
+            text = report(heartbeats, diagnosis, stacks)
             own.write_text(text)
-            os.link(own, self._report)  # the report appears whole, and once
-            own.unlink()
-        except FileExistsError:
+            with contextlib.suppress(FileExistsError):
+                os.link(own, self._report)  # the report appears whole, and once
+                if printed:
+                    print(f"\n{text}", file=sys.stderr, flush=True)
             own.unlink()
             return f"{self._report.read_text().partition(chr(10))[0]}; see {self._report}"
         except OSError:
             return headline(heartbeats, diagnosis)
-        if printed:
-            print(f"\n{text}", file=sys.stderr, flush=True)
-        return f"{headline(heartbeats, diagnosis)}; see {self._report}"
 
     def _heartbeats(self, ranks: Sequence[int] = ()) -> list[Heartbeat | None]:
         """Read the heartbeats of some ranks, or of all."""
@@ -196,33 +188,19 @@ class Watchdog:
     def _write(self) -> None:
         """Write the heartbeat of this rank."""
         with self._write_lock:
-            phase, step, start = self._phase
-            age = time.monotonic() - start
-            write_heartbeat(self._folder, heartbeat_now(self._launch, self._rank, step, phase, age, self._outcome))
-
-    def _finish_with(self, outcome: str) -> None:
-        self._outcome = outcome
-        self._phase = (*self._phase[:2], time.monotonic())
-        if self._run is not None:
-            self._write()
-        if outcome == DONE:
-            self._done.set()
+            (phase, step, start), now = self._phase, time.time()
+            began = now - (time.monotonic() - start)
+            place = (self._launch, self._rank, *this_process())
+            write_heartbeat(self._folder, Heartbeat(*place, step, phase, began, now, self._outcome))
 
     def _stack_file(self, rank: int) -> Path:
         return self._folder / f"rank_{rank}_stack.txt"
 
-    def _read_stack(self, rank: int) -> str:
-        with contextlib.suppress(OSError):
-            return self._stack_file(rank).read_text()
-        return ""
-
 
 def is_peer_failure(error: BaseException) -> bool:
     """Return True if the end of another rank caused the error: NCCL and the store have a type for it, gloo has none."""
-    signs = ("gloo/", "caused pair closure")
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(s in str(error) for s in signs)
-    )
+    of_gloo = isinstance(error, RuntimeError) and any(s in str(error) for s in ("gloo/", "caused pair closure"))
+    return of_gloo or isinstance(error, dist.DistError)
 
 
 def thread_stacks() -> str:

@@ -42,21 +42,21 @@ def compare_runs(
     # Behind the checks: torch and matplotlib take seconds to import.
     from ccmim_fast.report.html import write_report
     from ccmim_fast.report.runs import Comparison, RunView
-    from ccmim_fast.report.snapshots import look_back
+    from ccmim_fast.report.snapshots import take_snapshots
 
     names = names_of(folders)
     rows = []
     for name, folder in zip(names, folders):
         row = describe(folder, folder.parent)
         rows.append((name, [*row.cells[1:], row.error or ("" if any(row.cells[3:7]) else "no metrics yet")]))
-    looks = []
+    snapshots = []
     for folder in folders:
         count = 0 if any((folder / "snapshots").glob("epoch_*.npz")) else images
-        looks.append(look_back(folder, count, moments if count else 0, data))
+        snapshots.append(take_snapshots(folder, count, moments if count else 0, data))
     title = title or ("Run " if len(names) == 1 else "Runs ") + ", ".join(names)
     standing = Comparison([*COLUMNS[1:], "remark"], rows)
-    write_report(out, title, [RunView(*run) for run in zip(names, folders)], {}, standing, looks)
-    return Page(len(folders), [remark for look in looks for remark in look.remarks])
+    write_report(out, title, [RunView(*run) for run in zip(names, folders)], {}, standing, snapshots)
+    return Page(len(folders), [remark for of_run in snapshots for remark in of_run.remarks])
 
 
 def _run(folder: Path) -> Path:

@@ -18,7 +18,7 @@ from .curves import curve_svg, line_style
 from .evaluations import Evaluation, read_evaluations
 from .pictures import Snapshot, columns_of, picture_uri, snapshot_grid
 from .runs import Comparison, RunView, against, compare, differences, flatten, merge_equal, read_part
-from .snapshots import Looks
+from .snapshots import Snapshots
 
 MISSING = "—"
 METHODS = {"untrained": "Untrained", "mae": "MAE", "ccmim": "ccMIM"}  # any other name is shown as it is
@@ -35,7 +35,7 @@ CURVES = {
     "h_std": "Spread of the [CLS] projections",
     "h_rank": "Effective rank of the [CLS] projections",
 }
-NO_LOOKS = Looks([], [])
+NONE_TAKEN = Snapshots([], [])
 
 
 class Column(NamedTuple):
@@ -104,7 +104,7 @@ def write_report(
     runs: Sequence[RunView],
     summary: dict[str, Any],
     standing: Comparison | None = None,
-    looks: Sequence[Looks] = (),
+    snapshots: Sequence[Snapshots] = (),
 ) -> None:
     """Write a self-contained HTML page that compares runs: numbers, curves, pictures, settings.
 
@@ -118,7 +118,7 @@ def write_report(
         summary: {"methods": {name: {measure: number or None}}, "chance": share of 1, "setting": {key: value}}, all
             optional; measures are the keys of COLUMNS and each with `_early`. A missing one is a dash.
         standing: how each run stands, a row a run.
-        looks: of each run, what to show where it kept no snapshots.
+        snapshots: of each run, what to show where it kept none.
     """
     names = [_name_of(run.name) for run in runs]
     remarks = []
@@ -131,8 +131,8 @@ def write_report(
     configs = compare(names, all_of(_options, {}))
     galleries = [
         (name, pictures)
-        for name, kept, look in zip(names, all_of(RunView.snapshots, []), [*looks, *[NO_LOOKS] * len(runs)])
-        if (pictures := _gallery(kept or look.snapshots))
+        for name, kept, more in zip(names, all_of(RunView.snapshots, []), [*snapshots, *[NONE_TAKEN] * len(runs)])
+        if (pictures := _gallery(kept or more.taken))
     ]
     evaluated = [read_evaluations(run) for run in runs]
     environment = Environment(
@@ -160,7 +160,7 @@ def write_report(
         differences=differences(configs),
         defaults=against(_without_folder(flatten(yaml.safe_load(to_yaml(Config())))), "default", configs),
         environment=merge_equal(compare(names, all_of(RunView.environment, {}))),
-        remarks=list(chain(remarks, *(lines for _, lines in evaluated), *(look.remarks for look in looks))),
+        remarks=list(chain(remarks, *(lines for _, lines in evaluated), *(more.remarks for more in snapshots))),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     # Names of files may be bytes that are no text.

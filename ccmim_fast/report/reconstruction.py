@@ -8,8 +8,7 @@ from torch import Tensor
 from ccmim_fast.config.schema import Config
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.output import Output
-from ccmim_kernels import Partition, patchify, unpatchify
-from ccmim_kernels.masked_patch_loss.reference import NORM_PIX_EPS
+from ccmim_kernels import NORM_PIX_EPS, Partition, patchify, unpatchify
 
 
 def paste_prediction(

@@ -1,38 +1,35 @@
-"""What the checkpoints of a run make of a few of its own images: scores, masks and reconstructions, after the fact."""
+"""Snapshots of a run after the fact: scores, masks and reconstructions of a few of its images by its checkpoints."""
 
-# B images, N samples, H height, W width, C channels, G cells per side of a map
+# B images, H height, W width, C channels
 
 import dataclasses
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ccmim_fast.bank.warp import read
-from ccmim_fast.build.model import build_model
-from ccmim_fast.checkpoints import io
-from ccmim_fast.config.load import from_yaml
-from ccmim_fast.config.schema import Config, DataConfig
+from ccmim_fast.bank.bank import read_maps
+from ccmim_fast.checkpoints import OpenedRun, io, open_run
+from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.build import build_source
 from ccmim_fast.data.source import Source, usable_count, usable_ids
 from ccmim_fast.data.stream.batch import Batch, make_batch
 from ccmim_fast.data.stream.plan import MicroBatch
 from ccmim_fast.data.stream.torch_loader import crop_and_resize
-from ccmim_fast.errors import CcmimError, CheckpointError, DataError
-from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.errors import CcmimError, DataError
 from ccmim_fast.models.scores import PriorScores
 
 from .pictures import Snapshot
 from .reconstruction import drawn
 
 
-class Looks(NamedTuple):
+class Snapshots(NamedTuple):
     """Snapshots by epoch, and a line for each checkpoint that gave none."""
 
-    snapshots: list[Snapshot]
+    taken: list[Snapshot]
     remarks: list[str]
 
 
@@ -52,13 +49,13 @@ class FewImages(NamedTuple):
     source: Source
 
 
-def look_back(folder: Path, images: int, moments: int, root: str = "") -> Looks:
+def take_snapshots(folder: Path, images: int, moments: int, root: str = "") -> Snapshots:
     """Draw a few images by the checkpoints that the run in `folder` kept, on the CPU, whatever the run used.
 
     The images are spread over the run's data and the same at every checkpoint, and so is the noise of their masks (that
     of epoch 0): what changes is the model. A score bank is read as it was saved; of other images it knows nothing, and
-    they are divided as at a first visit. Weights are those that were trained, not their average. Nothing in `folder`
-    changes, so the run may be going on.
+    they are divided as at a first visit. Weights are averaged where the run has averages. Nothing in `folder` changes,
+    so the run may be going on.
 
     Args:
         images: how many; an image that does not decode is left out.
@@ -66,15 +63,15 @@ def look_back(folder: Path, images: int, moments: int, root: str = "") -> Looks:
         root: take images from here, where the run's own are not at hand.
     """
     snapshots, remarks = [], []
-    for path in spread(io.checkpoints(folder / "checkpoints"), moments):
+    for path in spread(io.checkpoints(folder / io.CHECKPOINTS), moments):
         try:
-            snapshots.append(_snapshot(io.load(path), images, root))
+            snapshots.append(_snapshot(open_run(path), images, root))
         except CcmimError as error:
             remarks.append(str(error))
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             remarks.append(f"{path}: is no checkpoint of this version: {reason}")
-    return Looks(snapshots, list(dict.fromkeys(remarks)))
+    return Snapshots(snapshots, list(dict.fromkeys(remarks)))
 
 
 def spread(paths: Sequence[Path], count: int) -> list[Path]:
@@ -85,19 +82,15 @@ def spread(paths: Sequence[Path], count: int) -> list[Path]:
 
 
 @torch.inference_mode()
-def _snapshot(state: dict[str, Any], count: int, root: str) -> Snapshot:
-    config = anywhere(from_yaml(state["config"], "the checkpoint"))
-    if root:
-        config = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, source="images", root=root, index="")
-        )
-    few = few_images(config.data, config.seed, count)
-    model = restored(state, config)
+def _snapshot(run: OpenedRun, count: int, root: str) -> Snapshot:
+    config, model = run.config, run.model
+    data = dataclasses.replace(config.data, source="images", root=root, index="") if root else config.data
+    few = few_images(data, config.seed, count)
     images_BHWC = few.batch.images_BHWC
-    output = model(images_BHWC, few.batch.ids_B, 0, prior=known_of(model, state, few))
+    output = model(images_BHWC, few.batch.ids_B, 0, prior=prior_scores(run, few))
     drawn_BHWC = drawn(model, config, images_BHWC, output)
     return Snapshot(
-        epoch_of(state),
+        run.epoch,
         images_BHWC.numpy(),
         None if output.logits_BL is None else output.logits_BL.float().softmax(1).numpy(),
         output.partition.mask_BL.numpy(),
@@ -105,39 +98,12 @@ def _snapshot(state: dict[str, Any], count: int, root: str) -> Snapshot:
     )
 
 
-def anywhere(config: Config) -> Config:
-    """A run's configuration with what runs anywhere in place of what needs its device."""
-    train = dataclasses.replace(config.train, device="auto", kernels="reference", attention="auto", recompute=False)
-    return dataclasses.replace(config, train=train)
-
-
-def restored(state: dict[str, Any], config: Config) -> CCMIM:
-    """The model of a checkpoint, in evaluation mode on the CPU; its weights as they were trained, not their average.
-
-    Raises:
-        CheckpointError: it is of another model than `config` says.
-    """
-    model = build_model(config)
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"the checkpoint is of another model: {reason}") from None
-    return model.eval()
-
-
-def epoch_of(state: dict[str, Any]) -> float:
-    """Epochs that a checkpoint was trained; a whole number where they are whole. 0 of one that was imported."""
-    epoch = round(state["progress"]["seen"] / max(state["progress"]["samples"], 1), 2)
-    return int(epoch) if epoch == int(epoch) else epoch
-
-
-def known_of(model: CCMIM, state: dict[str, Any], few: FewImages) -> PriorScores | None:
-    """What the maps of a checkpoint say of the images; None where it has none, or they are of other images."""
-    maps_NGG = state.get("maps")
-    if not model.banked or maps_NGG is None or few.source.fingerprint != state["progress"]["images"]:
+def prior_scores(run: OpenedRun, few: FewImages) -> PriorScores | None:
+    """Read the score bank of a run at the images; None where it has none, or its maps are of other images."""
+    model, maps_NGG = run.model, run.maps_NGG
+    if not model.banked or maps_NGG is None or few.source.fingerprint != run.images:
         return None
-    return PriorScores(*read(maps_NGG[few.places_B], few.batch.boxes_B4, model.grid))
+    return PriorScores(*read_maps(maps_NGG[few.places_B], few.batch.boxes_B4, model.grid))
 
 
 @lru_cache(maxsize=1)  # runs of one data set, one after the other, open it once

@@ -1,4 +1,4 @@
-"""A run's folder: refused where it would overwrite another run, and self-explaining once opened."""
+"""A run's folder: never written over another run, and self-explaining once opened."""
 
 import importlib.metadata
 import json
@@ -15,16 +15,16 @@ from ccmim_fast.checkpoints.manifest import MANIFEST
 from ccmim_fast.config.load import to_yaml
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
+from ccmim_fast.runs.state import CHECKPOINTS, CONFIG
 
-CHECKPOINTS = "checkpoints"  # of a run, in its folder
 _PACKAGES = ("ccmim_fast", "torch", "torchvision", "timm", "triton", "xformers", "numpy", "pillow")
 
 
-def open_run_folder(config: Config, goes_on: bool = True) -> Path:
-    """Create (or, with `run.resume` or `run.overwrite`, reopen) the run's folder and prove that it can be written.
+def open_run_folder(config: Config, resumable: bool = True) -> Path:
+    """Create the run's folder (or reopen it, with `run.resume` or `run.overwrite`) and prove that it can be written.
 
     Args:
-        goes_on: whether what is done there can be stopped and gone on with.
+        resumable: the command can be stopped and resumed; only the error message depends on this.
 
     Raises:
         ConfigError: the folder holds files and neither option is set, or it cannot be written.
@@ -41,28 +41,28 @@ def open_run_folder(config: Config, goes_on: bool = True) -> Path:
     except OSError as error:
         raise ConfigError(f"run.dir={folder}: cannot be written: {error.strerror}; choose another folder") from None
     if occupied and config.run.resume == "never":
-        way = "--resume auto to go on, or " if goes_on else ""
-        raise ConfigError(f"run.dir={folder}: not empty; use {way}--overwrite to start anew")
+        resume = "--resume auto to go on, or " if resumable else ""
+        raise ConfigError(f"run.dir={folder}: not empty; use {resume}--overwrite to start anew")
     return folder
 
 
 def check_apart(folder: str, checkpoint: str) -> None:
-    """Return if an evaluation that empties `folder` leaves what it evaluates.
+    """Refuse a folder for an evaluation if emptying it would remove what is evaluated.
 
     Raises:
         ConfigError: the checkpoint is in the folder, or the folder among the checkpoints of its run.
     """
-    where, run = Path(folder).resolve(), Path(checkpoint).resolve()
-    kept = run / CHECKPOINTS if (run / CHECKPOINTS).is_dir() else run
-    if where in (run, kept) or where in run.parents or kept in where.parents:
-        raise ConfigError(f"run.dir={folder}: is where {checkpoint} lies; choose another folder")
+    target, source = Path(folder).resolve(), Path(checkpoint).resolve()
+    kept = source / CHECKPOINTS if (source / CHECKPOINTS).is_dir() else source
+    if target in (source, kept) or target in source.parents or kept in target.parents:
+        raise ConfigError(f"run.dir={folder}: holds {checkpoint}, or lies in it; choose another folder")
 
 
 def evaluation_folder(checkpoint: str, name: str) -> str:
-    """Where an evaluation is written unless somebody says where: in the run's own folder, for its report.
+    """Return the default folder of an evaluation: `eval/name` in the run's own folder, where its report looks.
 
     Args:
-        checkpoint: folder of a run, or of one of its checkpoints; of anything else it is runs/eval/`name`.
+        checkpoint: folder of a run, or of one of its checkpoints; for anything else it is runs/eval/`name`.
     """
     path = Path(checkpoint)
     if (path / MANIFEST).is_file() and path.absolute().parent.name == CHECKPOINTS:
@@ -73,13 +73,13 @@ def evaluation_folder(checkpoint: str, name: str) -> str:
 
 def describe_run(folder: Path, config: Config, device: torch.device) -> None:
     """Write config.yaml (resolved) and environment.json (versions, device, commit, command)."""
-    (folder / "config.yaml").write_text(to_yaml(config))
+    (folder / CONFIG).write_text(to_yaml(config))
     (folder / "environment.json").write_text(json.dumps(environment(device), indent=1) + "\n")
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What the run ran on: names to printable values."""
-    found = {
+    """Return what this process runs on, as printable values by name."""
+    facts = {
         "command": " ".join(sys.argv),
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -88,24 +88,17 @@ def environment(device: torch.device) -> dict[str, str]:
     }
     for package in _PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            facts[package] = "not installed"
+    return facts
 
 
 def _commit() -> str:
-    """The commit of the checkout this code lies in, with `-dirty` where it was changed; `unknown` outside of one."""
-    here = Path(__file__).parent
+    """Return the commit of the checkout that holds this code, `-dirty` if it was changed; `unknown` outside of one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        called = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
+        options = {"capture_output": True, "text": True, "timeout": 10, "check": False}
+        return subprocess.run(command, cwd=Path(__file__).parent, **options).stdout.strip() or "unknown"
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
-    return called.stdout.strip() or "unknown"

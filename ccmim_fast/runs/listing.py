@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from ccmim_fast.runs.state import FILE, RunState, is_alive, read_state
+from ccmim_fast.checkpoints.manifest import read_manifest
+from ccmim_fast.errors import CheckpointError, one_line
+from ccmim_fast.runs.state import CHECKPOINTS, CONFIG, FILE, METRICS, RunState, is_alive, read_state
 
-CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
 COLUMNS = ("run", "state", "epoch", "loss", "recons", "contrast", "img/s", "saved", "silent")
 _TAIL = 65536  # bytes of metrics.jsonl read first; a line has about 400
 _SILENT = 600  # seconds without a line, after which a run on another machine counts as gone; covers a look and a save
@@ -21,14 +22,17 @@ _LINES = 5  # the same, in log lines that should have come meanwhile, for slow s
 
 
 class RunRow(NamedTuple):
-    """One run: the texts of its row, and the line of its error, or an empty one."""
+    """The cells of one run's row, and its error in one line (or "")."""
 
     cells: tuple[str, ...]
     error: str
 
 
 def run_folders(root: Path) -> Iterator[Path]:
-    """The folders at and below `root` with config.yaml and metrics.jsonl, by name; links are followed, each once."""
+    """Yield the folders at and below `root` that hold config.yaml and metrics.jsonl, by name.
+
+    Links are followed; a folder is visited once.
+    """
     seen = set()
     for folder, inside, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -42,12 +46,12 @@ def run_folders(root: Path) -> Iterator[Path]:
 
 
 def describe(folder: Path, root: Path) -> RunRow:
-    """The row of the run in `folder`, named as seen from `root`; what is missing or damaged is left empty."""
+    """Return the row of the run in `folder`, named relative to `root`; a missing or damaged figure is an empty cell."""
     state, config, last = read_state(folder), _config(folder / CONFIG), last_line(folder / METRICS)
     age = time.time() - max(_mtime(folder / METRICS), _mtime(folder / FILE))
     cells = (
         _printable(str(folder.relative_to(root))),
-        judge(state, age, _silence_limit(config, last)),
+        status(state, age, _silence_limit(config, last)),
         "/".join(filter(None, [_figure(last, "epoch", ".2f"), _figure(config.get("train"), "epochs", "d")])),
         *(_figure(last, key, ".4f") for key in ("loss", "recons", "contrast")),
         _figure(last, "images_per_second", ".0f"),
@@ -57,10 +61,10 @@ def describe(folder: Path, root: Path) -> RunRow:
     return RunRow(cells, _printable(str(state.error)) if state is not None else "")
 
 
-def judge(state: RunState | None, age: float, limit: float) -> str:
-    """The word for a run that said `state` and wrote `age` seconds ago; `limit` counts on other machines only."""
+def status(state: RunState | None, age: float, limit: float) -> str:
+    """Return the word for a run whose files are `age` seconds old; `limit` counts on other machines only."""
     if state is None:
-        return "unknown"  # of an older version, or damaged
+        return "unknown"  # written by an older version, or damaged
     if state.state != "running":
         return state.state
     alive = is_alive(state)
@@ -70,39 +74,31 @@ def judge(state: RunState | None, age: float, limit: float) -> str:
 
 
 def last_line(path: Path) -> dict[str, Any]:
-    """The last training line of a metrics.jsonl; {} where there is none. One that was cut by a kill is passed over."""
+    """Return the last training record of a metrics.jsonl, or {}. A line that a kill cut short is skipped."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
-        # Nearly always the end is enough; a run that told of much else since is read whole.
+        # The end is enough, unless many records of other kinds came since.
         for begin in dict.fromkeys((max(0, size - _TAIL), 0)):
             file.seek(begin)
             for line in reversed(file.read().splitlines()):
-                record = _record(line)
-                if record.get("kind") == "train":
-                    return record
+                with contextlib.suppress(ValueError, RecursionError):
+                    record = json.loads(line)
+                    if isinstance(record, dict) and record.get("kind") == "train":
+                        return record
     return {}
 
 
-def _record(line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
 def _config(path: Path) -> dict[str, Any]:
-    """The resolved configuration as it stands in the file; not validated: an older version's has other keys."""
-    try:
-        # The loader in C: the other takes 20 ms a file.
+    """Return the configuration as the file has it, not validated: an older version's has other keys."""
+    # The loader in C: the other takes 20 ms a file.
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
         config = yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
+        return config if isinstance(config, dict) else {}
+    return {}
 
 
 def _silence_limit(config: dict[str, Any], last: dict[str, Any]) -> float:
-    """Seconds without a line after which a run counts as gone."""
+    """Return the seconds without a line after which a run on another machine counts as dead."""
     try:
         seconds = config["run"]["log_every"] * config["train"]["batch_size"] / last["images_per_second"]
         return max(_SILENT, _LINES * seconds)
@@ -111,22 +107,19 @@ def _silence_limit(config: dict[str, Any], last: dict[str, Any]) -> float:
 
 
 def _newest_step(folder: Path) -> str:
-    """The step of the newest checkpoint whose files have their sizes; their checksums are looked at when it loads."""
-    steps = [int(name[1]) for path in folder.glob("step_*") if (name := re.fullmatch(r"step_(\d{8,})", path.name))]
-    for step in sorted(steps, reverse=True):
-        path = folder / f"step_{step:08d}"
-        try:
-            sizes = json.loads((path / "manifest.json").read_text())["files"]
-            if all((path / name).stat().st_size == said["size"] for name, said in sizes.items()):
+    """Return the step of the newest checkpoint whose files have their sizes; loading it compares checksums, too."""
+    paths = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    for path in sorted(paths, key=lambda path: int(path.name[5:]), reverse=True):
+        step = int(path.name[5:])
+        with contextlib.suppress(OSError, CheckpointError):
+            if all((path / name).stat().st_size == file.size for name, file in read_manifest(path, step).items()):
                 return str(step)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue
     return ""
 
 
 def _printable(text: str) -> str:
-    """On one line; bytes of a name that are no text become question marks."""
-    return " ".join(text.encode(errors="replace").decode().split())
+    """Return the text on one line; bytes of a file name that are no text become question marks."""
+    return one_line(text.encode(errors="replace").decode(), None)
 
 
 def _figure(figures: Any, key: str, form: str) -> str:

@@ -6,23 +6,15 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ccmim_fast.errors import CcmimError, one_line
 
-FILE = "state.json"
+CONFIG, METRICS, FILE, CHECKPOINTS = "config.yaml", "metrics.jsonl", "state.json", "checkpoints"  # in a run's folder
 STATES = ("running", "done", "stopped", "failed")
 _SIGNAL = 128  # a process that signal n ended has the exit code 128 + n, as a shell counts
 
 Record = TypeVar("Record")
-
-
-class Process(Protocol):
-    """A process of some machine; `started` in clock ticks since boot, because a pid alone is used again."""
-
-    host: str
-    pid: int
-    started: int | None
 
 
 class RunState(NamedTuple):
@@ -30,7 +22,7 @@ class RunState(NamedTuple):
 
     Attributes:
         state: running, done (the last step was taken), stopped (ended in order before that) or failed.
-        pid, host, started: the process of rank 0, see `Process`.
+        pid, host, started: the process of rank 0; `started` in clock ticks since boot, as a pid alone is used again.
         error: one line; empty unless failed.
         exit_code: of the command; None while running, and where the caller of `fit` decides.
     """
@@ -108,12 +100,12 @@ def read_record(path: Path, kind: type[Record]) -> Record | None:
 
 
 def this_process() -> tuple[str, int, int | None]:
-    """Return host, pid and start of this process, see `Process`."""
+    """Return host, pid and start of this process."""
     return socket.gethostname(), os.getpid(), process_start(os.getpid())
 
 
-def is_alive(process: Process) -> bool | None:
-    """Return True if the process still runs; None if it belongs to another machine."""
+def is_alive(process: Any) -> bool | None:
+    """Return True if the process of a record (`host`, `pid`, `started`) still runs; None if on another machine."""
     if process.host != socket.gethostname():
         return None
     started = process_start(process.pid)

@@ -1,24 +1,28 @@
-"""The ops of ccMIM, usable without the trainer.
+"""This package holds the ops of ccMIM, usable without the trainer.
 
-Each op is a folder: `reference.py` is its specification in plain PyTorch, `op.py` its public function.
+An op has one file here: its specification in plain PyTorch, its public function, its operator for torch.compile and
+autograd. Its kernels have the file of the same name in `triton_impl/`.
 """
 
 from ccmim_kernels.cls_row import cls_row
-from ccmim_kernels.divide_tokens import Divided, divide_tokens
+from ccmim_kernels.dispatch import check_triton
+from ccmim_kernels.divide_tokens import Divided, divide_tokens, folded_logits
 from ccmim_kernels.gather_tokens import gather_tokens
 from ccmim_kernels.hog_target import hog_target
 from ccmim_kernels.info_nce import info_nce, moco_nce
-from ccmim_kernels.masked_patch_loss import masked_patch_loss, masked_target
-from ccmim_kernels.partition import Partition, partition_from_mask
-from ccmim_kernels.patches import patchify, unpatchify
+from ccmim_kernels.masked_patch_loss import NORM_PIX_EPS, masked_patch_loss, masked_target, patchify, unpatchify
 from ccmim_kernels.restore_tokens import restore_tokens
-from ccmim_kernels.sample_partition import sample_partition
+from ccmim_kernels.sample_partition import STRATEGIES, Partition, partition_from_mask, sample_partition
 
 __all__ = [
+    "NORM_PIX_EPS",
+    "STRATEGIES",
     "Divided",
     "Partition",
+    "check_triton",
     "cls_row",
     "divide_tokens",
+    "folded_logits",
     "gather_tokens",
     "hog_target",
     "info_nce",

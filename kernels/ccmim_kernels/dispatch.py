@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: said by its argument `kernels`, never by what happens to be importable."""
+"""This module decides which implementation of an op runs: by its argument `kernels`, never by what can be imported."""
 
 import importlib.util
 
@@ -16,16 +16,16 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def uses_triton(kernels: str, op: str, device: torch.device, *tensors: Tensor | None) -> bool:
-    """Whether `op` runs as Triton kernels: `triton` always, `reference` never, `auto` on CUDA where it was seen to win.
+    """Return True where `op` runs as Triton kernels: for `triton` always, for `auto` on CUDA where the kernels won.
 
     Args:
         kernels: one of `KERNELS`.
         op: the op's name, as in `MEASURED_TO_WIN`.
-        device: where it is to run.
+        device: the device of the op's inputs.
         tensors: its floating-point inputs; float64 has no kernel, there `auto` takes the reference.
 
     Raises:
-        ValueError: an unknown choice, or `triton` where it cannot be had.
+        ValueError: an unknown choice, or `triton` where no kernel can run.
     """
     if kernels not in KERNELS:
         raise ValueError(f"kernels={kernels!r} must be one of {', '.join(KERNELS)}")
@@ -49,6 +49,11 @@ def check_triton(device: torch.device) -> None:
 
 @torch.compiler.assume_constant_result
 def _interpreted() -> bool:
-    from ccmim_kernels.launch import INTERPRETED
+    from ccmim_kernels.triton_impl.launch import INTERPRETED
 
     return INTERPRETED
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return `x` as float32, the dtype in which scores and losses are computed; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()

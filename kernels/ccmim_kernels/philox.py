@@ -1,7 +1,7 @@
-"""Philox-4x32-10 (Salmon et al., SC 2011) in PyTorch integers, and the keyed noise made from it.
+"""Noise here is a function of a key, not of a generator's state: Philox-4x32-10 (Salmon et al., SC 2011) in PyTorch.
 
-Random numbers here are a function of a key, not of a generator's state: the noise of a patch depends on
-(seed, epoch, sample id, patch) alone. The bits equal `tl.philox(seed, patch, id_low, id_high, epoch)`.
+The noise of a patch depends on (seed, epoch, sample id, patch) alone. The bits equal
+`tl.philox(seed, patch, id_low, id_high, epoch)`.
 """
 
 # B batch, L patches
@@ -13,12 +13,12 @@ _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57  # the generator's multipliers
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85  # the key's increments (Weyl sequence)
 _MASK32 = 0xFFFFFFFF
 
-# The high word of the key separates the uses of one seed; the kernels draw from stream 0.
+# The high word of the key separates the uses of one seed; the kernels draw from streams 0 and 1.
 STREAM_MASK, STREAM_BLOCK, STREAM_CROP, STREAM_ORDER, STREAM_SHAPES, STREAM_SUBSTITUTE = range(6)
 
 
 def _multiply_32x32(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """(high, low) 32 bits of x * constant, both unsigned 32-bit values held in int64.
+    """Return the (high, low) 32 bits of x * constant, both unsigned 32-bit values held in int64.
 
     The factor is split into 16-bit halves, so that no partial product reaches the sign bit.
     """
@@ -29,7 +29,7 @@ def _multiply_32x32(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
 
 
 def philox_4x32(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox-4x32.
+    """Run ten rounds of Philox-4x32.
 
     Args:
         seed: the 64-bit key; its low word is the first key word.
@@ -49,7 +49,7 @@ def philox_4x32(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tu
 
 
 def stream_key(seed: int, stream: int) -> int:
-    """The 64-bit Philox key of one use (`STREAM_*`) of a run's 32-bit seed."""
+    """Return the 64-bit Philox key of one use (`STREAM_*`) of a run's 32-bit seed."""
     return (seed & _MASK32) | (stream << 32)
 
 
@@ -59,32 +59,37 @@ def to_unit(bits: Tensor) -> Tensor:
 
 
 def per_sample(word: int | Tensor, ids_B: Tensor) -> Tensor:
-    """[B] int64 on the device of `ids_B`: of one number for all, or of a [] or [B] tensor, which is not looked at."""
+    """Expand one number, or a [] or [B] tensor, to [B] int64 on the device of `ids_B`, without reading its value."""
     if not isinstance(word, Tensor):
         return torch.full(ids_B.shape, word, dtype=torch.int64, device=ids_B.device)
     return word.to(torch.int64).expand(ids_B.shape).contiguous()
 
 
-def keyed_uniform(seed: int, epoch: int | Tensor, ids_B: Tensor, patches: int, stream: int = STREAM_MASK) -> Tensor:
-    """Uniform noise [B, L] float64 in (0, 1), a function of (seed, epoch, sample id, patch) alone.
+def keyed_bits(seed: int, epoch: int | Tensor, ids_B: Tensor, count: int, stream: int) -> tuple[Tensor, ...]:
+    """Draw four random words for each of `count` counters of each sample: four int64 tensors [B, count].
 
     Args:
         seed, epoch: in 0 .. 2**32 - 1; the epoch as a number, or as int64 on the device of `ids_B`, [] or [B].
         ids_B: [B] int64 sample ids.
-        patches: L.
+        count: patches, or blocks.
         stream: which use of the seed, one of `STREAM_*`.
     """
-    patch_L = torch.arange(patches, device=ids_B.device)
+    counter = torch.arange(count, device=ids_B.device)[None]
     id_B1 = ids_B.to(torch.int64)[:, None]
     epoch_B1 = per_sample(epoch, ids_B)[:, None]
-    bits_BL, *_ = philox_4x32(
-        stream_key(seed, stream), patch_L[None], id_B1 & _MASK32, (id_B1 >> 32) & _MASK32, epoch_B1
-    )
-    return to_unit(bits_BL)
+    return philox_4x32(stream_key(seed, stream), counter, id_B1 & _MASK32, (id_B1 >> 32) & _MASK32, epoch_B1)
+
+
+def keyed_uniform(seed: int, epoch: int | Tensor, ids_B: Tensor, patches: int, stream: int = STREAM_MASK) -> Tensor:
+    """Draw uniform noise [B, patches], float64 in (0, 1), a function of (seed, epoch, sample id, patch) alone.
+
+    The arguments are those of `keyed_bits`.
+    """
+    return to_unit(keyed_bits(seed, epoch, ids_B, patches, stream)[0])
 
 
 def keyed_gumbel(seed: int, epoch: int | Tensor, ids_B: Tensor, patches: int) -> Tensor:
-    """Standard Gumbel noise [B, L] float32: -log(-log(u)).
+    """Draw standard Gumbel noise [B, patches], float32: -log(-log(u)).
 
     Both logarithms are taken in float64 and rounded once, so that every implementation, whatever its logarithm's last
     bit, gives the same float32 and hence the same mask.

@@ -64,10 +64,10 @@ def test_a_substitute_has_no_map_and_leaves_none():
     bank.fill(torch.full((24, CELLS, CELLS), 3.0).half())
     planned = plan.step_ids(0, range(1)).reshape(-1)
     gone = int(planned[2])
-    (lent,) = bank.lend(0, batches_of(plan, plan.micro_batches(0), {gone}))
+    (lent,) = bank.read(0, batches_of(plan, plan.micro_batches(0), {gone}))
     assert not lent.maps_BGG[2].any()
     assert bool((lent.maps_BGG[torch.arange(8) != 2] == 3).all())
-    bank.take_back([stepped(lent)])
+    bank.write([stepped(lent)])
     assert bool((bank.maps_of(np.array([gone])) == 3).all())
     assert bool((bank.maps_of(np.delete(planned, 2)) != 3).all())
 

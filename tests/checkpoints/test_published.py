@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from timm.models import _builder
 
 from ccmim_fast.checkpoints.convert import to_timm
-from ccmim_fast.checkpoints.published import read_published
+from ccmim_fast.checkpoints.published import read_weights
 from ccmim_fast.cli import main
 from ccmim_fast.errors import CheckpointError, ConfigError
-from ccmim_fast.evaluation.encoders import IMAGENET, build_encoder, read_weights
+from ccmim_fast.evaluation.encoders import IMAGENET, build_encoder, read_encoder
 from ccmim_fast.evaluation.masks.subject import read_subject
 
 NAME = "test_vit.r160_in1k"
@@ -42,7 +42,7 @@ def published(hub):
 
 
 def test_a_tag_is_the_weights_of_that_tag(published):
-    weights = read_weights(f"timm:{NAME}")
+    weights = read_encoder(f"timm:{NAME}")
     assert weights.arch == "test_vit"
     assert weights.mean == weights.std == (0.5, 0.5, 0.5)  # not ImageNet's
     pixels = torch.randn(2, 3, 160, 160)
@@ -54,8 +54,8 @@ def test_a_tag_is_the_weights_of_that_tag(published):
 
 
 def test_no_tag_is_initial_weights(hub):
-    weights = read_weights("timm:test_vit")
-    assert weights.tensors is None
+    weights = read_encoder("timm:test_vit")
+    assert weights.tensors == {}
     assert (weights.mean, weights.std) == IMAGENET
 
 
@@ -70,7 +70,7 @@ def test_weights_without_cls_and_with_registers(hub, monkeypatch, name, heads):
     monkeypatch.setattr(timm, "create_model", lambda n, **options: made(n, **small | options))
     vit = timm.create_model(arch, num_classes=0).eval()
     hub[f"timm/{name}"] = vit.state_dict()
-    weights = read_weights(f"timm:{name}")
+    weights = read_encoder(f"timm:{name}")
     size = vit.patch_embed.img_size
     encoder = build_encoder(weights, size).eval()
     pixels = torch.randn(1, 3, *size)
@@ -86,7 +86,7 @@ def test_weights_that_lack_something_are_refused(hub, published):
     """timm loads them strictly: nothing stays initial unnoticed."""
     del hub[f"timm/{NAME}"]["blocks.1.norm1.bias"]
     with pytest.raises(CheckpointError, match=r"timm cannot load it: .*Missing key.*blocks\.1\.norm1\.bias"):
-        read_published(f"timm:{NAME}")
+        read_weights(f"timm:{NAME}")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_mistakes_are_one_line(hub, tmp_path, monkeypatch, capsys, name, code, w
 def test_import_reads_them_too(hub, published, tmp_path):
     """All that timm tells is a setting of the run: sizes, mean and std."""
     assert main(["import", f"timm:{NAME}", "--out", str(tmp_path / "run"), "--decoder.dim=32"]) == 0
-    weights = read_weights(str(tmp_path / "run"))
+    weights = read_encoder(str(tmp_path / "run"))
     assert (weights.arch, weights.mean) == ("test_vit", (0.5, 0.5, 0.5))
     expected = {name: value for name, value in published.state_dict().items() if not name.startswith("head.")}
     assert weights.tensors.keys() == expected.keys()
@@ -127,9 +127,9 @@ def test_an_export_tells_its_heads_and_images(tmp_path):
     about = {"arch": "test_vit", "timm_arguments": arguments, "mean": "[0.1]", "std": "[0.2]"}
     save_file(tensors, tmp_path / "told.safetensors", metadata=about)
     save_file(tensors, tmp_path / "bare.safetensors")
-    told, bare = (read_published(str(tmp_path / f"{name}.safetensors")) for name in ("told", "bare"))
-    assert told[1:] == ("test_vit", 4, (0.1,), (0.2,), (4, 6))
-    assert bare[1:] == ("", 0, (), (), ())
+    told, bare = (read_weights(str(tmp_path / f"{name}.safetensors")) for name in ("told", "bare"))
+    assert told[2:] == ("test_vit", 4, (0.1,), (0.2,), (4, 6), None)
+    assert bare[2:] == ("", 0, (), (), (), None)
     assert to_timm(told.tensors).keys() == tensors.keys()
     for key, value in (
         ("mean", "no"),
@@ -140,7 +140,7 @@ def test_an_export_tells_its_heads_and_images(tmp_path):
     ):
         save_file(tensors, tmp_path / "bad.safetensors", metadata=about | {key: value})
         with pytest.raises(CheckpointError, match="what it tells of itself is damaged"):
-            read_published(str(tmp_path / "bad.safetensors"))
+            read_weights(str(tmp_path / "bad.safetensors"))
 
 
 def bare(path, arch, **sizes):
@@ -160,7 +160,7 @@ def test_heads_are_not_guessed(command, tmp_path, monkeypatch, capsys):
     assert "nearest is --model.arch=vit_small_patch16_224" in line
     bare("narrow.pth", "vit_tiny_patch16_224", embed_dim=56, num_heads=2)
     with pytest.raises(ConfigError, match=r"is 56 wide.* nearest is --model\.arch=vit_tiny_patch16_224"):
-        read_weights("narrow.pth")
+        read_encoder("narrow.pth")
 
 
 def test_heads_that_are_told_are_taken(tmp_path, monkeypatch):
@@ -172,7 +172,7 @@ def test_heads_that_are_told_are_taken(tmp_path, monkeypatch):
         ("small.pth", "vit_small_patch16_224", 0, "vit_small_patch16_224"),
         ("small.pth", "", 6, "vit_base_patch16_224"),
     ):
-        assert read_weights(name, arch, heads).arch == expected
+        assert read_encoder(name, arch, heads).arch == expected
         told = [f"--model.arch={arch}"] * bool(arch) + [f"--model.num_heads={heads}"] * bool(heads)
         assert read_subject(name, [*told, "--decoder.depth=1"]).config.model.arch == expected
     preset = ["--config", "ccmim_vit_small", "--decoder.depth=1"]

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import tiny_config
 
 from ccmim_fast.cli import main
-from ccmim_fast.engine.loop import fit
+from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.report.compare import names_of
 from ccmim_fast.runs.state import RunState, write_state
 
@@ -86,13 +86,13 @@ def test_the_page_asks_for_nothing(ended, tmp_path):
 
 def test_pictures_follow_the_weights_and_not_the_noise(ended, tmp_path):
     """Of one image at two checkpoints: equal input, another reconstruction."""
-    from ccmim_fast.report.snapshots import look_back
+    from ccmim_fast.report.snapshots import take_snapshots
 
     for run in ended:
         before = sorted(run.rglob("*"))
-        looks = look_back(run, images=3, moments=3)
-        assert looks.remarks == []
-        first, _, last = looks.snapshots
+        taken = take_snapshots(run, images=3, moments=3)
+        assert taken.remarks == []
+        first, _, last = taken.taken
         assert (first.images_BHWC == last.images_BHWC).all()
         assert (first.reconstruction_BHWC != last.reconstruction_BHWC).any()
         visible = ~last.mask_BL
@@ -106,15 +106,15 @@ def test_a_bank_is_read_as_it_was_saved(ended):
     """Scores drawn are those of the maps in the checkpoint, through the crop that is drawn."""
     import torch
 
-    from ccmim_fast.bank.warp import read
+    from ccmim_fast.bank.bank import read_maps
     from ccmim_fast.checkpoints import io as checkpoints
-    from ccmim_fast.report.snapshots import look_back
+    from ccmim_fast.report.snapshots import take_snapshots
 
     path = checkpoints.checkpoints(ended[0] / "checkpoints")[-1]
     maps_BGG = checkpoints.load(path)["maps"][[0, 11]]
     whole_B4 = torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2, dtype=torch.float64)
-    scores_BL, share_BL = read(maps_BGG, whole_B4, (4, 6))
-    seen = look_back(ended[0], images=2, moments=1).snapshots[0].scores_BL
+    scores_BL, share_BL = read_maps(maps_BGG, whole_B4, (4, 6))
+    seen = take_snapshots(ended[0], images=2, moments=1).taken[0].scores_BL
     for scores_L, share_L, seen_L in zip(scores_BL, share_BL, torch.from_numpy(seen)):
         known = share_L == 1
         assert known.sum() > 2

@@ -5,5 +5,5 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _indexes_are_temporary(tmp_path_factory, monkeypatch):
-    """Indexes are put in a folder of the test's own, never in the user's cache."""
+    """Set the cache folder to one of this test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))

@@ -1,4 +1,4 @@
-"""iNaturalist and Flowers-102 in miniature: labels and splits as published; what is damaged is told in one line."""
+"""iNaturalist and Flowers-102 in miniature: labels and splits as published; damaged files give one-line errors."""
 
 import json
 import os
@@ -6,24 +6,25 @@ import shutil
 
 import numpy as np
 import pytest
-from made_fine_grained import make_flowers, make_inaturalist, shapes
+from made_fine_grained import make_flowers, make_inaturalist, save_arrays, shapes
 from PIL import Image
-from scipy.io import savemat
+from torchvision.datasets import Flowers102
 
+from ccmim_fast.data.index import annotations
 from ccmim_fast.data.index.annotations import flowers_origins, inaturalist_origins
 from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.errors import ConfigError, DataError
 
 
 def pictures(source):
-    """(file's name, class) -> pixels."""
+    """Return the pixels by (file's name, class)."""
     found = range(len(source))
     return {(os.path.basename(source.name(i)), source.class_names[source.labels_N[i]]): source.decode(i) for i in found}
 
 
 @pytest.mark.parametrize("year", [2018, 2019])
 def test_inaturalist(tmp_path, year):
-    """Labels by category, whatever the order and the names in the file; training and validation agree on them."""
+    """Labels follow the categories, whatever the order and the names in the file; both splits agree on them."""
     make_inaturalist(tmp_path, year=year)
     train, val = (open_images(origin) for origin in inaturalist_origins(str(tmp_path)))
     assert train.class_names == val.class_names == ("03", "10", "17")
@@ -37,7 +38,7 @@ def test_inaturalist(tmp_path, year):
 
 
 def test_flowers(tmp_path):
-    """Trained on trnid and valid, tested on tstid; label k of the file is class k."""
+    """Training images are trnid and valid, test images tstid; label k of the file is class k."""
     make_flowers(tmp_path / "flowers")
     train, test = (open_images(origin) for origin in flowers_origins(str(tmp_path / "flowers")))
     assert train.class_names == test.class_names == ("001", "002", "003")
@@ -99,9 +100,9 @@ def test_wrong_layouts(tmp_path):
             "cannot read .*imagelabels.mat': No such file.*; expected jpg",
         ),
     ):
-        with pytest.raises(DataError, match=words) as told:
+        with pytest.raises(DataError, match=words) as error:
             call()
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match=r"data\.test='x': setid\.mat says what to test on"):
         flowers_origins(root, "x")
 
@@ -132,19 +133,19 @@ def test_damaged_annotations(tmp_path, change, words):
     said = json.loads(path.read_text())
     change(said)
     path.write_text(json.dumps(said))
-    with pytest.raises(DataError, match=words) as told:
+    with pytest.raises(DataError, match=words) as error:
         open_images(str(path))
-    assert "train2018.json" in str(told.value)
-    assert "\n" not in str(told.value)
+    assert "train2018.json" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_annotations_that_are_no_json(tmp_path):
     path = tmp_path / "train2018.json"
     for text in (b"", b'{"images": [', b"[1, 2]", b"\xff\xfe", b"[" * 10**5):
         path.write_bytes(text)
-        with pytest.raises(DataError, match=r"train2018\.json': no annotations of iNaturalist") as told:
+        with pytest.raises(DataError, match=r"train2018\.json': no annotations of iNaturalist") as error:
             open_images(str(path))
-        assert len(str(told.value)) < 600
+        assert len(str(error.value)) < 600
 
 
 def test_images_that_are_not_unpacked(tmp_path):
@@ -169,7 +170,7 @@ def test_images_that_are_not_unpacked(tmp_path):
         (
             "imagelabels.mat",
             {"labels": np.array(["rose"], dtype=object)},
-            "imagelabels.mat': no file of Flowers-102: no array",
+            "imagelabels.mat': no file of Flowers-102: ",
         ),
         ("setid.mat", {"trnid": np.ones((1, 3))}, "setid.mat.*no array 'tstid'"),
         ("setid.mat", {"tstid": np.array([[0, 3]])}, "setid.mat': image 0 has no label"),
@@ -177,10 +178,10 @@ def test_images_that_are_not_unpacked(tmp_path):
 )
 def test_damaged_arrays(tmp_path, file, arrays, words):
     root = make_flowers(tmp_path / "set")
-    savemat(root / file, arrays)
-    with pytest.raises(DataError, match=words) as told:
+    save_arrays(root / file, arrays)
+    with pytest.raises(DataError, match=words) as error:
         open_images(f"{root}/setid.mat#tstid")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_one_picture_of_each_is_no_other(tmp_path):
@@ -190,3 +191,33 @@ def test_one_picture_of_each_is_no_other(tmp_path):
     Image.fromarray(made.decode(0)).save(tmp_path / "a.jpg", quality=95, subsampling=0)
     with Image.open(tmp_path / "a.jpg") as image:
         assert abs(np.asarray(image).astype(int) - made.decode(0)).mean() < 8
+
+
+def test_only_known_arrays_are_read(tmp_path):
+    """The published hash or the owner's list lets a file in; scipy may crash on damaged bytes."""
+    root = make_flowers(tmp_path / "set")
+    sums = (root / "MD5SUMS").read_text()
+    origin, path = f"{root}/setid.mat#tstid", root / "setid.mat"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(
+        DataError, match=r"setid\.mat': its MD5 is \w{32}, that of the published file a5357ecc"
+    ) as error:
+        open_images(origin)
+    assert "\n" not in str(error.value)
+    make_flowers(tmp_path / "again")
+    shutil.copy(tmp_path / "again/setid.mat", path)
+    (root / "MD5SUMS").unlink()
+    with pytest.raises(
+        DataError, match=r"imagelabels\.mat': its MD5 is .* run `md5sum \*\.mat > MD5SUMS` in its folder"
+    ):
+        open_images(origin)
+    (root / "MD5SUMS").write_text(sums.replace("setid.mat", "other.mat"))
+    with pytest.raises(DataError, match=r"setid\.mat': its MD5 is"):
+        open_images(origin)
+    (root / "MD5SUMS").write_text(sums.replace("  ", " *"))  # as md5sum --binary writes it
+    assert len(open_images(origin)) == 6
+
+
+def test_the_published_hashes_are_torchvisions():
+    published = {name: md5 for name, md5 in Flowers102._file_dict.values() if name.endswith(".mat")}
+    assert published == annotations._PUBLISHED

@@ -1,4 +1,4 @@
-"""What belongs to a batch's images, beside their pixels."""
+"""The parts of a batch besides the pixels."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Memory that batches are written to: their own on a CPU, by turns on a GPU."""
+"""The memory of batches: each has its own on a CPU; on a GPU they share a ring."""
 
 import pytest
 import torch

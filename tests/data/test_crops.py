@@ -59,7 +59,7 @@ def test_area_is_uniform_and_aspect_log_uniform():
 
 
 def scripted_torchvision(size, uniforms, monkeypatch):
-    """torchvision's box for one image, its random calls answered by `uniforms` [10, 4]: area, aspect, y, x."""
+    """Return torchvision's box for one image; `uniforms` [10, 4] replace its random numbers: area, aspect, y, x."""
     state = {"attempt": -1, "word": 0}
 
     def uniform_(tensor, low, high):

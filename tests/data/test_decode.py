@@ -24,7 +24,7 @@ TURNS = {
     6: lambda a: a.transpose(1, 0, 2)[:, ::-1],
     7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
     8: lambda a: a.transpose(1, 0, 2)[::-1],
-}  # stored pixels -> shown pixels, by the EXIF standard
+}  # stored pixels -> upright pixels, by the EXIF standard
 
 
 def exif(orientation):
@@ -34,7 +34,7 @@ def exif(orientation):
 
 
 def late_exif(png):
-    """The same PNG with its EXIF chunk behind the pixels."""
+    """Return the same PNG with its EXIF chunk behind the pixels."""
     start = png.index(b"eXIf") - 4
     end = start + 12 + int.from_bytes(png[start : start + 4], "big")
     return png[:start] + png[end:-12] + png[start:end] + png[-12:]
@@ -46,7 +46,7 @@ def sixteen_bits(image):
 
 
 def write_kinds(image, root):
-    """One file of each kind; their names say which."""
+    """Write one file of each kind; the names say which."""
     rgba = image.copy()
     rgba.putalpha(image.convert("L"))
     gamma = PngImagePlugin.PngInfo()
@@ -90,10 +90,10 @@ def kinds_folder(tmp_path_factory, photograph):
 
 @pytest.mark.parametrize("name", [*(f"exif{n}.jpg" for n in range(1, 9)), "exif6.png", "exif6.tif", "exif6.webp"])
 def test_exif_turns_the_pixels(kinds_folder, photograph, name):
-    shown = TURNS[int(name[4])](np.asarray(photograph)).astype(int)
+    upright = TURNS[int(name[4])](np.asarray(photograph)).astype(int)
     image = decode((kinds_folder / name).read_bytes(), 3)
-    assert image.shape == shown.shape
-    assert abs(image - shown).mean() < 2  # JPEG's loss
+    assert image.shape == upright.shape
+    assert abs(image - upright).mean() < 2  # JPEG's loss
 
 
 def test_headers_give_the_decoded_sizes(kinds_folder):
@@ -152,6 +152,6 @@ def test_dali_gives_pillows_pixels(kinds_folder, channels):
     assert (found.ids_B == expected.ids_B).all()
     difference = (found.images_BHWC.int() - expected.images_BHWC.int()).abs().float().mean(dim=(1, 2, 3))
     report = {source.name(i).rsplit("/", 1)[1]: round(d, 2) for i, d in zip(found.ids_B.tolist(), difference.tolist())}
-    print(f"DALI against Pillow, {channels} channels, mean difference in 1/255:", report)  # shown by pytest -rP
+    print(f"DALI against Pillow, {channels} channels, mean difference in 1/255:", report)  # visible with pytest -rP
     # The fault table allows 2/255. Seen: 0.14 to 0.20; the gray that DALI's libpng makes of an RGB PNG differs by 0.5.
     assert max(report.values()) < 0.4, report

@@ -1,4 +1,4 @@
-"""What bad data must give, row by row of the list of faults: with both loaders a run goes on, or ends with a line."""
+"""Bad data, row by row of the list of faults: with both loaders a run goes on, or ends with one line."""
 
 import io
 import itertools
@@ -69,7 +69,7 @@ def spoil(path, how):
 
 
 def assert_accounted(source, loader, batches):
-    """Every sample of one epoch was seen, or failed now, or was known as bad."""
+    """Check that every sample of one epoch was loaded, or failed now, or was known as bad."""
     seen, failed, known = set(ids_of(batches)), set(loader.bad_samples.reasons), set(source.excluded_X.tolist())
     assert seen | failed | known == set(range(len(source)))
     assert not seen & (failed | known)
@@ -141,7 +141,7 @@ def test_damaged_files_are_replaced_counted_and_marked(tmp_path, photograph, kin
     again.encoded = lambda number: (tried.append(number), IndexedSource.encoded(again, number))[1]
     known = make_loader(again, kind, batch=11)
     assert known.bad_samples.known.keys() == loader.bad_samples.reasons.keys()
-    assert_same(take(known, 6), longer)  # marks change nothing of what is seen
+    assert_same(take(known, 6), longer)  # records of bad samples change nothing of what is loaded
     assert_same(first, longer[:2])
     assert not set(tried) & loader.bad_samples.reasons.keys()  # they are not even read
     with open(bad_samples_path(source.index.path)) as file:
@@ -200,18 +200,18 @@ def test_too_many_bad_samples_stop_the_run(tmp_path, photograph, kind):
 
 
 @both
-def test_only_bad_substitutes_is_an_error(tmp_path, photograph, kind):
+def test_only_bad_fallbacks_is_an_error(tmp_path, photograph, kind):
     folder = fill(tmp_path / "images", photograph, 6)
     source = open_images(str(folder))
     for path in folder.iterdir():
         spoil(path, "gone")
-    with pytest.raises(DataError, match=r"cannot be shown either|cannot be used") as error:
+    with pytest.raises(DataError, match=r"cannot be used") as error:
         take(make_loader(source, kind, batch=2, max_bad=1.0), 1)
     assert "\n" not in str(error.value)
 
 
 @needs_dali
-def test_what_only_dali_cannot_decode_is_shown_all_the_same(tmp_path, photograph):
+def test_what_only_dali_cannot_decode_is_loaded_all_the_same(tmp_path, photograph):
     source = open_images(str(fill(tmp_path / "images", photograph, 24)))
     expected = take(make_loader(source, "torch", batch=4), 12)
     spoiled = open_images(source.index.origin)
@@ -281,7 +281,7 @@ def test_kinds_of_pixels_look_the_same(tmp_path, photograph):
 
 
 @both
-def test_extreme_sizes_are_shown_or_skipped_with_the_reason(tmp_path, kind):
+def test_extreme_sizes_are_loaded_or_skipped_with_the_reason(tmp_path, kind):
     for index, size in enumerate([(1, 1), (1, 5000), (5000, 1)]):
         for suffix in ("jpg", "png"):
             Image.new("RGB", size, (50 * index, 0, 0)).save(tmp_path / f"{index}.{suffix}", quality=95)
@@ -408,9 +408,9 @@ def test_fewer_tars_than_ranks_give_every_rank_as_much(tmp_path, photograph, kin
     assert [len(batches) for batches in per_rank] == [13] * 4
     for batches in per_rank:
         assert_full(batches, 1)
-    shown = [number for step in zip(*per_rank) for batch in step for number in batch.ids_B.tolist()]
+    seen = [number for step in zip(*per_rank) for batch in step for number in batch.ids_B.tolist()]
     for epoch in range(4):
-        assert sorted(shown[13 * epoch : 13 * epoch + 13]) == list(range(13))  # whatever the epoch's last step holds
+        assert sorted(seen[13 * epoch : 13 * epoch + 13]) == list(range(13))  # whatever the epoch's last step holds
 
 
 # Anything
@@ -477,13 +477,13 @@ def damaged(images, faults):
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(faults=damages, later=st.booleans())
 def test_no_damage_does_more_than_cost_its_sample(photograph, kind, faults, later):
-    # A thread of a loader that was left may mark one more sample while the folder goes.
+    # A thread of a loader that was left may record one more bad sample while the folder goes.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         check_damage(folder, valid_images(photograph), faults, later, kind)
 
 
 def check_damage(folder, images, faults, later, kind):
-    """Damage before the files are indexed, or after."""
+    """Damage files before they are indexed, or after."""
 
     def write(contents):
         for name, data in contents.items():

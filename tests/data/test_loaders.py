@@ -1,6 +1,7 @@
 """Both loaders carry out the same plan, go on where they stopped, and name what they cannot read."""
 
 import sys
+import typing
 from itertools import islice
 
 import numpy as np
@@ -18,6 +19,7 @@ from ccmim_fast.data.stream import dali_loader
 from ccmim_fast.data.stream.dali_loader import DaliLoader
 from ccmim_fast.data.stream.torch_loader import TorchLoader, crop_and_resize, evaluation_batches, resize
 from ccmim_fast.errors import ConfigError, DataError, MachineError
+from ccmim_fast.registry import IMAGE_SOURCES, LOADERS
 
 needs_dali = pytest.mark.skipif(not dali_loader.is_installed(), reason="DALI is not installed")
 both = pytest.mark.parametrize("kind", ["torch", pytest.param("dali", marks=needs_dali)])
@@ -35,7 +37,7 @@ def make_loader(source, kind, global_batch=8, seed=0, device="cpu", image_size=S
 
 
 def take(loader, count, cursor=0):
-    """The first `count` batches from the place `cursor` on."""
+    """Return the first `count` batches from the position `cursor` on."""
     stream = loader.stream(cursor)
     batches = list(islice(stream, count))
     stream.close()
@@ -61,7 +63,7 @@ def test_batches_are_as_promised(source, kind):
 
 @both
 def test_the_stream_goes_on_at_any_place(source, kind):
-    """With other batches too: pixel for pixel what the uninterrupted stream has at these places."""
+    """Other batch sizes too give, pixel for pixel, the uninterrupted stream at these positions."""
 
     def joined(batches):
         names = ("images_BHWC", "ids_B", "epochs_B", "labels_B", "boxes_B4")
@@ -151,7 +153,7 @@ def test_torch_loader_cuts_resizes_and_mirrors(source):
 
 
 def assert_close(image, expected):
-    """To Pillow's pixels: the same filter, other rounding of its weights."""
+    """Compare with Pillow's pixels: the filter is the same, its weights are rounded otherwise."""
     difference = abs(image.astype(int) - np.asarray(expected))
     assert difference.mean() < 0.4
     assert difference.max() <= 12
@@ -203,7 +205,7 @@ def test_evaluation_shows_every_image_whole_and_once(source):
 
 
 def test_evaluation_shows_the_middle_as_a_resize_and_a_central_crop_do(source):
-    """As MAE tests: the shorter side to 256, then the central 224, here of an eighth; up to a pixel of rounding."""
+    """The crop is MAE's: the shorter side to 256, then the central 224, here of an eighth, up to one rounded pixel."""
     side = 28
     batches = list(evaluation_batches(source, (side, side), 22, torch.device("cpu"), central=0.875))
     for index in (0, 21):
@@ -260,3 +262,9 @@ def test_dali_refuses_other_channel_counts(tmp_path):
         make_loader(five, "dali", 1)
     (batch,) = take(make_loader(five, "auto", 1), 1)
     assert batch.images_BHWC.shape == (1, *SIZE, 5)
+
+
+def test_the_settings_name_the_registries():
+    hints = typing.get_type_hints(DataConfig)
+    assert set(typing.get_args(hints["loader"])) == {"auto", *LOADERS}
+    assert set(typing.get_args(hints["source"])) == set(IMAGE_SOURCES)

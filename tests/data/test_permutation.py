@@ -1,4 +1,4 @@
-"""The order of the samples: a permutation for every length, key and window, evenly drawn, known place by place."""
+"""The order of the samples: a permutation for every length, key and window; evenly drawn; any position is known."""
 
 from collections import Counter
 
@@ -24,12 +24,14 @@ def test_it_is_a_permutation(seed, epoch, samples, window):
 
 @settings(deadline=None, max_examples=50)
 @given(WORD, st.integers(1, 2**62), st.data(), st.sampled_from([0, 100, 2**20]))
-def test_any_place_is_known_without_the_others(seed, samples, data, window):
-    places = np.array(data.draw(st.lists(st.integers(0, samples - 1), min_size=1, max_size=20)))
-    found = epoch_order(seed, 1, samples, places, window)
+def test_any_position_is_known_without_the_others(seed, samples, data, window):
+    positions = np.array(data.draw(st.lists(st.integers(0, samples - 1), min_size=1, max_size=20)))
+    found = epoch_order(seed, 1, samples, positions, window)
     assert ((found >= 0) & (found < samples)).all()
-    assert len(set(found.tolist())) == len(set(places.tolist()))
-    assert [epoch_order(seed, 1, samples, places[i : i + 1], window)[0] for i in range(len(places))] == found.tolist()
+    assert len(set(found.tolist())) == len(set(positions.tolist()))
+    assert [
+        epoch_order(seed, 1, samples, positions[i : i + 1], window)[0] for i in range(len(positions))
+    ] == found.tolist()
 
 
 def test_seed_and_epoch_change_it():
@@ -43,8 +45,8 @@ def test_seed_and_epoch_change_it():
 
 
 @pytest.mark.parametrize("samples", [3, 6, 16, 21])
-def test_every_place_is_as_likely_and_so_is_every_pair(samples):
-    """Chi-square over 3,000 epochs against even draws; limits are six standard deviations above its mean."""
+def test_every_position_is_as_likely_and_so_is_every_pair(samples):
+    """Chi-square of 3,000 epochs stays near that of even draws; limits are six standard deviations above its mean."""
     epochs = 3000
     orders = np.stack([order(0, epoch, samples) for epoch in range(epochs)])
     counts = np.stack([np.bincount(column, minlength=samples) for column in orders.T])

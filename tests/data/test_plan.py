@@ -1,4 +1,4 @@
-"""The stream of samples: all of them once an epoch, divided alike over any ranks and batches, from any place on."""
+"""The stream of samples: each comes once an epoch, whatever the ranks and batches, from any position on."""
 
 import itertools
 
@@ -39,7 +39,7 @@ def make_plan(samples=50, excluded=(), **changes):
 
 
 def steps_of(plans, cursor, count):
-    """Per step the samples of all ranks, micro-batch by micro-batch, as (id, epoch, box, flip)."""
+    """Return the samples of all ranks in each step, micro-batch by micro-batch, as (id, epoch, box, flip)."""
     per_rank = [list(itertools.islice(plan.micro_batches(cursor), count * plan.accumulate)) for plan in plans]
     joined = [MicroBatch.join(parts) for parts in zip(*per_rank, strict=True)]
     share = plans[0].accumulate
@@ -96,7 +96,7 @@ def test_excluded_samples_leave_no_gap():
     assert usable_ids(Sizes(4), np.arange(4)).tolist() == [0, 1, 2, 3]
 
 
-def test_substitutes_are_drawn_by_the_sample_and_the_attempt():
+def test_fallbacks_are_drawn_by_the_sample_and_the_attempt():
     plan = make_plan(2000, excluded=range(1000))
     drawn = [plan.fallback(1500, 3, attempt).ids_B.item() for attempt in range(20)]
     assert drawn == [plan.fallback(1500, 3, attempt).ids_B.item() for attempt in range(20)]
@@ -126,12 +126,12 @@ def test_batches_that_do_not_fit_are_named():
 
 
 @pytest.mark.parametrize(("ranks", "accumulate"), [(1, 1), (2, 1), (1, 2)])
-def test_repeats_show_a_sample_several_times_in_a_row(ranks, accumulate):
-    """As in DeiT: an epoch has as many places as before, for the first third of its order, three times each."""
+def test_repeats_give_a_sample_several_times_in_a_row(ranks, accumulate):
+    """An epoch stays as long, and takes the first third of its order, three times each, as in DeiT."""
     options = {"global_batch": 12, "repeats": 3, "accumulate": accumulate, "world_size": ranks}
     plans = [make_plan(60, rank=rank, **options) for rank in range(ranks)]
-    shown = list(itertools.chain(*steps_of(plans, 0, 10)))
-    epochs = [shown[:60], shown[60:]]
+    seen = list(itertools.chain(*steps_of(plans, 0, 10)))
+    epochs = [seen[:60], seen[60:]]
     orders = [list(itertools.chain(*steps_of([make_plan(60, global_batch=60)], 60 * e, 1))) for e in (0, 1)]
     for epoch, (some, order) in enumerate(zip(epochs, orders, strict=True)):
         assert [sample[0] for sample in some[::3]] == [sample[0] for sample in order[:20]]
@@ -141,17 +141,17 @@ def test_repeats_show_a_sample_several_times_in_a_row(ranks, accumulate):
             assert [sample[1] for sample in group] == [3 * epoch, 3 * epoch + 1, 3 * epoch + 2]
             assert len({sample[2:6] for sample in group}) == 3  # crops
     assert {s[0] for s in epochs[0]} != {s[0] for s in epochs[1]}
-    # From any place on the same, within a group too.
+    # The same from any position on, within a group too.
     assert steps_of(plans, 24, 3) == steps_of(plans, 0, 5)[2:]
 
 
 def test_repeats_that_do_not_divide_an_epoch_are_cut_at_its_end():
-    shown = steps_of([make_plan(50, global_batch=25, repeats=3)], 0, 4)
-    counts = [np.bincount([sample[0] for sample in shown[i] + shown[i + 1]]).tolist() for i in (0, 2)]
+    seen = steps_of([make_plan(50, global_batch=25, repeats=3)], 0, 4)
+    counts = [np.bincount([sample[0] for sample in seen[i] + seen[i + 1]]).tolist() for i in (0, 2)]
     assert all(sorted(c for c in count if c) == [2, *[3] * 16] for count in counts)
 
 
-def test_repeats_stay_with_the_shard_of_their_sample():
+def test_repeats_stay_with_the_partition_of_their_sample():
     plans = [make_plan(60, global_batch=12, repeats=3, partitions=2, world_size=2, rank=rank) for rank in (0, 1)]
     for rank, plan in enumerate(plans):
         ids = np.concatenate([part.ids_B for part in itertools.islice(plan.micro_batches(0), 10)])

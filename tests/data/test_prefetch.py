@@ -1,4 +1,4 @@
-"""Work done ahead: in order, bounded, and left without a wait."""
+"""Work done ahead is in order and bounded, and is abandoned without a wait."""
 
 import threading
 import time
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ccmim_fast.data.stream.plan import MicroBatch
-from ccmim_fast.data.stream.prefetch import AHEAD, prefetch, thread_count
+from ccmim_fast.data.stream.prefetch import AHEAD, prefetch
+from ccmim_fast.data.threads import map_ahead, thread_count
 
 
 def micro_batches(count, started=None):
@@ -73,10 +74,27 @@ def test_leaving_does_not_wait_for_what_is_under_way():
 
 @pytest.mark.parametrize(("cores", "ranks", "each"), [(12, None, 12), (12, 1, 12), (12, 5, 2), (3, 8, 1)])
 def test_no_workers_means_a_ranks_share_of_the_cores(monkeypatch, cores, ranks, each):
-    """As torchrun tells how many ranks a machine has; a number that is given is taken."""
+    """torchrun says how many ranks the machine has; an explicit number wins."""
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if ranks is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     assert thread_count(0) == each
     assert thread_count(3) == 3
+
+
+def test_a_map_runs_ahead_of_its_use_in_order():
+    begun = []
+
+    def slow_first(number):
+        time.sleep(0.02 * (number % 3 == 0))
+        return number
+
+    def items():
+        for number in range(12):
+            begun.append(number)
+            yield number
+
+    for number, result in enumerate(map_ahead(slow_first, items(), threads=3, count=4)):
+        assert result == number
+        assert len(begun) == min(12, number + 1 + 4)

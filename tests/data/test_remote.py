@@ -1,4 +1,4 @@
-"""Images behind URLs: a server of the loopback that sends ranges, and says which it was asked for."""
+"""Images behind URLs: a server on the loopback sends ranges and records the requests."""
 
 import functools
 import http.server
@@ -18,7 +18,7 @@ from ccmim_fast.errors import DataError
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Files with range requests, and listings as HTML; keeps account of what was asked for and sent."""
+    """A server of files by ranges, and of listings as HTML; it records what was asked for and sent."""
 
     protocol_version = "HTTP/1.1"
 

@@ -1,4 +1,4 @@
-"""Trees, flat folders, lists, odd names, links, damaged files; an index is built no oftener than needed."""
+"""Trees, flat folders, lists, odd names, links, damaged files; an index is built only when needed."""
 
 import os
 import time
@@ -12,20 +12,20 @@ from PIL import Image
 
 from ccmim_fast.data.index import scan
 from ccmim_fast.data.index.bad_samples import BadSamples, bad_samples_path, read_bad_samples
-from ccmim_fast.data.index.index_file import Index, Row, rewrite_index, write_index
+from ccmim_fast.data.index.index_file import Index, Listing, Row, rewrite_index, write_index
 from ccmim_fast.data.index.indexed import index_path, open_images
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.errors import DataError
 
 
 def names(source):
-    """Of the usable samples."""
+    """Return the locations of the usable samples."""
     bad = set(source.excluded_X.tolist())
     return [source.index.location(number) for number in range(len(source)) if number not in bad]
 
 
 def reasons(source):
-    """Of the samples that are not usable, by base name."""
+    """Return the reasons of the samples that are not usable, by base name."""
     return {
         os.path.basename(source.index.location(number)): source.index.reason(number)
         for number in source.excluded_X.tolist()
@@ -36,7 +36,7 @@ def notes(source):
     return {os.path.basename(path): reason for path, reason in source.index.notes}
 
 
-def mark(source, number, reason="spoiled"):
+def record(source, number, reason="spoiled"):
     BadSamples(source.index, len(source), 0, "skip", 1.0).add(number, reason)
 
 
@@ -47,7 +47,7 @@ def touch_later(path):
 
 @pytest.fixture
 def header_reads(monkeypatch):
-    """Grows by one at each header that is read."""
+    """Return a list that grows by one with each header that is read."""
     reads, read = [], scan.read_header
 
     def count(data, channels):
@@ -114,7 +114,7 @@ def test_any_name_works(tmp_path, write_image):
     with pytest.raises(DataError) as error:
         source.decode(number)
     assert str(error.value).isprintable()  # one line that any terminal takes
-    mark(source, number, str(error.value))
+    record(source, number, str(error.value))
     assert read_bad_samples(source.index) == {number: str(error.value)}
     assert len(open_images(os.fsdecode(root))) == len(odd)  # the folder changed: built again, less the file that went
 
@@ -174,7 +174,7 @@ def test_unusable_files_are_excluded_with_the_reason(tmp_path, write_image, monk
         "large.png": "11000 x 11000 pixels are more than 100,000,000",
         "locked.png": "Permission denied",
     }
-    # What could not be read is looked at again whenever the index is made again.
+    # What could not be read is read again whenever the index is made again.
     monkeypatch.setattr(scan.Storage, "read", read)
     write_image(tmp_path / "new.png")
     touch_later(tmp_path)
@@ -300,14 +300,14 @@ def test_only_what_changed_is_read_again(tmp_path, write_image, header_reads):
     assert len(header_reads) == 6 + 2 + 1
 
 
-def test_marks_are_folded_in_when_the_index_is_made_again(tmp_path, write_image, header_reads):
+def test_bad_samples_are_moved_into_the_index_when_the_index_is_made_again(tmp_path, write_image, header_reads):
     for index in range(5):
         write_image(tmp_path / f"{index}.png", seed=index)
     first = open_images(str(tmp_path))
-    mark(first, 1)
-    mark(first, 3)
+    record(first, 1)
+    record(first, 3)
     again = open_images(str(tmp_path))
-    assert again.fingerprint == first.fingerprint  # marks alone change nothing: the stream stays as it is
+    assert again.fingerprint == first.fingerprint  # records alone change nothing: the stream stays as it is
     assert len(again.excluded_X) == 0
     assert read_bad_samples(again.index) == {1: "spoiled", 3: "spoiled"}
 
@@ -326,9 +326,11 @@ def test_a_mended_file_is_usable_when_the_index_is_made_again(tmp_path, write_im
     for index in range(3):
         write_image(tmp_path / f"{index}.png", seed=index)
     first = open_images(str(tmp_path))
-    mark(first, 1)
+    record(first, 1)
     data = (tmp_path / "1.png").read_bytes()
-    (tmp_path / "1.png").write_bytes(data)  # of the same length: the index comes out as it was, mark or not
+    (tmp_path / "1.png").write_bytes(
+        data
+    )  # of the same length: the index comes out as it was, with or without the record
     touch_later(tmp_path / "1.png")
     touch_later(tmp_path)
     source = open_images(str(tmp_path))
@@ -386,8 +388,8 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, write_image, monke
     assert "\n" not in str(error.value)
     source = open_images(str(tmp_path / "images"), path=str(tmp_path / "elsewhere/i.arrow"))
     assert names(source) == ["a.png"]
-    os.mkdir(bad_samples_path(source.index.path))  # nor can anything be marked; the run goes on
-    mark(source, 0)
+    os.mkdir(bad_samples_path(source.index.path))  # nor can a bad sample be recorded; the run goes on
+    record(source, 0)
     assert read_bad_samples(source.index) == {}
 
 
@@ -399,7 +401,7 @@ def many_rows(count):
 
 def test_an_index_is_small_and_opens_without_being_read(tmp_path):
     count, path = 70_000, str(tmp_path / "i.arrow")  # more than are written at a time
-    write_index(path, many_rows(count), root="/r", origin="/r", channels=3, class_names=map(str, range(54)))
+    write_index(path, Listing(many_rows(count), map(str, range(54)), {}, []), root="/r", origin="/r", channels=3)
     assert os.path.getsize(path) / count * 1_281_167 <= 250e6
     before = pa.total_allocated_bytes()
     tracemalloc.start()
@@ -407,7 +409,7 @@ def test_an_index_is_small_and_opens_without_being_read(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert pa.total_allocated_bytes() == before  # the columns are the file's own pages
-    assert peak < 2 * count + 100_000  # a byte of each row, its status, is looked at
+    assert peak < 2 * count + 100_000  # a byte of each row, its status, is read
     assert len(index) == count
     last = count - 1
     assert index.row(last) == next(row for row in many_rows(count) if row.mtime_ns == 10**18 + last)._replace(

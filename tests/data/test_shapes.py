@@ -1,4 +1,4 @@
-"""Made images: pure, balanced, with exact masks."""
+"""Generated images are pure, balanced, and have exact masks."""
 
 import os
 
@@ -49,7 +49,7 @@ def test_pixels_outside_the_mask_are_the_background(background):
 
 
 def crossing_number_mask(source, index, corners):
-    """Mask of a polygon, `corners` [n, 2] in units of the radius: each subpixel counts the edges to its right."""
+    """Return the mask of a polygon, `corners` [n, 2] in units of the radius, by counting edges."""
     parameters = source._parameters(index)
     radius = min(SIZE) * (1 + parameters.radius / 2) / 4
     centre_y = radius + parameters.y * (SIZE[0] - 2 * radius)
@@ -70,7 +70,7 @@ def crossing_number_mask(source, index, corners):
 
 
 def polygon(name):
-    """Corners on the unit circle (and the star's notches), in order."""
+    """Return the corners on the unit circle (and the star's notches), in order."""
     if name == "square":
         return np.sqrt(0.5) * np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
     if name == "triangle":
@@ -150,7 +150,7 @@ def test_background_colour_and_place_tell_nothing_of_the_label():
 
 
 @pytest.mark.parametrize("make", [ShapesSource, PhotosSource])
-def test_the_cache_holds_what_is_drawn(make, tmp_path, monkeypatch):
+def test_the_cache_holds_what_is_generated(make, tmp_path, monkeypatch):
     drawn, cached = make(2, 12, SIZE), make(2, 12, SIZE, cache_dir=str(tmp_path / "cache"))
     assert all((drawn.decode(index) == cached.decode(index)).all() for index in range(12))
     if make is ShapesSource:

@@ -1,4 +1,4 @@
-"""Tars: what is in them, and that they are a data set of their own."""
+"""Shards: their contents, and their use as a data set."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from ccmim_fast.data.index import indexed
 from ccmim_fast.data.index.decode import EXIF_ORIENTATION, decode
 from ccmim_fast.data.index.index_file import BESIDE
 from ccmim_fast.data.index.indexed import open_images
-from ccmim_fast.data.shard import smaller, write_shards
+from ccmim_fast.data.shard import shrink, write_shards
 from ccmim_fast.data.source import usable_count, usable_ids
 from ccmim_fast.data.stream.permutation import epoch_order
 from ccmim_fast.errors import ConfigError, DataError
@@ -23,7 +23,7 @@ BAD = ("00.jpg", "01.jpg", "02.jpg")
 
 @pytest.fixture
 def source(tmp_path, photo_folder, photograph, monkeypatch):
-    """The photographs; besides one that is turned by EXIF, one gray, one small, one that is no image."""
+    """Open the photographs with four more: one is turned by EXIF, one gray, one small, one no image."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = tmp_path / "photos"
     shutil.copytree(photo_folder, root)
@@ -37,26 +37,24 @@ def source(tmp_path, photo_folder, photograph, monkeypatch):
 
 
 def originals(source, seed=0):
-    """Ids of the source in the order of the tars."""
+    """Return the ids of the source in the order of the tars."""
     count = usable_count(source)
     return usable_ids(source, epoch_order(seed, 0, count, np.arange(count))).tolist()
 
 
 def test_bytes_are_copied_and_pixels_stay(source, tmp_path):
-    made = write_shards(source, str(tmp_path / "tars"), workers=2)
+    index, left_out = write_shards(source, str(tmp_path / "tars"), workers=2)
     tars = open_images(str(tmp_path / "tars"))
     order = originals(source)
     assert order != sorted(order)
-    assert len(tars) == 25 == len(made.index)
+    assert len(tars) == 25 == len(index)
     for number, original in enumerate(order):
         assert tars.encoded(number) == source.encoded(original)
         assert (tars.decode(number) == source.decode(original)).all()
         assert tars.index.row(number)[5:9] == source.index.row(original)[5:9]  # size, orientation, mode, plain
     assert tars.labels_N.tolist() == source.labels_N[order].tolist()
     assert tars.class_names == ("class0", "class1")
-    assert [(source.name(n)[-8:], reason) for n, reason in made.left_out] == [
-        ("text.jpg", "not an image that Pillow knows")
-    ]
+    assert [(source.name(n)[-8:], reason) for n, reason in left_out] == [("text.jpg", "not an image that Pillow knows")]
 
 
 def test_python_reads_them_as_webdataset_does(source, tmp_path):
@@ -80,10 +78,10 @@ def test_python_reads_them_as_webdataset_does(source, tmp_path):
         assert label == (f"{key}.cls", str(source.labels_N[order[number]]).encode())
 
 
-def test_larger_images_are_made_smaller(source, tmp_path):
-    made = write_shards(source, str(tmp_path / "tars"), side=SIDE, quality=95, workers=2)
+def test_larger_images_are_shrunk(source, tmp_path):
+    _, left_out = write_shards(source, str(tmp_path / "tars"), side=SIDE, quality=95, workers=2)
     tars = open_images(str(tmp_path / "tars"))
-    assert len(made.left_out) == 1
+    assert len(left_out) == 1
     for number, original in enumerate(originals(source)):
         size, before = tars.sizes_N2[number], source.sizes_N2[original]
         name = source.name(original)
@@ -104,7 +102,7 @@ def test_larger_images_are_made_smaller(source, tmp_path):
 
 def test_the_order_is_the_seeds(source, tmp_path):
     first, same, other = (
-        write_shards(source, str(tmp_path / name), seed=seed, workers=2).index
+        write_shards(source, str(tmp_path / name), seed=seed, workers=2)[0]
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
     )
     assert (tmp_path / "a/shard-000000.tar").read_bytes() == (tmp_path / "b/shard-000000.tar").read_bytes()
@@ -175,14 +173,14 @@ def test_what_went_bad_meanwhile_is_left_out_and_told(source, tmp_path):
         file.write(b"x" * 100)
     with open(cut, "rb+") as file:
         file.truncate(500)
-    made = write_shards(source, str(tmp_path / "tars"), workers=2)
-    assert len(made.index) == 22
-    reasons = {os.path.basename(source.name(number)): reason for number, reason in made.left_out}
+    index, left_out = write_shards(source, str(tmp_path / "tars"), workers=2)
+    assert len(index) == 22
+    reasons = {os.path.basename(source.name(number)): reason for number, reason in left_out}
     assert set(reasons) == {"text.jpg", *BAD}
     assert "No such file" in reasons["00.jpg"]
     assert "not an image" in reasons["01.jpg"]
     assert "when it was indexed" in reasons["02.jpg"]
-    keys = [made.index.location(number)[:9] for number in range(22)]
+    keys = [index.location(number)[:9] for number in range(22)]
     assert keys == [f"{number:09d}" for number in range(22)]
 
 
@@ -200,9 +198,9 @@ def test_a_folder_that_is_not_empty_is_refused(source, tmp_path):
 @pytest.mark.parametrize(("height", "width"), [(50, 80), (80, 50), (41, 41), (41, 1000)])
 def test_the_shorter_side_is_exact(height, width):
     image_HWC = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    made = decode(smaller(image_HWC, SIDE, 90), 3)
+    made = decode(shrink(image_HWC, SIDE, 90), 3)
     assert min(made.shape[:2]) == SIDE
     assert max(made.shape[:2]) == round(max(height, width) * SIDE / min(height, width))
-    gray = smaller(image_HWC[..., :1], SIDE, 90)
+    gray = shrink(image_HWC[..., :1], SIDE, 90)
     assert decode(gray, 1).shape == (*made.shape[:2], 1)
-    assert smaller(np.repeat(image_HWC[..., :1], 3, axis=2), SIDE, 90) == gray
+    assert shrink(np.repeat(image_HWC[..., :1], 3, axis=2), SIDE, 90) == gray

@@ -1,16 +1,15 @@
-"""Mean and standard deviation against numpy."""
+"""Mean and standard deviation equal NumPy's."""
 
 import numpy as np
 import pytest
 
-from ccmim_fast.data import stats as module
 from ccmim_fast.data.stats import measure_stats
 from ccmim_fast.data.stream.permutation import epoch_order
 from ccmim_fast.errors import DataError
 
 
 class Pictures:
-    """Noise of different sizes; no image but those in `bad` fails."""
+    """A source of noise of different sizes; the images in `bad` fail."""
 
     def __init__(self, samples, channels=3, bad=(), excluded=()):
         self.channels, self.bad, self.excluded_X = channels, set(bad), np.array(sorted(excluded), dtype=np.int64)
@@ -41,8 +40,7 @@ def check(found, wanted):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
-def test_all_pixels_of_all_images(channels, monkeypatch):
-    monkeypatch.setattr(module, "_BLOCK", 100)
+def test_all_pixels_of_all_images(channels):
     source = Pictures(20, channels, excluded=[3, 19])
     found = measure_stats(source, 1000, workers=2)
     assert found.images == 18

@@ -76,10 +76,10 @@ def test_unusable_tables_are_told(tmp_path, kind):
     (tmp_path / f"folder.{kind}").mkdir()
     pq.write_table(image_table([encode(0)]).replace_schema_metadata({"huggingface": "{"}), tmp_path / "meta.parquet")
     source = open_images(str(tmp_path))
-    told = {os.path.basename(path): reason for path, reason in source.index.notes}
-    assert told.keys() == {"numbers.feather", f"cut.{kind}", f"empty.{kind}", f"folder.{kind}"}
-    assert "no column of bytes among x" in told["numbers.feather"]
-    assert "\n" not in "".join(told.values())
+    reasons = {os.path.basename(path): reason for path, reason in source.index.notes}
+    assert reasons.keys() == {"numbers.feather", f"cut.{kind}", f"empty.{kind}", f"folder.{kind}"}
+    assert "no column of bytes among x" in reasons["numbers.feather"]
+    assert "\n" not in "".join(reasons.values())
     assert usable_count(source) == 3
     with pytest.raises(DataError, match=r"no image in .*cut.*: 1 skipped, the first '.*cut\..*is no table of images"):
         open_images(f"{tmp_path}/cut.{kind}")

@@ -164,9 +164,9 @@ def test_patterns(tmp_path):
 
 def test_only_changed_tars_are_read_again(tmp_path, monkeypatch):
     read, listed = [], []
-    header, members = scan.read_header, scan.read_members
+    header, members = scan.read_header, scan.list_tar
     monkeypatch.setattr(scan, "read_header", lambda *args: (read.append(1), header(*args))[1])
-    monkeypatch.setattr(scan, "read_members", lambda file, *args: (listed.append(file.name), members(file, *args))[1])
+    monkeypatch.setattr(scan, "list_tar", lambda file, *args: (listed.append(file.name), members(file, *args))[1])
     for name in "bd":
         write_tar(tmp_path / f"{name}.tar", [(f"{name}{i}/x.png", encode(i)) for i in range(2)])
     assert open_images(str(tmp_path)).class_names == ("b0", "b1", "d0", "d1")
@@ -197,18 +197,18 @@ def test_a_tar_that_changes_later_is_named(tmp_path):
 
 
 def test_an_index_beside_tars_is_no_table_and_never_overwritten(tmp_path, photo_folder):
-    made = write_shards(open_images(str(photo_folder)), str(tmp_path / "shards"))
+    index, _ = write_shards(open_images(str(photo_folder)), str(tmp_path / "shards"))
     beside = tmp_path / "shards" / BESIDE
-    written, labels = beside.read_bytes(), made.index.labels_N.tolist()
+    written, labels = beside.read_bytes(), index.labels_N.tolist()
     assert open_images(str(tmp_path / "shards")).index.path == str(beside)
     gray = open_images(str(tmp_path / "shards"), channels=1)
-    assert len(gray) == len(made.index) == 22
+    assert len(gray) == len(index) == 22
     assert len(gray.excluded_X) == 0
     assert beside.read_bytes() == written
     beside.unlink()  # the old one is still mapped
     beside.write_bytes(b"damaged")
     source = open_images(str(tmp_path / "shards"))
-    assert source.index.containers == made.index.containers
+    assert source.index.containers == index.containers
     assert source.labels_N.tolist() == labels
 
 

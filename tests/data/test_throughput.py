@@ -1,4 +1,4 @@
-"""What `ccmim data bench` measures: which figures, never how high they are."""
+"""The figures of `ccmim data bench`: which there are, never how high they are."""
 
 import numpy as np
 import pytest

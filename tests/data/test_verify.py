@@ -1,4 +1,4 @@
-"""Verifying: what only decoding finds, resuming, decoders that crash."""
+"""The check of an index: damage that only decoding finds, resuming, decoders that crash."""
 
 import json
 import os
@@ -19,7 +19,7 @@ CUT = "02.jpg"
 
 @pytest.fixture
 def folder(tmp_path, photo_folder, monkeypatch):
-    """A copy of the photographs in which one is cut behind its header, one is no image and one is gray."""
+    """Return a copy of the photographs in which one is cut behind its header, one is no image and one is gray."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = tmp_path / "photos"
     shutil.copytree(photo_folder, root)
@@ -94,7 +94,7 @@ def test_again_decodes_what_was_decoded_or_failed(folder, photograph):
     damaged.write_bytes(damaged.read_bytes()[:700])
     found = verify(Index(source.index.path), processes=1)
     assert cut in dict(found.bad)
-    # The repaired file has another length than when it was indexed, so it is looked at first.
+    # The repaired file has another length than when it was indexed, so its header is read first.
     repaired = open_images(str(folder), rescan=True)
     assert repaired.index.status_N[cut] == INDEXED
     found = verify(repaired.index, processes=1, again=True)
@@ -105,7 +105,7 @@ def test_again_decodes_what_was_decoded_or_failed(folder, photograph):
     assert index.reason(cut) == ""
 
 
-def test_marks_of_a_run_are_looked_at_and_removed(folder):
+def test_bad_samples_of_a_run_are_decoded_and_their_records_removed(folder):
     source = open_images(str(folder))
     verify(source.index, processes=1)
     source = open_images(str(folder))

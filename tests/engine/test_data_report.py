@@ -13,7 +13,7 @@ from tiny import TINY
 from ccmim_fast.data.stream.torch_loader import TorchLoader
 from ccmim_fast.data.throughput import StageTimes
 from ccmim_fast.engine import data_report
-from ccmim_fast.engine.loop import fit
+from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.errors import DataError
 
 

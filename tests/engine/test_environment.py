@@ -13,7 +13,7 @@ from tiny import tiny_config
 from ccmim_fast.data.stream import dali_loader
 from ccmim_fast.engine.build import build_step
 from ccmim_fast.engine.dry_run import synthetic_batch
-from ccmim_fast.engine.loop import fit
+from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.ranks.session import Session
 
 STEPS = 20

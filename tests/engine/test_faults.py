@@ -17,7 +17,7 @@ from ccmim_fast.data.stream import dali_loader
 from ccmim_fast.engine import compile as compiled
 from ccmim_fast.engine.build import build_step
 from ccmim_fast.engine.dry_run import synthetic_batch
-from ccmim_fast.engine.loop import fit
+from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.ranks.session import Session
 
 CPU = Session(0, 1, torch.device("cpu"))
@@ -26,7 +26,7 @@ CPU = Session(0, 1, torch.device("cpu"))
 @pytest.fixture(autouse=True)
 def no_counting(monkeypatch):
     """The FLOP counter takes a step of its own before the run."""
-    monkeypatch.setattr("ccmim_fast.engine.loop.count_flops", lambda step: {})
+    monkeypatch.setattr("ccmim_fast.engine.pretraining.count_flops", lambda step: {})
 
 
 def config_for(tmp_path, **sections):

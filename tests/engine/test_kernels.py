@@ -9,13 +9,14 @@ from tiny import images, tiny_config
 from ccmim_fast.build.model import build_model, build_objective
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine import build as trainer_build
-from ccmim_fast.engine.loop import fit
+from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.engine.step import TrainStep
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.optim.optimizer import build_optimizer
-from ccmim_kernels import dispatch, launch
+from ccmim_kernels import dispatch
+from ccmim_kernels.triton_impl.launch import recorded
 
 
 def losses_of(kernels: str, device: torch.device, steps: int, **sections) -> torch.Tensor:
@@ -46,7 +47,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_training_converges_alike(case, device):
     """32 steps with kernels and with references: the same loss curve to 1e-5, falling."""
-    with launch.recorded(run=True) as launches:
+    with recorded(run=True) as launches:
         ours = losses_of("triton", device, 32, **CASES[case])
     reference = losses_of("reference", device, 32, **CASES[case])
     assert launches
@@ -57,19 +58,19 @@ def test_training_converges_alike(case, device):
 
 
 def test_the_step_runs_every_op_as_a_kernel(device):
-    with launch.recorded(run=True) as launches:
+    with recorded(run=True) as launches:
         losses_of("triton", device, 1, score={"source": "all"})
     names = {launch.kernel.__name__ for launch in launches}
     assert names >= {
-        "cls_row_kernel",
-        "divide_tokens_kernel",
-        "scatter_tokens_kernel",
-        "restore_tokens_kernel",
-        "mask_token_gradient_kernel",
-        "gather_tokens_kernel",
-        "masked_patch_loss_kernel",
+        "ccmim_cls_row_kernel",
+        "ccmim_divide_tokens_kernel",
+        "ccmim_scatter_tokens_kernel",
+        "ccmim_restore_tokens_kernel",
+        "ccmim_mask_token_gradient_kernel",
+        "ccmim_gather_tokens_kernel",
+        "ccmim_masked_patch_loss_kernel",
     }
-    with launch.recorded(run=True) as launches:
+    with recorded(run=True) as launches:
         losses_of("reference", device, 1)
     assert not launches
 

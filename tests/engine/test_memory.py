@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny import TINY, tiny_config
 
-from ccmim_fast.engine.loop import fit
 from ccmim_fast.engine.memory import extrapolated, largest, with_largest_batch
+from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.engine.step import TrainStep
 from ccmim_fast.errors import MachineError
 from ccmim_fast.ranks.session import Session
@@ -54,7 +54,7 @@ class Card:
 @pytest.fixture(autouse=True)
 def no_counting(monkeypatch):
     """The FLOP counter takes a step of its own before the run."""
-    monkeypatch.setattr("ccmim_fast.engine.loop.count_flops", lambda step: {})
+    monkeypatch.setattr("ccmim_fast.engine.pretraining.count_flops", lambda step: {})
 
 
 def config_for(tmp_path, **train):

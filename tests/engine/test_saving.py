@@ -4,7 +4,7 @@ import pytest
 from tiny import tiny_config
 
 from ccmim_fast.checkpoints import io
-from ccmim_fast.engine.loop import fit
+from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.errors import CheckpointError
 
 

@@ -15,7 +15,7 @@ from tiny import tiny_config
 
 from ccmim_fast.checkpoints import io
 from ccmim_fast.engine.health import Spikes, is_collapsed, spread
-from ccmim_fast.engine.loop import Trainer, fit
+from ccmim_fast.engine.pretraining import Pretraining, fit
 from ccmim_fast.errors import NumericsError, StoppedError
 from ccmim_fast.ranks.signals import StopSignals
 from ccmim_fast.runs.state import read_state
@@ -24,7 +24,7 @@ from ccmim_fast.runs.state import read_state
 @pytest.fixture(autouse=True)
 def no_counting(monkeypatch):
     """The FLOP counter takes a pass of its own before the run."""
-    monkeypatch.setattr("ccmim_fast.engine.loop.count_flops", lambda step: {})
+    monkeypatch.setattr("ccmim_fast.engine.pretraining.count_flops", lambda step: {})
 
 
 def config_for(folder, **sections):
@@ -92,17 +92,17 @@ def test_after_three_in_a_row_the_run_goes_on_from_the_last_checkpoint_past_thei
 
 def test_spoiled_weights_are_left_behind(tmp_path):
     """The cause is in the weights from step 6 on; and the optimizer's moments are not those of the spoiled run."""
-    train = Trainer._train
+    train = Pretraining.train
 
-    def spoiling(self, batches):
-        if self.step + 1 == 6:
+    def spoiling(self, batches, step, seen):
+        if step + 1 == 6:
             with torch.no_grad():
                 self.model.encoder.blocks[0].mlp.fc1.weight[0, 0] = float("nan")
                 for state in self.train_step.optimizer.state.values():
                     state["exp_avg"].fill_(1e9)
-        return train(self, batches)
+        return train(self, batches, step, seen)
 
-    with patch.object(Trainer, "_train", spoiling):
+    with patch.object(Pretraining, "train", spoiling):
         fit(config_for(tmp_path))
     assert [record["to"] for record in records(tmp_path, "went_back")] == [4]
     assert [record["at"] for record in records(tmp_path, "skipped_step")] == [6, 7, 8]

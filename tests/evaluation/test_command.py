@@ -11,14 +11,15 @@ from timm.layers import resample_abs_pos_embed
 from tiny import tiny_config
 
 from ccmim_fast import cli
+from ccmim_fast.checkpoints import open_run
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.load import presets
-from ccmim_fast.engine.loop import fit
-from ccmim_fast.evaluation.encoders import build_encoder, read_weights
+from ccmim_fast.engine.pretraining import fit
+from ccmim_fast.evaluation.encoders import build_encoder, read_encoder
 from ccmim_fast.evaluation.masks.subject import read_subject
-from ccmim_fast.evaluation.protocols import FIGURES, protocol
+from ccmim_fast.evaluation.protocols import protocol
+from ccmim_fast.evaluation.registry import EVALUATIONS
 from ccmim_fast.export.plain import export_timm
-from ccmim_fast.export.trained import read_trained
 from ccmim_fast.models.encoder import build_encoder as ours
 
 CHANCE, MARGIN = 1 / 3, 0.25
@@ -39,9 +40,9 @@ def test_logreg_beats_chance(evaluated):
 
 def test_random_labels_are_at_chance(evaluated, monkeypatch):
     """What beats chance above is what the features know, not a leak of labels."""
-    from ccmim_fast.data.made import shapes
+    from ccmim_fast.data.made import base
 
-    monkeypatch.setattr(shapes, "balanced_labels", lambda seed, n, k: torch.randint(k, (n,)).numpy())
+    monkeypatch.setattr(base, "balanced_labels", lambda seed, n, k: torch.randint(k, (n,)).numpy())
     figures = evaluated("knn", "--knn.k=[10]")["figures"]
     assert abs(figures["k=10"] - CHANCE) < 0.15
 
@@ -64,7 +65,7 @@ def test_deviations_are_listed_and_only_those(evaluated, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", [name for name in presets("eval") if not name.startswith(("transfer", "detection"))])
 def test_presets_hold_the_figures_of_their_protocols(name):
-    of = protocol(next(evaluation for evaluation in FIGURES if name.startswith(evaluation)), name)
+    of = protocol(next(evaluation for evaluation in EVALUATIONS if name.startswith(evaluation)), name)
     assert of.source
     assert of.images == PUBLISHED.get(of.evaluation, IMAGENET)
     optim, train = of.config.optim, of.config.train
@@ -112,13 +113,13 @@ def run(tmp_path_factory):
 
 
 def test_a_run_and_its_checkpoint_and_its_export_are_the_same_encoder(run, tmp_path):
-    [exported] = export_timm(read_trained(str(run)), tmp_path / "e.safetensors")
+    [exported] = export_timm(open_run(str(run)), tmp_path / "e.safetensors")
     checkpoint = next((run / "checkpoints").glob("step_*"))
     pixels = torch.randn(2, 3, 32, 32)
     weights = [
-        read_weights(str(run)),
-        read_weights(str(checkpoint)),
-        read_weights(str(exported), "vit_tiny_patch16_224"),
+        read_encoder(str(run)),
+        read_encoder(str(checkpoint)),
+        read_encoder(str(exported), "vit_tiny_patch16_224"),
     ]
     of_run, of_checkpoint, of_export = (
         build_encoder(w, (32, 32), num_heads=6).eval().forward_features(pixels) for w in weights
@@ -138,7 +139,7 @@ def test_maes_file_and_other_sizes(tmp_path):
     )
     flat = vit.state_dict() | {"mask_token": torch.zeros(1, 1, 8), "decoder_blocks.0.norm1.weight": torch.zeros(8)}
     torch.save({"model": flat}, tmp_path / "mae.pth")
-    weights = read_weights(str(tmp_path / "mae.pth"), "vit_tiny_patch16_224")
+    weights = read_encoder(str(tmp_path / "mae.pth"), "vit_tiny_patch16_224")
     pixels = torch.randn(2, 3, 32, 32)
     read = build_encoder(weights, (32, 32), num_heads=3).eval()
     torch.testing.assert_close(read.forward_features(pixels), vit.eval().forward_features(pixels))
@@ -153,9 +154,9 @@ def test_maes_file_and_other_sizes(tmp_path):
 def test_positions_stay_where_the_run_had_them(told_by, any_size, tmp_path):
     """A run of 2 x 8 patches, read at as many in a square, at its transpose, and at other numbers."""
     tiny_run(tmp_path / "run", (16, 64))
-    trained = read_trained(str(tmp_path / "run"))
+    trained = open_run(str(tmp_path / "run"))
     [exported] = export_timm(trained, tmp_path / "e.safetensors")
-    weights = read_weights(str({"run": tmp_path / "run", "export": exported}[told_by]))
+    weights = read_encoder(str({"run": tmp_path / "run", "export": exported}[told_by]))
     assert told_by == "run" or read_subject(str(exported), ["--decoder.depth=1"]).config.data.image_size == (16, 64)
     own = trained.model.encoder.pos_embed
     for rows, columns in ((2, 8), (4, 4), (8, 2), (7, 7)):
@@ -170,8 +171,8 @@ def test_positions_stay_where_the_run_had_them(told_by, any_size, tmp_path):
 def test_positions_are_not_resampled_by_the_size_of_timms_weights(tmp_path):
     """7 x 28 patches of 16 pixels are as many as 14 x 14, timm's own: they are no square for that."""
     tiny_run(tmp_path / "run", (112, 448), patch_size=16)
-    vit = build_encoder(read_weights(str(tmp_path / "run")), (112, 448))
-    assert torch.equal(vit.pos_embed, read_trained(str(tmp_path / "run")).model.encoder.pos_embed)
+    vit = build_encoder(read_encoder(str(tmp_path / "run")), (112, 448))
+    assert torch.equal(vit.pos_embed, open_run(str(tmp_path / "run")).model.encoder.pos_embed)
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,12 @@ from ccmim_fast.checkpoints import io
 from ccmim_fast.config.evaluation import DetectConfig, EvalConfig, EvalDataConfig, EvalTrainConfig
 from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.errors import DataError
-from ccmim_fast.evaluation.detection import open_images, training
-from ccmim_fast.evaluation.detection.batches import Batches, share_to_test
+from ccmim_fast.evaluation.detection import run
+from ccmim_fast.evaluation.detection.batches import ObjectLoader, share_to_test
+from ccmim_fast.evaluation.detection.instances import ShapesInstances
 from ccmim_fast.evaluation.detection.precision import average_precision
-from ccmim_fast.evaluation.detection.shapes import ShapesInstances
 from ccmim_fast.evaluation.protocols import protocol
+from ccmim_fast.ranks.session import Session
 
 pytest.importorskip("torchmetrics")
 pytest.importorskip("faster_coco_eval")
@@ -91,7 +92,7 @@ def test_goes_on_bit_for_bit(evaluated, tmp_path):
     evaluated("detection", *more, "--train.max_steps=2", folder="parts")
     evaluated("detection", *more, "--run.resume=auto", folder="parts")
     whole, parts = (io.newest(tmp_path / folder / "checkpoints").state for folder in ("whole", "parts"))
-    assert whole["step"] == parts["step"] == 6
+    assert whole["progress"]["step"] == parts["progress"]["step"] == 6
     for key in ("model", "optimizer"):
         torch.testing.assert_close(parts[key], whole[key], rtol=0, atol=0)
     losses = [
@@ -143,8 +144,8 @@ def job_of(root, workers=1, source="shapes"):
     data = EvalDataConfig(source=source, root=str(root), image_size=(32, 32), samples=8, classes=3, workers=workers)
     settings = EvalTrainConfig(batch_size=4, accumulate=2)
     config = EvalConfig(data=data, train=settings, detect=DetectConfig(short_sides=(24, 32, 40)))
-    train, test = open_images(config, (0.5,) * 3, (0.25,) * 3)
-    here = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
+    train, test = run.open_images(config, (0.5,) * 3, (0.25,) * 3)
+    here = Session(0, 1, torch.device("cpu"))
     weights = SimpleNamespace(mean=(0.5,) * 3)
     return SimpleNamespace(config=config, here=here, train=train, test=test, weights=weights)
 
@@ -166,8 +167,8 @@ def test_who_finds_everything_where_it_lies_in_the_original_is_right(coco, monke
             )
         return answers
 
-    monkeypatch.setattr(training, "detect", oracle)
-    assert set(average_precision(training.found_in_share(None, job)).values()) == {1.0}
+    monkeypatch.setattr(run, "detect", oracle)
+    assert set(average_precision(run.found_in_share(None, job)).values()) == {1.0}
     assert asked == [tuple(size) for size in SIZES]
 
 
@@ -185,9 +186,9 @@ def test_a_bad_image_is_told_as_it_is(coco, workers):
 def test_draws_are_of_seed_epoch_and_image(cache, workers):
     """Not of the place the stream is taken up at, nor of the process that prepares the image."""
     job = job_of(cache)
-    stream = Batches(job).stream(0)
+    stream = ObjectLoader(job).stream(0)
     whole = [next(stream) for _ in range(8)]
-    later = Batches(job_of(cache, workers)).stream(4)
+    later = ObjectLoader(job_of(cache, workers)).stream(4)
     for expected in whole[2:]:
         got = next(later)
         for one, other in zip(expected.images, got.images):

@@ -8,9 +8,8 @@ from torch import nn
 from torchvision.models.detection.image_list import ImageList
 
 from ccmim_fast.config.evaluation import EvalOptimConfig
+from ccmim_fast.evaluation.detection.backbone import LEVELS, Backbone, Windowed, strides, use_windows_
 from ccmim_fast.evaluation.detection.detector import build_detector, build_optimizer, detect
-from ccmim_fast.evaluation.detection.pyramid import LEVELS, Backbone, strides
-from ccmim_fast.evaluation.detection.windows import Windowed, use_windows_
 from ccmim_fast.evaluation.encoders import OUTPUTS, QUARTERS, out_indices
 
 KINDS = ("fpn", "simple")

@@ -6,8 +6,8 @@ import torch
 from torchvision.ops import masks_to_boxes
 
 from ccmim_fast.config.evaluation import DetectConfig, EvalConfig, EvalDataConfig
+from ccmim_fast.evaluation.detection.batches import ForTesting, ForTraining
 from ccmim_fast.evaluation.detection.instances import Instances
-from ccmim_fast.evaluation.detection.transforms import ForTesting, ForTraining
 
 MEAN = (0.5, 0.25, 1.0)
 

@@ -19,7 +19,7 @@ from ccmim_fast.cli import main
 from ccmim_fast.config.load import from_yaml
 from ccmim_fast.data.build import build_source
 from ccmim_fast.data.index.indexed import open_images
-from ccmim_fast.engine.loop import fit
+from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.evaluation.masks import scored
 from ccmim_fast.evaluation.masks.metrics import object_patches
 from ccmim_fast.evaluation.masks.objects import MaskFolder

@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_config
 
 from ccmim_fast.cli import main
-from ccmim_fast.engine.loop import fit
+from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.evaluation.masks import objects
 from ccmim_fast.evaluation.masks.metrics import object_leakage, object_patches, score_auroc
 from ccmim_fast.evaluation.masks.objects import object_figures
@@ -22,7 +22,7 @@ SETTINGS += ["--train.precision=fp32", "--train.device=cpu", "--run.log_every=1"
 @pytest.fixture(autouse=True)
 def no_counting(monkeypatch):
     """The FLOP counter takes a pass of its own before the run."""
-    monkeypatch.setattr("ccmim_fast.engine.loop.count_flops", lambda step: {})
+    monkeypatch.setattr("ccmim_fast.engine.pretraining.count_flops", lambda step: {})
 
 
 def records(folder):

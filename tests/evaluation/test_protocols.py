@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ccmim_fast.checkpoints.published import Weights
 from ccmim_fast.config.load import presets
-from ccmim_fast.evaluation.encoders import IMAGENET, Weights, read_weights
+from ccmim_fast.evaluation.encoders import IMAGENET, read_encoder
 from ccmim_fast.evaluation.images import Images
 from ccmim_fast.evaluation.protocols import deviations, protocol
 
@@ -44,7 +45,7 @@ def of_size(width, patch):
         "patch_embed.proj.weight": torch.zeros(width, 3, patch, patch),
         "blocks.0.norm1.weight": torch.zeros(width),
     }
-    return Weights("a.pth", "x", tensors, 0, *IMAGENET)
+    return Weights("a.pth", tensors, "x", 0, *IMAGENET)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -65,7 +66,7 @@ def test_figures_are_of_one_encoder(name):
     ],
 )
 def test_initial_weights_have_an_encoder_too(arch, expected):
-    assert found("finetune", read_weights(f"timm:{arch}")) == expected
+    assert found("finetune", read_encoder(f"timm:{arch}")) == expected
 
 
 @pytest.mark.parametrize("name", [name for name in presets("eval") if name not in PRESETS])

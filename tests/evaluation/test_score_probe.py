@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from tiny import tiny_config
 
-from ccmim_fast.engine.loop import fit
+from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.evaluation.masks.metrics import object_patches, score_auroc
 from ccmim_fast.evaluation.masks.score_probe import probe_scores
 

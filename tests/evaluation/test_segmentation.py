@@ -20,7 +20,7 @@ from ccmim_fast.checkpoints import io
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.errors import DataError
 from ccmim_fast.evaluation.protocols import protocol
-from ccmim_fast.evaluation.segmentation import upernet
+from ccmim_fast.evaluation.segmentation import model
 from ccmim_fast.evaluation.segmentation.scenes import shape_scenes
 
 SMALL = [
@@ -52,7 +52,7 @@ def test_goes_on_bit_for_bit(evaluated, tmp_path):
     evaluated("segmentation", *FEW, "--train.steps=6", "--train.max_steps=3", folder="parts")
     parts = evaluated("segmentation", *FEW, "--train.steps=6", "--resume=auto", folder="parts")
     states = [io.newest(tmp_path / folder / "checkpoints").state for folder in ("whole", "parts")]
-    assert [state["step"] for state in states] == [6, 6]
+    assert [state["progress"]["step"] for state in states] == [6, 6]
     for key in ("model", "optimizer"):
         torch.testing.assert_close(states[1][key], states[0][key], rtol=0, atol=0)
     losses = [
@@ -152,7 +152,7 @@ def test_mistakes_are_one_line(settings, code, words, encoder, shared_settings, 
 
 
 def test_a_missing_library_is_named_with_its_command(encoder, shared_settings, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(upernet, "_PACKAGE", "segmentation_models_that_nobody_has")
+    monkeypatch.setattr(model, "_PACKAGE", "segmentation_models_that_nobody_has")
     line = ["eval", "segmentation", str(encoder), *shared_settings, *SMALL, f"--run.dir={tmp_path / 'out'}"]
     assert cli.main([*line, "--data.samples=30", "--train.max_steps=1"]) == 6
     error = capsys.readouterr().err

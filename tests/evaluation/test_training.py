@@ -50,7 +50,7 @@ def test_goes_on_bit_for_bit(evaluated, tmp_path, name):
     evaluated(name, *more, "--train.max_steps=4", folder="parts")
     evaluated(name, *more, "--resume=auto", folder="parts")
     whole, parts = (io.newest(tmp_path / folder / "checkpoints").state for folder in ("whole", "parts"))
-    assert whole["step"] == parts["step"] == 10
+    assert whole["progress"]["step"] == parts["progress"]["step"] == 10
     for key in ("model", "optimizer"):
         torch.testing.assert_close(parts[key], whole[key], rtol=0, atol=0, equal_nan=True)
     lines = [
@@ -73,7 +73,7 @@ def test_processes_that_augment_change_nothing(evaluated, tmp_path):
 
 def test_another_setting_is_refused(evaluated):
     evaluated("attentive", *SHORT, "--train.epochs=1")
-    with pytest.raises(ConfigError, match=r"optim.base_lr=0.5: the checkpoint has 0.0125; use that, or --overwrite"):
+    with pytest.raises(ConfigError, match=r"optim.base_lr=0.5: the checkpoint has 0.0125; use that, or --allow-change"):
         evaluated("attentive", *SHORT, "--train.epochs=1", "--resume=auto", "--optim.base_lr=0.5")
 
 

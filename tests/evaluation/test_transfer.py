@@ -18,7 +18,7 @@ from ccmim_fast.config.keys import flatten
 from ccmim_fast.errors import DataError
 from ccmim_fast.evaluation import finetune
 from ccmim_fast.evaluation.protocols import protocol
-from ccmim_fast.evaluation.supervised import Training
+from ccmim_fast.evaluation.supervised import Supervised
 from ccmim_fast.optim.ema import averaged_in, build_ema, update_ema_
 
 CHANCE, MARGIN = 1 / 3, 0.25
@@ -41,7 +41,7 @@ def test_beats_chance(evaluated, trees, source, decay, precision):
 
     In half precision too, where autocast keeps weights that it has cast.
     """
-    more = [f"--data.source={source}", f"--data.root={trees[source]}", "--train.epochs=4", f"--optim.ema={decay}"]
+    more = [f"--data.source={source}", f"--data.root={trees[source]}", "--train.epochs=6", f"--optim.ema={decay}"]
     result = evaluated("transfer", *SHORT, *more, f"--train.precision={precision}")
     found, averaged = result["figures"]["accuracy"], result["figures"]["accuracy, averaged weights"]
     assert found > CHANCE + MARGIN
@@ -91,11 +91,11 @@ def test_presets():
 def repeated(trees, tmp_path, **changes):
     """Training images of one epoch in their order, (images [N, C, H, W], labels [N]), and the ids of their samples."""
     config, job = job_of(trees, tmp_path, **changes)
-    batches = finetune.Batches(job)
+    batches = finetune.AugmentedLoader(job)
     count = 300 // config.train.batch_size
     stream = batches.stream(0)
     parts = [next(stream) for _ in range(count)]
-    shown = batches._plan.micro_batches(0)
+    shown = batches.plan.micro_batches(0)
     ids = np.concatenate([next(shown).ids_B for _ in range(count)])
     return torch.cat([images for images, _ in parts]), ids
 
@@ -103,7 +103,7 @@ def repeated(trees, tmp_path, **changes):
 def job_of(trees, tmp_path, data_changes=(), **changes):
     from dataclasses import replace
 
-    from ccmim_fast.evaluation.encoders import read_weights
+    from ccmim_fast.evaluation.encoders import read_encoder
     from ccmim_fast.evaluation.images import open_both
     from ccmim_fast.evaluation.job import Job
     from ccmim_fast.ranks.session import open_session
@@ -113,7 +113,7 @@ def job_of(trees, tmp_path, data_changes=(), **changes):
     train = replace(config.train, batch_size=60, device="cpu", precision="fp32")
     augment = replace(config.augment, mixup=0.0, cutmix=0.0, **changes)
     config = replace(config, data=data, train=train, augment=augment)
-    weights = read_weights("timm:test_vit")
+    weights = read_encoder("timm:test_vit")
     with open_session("cpu", 1.0) as here:
         return config, Job(config, here, tmp_path, weights, *open_both(config, weights.mean, weights.std))
 
@@ -128,7 +128,7 @@ def test_a_bad_image_is_told_as_it_is(trees, tmp_path, monkeypatch, workers):
 
     monkeypatch.setattr(job.train.source, "decode", decode)
     with pytest.raises(DataError, match=r"\A7\.png: damaged; data\.on_error=skip goes on without it\Z"):
-        next(finetune.Batches(job).stream(0))
+        next(finetune.AugmentedLoader(job).stream(0))
 
 
 def test_every_repeat_is_another_picture(trees, tmp_path):
@@ -152,7 +152,7 @@ def test_goes_on_bit_for_bit(evaluated, trees, tmp_path):
     evaluated("transfer", *more, "--train.max_steps=4", folder="parts")
     evaluated("transfer", *more, "--resume=auto", folder="parts")
     whole, parts = (io.newest(tmp_path / folder / "checkpoints").state for folder in ("whole", "parts"))
-    assert whole["step"] == parts["step"] == 6
+    assert whole["progress"]["step"] == parts["progress"]["step"] == 6
     for key in ("model", "optimizer", "ema"):
         torch.testing.assert_close(parts[key], whole[key], rtol=0, atol=0)
     figures = [json.loads((tmp_path / folder / "result.json").read_text())["figures"] for folder in ("whole", "parts")]
@@ -161,13 +161,13 @@ def test_goes_on_bit_for_bit(evaluated, trees, tmp_path):
 
 def test_the_average_is_that_of_the_weights_of_all_steps(evaluated, tmp_path, monkeypatch):
     """By hand, in float64, from the weights before the run and after each step."""
-    seen, train = [], Training._train
+    seen, train = [], Supervised.train
 
-    def watched(self, micro_batches):
-        seen.append({name: p.detach().double().clone() for name, p in self.learner.module.named_parameters()})
-        train(self, micro_batches)
+    def watched(self, batches, step, count):
+        seen.append({name: p.detach().double().clone() for name, p in self.model.named_parameters()})
+        return train(self, batches, step, count)
 
-    monkeypatch.setattr(Training, "_train", watched)
+    monkeypatch.setattr(Supervised, "train", watched)
     evaluated("transfer", *SHORT, "--optim.ema=0.6", "--train.epochs=2")
     state = io.newest(tmp_path / "out" / "checkpoints").state
     average, *later = [*seen, {name: state["model"][name].double() for name in seen[0]}]

@@ -7,10 +7,10 @@ from made_run import make_run
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
-from ccmim_fast.checkpoints import io
+from ccmim_fast.checkpoints import io, open_run
 from ccmim_fast.checkpoints.convert import to_flat, to_timm
 from ccmim_fast.cli import main
-from ccmim_fast.export.trained import read_trained
+from ccmim_fast.export.about import method
 
 ARCH = "vit_tiny_patch16_224"
 SQUARE = {"image_size": (32, 32)}
@@ -36,12 +36,12 @@ def test_flat_layout(tmp_path, contrast, capsys):
     out = tmp_path / "run"
     assert main(["import", str(tmp_path / "file.pth"), "--arch", ARCH, "--out", str(out), *HEADS]) == 0
     assert "starts anew" not in capsys.readouterr().out
-    trained = read_trained(str(out))
+    trained = open_run(str(out))
     same(trained.model.state_dict(), model.state_dict())
     assert trained.config.contrast.loss == contrast
     assert trained.config.data.image_size == (32, 32)
     assert trained.config.decoder.depth == 2
-    assert trained.method == ("MAE" if contrast == "none" else "ccMIM")
+    assert method(trained.config) == ("MAE" if contrast == "none" else "ccMIM")
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
@@ -52,7 +52,7 @@ def test_timm_encoder(tmp_path, capsys, suffix):
     assert main(["import", str(file), "--arch", ARCH, "--out", str(tmp_path / "run"), *HEADS]) == 0
     assert capsys.readouterr().out.endswith("step_00000000; not in the file, starts anew: decoder, projector\n")
     expected = {name: value for name, value in vit.state_dict().items() if not name.startswith("head.")}
-    same(to_timm(read_trained(str(tmp_path / "run")).model.state_dict()), expected)
+    same(to_timm(open_run(str(tmp_path / "run")).model.state_dict()), expected)
 
 
 def test_an_export_comes_back(tmp_path):

@@ -13,8 +13,7 @@ from ccmim_fast.models.scores import AllBlocks, Bank, FirstBlock, OneBlock, can_
 from ccmim_fast.models.tokens import prefix_tokens
 from ccmim_fast.profile.meter import flop_counter
 from ccmim_fast.registry import SCORE_SOURCES
-from ccmim_kernels import divide_tokens
-from ccmim_kernels.divide_tokens.reference import folded_logits
+from ccmim_kernels import divide_tokens, folded_logits
 
 
 def eq4_by_loops(block, tokens_TD):

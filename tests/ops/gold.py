@@ -1,4 +1,4 @@
-"""The one criterion of accuracy: the reference in float64 is gold, a kernel may err twice as much as eager PyTorch."""
+"""This module holds the one criterion of accuracy: a kernel may err twice as much as eager PyTorch; float64 is gold."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def assert_close_to_gold(ours: Tensor, eager: Tensor, gold: Tensor, what: str) -> None:
-    """max|ours - gold| <= max(2 * max|eager - gold|, eps * max|gold|), eps of our dtype; NaN fails.
+    """Assert max|ours - gold| <= max(2 * max|eager - gold|, eps * max|gold|), eps of our dtype; NaN fails.
 
     Args:
         ours: of the kernel.

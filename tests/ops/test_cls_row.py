@@ -1,4 +1,4 @@
-"""`cls_row` against loops over heads and tokens."""
+"""`cls_row` equals loops over heads and tokens."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from ops.gold import DTYPES, compare
 
 from ccmim_kernels import cls_row
-from ccmim_kernels.cls_row import op
+from ccmim_kernels.cls_row import _cls_row
 
 
 def row_by_loops(q, k, prefix, kind, scale):
@@ -56,6 +56,8 @@ def test_errors():
 SHAPES = [(2, 197, 1, 12, 64), (3, 16, 5, 3, 7), (1, 2, 1, 1, 1), (1, 1025, 1, 2, 64), (1, 9, 1, 1, 300)]
 
 
+@pytest.mark.fault("softmax over the padding too", 'row = tl.where(valid, row, float("-inf"))', "row = row")
+@pytest.mark.fault("sum over heads, not mean", "total + mean / N", "total + mean")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["logits", "softmax"])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -91,7 +93,7 @@ def test_one_token_dominates(logit, device):
 
 
 def test_kernel_takes_strided_keys(device):
-    """Keys as they come out of a qkv projection, [B, T, 3, N, H], and queries of token 0."""
+    """Keys are as they come out of a qkv projection, [B, T, 3, N, H], and queries those of token 0."""
     qkv = torch.randn(2, 9, 3, 4, 8, device=device)
     q, k = qkv[:, 0, 0], qkv[:, :, 1]
     ours = cls_row(q, k, prefix=1, kind="softmax", scale=0.3, kernels="triton")
@@ -112,5 +114,5 @@ def test_too_many_tokens_is_refused_by_name(device):
 
 def test_opcheck(device):
     q, k = torch.randn(2, 3, 8, device=device), torch.randn(2, 7, 3, 8, device=device)
-    torch.library.opcheck(op._cls_row, (q, k, None, 1, "softmax", 0.3))
-    torch.library.opcheck(op._cls_row, (q, k, torch.rand(2, 6, device=device), 1, "logits", 0.3))
+    torch.library.opcheck(_cls_row, (q, k, None, 1, "softmax", 0.3))
+    torch.library.opcheck(_cls_row, (q, k, torch.rand(2, 6, device=device), 1, "logits", 0.3))

@@ -1,4 +1,4 @@
-"""HOG on gradients whose answer is known, and against loops; the kernel against the reference."""
+"""HOG equals loops and known answers; the kernel equals the reference."""
 
 import math
 
@@ -7,11 +7,11 @@ import torch
 from ops.gold import DTYPES, assert_close_to_gold
 
 from ccmim_kernels import hog_target
-from ccmim_kernels.hog_target.reference import boundaries, orientation_bins
+from ccmim_kernels.hog_target import boundaries, orientation_bins
 
 
 def hog_by_loops(image, patch, bins, cell):
-    """[L][(patch / cell)^2 * C * bins] of one nested-list image [H][W][C]."""
+    """Compute [L][(patch / cell)^2 * C * bins] of one nested-list image [H][W][C]."""
     H, W, C = len(image), len(image[0]), len(image[0][0])
 
     def at(y, x, c):
@@ -75,7 +75,7 @@ def test_constant_image_gives_zeros():
 
 @pytest.mark.parametrize("bins", [1, 4, 9])
 def test_bins_do_not_depend_on_the_dtype(bins):
-    """All gradients a uint8 image can have: float32 and float64 agree, and both with exact boundaries."""
+    """Float32 and float64 agree on all gradients a uint8 image can have, and both with exact boundaries."""
     dy, dx = torch.meshgrid(torch.arange(0, 1021), torch.arange(-1020, 1021), indexing="ij")
     found = orientation_bins(dx.float(), dy.float(), bins)
     assert torch.equal(found, orientation_bins(dx.double(), dy.double(), bins))
@@ -107,6 +107,7 @@ def some_ids(batch, size, patch, masked):
     return torch.stack([torch.randperm(patches)[:masked] for _ in range(batch)])
 
 
+@pytest.mark.fault("HOG: border repeated, not reflected", "tl.where(y == 0, 1, y - 1)", "tl.where(y == 0, 0, y - 1)")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("batch", "size", "patch", "cell", "channels", "bins", "masked"),
@@ -132,7 +133,7 @@ def test_kernel_against_gold(batch, size, patch, cell, channels, bins, masked, d
 
 @pytest.mark.parametrize("bins", [2, 4, 8, 12])
 def test_kernel_on_gradients_on_a_boundary(bins, device):
-    """Ramps along 0, 45, 90 and 135 degrees: where rounding decided, reference and kernel would part."""
+    """Ramps run along 0, 45, 90 and 135 degrees: where rounding decided, reference and kernel would part."""
     y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
     ramps = [3 * x, 3 * y, 3 * (x + y), 3 * (x - y) + 96]
     images = torch.stack(ramps).to(torch.uint8)[..., None].to(device)
@@ -144,8 +145,11 @@ def test_kernel_on_gradients_on_a_boundary(bins, device):
         torch.testing.assert_close(histogram.max(), torch.ones((), device=device))
 
 
+@pytest.mark.fault(
+    "HOG: the last pixel of a cell left out", "(pixel < cell * cell)[:, None]", "(pixel < cell * cell - 1)[:, None]"
+)
 def test_kernel_sums_every_pixel_of_a_cell(device):
-    """One bright pixel at every place in turn, the corners of the image among them."""
+    """One bright pixel stands at every place in turn, the corners of the image among them."""
     images = torch.zeros(64, 8, 8, 1, dtype=torch.uint8, device=device)
     images.view(64, 64).fill_diagonal_(200)
     ids = torch.arange(4, device=device).expand(64, 4)

@@ -1,4 +1,4 @@
-"""Eq. 7 and the authors' form against loops in float64, alone and with other ranks' rows; the kernels against gold."""
+"""Eq. 7 and the authors' form equal loops in float64, alone and with other ranks' rows; the kernels are near gold."""
 
 import math
 
@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from ops.gold import assert_close_to_gold, compare
 
 from ccmim_kernels import info_nce, moco_nce
-from ccmim_kernels.info_nce import op
+from ccmim_kernels.info_nce import _nce, _nce_gradient
+from ccmim_kernels.triton_impl import info_nce as launchers
 
 
 def cosine(a, b):
@@ -17,7 +18,7 @@ def cosine(a, b):
 
 
 def eq7(masked, visible, rows, tau):
-    """Eq. 7 averaged over `rows`; `masked` and `visible` are the embeddings of the whole batch."""
+    """Compute Eq. 7 averaged over `rows`; `masked` and `visible` are the embeddings of the whole batch."""
     losses = []
     for i in rows:
         positive = math.exp(cosine(masked[i], visible[i]) / tau)
@@ -88,7 +89,7 @@ SHAPES = [(1, 40, 50, 1), (13, 13, 40, 0), (70, 70, 33, 0), (37, 150, 100, 101),
 
 
 def embeddings(shape, dtype, device):
-    """Inputs of (info_nce, moco_nce): hV and hM of an image are close for some images and far apart for others."""
+    """Make inputs of (info_nce, moco_nce): hV and hM of an image are close for some images and far apart for others."""
     B, N, E, offset = shape
     visible = torch.randn(N, E)
     masked = visible + torch.linspace(0.3, 3, N)[torch.randperm(N), None] * torch.randn(N, E)
@@ -99,7 +100,7 @@ def embeddings(shape, dtype, device):
 
 
 def at_temperatures(loss, *taus):
-    """The loss at several temperatures: of a single number, eager's error may be zero by luck."""
+    """Return the loss at several temperatures: of a single number, eager's error may be zero by luck."""
     return lambda **inputs: torch.stack([loss(tau=tau, **inputs) for tau in taus])
 
 
@@ -107,6 +108,12 @@ TAUS = (0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 CASES = [(shape, torch.float32) for shape in SHAPES] + [(SHAPES[1], torch.float16), (SHAPES[1], torch.bfloat16)]
 
 
+@pytest.mark.fault(
+    "Eq. 7: the student's own similarity counted",
+    "left_out = (key >= last)[None, :] | (own & (row < excluded)[:, None])",
+    "left_out = (key >= last)[None, :]",
+)
+@pytest.mark.fault("Eq. 7: gradient 1 % off", "(grad_B / tau).contiguous()", "(1.01 * grad_B / tau).contiguous()")
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_kernels_against_gold(shape, dtype, device):
     nce, moco = embeddings(shape, dtype, device)
@@ -114,12 +121,13 @@ def test_kernels_against_gold(shape, dtype, device):
     compare(at_temperatures(moco_nce, *TAUS), moco, ["visible_BE"], "moco", offset=shape[3])
 
 
+@pytest.mark.fault(
+    "log-sum-exp not rescaled to the new maximum", "total = total * tl.exp(largest - finite) +", "total = total +"
+)
 @pytest.mark.parametrize("shape", [(20, 150, 24, 101), (70, 150, 16, 3)])
 def test_sums_over_many_tiles(shape, device, monkeypatch):
     """Small inputs are split until a program has one tile; here each has all of them, as with many images."""
-    from ccmim_kernels.info_nce import triton_impl
-
-    monkeypatch.setattr(triton_impl, "_PROGRAMS", 1)
+    monkeypatch.setattr(launchers, "_PROGRAMS", 1)
     nce, moco = embeddings(shape, torch.float32, device)
     compare(at_temperatures(info_nce, *TAUS[::2]), nce, ["visible_BE", "visible_all_NE"], "nce", offset=shape[3])
     compare(at_temperatures(moco_nce, *TAUS[::2]), moco, ["visible_BE"], "moco", offset=shape[3])
@@ -166,25 +174,28 @@ def normal(*shape, device):
     return F.normalize(torch.randn(*shape, device=device), dim=-1)
 
 
-def test_each_images_gradient_by_its_own_weight(device):
-    """The mean gives every image the same weight, the operators take any."""
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_each_images_gradient_by_its_own_weight(with_teacher, device):
+    """The mean gives every image the same weight, the operator takes any."""
     student, teacher = normal(2, 5, 12, device=device).unbind()
     keys = normal(9, 12, device=device)
     inputs = {"student": student, "keys": keys}
 
     def nce(student, keys, kernels):
         if kernels == "triton":
-            return op._info_nce(student, teacher, keys, 3, 0.2)[0]
+            return _nce(student, teacher if with_teacher else None, keys, 3, 0.2)[0]
+        if not with_teacher:
+            return (student @ keys.T / 0.2).logsumexp(1) - (student @ keys.T / 0.2).diagonal(3)
         hidden = torch.full((5, 9), 0.0, device=device).fill_diagonal_(float("-inf")).roll(3, 1).to(keys)
         own, foreign = student @ keys.T / 0.2 + hidden, teacher.to(keys) @ keys.T / 0.2
         return torch.cat([own, foreign], 1).logsumexp(1) - foreign.diagonal(3)
 
     compare(nce, inputs, ["student", "keys"])
-    assert not op._info_nce(student.clone().requires_grad_(), teacher, keys, 3, 0.2)[1].requires_grad
+    assert not _nce(student.clone().requires_grad_(), teacher, keys, 3, 0.2)[1].requires_grad
 
 
 def chunked_loss(masked, visible, tau):
-    """Eq. 7 in float64, 512 images at a time."""
+    """Compute Eq. 7 in float64, 512 images at a time."""
     masked, visible = (F.normalize(h.double(), dim=-1) for h in (masked, visible))
     loss = 0.0
     for start in range(0, len(visible), 512):
@@ -197,11 +208,9 @@ def chunked_loss(masked, visible, tau):
 
 @pytest.mark.slow
 def test_8192_images(device, monkeypatch):
-    """Against a float64 sum over chunks; larger tiles in the interpreter, where each costs milliseconds."""
-    from ccmim_kernels.info_nce import triton_impl
-
+    """The loss equals a float64 sum over chunks; tiles are larger in the interpreter, where each costs milliseconds."""
     if device.type == "cpu":
-        monkeypatch.setitem(triton_impl._LOGSUMEXP_TILES, "ieee", (1024, 1024, 16, 8))
+        monkeypatch.setitem(launchers._LOGSUMEXP_TILES, "ieee", (1024, 1024, 16, 8))
     masked, visible = torch.randn(2, 8192, 16, device=device).unbind()
     ours = info_nce(masked, visible, tau=0.1, kernels="triton")
     assert ours.item() == pytest.approx(chunked_loss(masked, visible, 0.1).item(), rel=5e-7)
@@ -260,19 +269,17 @@ def test_run_to_run_equality(device):
 
 
 def test_no_buffer_of_logits(device, monkeypatch):
-    """What the launches write is far smaller than the B x 2 N logits."""
-    from ccmim_kernels.info_nce import triton_impl
-
+    """The launches write far less than the B x 2 N logits."""
     written = []
     monkeypatch.setattr(
-        triton_impl,
+        launchers,
         "launch",
         lambda kernel, programs, *arguments, **_: written.extend(a.numel() for a in arguments if torch.is_tensor(a)),
     )
     student, keys, rows = (torch.zeros(*shape, device=device) for shape in ((2048, 32), (8192, 32), (2048,)))
-    triton_impl.losses(student.repeat(2, 1), keys, excluded=2048, offset=0, tau=0.2)
+    launchers.losses(student.repeat(2, 1), keys, excluded=2048, offset=0, tau=0.2)
     for a, c, of_keys in ((student, keys, False), (keys, student.repeat(2, 1), True)):
-        triton_impl.gradient(a, c, rows, rows, rows, of_keys=of_keys, excluded=2048, offset=0, tau=0.2)
+        launchers.gradient(a, c, rows, rows, rows, of_keys=of_keys, excluded=2048, offset=0, tau=0.2)
     assert len(written) == 4 + 2 * 6
     assert max(written) < 2048 * 2 * 8192 / 16
 
@@ -281,12 +288,13 @@ def test_no_buffer_of_logits(device, monkeypatch):
 def test_operators_pass_opcheck(offset, device):
     student, teacher = normal(2, 5, 12, device=device).unbind()
     keys = normal(9, 12, device=device)
-    loss, positive = op._info_nce(student, teacher, keys, offset, 0.2)
+    loss, positive = _nce(student, teacher, keys, offset, 0.2)
     s, k = student.clone().requires_grad_(), keys.clone().requires_grad_()
-    torch.library.opcheck(op._info_nce, (s, teacher, k, offset, 0.2))
-    torch.library.opcheck(op._moco_nce, (s, keys, offset, 0.2))
-    torch.library.opcheck(op._student_gradient, (student, keys, loss, positive, loss, True, offset, 0.2))
-    torch.library.opcheck(op._key_gradient, (student, teacher, keys, loss, positive, loss, offset, 0.2))
+    for other in (teacher, None):
+        torch.library.opcheck(_nce, (s, other, k, offset, 0.2))
+        for of_keys in (False, True):
+            arguments = (student, other, keys, loss, positive, loss, offset, 0.2, of_keys)
+            torch.library.opcheck(_nce_gradient, arguments)
 
 
 def test_compiled_in_one_graph(device):

@@ -1,4 +1,4 @@
-"""Eq. 9 with and without norm_pix against loops over images, patches and pixels; the kernel against the reference."""
+"""Eq. 9 with and without norm_pix equals loops over images, patches and pixels; the kernel is near gold."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from ops.gold import DTYPES, compare
 
 from ccmim_kernels import masked_patch_loss, masked_target, patchify, unpatchify
-from ccmim_kernels.launch import INTERPRETED
+from ccmim_kernels.triton_impl.launch import INTERPRETED
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -20,7 +20,7 @@ def stats(channels):
 
 
 def target_by_loops(image, patch_index, patch, norm_pix):
-    """Values of one patch in (row, column, channel) order; `image` is a nested list [H][W][C]."""
+    """List the values of one patch in (row, column, channel) order; `image` is a nested list [H][W][C]."""
     columns, channels = len(image[0]) // patch, len(image[0][0])
     top, left = patch_index // columns * patch, patch_index % columns * patch
     values = [
@@ -75,7 +75,7 @@ def test_half_precision_prediction_gives_a_float32_loss():
 
 
 def kernel_inputs(batch, size, patch, channels, masked, dtype, device):
-    """Predictions, images, ids and float32 statistics, as `masked_patch_loss` names them."""
+    """Make predictions, images, ids and float32 statistics, as `masked_patch_loss` names them."""
     patches = size[0] // patch * (size[1] // patch)
     ids = torch.stack([torch.randperm(patches)[:masked] for _ in range(batch)])
     inputs = {
@@ -89,7 +89,7 @@ def kernel_inputs(batch, size, patch, channels, masked, dtype, device):
 
 
 def compare_loss(inputs, **options):
-    """Loss and gradient against gold."""
+    """Compare loss and gradient with gold."""
     if not (INTERPRETED and inputs["pred_BMP"].dtype == torch.bfloat16):
         return compare(masked_patch_loss, inputs, ["pred_BMP"], **options)
     # Triton's interpreter truncates to bfloat16, an error of 2**-7 in the residual, before the gradient's own of 2**-8.
@@ -102,6 +102,7 @@ def compare_loss(inputs, **options):
     torch.testing.assert_close(*grads, rtol=4 * 2**-8, atol=0)
 
 
+@pytest.mark.fault("biased variance", "(length - 1).to(tl.float32)", "length.to(tl.float32)")
 @pytest.mark.parametrize("norm_pix", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -142,6 +143,12 @@ def test_kernel_on_patches_of_little_variance(device):
     compare(masked_patch_loss, inputs | {"images_BHWC": images}, ["pred_BMP"], patch=16)
 
 
+@pytest.mark.fault(
+    "loss gradient 1 % off",
+    "2 * grad / residual_BMP.numel()",
+    "2.02 * grad / residual_BMP.numel()",
+    file="masked_patch_loss.py",
+)
 @pytest.mark.parametrize(("spread", "grad"), [(1, 65536), (1e4, 1)])
 def test_kernel_gradient_does_not_underflow(spread, grad, device):
     """2 / count is below float16's normal range, its product with GradScaler's 65536 or a large residual is not."""

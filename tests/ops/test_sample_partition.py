@@ -1,4 +1,4 @@
-"""Dividing strategies against loops, exact probabilities, and the promise that a mask depends on its key alone."""
+"""Dividing strategies equal loops and have exact probabilities, and a mask depends on its key alone."""
 
 import itertools
 import math
@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from ccmim_kernels import partition_from_mask, sample_partition
-from ccmim_kernels.launch import recorded
 from ccmim_kernels.philox import STREAM_BLOCK, keyed_uniform, philox_4x32, stream_key, to_unit
-from ccmim_kernels.sample_partition import op
-from ccmim_kernels.sample_partition.reference import BLOCKS, block_keys
+from ccmim_kernels.sample_partition import BLOCKS, _sample_partition, block_keys
+from ccmim_kernels.triton_impl.launch import recorded
 
 STRATEGIES = ["random", "block", "importance", "importance_sampling"]
 
@@ -70,7 +69,7 @@ def test_logits_matter_only_up_to_a_constant():
 
 
 def successive_sampling(weights, masked):
-    """Exact probability of each masked set: draw `masked` items one after the other without replacement."""
+    """Compute the exact probability of each masked set: draw `masked` items one after the other without replacement."""
     total = {}
     for order in itertools.permutations(range(len(weights)), masked):
         left, probability = sum(weights), 1.0
@@ -83,7 +82,7 @@ def successive_sampling(weights, masked):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_gumbel_top_k_is_successive_sampling(temperature):
-    """Chi-square over all 20 masked sets of 3 out of 6; the 99.9 % quantile for 19 degrees of freedom is 43.82."""
+    """Chi-square is over all 20 masked sets of 3 out of 6; the 99.9 % quantile for 19 degrees of freedom is 43.82."""
     scores = torch.tensor([0.30, 0.05, 0.20, 0.10, 0.25, 0.10])
     draws = 20_000
     part = divide(scores.log().expand(draws, 6), torch.arange(draws), 3, (2, 3), temperature=temperature)
@@ -108,7 +107,7 @@ def test_uniform_noise_is_the_authors_formula():
 
 
 def rectangles(sample, seed, epoch, masked, grid, block_min):
-    """The blocks of one image, drawn one after the other as the docstring of `block_keys` says."""
+    """Draw the blocks of one image one after the other, as the docstring of `block_keys` says."""
     rows, columns = grid
     smallest = min(block_min, masked)
     for r in range(BLOCKS):
@@ -178,11 +177,23 @@ def assert_same(ours, reference):
 SIZES = [((14, 14), 49), ((3, 5), 1), ((3, 5), 14), ((1, 2), 1), ((16, 16), 64), ((32, 32), 256), ((37, 37), 300)]
 
 
+@pytest.mark.fault(
+    "Philox: another counter word",
+    "tl.philox(key, counter, id_low, id_high, epoch + zero)",
+    "tl.philox(key, counter, id_high, id_low, epoch + zero)",
+)
+@pytest.mark.fault(
+    "uniform noise added, not subtracted", "gumbel - uniform_weight * uniform", "gumbel + uniform_weight * uniform"
+)
+@pytest.mark.fault("half of the keys' bits ignored", "for step in range(32):", "for step in range(16):")
+@pytest.mark.fault(
+    "blocks: height rounded down", "tl.floor(tl.sqrt(area * aspect) + 0.5)", "tl.floor(tl.sqrt(area * aspect))"
+)
 @pytest.mark.parametrize("noise", ["gumbel", "uniform"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(("grid", "keep"), SIZES)
 def test_kernel_gives_the_same_partition(grid, keep, strategy, noise, device):
-    """Bit for bit, over the whole range of seeds, epochs and sample ids."""
+    """They agree bit for bit, over the whole range of seeds, epochs and sample ids."""
     patches = grid[0] * grid[1]
     ids = torch.tensor([0, 5, 2**33 + 7, 2**31, 2**32 - 1, 2**62], device=device)
     logits = 3 * torch.randn(len(ids), patches, device=device)
@@ -193,6 +204,10 @@ def test_kernel_gives_the_same_partition(grid, keep, strategy, noise, device):
     )
 
 
+@pytest.mark.fault(
+    "ties by the highest index", "tl.cumsum(equal, 0) <= room", "tl.cumsum(equal, 0) > tl.sum(equal) - room"
+)
+@pytest.mark.fault("-0.0 is less than 0.0", "tl.where(keys == 0.0, 0.0, keys).to(tl.int32", "keys.to(tl.int32")
 @pytest.mark.parametrize("temperature", [1.0, 0.05])
 @pytest.mark.parametrize("keep", [1, 16, 63])
 def test_kernel_on_extreme_scores(keep, temperature, device):
@@ -215,6 +230,7 @@ def test_kernel_on_extreme_scores(keep, temperature, device):
         assert not ours.nan_B.any()
 
 
+@pytest.mark.fault("NaN by its bits", "tl.where(keys != keys, 4294967295, ordered)", "ordered")
 @pytest.mark.parametrize("kernels", ["triton", "reference"])
 def test_nan_scores_have_an_order_and_raise_the_flag(kernels, device):
     """NaN, of either sign, is the largest score; among several the index decides; the row is flagged, others not."""
@@ -231,7 +247,7 @@ def test_nan_scores_have_an_order_and_raise_the_flag(kernels, device):
 
 
 def test_kernel_samples_with_the_right_frequencies(device):
-    """The chi-square test of the reference, on the kernel's own draws: 99.9 % quantile for 5 degrees of freedom."""
+    """The kernel's own draws pass the reference's chi-square test: 99.9 % quantile for 5 degrees of freedom."""
     scores, draws = torch.tensor([0.4, 0.1, 0.3, 0.2], device=device), 600
     ids = torch.arange(draws, device=device)
     part = divide(scores.log().expand(draws, 4), ids, 2, (2, 2), temperature=2.0, seed=8, kernels="triton")
@@ -259,7 +275,7 @@ def test_kernel_takes_strided_scores_and_ids(device):
 def test_kernel_is_one_launch(device):
     with recorded(run=True) as launches:
         divide(torch.randn(4, 64, device=device), torch.arange(4, device=device), 16, (8, 8), kernels="triton")
-    assert [launch.kernel.__name__ for launch in launches] == ["sample_partition_kernel"]
+    assert [launch.kernel.__name__ for launch in launches] == ["ccmim_sample_partition_kernel"]
 
 
 def test_too_many_patches_is_refused_by_name(device):
@@ -283,7 +299,7 @@ def test_opcheck(strategy, device):
         1.0,
         16,
     )
-    torch.library.opcheck(op._sample_partition, arguments)
+    torch.library.opcheck(_sample_partition, arguments)
 
 
 def test_ids_of_one_strided_row_and_of_32_bits(device):
@@ -299,6 +315,7 @@ def test_random_takes_no_notice_of_the_temperature(device):
     assert not expected.nan_B.any()
 
 
+@pytest.mark.fault("one epoch for all images", "tl.load(epochs_ptr + image)", "tl.load(epochs_ptr)")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("kernels", ["triton", "reference"])
 def test_epoch_may_be_a_tensor(strategy, kernels, device):

@@ -6,7 +6,7 @@ import pytest
 from tiny import tiny_model
 
 from ccmim_fast.optim.optimizer import build_optimizer
-from ccmim_fast.optim.schedule import lr_at, scaled_lr, schedule_lr
+from ccmim_fast.optim.update import lr_at, scaled_lr
 
 
 def test_schedule():
@@ -25,7 +25,7 @@ def test_schedule_without_warmup_or_decay():
 
 
 def test_poly_is_a_line_that_warmup_multiplies():
-    at = lambda epoch: schedule_lr("poly", epoch, peak=2.0, floor=0.0, warmup=10, epochs=100)  # noqa: E731
+    at = lambda epoch: lr_at(epoch, shape="poly", peak=2.0, floor=0.0, warmup=10, epochs=100)  # noqa: E731
     assert at(0) == 0
     assert at(5) == pytest.approx(2.0 * 0.95 * 0.5)
     assert at(10) == pytest.approx(2.0 * 0.9)
@@ -35,13 +35,8 @@ def test_poly_is_a_line_that_warmup_multiplies():
 
 def test_steps_fall_to_a_tenth_at_each_milestone():
     shape = {"peak": 2.0, "floor": 0.0, "warmup": 0.5, "epochs": 12, "milestones": (9 / 12, 11 / 12)}
-    at = [schedule_lr("steps", epoch, **shape) for epoch in (0.25, 0.5, 8.9, 9, 10.9, 11, 12)]
+    at = [lr_at(epoch, shape="steps", **shape) for epoch in (0.25, 0.5, 8.9, 9, 10.9, 11, 12)]
     assert at == pytest.approx([1.0, 2.0, 2.0, 0.2, 0.2, 0.02, 0.02])
-
-
-def test_cosine_is_that_of_pretraining():
-    shape = {"peak": 2.0, "floor": 0.5, "warmup": 10, "epochs": 110}
-    assert [schedule_lr("cosine", at, **shape) for at in (0, 5, 60)] == [lr_at(at, **shape) for at in (0, 5, 60)]
 
 
 def test_linear_scaling():

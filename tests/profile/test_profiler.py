@@ -13,7 +13,7 @@ from ccmim_fast.build.model import build_model
 from ccmim_fast.checkpoints import io
 from ccmim_fast.engine.build import build_step
 from ccmim_fast.engine.dry_run import count_flops
-from ccmim_fast.engine.loop import Trainer, fit
+from ccmim_fast.engine.pretraining import Pretraining, fit
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.profile import profiler as profile
 from ccmim_fast.profile.meter import Meter, flop_counter
@@ -154,19 +154,16 @@ def test_every_batch_passes_once_and_in_order(tmp_path, count):
 
 
 def test_a_step_that_fails_leaves_no_table(tmp_path, monkeypatch):
-    config = config_for(tmp_path / "run", profile=STEPS)
-    trainer = Trainer(config, Session(0, 1, CPU))
-    train = trainer._train
+    train = Pretraining.train
 
-    def failing(batches):
-        if trainer.step == WARM_UP + 1:
+    def failing(self, batches, step, seen):
+        if step == WARM_UP + 1:
             raise RuntimeError("planted")
-        return train(batches)
+        return train(self, batches, step, seen)
 
-    monkeypatch.setattr(trainer, "_train", failing)
+    monkeypatch.setattr(Pretraining, "train", failing)
     with pytest.raises(RuntimeError, match="planted"):
-        trainer.run()
-    trainer.close()
+        fit(config_for(tmp_path / "run", profile=STEPS))
     assert not (tmp_path / "run" / "profile").exists()
     torch.profiler.profile().__enter__().__exit__(None, None, None)
 

@@ -10,13 +10,12 @@ import torch
 from sharded_ranks import CASES, FEW, STEPS, config_of, rank_main
 from tiny import tiny_config
 
-from ccmim_fast.checkpoints import io
+from ccmim_fast.checkpoints import io, open_run
 from ccmim_fast.checkpoints.convert import to_timm
 from ccmim_fast.checkpoints.manifest import MANIFEST, Sum, manifest, read_manifest
 from ccmim_fast.engine.build import build_step, check_device
 from ccmim_fast.errors import CheckpointError, ConfigError
 from ccmim_fast.export.plain import export_timm
-from ccmim_fast.export.trained import read_trained
 from ccmim_fast.ranks.fsdp import is_sharded
 from ccmim_fast.ranks.session import Session
 
@@ -108,7 +107,7 @@ def test_one_process_reads_what_two_have_divided(ranks, folder):
 def test_divided_weights_become_one_file(ranks, folder, tmp_path):
     from safetensors.torch import load_file
 
-    weights = load_file(*export_timm(read_trained(str(folder / "fsdp")), tmp_path / "encoder.safetensors"))
+    weights = load_file(*export_timm(open_run(str(folder / "fsdp")), tmp_path / "encoder.safetensors"))
     averages = io.load(folder / "fsdp" / "checkpoints" / "step_00000003")["ema"]
     expected = to_timm({name.removeprefix("module."): value for name, value in averages.items()})
     assert weights.keys() == expected.keys()

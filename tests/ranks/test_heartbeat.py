@@ -11,12 +11,12 @@ from ccmim_fast.ranks.heartbeat import (
     Heartbeat,
     diagnose,
     headline,
-    heartbeat_now,
     ranges,
     read_heartbeats,
     report,
     write_heartbeat,
 )
+from ccmim_fast.runs.state import process_start
 
 NOW = 1_800_000_000.0
 OTHER = "node-b"  # a machine whose processes nobody here can see
@@ -69,7 +69,7 @@ def test_a_missing_process_has_died_and_one_that_wrote_its_error_has_failed():
         "rank 2 (node-b, process 100) failed, in step 8: DataError: a.jpg",
     )
     # This very process is alive.
-    alive = heartbeat_now("launch", 0, 8, "in step", 0.0, "")
+    alive = beat(0, **mine)._replace(started=process_start(os.getpid()))
     assert not alive.has_died
     assert alive._replace(started=alive.started - 1).has_died
     assert not alive._replace(started=alive.started - 1, host=OTHER).has_died

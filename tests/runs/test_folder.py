@@ -18,7 +18,7 @@ def run(tmp_path):
 @pytest.mark.parametrize("checkpoint", [".", "checkpoints/step_00000008"])
 def test_no_evaluation_is_written_over_what_it_evaluates(run, place, checkpoint):
     """An --overwrite would remove it."""
-    with pytest.raises(ConfigError, match=r"^run\.dir=.*: is where .* lies; choose another folder$"):
+    with pytest.raises(ConfigError, match=r"^run\.dir=.*: holds .*, or lies in it; choose another folder$"):
         check_apart(str(run / place), str(run / checkpoint))
 
 

@@ -9,8 +9,9 @@ import time
 
 import pytest
 
+from ccmim_fast.checkpoints.manifest import MANIFEST, STATE, Sum, manifest
 from ccmim_fast.cli import main
-from ccmim_fast.runs.listing import describe, judge, last_line
+from ccmim_fast.runs.listing import describe, last_line, status
 from ccmim_fast.runs.state import RunState, process_start, write_state
 
 HERE = RunState("running", os.getpid(), socket.gethostname(), process_start(os.getpid()))
@@ -28,10 +29,11 @@ def make(folder, state=None, lines=(LINE,), config=CONFIG):
 
 
 def checkpoint(run, step, size=5):
+    """A folder with the file `state.pt` of 5 bytes, and a manifest that says how many it should have."""
     path = run / "checkpoints" / f"step_{step:08d}"
     path.mkdir(parents=True)
     (path / "state.pt").write_bytes(b"state")
-    (path / "manifest.json").write_text(json.dumps({"files": {"state.pt": {"size": size, "sha256": ""}}}))
+    (path / MANIFEST).write_bytes(manifest(step, {STATE: Sum(size, "")}))
 
 
 def test_a_row_for_each_run(tmp_path, capsys):
@@ -89,7 +91,7 @@ def test_a_run_folder_itself(tmp_path, capsys):
     ],
 )
 def test_words(state, age, word):
-    assert judge(state, age, 100) == word
+    assert status(state, age, 100) == word
 
 
 def test_slow_steps_are_waited_for(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import tiny_config
 
-from ccmim_fast.engine.loop import fit
+from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.errors import DataError
 from ccmim_fast.runs.metrics import ProgressLine
 from ccmim_fast.runs.state import FILE, RunState, is_alive, process_start, read_state, recorded, write_state

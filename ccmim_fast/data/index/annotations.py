@@ -1,31 +1,46 @@
-"""Sets whose owners tell the classes of their images in a file beside them: iNaturalist 2018 and 2019, Flowers-102."""
+"""This module reads published label files: iNaturalist's JSON and Flowers-102's MATLAB files."""
 
+# P images of a split, N images of the set
+
+import contextlib
+import hashlib
+import io
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from ccmim_fast.data.index.folders import Found, file_at
-from ccmim_fast.data.index.matlab import read_arrays
+from ccmim_fast.data.index.folders import row_of_file
+from ccmim_fast.data.index.index_file import Listing
 from ccmim_fast.errors import ConfigError, DataError
 
 _INATURALIST = "images (id, file_name), annotations (image_id, category_id) and categories (id)"
 _FLOWERS = "jpg/image_00001.jpg ..., imagelabels.mat and setid.mat"
-_TRAINED, _TESTED = "trnid+valid", "tstid"  # 1020 each, the 2040 that papers on vision transformers count; 6149
+_TRAIN, _TEST = "trnid+valid", "tstid"  # 1020 each, the 2040 that papers on vision transformers count; 6149
+# MD5 of the files at https://www.robots.ox.ac.uk/~vgg/data/flowers/102/, as in torchvision.datasets.Flowers102
+_PUBLISHED = {"imagelabels.mat": "e0620be6f572b9609742df49c70aed4d", "setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c"}
+_LARGEST = 2**20  # bytes of a MATLAB file; the published ones have less than 2**14
+
+
+def annotation_reader(origin: str) -> Callable[[str], Listing] | None:
+    """Return the function that reads the label file `origin`, or None if `origin` does not name one."""
+    if origin.endswith(".json"):
+        return read_inaturalist
+    # Parts of a set like Flowers-102: `FOLDER/setid.mat#trnid+valid`
+    return read_flowers if origin.rpartition("#")[0].endswith(".mat") else None
 
 
 def inaturalist_origins(root: str, test: str = "") -> tuple[str, str]:
-    """The annotations of the images to train on and to test on, of one year.
+    """Return the annotation files of the training images and of the test images, of one year.
 
     Args:
-        root: the folder with `train2018.json` or `train2019.json` and `val` alike; or the former file.
-        test: the annotations to test on; empty: those of validation beside the others.
+        root: the folder with `train2018.json` or `train2019.json`, and `val*.json` of the same year; or the first file.
+        test: the annotations of the test images; empty: those of validation, beside the others.
 
-    Raises:
-        DataError: there are none, or those of several years, or `test` cannot be told from the name.
+    Raises DataError if it is not clear from the names in the folder which files are meant.
     """
     train = root
     if not root.endswith(".json"):
@@ -43,32 +58,22 @@ def inaturalist_origins(root: str, test: str = "") -> tuple[str, str]:
 
 
 def flowers_origins(root: str, test: str = "") -> tuple[str, str]:
-    """The images of Flowers-102 to train on (trnid and valid) and to test on (tstid).
+    """Return the training images (trnid and valid) and the test images (tstid) of Flowers-102.
 
-    Raises:
-        DataError: no `setid.mat` in the folder `root`.
-        ConfigError: `test` is given.
+    Raises DataError without `setid.mat` in the folder `root`, ConfigError if `test` is given.
     """
     if test:
         raise ConfigError(f"data.test={test!r:.100}: setid.mat says what to test on; leave it empty")
     if "setid.mat" not in _listed(root):
         raise DataError(f"data.root={root!r:.200}: no setid.mat in it; expected {_FLOWERS}")
-    return tuple(os.path.join(root, f"setid.mat#{parts}") for parts in (_TRAINED, _TESTED))
+    return tuple(os.path.join(root, f"setid.mat#{parts}") for parts in (_TRAIN, _TEST))
 
 
-def is_flowers(origin: str) -> bool:
-    """Whether it names parts of a set like Flowers-102: `FOLDER/setid.mat#trnid+valid`."""
-    return origin.rpartition("#")[0].endswith(".mat")
+def read_inaturalist(path: str) -> Listing:
+    """List the images that an annotation file of iNaturalist names; paths are relative to the file's folder.
 
-
-def read_inaturalist(path: str) -> Found:
-    """The images that annotations of iNaturalist name; their paths are relative to the folder of the annotations.
-
-    A class is a category, named by its id: names were published anew later, so one split may have others than another.
-
-    Raises:
-        DataError: it is no such file, an annotation is of an unknown image or category, an image has not exactly one,
-            or the folder of the images is not there.
+    A class is a category, named by its id: names were republished later, so that they may differ between splits. Raises
+    DataError if the file is damaged or incomplete, or if the folder of the images is missing.
     """
     names, pairs, categories = _annotations(path)
     for image, category in pairs:
@@ -82,14 +87,13 @@ def read_inaturalist(path: str) -> Found:
     class_names = tuple(f"{category:0{digits}}" for category in sorted(categories))
     label_of = {category: label for label, category in enumerate(sorted(categories))}
     order = sorted(names, key=lambda image: os.fsencode(names[image]))
-    return _found(path, [(names[image], label_of[category_of[image]]) for image in order], class_names, [path])
+    return _listing(path, [(names[image], label_of[category_of[image]]) for image in order], class_names, [path])
 
 
-def read_flowers(origin: str) -> Found:
-    """The images of some parts of `setid.mat`, `FOLDER/setid.mat#trnid+valid`, in the order of their numbers.
+def read_flowers(origin: str) -> Listing:
+    """List the images of some parts of `setid.mat`, `FOLDER/setid.mat#trnid+valid`, in the order of their numbers.
 
-    Raises:
-        DataError: damaged files, a number without a label, or no folder `jpg`.
+    Raises DataError if a file is not the published one, a number has no label, or the folder `jpg` is missing.
     """
     path, _, parts = origin.rpartition("#")
     labels_path = os.path.join(os.path.dirname(path), "imagelabels.mat")
@@ -98,68 +102,93 @@ def read_flowers(origin: str) -> Found:
     if not len(labels_N) or not 1 <= labels_N.min() <= labels_N.max() <= len(labels_N):
         raise DataError(f"{labels_path!r}: must hold one label for each image, counted from 1")
     if len(numbers_P) and not 1 <= numbers_P[0] <= numbers_P[-1] <= len(labels_N):
-        far = numbers_P[0] if numbers_P[0] < 1 else numbers_P[-1]
-        raise DataError(f"{path!r}: image {far} has no label; {labels_path!r} has those of 1 .. {len(labels_N)}")
+        outside = numbers_P[0] if numbers_P[0] < 1 else numbers_P[-1]
+        raise DataError(f"{path!r}: image {outside} has no label; {labels_path!r} has those of 1 .. {len(labels_N)}")
     pairs = [(f"jpg/image_{number:05d}.jpg", int(labels_N[number - 1]) - 1) for number in numbers_P.tolist()]
-    return _found(path, pairs, tuple(f"{label:03d}" for label in range(1, labels_N.max() + 1)), [path, labels_path])
+    return _listing(path, pairs, tuple(f"{label:03d}" for label in range(1, labels_N.max() + 1)), [path, labels_path])
 
 
 def _annotations(path: str) -> tuple[dict[int, str], list[tuple[int, int]], set[int]]:
-    """File name by image, (image, category) of each annotation, and the categories."""
+    """Read an annotation file: file name by image, (image, category) of each annotation, and the categories."""
     try:
         with open(path, "rb") as file:
-            said = json.load(file)
-        names = {int(one["id"]): _path(one["file_name"]) for one in said["images"]}
-        pairs = [(int(one["image_id"]), int(one["category_id"])) for one in said["annotations"]]
-        return names, pairs, {int(one["id"]) for one in said["categories"]}
+            content = json.load(file)
+        names = {int(one["id"]): _file_name(one["file_name"]) for one in content["images"]}
+        pairs = [(int(one["image_id"]), int(one["category_id"])) for one in content["annotations"]]
+        return names, pairs, {int(one["id"]) for one in content["categories"]}
     except OSError as error:
         raise DataError(f"cannot read the annotations {path!r}: {error.strerror}") from None
     except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
-        reason = f"no key {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:100]
+        reason = _reason(error, "key")
         raise DataError(f"{path!r}: no annotations of iNaturalist: {reason}; expected {_INATURALIST}") from None
 
 
-def _path(name: Any) -> str:
-    """A file name, if a file can have it. Raises TypeError or ValueError."""
+def _file_name(name: Any) -> str:
+    """Return the name, if a file can have it. Raises TypeError or ValueError."""
     if not os.fsencode(name) or "\0" in name:
         raise ValueError(f"file_name={name!r:.60}")
     return name
 
 
-def _arrays(path: str, names: Iterable[str]) -> list[np.ndarray]:
-    """Whole numbers of a MATLAB file, [N] int64 each."""
+def _arrays(path: str, names: list[str]) -> list[np.ndarray]:
+    """Read arrays of whole numbers from a MATLAB file of Flowers-102, [N] int64 each."""
+    from scipy.io import loadmat
+
     try:
         with open(path, "rb") as file:
-            said = read_arrays(file.read())
-        found = [said[name] for name in names]
-        whole = [row.astype(np.int64) for row in found]
+            data = file.read(_LARGEST)
+    except OSError as error:
+        raise DataError(f"cannot read {path!r}: {error.strerror}; expected {_FLOWERS} in one folder") from None
+    # scipy 1.17.1 crashes the process on some damaged files, so that only known bytes may reach it.
+    md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if md5 not in _known_hashes(path):
+        expected = _PUBLISHED.get(os.path.basename(path))
+        raise DataError(
+            f"{path!r}: its MD5 is {md5}, that of the published file {expected}; download it again, or, if you made it "
+            "yourself, run `md5sum *.mat > MD5SUMS` in its folder"
+        )
+    try:
+        arrays = loadmat(io.BytesIO(data), variable_names=names)
+        found = [arrays[name].reshape(-1) for name in names]
+        whole = [numbers.astype(np.int64) for numbers in found]
         if not all(map(np.array_equal, found, whole)):
             raise ValueError("a number that is not whole")
         return whole
-    except OSError as error:
-        raise DataError(f"cannot read {path!r}: {error.strerror}; expected {_FLOWERS} in one folder") from None
-    except (ValueError, KeyError) as error:
-        reason = f"no array {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:100]
-        raise DataError(f"{path!r}: no file of Flowers-102: {reason}; expected {_FLOWERS}") from None
+    # loadmat raises errors of many types.
+    except Exception as error:
+        raise DataError(f"{path!r}: no file of Flowers-102: {_reason(error, 'array')}; expected {_FLOWERS}") from None
 
 
-def _found(path: str, pairs: list[tuple[str, int]], class_names: tuple[str, ...], told_by: list[str]) -> Found:
-    """The files of (path from the folder of `path`, label), with what changes when some of them come or go."""
+def _known_hashes(path: str) -> set[str]:
+    """Return the MD5 of the published file of this name, and those that `MD5SUMS` beside the file lists for it."""
+    folder, name = os.path.split(path)
+    known = {_PUBLISHED.get(name)}
+    with contextlib.suppress(OSError), open(os.path.join(folder, "MD5SUMS"), encoding="utf-8") as file:
+        known |= {line.split()[0] for line in file if re.fullmatch(rf"\w{{32}} [ *]{re.escape(name)}\n?", line)}
+    return known
+
+
+def _reason(error: Exception, kind: str) -> str:
+    """Return one short line; a KeyError says which `kind` of value is missing."""
+    return f"no {kind} {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:100]
+
+
+def _listing(path: str, pairs: list[tuple[str, int]], class_names: tuple[str, ...], sources: list[str]) -> Listing:
+    """List the files of (path from the folder of `path`, label); they depend on `sources` and on their folders."""
     folder = os.path.dirname(os.path.abspath(path))
     for top in sorted({name.split("/")[0] for name, _ in pairs if "/" in name}):
         if not os.path.isdir(os.path.join(folder, top)):
             raise DataError(f"no folder {os.path.join(folder, top)!r}; {path!r} has its images in it")
-    files = [file_at(os.path.join(folder, name), label) for name, label in pairs]
-    folders = {_existing(os.path.dirname(file.path)) for file in files}
-    watched = {place: os.stat(place).st_mtime_ns for place in [*told_by, *sorted(folders)]}
-    return Found(files, class_names, watched, [])
+    paths = [os.path.join(folder, name) for name, _ in pairs]
+    rows = [row_of_file(path, folder, label) for path, (_, label) in zip(paths, pairs)]
+    folders = {_nearest_folder(os.path.dirname(path)) for path in paths}
+    dependencies = {place: os.stat(place).st_mtime_ns for place in [*sources, *sorted(folders)]}
+    return Listing(rows, class_names, dependencies, [])
 
 
-def _existing(folder: str) -> str:
-    """The folder, or the nearest one above it that is there."""
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    return folder
+def _nearest_folder(folder: str) -> str:
+    """Return the folder, or the nearest one above it that exists."""
+    return folder if os.path.isdir(folder) else _nearest_folder(os.path.dirname(folder))
 
 
 def _listed(folder: str) -> list[str]:

@@ -1,10 +1,6 @@
-"""The account of samples that fail while a run goes on: in memory, and for the next run in a file beside the index.
-
-The file holds a JSON line for each bad sample and is only appended to.
-"""
+"""This module records the samples that fail in a run: in memory, and for later runs as JSON lines beside the index."""
 
 import json
-import os
 import threading
 from collections.abc import Iterator
 
@@ -19,10 +15,7 @@ def bad_samples_path(index_path: str) -> str:
 
 
 def read_json_lines(path: str, index: Index, *keys: str) -> Iterator[tuple]:
-    """Yield the values of `keys` in each record of this state of the index.
-
-    A line that was cut off does not count, nor does a file that cannot be read.
-    """
+    """Yield the values of `keys` in each whole record of this state of the index; nothing if the file is missing."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
@@ -43,27 +36,23 @@ def read_bad_samples(index: Index) -> dict[int, str]:
 
 
 class BadSamples:
-    """The samples of one run that failed; may be used by many threads.
+    """This class records the samples of one run that failed; many threads may use it.
 
     Args:
         index: the index beside which bad samples are recorded for the next run; None: nowhere.
         total: number of samples, usable or not.
         excluded: how many of them were known to be unusable before.
         on_error: `skip` or `error`.
-        max_bad: share of `total` that may be bad.
+        max_bad: share of `total` that may be bad; DataError if more are.
 
     Attributes:
         reasons: by sample id, in the order in which the samples failed.
         known: reasons of the samples that failed in earlier runs.
-
-    Raises:
-        DataError: more than `max_bad` of the samples are excluded.
     """
 
     def __init__(self, index: Index | None, total: int, excluded: int, on_error: str, max_bad: float):
         self._index, self._total, self._excluded = index, total, excluded
-        self._on_error, self._max_bad = on_error, max_bad
-        self._lock = threading.Lock()
+        self._on_error, self._max_bad, self._lock = on_error, max_bad, threading.Lock()
         self.reasons: dict[int, str] = {}
         self.known = read_bad_samples(index) if index is not None else {}
         self._check()
@@ -71,13 +60,14 @@ class BadSamples:
     @classmethod
     def of(cls, source: Source, on_error: str, max_bad: float) -> "BadSamples":
         """Open the account of a source, recorded beside its index if it has one."""
-        return cls(getattr(source, "index", None), len(source), len(source.excluded_X), on_error, max_bad)
+        index = getattr(source, "index", None)
+        # A source without an index excludes samples that are of no use, such as images without an object, not bad ones.
+        return cls(index, len(source), 0 if index is None else len(source.excluded_X), on_error, max_bad)
 
     def add(self, sample: int, reason: str, lasting: bool = True) -> None:
         """Record that a sample failed; for the next run too if the cause is `lasting`.
 
-        Raises:
-            DataError: `on_error` is `error`, or more than the allowed share has failed.
+        Raises DataError if `on_error` is `error`, or if more than the allowed share has failed.
         """
         if self._on_error == "error":
             raise DataError(f"{reason}; data.on_error=skip goes on without it")
@@ -100,9 +90,8 @@ class BadSamples:
     def _append(self, sample: int, reason: str) -> None:
         line = json.dumps({"index": self._index.fingerprint, "id": sample, "reason": reason}) + "\n"
         try:
-            # One write of a short line at the end: several ranks may append at once.
-            descriptor = os.open(bad_samples_path(self._index.path), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            os.write(descriptor, line.encode())
-            os.close(descriptor)
+            # One unbuffered write of a short line at the end: several ranks may append at once.
+            with open(bad_samples_path(self._index.path), "ab", buffering=0) as file:
+                file.write(line.encode())
         except OSError:
             pass  # a read-only place: the next run finds the bad sample again

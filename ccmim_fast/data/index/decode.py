@@ -1,4 +1,4 @@
-"""One encoded image: what its header says, and its pixels, as Pillow reads them."""
+"""This module reads the header and the pixels of one encoded image, with Pillow."""
 
 # H height, W width, C channels
 
@@ -16,18 +16,18 @@ from ccmim_fast.errors import DataError
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; faults.md, row 4
-HEADER_BYTES = 2**16  # which hold the header of almost every JPEG and PNG
+HEADER_BYTES = 2**16  # enough for the header of almost every JPEG and PNG
 EXIF_ORIENTATION = 0x0112
 _SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _ARRAY_SUFFIXES = (".npy", ".tif", ".tiff")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L", "I;16N")
 _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"  # JPEG's markers
-_HEADER_FIRST = (b"\xff\xd8", b"\x89PNG")  # files that need not be whole for their header to be read
+_HEADER_FIRST = (b"\xff\xd8", b"\x89PNG")  # formats whose header can be read from the first bytes
 
 
 class Header(NamedTuple):
-    """height, width: pixels after EXIF rotation. plain: every decoder reads the file as `decode` does. orientation:
-    EXIF, 1 .. 8. mode: Pillow's name of the pixels' mode; of arrays their dtype."""
+    """A header holds what the index keeps of it. height, width: pixels after EXIF rotation. plain: every decoder reads
+    the file as `decode` does. orientation: EXIF, 1 .. 8. mode: Pillow's name of the pixels' mode; or the dtype."""
 
     height: int
     width: int
@@ -37,31 +37,30 @@ class Header(NamedTuple):
 
 
 def file_suffixes(channels: int) -> tuple[str, ...]:
-    """Lower-case endings of the files read as images of so many channels."""
+    """Return the lower-case endings of the files that are read as images of so many channels."""
     return _SUFFIXES if channels in (1, 3) else _ARRAY_SUFFIXES
 
 
 def needs_more(start: bytes) -> bool:
-    """Whether a file's header can only be read from all of it, by its first bytes."""
+    """Tell from a file's first bytes whether its header can only be read from the whole file."""
     return not start.startswith(_HEADER_FIRST)
 
 
 def has_end(data: bytes) -> bool:
-    """Whether a JPEG file goes on to its end: a decoder that is asked for a box of it may not notice that it is cut."""
-    # In the coded pixels no byte after 0xff is like those of a marker. What stands behind the end may look like one, or
-    # not: then the answer is no, and somebody who looks closer is asked.
+    """Tell whether a JPEG file is whole: a decoder that decodes a box of it may not notice that it is cut off."""
+    # Coded pixels never contain the bytes of a marker. Bytes behind the end may look like one: the answer is then no,
+    # and the caller decodes the whole image instead.
     return data.endswith(_END_OF_IMAGE) or data.rfind(_END_OF_IMAGE) > data.rfind(_START_OF_SCAN)
 
 
 def read_header(data: bytes, channels: int) -> Header:
-    """What the header of an encoded image says; its pixels are not decoded.
+    """Read the header of an encoded image; its pixels are not decoded.
 
     Args:
-        data: all of it, or, for JPEG and PNG, enough of its beginning.
-        channels: 1 (gray) or 3 (RGB) of any format Pillow reads; other counts are uint8 [H, W, C] of .npy or TIFF.
+        data: the whole file, or, for JPEG and PNG, enough of its beginning.
+        channels: 1 (gray) or 3 (RGB) of any format that Pillow reads; other counts are uint8 [H, W, C] of .npy or TIFF.
 
-    Raises:
-        DataError: it cannot be used; the message is the reason.
+    Raises DataError with the reason if the image cannot be used.
     """
     try:
         if not data:
@@ -69,29 +68,31 @@ def read_header(data: bytes, channels: int) -> Header:
         header = _image_header(data) if channels in (1, 3) else _array_header(data, channels)
         if min(header.height, header.width) < 1:
             raise DataError(f"no pixels: {header.height} x {header.width}")
-        if header.height * header.width > MAX_PIXELS:
-            raise DataError(f"{header.height} x {header.width} pixels are more than {MAX_PIXELS:,}")
-    # Pillow's plugins raise whatever a damaged header leads them to.
+        _check_size(header.height, header.width)
+    # Pillow's plugins raise errors of any type on damaged headers.
     except Exception as error:
         raise DataError(_reason(error)) from error
     return header
 
 
 def decode(data: bytes, channels: int) -> np.ndarray:
-    """Pixels of an encoded image, [H, W, C] uint8, turned as its EXIF data say.
+    """Decode an image: [H, W, C] uint8, turned as its EXIF data say. Raises DataError with the reason.
 
-    16-bit gray is divided by 257 and rounded; an alpha channel is dropped. Raises DataError with the reason.
+    16-bit gray is divided by 257 and rounded; an alpha channel is dropped.
     """
     try:
         if channels not in (1, 3):
             return _array(data, channels)
         with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{image.height} x {image.width} pixels are more than {MAX_PIXELS:,}")
-            upright = ImageOps.exif_transpose(image) if _is_turned(image) else image
-            return _to_array(upright, channels)
+            _check_size(image.height, image.width)
+            return _to_array(ImageOps.exif_transpose(image) if _is_turned(image) else image, channels)
     except Exception as error:
         raise DataError(_reason(error)) from error
+
+
+def _check_size(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise DataError(f"{height} x {width} pixels are more than {MAX_PIXELS:,}")
 
 
 def _image_header(data: bytes) -> Header:
@@ -101,13 +102,13 @@ def _image_header(data: bytes) -> Header:
             raise DataError(f"{image.format} pixels of mode {image.mode}: scale them to 8 or 16 bits, gray or RGB")
         turned = _is_turned(image)
         orientation = image.getexif().get(EXIF_ORIENTATION, 1) if turned else 1
-        # Pillow turns by an orientation in XMP too, other decoders only by EXIF. Formats other than JPEG differ in
-        # more: alpha, 16 bits, gamma, EXIF behind the pixels; and no GPU decodes them anyway.
+        # Pillow also follows an orientation in XMP, other decoders only the one in EXIF. In formats other than JPEG
+        # decoders differ in more: alpha, 16 bits, gamma, EXIF behind the pixels; and no GPU decodes them anyway.
         jpeg = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
         plain = jpeg and not (turned and "xmp" in image.info)
         width, height = image.size
         if turned and image.format == "TIFF":
-            # Whether `size` is already turned depends on Pillow's version; its pixels tell.
+            # Whether `size` is already turned depends on Pillow's version; the pixels are always turned.
             width, height = ImageOps.exif_transpose(image).size
         elif orientation >= 5:
             width, height = height, width
@@ -115,9 +116,9 @@ def _image_header(data: bytes) -> Header:
 
 
 def _is_turned(image: Image.Image) -> bool:
-    """Whether the header says that the pixels are mirrored or rotated.
+    """Tell whether the header says that the pixels are mirrored or rotated.
 
-    A PNG's EXIF data behind its pixels do not count: Pillow would decode every PNG to look for them.
+    EXIF data behind a PNG's pixels do not count: Pillow would have to decode every PNG to find them.
     """
     if image.format == "PNG" and "exif" not in image.info:
         return False
@@ -126,10 +127,10 @@ def _is_turned(image: Image.Image) -> bool:
 
 def _to_array(image: Image.Image, channels: int) -> np.ndarray:
     if image.mode.startswith("I"):
-        # Pillow's own conversion clips at 255. 65535 / 257 = 255; halves cannot occur, 257 being odd.
+        # Pillow's own conversion clips at 255. 65535 / 257 = 255; no result lies halfway, since 257 is odd.
         wide_HW = np.asarray(image).astype(np.int64).clip(0, 65535)
         image = Image.fromarray(((wide_HW + 128) // 257).astype(np.uint8))
-    image.info.pop("transparency", None)  # else Pillow warns about palettes with partly transparent entries
+    image.info.pop("transparency", None)  # otherwise Pillow warns about palettes with partly transparent entries
     pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     return pixels.reshape(*pixels.shape[:2], channels)
 
@@ -140,7 +141,7 @@ def _array_header(data: bytes, channels: int) -> Header:
 
 
 def _array(data: bytes, channels: int) -> np.ndarray:
-    """uint8 [H, W, C] of a .npy file or of a TIFF, whose channels may be samples of a pixel, planes or pages."""
+    """Read uint8 [H, W, C] from a .npy file or a TIFF, whose channels may be samples of a pixel, planes or pages."""
     if data.startswith(b"\x93NUMPY"):
         array = np.load(io.BytesIO(data), allow_pickle=False)
     else:
@@ -156,7 +157,7 @@ def _array(data: bytes, channels: int) -> np.ndarray:
 
 
 def _reason(error: Exception) -> str:
-    """One line without the path."""
+    """Return one line without the path."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image that Pillow knows"
     if isinstance(error, OSError) and error.strerror:

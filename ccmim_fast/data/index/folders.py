@@ -1,75 +1,40 @@
-"""Image files in folders and lists: which there are, and which class each belongs to."""
+"""This module lists the image files of folders and of text files, each with its class."""
 
 import os
 import stat
 from collections.abc import Iterable
-from typing import NamedTuple
 
+from ccmim_fast.data.index.index_file import Listing, Row
 from ccmim_fast.errors import DataError
 
-Note = tuple[str, str]  # path, reason
 
-
-class File(NamedTuple):
-    """path: as it is opened; any bytes of a name survive. label: index of its class, -1 without one. reason: why it is
-    no image; empty if it may be one."""
-
-    path: str
-    size: int
-    mtime_ns: int
-    label: int = -1
-    reason: str = ""
-
-
-class Found(NamedTuple):
-    """What a walk met.
-
-    Attributes:
-        files: in byte order of their paths, class by class.
-        class_names: sorted; empty without classes.
-        watched: folder or list -> its mtime_ns, which changes when files come or go.
-        notes: what could not be looked at.
-    """
-
-    files: list[File]
-    class_names: tuple[str, ...]
-    watched: dict[str, int]
-    notes: list[Note]
-
-
-def walk_folder(root: str, suffixes: tuple[str, ...]) -> Found:
-    """The images of an ImageFolder tree (sub-folders are classes, images may lie deeper) or of a flat folder.
+def list_folder(root: str, suffixes: tuple[str, ...]) -> Listing:
+    """List the images of an ImageFolder tree (sub-folders are classes, images may lie deeper) or of a flat folder.
 
     Links are followed, and each file and folder counts once, at its first place in the order of the walk. Names that
-    begin with a dot are not looked at. Sub-folders without images are classes too, so that two splits of one data set
-    agree on the labels.
-
-    Args:
-        suffixes: lower-case endings of the files that count.
+    begin with a dot are left out, and files without one of the lower-case `suffixes`. Sub-folders without images are
+    classes too, so that two splits of one data set agree on the labels. Rows are in byte order, class by class.
     """
     walk = _Walk(root, suffixes)
     folders, loose = [], []
     for path, status in walk.entries(root):
         if not stat.S_ISDIR(status.st_mode):
             loose.append((path, status))
-        elif walk.enter(status):
-            # All class folders are known before any is entered: a link from one to another adds nothing.
+        elif walk.is_new(status):
+            # All class folders are known before any of them is read: a link from one to another adds nothing.
             folders.append(path)
     groups = [walk.below(folder, label) for label, folder in enumerate(folders)]
     rest = walk.images(loose, -1)
-    if any(groups):
-        walk.notes += [(file.path, "lies beside the class folders, in none of them") for file in rest]
-        names = tuple(os.path.basename(folder) for folder in folders)
-        return Found([file for group in groups for file in group], names, walk.watched, walk.notes)
-    return Found(rest, (), walk.watched, walk.notes)
+    if not any(groups):
+        return Listing(rest, (), walk.dependencies, walk.notes)
+    loose_paths = (os.path.join(root, os.fsdecode(row.location)) for row in rest)
+    walk.notes += [(path, "lies beside the class folders, in none of them") for path in loose_paths]
+    names = tuple(os.path.basename(folder) for folder in folders)
+    return Listing([row for group in groups for row in group], names, walk.dependencies, walk.notes)
 
 
-def read_list(path: str) -> Found:
-    """The files named in a text file, a line each, relative to its folder; after a tab a class may stand.
-
-    Raises:
-        DataError: the list cannot be read.
-    """
+def read_list(path: str) -> Listing:
+    """List the files named in a text file, one a line, relative to its folder; a tab and a class may follow."""
     try:
         with open(path, "rb") as file:
             mtime_ns = os.fstat(file.fileno()).st_mtime_ns
@@ -80,64 +45,65 @@ def read_list(path: str) -> Found:
     names = tuple(sorted({name for _, name in pairs if name}))
     label_of = {name: label for label, name in enumerate(names)}
     folder = os.path.dirname(os.path.abspath(path))
-    files = [file_at(os.path.join(folder, name), label_of.get(group, -1)) for name, group in pairs]
-    return Found(files, names, {path: mtime_ns}, [])
+    rows = [row_of_file(os.path.join(folder, name), folder, label_of.get(group, -1)) for name, group in pairs]
+    return Listing(rows, names, {path: mtime_ns}, [])
 
 
-def file_at(path: str, label: int) -> File:
-    """What is at a path; nothing there, or nothing to be read, is the reason why it is no image."""
+def row_of_file(path: str, root: str, label: int, status: os.stat_result | None = None) -> Row:
+    """Return the row of the file at a path; a file that is missing or not regular gives a bad row."""
+    row = Row(os.fsencode(os.path.relpath(path, root)), bytes=0, label=label)
     try:
-        status = os.stat(path)
+        status = status or os.stat(path)
     except OSError as error:
-        return File(path, 0, 0, label, "broken link" if os.path.islink(path) else error.strerror)
-    return _file(path, status, label)
+        return row.bad(_reason(path, error))
+    row = row._replace(bytes=status.st_size, mtime_ns=status.st_mtime_ns)
+    return row if stat.S_ISREG(status.st_mode) else row.bad("not a regular file")
 
 
-def _file(path: str, status: os.stat_result, label: int) -> File:
-    reason = "" if stat.S_ISREG(status.st_mode) else "not a regular file"
-    return File(path, status.st_size, status.st_mtime_ns, label, reason)
+def _reason(path: str, error: OSError) -> str:
+    return "broken link" if os.path.islink(path) else error.strerror
 
 
 class _Walk:
-    """Where a walk has been."""
+    """This class walks through folders and remembers the files and folders that it has met."""
 
     def __init__(self, root: str, suffixes: tuple[str, ...]):
-        self._suffixes = suffixes
-        self.watched: dict[str, int] = {}
-        self.notes: list[Note] = []
+        self._root, self._suffixes = root, suffixes
+        self.dependencies: dict[str, int] = {}
+        self.notes: list[tuple[str, str]] = []
         self._seen = set()
-        self.enter(os.stat(root))
+        self.is_new(os.stat(root))
 
-    def enter(self, status: os.stat_result) -> bool:
-        """Whether this file or folder is met for the first time."""
+    def is_new(self, status: os.stat_result) -> bool:
+        """Tell whether a file or folder is met for the first time, and remember it."""
         identity = status.st_dev, status.st_ino
         new = identity not in self._seen
         self._seen.add(identity)
         return new
 
-    def below(self, folder: str, label: int) -> list[File]:
-        """The images in a folder and below, in byte order."""
+    def below(self, folder: str, label: int) -> list[Row]:
+        """List the images in a folder and below, in byte order."""
         found, waiting = [], [folder]
         while waiting:
             files = []
             for path, status in self.entries(waiting.pop()):
                 if not stat.S_ISDIR(status.st_mode):
                     files.append((path, status))
-                elif self.enter(status):
+                elif self.is_new(status):
                     waiting.append(path)
             found += self.images(files, label)
-        return sorted(found, key=lambda file: os.fsencode(file.path))
+        return sorted(found, key=lambda row: row.location)
 
-    def images(self, entries: Iterable[tuple[str, os.stat_result]], label: int) -> list[File]:
-        """Those with an image's suffix that were not met before."""
+    def images(self, entries: Iterable[tuple[str, os.stat_result]], label: int) -> list[Row]:
+        """Return the rows of the entries with an image's suffix that were not met before."""
         named = ((path, status) for path, status in entries if path.lower().endswith(self._suffixes))
-        return [_file(path, status, label) for path, status in named if self.enter(status)]
+        return [row_of_file(path, self._root, label, status) for path, status in named if self.is_new(status)]
 
     def entries(self, folder: str) -> list[tuple[str, os.stat_result]]:
-        """(path, status behind any link) of what lies in a folder, in byte order of the names."""
+        """Return (path, status behind any link) of what lies in a folder, in byte order of the names."""
         entries = []
         try:
-            self.watched[folder] = os.stat(folder).st_mtime_ns
+            self.dependencies[folder] = os.stat(folder).st_mtime_ns
             names = sorted(os.listdir(folder), key=os.fsencode)
         except OSError as error:
             self.notes.append((folder, error.strerror))
@@ -146,5 +112,5 @@ class _Walk:
             try:
                 entries.append((path, os.stat(path)))
             except OSError as error:
-                self.notes.append((path, "broken link" if os.path.islink(path) else error.strerror))
+                self.notes.append((path, _reason(path, error)))
         return entries

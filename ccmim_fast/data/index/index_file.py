@@ -1,8 +1,8 @@
-"""The index of a set of images: one Arrow file, mapped into memory, that knows every sample.
+"""The index of a set of images is one Arrow file, mapped into memory, with a row for every sample.
 
-A row is a sample and its number the sample's id. Files that are no usable image have a row too, with the reason: what
-a run sees and what it leaves out add up to what is indexed. The file never changes; what fails to decode later is put
-down beside it (`marks`), and both are made one by `ccmim data index` or `verify`.
+The row's number is the sample's id. Files that are no usable image have a row too, with the reason: the samples that a
+run uses and those that it excludes add up to what is indexed. The file never changes in place. Samples that fail later
+are recorded beside it (`bad_samples`), and `ccmim data index` or `verify` moves these records into the index.
 """
 
 # N samples, X excluded samples
@@ -12,22 +12,24 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from ccmim_fast.data.index.decode import Header
 from ccmim_fast.errors import DataError
 
-BESIDE = "ccmim-index.arrow"  # its name in a folder of tars, as `ccmim data shard` puts it there
-FORMAT = 1  # of the file: raise it when columns change, and indexes are built anew
-# What a row's `status` says: only its header was read, all of it was decoded, or it cannot be used.
+BESIDE = "ccmim-index.arrow"  # its name in a folder of tars, where `ccmim data shard` writes it
+FORMAT = 1  # of the file: raise it when columns change; indexes are then built anew
+# Values of a row's `status`: only the header was read, all of it was decoded, it cannot be used.
 INDEXED, VERIFIED, BAD = range(3)
 
 SCHEMA = pa.schema(
     {
-        "location": pa.large_binary(),  # path from the root; of a tar's member its name; of a table's row nothing
-        "container": pa.int32(),  # which of `containers` it lies in; -1: a file of its own
+        "location": pa.large_binary(),  # path from the root; of a tar's member its name; of a table's row its number
+        "container": pa.int32(),  # index into `containers`; -1: a file of its own
         "offset": pa.int64(),  # first byte in the container; of a table's row its number
         "bytes": pa.int64(),  # length; -1: not known without reading
         "mtime_ns": pa.int64(),  # last change of the file or container, nanoseconds; 0: not known
@@ -40,12 +42,13 @@ SCHEMA = pa.schema(
         "reason": pa.large_string(),  # of BAD
     }
 )
-# What decides which samples come, in which order and from where.
+# The columns that decide which samples come, in which order and from where.
 _IDENTITY = ("location", "container", "offset", "bytes", "label")
+_ROWS_AT_ONCE = 2**16  # a million rows as Python objects would take a gigabyte
 
 
 class Row(NamedTuple):
-    """One sample, by the columns of `SCHEMA`."""
+    """A row describes one sample by the columns of `SCHEMA`."""
 
     location: bytes
     container: int = -1
@@ -60,29 +63,47 @@ class Row(NamedTuple):
     status: int = INDEXED
     reason: str | None = None
 
+    def bad(self, reason: str | None) -> "Row":
+        """Return the row marked as unusable; without a reason, the row itself."""
+        return self._replace(status=BAD, reason=reason) if reason else self
+
+    def with_header(self, header: Header, size: int) -> "Row":
+        """Return the row with what the image's header says and its length in bytes."""
+        return self._replace(
+            bytes=size,
+            size=(header.height, header.width),
+            orientation=header.orientation,
+            mode=header.mode,
+            plain=int(header.plain),
+        )
+
+
+class Listing(NamedTuple):
+    """A listing names the samples of a set. rows: in the order of the ids. class_names: sorted; empty without classes.
+    dependencies: path -> mtime_ns of every folder, container or list that changes when samples come or go. notes:
+    (path, reason) of what was met and gives no sample, such as an unreadable folder."""
+
+    rows: Iterable[Row]
+    class_names: tuple[str, ...]
+    dependencies: dict[str, int]
+    notes: list[tuple[str, str]]
+
 
 class Index:
-    """An index file, open.
-
-    Args:
-        path: the file.
+    """This class opens an index file.
 
     Attributes:
-        root: folder or URL that locations are relative to; written as "", it is the folder the index is in.
-        origin: what was indexed, as it was asked for.
-        channels: C.
-        containers: paths from `root` of tars or tables.
-        relocatable: the root is wherever the index is.
-        class_names: sorted; empty without labels.
-        watched: path -> mtime_ns of what changes when samples come or go: folders, containers, a list.
-        notes: (path, reason) of what was met and is no sample, as an unreadable folder.
-        sizes_N2, labels_N, plain_N, status_N, offsets_N, bytes_N, containers_N, mtimes_N: the columns, in memory only
-            as far as they are read.
-        table: all columns.
+        root: folder or URL that locations are relative to; stored as "", it is the folder of the index.
+        relocatable: the root is the folder of the index, wherever that is moved.
+        origin, channels: what was indexed, as the user named it, and C.
+        containers: paths of tars or tables from `root`.
+        class_names, dependencies, notes: see `Listing`.
+        sizes_N2, labels_N, plain_N, status_N, offsets_N, bytes_N, containers_N: columns, mapped into memory.
+        table, metadata: all columns, and what the file says about all samples together.
         excluded_X: ids of the samples whose status is BAD.
+        fingerprint: equal for two indexes if the same samples come from the same places in the same order.
 
-    Raises:
-        DataError: no such file, or not an index of this version.
+    Raises DataError if the file is missing, damaged, or of another version.
     """
 
     def __init__(self, path: str):
@@ -90,114 +111,85 @@ class Index:
         try:
             self._file = pa.memory_map(path)
             self._reader = pa.ipc.open_file(self._file)
-            said = json.loads(self._reader.schema.metadata[b"ccmim"])
-            if said["format"] != FORMAT:
-                raise DataError(
-                    f"index {path!r} is of format {said['format']}, not {FORMAT}; ccmim data index makes it anew"
-                )
-            self._take(said, self._reader.get_batch(0))
-        # Arrow has a type for every kind of damage, and some of Python's own come from bytes that it lets pass.
+            self.metadata = json.loads(self._reader.schema.metadata[b"ccmim"])
+            if self.metadata["format"] != FORMAT:
+                number = self.metadata["format"]
+                raise DataError(f"index {path!r} is of format {number}, not {FORMAT}; ccmim data index makes it anew")
+            self.table = self._reader.get_batch(0)
+            self.table.validate()
+            self._read(self.metadata, self.table)
+        # Arrow has a type for every kind of damage, and bytes that it lets pass cause some of Python's own.
         except (OSError, pa.ArrowException, TypeError, LookupError, ValueError, AttributeError) as error:
             raise DataError(f"{path!r} is not a whole index: {' '.join(str(error).split())}") from error
 
-    def _take(self, said: dict[str, Any], table: pa.RecordBatch) -> None:
-        table.validate()
-        self.said, self.table = said, table
-        self.root, self.origin, self.channels = (
-            os.fsdecode(bytes.fromhex(said["root"])),
-            said["origin"],
-            said["channels"],
+    def _read(self, metadata: dict[str, Any], table: pa.RecordBatch) -> None:
+        root = os.fsdecode(bytes.fromhex(metadata["root"]))
+        self.root, self.relocatable = root or os.path.dirname(os.path.abspath(self.path)), not root
+        self.origin, self.channels, self.fingerprint = (metadata[key] for key in ("origin", "channels", "fingerprint"))
+        self.containers: list[str] = metadata["containers"]
+        self.class_names: tuple[str, ...] = tuple(metadata["class_names"])
+        self.dependencies: dict[str, int] = metadata["watched"]
+        self.notes: list[tuple[str, str]] = [tuple(note) for note in metadata["notes"]]
+        self.offsets_N, self.bytes_N, self.containers_N, self.status_N, self.plain_N, labels_N = (
+            table.column(name).to_numpy() for name in ("offset", "bytes", "container", "status", "plain", "label")
         )
-        self.relocatable = not self.root
-        self.root = self.root or os.path.dirname(os.path.abspath(self.path))
-        self.containers: list[str] = said["containers"]
-        self.class_names: tuple[str, ...] = tuple(said["class_names"])
-        self.watched: dict[str, int] = said["watched"]
-        self.notes: list[tuple[str, str]] = [tuple(note) for note in said["notes"]]
-        self.fingerprint: str = said["fingerprint"]
-        self.offsets_N, self.bytes_N, self.containers_N, self.mtimes_N, self.status_N, self.plain_N = (
-            self._numpy(name) for name in ("offset", "bytes", "container", "mtime_ns", "status", "plain")
-        )
-        self.sizes_N2 = self.table.column("size").values.to_numpy().reshape(-1, 2)[: len(self)]
-        self.labels_N = self._numpy("label") if self.class_names else None
+        self.labels_N = labels_N if self.class_names else None
+        self.sizes_N2 = table.column("size").values.to_numpy().reshape(-1, 2)[: len(self)]
         self.excluded_X = np.flatnonzero(self.status_N == BAD)
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     def location(self, index: int) -> str:
-        """Path from the root, or a member's name; any bytes survive."""
+        """Return the path from the root, or a member's name; any bytes of a name survive."""
         return os.fsdecode(self.table.column("location")[index].as_py())
 
     def reason(self, index: int) -> str:
-        """Why the sample cannot be used; empty if it can."""
+        """Return why the sample cannot be used; empty if it can."""
         return self.table.column("reason")[index].as_py() or ""
 
     def row(self, index: int) -> Row:
-        """Everything about one sample."""
+        """Return all columns of one sample."""
         return Row(*(self.table.column(name)[index].as_py() for name in SCHEMA.names))
 
     def rows(self) -> Iterator[Row]:
-        """Of all samples, in order."""
+        """Yield the rows of all samples, in order."""
         for start in range(0, len(self), 4096):
             part = self.table.slice(start, 4096).to_pydict()
             yield from map(Row, *(part[name] for name in SCHEMA.names))
 
     def modes(self) -> dict[str, int]:
-        """How many samples there are of each mode."""
-        names, counts = np.unique(
-            self.table.column("mode").to_numpy(zero_copy_only=False).astype(str), return_counts=True
-        )
+        """Count the samples of each mode."""
+        modes = self.table.column("mode").to_numpy(zero_copy_only=False).astype(str)
+        names, counts = np.unique(modes, return_counts=True)
         return dict(zip(names.tolist(), counts.tolist(), strict=True))
-
-    def _numpy(self, name: str) -> np.ndarray:
-        return self.table.column(name).to_numpy()
 
 
 def write_index(
-    path: str,
-    rows: Iterable[Row],
-    *,
-    root: str,
-    origin: str,
-    channels: int,
-    containers: list[str] = (),
-    class_names: Iterable[str] = (),
-    watched: dict[str, int] | None = None,
-    notes: Iterable[tuple[str, str]] = (),
+    path: str, listing: Listing, *, root: str, origin: str, channels: int, containers: Iterable[str] = ()
 ) -> Index:
-    """Write an index and open it; the file is there whole or not at all. Arguments as the attributes of `Index`."""
-    table = pa.Table.from_batches(list(_batches(rows)), schema=SCHEMA)
-    return write_table(
-        path,
-        table,
-        {
-            "root": os.fsencode(root).hex(),
-            "origin": origin,
-            "channels": channels,
-            "containers": list(containers),
-            "class_names": list(class_names),
-            "watched": watched or {},
-            "notes": list(notes),
-        },
-    )
+    """Write an index, whole or not at all, and open it. For the arguments see the attributes of `Index`."""
+    table = pa.Table.from_batches(list(_batches(listing.rows)), schema=SCHEMA)
+    metadata = {"root": os.fsencode(root).hex(), "origin": origin, "channels": channels, "containers": list(containers)}
+    metadata |= {"class_names": list(listing.class_names), "watched": listing.dependencies, "notes": listing.notes}
+    return write_table(path, table, metadata)
 
 
 def rewrite_index(index: Index, columns: dict[str, pa.Array]) -> Index:
-    """The same index with some columns replaced."""
+    """Write the same index with some columns replaced."""
     table = pa.Table.from_batches([index.table])
     for name, column in columns.items():
         table = table.set_column(SCHEMA.get_field_index(name), SCHEMA.field(name), column)
-    return write_table(index.path, table, index.said)
+    return write_table(index.path, table, index.metadata)
 
 
-def write_table(path: str, table: pa.Table, said: dict[str, Any]) -> Index:
-    """`write_index` of columns that exist already; `said` is all but format and fingerprint."""
-    # One batch, whatever the size: a column is then one array, and a sample a number in it.
+def write_table(path: str, table: pa.Table, metadata: dict[str, Any]) -> Index:
+    """Write an index of columns that exist already; format and fingerprint are added to `metadata`."""
+    # One batch, whatever the size: each column is then one array, indexed by the sample's id.
     whole = table.unify_dictionaries().combine_chunks()
     (rows,) = whole.to_batches() or [pa.RecordBatch.from_pylist([], SCHEMA)]
-    said = {**said, "format": FORMAT, "fingerprint": _fingerprint(rows)}
-    schema = SCHEMA.with_metadata({"ccmim": json.dumps(said)})
+    metadata = {**metadata, "format": FORMAT, "fingerprint": _fingerprint(rows)}
+    schema = SCHEMA.with_metadata({"ccmim": json.dumps(metadata)})
     folder = os.path.dirname(os.path.abspath(path))
     try:
         os.makedirs(folder, exist_ok=True)
@@ -207,36 +199,25 @@ def write_table(path: str, table: pa.Table, said: dict[str, Any]) -> Index:
                 writer.write_batch(rows.cast(schema))
             os.replace(unfinished, path)
     except OSError as error:
-        raise DataError(
-            f"cannot write the index {path!r}: {error.strerror or error}; set data.index to another place"
-        ) from error
+        reason = error.strerror or error
+        raise DataError(f"cannot write the index {path!r}: {reason}; set data.index to another place") from error
     return Index(path)
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:
-    """Columns of 65,536 rows at a time: a million rows as Python objects would take a gigabyte."""
-    columns: list[list] = [[] for _ in SCHEMA]
-    for row in rows:
-        for column, value in zip(columns, row, strict=True):
-            column.append(value)
-        if len(columns[0]) == 2**16:
-            yield _batch(columns)
-            columns = [[] for _ in SCHEMA]
-    yield _batch(columns)
-
-
-def _batch(columns: list[list]) -> pa.RecordBatch:
-    arrays = []
-    for column, field in zip(columns, SCHEMA, strict=True):
-        if pa.types.is_dictionary(field.type):
-            arrays.append(pa.array(column, pa.string()).dictionary_encode().cast(field.type))
-        else:
-            arrays.append(pa.array(column, field.type))
-    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+    """Yield the rows as batches of columns, the last one smaller or empty."""
+    rows = iter(rows)
+    while True:
+        part = list(islice(rows, _ROWS_AT_ONCE))
+        columns = zip(*part) if part else [()] * len(SCHEMA)
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA)]
+        yield pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+        if len(part) < _ROWS_AT_ONCE:
+            return
 
 
 def _fingerprint(rows: pa.RecordBatch) -> str:
-    """Equal for two indexes if the same samples come from the same places in the same order."""
+    """Return `Index.fingerprint`."""
     digest = hashlib.sha256()
     for name in _IDENTITY:
         for buffer in rows.column(name).buffers():

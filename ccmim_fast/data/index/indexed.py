@@ -1,4 +1,4 @@
-"""The images of an index, as a source."""
+"""This module makes a source of the images of an index."""
 
 # N samples, H height, W width, C channels
 
@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 
+from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.index.decode import decode, has_end
 from ccmim_fast.data.index.index_file import BESIDE, Index
 from ccmim_fast.data.index.scan import build_index, changed
@@ -16,40 +17,29 @@ from ccmim_fast.data.progress import progress_bar
 from ccmim_fast.data.source import UnreadableError, encode_pnm
 from ccmim_fast.errors import DataError
 
-_MAGIC = b"ARROW1"  # how every Arrow file begins
+_MAGIC = b"ARROW1"  # the first bytes of every Arrow file
 
 
 class IndexedSource:
-    """Images of files, tars or tables; a `Source`.
-
-    Attributes:
-        index: the open index.
-    """
+    """This source reads the images of an open `index`: files, members of tars or rows of tables."""
 
     def __init__(self, index: Index):
         self.index = index
-        self.channels, self.class_names = index.channels, index.class_names
+        self.channels, self.class_names, self.fingerprint = index.channels, index.class_names, index.fingerprint
         self.sizes_N2, self.labels_N, self.excluded_X = index.sizes_N2, index.labels_N, index.excluded_X
-        self.fingerprint = index.fingerprint
         self._storage = Storage(index.root, index.containers)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def name(self, index: int) -> str:
-        """See `Source`."""
         return self._storage.path(self.index.location(index), self.index.containers_N[index])
 
     def encoded(self, index: int) -> bytes:
-        """The image as it is stored. Raises DataError naming it; UnreadableError if it is there and cannot be read."""
-        rows = self.index
+        """Return the image as it is stored. Raises DataError naming it; UnreadableError if it cannot be read now."""
+        columns = (self.index.containers_N, self.index.offsets_N, self.index.bytes_N)
         try:
-            return self._storage.read(
-                rows.location(index),
-                int(rows.containers_N[index]),
-                int(rows.offsets_N[index]),
-                int(rows.bytes_N[index]),
-            )
+            return self._storage.read(self.index.location(index), *(int(column_N[index]) for column_N in columns))
         except OSError as error:
             kind = DataError if isinstance(error, FileNotFoundError) else UnreadableError
             raise kind(f"cannot read {self.name(index)!r}: {error.strerror or error}") from error
@@ -57,11 +47,11 @@ class IndexedSource:
             raise DataError(f"{self.name(index)!r} {error}") from error
 
     def decode(self, index: int) -> np.ndarray:
-        """See `Source`. An image that is damaged, gone, or of another size than indexed raises DataError naming it."""
+        """Return the pixels. An image that is damaged, gone, or of another size than indexed raises DataError."""
         return self.decoded(index, self.encoded(index))
 
     def decoded(self, index: int, data: bytes) -> np.ndarray:
-        """`decode` of what `encoded` gave."""
+        """Decode the bytes that `encoded` has returned."""
         try:
             image_HWC = decode(data, self.channels)
         except DataError as error:
@@ -72,7 +62,7 @@ class IndexedSource:
         return image_HWC
 
     def read(self, index: int) -> bytes:
-        """See `Source`: the file itself where every decoder reads it alike, else its pixels as PGM or PPM."""
+        """Return the file itself if every decoder reads it alike, else its pixels as PGM or PPM."""
         if self.index.plain_N[index]:
             data = self.encoded(index)
             if has_end(data):
@@ -80,24 +70,29 @@ class IndexedSource:
         return encode_pnm(self.decode(index))
 
 
+def build(data: DataConfig, seed: int) -> IndexedSource:
+    """Build the source of `data.source=images`; the seed does not matter."""
+    return open_images(data.root, data.channels, data.index, quiet=False)
+
+
 def open_images(
     origin: str, channels: int = 3, path: str = "", quiet: bool = True, rescan: bool = False
 ) -> IndexedSource:
-    """The images that `origin` names, indexed now if they were not yet, or again if files came or went.
+    """Open the images that `origin` names; index them if there is no index yet, or if files came or went.
 
     Args:
         origin: see `scan.build_index`.
         path: the index file; empty: beside the tars if there is one, else in the user's cache folder.
-        quiet: no progress bar.
-        rescan: look at every file, for changes that left their folder as it was; tars with their index stay
-            as they are.
+        quiet: show no progress bar.
+        rescan: look at every file, for changes that left the folder as it was; shards with their index are not scanned.
 
-    Raises:
-        DataError: see `build_index`.
+    Raises DataError as `build_index` does.
     """
     origin = origin if is_remote(origin) or not origin else os.path.abspath(origin)
-    if path:
-        _refuse_other_files(path)
+    if path and os.path.isfile(path):
+        with open(path, "rb") as file:
+            if file.read(len(_MAGIC)) not in (_MAGIC, b""):
+                raise DataError(f"{path!r} is no index, and is not written over; set data.index to another file")
     path = path or index_path(origin, channels)
     previous = _previous(path, origin, channels)
     if previous is not None and (previous.relocatable or not (rescan or changed(previous))):
@@ -107,9 +102,9 @@ def open_images(
 
 
 def index_path(origin: str, channels: int) -> str:
-    """Where the index of `origin` is looked for and put, if nobody says."""
+    """Return the default path of the index of `origin`."""
     beside = join(origin, BESIDE)
-    # One that is damaged, or of another number of channels, stays as it is.
+    # An index that is damaged, or of another number of channels, stays as it is.
     if not is_remote(origin) and _previous(beside, origin, channels) is not None:
         return beside
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -118,21 +113,13 @@ def index_path(origin: str, channels: int) -> str:
     return os.path.join(cache, "ccmim_fast", f"{stem}-{digest}-{channels}.arrow")
 
 
-def _refuse_other_files(path: str) -> None:
-    """Raise unless a file that a user named may be written over: it is an Arrow file, or none yet."""
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
-            if file.read(len(_MAGIC)) not in (_MAGIC, b""):
-                raise DataError(f"{path!r} is no index, and is not written over; set data.index to another file")
-
-
 def _previous(path: str, origin: str, channels: int) -> Index | None:
-    """The index that is there, if it is one of these images."""
+    """Return the index at `path`, if it is an index of these images."""
     if not os.path.isfile(path):
         return None
     try:
         index = Index(path)
     except DataError:
         return None
-    of_these = index.root == origin if index.relocatable else index.origin == origin
-    return index if index.channels == channels and of_these else None
+    indexed = index.root if index.relocatable else index.origin
+    return index if index.channels == channels and indexed == origin else None

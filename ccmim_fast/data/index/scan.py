@@ -1,70 +1,54 @@
-"""From what was named (`origin`) to its index: headers are read once, and again where something changed.
+"""This module builds the index of a place of images (`origin`): it lists the samples, and reads each header once.
 
-Which samples there are is told by `folders`, `tars` and `tables`; here they become rows, in an order that depends on
-names alone.
+Where something changed, headers are read again. The order of the samples depends on names alone.
 """
 
 import contextlib
 import os
 import posixpath
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
-from typing import NamedTuple
 
 import numpy as np
 
 from ccmim_fast.data.index.bad_samples import bad_samples_path, read_bad_samples
 from ccmim_fast.data.index.decode import HEADER_BYTES, Header, file_suffixes, needs_more, read_header
-from ccmim_fast.data.index.folders import Found
-from ccmim_fast.data.index.index_file import BAD, INDEXED, Index, Row, write_index
-from ccmim_fast.data.index.origin import Origin, find_origin
+from ccmim_fast.data.index.index_file import BAD, Index, Listing, Row, write_index
+from ccmim_fast.data.index.origin import find_origin
 from ccmim_fast.data.index.storage import Storage, is_remote, join, open_binary
 from ccmim_fast.data.index.tables import open_table
-from ccmim_fast.data.index.tars import class_number, read_members
+from ccmim_fast.data.index.tars import label_of, list_tar
+from ccmim_fast.data.threads import map_ahead
 from ccmim_fast.errors import DataError
 
-_THREADS = 8  # hides the latency of a cold or remote disk; parsing itself holds the interpreter lock
-_CHUNK = 256  # rows per task: a task each would cost a million futures
+_THREADS = 8  # they hide the latency of a cold or remote disk; parsing itself holds the interpreter lock
+_ROWS_PER_TASK = 256  # a task for each row would cost a million futures
 _AHEAD = 4  # tasks per thread that wait: rows are made no faster than their headers are read
 
-Report = Callable[[int, int], None]  # rows done, rows of which there are no less than so many
+Report = Callable[[int, int], None]  # rows done, rows in all
 
 
 def build_index(
-    origin: str, path: str, channels: int = 3, previous: Index | None = None, report: Report = lambda done, known: None
+    origin: str, path: str, channels: int = 3, previous: Index | None = None, report: Report = lambda done, total: None
 ) -> Index:
     """Index what `origin` names, write the index to `path`, and open it.
 
     Args:
         origin: an ImageFolder tree or flat folder; a folder of tars or of tables; a tar or table, or a pattern of some
-            (`*`, `?`, `{000..127}`); a list of files (.txt); a URL of any of these but a list.
+            (`*`, `?`, `{000..127}`); a list of files (.txt); a label file; a URL of a folder, tar or table.
         channels: 1 (gray), 3 (RGB), or the C of uint8 [H, W, C] .npy and TIFF files.
-        previous: an index of the same; rows that did not change since are taken from it.
-        report: called now and then.
+        previous: an index of the same place; rows that did not change since are taken from it.
 
-    Raises:
-        DataError: there is nothing of the kind, or no readable image in it.
+    Raises DataError if there is no such place, or no readable image in it.
     """
-    where = find_origin(origin, channels)
-    listed = (
-        _list_containers(where, channels, previous) if where.found is None else _list_files(where.found, where.root)
-    )
-    known = _Known(previous if previous is not None and previous.root == where.root else None)
-    rows = _with_headers(listed.rows, Storage(where.root, where.containers), channels, known, report)
-    index = write_index(
-        path,
-        rows,
-        root=where.root,
-        origin=origin,
-        channels=channels,
-        containers=where.containers,
-        class_names=listed.class_names,
-        watched=listed.watched,
-        notes=listed.notes,
-    )
-    # Marks are in the index now, or no longer true: a file that was mended has its old place and so its old mark.
+    root, containers, files = find_origin(origin, channels)
+    if previous is not None and previous.root != root:
+        previous = None
+    listing = _list_containers(root, containers, channels, previous) if files is None else files
+    reuse = _reuse(previous if files is not None else None)
+    rows = _with_headers(listing.rows, Storage(root, containers), channels, reuse, report)
+    listing = listing._replace(rows=rows)
+    index = write_index(path, listing, root=root, origin=origin, channels=channels, containers=containers)
+    # The records of bad samples are in the index now, or no longer true: a repaired file has its old id.
     with contextlib.suppress(FileNotFoundError):
         os.unlink(bad_samples_path(path))
     if len(index) == len(index.excluded_X):
@@ -74,98 +58,83 @@ def build_index(
 
 
 def changed(index: Index) -> bool:
-    """Whether files came or went since an index was built.
-
-    Neither a URL is looked at, nor tars that brought their index with them.
-    """
+    """Tell whether files came or went since an index was built; URLs and shards with their index do not change."""
     if is_remote(index.root) or index.relocatable:
         return False
     try:
         if index.containers and find_origin(index.origin, index.channels).containers != index.containers:
             return True
-        return any(os.stat(path).st_mtime_ns != mtime_ns for path, mtime_ns in index.watched.items())
+        return any(os.stat(path).st_mtime_ns != mtime_ns for path, mtime_ns in index.dependencies.items())
     except (OSError, DataError):
         return True
 
 
-class _Listed(NamedTuple):
-    """Rows, most without their headers yet, and what `write_index` wants besides."""
+def _list_containers(root: str, containers: list[str], channels: int, previous: Index | None) -> Listing:
+    """List the samples of all containers, in order. A container that cannot be read becomes a note.
 
-    rows: list[Row]
-    class_names: tuple[str, ...]
-    watched: dict[str, int]
-    notes: list[tuple[str, str]]
+    Behind a URL such a container raises DataError instead: no later run looks at a URL again, so that after a server's
+    bad moment its samples would be missing for ever.
 
-
-def _list_files(found: Found, root: str) -> _Listed:
-    rows = []
-    for file in found.files:
-        location = file.path if is_remote(root) else os.path.relpath(file.path, root)
-        status, reason = (BAD, file.reason) if file.reason else (INDEXED, None)
-        row = Row(
-            os.fsencode(location), -1, 0, file.size, file.mtime_ns, label=file.label, status=status, reason=reason
-        )
-        rows.append(row)
-    return _Listed(rows, found.class_names, found.watched, found.notes)
-
-
-def _list_containers(where: Origin, channels: int, previous: Index | None) -> _Listed:
-    """Of the containers that did not change, the rows are taken from the previous index."""
-    listed = _Listed([], (), {}, [])
-    names: tuple[str, ...] = ()
-    own_labels = previous is not None and not _labels_are_folders(previous)
-    for number, container in enumerate(where.containers):
-        path = join(where.root, container)
+    Args:
+        root: folder or URL; `containers` are paths from it.
+        previous: an index with the same root, or None.
+    """
+    rows, dependencies, notes, names = [], {}, [], ()
+    has_labels = previous is not None and not _labels_are_folders(previous)
+    for number, container in enumerate(containers):
+        path = join(root, container)
         mtime_ns = 0 if is_remote(path) else os.stat(path).st_mtime_ns
         if mtime_ns:
-            listed.watched[path] = mtime_ns
-            if previous is not None and previous.root == where.root and previous.watched.get(path) == mtime_ns:
-                rows = [row._replace(container=number) for row in _rows_in(previous, container)]
-                # One without any may have been unreadable; to look again costs little.
-                if rows:
-                    listed.rows.extend(rows if own_labels else (row._replace(label=-1) for row in rows))
-                    listed.notes.extend(note for note in previous.notes if note[0] == path)
-                    names = names or (previous.class_names if own_labels else ())
-                    continue
-        try:
-            if path.endswith(".tar"):
-                listed.rows.extend(_rows_of_tar(path, number, mtime_ns, channels, listed.notes))
+            dependencies[path] = mtime_ns
+        found = _unchanged_rows(previous, container, path, mtime_ns)
+        if found:
+            notes += (note for note in previous.notes if note[0] == path)
+            if has_labels:
+                names = names or previous.class_names
             else:
-                rows, said = _rows_of_table(path, number, mtime_ns)
-                listed.rows.extend(rows)
-                names = names or said
-        except (DataError, OSError) as error:
-            if is_remote(path):
-                # Nobody looks at a URL again: a server's bad moment would be a shard less for ever.
-                reason = "not found" if isinstance(error, FileNotFoundError) else error
-                raise DataError(f"cannot read {path!r}: {reason}") from error
-            listed.notes.append((path, str(error)))
-    rows, names = _with_classes(listed.rows, names)
-    return listed._replace(rows=rows, class_names=names)
+                found = [row._replace(label=-1) for row in found]
+        else:
+            try:
+                found, own_names, problem = _list_container(path, channels)
+                names = names or own_names
+            except (DataError, OSError) as error:
+                if is_remote(path):
+                    reason = "not found" if isinstance(error, FileNotFoundError) else error
+                    raise DataError(f"cannot read {path!r}: {reason}") from error
+                found, problem = [], str(error)
+            if problem:
+                notes.append((path, problem))
+        rows += (row._replace(container=number, mtime_ns=mtime_ns) for row in found)
+    rows, names = _with_classes(rows, names)
+    return Listing(rows, names, dependencies, notes)
 
 
-def _rows_of_tar(path: str, number: int, mtime_ns: int, channels: int, notes: list[tuple[str, str]]) -> list[Row]:
+def _list_container(path: str, channels: int) -> tuple[list[Row], tuple[str, ...], str]:
+    """Return the rows of a tar or table, the class names it gives, and what is wrong with its end."""
     with open_binary(path) as file:
-        members, problem = read_members(file, file_suffixes(channels))
-    if problem:
-        notes.append((path, problem))
-    rows = []
-    for member in members:
-        row = Row(os.fsencode(member.name), number, member.offset, member.size, mtime_ns, label=member.label)
-        rows.append(row._replace(status=BAD, reason=member.reason) if member.reason else row)
-    return rows
-
-
-def _rows_of_table(path: str, number: int, mtime_ns: int) -> tuple[list[Row], tuple[str, ...]]:
-    with open_binary(path) as file:
+        if path.endswith(".tar"):
+            rows, problem = list_tar(file, file_suffixes(channels))
+            return rows, (), problem
         table = open_table(path, file if is_remote(path) else None)
-        labels = [class_number(label) for group in range(table.groups) for label in table.labels(group)]
-    rows = [Row(b"row %d" % row, number, row, -1, mtime_ns, label=label) for row, label in enumerate(labels)]
-    return rows, table.class_names
+        labels = [label_of(label) for group in range(table.groups) for label in table.labels(group)]
+    rows = [Row(b"row %d" % row, offset=row, label=label) for row, label in enumerate(labels)]
+    return rows, table.class_names, ""
+
+
+def _unchanged_rows(previous: Index | None, container: str, path: str, mtime_ns: int) -> list[Row]:
+    """Return the rows that the previous index has of a container, if the container did not change since.
+
+    A container without rows may have been unreadable: it is read again, which costs little.
+    """
+    if previous is None or not mtime_ns or previous.dependencies.get(path) != mtime_ns:
+        return []
+    bad = read_bad_samples(previous)
+    ids = np.flatnonzero(previous.containers_N == previous.containers.index(container)).tolist()
+    return [previous.row(index).bad(bad.get(index)) for index in ids]
 
 
 def _with_classes(rows: list[Row], names: tuple[str, ...]) -> tuple[list[Row], tuple[str, ...]]:
-    """Labels that are numbers need names; without any, the first folder of every member's name is its class."""
+    """Name the classes of numeric labels; without any label, the first folder of a member's name is its class."""
     highest = max((row.label for row in rows), default=-1)
     if highest >= 0:
         return rows, names if highest < len(names) else tuple(map(str, range(highest + 1)))
@@ -174,17 +143,17 @@ def _with_classes(rows: list[Row], names: tuple[str, ...]) -> tuple[list[Row], t
 
 
 def _folder_classes(rows: Iterable[Row]) -> tuple[tuple[str, ...], list[int]]:
-    """The first folders of the names, and the label of each row; no classes if an image lies in none."""
+    """Return the first folders of the names and the label of each row; no classes if an image lies in no folder."""
     folders = [_first_folder(os.fsdecode(row.location)) for row in rows]
     names = {folder for folder in folders if folder is not None}
     if "" in names:
         return (), [-1] * len(folders)
-    label_of = {name: label for label, name in enumerate(sorted(names))}
-    return tuple(label_of), [label_of.get(folder, -1) for folder in folders]
+    label_of_folder = {name: label for label, name in enumerate(sorted(names))}
+    return tuple(label_of_folder), [label_of_folder.get(folder, -1) for folder in folders]
 
 
 def _first_folder(name: str) -> str | None:
-    """Of a member; empty without any, None where it leads out of the archive."""
+    """Return the first folder of a member's name; empty without any, None if it leads out of the archive."""
     folder, inside, _ = posixpath.normpath(name).partition("/")
     if name.startswith("/") or folder == "..":
         return None
@@ -192,97 +161,77 @@ def _first_folder(name: str) -> str | None:
 
 
 def _labels_are_folders(index: Index) -> bool:
-    """Whether an index of containers has its classes from the names of the members."""
+    """Tell whether an index of containers has its classes from the names of the members."""
     if index.labels_N is None:
         return True
-    names, labels = _folder_classes(row for row in index.rows())
+    names, labels = _folder_classes(index.rows())
     found_N = np.array(labels)
     return names == index.class_names and bool((found_N == index.labels_N)[found_N >= 0].all())
 
 
-def _rows_in(index: Index, container: str) -> Iterator[Row]:
-    marks = read_bad_samples(index)
-    for number in np.flatnonzero(index.containers_N == index.containers.index(container)).tolist():
-        yield _marked(index.row(number), marks.get(number))
+def _reuse(previous: Index | None) -> Callable[[Row], Row]:
+    """Return a function that takes a file's row from the previous index if the file did not change since."""
+    if previous is None:
+        return lambda row: row
+    bad = read_bad_samples(previous)
+    ids = {row.location: index for index, row in enumerate(previous.rows())}
 
-
-def _marked(row: Row, reason: str | None) -> Row:
-    return row if reason is None else row._replace(status=BAD, reason=reason)
-
-
-class _Known:
-    """Rows of a previous index, by where they lie."""
-
-    def __init__(self, index: Index | None):
-        self._index, self._marks = index, {} if index is None else read_bad_samples(index)
-        self._rows = {row.location: number for number, row in enumerate(index.rows())} if index is not None else {}
-
-    def complete(self, row: Row) -> Row:
-        """The row with what its header said when it was last read, if nothing changed since."""
-        number = self._rows.get(row.location) if row.container < 0 and row.mtime_ns else None
-        if number is None:
+    def reuse(row: Row) -> Row:
+        index = ids.get(row.location) if row.mtime_ns else None
+        if index is None:
             return row
-        found = _marked(self._index.row(number), self._marks.get(number))
-        if found.mode is None:
-            return row  # its header could not be read; perhaps it can now
-        same = (found.bytes, found.mtime_ns) == (row.bytes, row.mtime_ns)
+        found = previous.row(index).bad(bad.get(index))
+        # Without a mode the header could not be read then; perhaps it can be read now.
+        same = found.mode is not None and (found.bytes, found.mtime_ns) == (row.bytes, row.mtime_ns)
         return found._replace(label=row.label) if same else row
 
+    return reuse
 
-def _with_headers(rows: list[Row], storage: Storage, channels: int, known: _Known, report: Report) -> Iterator[Row]:
-    """The rows in order, each with what its header says or the reason why it cannot be used."""
 
-    def fill(chunk: list[Row]) -> list[Row]:
-        return [_filled(known.complete(row), storage, channels) for row in chunk]
+def _with_headers(
+    rows: list[Row], storage: Storage, channels: int, reuse: Callable[[Row], Row], report: Report
+) -> Iterator[Row]:
+    """Yield the rows in order, each with what its header says or the reason why it cannot be used."""
 
-    chunks = (rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK))
+    def fill(part: list[Row]) -> list[Row]:
+        return [_filled(reuse(row), storage, channels) for row in part]
+
+    parts = (rows[start : start + _ROWS_PER_TASK] for start in range(0, len(rows), _ROWS_PER_TASK))
     done = 0
-    with ThreadPoolExecutor(_THREADS) as pool:
-        waiting = deque(pool.submit(fill, chunk) for chunk in islice(chunks, _THREADS * _AHEAD))
-        while waiting:
-            filled = waiting.popleft().result()
-            waiting.extend(pool.submit(fill, chunk) for chunk in islice(chunks, 1))
-            yield from filled
-            done += len(filled)
-            report(done, len(rows))
+    for filled in map_ahead(fill, parts, _THREADS, _THREADS * _AHEAD):
+        yield from filled
+        done += len(filled)
+        report(done, len(rows))
 
 
 def _filled(row: Row, storage: Storage, channels: int) -> Row:
     if row.status == BAD or row.mode is not None:
         return row
     try:
-        header, size = _read_header(row, storage, channels)
+        return row.with_header(*_read_header(row, storage, channels))
     except (OSError, DataError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return row._replace(status=BAD, reason=" ".join(reason.split()))
-    return row._replace(
-        bytes=size,
-        size=(header.height, header.width),
-        orientation=header.orientation,
-        mode=header.mode,
-        plain=int(header.plain),
-    )
+        return row.bad(" ".join(reason.split()))
 
 
 def _read_header(row: Row, storage: Storage, channels: int) -> tuple[Header, int]:
-    """The header, and the size in bytes where it is known."""
-    where = os.fsdecode(row.location), row.container, row.offset, row.bytes
-    start = storage.read(*where, most=HEADER_BYTES)
+    """Return the header, and the length in bytes where it is known."""
+    place = os.fsdecode(row.location), row.container, row.offset, row.bytes
+    start = storage.read(*place, most=HEADER_BYTES)
     if len(start) < HEADER_BYTES or len(start) == row.bytes:
         return read_header(start, channels), len(start)
     if not needs_more(start):
         try:
             return read_header(start, channels), row.bytes
         except DataError:
-            pass  # a header longer than this
-    data = storage.read(*where)
+            pass  # the header is longer
+    data = storage.read(*place)
     return read_header(data, channels), len(data)
 
 
 def _nothing_found(origin: str, channels: int, index: Index) -> str:
-    if not len(index):
-        if index.notes:
-            path, reason = index.notes[0]
-            return f"no image in {origin!r}: {len(index.notes)} skipped, the first {path!r}: {reason}"
+    if not len(index) and not index.notes:
         return f"no image in {origin!r}: nothing in it ends in {', '.join(file_suffixes(channels))}"
-    return f"no readable image in {origin!r}: {len(index)} skipped, the first {index.location(0)!r}: {index.reason(0)}"
+    path, reason = (index.location(0), index.reason(0)) if len(index) else index.notes[0]
+    what, count = ("readable image", len(index)) if len(index) else ("image", len(index.notes))
+    return f"no {what} in {origin!r}: {count} skipped, the first {path!r}: {reason}"

@@ -1,4 +1,4 @@
-"""Bytes from where they lie: files, spans of tars and rows of tables, on a disk or behind any fsspec URL."""
+"""This module reads bytes from files, spans of tars and rows of tables, on a disk or behind a URL."""
 
 import io
 import os
@@ -17,23 +17,21 @@ _ROW_GROUPS = 8  # of tables kept in memory: some 10 MB each
 
 
 def is_remote(path: str) -> bool:
-    """Whether `path` is a URL."""
+    """Tell whether `path` is a URL."""
     return "://" in path
 
 
 def join(root: str, path: str) -> str:
-    """`path` from `root`; both of a disk, or of a URL."""
+    """Join `path` to `root`, both of a disk or of a URL."""
     if not path or is_remote(path):
         return path or root
     return f"{root.rstrip('/')}/{path}" if is_remote(root) else os.path.join(root, path)
 
 
 def file_system(url: str) -> Any:
-    """fsspec's file system of a URL.
+    """Return fsspec's file system of a URL.
 
-    Raises:
-        MachineError: what its protocol needs is not installed.
-        DataError: no such protocol.
+    Raises MachineError if a package that the protocol needs is missing, DataError if there is no such protocol.
     """
     try:
         import fsspec
@@ -47,7 +45,7 @@ def file_system(url: str) -> Any:
 
 @contextmanager
 def as_os_errors(path: str) -> Iterator[None]:
-    """What fsspec's file systems raise besides, as the errors of their HTTP clients, is an OSError outside."""
+    """Turn the other errors of fsspec's file systems, such as those of their HTTP clients, into OSError."""
     try:
         yield
     except (OSError, CcmimError):
@@ -60,17 +58,15 @@ def as_os_errors(path: str) -> Iterator[None]:
 
 @contextmanager
 def open_binary(path: str) -> Iterator[io.IOBase]:
-    """A file of a disk or a URL, to read from any place of it. Raises OSError, in the block too."""
+    """Open a file of a disk or a URL, to read from any position. Raises OSError, also inside the block."""
     with as_os_errors(path), file_system(path).open(path, "rb") if is_remote(path) else open(path, "rb") as file:
         yield file
 
 
 class Storage:
-    """What lies below `root`. May be used by many threads, and by a copy of this process.
+    """A storage reads files below a folder or URL `root`, and samples of `containers` (tars or tables, paths from it).
 
-    Args:
-        root: folder or URL.
-        containers: paths from `root` of tars or tables.
+    It may be used by many threads, and by a forked copy of this process.
     """
 
     def __init__(self, root: str, containers: list[str]):
@@ -78,25 +74,20 @@ class Storage:
         self._remote = file_system(root) if is_remote(root) else None
         self._opened: Callable = lru_cache(_OPEN)(self._open)
         self._tables: Callable = lru_cache(_OPEN)(self._open_table)
-        self._groups = _Kept(_ROW_GROUPS)
+        self._groups = _ThreadCache(_ROW_GROUPS)
 
     def path(self, location: str, container: int) -> str:
-        """For messages: the file, or container::member."""
-        if container < 0:
-            return join(self._root, location)
-        return f"{join(self._root, self._containers[container])}::{location}"
+        """Return the file's path, or container::member, for messages."""
+        return join(self._root, location) if container < 0 else f"{self._container_path(container)}::{location}"
 
     def read(self, location: str, container: int, offset: int, size: int, most: int | None = None) -> bytes:
-        """All bytes of a sample, or its first ones.
+        """Read all bytes of a sample, or its first ones.
 
         Args:
-            location, container, offset: see `index.SCHEMA`.
-            size: how many bytes it has; -1: not known.
-            most: read so many, at least, if it has as many.
+            location, container, offset, size: as in `index_file.SCHEMA`; `size` is called `bytes` there.
+            most: read at least so many bytes, if the sample has as many, instead of all.
 
-        Raises:
-            OSError: as the disk or the other side says.
-            DataError: the sample has not `size` bytes.
+        Raises OSError if the disk or the server fails, DataError if the sample does not have `size` bytes.
         """
         if container < 0:
             data = self._read_file(join(self._root, location), most)
@@ -117,44 +108,47 @@ class Storage:
 
     def _read_span(self, container: int, offset: int, size: int) -> bytes:
         if self._remote is not None:
-            path = join(self._root, self._containers[container])
+            path = self._container_path(container)
             with as_os_errors(path):
                 data = self._remote.cat_file(path, offset, offset + size)
             if len(data) > size:
                 raise OSError("the server sends whole files, not ranges of them")
             return data
-        file = self._opened(container)  # held by a name: were it dropped meanwhile, its number could be another file's
+        file = self._opened(container)  # a reference: if the cache closed the file, its number could be another file's
         return os.pread(file.fileno(), size, offset)
 
     def _read_row(self, container: int, row: int) -> bytes:
-        path = join(self._root, self._containers[container])
-        with as_os_errors(path):
+        with as_os_errors(self._container_path(container)):
             table = self._tables(container)
-            group, inside = table.find(row)
-            return self._groups.get((container, group), lambda: table.images(group))[inside].as_py() or b""
+            group, row_in_group = table.find(row)
+            images = self._groups.get((container, group), lambda: table.images(group))
+            return images[row_in_group].as_py() or b""
+
+    def _container_path(self, container: int) -> str:
+        return join(self._root, self._containers[container])
 
     def _open(self, container: int) -> io.FileIO:
-        # A file that is dropped from the cache is closed when its last reader has done.
-        return open(join(self._root, self._containers[container]), "rb", buffering=0)
+        # A file that the cache drops is closed when its last reader is done.
+        return open(self._container_path(container), "rb", buffering=0)
 
     def _open_table(self, container: int) -> Table:
-        path = join(self._root, self._containers[container])
+        path = self._container_path(container)
         return open_table(path, self._remote.open(path, "rb") if self._remote is not None else None)
 
 
-class _Kept:
-    """The last few results of something slow; threads that want the same one wait for the first."""
+class _ThreadCache:
+    """This cache keeps the last few results; threads that want the same result wait for the first of them."""
 
     def __init__(self, most: int):
-        self._most, self._lock, self._found = most, threading.Lock(), OrderedDict()
+        self._most, self._lock, self._results = most, threading.Lock(), OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         with self._lock:
-            lock, box = self._found.setdefault(key, (threading.Lock(), []))
-            self._found.move_to_end(key)
-            while len(self._found) > self._most:
-                self._found.popitem(last=False)
+            lock, result = self._results.setdefault(key, (threading.Lock(), []))
+            self._results.move_to_end(key)
+            while len(self._results) > self._most:
+                self._results.popitem(last=False)
         with lock:
-            if not box:
-                box.append(make())
-            return box[0]
+            if not result:
+                result.append(make())
+            return result[0]

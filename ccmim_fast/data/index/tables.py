@@ -1,13 +1,11 @@
-"""Tables with images in a column: parquet and Arrow files, as Hugging Face writes them."""
-
-# R rows, G row groups
+"""This module reads tables with images in a column: parquet and Arrow files, as Hugging Face writes them."""
 
 import io
 import json
 import threading
 from bisect import bisect_right
+from collections.abc import Callable
 from itertools import accumulate
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,130 +19,109 @@ _LABEL_NAMES = ("label", "labels", "cls", "class", "fine_label", "target")
 
 
 class Table:
-    """One file of rows.
+    """A table has `rows` rows in `groups` row groups; `class_names` is empty if the table names no labels.
 
-    Attributes:
-        rows: R.
-        class_names: of its labels; empty where it names none.
+    Args:
+        schema: with a column of images.
+        sizes: rows of each row group.
+        read: function of a row group and a column's name.
     """
 
-    def __init__(self, schema: pa.Schema, rows_of_groups: list[int]):
-        self._rows_of_groups, self._ends = rows_of_groups, list(accumulate(rows_of_groups))
-        self.rows = self._ends[-1] if self._ends else 0
-        self._image, self._label = image_column(schema), label_column(schema)
-        self.class_names = class_names(schema, self._label)
+    def __init__(self, schema: pa.Schema, sizes: list[int], read: Callable[[int, str], pa.Array]):
+        self._sizes, self._ends, self._read = sizes, list(accumulate(sizes)), read
+        self.groups, self.rows = len(sizes), sum(sizes)
+        self._image, self._label = _image_column(schema), _label_column(schema)
+        self.class_names = _class_names(schema, self._label)
 
     def find(self, row: int) -> tuple[int, int]:
-        """The row group of a row, and its number in it. Raises DataError where there is no such row."""
+        """Return the row group of a row and the row's number in it. Raises DataError if there is no such row."""
         if row >= self.rows:
             raise DataError(f"is beyond the {self.rows} rows of its table")
         group = bisect_right(self._ends, row)
         return group, row - (self._ends[group - 1] if group else 0)
 
     def images(self, group: int) -> pa.Array:
-        """Encoded images of a row group: binary. Raises DataError where it is damaged."""
-        column = self._read(group, self._image)
-        # Not `field`, which does not know where the struct itself is null.
+        """Return the encoded images of a row group: binary. Raises DataError if the group is damaged."""
+        column = self._column(group, self._image)
+        # `column.field` would not see where the struct itself is null.
         return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
 
     def labels(self, group: int) -> list[int | None]:
-        """Labels of a row group; None without any. Raises DataError where it is damaged."""
-        if self._label is None:
-            return [None] * self._rows_of_groups[group]
-        return self._read(group, self._label).to_pylist()
+        """Return the labels of a row group, None without any. Raises DataError if the group is damaged."""
+        return [None] * self._sizes[group] if self._label is None else self._column(group, self._label).to_pylist()
 
-    @property
-    def groups(self) -> int:
-        """G."""
-        return len(self._ends)
-
-    def _read(self, group: int, name: str) -> pa.Array:
+    def _column(self, group: int, name: str) -> pa.Array:
         try:
-            return self._column(group, name)
+            return self._read(group, name)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"row group {group} cannot be read: {' '.join(str(error).split())}") from error
 
-    def _column(self, group: int, name: str) -> pa.Array:
-        raise NotImplementedError
-
-
-class ParquetTable(Table):
-    """A parquet file; a row group is read whole."""
-
-    def __init__(self, file: pa.NativeFile):
-        self._file, self._lock = pq.ParquetFile(file), threading.Lock()  # its reader is for one thread
-        counts = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
-        super().__init__(self._file.schema_arrow, counts)
-
-    def _column(self, group: int, name: str) -> pa.Array:
-        with self._lock:
-            column = self._file.read_row_group(group, columns=[name]).column(name)
-        return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-
-
-class ArrowTable(Table):
-    """An Arrow file or stream (`datasets.save_to_disk`)."""
-
-    def __init__(self, file: pa.NativeFile):
-        try:
-            self._table = pa.ipc.open_file(file).read_all()
-        except pa.ArrowInvalid:
-            file.seek(0)
-            self._table = pa.ipc.open_stream(file).read_all()
-        self._batches = self._table.to_batches()
-        super().__init__(self._table.schema, [batch.num_rows for batch in self._batches])
-
-    def _column(self, group: int, name: str) -> pa.Array:
-        return self._batches[group].column(name)
-
 
 def open_table(path: str, file: io.IOBase | None) -> Table:
-    """A table of a kind told by its path's ending.
+    """Open a table, of the kind that the path's suffix tells.
 
     Args:
-        file: open, where the path is none of a disk.
+        file: the open file, if the path is a URL.
 
-    Raises:
-        DataError: not a whole table, or no column of images in it.
-        FileNotFoundError: it is gone.
+    Raises DataError if the table is damaged or has no column of images, FileNotFoundError if the file is gone.
     """
     try:
         if path.endswith(".parquet"):
-            # Not a file of Python's, whose place in it copies of this process would share.
-            return ParquetTable(pa.OSFile(path) if file is None else pa.PythonFile(file))
-        # A file of a disk is mapped: nothing is read before it is asked for.
-        return ArrowTable(pa.memory_map(path) if file is None else pa.PythonFile(file))
+            # A file opened by Python would share its position with forked copies of this process.
+            return _parquet_table(pa.OSFile(path) if file is None else pa.PythonFile(file))
+        # A mapped file is read only as far as it is used.
+        return _arrow_table(pa.memory_map(path) if file is None else pa.PythonFile(file))
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, ValueError, AttributeError, DataError) as error:
         raise DataError(f"{path!r} is no table of images: {' '.join(str(error).split())}") from error
 
 
-def image_column(schema: pa.Schema) -> str:
-    """The column of encoded images: bytes, or Hugging Face's struct of bytes and path.
+def _parquet_table(file: pa.NativeFile) -> Table:
+    parquet, lock = pq.ParquetFile(file), threading.Lock()  # the reader serves one thread at a time
 
-    Raises DataError where there is none.
-    """
+    def read(group: int, name: str) -> pa.Array:
+        with lock:
+            column = parquet.read_row_group(group, columns=[name]).column(name)
+        return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+
+    sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+    return Table(parquet.schema_arrow, sizes, read)
+
+
+def _arrow_table(file: pa.NativeFile) -> Table:
+    """Open an Arrow file or stream (`datasets.save_to_disk`); its batches are the row groups."""
+    try:
+        table = pa.ipc.open_file(file).read_all()
+    except pa.ArrowInvalid:
+        file.seek(0)
+        table = pa.ipc.open_stream(file).read_all()
+    batches = table.to_batches()
+    return Table(table.schema, [len(batch) for batch in batches], lambda group, name: batches[group].column(name))
+
+
+def _image_column(schema: pa.Schema) -> str:
+    """Return the column of encoded images: bytes, or Hugging Face's struct of bytes and path."""
     found = [field.name for field in schema if _holds_bytes(field.type)]
     if not found:
         raise DataError(f"no column of bytes among {', '.join(schema.names)}")
     return next((name for name in _IMAGE_NAMES if name in found), found[0])
 
 
-def label_column(schema: pa.Schema) -> str | None:
-    """The column of integer labels, by its name."""
-    return next((n for n in _LABEL_NAMES if n in schema.names and pa.types.is_integer(schema.field(n).type)), None)
-
-
-def class_names(schema: pa.Schema, column: str | None) -> tuple[str, ...]:
-    """The names that Hugging Face's metadata give the labels."""
-    if column is None or b"huggingface" not in (schema.metadata or {}):
-        return ()
-    features: dict[str, Any] = json.loads(schema.metadata[b"huggingface"]).get("info", {}).get("features", {})
-    return tuple(features.get(column, {}).get("names") or ())
-
-
 def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return any(field.name == "bytes" and _holds_bytes(field.type) for field in kind)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _label_column(schema: pa.Schema) -> str | None:
+    """Return the column of integer labels, by its name."""
+    return next((n for n in _LABEL_NAMES if n in schema.names and pa.types.is_integer(schema.field(n).type)), None)
+
+
+def _class_names(schema: pa.Schema, column: str | None) -> tuple[str, ...]:
+    """Return the names that Hugging Face's metadata give the labels."""
+    if column is None or b"huggingface" not in (schema.metadata or {}):
+        return ()
+    features = json.loads(schema.metadata[b"huggingface"]).get("info", {}).get("features", {})
+    return tuple(features.get(column, {}).get("names") or ())

@@ -1,68 +1,57 @@
-"""Members of a tar, as WebDataset writes them: where each image lies, told by the headers alone."""
+"""This module lists the images of a tar, as WebDataset writes it, from the headers alone."""
 
 import io
 import os
 import posixpath
 import tarfile
 from collections.abc import Iterator
-from typing import NamedTuple
+
+from ccmim_fast.data.index.index_file import Row
 
 _CLASS_SUFFIX = ".cls"  # WebDataset: the label, as text, beside the image of the same key
 _MOST_CLASSES = 2**20  # each has a name in the index; ImageNet-21k has 21,841
 
 
-class Member(NamedTuple):
-    """name: any bytes survive. offset, size: of its data in the tar, bytes. key: of the sample, WebDataset's. reason:
-    why it is no image; empty if it may be one. label: from a .cls member; -1 without one."""
+def list_tar(file: io.IOBase, suffixes: tuple[str, ...]) -> tuple[list[Row], str]:
+    """Return the images of an uncompressed tar, in its order, and what is wrong with its end; empty if nothing is.
 
-    name: str
-    offset: int
-    size: int
-    key: str
-    reason: str = ""
-    label: int = -1
-
-
-def read_members(file: io.IOBase, suffixes: tuple[str, ...]) -> tuple[list[Member], str]:
-    """The images of an uncompressed tar, in its order, and what is wrong with its end; empty if nothing is.
-
-    Nothing is ever unpacked. Names that are absolute or lead out of the archive, links and devices are refused, and of
-    several members of one name the first counts.
+    Nothing is unpacked. Absolute names, names that lead out of the archive, links and devices give bad rows, and of
+    several members of one name the first counts. Any bytes of a name survive.
 
     Args:
-        file: can seek.
+        file: must be able to seek.
         suffixes: lower-case endings of the names that count.
     """
     total = file.seek(0, os.SEEK_END)
     file.seek(0)
-    found: dict[str, Member] = {}
     labels: dict[str, int] = {}
-    members, problem = [], ""
+    found, names, problem = [], set(), ""
     for info, error in _headers(file):
         if info is None:
             problem = error
             break
-        key, suffix = split_key(info.name)
-        if suffix == _CLASS_SUFFIX and info.isfile():
-            labels[key] = _number(file, info)
+        # WebDataset's key of a sample is the name up to the first dot behind the folders.
+        folder, base = posixpath.split(info.name)
+        stem, dot, suffix = base.partition(".")
+        key = posixpath.join(folder, stem)
+        if (dot + suffix).lower() == _CLASS_SUFFIX and info.isfile():
+            labels[key] = _read_label(file, info)
         if info.isdir() or not info.name.lower().endswith(suffixes):
             continue
-        reason = _refused(info, total) or ("a name that was there before" if info.name in found else "")
-        member = Member(info.name, info.offset_data, info.size, key, reason)
-        found.setdefault(info.name, member)
-        members.append(member)
-    return [member._replace(label=labels.get(member.key, -1)) for member in members], problem
+        reason = _refusal(info, total) or ("a name that was there before" if info.name in names else "")
+        names.add(info.name)
+        row = Row(os.fsencode(info.name), offset=info.offset_data, bytes=info.size)
+        found.append((key, row.bad(reason)))
+    return [row._replace(label=labels.get(key, -1)) for key, row in found], problem
 
 
-def split_key(name: str) -> tuple[str, str]:
-    """WebDataset's key of a member, up to the first dot of its file name, and the rest in lower case."""
-    folder, base = posixpath.split(name)
-    stem, dot, rest = base.partition(".")
-    return posixpath.join(folder, stem), (dot + rest).lower()
+def label_of(value: int | None) -> int:
+    """Return a label as it is indexed; -1 for a number that can be no class, such as a user's number or a hash."""
+    return value if value is not None and 0 <= value < _MOST_CLASSES else -1
 
 
 def _headers(file: io.IOBase) -> Iterator[tuple[tarfile.TarInfo | None, str]]:
-    """Each member's header; at last, where the end is damaged, None and the reason."""
+    """Yield each member's header; at last, if the end is damaged, None and the reason."""
     try:
         # Names that are not UTF-8 come back as os.fsdecode would give them.
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
@@ -70,8 +59,8 @@ def _headers(file: io.IOBase) -> Iterator[tuple[tarfile.TarInfo | None, str]]:
                 if tar.offset <= info.offset:
                     raise ValueError("a member of negative size")  # tarfile would read it for ever
                 yield info, ""
-                tar.members.clear()  # else every header of a large tar is kept
-            # A header that makes no sense is an end like any other to tarfile.
+                tar.members.clear()  # otherwise tarfile keeps every header of a large tar
+            # To tarfile a header that makes no sense is an end like any other.
             file.seek(tar.offset)
             end = file.read(tarfile.BLOCKSIZE)
         if len(end) < tarfile.BLOCKSIZE or any(end):
@@ -80,7 +69,8 @@ def _headers(file: io.IOBase) -> Iterator[tuple[tarfile.TarInfo | None, str]]:
         yield None, f"cut or damaged: {' '.join(str(error).split())}"
 
 
-def _refused(info: tarfile.TarInfo, total: int) -> str:
+def _refusal(info: tarfile.TarInfo, total: int) -> str:
+    """Return why a member is no image; empty if it may be one."""
     if not info.isfile():
         return "a link or device, not a file"
     if info.name.startswith("/") or ".." in info.name.split("/"):
@@ -92,15 +82,10 @@ def _refused(info: tarfile.TarInfo, total: int) -> str:
     return ""
 
 
-def _number(file: io.IOBase, info: tarfile.TarInfo) -> int:
-    """What a .cls member holds; -1 if it is no number of a class."""
-    place = file.tell()
+def _read_label(file: io.IOBase, info: tarfile.TarInfo) -> int:
+    """Read the label of a .cls member; -1 if it is no number of a class."""
+    position = file.tell()
     file.seek(info.offset_data)
     text = file.read(min(info.size, 32))
-    file.seek(place)
-    return class_number(int(text)) if text.strip().isdigit() else -1
-
-
-def class_number(value: int | None) -> int:
-    """A label as it is indexed; -1 where it can be no class, as a user's number or a hash."""
-    return value if value is not None and 0 <= value < _MOST_CLASSES else -1
+    file.seek(position)
+    return label_of(int(text)) if text.strip().isdigit() else -1

@@ -1,4 +1,4 @@
-"""The common part of generated image sources: random numbers by (seed, sample id), balanced labels, a cache on disk."""
+"""Generated image sources share random numbers by (seed, sample id), balanced labels and a cache on disk."""
 
 # N samples, K classes, H height, W width
 
@@ -17,16 +17,16 @@ PURPOSE_LABEL, PURPOSE_PARAMETERS, PURPOSE_NOISE = range(3)
 
 
 class GeneratedSource:
-    """Base of generated RGB images; a `Source`. Image i is a function of i and the constructor's arguments only.
+    """This base generates RGB images; it is a `Source`. Image i is a function of i and the arguments only.
 
-    A subclass defines `noun`, `record_dtype` and `generate`.
+    A subclass has a `noun` for messages, `fields` for what `generate` returns besides the image, and `generate`.
 
     Args:
         seed: 0 .. 2**32 - 1.
         samples: N.
         image_size: height and width, pixels.
-        class_names: one name per label.
-        fingerprint: holds every parameter that the images depend on, and the version of the code that generates them.
+        class_names: one per label.
+        fingerprint: holds every parameter that the images depend on, and the version of the code.
         cache_dir: folder for the images, generated once; None: each is generated at each call.
     """
 
@@ -46,48 +46,40 @@ class GeneratedSource:
         self._seed, self._image_size, self.class_names, self.fingerprint = seed, image_size, class_names, fingerprint
         self.labels_N = balanced_labels(seed, samples, len(class_names))
         self.sizes_N2 = np.tile(np.array(image_size, dtype=np.int32), (samples, 1))
-        self._records = None
+        self._record = self.generate
         if cache_dir is not None:
-            self._records = cached_records(cache_dir, fingerprint, self.record_dtype(), samples, self.generate)
+            dtype = np.dtype([("image", np.uint8, (*image_size, 3)), *self.fields()])
+            self._record = cached_records(cache_dir, fingerprint, dtype, samples, self.generate).__getitem__
 
     def __len__(self) -> int:
         return len(self.labels_N)
 
-    def record_dtype(self) -> np.dtype:
-        """Return the structured dtype of what `generate` returns; the first field is the image."""
-        return np.dtype([("image", np.uint8, (*self._image_size, 3))])
+    def fields(self) -> list[tuple]:
+        """Return NumPy's (name, dtype, shape) of what `generate` returns after the image."""
+        return []
 
     def generate(self, index: int) -> tuple[np.ndarray, ...]:
-        """Generate the image [H, W, 3] uint8 and what the source keeps with the image."""
+        """Generate the image, [H, W, 3] uint8, and the other fields."""
         raise NotImplementedError
 
-    def record(self, index: int) -> tuple[np.ndarray, ...] | np.void:
-        """Return `generate(index)`, from the cache if there is one."""
-        return self.generate(index) if self._records is None else self._records[index]
+    def uniforms(self, index: int, count: int, purpose: int = PURPOSE_PARAMETERS) -> np.ndarray:
+        """Return [count] float64 in (0, 1), a function of (seed, index, purpose)."""
+        return keyed_uniform(self._seed, purpose, torch.tensor([index]), count, STREAM_SHAPES)[0].numpy()
 
     def name(self, index: int) -> str:
-        """See `Source`."""
         return f"{self.noun} {index}"
 
     def decode(self, index: int) -> np.ndarray:
-        """See `Source`."""
-        return self.record(index)[0]
+        return self._record(index)[0]
 
     def read(self, index: int) -> bytes:
-        """See `Source`."""
         return encode_pnm(self.decode(index))
-
-
-def sample_uniforms(seed: int, index: int, count: int, purpose: int) -> np.ndarray:
-    """Return [count] float64 in (0, 1), a function of (seed, index, purpose)."""
-    return keyed_uniform(seed, purpose, torch.tensor([index]), count, STREAM_SHAPES)[0].numpy()
 
 
 def balanced_labels(seed: int, samples: int, classes: int) -> np.ndarray:
     """Return [N] int64 in 0 .. K - 1: each K consecutive samples hold every class once, in an order drawn for them.
 
-    The classes are therefore balanced, a label depends on (seed, id, K) alone, and no stride through the ids misses a
-    class.
+    A label therefore depends on (seed, id, K) alone, and no stride through the ids misses a class.
     """
     blocks = -(-samples // classes)
     u_N1 = keyed_uniform(seed, PURPOSE_LABEL, torch.arange(blocks * classes), 1, STREAM_SHAPES).numpy()
@@ -100,10 +92,6 @@ def cached_records(folder: str, name: str, dtype: np.dtype, samples: int, make: 
 
     A missing or damaged file is built in a scratch folder and moved into place when it is whole: a killed process
     leaves no half file, and of several processes that build it the last one wins, since all build the same.
-
-    Args:
-        name: holds every parameter that `make` depends on, its version included.
-        dtype: structured, one field per element of what `make` returns.
     """
     path = os.path.join(folder, f"{name}.npy")
     try:

@@ -1,4 +1,4 @@
-"""A small set of real pictures without a download: crops of the photographs that scikit-image's wheel contains."""
+"""This module cuts a small set of real pictures from the photographs in scikit-image's wheel, without a download."""
 
 # H height, W width
 
@@ -9,32 +9,21 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from ccmim_fast.data.made.base import PURPOSE_PARAMETERS, GeneratedSource, sample_uniforms
+from ccmim_fast.config.schema import DataConfig
+from ccmim_fast.data.made.base import GeneratedSource
 from ccmim_fast.errors import ConfigError, MachineError
 
 _VERSION = 1  # of the crops: raise it when the same parameters give another crop, or old caches stay in use
-_PHOTOS = (
-    "astronaut.png",
-    "chelsea.png",
-    "coffee.png",
-    "hubble_deep_field.jpg",
-    "ihc.png",
-    "motorcycle_left.png",
-    "retina.jpg",
-    "rocket.jpg",
-)
+_PHOTOS = ["astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png"]
+_PHOTOS += ["motorcycle_left.png", "retina.jpg", "rocket.jpg"]
 _SHARES = (0.3, 0.9)  # smallest and largest height of a crop, as a share of the largest crop that fits
 
 
 class PhotosSource(GeneratedSource):
-    """Crops at random positions and scales, RGB, without rotation; a `Source`. The label is the photograph.
+    """This source cuts out crops at random positions and scales, without rotation; see `GeneratedSource`.
 
-    Args:
-        seed, samples, image_size, cache_dir: see `GeneratedSource`; the crops have the aspect of `image_size`.
-
-    Raises:
-        ConfigError: a parameter is out of its range.
-        MachineError: scikit-image is missing, or its wheel lacks these photographs.
+    The crops have the aspect of `image_size`; the label is the photograph. Raises ConfigError for a parameter out of
+    its range, MachineError if scikit-image's wheel or a photograph in it is missing.
     """
 
     noun = "photograph"
@@ -50,7 +39,7 @@ class PhotosSource(GeneratedSource):
     def generate(self, index: int) -> tuple[np.ndarray]:
         """Cut out the crop: ([H, W, 3] uint8,)."""
         photo = _open_photo(self._paths[self.labels_N[index]])
-        u_scale, u_y, u_x = sample_uniforms(self._seed, index, 3, PURPOSE_PARAMETERS)
+        u_scale, u_y, u_x = self.uniforms(index, 3)
         height, width = self._image_size
         share = _SHARES[0] + u_scale * (_SHARES[1] - _SHARES[0])
         crop_height = share * min(photo.height, photo.width * height / width)
@@ -60,11 +49,15 @@ class PhotosSource(GeneratedSource):
         return (np.asarray(crop),)
 
 
-def photo_path(name: str) -> str:
-    """Return the path of a photograph in scikit-image's wheel; the package is not imported, so nothing is downloaded.
+def build(data: DataConfig, seed: int) -> PhotosSource:
+    """Build the source of `data.source=photos`."""
+    return PhotosSource(seed, data.samples, data.image_size, data.root or None)
 
-    Raises:
-        MachineError: scikit-image is not installed, or its wheel lacks the photograph.
+
+def photo_path(name: str) -> str:
+    """Return the path of a photograph in scikit-image's wheel. Raises MachineError if it is not there.
+
+    The package is not imported, so nothing is downloaded.
     """
     package = importlib.util.find_spec("skimage")
     if package is None:

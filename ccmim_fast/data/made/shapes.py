@@ -1,15 +1,17 @@
-"""A generated data set whose labels, masks and boxes are exact: one textured shape in front of a background.
+"""This module generates images with exact labels, masks and boxes: one textured shape in front of a background.
 
 The label is the shape. Background, colours, texture, position, size and rotation are drawn independently of the label.
 """
 
 # H height, W width, h w the object's window, S subpixels per side
 
-from typing import NamedTuple
+import math
+from collections import namedtuple
 
 import numpy as np
 
-from ccmim_fast.data.made.base import PURPOSE_NOISE, PURPOSE_PARAMETERS, GeneratedSource, sample_uniforms
+from ccmim_fast.config.schema import DataConfig
+from ccmim_fast.data.made.base import PURPOSE_NOISE, GeneratedSource
 from ccmim_fast.errors import ConfigError
 
 _VERSION = 2  # of the pictures: raise it when the same parameters give another picture, or old caches stay in use
@@ -28,33 +30,18 @@ _PALETTES = np.array(  # two tones each: sky, sand, meadow, slate
 )
 
 
-class _Parameters(NamedTuple):
-    """The random numbers of one image, each uniform in (0, 1)."""
-
-    radius: float
-    y: float
-    x: float
-    rotation: float
-    red: float
-    green: float
-    blue: float
-    texture: float
-    frequency: float
-    phase: float
-    palette: float
-    direction: float
+# The random numbers of one image, each uniform in (0, 1)
+_Parameters = namedtuple("_Parameters", "radius y x rotation red green blue texture frequency phase palette direction")
 
 
 class ShapesSource(GeneratedSource):
-    """Images of one of `classes` shapes, RGB; a `Source`.
+    """This source draws one of `classes` shapes; see `GeneratedSource`. The cache takes 16 KB an image at 64 x 64.
 
     Args:
-        seed, samples, image_size, cache_dir: see `GeneratedSource`; 16 KB an image at 64 x 64.
         classes: 2 .. 6 of disc, square, triangle, ring, cross, star.
         background: `plain`, a gradient between two tones, or `textured`, 1/f noise between them.
 
-    Raises:
-        ConfigError: a parameter is out of its range.
+    Raises ConfigError for a parameter out of its range.
     """
 
     noun = "shape"
@@ -68,19 +55,25 @@ class ShapesSource(GeneratedSource):
         background: str = "plain",
         cache_dir: str | None = None,
     ):
-        _check(samples, image_size, classes, background)
+        if samples < 1:
+            raise ConfigError(f"data.samples={samples} must be at least 1")
+        if min(image_size) < _SMALLEST:
+            raise ConfigError(f"data.image_size={image_size} must be at least {_SMALLEST} each for data.source=shapes")
+        if not 2 <= classes <= len(_CLASSES):
+            raise ConfigError(f"data.classes={classes} must be in 2..{len(_CLASSES)}")
+        if background not in _BACKGROUNDS:
+            raise ConfigError(f"data.background={background!r} must be one of {', '.join(_BACKGROUNDS)}")
         self._background = background
         size = f"{image_size[0]}x{image_size[1]}"
         fingerprint = f"shapes-v{_VERSION}-seed{seed}-n{samples}-{size}-k{classes}-{background}"
         super().__init__(seed, samples, image_size, _CLASSES[:classes], fingerprint, cache_dir)
 
-    def record_dtype(self) -> np.dtype:
-        """See `GeneratedSource`."""
-        return np.dtype([*super().record_dtype().descr, ("mask", np.bool_, self._image_size)])
+    def fields(self) -> list[tuple]:
+        return [("mask", np.bool_, self._image_size)]
 
     def mask(self, index: int) -> np.ndarray:
         """Return the pixels that the object covers at least in part, [H, W] bool; the others show the background."""
-        return self.record(index)[1]
+        return self._record(index)[1]
 
     def box(self, index: int) -> tuple[int, int, int, int]:
         """Return the mask's bounds in pixels: y0, x0, y1, x1, the last two exclusive."""
@@ -90,7 +83,7 @@ class ShapesSource(GeneratedSource):
 
     def background(self, index: int) -> np.ndarray:
         """Return the image without its object, [H, W, 3] uint8."""
-        return _to_uint8(self._draw_background(index, self._parameters(index)))
+        return np.rint(self._draw_background(index, self._parameters(index))).astype(np.uint8)
 
     def generate(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Draw the image [H, W, 3] uint8 and the mask [H, W] bool."""
@@ -101,10 +94,10 @@ class ShapesSource(GeneratedSource):
         window, paint_hw3, cover_hw = _paint_object(parameters, shape, self._image_size)
         image_HW3[window] = image_HW3[window] * (1 - cover_hw)[..., None] + paint_hw3
         mask_HW[window] = cover_hw > 0
-        return _to_uint8(image_HW3), mask_HW
+        return np.rint(image_HW3).astype(np.uint8), mask_HW
 
     def _parameters(self, index: int) -> _Parameters:
-        return _Parameters(*sample_uniforms(self._seed, index, len(_Parameters._fields), PURPOSE_PARAMETERS))
+        return _Parameters(*self.uniforms(index, len(_Parameters._fields)))
 
     def _draw_background(self, index: int, parameters: _Parameters) -> np.ndarray:
         """Draw the background alone, [H, W, 3] float64 in 0 .. 255."""
@@ -112,8 +105,14 @@ class ShapesSource(GeneratedSource):
         if self._background == "plain":
             share_HW = _gradient(self._image_size, 2 * np.pi * parameters.direction)
         else:
-            share_HW = _pink_noise(self._seed, index, self._image_size)
+            share_HW = _pink_noise(self.uniforms(index, math.prod(self._image_size), PURPOSE_NOISE), self._image_size)
         return dark + share_HW[..., None] * (light - dark)
+
+
+def build(data: DataConfig, seed: int) -> ShapesSource:
+    """Build the source of `data.source=shapes`."""
+    size, folder = data.image_size, data.root or None
+    return ShapesSource(seed, data.samples, size, data.classes, data.background, folder)
 
 
 def _paint_object(
@@ -182,9 +181,9 @@ def _gradient(image_size: tuple[int, int], angle: float) -> np.ndarray:
     return (ramp_HW - ramp_HW.min()) / (ramp_HW.max() - ramp_HW.min())
 
 
-def _pink_noise(seed: int, index: int, image_size: tuple[int, int]) -> np.ndarray:
-    """Return noise [H, W] in 0 .. 1 with the amplitude 1/f, as natural images have it."""
-    white_HW = sample_uniforms(seed, index, image_size[0] * image_size[1], PURPOSE_NOISE).reshape(image_size)
+def _pink_noise(white: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """Turn white noise [H * W] into noise [H, W] in 0 .. 1 with the amplitude 1/f, as natural images have it."""
+    white_HW = white.reshape(image_size)
     frequency = np.hypot(np.fft.fftfreq(image_size[0])[:, None], np.fft.rfftfreq(image_size[1]))
     frequency[0, 0] = np.inf  # no mean
     pink_HW = np.fft.irfft2(np.fft.rfft2(white_HW) / frequency, s=image_size)
@@ -195,18 +194,3 @@ def _mean_subpixels(subpixels: np.ndarray) -> np.ndarray:
     """Average [h S, w S] bool over the subpixels: [h, w] float64."""
     h, w = subpixels.shape[0] // _SUBPIXELS, subpixels.shape[1] // _SUBPIXELS
     return subpixels.reshape(h, _SUBPIXELS, w, _SUBPIXELS).mean(axis=(1, 3))
-
-
-def _to_uint8(pixels: np.ndarray) -> np.ndarray:
-    return np.rint(pixels).astype(np.uint8)
-
-
-def _check(samples: int, image_size: tuple[int, int], classes: int, background: str) -> None:
-    if samples < 1:
-        raise ConfigError(f"data.samples={samples} must be at least 1")
-    if min(image_size) < _SMALLEST:
-        raise ConfigError(f"data.image_size={image_size} must be at least {_SMALLEST} each for data.source=shapes")
-    if not 2 <= classes <= len(_CLASSES):
-        raise ConfigError(f"data.classes={classes} must be in 2..{len(_CLASSES)}")
-    if background not in _BACKGROUNDS:
-        raise ConfigError(f"data.background={background!r} must be one of {', '.join(_BACKGROUNDS)}")

@@ -1,4 +1,4 @@
-"""The training batch: what a loader yields, and the memory on the device that its images are written to."""
+"""This module makes the batches that a loader yields, in memory on the device."""
 
 # N samples, B batch, H height, W width, C channels
 
@@ -15,26 +15,19 @@ from ccmim_fast.data.stream.plan import MicroBatch
 
 
 class Batch(NamedTuple):
-    """One micro-batch of one rank, on the training device.
+    """A batch is one micro-batch of one rank, on the training device. Ids and epochs key the masks.
 
-    Attributes:
-        images_BHWC: uint8, crops of `data.image_size`.
-        ids_B: int64 sample ids: the index of each image in its source, a part of the key of its mask.
-        epochs_B: int64, the epoch of each sample, the other part of that key; nearly always one epoch for all.
-        labels_B: int64 class indices, or None if the source has none.
-        boxes_B4: float64, the position of the crop in its image: y, x, height, width as shares of the image's sides.
-            For a mirrored crop, x is the right edge in the image and the width is negative.
-        host_ids_B: the ids again, on the host, where they can be read without waiting for the device.
-        maps_BGG: float16 maps of the scores so far, in a run with a score bank; see `bank`.
+    `boxes_B4` is the position of the crop in its image: y, x, height, width as shares of the image's sides. For a
+    mirrored crop, x is the right edge in the image and the width is negative.
     """
 
-    images_BHWC: Tensor
-    ids_B: Tensor
-    epochs_B: Tensor
-    labels_B: Tensor | None = None
-    boxes_B4: Tensor | None = None
-    host_ids_B: np.ndarray | None = None
-    maps_BGG: Tensor | None = None
+    images_BHWC: Tensor  # uint8, crops of `data.image_size`
+    ids_B: Tensor  # int64 sample ids: the index of each image in its source
+    epochs_B: Tensor  # int64, the epoch of each sample; nearly always one epoch for all
+    labels_B: Tensor | None = None  # int64 class indices, or None if the source has none
+    boxes_B4: Tensor | None = None  # float64
+    host_ids_B: np.ndarray | None = None  # the ids again, on the host: reading them waits for no device
+    maps_BGG: Tensor | None = None  # float16 maps of the scores so far, in a run with a score bank; see `bank`
 
 
 def make_batch(images_BHWC: Tensor, samples: MicroBatch, source: Source, device: torch.device) -> Batch:
@@ -70,16 +63,12 @@ def _relative_boxes(samples: MicroBatch, source: Source) -> np.ndarray:
 
 
 class Buffers:
-    """The memory on the device that a loader writes its images to.
+    """Buffers hold the images of a loader on the device, in uint8 tensors of one shape.
 
     On CUDA it is a ring of `2 * held` tensors, filled on a separate stream while a step reads earlier ones: a batch
-    stays valid until `2 * held - 1` others were asked for. A copy waits for the work that was queued before the batch
-    `held` positions behind it was asked for; of all other work, only what reads the batch waits for the copy. On a CPU
-    each batch has its own memory.
-
-    Args:
-        shape: shape of a batch; uint8.
-        held: batches that are asked for before the first of them is used: the micro-batches of a step.
+    stays valid until `2 * held - 1` others were asked for. `held` batches, the micro-batches of a step, are asked for
+    before the first of them is used. A copy waits for the work that was queued before the batch `held` positions behind
+    it was asked for; of other work, only what reads the batch waits for the copy. On a CPU each batch has own memory.
     """
 
     def __init__(self, shape: tuple[int, ...], device: torch.device, held: int):

@@ -1,4 +1,4 @@
-"""The random crop and flip of an image: functions of (seed, epoch, sample id), whatever the batch or the machine."""
+"""The random crop and flip of an image depend on (seed, epoch, sample id) alone, not on the batch or the machine."""
 
 # B batch, A attempts
 

@@ -1,4 +1,4 @@
-"""Images decoded by NVIDIA DALI and, on a GPU, resized by DALI too. Only this file imports DALI.
+"""NVIDIA DALI decodes the images here and, on a GPU, resizes them too. Only this file imports DALI.
 
 DALI draws no random numbers and reads no files: it is given bytes and boxes. It therefore carries out the same plan as
 the torch loader and gives the same pixels up to rounding.
@@ -6,12 +6,12 @@ the torch loader and gives the same pixels up to rounding.
 
 # B batch, H height, W width, C channels
 
-import functools
 import importlib.util
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -22,8 +22,9 @@ from ccmim_fast.data.index.indexed import IndexedSource
 from ccmim_fast.data.source import Source, encode_pnm
 from ccmim_fast.data.stream.batch import Batch, Buffers, make_batch
 from ccmim_fast.data.stream.plan import MicroBatch, Plan
-from ccmim_fast.data.stream.prefetch import load_with_fallback, prefetch, thread_count
+from ccmim_fast.data.stream.prefetch import load_with_fallback, prefetch
 from ccmim_fast.data.stream.torch_loader import resize
+from ccmim_fast.data.threads import thread_count
 from ccmim_fast.errors import ConfigError, DataError, MachineError
 
 _FILES_PER_TASK = 16  # with one file per task, the hand-over between threads takes longer than reading
@@ -36,7 +37,7 @@ def is_installed() -> bool:
 
 
 class DaliLoader:
-    """Training micro-batches by DALI, of 1 or 3 channels; a `Loader`.
+    """This `Loader` decodes images of 1 or 3 channels by DALI.
 
     DALI cannot skip an image: one that does not decode ends the pipeline. A new pipeline then goes on with the same
     micro-batch, decoded by Pillow, in which fallbacks replace the images that Pillow cannot decode either.
@@ -47,10 +48,8 @@ class DaliLoader:
     def __init__(
         self, plan: Plan, bad_samples: BadSamples, image_size: tuple[int, int], workers: int, device: torch.device
     ):
-        if plan.source.channels not in (1, 3):
-            raise ConfigError(
-                f"data.loader=dali reads 1 or 3 channels, not {plan.source.channels}; set data.loader=torch"
-            )
+        if (channels := plan.source.channels) not in (1, 3):
+            raise ConfigError(f"data.loader=dali reads 1 or 3 channels, not {channels}; set data.loader=torch")
         try:
             import nvidia.dali.plugin.pytorch as dali_torch
         except (ImportError, OSError) as error:
@@ -64,11 +63,10 @@ class DaliLoader:
 
     @staticmethod
     def suits(source: Source) -> bool:
-        """See `Loader`; generated images gain nothing, since they are not encoded."""
+        """Tell whether DALI reads and speeds up such images; generated images are not encoded, so they gain nothing."""
         return isinstance(source, IndexedSource) and source.channels in (1, 3) and is_installed()
 
     def stream(self, cursor: int) -> Iterator[Batch]:
-        """See `Loader`."""
         source = self.plan.source
         shape = (self.plan.micro_batch_size, *self._image_size, source.channels)
         buffers = Buffers(shape, self._device, held=self.plan.accumulate)
@@ -85,7 +83,7 @@ class DaliLoader:
                     pipeline = self._build(feed)
                     continue
                 samples = feed.in_flight.popleft().samples
-                own_BHWC = buffers.fill(functools.partial(self._take, images, samples))
+                own_BHWC = buffers.fill(partial(self._take, images, samples))
                 yield make_batch(own_BHWC, samples, source, self._device)
 
     def _take(self, images, samples: MicroBatch, own_BHWC: torch.Tensor, stream: "torch.cuda.Stream | None") -> None:
@@ -103,32 +101,26 @@ class DaliLoader:
 
     def encoded(self, cursor: int) -> "_Feed":
         """Return DALI's input: for each micro-batch the encoded images, anchors and shapes of the crops, and flips."""
-        return _Feed(self._read(cursor), self.plan.flip and self._device.type == "cuda")
+        load = self._loading(self.plan.source.read)
+        loaded = prefetch(load, self.plan.micro_batches(cursor), self._threads, _FILES_PER_TASK)
+        return _Feed(loaded, self.plan.flip and self._device.type == "cuda")
 
-    def _read(self, cursor: int) -> Iterator["_Encoded"]:
-        def read(sample: MicroBatch) -> np.ndarray:
-            return np.frombuffer(self.plan.source.read(sample.ids_B.item()), dtype=np.uint8)
+    def _loading(self, read: Callable[[int], bytes]) -> Callable[[MicroBatch], tuple[MicroBatch, np.ndarray]]:
+        """Return a function that gives the bytes which `read` gives of a sample or of its fallback, as an array."""
 
-        def load(sample: MicroBatch) -> tuple[MicroBatch, np.ndarray]:
-            return load_with_fallback(read, sample, self.plan, self.bad_samples)
+        def load(sample: MicroBatch) -> np.ndarray:
+            return np.frombuffer(read(sample.ids_B.item()), dtype=np.uint8)
 
-        with closing(prefetch(load, self.plan.micro_batches(cursor), self._threads, _FILES_PER_TASK)) as loaded:
-            for samples, files in loaded:
-                yield _Encoded(samples, files)
+        return partial(load_with_fallback, load, plan=self.plan, bad_samples=self.bad_samples)
 
     def _repair(self, failed: "_Encoded", error: RuntimeError) -> "_Encoded":
         """Return the same micro-batch as pixels that Pillow has decoded, with fallbacks for what it cannot decode."""
-
-        def decode(sample: MicroBatch) -> np.ndarray:
-            return np.frombuffer(encode_pnm(self.plan.source.decode(sample.ids_B.item())), dtype=np.uint8)
-
         if failed.repaired:
             # DALI's message has many lines, and the cause is not in the first one.
             message = " ".join(str(error).split())
             raise DataError(f"DALI fails on decoded pixels; set data.loader=torch: {message}") from error
-        samples, files = zip(
-            *(load_with_fallback(decode, sample, self.plan, self.bad_samples) for sample in failed.samples.samples())
-        )
+        load = self._loading(lambda index: encode_pnm(self.plan.source.decode(index)))
+        samples, files = zip(*map(load, failed.samples.samples()))
         return _Encoded(MicroBatch.join(samples), list(files), repaired=True)
 
     def _build(self, feed: "_Feed"):
@@ -170,7 +162,7 @@ class DaliLoader:
 
 
 class _Encoded(NamedTuple):
-    """A micro-batch with its B encoded images; `repaired` if these are pixels that are known to be good."""
+    """The B images of a micro-batch are encoded here; if `repaired`, they are pixels that are known to be good."""
 
     samples: MicroBatch
     files: list[np.ndarray]
@@ -178,14 +170,10 @@ class _Encoded(NamedTuple):
 
 
 class _Feed:
-    """The source of DALI's inputs, which keeps each micro-batch until its images have come out.
+    """A feed gives DALI its inputs; `in_flight` are the micro-batches, in order, whose images have not come out yet."""
 
-    Attributes:
-        in_flight: micro-batches that were given to DALI and have not come out yet, in order.
-    """
-
-    def __init__(self, encoded: Iterator[_Encoded], flip: bool):
-        self._encoded, self._flip = encoded, flip
+    def __init__(self, loaded: Iterator[tuple[MicroBatch, list[np.ndarray]]], flip: bool):
+        self._loaded, self._flip = loaded, flip
         self.in_flight: deque[_Encoded] = deque()
         self._again: deque[_Encoded] = deque()
 
@@ -193,7 +181,7 @@ class _Feed:
         return self
 
     def __next__(self) -> tuple:
-        encoded = self._again.popleft() if self._again else next(self._encoded)
+        encoded = self._again.popleft() if self._again else _Encoded(*next(self._loaded))
         self.in_flight.append(encoded)
         samples = encoded.samples
         anchors_B2, shapes_B2 = (
@@ -209,4 +197,4 @@ class _Feed:
 
     def close(self) -> None:
         """Stop reading ahead."""
-        self._encoded.close()
+        self._loaded.close()

@@ -1,4 +1,4 @@
-"""The order of the samples: a permutation keyed by (seed, epoch), each position computed without the others."""
+"""The order of the samples is a permutation keyed by (seed, epoch); each position is computed without the others."""
 
 # P positions asked for
 

@@ -1,13 +1,12 @@
-"""The plan of one rank, made without touching an image: ids, epochs, boxes and flips of each micro-batch.
+"""A plan tells the ids, epochs, boxes and flips of each micro-batch of one rank, without touching an image.
 
 The samples form one endless stream, epoch after epoch, each epoch a keyed permutation of all samples. A run's position
-in the stream is its cursor: the number of samples that all ranks have seen. A step takes the next samples; it may begin
-in one epoch and end in the next. Every sample therefore comes once an epoch, whatever the batch size, and the cursor is
-all that a resumed run needs, with any number of ranks and any batch size.
+in it is its cursor: the number of samples that all ranks have seen. A step takes the next samples, across the end of an
+epoch too. Every sample therefore comes once an epoch, whatever the batch size, and the cursor is all that a resumed run
+needs, with any number of ranks and any batch size.
 
 With partitions, samples belong to ranks, so that what is kept of a sample stays where the sample is trained on: usable
-sample number n is in partition n % S. An epoch takes equally many samples of each partition in turn, each partition in
-its own order.
+sample number n is in partition n % S. An epoch takes as many samples of each partition, in turn, each in its own order.
 
 With repeats, an epoch of the same length takes only the first samples of its order, each several times in a row with
 different crops (repeated augmentation: Hoffer et al., 2020, as in DeiT).
@@ -33,15 +32,9 @@ _PLANNED_AT_ONCE = 1024  # samples: 4 microseconds each; with 64 at once 41
 
 
 class MicroBatch(NamedTuple):
-    """Samples of one micro-batch with their crops.
-
-    Attributes:
-        ids_B: int64 sample ids.
-        epochs_B: int64, the epoch of each sample. Repeat r of epoch e counts as epoch e * repeats + r, so that every
-            random number of a sample is drawn anew.
-        boxes_B4: int64 y, x, height, width of the crops in pixels.
-        flips_B: bool, mirrored or not.
-    """
+    """A micro-batch names samples and their crops. ids_B: int64 sample ids. epochs_B: int64; repeat r of epoch e counts
+    as epoch e * repeats + r, so that every random number of a sample is drawn anew. boxes_B4: int64 y, x, height, width
+    of the crops in pixels. flips_B: bool, mirrored or not."""
 
     ids_B: np.ndarray
     epochs_B: np.ndarray
@@ -64,10 +57,9 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The micro-batches of one rank; every loader carries out the same plan.
+    """A plan describes the micro-batches of one rank; every loader carries out the same plan.
 
-    Raises:
-        ConfigError, DataError: `global_batch` or `partitions` does not fit, see `check_batch` and `check_partitions`.
+    Raises ConfigError or DataError as `check_batch` and `check_partitions` do.
     """
 
     source: Source = field(repr=False)
@@ -89,29 +81,27 @@ class Plan:
 
     @property
     def samples(self) -> int:
-        """Samples of an epoch; a partition with one sample more than others leaves out a different one each epoch."""
+        """Count the samples of an epoch; a partition with one more than others leaves out a different one each time."""
         return usable_count(self.source) // self.partitions * self.partitions
 
     @property
     def own_partitions(self) -> range:
-        """Partitions that this rank trains on: several if there are more partitions than ranks, else one."""
+        """Return the partitions that this rank trains on: several if there are more partitions than ranks, else one."""
         own = max(1, self.partitions // self.world_size)
         first = self.rank * self.partitions // self.world_size
         return range(first, first + own)
 
     @property
     def micro_batch_size(self) -> int:
-        """B, the images of one micro-batch of one rank."""
+        """Return B, the images of one micro-batch of one rank."""
         return self.global_batch // (self.accumulate * self.world_size)
 
     def micro_batches(self, cursor: int) -> Iterator[MicroBatch]:
-        """Yield `accumulate` micro-batches for each optimizer step, from the position `cursor` on, without end.
+        """Yield `accumulate` micro-batches for each optimizer step, without end, from the position `cursor` on.
 
         A step takes the next `global_batch` positions, each micro-batch a contiguous A-th of them, each rank a
         contiguous W-th of that in the order of its partitions: the number of ranks does not change a micro-batch.
-
-        Args:
-            cursor: a multiple of the number of partitions, as the end of every step is.
+        `cursor` is a multiple of the number of partitions, as the end of every step is.
         """
         size = self.micro_batch_size
         count = max(1, _PLANNED_AT_ONCE // size)
@@ -164,9 +154,7 @@ class Plan:
 def check_batch(samples: int, global_batch: int, accumulate: int, world_size: int) -> None:
     """Return if each rank has an equal share of a step, and no step, without repeats, holds a sample twice.
 
-    Raises:
-        ConfigError: `global_batch` is no multiple of `accumulate` * `world_size`.
-        DataError: there are fewer samples than one step takes.
+    Raises ConfigError for a `global_batch` that cannot be divided, DataError for one larger than the set.
     """
     share = accumulate * world_size
     if global_batch < 1 or global_batch % share:
@@ -184,11 +172,7 @@ def check_batch(samples: int, global_batch: int, accumulate: int, world_size: in
 def check_partitions(partitions: int, images: int, world_size: int) -> None:
     """Return if each rank can have its own samples: equally many of each of its partitions in a micro-batch.
 
-    Args:
-        images: images of a micro-batch, over all ranks.
-
-    Raises:
-        ConfigError: partitions and ranks do not divide each other, or do not divide the micro-batch.
+    Raises ConfigError if partitions and ranks do not divide each other, or the `images` of a micro-batch of all ranks.
     """
 
     def fits(count: int) -> bool:

@@ -1,8 +1,9 @@
-"""Images decoded by Pillow and resized by torch in threads: runs everywhere and is the reference for other loaders."""
+"""Pillow decodes the images here and torch resizes them: this loader runs everywhere and is the reference."""
 
 # N samples, B batch, H height, W width, C channels
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,11 +13,12 @@ from ccmim_fast.data.index.bad_samples import BadSamples
 from ccmim_fast.data.source import Source, usable_count, usable_ids
 from ccmim_fast.data.stream.batch import Batch, Buffers, make_batch
 from ccmim_fast.data.stream.plan import MicroBatch, Plan
-from ccmim_fast.data.stream.prefetch import load_with_fallback, prefetch, thread_count
+from ccmim_fast.data.stream.prefetch import load_with_fallback, prefetch
+from ccmim_fast.data.threads import thread_count
 
 
 class TorchLoader:
-    """Training micro-batches by Pillow and torch, of any number of channels; a `Loader`."""
+    """This `Loader` decodes images of any number of channels by Pillow and resizes them by torch."""
 
     def __init__(
         self, plan: Plan, bad_samples: BadSamples, image_size: tuple[int, int], workers: int, device: torch.device
@@ -26,19 +28,12 @@ class TorchLoader:
 
     @staticmethod
     def suits(source: Source) -> bool:
-        """See `Loader`."""
         return True
 
     def stream(self, cursor: int) -> Iterator[Batch]:
-        """See `Loader`."""
         source = self.plan.source
-
-        def load_one(sample: MicroBatch) -> np.ndarray:
-            return load_crop(source, sample, self._image_size)
-
-        def load(sample: MicroBatch) -> tuple[MicroBatch, np.ndarray]:
-            return load_with_fallback(load_one, sample, self.plan, self.bad_samples)
-
+        load_one = partial(load_crop, source, image_size=self._image_size)
+        load = partial(load_with_fallback, load_one, plan=self.plan, bad_samples=self.bad_samples)
         shape = (self.plan.micro_batch_size, *self._image_size, source.channels)
         buffers = Buffers(shape, self._device, held=self.plan.accumulate)
         for samples, images in prefetch(load, self.plan.micro_batches(cursor), self._threads):
@@ -58,12 +53,10 @@ def evaluation_batches(
 
     Args:
         central: crop the largest central part that has the aspect of `image_size`, with sides scaled by this factor:
-            0.875 equals a resize of the shorter side to 256 and a central crop of 224. 0: the whole image, whatever
-            its aspect.
+            0.875 equals a resize of the shorter side to 256 and a central crop of 224. 0: the whole image.
         part: (k, n): yield the images k, k + n, k + 2 n, ... only.
 
-    Raises:
-        DataError: an image cannot be decoded; the message names the image.
+    Raises DataError naming an image that cannot be decoded.
     """
     first, step = part
 
@@ -94,11 +87,7 @@ def _central_boxes(sizes_B2: np.ndarray, image_size: tuple[int, int], share: flo
 
 
 def load_crop(source: Source, sample: MicroBatch, image_size: tuple[int, int]) -> np.ndarray:
-    """Decode, crop and resize the image of a micro-batch of one: [H, W, C] uint8.
-
-    Raises:
-        DataError: the image cannot be decoded; the message names the image.
-    """
+    """Decode, crop and resize a micro-batch of one: [H, W, C] uint8. Raises DataError naming the image."""
     image_HWC = source.decode(sample.ids_B.item())
     return crop_and_resize(image_HWC, sample.boxes_B4[0], sample.flips_B.item(), image_size)
 

@@ -1,6 +1,9 @@
-"""Micro-batches of a rank: images and targets to train on, and its share of the images to test on."""
+"""Images with their objects as the detector takes them: augmented to train on, resized to test on.
 
-# B batch, N images of a share, C channels, H height, W width
+torchvision's transforms draw from torch's global generator.
+"""
+
+# N objects, or images of a share; C channels, H height, W width
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -8,17 +11,83 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
+from torchvision.transforms import v2
 
-from ccmim_fast.data.index.bad_samples import BadSamples
-from ccmim_fast.data.source import usable_count, usable_ids
-from ccmim_fast.data.stream.plan import MicroBatch, Plan
-from ccmim_fast.data.stream.prefetch import load_with_fallback
-from ccmim_fast.evaluation.detection.instances import Instances, InstanceSource
-from ccmim_fast.evaluation.detection.transforms import ForTesting, ForTraining, Sample
+from ccmim_fast.config.evaluation import EvalConfig
+from ccmim_fast.evaluation.detection.instances import Instances
 from ccmim_fast.evaluation.job import Job
-from ccmim_fast.evaluation.processes import prepared
+from ccmim_fast.evaluation.loader import SampleLoader, samples_to_test
 from ccmim_fast.evaluation.supervised import seed_generators
+
+
+class Sample(NamedTuple):
+    """An image as the detector takes it, uint8 [C, H, W], and torchvision's target: boxes, labels from 1 on, masks."""
+
+    image_CHW: Tensor
+    target: dict[str, Tensor]
+
+
+class ForTraining:
+    """Resize, crop, mirror. Objects of which nothing is left, and crowds, are left out; there may be none at all.
+
+    `short_side`: the shorter side is one of `detect.short_sides`, the longer one `detect.long_side` at most (as for
+    ResNets since Detectron). `jitter`: the image is fitted into `data.image_size` times a share of `detect.jitter`,
+    then cropped or padded to it (large-scale jitter; Ghiasi et al., 2021); boxes are drawn anew around what is left.
+
+    Args:
+        config: `detect`, `data.image_size` and `data.flip`.
+        mean: 0 .. 1 per channel, which pads.
+    """
+
+    def __init__(self, config: EvalConfig, mean: tuple[float, ...]):
+        detect, size = config.detect, config.data.image_size
+        self._redraw = detect.resize == "jitter"
+        if self._redraw:
+            fill = {tv_tensors.Image: [255 * value for value in mean], "others": 0}
+            steps = [
+                v2.ScaleJitter(size, scale_range=detect.jitter),
+                v2.RandomCrop(size, pad_if_needed=True, fill=fill),
+            ]
+        else:
+            steps = [v2.RandomShortestSize(list(detect.short_sides), max_size=detect.long_side)]
+        if config.data.flip:
+            steps.append(v2.RandomHorizontalFlip())
+        self._steps = v2.Compose([*steps, v2.ClampBoundingBoxes()])
+
+    def __call__(self, image_HWC: np.ndarray, objects: Instances) -> Sample:
+        one = ~objects.crowd_N
+        size = image_HWC.shape[:2]
+        image, boxes, masks = self._steps(
+            tv_tensors.Image(torch.from_numpy(np.array(image_HWC)).permute(2, 0, 1)),
+            tv_tensors.BoundingBoxes(torch.from_numpy(objects.boxes_N4[one]), format="XYXY", canvas_size=size),
+            tv_tensors.Mask(torch.from_numpy(objects.masks_NHW[one])),
+        )
+        image_CHW, boxes_N4, masks_NHW = (part.as_subclass(Tensor) for part in (image, boxes, masks))
+        labels_N = torch.from_numpy(objects.labels_N[one]) + 1
+        if self._redraw:
+            shown_N = masks_NHW.flatten(1).any(1)
+            boxes_N4[shown_N] = masks_to_boxes(masks_NHW[shown_N]) + boxes_N4.new_tensor([0, 0, 1, 1])
+        else:
+            shown_N = (boxes_N4[:, 2:] > boxes_N4[:, :2]).all(1)
+        target = {"boxes": boxes_N4[shown_N], "labels": labels_N[shown_N], "masks": masks_NHW[shown_N].byte()}
+        return Sample(image_CHW.contiguous(), target)
+
+
+class ForTesting:
+    """Resize alone, uint8 [H, W, C] -> [C, H, W]: the shorter side to the last of `detect.short_sides`; with `jitter`,
+    to fit into `data.image_size`."""
+
+    def __init__(self, config: EvalConfig):
+        detect = config.detect
+        if detect.resize == "jitter":
+            self._resize = v2.ScaleJitter(config.data.image_size, scale_range=(1.0, 1.0))
+        else:
+            self._resize = v2.RandomShortestSize(detect.short_sides[-1], max_size=detect.long_side)
+
+    def __call__(self, image_HWC: np.ndarray) -> Tensor:
+        return self._resize(torch.from_numpy(np.array(image_HWC)).permute(2, 0, 1)).contiguous()
 
 
 class MicroBatchOfObjects(NamedTuple):
@@ -28,6 +97,35 @@ class MicroBatchOfObjects(NamedTuple):
     targets: list[dict[str, Tensor]]
 
 
+class ObjectLoader(SampleLoader):
+    """Training batches of one rank."""
+
+    def __init__(self, job: Job):
+        super().__init__(job)
+        self._transform = ForTraining(job.config, job.weights.mean)
+
+    def read(self, index: int) -> tuple[np.ndarray, Instances]:
+        """See `SampleLoader`."""
+        return self.plan.source.decode(index), self.plan.source.instances(index)
+
+    def make(self, read: tuple[np.ndarray, Instances], index: int, epoch: int) -> Sample:
+        """See `SampleLoader`."""
+        seed_generators(self.config.seed, epoch, index)
+        return self._transform(*read)
+
+    def collate(self, samples: list[Sample]) -> list[Sample]:
+        """Leave the images as they are, of any sizes."""
+        return samples
+
+    def place(self, batch: list[Sample], number: int) -> MicroBatchOfObjects:
+        """See `SampleLoader`; images become shares of 1."""
+        device = self.here.device
+        return MicroBatchOfObjects(
+            [sample.image_CHW.to(device, non_blocking=True) / 255 for sample in batch],
+            [{k: v.to(device, non_blocking=True) for k, v in sample.target.items()} for sample in batch],
+        )
+
+
 class Shown(NamedTuple):
     """An image to test on, uint8 [C, H, W] in the size in which it is shown, and what is known of the original."""
 
@@ -35,68 +133,7 @@ class Shown(NamedTuple):
     objects: Instances
 
 
-class _Prepared(Dataset):
-    """A micro-batch of one -> `Sample`; draws are keyed by (seed, epoch, sample id)."""
-
-    def __init__(self, plan: Plan, bad_samples: BadSamples, transform: ForTraining, seed: int):
-        self._plan, self._bad_samples, self._transform, self._seed = plan, bad_samples, transform, seed
-
-    def __getitem__(self, sample: MicroBatch) -> Sample:
-        return load_with_fallback(self._load, sample, self._plan, self._bad_samples)[1]
-
-    def _load(self, sample: MicroBatch) -> Sample:
-        index = sample.ids_B.item()
-        image_HWC, objects = self._plan.source.decode(index), self._plan.source.instances(index)
-        seed_generators(self._seed, sample.epochs_B.item(), index)
-        return self._transform(image_HWC, objects)
-
-
-class Batches:
-    """Training batches of one rank."""
-
-    def __init__(self, job: Job):
-        config, source = job.config, job.train.source
-        self._config, self._here = config, job.here
-        self._plan = Plan(
-            source, config.seed, config.train.batch_size, config.train.accumulate, job.here.rank, job.here.world_size
-        )
-        # What is excluded is not bad: there is no object in it.
-        bad_samples = BadSamples(None, len(source), 0, config.data.on_error, config.data.max_bad)
-        self._samples = _Prepared(self._plan, bad_samples, ForTraining(config, job.weights.mean), config.seed)
-
-    def stream(self, cursor: int) -> Iterator[MicroBatchOfObjects]:
-        """From a place of the stream on, without end; prepared by other processes where there is more than one core."""
-        batches = (batch.samples() for batch in self._plan.micro_batches(cursor))
-        for samples in prepared(self._samples, batches, list, self._config.data.workers, self._here.device):
-            images, targets = zip(*(_on_device(sample, self._here.device) for sample in samples))
-            yield MicroBatchOfObjects(list(images), list(targets))
-
-
-def _on_device(sample: Sample, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-    """The image as shares of 1, and its target, on the device."""
-    target = {name: value.to(device, non_blocking=True) for name, value in sample.target.items()}
-    return sample.image_CHW.to(device, non_blocking=True) / 255, target
-
-
-class _Share(Dataset):
-    """Of the usable images every `step`-th from `first` on."""
-
-    def __init__(self, source: InstanceSource, transform: ForTesting, first: int, step: int):
-        self._source, self._transform = source, transform
-        self._ids_N = usable_ids(source, np.arange(first, usable_count(source), step))
-
-    def __len__(self) -> int:
-        return len(self._ids_N)
-
-    def __getitem__(self, place: int) -> Shown:
-        index = int(self._ids_N[place])
-        return Shown(self._transform(self._source.decode(index)), self._source.instances(index))
-
-
 def share_to_test(job: Job) -> Iterator[list[Shown]]:
-    """This rank's share, every `world_size`-th image once, some at a time. Raises DataError naming a bad image."""
-    train = job.config.train
-    share = _Share(job.test.source, ForTesting(job.config), job.here.rank, job.here.world_size)
-    size = max(1, train.batch_size // (train.accumulate * job.here.world_size))
-    places = (list(range(first, min(first + size, len(share)))) for first in range(0, len(share), size))
-    return prepared(share, places, list, job.config.data.workers, job.here.device)
+    """Yield this rank's share of the images to test on, see `samples_to_test`."""
+    source, transform = job.test.source, ForTesting(job.config)
+    return samples_to_test(job, lambda index: Shown(transform(source.decode(index)), source.instances(index)))

@@ -19,7 +19,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
 from ccmim_fast.config.evaluation import EvalOptimConfig
-from ccmim_fast.evaluation.detection.pyramid import LEVELS, Backbone, strides
+from ccmim_fast.evaluation.detection.backbone import LEVELS, Backbone, strides
 
 _RATIOS = (0.5, 1.0, 2.0)  # height to width of the anchors
 _ANCHOR = 8  # strides: side of a level's anchors, 32 pixels at stride 4

@@ -1,4 +1,4 @@
-"""The objects in one image: box, class and mask of each."""
+"""Sources of images whose objects are known: box, class and mask of each."""
 
 # N objects, H height, W width
 
@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.source import Source
 
 
@@ -31,3 +32,18 @@ class InstanceSource(Source, Protocol):
     def instances(self, index: int) -> Instances:
         """The objects of one image. Raises DataError naming the image."""
         ...
+
+
+class ShapesInstances(ShapesSource):
+    """Images made by code, whose one object is known to the pixel; an `InstanceSource`."""
+
+    def instances(self, index: int) -> Instances:
+        """See `InstanceSource`."""
+        y0, x0, y1, x1 = self.box(index)
+        mask_HW = np.array(self.mask(index))  # the cache is read-only, which torch does not like
+        return Instances(
+            np.array([[x0, y0, x1, y1]], dtype=np.float32),
+            self.labels_N[index : index + 1],
+            mask_HW[None],
+            np.zeros(1, dtype=bool),
+        )

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ccmim_fast.checkpoints import io
+from ccmim_fast.config.keys import show
 from ccmim_fast.config.parser import Parser
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.errors import CheckpointError, ConfigError, DataError
@@ -16,12 +18,12 @@ from ccmim_fast.evaluation.masks.objects import MaskFolder, objects_of
 from ccmim_fast.evaluation.masks.picture import Drawn
 from ccmim_fast.evaluation.masks.result import Look, write
 from ccmim_fast.evaluation.masks.scored import figures_of, score_and_divide
-from ccmim_fast.evaluation.masks.subject import COUNT, PROG, Subject, places, read_subject, untrained
+from ccmim_fast.evaluation.masks.subject import COUNT, PROG, Subject, read_subject
 from ccmim_fast.models.output import Output
 from ccmim_fast.models.scores import PriorScores
 from ccmim_fast.ranks.session import open_session
 from ccmim_fast.report.reconstruction import drawn
-from ccmim_fast.report.snapshots import FewImages, few_images
+from ccmim_fast.report.snapshots import FewImages, few_images, prior_scores, spread
 from ccmim_fast.runs.folder import check_apart, describe_run, open_run_folder
 from ccmim_kernels import Partition, partition_from_mask
 
@@ -34,7 +36,7 @@ def masks(argv: list[str]) -> None:
     the scores are. CHECKPOINT: a run's folder, one of its checkpoints, a file of weights, or timm:NAME.
     """
     given, settings = _read(argv)
-    first, *others = places(given.checkpoint, given.moments)
+    first, *others = _places(given.checkpoint, given.moments)
     subject = read_subject(first, settings, given.images)
     check_apart(subject.config.run.dir, given.checkpoint)
     few = few_images(subject.config.data, subject.config.seed, given.measure)
@@ -42,14 +44,28 @@ def masks(argv: list[str]) -> None:
     with open_session(subject.config.train.device) as here:
         if here.world_size > 1:
             raise ConfigError(f"{PROG}: one process only, got {here.world_size}; start it without torchrun")
-        folder = open_run_folder(subject.config, goes_on=False)
+        folder = open_run_folder(subject.config, resumable=False)
         describe_run(folder, subject.config, here.device)
-        looks = [_look(untrained(subject), few, object_BL, given.drawn, here.device)] if given.moments > 1 else []
+        looks = [_look(subject.untrained(), few, object_BL, given.drawn, here.device)] if given.moments > 1 else []
         looks.append(_look(subject, few, object_BL, given.drawn, here.device))
         for place in others:
             subject = read_subject(place, settings, given.images)
             looks.append(_look(subject, few, object_BL, given.drawn, here.device))
         print(write(folder, looks, object_BL, here.device))
+
+
+def _places(checkpoint: str, moments: int) -> list[str]:
+    """Return what to read: `checkpoint`, or for several moments as many checkpoints of the run in it, oldest first.
+
+    Raises:
+        ConfigError: several moments of what is no run's folder.
+    """
+    if moments < 2:
+        return [checkpoint]
+    found = io.checkpoints(Path(checkpoint) / io.CHECKPOINTS)
+    if not found:
+        raise ConfigError(f"--moments={moments}: needs the folder of a run with checkpoints, got {show(checkpoint)}")
+    return [str(path) for path in spread(found, moments)]
 
 
 def _objects(subject: Subject, few: FewImages, folder: Path | None) -> Tensor | None:
@@ -73,7 +89,7 @@ def _objects(subject: Subject, few: FewImages, folder: Path | None) -> Tensor | 
 def _look(subject: Subject, few: FewImages, object_BL: Tensor | None, count: int, device: torch.device) -> Look:
     """Measure all images, and keep `count` of them, spread over all, to be drawn."""
     model, config = subject.model.to(device), subject.config
-    known = subject.known(few)
+    known = None if subject.run is None else prior_scores(subject.run, few)
     if known is not None:
         known = PriorScores(*(part.to(device) for part in known))
     batch = few.batch._replace(images_BHWC=few.batch.images_BHWC.to(device), ids_B=few.batch.ids_B.to(device))

@@ -16,7 +16,7 @@ from ccmim_fast.data.source import Source
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.data.stream.plan import MicroBatch
 from ccmim_fast.data.stream.torch_loader import crop_and_resize
-from ccmim_fast.engine.loop import Trainer
+from ccmim_fast.engine.pretraining import Pretraining
 from ccmim_fast.engine.step import StepResult
 from ccmim_fast.errors import DataError
 from ccmim_fast.evaluation.masks.metrics import object_leakage, object_patches, score_auroc
@@ -24,7 +24,7 @@ from ccmim_fast.evaluation.masks.metrics import object_leakage, object_patches, 
 LOOKED_AT = 256  # images of a step at most: 26 ms of a core at 64 pixels a side, 143 ms at 224 (AMD EPYC)
 
 
-def object_figures(run: Trainer, batches: Sequence[Batch], result: StepResult) -> dict[str, float | None]:
+def object_figures(run: Pretraining, batches: Sequence[Batch], result: StepResult) -> dict[str, float | None]:
     """Of the first images of this rank's last micro-batch, as the step divided them; the model is not called.
 
     Returns:

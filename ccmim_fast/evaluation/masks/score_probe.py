@@ -7,11 +7,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ccmim_fast.bank.warp import read
+from ccmim_fast.bank.bank import read_maps
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.stream.batch import make_batch
 from ccmim_fast.data.stream.torch_loader import load_crop
-from ccmim_fast.engine.loop import Trainer
+from ccmim_fast.engine.pretraining import Pretraining
 from ccmim_fast.evaluation.masks.metrics import object_leakage, score_auroc
 from ccmim_fast.evaluation.masks.objects import objects_of
 from ccmim_fast.models.scores import AllBlocks, PriorScores
@@ -35,7 +35,7 @@ class ScoreProbe(NamedTuple):
 
 
 @torch.no_grad()
-def probe_scores(run: Trainer, epoch: int, count: int) -> ScoreProbe:
+def probe_scores(run: Pretraining, epoch: int, count: int) -> ScoreProbe:
     """Divide the first `count` samples of an epoch as the run would, with that epoch's crops and noise.
 
     The model is to be in eval mode. Nothing of the run changes: a bank is read, not written.
@@ -48,7 +48,7 @@ def probe_scores(run: Trainer, epoch: int, count: int) -> ScoreProbe:
     batch = make_batch(images_BHWC.to(run.here.device), shown, run.source, run.here.device)
     known = None
     if run.bank is not None:
-        known = PriorScores(*read(run.bank.maps_of(shown.ids_B), batch.boxes_B4, model.grid))
+        known = PriorScores(*read_maps(run.bank.maps_of(shown.ids_B), batch.boxes_B4, model.grid))
     output = model(batch.images_BHWC, batch.ids_B, batch.epochs_B, prior=known)
     recons = float(run.train_step.objective.recons(output, batch.images_BHWC))
     if not isinstance(run.source, ShapesSource):

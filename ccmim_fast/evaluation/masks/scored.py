@@ -15,8 +15,7 @@ from ccmim_fast.evaluation.masks.metrics import object_leakage, score_auroc, sco
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.output import Output
 from ccmim_fast.models.scores import AllBlocks, PriorScores, eq4_of_blocks
-from ccmim_kernels import sample_partition
-from ccmim_kernels.sample_partition.op import STRATEGIES
+from ccmim_kernels import STRATEGIES, sample_partition
 
 CHUNK = 32  # images at a time: 1 GB of activations at ViT-B and 224 pixels
 

@@ -2,28 +2,25 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ccmim_fast.build.model import build_model, build_score_source
-from ccmim_fast.checkpoints import io
-from ccmim_fast.checkpoints.manifest import MANIFEST
-from ccmim_fast.checkpoints.published import TIMM, assumed_arch, derived, fill_, known_arch, read_published
+from ccmim_fast.checkpoints import OpenedRun, open_run
+from ccmim_fast.checkpoints.published import derived, fill_, read_weights, with_arch
+from ccmim_fast.checkpoints.run import portable
 from ccmim_fast.config.keys import show
-from ccmim_fast.config.load import difference, from_yaml, load_config
+from ccmim_fast.config.load import difference, load_config
 from ccmim_fast.config.schema import Config, ModelConfig, RunConfig
-from ccmim_fast.errors import CheckpointError, ConfigError
+from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.models.scores import PriorScores
-from ccmim_fast.report.snapshots import FewImages, anywhere, epoch_of, known_of, restored, spread
-from ccmim_fast.runs.folder import CHECKPOINTS, evaluation_folder
+from ccmim_fast.runs.folder import evaluation_folder
 
 PROG = "ccmim eval masks"
 # Settings that change something here; and the sizes of weights that do not tell them.
 COUNT = ("data.", "mask.", "score.", "seed", "run.dir", "run.overwrite", "train.device")
 _SIZES = ("model.", "decoder.")
-_NO_BANK = "--score.source=all"  # of weights without a run
 
 
 class Subject(NamedTuple):
@@ -34,7 +31,7 @@ class Subject(NamedTuple):
         config: the run's, with what the user changed.
         decodes: its decoder is trained.
         step, epoch: trained so far; None where nobody knows.
-        state: `maps` and `progress` of a run's checkpoint, for its score bank; None of other weights.
+        run: what it was opened from; None for weights that are no run's.
     """
 
     name: str
@@ -43,34 +40,19 @@ class Subject(NamedTuple):
     decodes: bool
     step: int | None = None
     epoch: float | None = None
-    state: dict[str, Any] | None = None
+    run: OpenedRun | None = None
 
-    def known(self, few: FewImages) -> PriorScores | None:
-        """What the run's score bank says of the images, if it does."""
-        return None if self.state is None else known_of(self.model, self.state, few)
-
-
-def places(checkpoint: str, moments: int) -> list[str]:
-    """What to read: `checkpoint` itself, or for several moments as many checkpoints of the run in it, oldest first.
-
-    Raises:
-        ConfigError: several moments of what is no run's folder.
-    """
-    if moments < 2:
-        return [checkpoint]
-    found = io.checkpoints(Path(checkpoint) / CHECKPOINTS)
-    if not found:
-        raise ConfigError(f"--moments={moments}: needs the folder of a run with checkpoints, got {show(checkpoint)}")
-    return [str(path) for path in spread(found, moments)]
+    def untrained(self) -> "Subject":
+        """The same model before its first step: the weights that the run's seed draws."""
+        return Subject(self.name, initial_model(self.config), self.config, self.decodes, step=0, epoch=0)
 
 
 def read_subject(place: str, settings: list[str], images: str = "") -> Subject:
-    """The model at a place, no code in it being run.
+    """Read the model at a place; no code in a file is run.
 
     Args:
-        place: folder of a run or of one of its checkpoints; what `read_published` reads; `timm:ARCH` for initial
-            weights.
-        settings: options of the user's, in place of the run's own.
+        place: what `read_weights` reads.
+        settings: options of the user, in place of the run's own.
         images: a folder in place of the run's own images.
 
     Raises:
@@ -78,61 +60,39 @@ def read_subject(place: str, settings: list[str], images: str = "") -> Subject:
         ConfigError: a setting that is wrong or changes nothing here, an architecture that must be told, or attention
             that cannot be read.
     """
-    path = Path(place)
-    if place.startswith(TIMM) and "." not in place:
-        base = load_config([f"--model.arch={known_arch(place.removeprefix(TIMM))}", _NO_BANK], PROG)
-        subject = _initial(place, _settled(base, place, settings, images))
-    elif path.is_dir():
-        subject = _of_run(path, settings, images)
+    if Path(place).is_dir():
+        run = open_run(place)
+        run = dataclasses.replace(run, config=_settled(run.config, place, settings, images))
+        subject = Subject(str(run.path), run.model, run.config, True, run.step, run.epoch, run)
     else:
-        subject = _of_file(place, settings, images)
+        subject = _published(place, settings, images)
     build_score_source(subject.config, subject.model.encoder)
     return subject
 
 
-def _initial(name: str, config: Config) -> Subject:
-    torch.manual_seed(config.seed)
-    return Subject(name, build_model(config).eval(), config, decodes=False)
-
-
-def _of_file(place: str, settings: list[str], images: str) -> Subject:
-    found = read_published(place)
+def _published(place: str, settings: list[str], images: str) -> Subject:
+    found = read_weights(place)
     named = any(option.startswith("--model.arch") for option in settings)
-    if named or not found.arch:
+    if found.tensors and (named or not found.arch):
         model = load_config(settings, PROG).model
         told = named or model.arch != ModelConfig.arch  # by a file of settings
-        arch = known_arch(model.arch) if told else assumed_arch(found, place, model.num_heads)
-        found = found._replace(arch=arch)
-    base = load_config([*derived(found, settings), _NO_BANK], PROG)
-    subject = _initial(place, _settled(base, place, settings, images))
-    return subject._replace(decodes="decoder" not in fill_(subject.model, found.tensors, place))
+        found = with_arch(found, model.arch if told else "", model.num_heads)
+    # A bank holds scores of the images of a run.
+    base = load_config([*derived(found, settings), "--score.source=all"], PROG)
+    config = _settled(base, place, settings, images)
+    model = initial_model(config)
+    decodes = bool(found.tensors) and "decoder" not in fill_(model, found)
+    return Subject(place, model, config, decodes)
 
 
-def _of_run(path: Path, settings: list[str], images: str) -> Subject:
-    if (path / MANIFEST).is_file():
-        state = io.load(path)
-    else:
-        found, state, problems = io.newest(path / CHECKPOINTS)
-        if state is None:
-            raise CheckpointError(f"{path}: no complete checkpoint in it; {'; '.join(problems) or 'none at all'}")
-        path = found
-    try:
-        base = from_yaml(state["config"], str(path))
-        config = _settled(base, str(path), settings, images)
-        model, step, epoch = restored(state, config), state["progress"]["step"], epoch_of(state)
-        kept = {"progress": state["progress"], "maps": state.get("maps")}
-    except (KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path}: it is no checkpoint of pretraining") from None
-    return Subject(str(path), model, config, True, step, epoch, kept)
-
-
-def untrained(subject: Subject) -> Subject:
-    """The same before its first step: the weights that the run's seed draws."""
-    return _initial(subject.name, subject.config)._replace(decodes=subject.decodes, step=0, epoch=0)
+def initial_model(config: Config) -> CCMIM:
+    """Return the model with the weights that its seed draws, in evaluation mode."""
+    torch.manual_seed(config.seed)
+    return build_model(config).eval()
 
 
 def _settled(base: Config, place: str, settings: list[str], images: str) -> Config:
-    base = dataclasses.replace(anywhere(base), run=RunConfig(dir=evaluation_folder(place, "masks")))
+    base = dataclasses.replace(portable(base), run=RunConfig(dir=evaluation_folder(place, "masks")))
     if images:
         data = dataclasses.replace(base.data, source="images", root=images, index="")
         base = dataclasses.replace(base, data=data)

@@ -2,15 +2,39 @@
 
 # B batch, H height, W width of images, h w of the patches' grid, D width, E decoder's width, K classes
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ccmim_fast.evaluation.encoders import OUTPUTS, out_indices
-from ccmim_fast.evaluation.segmentation.upernet import build_decoder
+from ccmim_fast.errors import ConfigError, MachineError
+from ccmim_fast.evaluation.encoders import OUTPUTS, build_encoder, out_indices
+from ccmim_fast.evaluation.job import Job
 
+_PACKAGE = "segmentation_models_pytorch"  # has UPerNet's decoder; imported only when that is built
 _AUXILIARY = 2  # which of the four scales the second classifier looks at
+
+
+def check_installed() -> None:
+    """Return if the decoder can be built.
+
+    Raises:
+        MachineError: one line with the command that installs what is missing.
+    """
+    if importlib.util.find_spec(_PACKAGE) is None:
+        raise MachineError(f"ccmim eval segmentation: needs {_PACKAGE}: pip install 'ccmim_fast[segmentation]'")
+
+
+def build_decoder(width: int, dim: int) -> nn.Module:
+    """Four maps [B, width, h, w], each half as high and wide as the one before -> [B, dim, h, w] of the first's size.
+
+    Its forward takes a list of six of which it leaves out the first two (an image's own and its half resolution).
+    """
+    from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+
+    return UPerNetDecoder(encoder_channels=[0, 0, *4 * [width]], encoder_depth=5, decoder_channels=dim)
 
 
 class Neck(nn.Module):
@@ -110,3 +134,48 @@ def _classifier(width: int, classes: int, dropout: float, init_std: float) -> nn
     nn.init.normal_(layer.weight, std=init_std)
     nn.init.zeros_(layer.bias)
     return nn.Sequential(nn.Dropout2d(dropout), layer)
+
+
+def build_segmenter(job: Job) -> nn.Module:
+    """A `Segmenter`, its BatchNorms synchronised where ranks train on GPUs.
+
+    Raises:
+        ConfigError: an architecture, a size or a batch that it cannot be built or trained with.
+    """
+    config, segment = job.config, job.config.segment
+    vit = build_encoder(job.weights, config.data.image_size, config.model.num_heads, drop_path=config.model.drop_path)
+    if not isinstance(vit, VisionTransformer):
+        raise ConfigError(f"model.arch={job.weights.arch}: is a {type(vit).__name__}, and must be a VisionTransformer")
+    _check_size(config.data.image_size, vit.patch_embed.patch_size)
+    # torch's SyncBatchNorm runs on GPUs only; elsewhere each rank has statistics of its own.
+    synced = job.here.world_size > 1 and job.here.device.type == "cuda"
+    if not synced:
+        _check_batch(config.train.batch_size, config.train.accumulate * job.here.world_size)
+    model = Segmenter(
+        vit,
+        job.weights.mean,
+        job.weights.std,
+        job.test.classes,
+        decoder_dim=segment.decoder_dim or vit.embed_dim,
+        auxiliary_dim=segment.auxiliary_dim,
+        dropout=segment.dropout,
+        init_std=config.head.init_std,
+    )
+    return (nn.SyncBatchNorm.convert_sync_batchnorm(model) if synced else model).to(job.here.device)
+
+
+def _check_size(size: tuple[int, int], patch: tuple[int, int]) -> None:
+    near = [max(2, round(side / of_patch)) * of_patch for side, of_patch in zip(size, patch)]
+    if list(size) != near:
+        raise ConfigError(
+            f"data.image_size={list(size)}: must be whole patches of {patch[0]} pixels, two at least a side; "
+            f"nearest valid is {near}"
+        )
+
+
+def _check_batch(batch_size: int, parts: int) -> None:
+    if batch_size // parts < 2:
+        raise ConfigError(
+            f"train.batch_size={batch_size}: BatchNorm needs two images in each of {parts} micro-batches; "
+            f"nearest valid is {2 * parts}"
+        )

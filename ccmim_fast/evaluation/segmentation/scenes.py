@@ -14,7 +14,7 @@ from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.index.indexed import IndexedSource, open_images
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.source import Source
-from ccmim_fast.data.stream.prefetch import thread_count
+from ccmim_fast.data.threads import thread_count
 from ccmim_fast.errors import DataError
 
 IGNORED = 255  # label of pixels that count neither in the loss nor in the figures
@@ -39,7 +39,7 @@ class Scenes:
     def __init__(self, images: Source, class_names: tuple[str, ...], labels: Callable[[int], np.ndarray]):
         self.class_names, self.labels = class_names, labels
         self.sizes_N2, self.excluded_X = images.sizes_N2, images.excluded_X
-        self.name, self.decode = images.name, images.decode
+        self.name, self.decode, self.fingerprint = images.name, images.decode, images.fingerprint
         self.index = getattr(images, "index", None)
 
     def __len__(self) -> int:

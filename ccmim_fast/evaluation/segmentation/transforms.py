@@ -1,4 +1,7 @@
-"""Images and labels together: resized, cropped, mirrored, distorted in colour, padded (mmsegmentation's for ADE20K)."""
+"""Images and labels together: resized, cropped, mirrored, distorted in colour, padded (mmsegmentation's for ADE20K).
+
+`SceneLoader` makes micro-batches of them.
+"""
 
 # H height, W width, C channels; images [C, H, W] uint8
 
@@ -12,6 +15,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import Image, Mask
 
+from ccmim_fast.evaluation.job import Job
+from ccmim_fast.evaluation.loader import SampleLoader
 from ccmim_fast.evaluation.segmentation.scenes import IGNORED, Scenes
 
 # Half-widths and ranges of the distortion, each with a probability of a half; mmsegmentation.
@@ -122,3 +127,29 @@ def saturated(pixels_CHW: Tensor, factor: float) -> Tensor:
     below_CHW = value_1HW - pixels_CHW
     largest_1HW = below_CHW.amax(0, keepdim=True).clamp(min=1e-6)
     return value_1HW - below_CHW * (value_1HW / largest_1HW).clamp(max=factor)
+
+
+class SceneBatch(NamedTuple):
+    """images_BCHW: uint8. labels_BHW: uint8, `IGNORED` where there is no class."""
+
+    images_BCHW: Tensor
+    labels_BHW: Tensor
+
+
+class SceneLoader(SampleLoader):
+    """Training micro-batches of one rank; labels that are wrong end the run."""
+
+    def __init__(self, job: Job):
+        super().__init__(job)
+        segment, data = job.config.segment, job.config.data
+        colour = tuple(round(255 * value) for value in job.weights.mean)
+        self._augment = Augment(data.image_size, segment.sides, segment.ratio, segment.most, data.flip, colour)
+
+    def make(self, read: np.ndarray, index: int, epoch: int) -> Pair:
+        """See `SampleLoader`."""
+        draws = np.random.default_rng((self.config.seed, epoch, index))
+        return self._augment(pair_of(self.plan.source, index, read), draws)
+
+    def collate(self, samples: list[Pair]) -> SceneBatch:
+        """See `SampleLoader`."""
+        return SceneBatch(*map(torch.stack, zip(*samples)))

@@ -1,0 +1,32 @@
+"""This benchmark times `hog_target`; the op has no gradient."""
+
+# B batch, M masked
+
+import torch
+from registry import BYTE, DTYPES, FULL, ID, Case, Passes, Size, Work, empty, ids, made_images, made_partition
+
+import ccmim_kernels
+from ccmim_kernels.triton_impl import hog_target as launchers
+
+
+def floor(s: Size) -> Passes:
+    """Whole images are read: a masked patch needs its neighbours' borders too."""
+    images = s.batch * s.patches * s.pixels * BYTE
+    features = (s.patch // s.cell) ** 2 * s.channels * s.bins
+    return {"forward": Work(images + s.batch * s.masked * (ID + features * FULL))}
+
+
+def case(s: Size, device: torch.device) -> Case:
+    def call(images_BHWC, ids_BM, *, kernels):
+        options = {"patch": s.patch, "bins": s.bins, "cell": s.cell, "kernels": kernels}
+        return (ccmim_kernels.hog_target(images_BHWC, ids_BM, **options),)
+
+    return Case(call, (made_images(s, device), made_partition(s, device).ids_masked_BM))
+
+
+def launches() -> None:
+    for dtype in DTYPES:
+        for cell in (8, 16, 32):
+            for bins in (9, 18):
+                images = empty(2, cell, cell, 3, dtype=torch.uint8)
+                launchers.hog_target(images, ids(2, 1), cell, bins, cell, dtype)

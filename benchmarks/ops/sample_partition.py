@@ -1,0 +1,35 @@
+"""This benchmark times `sample_partition` by scores with Gumbel noise."""
+
+# B batch, L patches
+
+import torch
+from registry import BYTE, FULL, ID, Case, Passes, Size, Work, empty, ids, made
+
+import ccmim_kernels
+from ccmim_kernels.triton_impl import sample_partition as launchers
+from ccmim_kernels.triton_impl.launch import ROW_SIZES
+
+
+def partition_bytes(s: Size) -> int:
+    """Count three index tensors, of K, M and L = K + M columns, a mask, and a flag per image."""
+    return s.batch * (2 * s.patches * ID + s.patches * BYTE + BYTE)
+
+
+def floor(s: Size) -> Passes:
+    return {"forward": Work(s.batch * (s.patches * FULL + ID) + partition_bytes(s))}
+
+
+def case(s: Size, device: torch.device) -> Case:
+    def call(logits_BL, ids_B, *, kernels, **options):
+        options = {"keep": s.keep, "grid": s.grid, "seed": 0, "epoch": 0, "kernels": kernels, **options}
+        return tuple(ccmim_kernels.sample_partition(logits_BL, ids_B, **options))
+
+    inputs = (made(s.batch, s.patches, device=device), torch.arange(s.batch, device=device))
+    return Case(call, inputs, variants=({"strategy": "block"},))
+
+
+def launches() -> None:
+    for size in ROW_SIZES:
+        for logits, strategy in ((empty(2, size), "importance_sampling"), (None, "block")):
+            sampling = (size // 4, 0, ids(2), strategy, "gumbel", 1.0)
+            launchers.sample_partition(logits, ids(2), 1, size, *sampling, block_min=16)

@@ -1,0 +1,109 @@
+"""The one way to open a run: its settings, its weights, and how far it is."""
+
+# N samples, G cells per side of a map
+
+import dataclasses
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from ccmim_fast.build.model import build_model
+from ccmim_fast.checkpoints import io
+from ccmim_fast.config.load import from_yaml
+from ccmim_fast.config.schema import Config
+from ccmim_fast.errors import CheckpointError
+from ccmim_fast.models.ccmim import CCMIM
+
+_EMA = "module."  # torch's AveragedModel puts it before the names of the averaged weights
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedRun:
+    """A checkpoint of a run.
+
+    Attributes:
+        path: folder of the checkpoint.
+        folder: folder of the run.
+        config: settings of the run.
+        weights: state dict of the model, on the CPU.
+        averaged: the weights are their moving average (`optim.ema_decay`).
+        step: finished optimizer steps.
+        epoch: epochs trained, rounded to hundredths; 0 for imported weights.
+        samples: images of an epoch.
+        images: fingerprint of the images, see `data.source.Source`.
+        maps_NGG: maps of the score bank [N, G, G] float16; None without a bank.
+        skipped: a line for each newer checkpoint that is damaged.
+    """
+
+    path: Path
+    folder: Path
+    config: Config
+    weights: dict[str, Tensor]
+    averaged: bool = False
+    step: int = 0
+    epoch: float = 0
+    samples: int = 0
+    images: str = ""
+    maps_NGG: Tensor | None = None
+    skipped: tuple[str, ...] = ()
+
+    @cached_property
+    def model(self) -> CCMIM:
+        """The model that `config` describes, with the weights, in evaluation mode, float32 on the CPU.
+
+        Raises:
+            CheckpointError: the weights do not fit the settings.
+        """
+        model = build_model(portable(self.config))
+        try:
+            model.load_state_dict(self.weights)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{self.path}: the weights do not fit the settings: {reason}") from None
+        return model.eval()
+
+
+def open_run(path: str | Path, weights: Literal["averaged", "trained"] = "averaged") -> OpenedRun:
+    """Open the newest checkpoint of a run that loads, or one checkpoint; no code in a file is run.
+
+    Weights that ranks have divided are put together.
+
+    Args:
+        path: folder of a run, or of one of its checkpoints.
+        weights: `averaged` takes the moving average where the run has one, `trained` the weights of the last step.
+
+    Raises:
+        CheckpointError: no checkpoint loads, or the checkpoint is not one of pretraining.
+        ConfigError: the checkpoint has settings of another version.
+    """
+    path = Path(path)
+    if (path / io.MANIFEST).is_file():
+        found, folder = io.Newest(path, io.load(path), []), path.resolve().parent.parent
+    else:
+        found, folder = io.newest(path / io.CHECKPOINTS), path
+    if found.state is None:
+        reason = "; ".join(found.problems) or "none at all"
+        raise CheckpointError(f"{path}: no complete checkpoint in it; {reason}")
+    state = found.state
+    try:
+        text, tensors, averages, progress = state["config"], state["model"], state["ema"], state["progress"]
+        step, seen, samples = (int(progress[key]) for key in ("step", "seen", "samples"))
+        images, averaged = progress["images"], averages is not None and weights == "averaged"
+        if averaged:
+            tensors = {name.removeprefix(_EMA): value for name, value in averages.items() if name.startswith(_EMA)}
+        maps_NGG, config = state.get("maps"), from_yaml(text, str(found.path))
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise CheckpointError(f"{found.path}: not a checkpoint of pretraining; name the folder of such a run") from None
+    epoch = round(seen / max(samples, 1), 2)
+    epoch = int(epoch) if epoch == int(epoch) else epoch
+    return OpenedRun(
+        found.path, folder, config, tensors, averaged, step, epoch, samples, images, maps_NGG, tuple(found.problems)
+    )
+
+
+def portable(config: Config) -> Config:
+    """Return the settings with those that need the run's own device replaced by ones that work everywhere."""
+    train = dataclasses.replace(config.train, device="auto", kernels="reference", attention="auto", recompute=False)
+    return dataclasses.replace(config, train=train)

@@ -1,0 +1,214 @@
+"""Pretraining as a task of the loop: masked image modelling with its score bank, its figures and its evidence."""
+
+# E embedding dim
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ccmim_fast.bank.bank import ScoreBank
+from ccmim_fast.checkpoints.state import Progress, maps_in
+from ccmim_fast.config.schema import Config
+from ccmim_fast.config.validate import validate
+from ccmim_fast.data.build import build_loader, build_source
+from ccmim_fast.data.source import excluded_summary
+from ccmim_fast.data.stream.batch import Batch
+from ccmim_fast.engine.build import build_bank, build_step, check_device, check_images, choose_shards, prepare_step
+from ccmim_fast.engine.dry_run import count_flops
+from ccmim_fast.engine.health import health_of
+from ccmim_fast.engine.loop import Loop
+from ccmim_fast.engine.memory import explains_out_of_memory, with_largest_batch
+from ccmim_fast.engine.post_mortem import Evidence, capture
+from ccmim_fast.engine.step import StepResult
+from ccmim_fast.engine.task import Report, Task
+from ccmim_fast.optim.update import lr_at, scaled_lr
+from ccmim_fast.profile.profiler import Profile, check_room
+from ccmim_fast.ranks.session import Session, main_first, max_over_ranks, mean_over_ranks, open_session
+from ccmim_fast.runs.folder import describe_run, open_run_folder
+from ccmim_fast.runs.state import recorded
+
+# Called on the first rank after an epoch (and once before the first, as epoch 0) with the number of the epoch and the
+# run, whose model is in eval mode.
+AfterEpoch = Callable[[int, "Pretraining"], None]
+# Called on the first rank with each step that is logged: more figures for its record.
+More = Callable[["Pretraining", Sequence[Batch], StepResult], dict[str, float | None]]
+
+
+@explains_out_of_memory
+def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None = None) -> Path:
+    """Pretrain as `config` says; returns the run's folder.
+
+    Raises:
+        CcmimError: a user's error, with its exit code.
+    """
+    with open_session(config.train.device, config.watch.timeout) as here:
+        validate(config, here.world_size)
+        check_device(config, here, looks=after_epoch is not None)
+        if config.train.find_batch:
+            config = with_largest_batch(config, here)
+        # In the order in which a mistake is cheapest to find: folder, images, model, checkpoint.
+        folder = open_run_folder(config) if here.is_main else Path(config.run.dir)
+        here.watchdog.start(folder)
+        task = Pretraining(config, here, folder, after_epoch, more)
+        with closing(Loop(task, config, here, folder)) as loop:
+            profile = _profile(loop)
+            if here.is_main:
+                describe_run(folder, config, here.device)
+            with recorded(folder, here.is_main, lambda: loop.step >= loop.total_steps):
+                loop.run(profile.watch)
+    return folder
+
+
+def _profile(loop: Loop) -> Profile:
+    """Return what measures `train.profile` steps of the run.
+
+    Raises:
+        ConfigError: it has fewer steps left.
+    """
+    train, task = loop.config.train, loop.task
+    check_room(train.profile, left=loop.total_steps - loop.step)
+    images = train.batch_size // loop.here.world_size
+    return Profile(
+        train.profile, loop.here, loop.folder, loop.meter, task.model, task.precision, images=images, note=loop.note
+    )
+
+
+class Pretraining(Task):
+    """One run of pretraining on this rank.
+
+    Attributes:
+        source: the images.
+        bank: scores of the images so far, where the run keeps them.
+        train_step: the step's parts, uncompiled.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        here: Session,
+        folder: Path,
+        after_epoch: AfterEpoch | None = None,
+        more: More | None = None,
+    ):
+        self.config, self.here, self.folder = config, here, folder
+        self._after_epoch, self._more = (after_epoch, more) if here.is_main else (None, None)
+        with main_first(here):  # that indexes the images, if nobody has
+            self.source = build_source(config.data, config.seed)
+        check_images(self.source, here)
+        self.loader = build_loader(
+            self.source,
+            config.data,
+            config.seed,
+            global_batch=config.train.batch_size,
+            accumulate=config.train.accumulate,
+            rank=here.rank,
+            world_size=here.world_size,
+            device=here.device,
+            partitions=choose_shards(config),
+        )
+        self.bank: ScoreBank | None = build_bank(config, self.loader.plan, here, folder)
+        self.train_step = step = build_step(config, here)
+        self.model, self.optimizer, self.scaler, self.ema = step.model, step.optimizer, step.scaler, step.ema
+        self.precision = step.precision
+        self._step_fn = prepare_step(step, self.loader.plan.micro_batch_size)
+        self._samples = self.loader.plan.samples
+        self.length = config.train.epochs * self._samples
+        self._nan_id = torch.full((), -1, device=here.device)
+
+    def count_flops(self) -> dict[Any, float]:
+        """See `Task`."""
+        return count_flops(self.train_step)
+
+    @property
+    def headline(self) -> str:
+        """Say what the run works on and with, `auto` resolved, and what it leaves out."""
+        images = [f"{self.loader.plan.samples} images", *excluded_summary(self.source), type(self.loader).__name__]
+        device = f"{self.here.world_size} x {self.here.device}, {self.precision.name}"
+        weights = sum(p.numel() for p in self.model.parameters())
+        return " · ".join([*images, device, f"{weights / 1e6:.1f} M parameters"])
+
+    def prepare(self, batches: list[Batch], seen: int) -> list[Batch]:
+        """See `Task`."""
+        return batches if self.bank is None else self.bank.read(seen, batches)
+
+    def train(self, batches: Sequence[Batch], step: int, seen: int) -> StepResult:
+        """See `Task`."""
+        config = self.config
+        if config.model.drop_path > 0:
+            # Stochastic depth draws from the global generator: keyed by step and rank, so that a resumed run repeats.
+            torch.manual_seed((config.seed << 40) + step * self.here.world_size + self.here.rank)
+        lr = lr_at(
+            seen / self._samples,
+            peak=scaled_lr(config.optim.base_lr, config.train.batch_size),
+            floor=config.optim.min_lr,
+            warmup=config.optim.warmup_epochs,
+            epochs=config.train.epochs,
+        )
+        result = self._step_fn(batches, lr)
+        if self.bank is not None:
+            self.bank.write([seen.maps_BGG for seen in result.seen])
+        # Kept on the device until a step is logged.
+        self._nan_id = torch.maximum(self._nan_id, result.nan_id)
+        return result
+
+    def figures(self, result: StepResult, batches: Sequence[Batch], report: Report) -> dict[str, float | None]:
+        """See `Task`."""
+        means = mean_over_ranks(torch.stack([*result[:4], result.gradients.norm, *result.gradients.norms_P]))
+        # Float64 holds sample ids up to 2**53; one copy from the device for all.
+        nan_id = max_over_ranks(self._nan_id.clone()).double()
+        loss, recons, contrast, entropy, norm, *norms, nan_id = torch.cat([means.double(), nan_id[None]]).tolist()
+        if nan_id >= 0:
+            self._nan_id.fill_(-1)
+            words = f"NaN scores, of sample {int(nan_id)} among others; they count as the largest"
+            report("nan_scores", words, sample=int(nan_id))
+        return {
+            "loss": loss,
+            "recons": recons,
+            "contrast": contrast if self.config.contrast.loss != "none" else None,
+            "entropy": entropy,
+            "grad_norm": norm,
+            **{f"grad_norm_{part}": value for part, value in zip(self.train_step.parts, norms)},
+            **_health(result.seen[-1].h_BE, report),
+            **(self._more(self, batches, result) if self._more else {}),
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+        }
+
+    def after_epoch(self, epoch: int, loop: Loop) -> None:
+        """See `Task`."""
+        if self._after_epoch is not None:
+            self.model.eval()
+            self._after_epoch(epoch, self)
+            self.model.train()
+
+    def state(self) -> dict[str, Any]:
+        """See `Task`."""
+        return {"maps": None if self.bank is None else self.bank.contents()}
+
+    def restore(self, state: dict[str, Any], progress: Progress) -> None:
+        """See `Task`. Maps are those of the images; of other images they are left."""
+        maps_NGG = None if self.bank is None else maps_in(state, self.config.score.grid)
+        if maps_NGG is not None and progress.images == self.source.fingerprint:
+            self.bank.fill(maps_NGG)
+
+    def evidence(self, result: StepResult, batches: Sequence[Batch]) -> Evidence:
+        """See `Task`."""
+        # A captured step writes its masks into the same memory again.
+        masks = [seen.mask_BL.clone() for seen in result.seen]
+        return Evidence([batch.host_ids_B for batch in batches], [batch.epochs_B for batch in batches], masks)
+
+    def capture(self, step: int, evidence: Evidence) -> str:
+        """See `Task`."""
+        plan, size = self.loader.plan, self.config.data.image_size
+        return capture(self.folder / "captures", step, evidence, self.model, plan, self.precision, size)
+
+
+def _health(h_BE: torch.Tensor | None, report: Report) -> dict[str, float]:
+    if h_BE is None:
+        return {}
+    std, rank, words = health_of(h_BE)
+    if words:
+        report("collapse", words, h_std=std, h_rank=rank)
+    return {"h_std": std, "h_rank": rank}

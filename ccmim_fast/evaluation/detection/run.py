@@ -1,0 +1,121 @@
+"""Object detection and instance segmentation: torchvision's Mask R-CNN on the encoder, all weights trained."""
+
+# N objects, C channels, H height, W width
+
+from collections.abc import Iterator
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ccmim_fast.config.evaluation import EvalConfig, images_of
+from ccmim_fast.errors import ConfigError, DataError
+from ccmim_fast.evaluation.detection.backbone import use_windows_
+from ccmim_fast.evaluation.detection.batches import MicroBatchOfObjects, ObjectLoader, share_to_test
+from ccmim_fast.evaluation.detection.coco import CocoSource
+from ccmim_fast.evaluation.detection.detector import build_detector, build_optimizer, detect
+from ccmim_fast.evaluation.detection.instances import Instances, ShapesInstances
+from ccmim_fast.evaluation.detection.precision import average_precision, check_installed
+from ccmim_fast.evaluation.encoders import QUARTERS, build_encoder, out_indices
+from ccmim_fast.evaluation.images import Images
+from ccmim_fast.evaluation.job import Job
+from ccmim_fast.evaluation.supervised import Learner, train
+
+_SURE = 0.5  # of a pixel of a mask; torchvision's and Detectron's
+
+
+def open_images(config: EvalConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Images, Images]:
+    """Return the images to train on and those to test on; their sources are `InstanceSource`s.
+
+    Raises:
+        MachineError: a library of the extra `detection` is not installed.
+        DataError: a file is missing or damaged, or the two have other classes.
+        ConfigError: an encoder that takes no RGB.
+    """
+    check_installed()
+    data = config.data
+    mean, std = data.mean or mean, data.std or std
+    if len(mean) != 3 or len(std) != 3:
+        raise ConfigError(f"data.mean={list(mean)}, data.std={list(std)}: detection has RGB, three values of each")
+    if data.source == "shapes":
+        made = data.image_size, data.classes, data.background, data.root or None
+        train, test = (
+            ShapesInstances(config.seed + number, samples, *made)
+            for number, samples in enumerate((data.samples, data.test_samples))
+        )
+    else:
+        train, test = CocoSource(data.root, "train2017", train=True), CocoSource(data.root, "val2017", train=False)
+    if train.class_names != test.class_names:
+        raise DataError(f"{data.root}: train2017 and val2017 are of other categories, or in another order of their ids")
+    return tuple(Images(source, images_of(data, mean, std, test=source is test)) for source in (train, test))
+
+
+def run(job: Job) -> dict[str, float]:
+    """Train all weights; returns average precisions of boxes and masks at the end."""
+    model = detector_of(job)
+
+    def test() -> dict[str, float]:
+        return average_precision(found_in_share(model, job))
+
+    return train(job, Learner(model, losses, build_optimizer(model, job.config.optim), ObjectLoader(job), test))
+
+
+def detector_of(job: Job) -> nn.Module:
+    """Return the detector of a job, on its device.
+
+    Raises:
+        ConfigError: settings that do not go together, or an encoder that is no plain vision transformer.
+    """
+    config, section, size = job.config, job.config.detect, job.config.data.image_size
+    vit = build_encoder(job.weights, size, config.model.num_heads, drop_path=config.model.drop_path, any_size=True)
+    _check(job, vit)
+    if section.window:
+        use_windows_(vit, section.window, out_indices(len(vit.blocks), QUARTERS))
+    model = build_detector(
+        vit,
+        job.test.classes,
+        kind=section.pyramid,
+        width=section.width,
+        proposals=section.proposals,
+        mean=job.weights.mean,
+        std=job.weights.std,
+        # With jitter all images are of one size, those to test on padded to it: windows fit a grid that is known.
+        pad_to=size[0] if section.resize == "jitter" else 4 * vit.patch_embed.patch_size[0],
+    )
+    return model.to(job.here.device)
+
+
+def _check(job: Job, vit: nn.Module) -> None:
+    config, size = job.config, job.config.data.image_size
+    if config.optim.name != "adamw":
+        raise ConfigError(f"optim.name={config.optim.name}: detection has adamw; nearest valid is adamw")
+    if not isinstance(vit, VisionTransformer):
+        raise ConfigError(
+            f"model.arch={job.weights.arch} is a {type(vit).__name__}; detection needs a VisionTransformer"
+        )
+    patch = vit.patch_embed.patch_size[0]
+    if patch % 4:
+        raise ConfigError(f"{job.weights.name}: patches of {patch} pixels; the pyramid needs a multiple of 4")
+    if config.detect.resize == "jitter" and (size[0] != size[1] or size[0] % (4 * patch)):
+        near = max(1, round(size[0] / (4 * patch))) * 4 * patch
+        raise ConfigError(
+            f"data.image_size={list(size)}: detect.resize=jitter needs a square of a multiple of four patches; "
+            f"nearest valid is [{near}, {near}]"
+        )
+    if config.detect.window and config.detect.resize != "jitter":
+        raise ConfigError(f"detect.window={config.detect.window}: needs images of one size; use detect.resize=jitter")
+
+
+def losses(model: nn.Module, batch: MicroBatchOfObjects) -> Tensor:
+    """Return [1], the sum of the losses of proposals, classes, boxes and masks, of weight 1 each (He et al., 2017)."""
+    return sum(model(batch.images, batch.targets).values()).float()[None]
+
+
+@torch.no_grad()
+def found_in_share(model: nn.Module, job: Job) -> Iterator[tuple[dict[str, Tensor], Instances]]:
+    """Yield what the detector finds in each image of this rank's share, and what there is; masks are [N, H, W] bool."""
+    for shown in share_to_test(job):
+        images = [one.image_CHW.to(job.here.device, non_blocking=True) / 255 for one in shown]
+        sizes = [one.objects.masks_NHW.shape[1:] for one in shown]
+        for found, one in zip(detect(model, images, sizes), shown):
+            yield found | {"masks": found["masks"][:, 0] > _SURE}, one.objects

@@ -1,0 +1,62 @@
+"""The evaluations there are: one entry each, and nothing else in the tree lists them."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+_IMAGES = ("images", "shapes", "inaturalist", "flowers")
+_SHOWN = ("data.image_size", "data.test_crop", "model.pool")
+_LENGTH = ("train.epochs", "train.steps", "train.batch_size", "train.max_steps")
+_TRAINED = (*_SHOWN, "data.crop_scale", "data.flip", "optim.", *_LENGTH)
+_FINETUNED = (*_TRAINED, "head.init_std", "augment.", "model.drop_path")
+_DENSE = ("data.image_size", "data.flip", "optim.", *_LENGTH, "model.drop_path")
+
+
+class Evaluation(NamedTuple):
+    """One of the evaluations; its preset of the same name is in `configs/eval/`.
+
+    Attributes:
+        run: `module:function`, module below `evaluation`; Job -> figures, shares of 1. Every rank calls it.
+        figures: settings, or beginnings of settings, that are figures of the protocol; the others say how and where it
+            is carried out.
+        sources: values of `data.source` that `open_images` reads.
+        open_images: `module:function`; (settings, mean, std of the checkpoint's images) -> images to train on, to test
+            on.
+        guessed: True if a guess among the classes is right once in as many, so that chance is known.
+    """
+
+    run: str
+    figures: tuple[str, ...]
+    sources: tuple[str, ...] = _IMAGES
+    open_images: str = "images:open_both"
+    guessed: bool = True
+
+
+EVALUATIONS = {
+    "knn": Evaluation("frozen.run:knn", (*_SHOWN, "knn.")),
+    "logreg": Evaluation("frozen.run:logreg", (*_SHOWN, "logreg.")),
+    "linear": Evaluation("probes:linear", (*_TRAINED, "head.rates", "head.init_std", "augment.")),
+    "attentive": Evaluation("probes:attentive", (*_TRAINED, "head.num_heads", "head.init_std", "augment.")),
+    "finetune": Evaluation("finetune:run", _FINETUNED),
+    "transfer": Evaluation("finetune:run", _FINETUNED),
+    "detection": Evaluation(
+        "detection.run:run",
+        (*_DENSE, "detect."),
+        sources=("coco", "shapes"),
+        open_images="detection.run:open_images",
+        guessed=False,
+    ),
+    "segmentation": Evaluation(
+        "segmentation.run:run",
+        (*_DENSE, "segment.", "head.init_std"),
+        sources=("ade20k", "shapes"),
+        open_images="segmentation.run:open_images",
+        guessed=False,
+    ),
+}
+
+
+def load(path: str) -> Callable[..., Any]:
+    """Import and return the function that an entry names: an evaluation's own libraries are imported when it runs."""
+    module, function = path.split(":")
+    return getattr(importlib.import_module(f"ccmim_fast.evaluation.{module}"), function)

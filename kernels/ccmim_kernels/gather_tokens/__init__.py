@@ -1,1 +1,0 @@
-from ccmim_kernels.gather_tokens.op import gather_tokens as gather_tokens

@@ -1,1 +1,0 @@
-from ccmim_kernels.hog_target.op import hog_target as hog_target

@@ -1,2 +1,0 @@
-from ccmim_kernels.masked_patch_loss.op import masked_patch_loss as masked_patch_loss
-from ccmim_kernels.masked_patch_loss.op import masked_target as masked_target

@@ -1,0 +1,108 @@
+"""The op `restore_tokens` puts visible tokens back on the grid, the mask token elsewhere, and adds positions."""
+
+# B batch, L patches, K visible, M masked, T = 1 + K, S = 1 + L, D width
+
+import torch
+from torch import Tensor
+
+from ccmim_kernels.dispatch import uses_triton
+
+
+def restore_tokens_reference(
+    visible_BTD: Tensor, mask_token_D: Tensor, ids_restore_BL: Tensor, positions_SD: Tensor
+) -> Tensor:
+    """Specify `restore_tokens` in plain PyTorch."""
+    B, T, D = visible_BTD.shape
+    L = ids_restore_BL.shape[1]
+    filler_BMD = mask_token_D.to(visible_BTD.dtype).expand(B, L - (T - 1), D)
+    both_BLD = torch.cat([visible_BTD[:, 1:], filler_BMD], dim=1)
+    grid_BLD = both_BLD.gather(1, ids_restore_BL[..., None].expand(-1, -1, D))
+    return torch.cat([visible_BTD[:, :1], grid_BLD], dim=1) + positions_SD.to(visible_BTD.dtype)
+
+
+def restore_tokens(
+    visible_BTD: Tensor, mask_token_D: Tensor, ids_restore_BL: Tensor, positions_SD: Tensor, *, kernels: str = "auto"
+) -> Tensor:
+    """Put visible tokens back on the grid, the mask token elsewhere, and add the decoder's positions.
+
+    Equivalent PyTorch: `cat([visible[:, :1], cat([visible[:, 1:], mask_token], 1)[b, ids_restore[b]]], 1) + positions`.
+
+    Args:
+        visible_BTD: [B, 1 + K, D] float, [CLS] first; receives a gradient.
+        mask_token_D: [D] float; receives a gradient (the sum over all masked positions).
+        ids_restore_BL: [B, L] int64, of a `Partition` with K visible patches.
+        positions_SD: [1 + L, D] float, fixed: no gradient.
+        kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`.
+
+    Returns:
+        [B, 1 + L, D] in the dtype of `visible_BTD`.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    B, L = ids_restore_BL.shape
+    if len(visible_BTD) != B or visible_BTD.shape[1] > L:
+        raise ValueError(f"visible {list(visible_BTD.shape)} must be [{B}, 1 + K, D] with K < {L}")
+    D = visible_BTD.shape[2]
+    if tuple(positions_SD.shape) != (L + 1, D):
+        raise ValueError(f"positions {list(positions_SD.shape)} must be [{L + 1}, {D}]")
+    if tuple(mask_token_D.shape) != (D,):
+        raise ValueError(f"mask token {list(mask_token_D.shape)} must be [{D}]")
+    positions_SD = positions_SD.detach()
+    if uses_triton(kernels, "restore_tokens", visible_BTD.device, visible_BTD, mask_token_D, positions_SD):
+        return _restore_tokens(visible_BTD, mask_token_D, ids_restore_BL, positions_SD)
+    return restore_tokens_reference(visible_BTD, mask_token_D, ids_restore_BL, positions_SD)
+
+
+@torch.library.custom_op("ccmim::restore_tokens", mutates_args=())
+def _restore_tokens(visible: Tensor, mask_token: Tensor, ids_restore: Tensor, positions: Tensor) -> Tensor:
+    from ccmim_kernels.triton_impl import restore_tokens as launchers
+
+    return launchers.restore_tokens(visible, mask_token, ids_restore, positions)
+
+
+@_restore_tokens.register_fake
+def _(visible, mask_token, ids_restore, positions):
+    return visible.new_empty((visible.shape[0], ids_restore.shape[1] + 1, visible.shape[2]))
+
+
+@torch.library.custom_op("ccmim::restore_tokens_visible_gradient", mutates_args=())
+def _visible_gradient(grad: Tensor, ids_restore: Tensor, keep: int) -> Tensor:
+    from ccmim_kernels.triton_impl import restore_tokens as launchers
+
+    return launchers.visible_gradient(grad, ids_restore, keep)
+
+
+@_visible_gradient.register_fake
+def _(grad, ids_restore, keep):
+    return grad.new_empty((grad.shape[0], keep + 1, grad.shape[2]))
+
+
+@torch.library.custom_op("ccmim::restore_tokens_mask_token_gradient", mutates_args=())
+def _mask_token_gradient(grad: Tensor, ids_restore: Tensor, keep: int) -> Tensor:
+    from ccmim_kernels.triton_impl import restore_tokens as launchers
+
+    return launchers.mask_token_gradient(grad, ids_restore, keep)
+
+
+@_mask_token_gradient.register_fake
+def _(grad, ids_restore, keep):
+    return grad.new_empty(grad.shape[2:], dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):
+    visible, mask_token, ids_restore, _ = inputs
+    ctx.save_for_backward(ids_restore)
+    ctx.keep, ctx.dtype = visible.shape[1] - 1, mask_token.dtype
+
+
+def _backward(ctx, grad):
+    (ids_restore,) = ctx.saved_tensors
+    visible = _visible_gradient(grad, ids_restore, ctx.keep) if ctx.needs_input_grad[0] else None
+    mask_token = None
+    if ctx.needs_input_grad[1]:
+        mask_token = _mask_token_gradient(grad, ids_restore, ctx.keep).to(ctx.dtype)
+    return visible, mask_token, None, None
+
+
+_restore_tokens.register_autograd(_backward, setup_context=_setup_context)

@@ -1,1 +1,0 @@
-from ccmim_kernels.restore_tokens.op import restore_tokens as restore_tokens

@@ -1,1 +1,0 @@
-from ccmim_kernels.sample_partition.op import sample_partition as sample_partition

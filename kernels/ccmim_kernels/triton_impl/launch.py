@@ -1,0 +1,129 @@
+"""Every kernel launch goes through `launch`, so that launches can also be recorded: counted, or compiled ahead."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+# Triton decides when a kernel is decorated: with TRITON_INTERPRET=1 it runs on the CPU, in Python. For tests only.
+INTERPRETED = not isinstance(_probe, triton.JITFunction)
+
+# Patches (or tokens) a program holds in registers at once: the smallest of these that suffices. Few, so that few
+# variants are compiled: lanes left over cost no memory traffic.
+ROW_SIZES = (256, 1024, 2048)
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+
+
+class Launch(NamedTuple):
+    """This class describes one launch, as far as it decides what is compiled.
+
+    Attributes:
+        kernel: the `@triton.jit` function.
+        arguments: per run-time argument its Triton type; integers that are specialised on carry ":16" where they are a
+            multiple of 16 (Triton then vectorises), ":1" where they are 1 (a constant).
+        constants: the `tl.constexpr` arguments.
+        warps, fp_fusion: compiler options.
+    """
+
+    kernel: Any
+    arguments: tuple[str, ...]
+    constants: tuple[tuple[str, Any], ...]
+    warps: int
+    fp_fusion: bool
+
+
+def compiler_options(warps: int, fp_fusion: bool) -> dict[str, int | bool]:
+    """Return the options of Triton's compiler for a launch."""
+    # All the registers there are: left to itself, ptxas spills some bytes to fit one more program on a multiprocessor.
+    return {"num_warps": warps, "enable_fp_fusion": fp_fusion, "maxnreg": min(255, 65536 // (32 * warps))}
+
+
+_recorders: list[tuple[list[Launch], bool]] = []
+
+
+@contextmanager
+def recorded(*, run: bool) -> Iterator[list[Launch]]:
+    """Collect the launches made inside; with `run=False` nothing is executed (tensors may be on the meta device)."""
+    launches: list[Launch] = []
+    _recorders.append((launches, run))
+    try:
+        yield launches
+    finally:
+        _recorders.pop()
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, warps: int, fp_fusion: bool = False, **constants: Any) -> None:
+    """Run `programs` instances of a kernel on the device of its first tensor.
+
+    Args:
+        kernel: a `@triton.jit` function.
+        programs: size of the one-dimensional grid; zero launches nothing.
+        arguments: its run-time arguments, tensors first.
+        warps: of 32 threads per program.
+        fp_fusion: let the compiler contract a * b + c; off, so that results equal PyTorch's bit for bit.
+        constants: its `tl.constexpr` arguments.
+    """
+    if programs == 0:
+        return
+    if _recorders:
+        types = tuple(_type_of(kernel, index, value) for index, value in enumerate(arguments))
+        launches, run = _recorders[-1]
+        launches.append(Launch(kernel, types, tuple(sorted(constants.items())), warps, fp_fusion))
+        if not run:
+            return
+    devices = {str(x.device) for x in arguments if isinstance(x, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"tensors are on {', '.join(sorted(devices))}, expected one device")
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(arguments[0]):
+        kernel[(programs,)](*arguments, **compiler_options(warps, fp_fusion), **constants)
+
+
+def fitting(sizes: tuple[int, ...], length: int, what: str) -> int:
+    """Return the first of the ascending `sizes` that holds `length`; ValueError past the last."""
+    for size in sizes:
+        if length <= size:
+            return size
+    raise ValueError(f"{what}={length} must be at most {sizes[-1]} for kernels=triton; use kernels=reference")
+
+
+def tile_for(width: int) -> dict[str, int]:
+    """Return TOKENS, BLOCK_D and warps of a kernel that moves rows of `width` values: tiles of TOKENS x BLOCK_D.
+
+    16 values a thread, read in pieces of 16 bytes. Rows that are no multiple of 16 values are read value by value, each
+    with an address of its own: four a thread, or registers run out.
+    """
+    return {"TOKENS": 16 if width % 16 == 0 else 4, "BLOCK_D": 256, "warps": 8}
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """Return `x` itself if its last dimension has stride 1, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _type_of(kernel: Any, index: int, value: Any) -> str:
+    if isinstance(value, Tensor):
+        return _POINTERS[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+    parameter = kernel.params[index] if hasattr(kernel, "params") else None
+    if parameter is None or parameter.do_not_specialize:
+        return kind
+    return f"{kind}:1" if value == 1 else f"{kind}:16" if value % 16 == 0 else kind
