@@ -29,7 +29,7 @@ from ccmim_fast.cli import main
 from ccmim_fast.commands import COMMANDS, ablate, data, import_
 from ccmim_fast.commands.bench import SCRIPTS
 from ccmim_fast.config.evaluation import EvalConfig, validate_evaluation
-from ccmim_fast.config.load import load_config, on_preset
+from ccmim_fast.config.load import load_config, make_config
 from ccmim_fast.config.validate import validate
 from ccmim_fast.evaluation.command import EVALUATIONS, _protocol_of
 from ccmim_fast.evaluation.masks.command import _read as read_masks
@@ -153,12 +153,11 @@ def parse_only(command, words):
         load_config(settings, "ccmim eval", EvalConfig, validate_evaluation, FOLDER)
         return
     if command == "import":
-        given, settings = import_.read_options(words)
-        load_config([*settings, f"--model.arch={given.arch}"], "ccmim import")
+        given = import_.parser().parse_args(words)
+        make_config({**given.settings, "model.arch": given.arch})
         return
     assert words[0] in ABLATIONS
-    _, settings = ablate.parser_of(words[0]).parse_known_args(words[1:])
-    load_config(on_preset("demo", settings), "ccmim ablate")
+    make_config({"config": "demo", **ablate.parser_of(words[0]).parse_args(words[1:]).settings})
 
 
 @pytest.fixture

@@ -84,16 +84,18 @@ def measure_run(run: Run, folder: Path, threads: int, test: str = "") -> dict[st
 
 
 def finished(run: Run, folder: Path, test: str) -> dict[str, Any] | None:
-    """The figures of a run that is done; None where it is not.
+    """Return the figures of a run that is done; None where it is not.
 
     Raises:
-        ConfigError: it was made with other options.
+        ConfigError: the run was made with other options.
     """
     summary = folder / SUMMARY
     if not summary.exists():
         return None
     figures = json.loads(summary.read_text())
-    if (figures.get("options"), figures.get("test")) != (list(run.options), test):
+    # An older version wrote the same settings in other words.
+    before, now = (load_config(list(options), "ccmim ablate") for options in (figures["options"], run.options))
+    if (before, figures["test"]) != (now, test):
         raise ConfigError(f"{folder}: was run with other settings; choose another --runs, or remove it")
     return figures
 

@@ -5,29 +5,26 @@ import re
 import sys
 
 from ccmim_fast.commands.pretrain import pretrain
-from ccmim_fast.config.load import load_config
-from ccmim_fast.config.parser import Parser, whole_number
+from ccmim_fast.config.load import make_config, presets
+from ccmim_fast.config.parser import Parser, whole_number, words
 from ccmim_fast.errors import ConfigError, exit_code_of
 from ccmim_fast.ranks.slurm import NOTICE, Job, become_rank, check_job, sbatch_script, submit_job
 
-_USAGE = "ccmim submit [options] -- SETTINGS"
 _HELP = """
-Carry out ccmim pretrain SETTINGS as a job of Slurm. The settings are checked first. A job that starts again goes on
-from the newest checkpoint: run.resume=auto.
+Carry out ccmim pretrain as a job of Slurm. The settings are checked first. A job that starts again goes on from the
+newest checkpoint: run.resume=auto.
 """
 
 
 def submit(argv: list[str]) -> None:
     """Hand in the job, or print the file for sbatch."""
-    end = argv.index("--") if "--" in argv else len(argv)
-    given = vars(_parser().parse_args(argv[:end]))
-    if end == len(argv):
-        raise ConfigError(f"ccmim submit: the settings are missing; write {_USAGE}")
-    settings = argv[end + 1 :]
-    config = load_config(settings, "ccmim submit [options] --")
-    printing, job = given.pop("print"), Job(**given)
+    given = vars(_parser().parse_args([word for word in argv if word != "--"]))  # which may stand before the settings
+    settings, printing = given.pop("settings"), given.pop("print")
+    if not settings:
+        raise ConfigError("ccmim submit: the settings are missing; write ccmim submit [options] -- --config NAME ...")
+    config, job = make_config(settings), Job(**given)
     check_job(config, job)
-    settings = [*settings, "--run.resume=auto"]
+    settings = words({**settings, "run.resume": "auto"})
     if printing:
         print(sbatch_script(config, job, settings))
     else:
@@ -43,7 +40,7 @@ def pretrain_rank(settings: list[str]) -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser("ccmim submit", _HELP, usage=_USAGE)
+    parser = Parser("ccmim submit", _HELP)
     count = whole_number(1, 999_999)
     parser.add_argument("--nodes", type=count, default=1, help="machines")
     parser.add_argument("--gpus-per-node", type=count, default=1, help="ranks on each node")
@@ -55,6 +52,7 @@ def _parser() -> Parser:
         "--requeue", action=argparse.BooleanOptionalAction, default=True, help="queue again until the run is done"
     )
     parser.add_argument("--print", action="store_true", help="print the file for sbatch, submit nothing")
+    parser.add_settings(presets=presets())
     return parser
 
 

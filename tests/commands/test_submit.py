@@ -93,8 +93,7 @@ def test_the_file(slurm, capsys):
     assert (slurm / "srun").read_text() == "--kill-on-bad-exit=1 --cpus-per-task=8\n"
     assert (slurm / "rank").read_text().split() == ["3", "4", "1", "2", "node7", "10123"]
     assert (slurm / "python").read_text().splitlines() == [
-        *("-m", "ccmim_fast.cli", "pretrain", *SETTINGS, f"--run.dir={slurm / 'run'}", odd, "--resume=never"),
-        "--run.resume=auto",
+        *("-m", "ccmim_fast.cli", "pretrain", *SETTINGS, f"--run.dir={slurm / 'run'}", odd, "--run.resume=auto"),
     ]
 
 
@@ -206,7 +205,7 @@ def test_a_task_ends_with_the_code_of_its_run(monkeypatch):
     ("argv", "code", "words"),
     [
         ([], 2, "the settings are missing"),
-        (["--config", "demo"], 2, "--config: unknown key"),
+        (["--config", "demo", "--node=2"], 2, "--node: unknown key; did you mean --nodes?"),
         (["--nodes=0", "--"], 2, "'0' must be a whole number"),
         (["--time=90", "--"], 2, "'90' must be HH:MM:SS"),
         (["--time=00:02:00", "--"], 2, "more than 120 seconds"),

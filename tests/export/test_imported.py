@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_named(tmp_path, capsys):
         ([f"{here}/whole.safetensors", "--out", f"{here}/run"], 2, ["add --arch NAME"]),
         ([f"{here}/whole.safetensors", "--arch", "vit_tin", "--out", f"{here}/run"], 2, ["--arch='vit_tin'"]),
         ([f"{here}/whole.safetensors", "--arch", ARCH, "--out", f"{here}/full", *HEADS], 2, ["not empty"]),
-        (["--out", f"{here}/run"], 2, ["the file is missing"]),
+        (["--out", f"{here}/run"], 2, ["required: FILE"]),
     ):
         assert main(["import", *argv]) == code, capsys.readouterr().err
         (line,) = capsys.readouterr().err.splitlines()
