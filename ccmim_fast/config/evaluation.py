@@ -124,7 +124,7 @@ class DetectConfig:
 class EvalOptimConfig:
     name: Literal["lars", "sgd", "adamw"] = "adamw"  # LARS as in MAE: adapted for weights, plain for biases
     base_lr: float = 1e-3  # per 256 images
-    schedule: Literal["cosine", "poly", "steps"] = "cosine"  # see optim/schedule.py
+    schedule: Literal["cosine", "poly", "steps"] = "cosine"  # see optim/update.py
     min_lr: float = 0.0  # end of the cosine, or of poly
     milestones: tuple[float, ...] = ()  # steps: shares of the run at which the rate falls to a tenth
     momentum: float = 0.9  # lars, sgd

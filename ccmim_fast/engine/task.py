@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 from ccmim_fast.checkpoints.state import Progress
 from ccmim_fast.data.build import Loader
 from ccmim_fast.models.precision import Precision
-from ccmim_fast.optim.gradients import Gradients
+from ccmim_fast.optim.update import Gradients
 
 if TYPE_CHECKING:
     from ccmim_fast.engine.loop import Loop
@@ -45,6 +45,10 @@ class Task:
     length: int
     precision: Precision
     headline: str
+
+    def prepare(self, batches: list[Any], seen: int) -> list[Any]:
+        """Return the micro-batches of the step after `seen` samples as `train` takes them; it counts as waiting."""
+        return batches
 
     def train(self, batches: Sequence[Any], step: int, seen: int) -> Result:
         """Take one optimizer step on its micro-batches, after `step` steps and `seen` samples."""

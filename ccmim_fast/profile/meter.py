@@ -1,5 +1,6 @@
 """The meter: images per second, arithmetic per image, and the share of the device's own matmul rate (MFU)."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -91,20 +92,21 @@ class Meter:
         """Start a new reading: the time since the last one was not spent on training."""
         self._start, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
-    def stepped(self) -> None:
-        """Count an optimizer step."""
-        self._steps += 1
+    def steps(self, items: Iterable[Item], first: int) -> Iterator[Item]:
+        """Yield the items, each the images of a step, the first one's number being `first`.
 
-    def waiting(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield the items, and count the time until each comes as waiting for data."""
+        The time to get an item counts as waiting for data; the step is counted when its item is handed out.
+        """
         items = iter(items)
-        while True:
+        for number in itertools.count(first):
             asked = time.perf_counter()
             self._session.watchdog.enter_phase("waiting for images")
             item = next(items, None)
             self._waited += time.perf_counter() - asked
             if item is None:
                 return
+            self._watchdog.enter_phase("in step", number)
+            self._steps += 1
             yield item
 
     def read(self, steps_left: int) -> dict[str, float]:

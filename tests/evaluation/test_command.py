@@ -40,9 +40,9 @@ def test_logreg_beats_chance(evaluated):
 
 def test_random_labels_are_at_chance(evaluated, monkeypatch):
     """What beats chance above is what the features know, not a leak of labels."""
-    from ccmim_fast.data.made import shapes
+    from ccmim_fast.data.made import base
 
-    monkeypatch.setattr(shapes, "balanced_labels", lambda seed, n, k: torch.randint(k, (n,)).numpy())
+    monkeypatch.setattr(base, "balanced_labels", lambda seed, n, k: torch.randint(k, (n,)).numpy())
     figures = evaluated("knn", "--knn.k=[10]")["figures"]
     assert abs(figures["k=10"] - CHANCE) < 0.15
 
