@@ -105,7 +105,7 @@ class Meter:
             self._waited += time.perf_counter() - asked
             if item is None:
                 return
-            self._watchdog.enter_phase("in step", number)
+            self._session.watchdog.enter_phase("in step", number)
             self._steps += 1
             yield item
 
