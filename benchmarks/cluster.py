@@ -1,8 +1,8 @@
-"""On paper: what a step sends on a cluster, and what of it nothing hides. Prints the tables of docs/scaling.md.
+"""This script computes what a step sends on a cluster and how much of it nothing hides: the tables of docs/scaling.md.
 
     python benchmarks/cluster.py
 
-Nothing here is a measurement; benchmarks/scaling.py counts what two ranks send and holds it against `traffic`.
+Nothing here is a measurement; benchmarks/scaling.py counts what two ranks send and compares it with `traffic`.
 """
 
 # n GPUs on m nodes, P parameters, B images of a GPU, D width, E contrastive width
@@ -28,16 +28,19 @@ BATCHES = (0, 4096, 1024)  # of a step; 0: `EACH` per GPU
 EACH = 128
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 
-# Seconds of latency by NCCL's own cost model (its src/graph/tuning.cc): at the start, of each step over NVLink, and of
-# each over the network. Small sums go by the tree (protocol LL), buckets by the tree and shards by the ring (LL128).
+# Seconds of latency by NCCL's own cost model (its src/graph/tuning.cc): at the start, of each step over NVLink, of each
+# over the network. Small all-reduces use the tree (protocol LL), buckets the tree and shards the ring (LL128).
 SMALL = (4.4e-6, 0.52e-6, 5.0e-6)
 TREE = (4.4e-6, 1.2e-6, 8.5e-6)
 RING = (10e-6, 1.9e-6, 4.0e-6)
 
 
 class Traffic(NamedTuple):
-    """What a rank gives to one kind of collective in a step, as torch counts it: the tensor that is summed or scattered
-    whole, the part that is gathered. `calls`: None where the number depends on what a bucket holds."""
+    """The bytes that a rank gives to one kind of collective in a step, as torch counts them.
+
+    They are the whole tensor that is summed or scattered, or the rank's part that is gathered. `calls` is None where it
+    depends on the size of a bucket.
+    """
 
     what: str
     op: str
@@ -48,7 +51,7 @@ class Traffic(NamedTuple):
 def traffic(
     count: int, width: int, images: int, gpus: int, *, accumulate: int = 1, cells: int = 0, contrast: bool = True
 ) -> list[Traffic]:
-    """Of one optimizer step with DDP, of `accumulate` micro-batches of `images` per GPU.
+    """Return the traffic of one optimizer step with DDP, of `accumulate` micro-batches of `images` per GPU.
 
     Args:
         count: P.
@@ -71,37 +74,38 @@ def traffic(
 
 
 def out_of_a_gpu(sent: Traffic, gpus: int) -> float:
-    """Bytes that leave each GPU when a ring carries it out."""
+    """Return the bytes that each GPU sends when a ring carries out the collective."""
     if sent.op == "all_gather":
         return (gpus - 1) * sent.size
     return (2 if sent.op == "all_reduce" else 1) * (gpus - 1) / gpus * sent.size
 
 
 def all_gather(count: float, gpus: int) -> float:
-    """Seconds until every GPU has the `count` bytes of each other one; as long as a reduce-scatter of `gpus * count`.
+    """Return the seconds until every GPU has the `count` bytes of each other one.
 
-    Each GPU gets those of its peers in the other nodes by its own adapter, then all of them are gathered in the node.
+    Each GPU gets the bytes of its peers in the other nodes by its own adapter, then the node gathers all of them. A
+    reduce-scatter of `gpus * count` takes as long.
     """
     local, nodes = _divided(gpus)
     return (nodes - 1) * count / NETWORK + (local - 1) * nodes * count / NVLINK
 
 
 def all_reduce(count: float, gpus: int) -> float:
-    """Seconds to sum `count` bytes over GPUs.
+    """Return the seconds to sum `count` bytes over GPUs.
 
-    A reduce-scatter in the node, an all-reduce of an eighth by each GPU's own adapter, a gather in the node.
+    That is a reduce-scatter in the node, an all-reduce of an eighth by each GPU's own adapter, a gather in the node.
     """
     return 2 * all_gather(count / gpus, gpus)
 
 
 def tree_latency(gpus: int, of: tuple[float, float, float] = TREE) -> float:
-    """Seconds of an all-reduce, whatever its size."""
+    """Return the latency of an all-reduce in seconds."""
     (local, nodes), (base, near, far) = _divided(gpus), of
     return 0.0 if gpus == 1 else base + 2 * ((local - 1) * near + math.log2(nodes) * far)
 
 
 def ring_latency(gpus: int) -> float:
-    """Seconds of an all-gather or a reduce-scatter, whatever its size."""
+    """Return the latency of an all-gather or a reduce-scatter in seconds."""
     nodes, (base, near, far) = _divided(gpus)[1], RING
     return 0.0 if gpus == 1 else base + (gpus - nodes) * near + (nodes - 1) * far
 
@@ -112,14 +116,14 @@ def _divided(gpus: int) -> tuple[int, int]:
 
 
 class Window(NamedTuple):
-    """A stretch of a step: seconds of its arithmetic, and of what can travel meanwhile."""
+    """A part of a step: seconds of its arithmetic, and of the communication that can overlap with it."""
 
     compute: float
-    travel: float
+    communication: float
 
     @property
     def exposed(self) -> float:
-        return max(0.0, self.travel - self.compute)
+        return max(0.0, self.communication - self.compute)
 
 
 @dataclass(frozen=True)
@@ -127,9 +131,10 @@ class Step:
     """A step on paper, in seconds.
 
     Attributes:
-        first: score and the visible set's forward pass. rest: forward, what comes after hV is known; its rows travel.
-        backward: gradients travel.
-        small: statistics and flags, behind which nothing runs.
+        first: score and the visible set's forward pass.
+        rest: of the forward pass, after hV is known; its rows are sent meanwhile.
+        backward: the backward pass; gradients are sent meanwhile.
+        small: all-reduces of statistics and flags, which nothing hides.
     """
 
     first: Window
@@ -151,7 +156,7 @@ class Step:
 
 
 def step(vit: Vit, images: float, gpus: int, how: str = "ddp", source: str = "bank", decoder_blocks: int = 2) -> Step:
-    """One optimizer step of `images` per GPU; `how`: `ddp`, or `fsdp`: fully_shard of each block, over all GPUs."""
+    """Return an optimizer step of `images` per GPU by `ddp`, or by `fsdp`: fully_shard of each block, over all GPUs."""
     flops = parts(vit, source, decoder_blocks)
     seconds = {name: images * flops.get(name, 0.0) / RATE for name in (*flops, "masked", "heads", "score")}
     trained = seconds["embedding"] + seconds["visible"] + seconds["heads"]
@@ -167,30 +172,30 @@ def step(vit: Vit, images: float, gpus: int, how: str = "ddp", source: str = "ba
 
 
 def _weights(vit: Vit, source: str, decoder_blocks: int, gpus: int, how: str) -> tuple[float, float, float]:
-    """Seconds to gather the blocks of encoder and decoder once, and to sum all gradients."""
+    """Return the seconds to gather the blocks of the encoder and of the decoder once, and to sum all gradients."""
     count = parameters(vit, source, decoder_blocks)
     if how == "ddp":
         buckets = math.ceil(GRADIENT * count / BUCKET)
         return 0.0, 0.0, all_reduce(GRADIENT * count, gpus) + buckets * tree_latency(gpus)
 
-    def travelling(size: float, units: int) -> float:
+    def seconds(size: float, units: int) -> float:
         return all_gather(size / gpus, gpus) + units * ring_latency(gpus)
 
-    units = vit.depth + decoder_blocks + 1  # what is in no block, too
+    units = vit.depth + decoder_blocks + 1  # the last one holds what is in no block
     in_decoder = WEIGHT * decoder_blocks * block_parameters(512)
     before_it = gathered_bytes(vit, source, decoder_blocks) - in_decoder
-    encoder, decoder = travelling(before_it, vit.depth + 1), travelling(in_decoder, decoder_blocks)
-    return encoder, decoder, travelling(GRADIENT * count, units)
+    encoder, decoder = seconds(before_it, vit.depth + 1), seconds(in_decoder, decoder_blocks)
+    return encoder, decoder, seconds(GRADIENT * count, units)
 
 
 def gathered_bytes(vit: Vit, source: str = "bank", decoder_blocks: int = 2) -> float:
-    """Bytes of all weights as FSDP gathers them, once a step: what ranks/fsdp.py keeps exact is in float32."""
+    """Return the bytes of all weights as FSDP gathers them, once a step; ranks/fsdp.py keeps some in float32."""
     half = (vit.depth - 1) * block_parameters(vit.width) + decoder_blocks * block_parameters(512)
     return WEIGHT * half + EXACT * (parameters(vit, source, decoder_blocks) - half)
 
 
 def weight_bytes(vit: Vit, gpus: int, how: str, source: str = "bank", decoder_blocks: int = 2) -> float:
-    """Bytes of weights and gradients out of each GPU in a step."""
+    """Return the bytes of weights and gradients that each GPU sends in a step."""
     count = parameters(vit, source, decoder_blocks)
     if how == "ddp":
         return 2 * (gpus - 1) / gpus * GRADIENT * count
@@ -198,7 +203,7 @@ def weight_bytes(vit: Vit, gpus: int, how: str, source: str = "bank", decoder_bl
 
 
 def volume_table(gpus: int = 1024) -> str:
-    """Megabytes out of each GPU in a step of `EACH` images."""
+    """Return the table of megabytes that each GPU sends in a step of `EACH` images."""
     vits = [VITS[name] for name in LARGE]
     rows = [
         ["gradients, DDP", *(f"{weight_bytes(vit, gpus, 'ddp') / 1e6:,.0f}" for vit in vits)],
@@ -214,7 +219,7 @@ def volume_table(gpus: int = 1024) -> str:
 
 
 def windows_table() -> str:
-    """Milliseconds of each stretch of a step of `EACH` images per GPU: its arithmetic, and what travels meanwhile."""
+    """Return the table of milliseconds of each part of a step of `EACH` images per GPU, and of its communication."""
     rows = []
     for name in LARGE[::2]:
         for gpus in (8, 64, 1024):
@@ -222,14 +227,17 @@ def windows_table() -> str:
             cells = [f"{name}, {gpus:,} GPUs"]
             for stretch in ("first", "rest", "backward"):
                 own = [getattr(one, stretch) for one in (ddp, fsdp)]
-                cells += [f"{1e3 * own[0].compute:.1f}", " / ".join(f"{1e3 * window.travel:.1f}" for window in own)]
+                cells += [
+                    f"{1e3 * own[0].compute:.1f}",
+                    " / ".join(f"{1e3 * window.communication:.1f}" for window in own),
+                ]
             rows.append([*cells, f"{1e3 * ddp.small:.1f}"])
     header = ["ms, DDP / FSDP2", "visible set", "meanwhile", "masked, decoder", "meanwhile", "backward", "meanwhile"]
     return lines([*header, "small sums"], rows)
 
 
 def efficiency_table() -> str:
-    """Compute / (compute + what nothing hides), in per cent, DDP / FSDP2; and with how many GPUs it is fastest."""
+    """Return the table of compute / (compute + exposed communication), in per cent, and of the fastest GPU counts."""
     rows = []
     for name in LARGE:
         for batch in BATCHES:

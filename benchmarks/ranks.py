@@ -1,4 +1,4 @@
-"""Processes that train side by side on this CPU, as ranks of a group or each for itself, told what to do by pipes."""
+"""Processes train side by side on this CPU, as ranks of a group or independent; pipes carry commands and results."""
 
 # B batch, H height, W width, C channels
 
@@ -28,7 +28,7 @@ from ccmim_fast.engine.step_monitor import StepMonitor
 from ccmim_fast.errors import MachineError
 from ccmim_fast.ranks.session import Session
 
-PATIENCE = 600  # seconds until a process that does not answer is given up
+PATIENCE = 600  # seconds without an answer after which a process counts as lost
 
 # The tensors that each collective is given, by its place among the arguments.
 _GIVEN = {"allreduce_": ("all_reduce", 0), "_reduce_scatter_base_": ("reduce_scatter", 1)}
@@ -36,10 +36,10 @@ _GIVEN |= {"allgather_": ("all_gather", 1), "_allgather_base_": ("all_gather", 1
 
 
 class Counted(TorchDispatchMode):
-    """Counts collectives of this thread, those of DDP's backward pass too.
+    """This mode counts the collectives of this thread, those of DDP's backward pass too.
 
     Attributes:
-        calls, sizes: by collective, how often and how many bytes it was given.
+        calls, sizes: number of calls and bytes, by collective.
     """
 
     def __init__(self):
@@ -62,10 +62,10 @@ def _tensors(given: Any) -> list[torch.Tensor]:
 
 
 def config_of(options: Namespace, world_size: int) -> Config:
-    """Of the processes' runs.
+    """Return the configuration of the processes' runs.
 
     Raises:
-        ConfigError: a setting.
+        ConfigError: a setting is wrong.
     """
     shape = (options.batch * world_size, options.image_size, options.image_size, 3)
     given = ["--config=ccmim_vit_small", "--train.device=cpu", *options.settings]
@@ -73,13 +73,13 @@ def config_of(options: Namespace, world_size: int) -> Config:
 
 
 class FewSizes(contenders.MadeSizes):
-    """So that maps of all images take little memory."""
+    """A source of few images, so that the maps of all of them take little memory."""
 
     sizes_N2 = np.full((10_000, 2), 256, dtype=np.int32)
 
 
 class Run:
-    """Steps of so many micro-batches of so many images, as the trainer's loop takes them: bank, step, flags."""
+    """This class takes steps as the training loop does: bank, step, flags."""
 
     def __init__(self, train_step: TrainStep, here: Session, images: int, accumulate: int):
         self.step, config = train_step, train_step.config
@@ -91,7 +91,7 @@ class Run:
         self.boxes_B4 = torch.tensor([0.1, 0.2, 0.7, 0.6], dtype=torch.float64).expand(images, 4)
 
     def __call__(self) -> float:
-        """One step; its loss."""
+        """Take one step; return its loss."""
         own = range(self.plan.rank, self.plan.rank + 1)
         batches = []
         for ids_B in self.plan.step_ids(self.cursor, own)[:, 0]:
@@ -107,28 +107,29 @@ class Run:
 
 
 class Team:
-    """So many processes; `ask` tells all of them the same at once and gives their answers in order.
+    """A team of processes; `ask` sends all of them the same command at once and returns their answers in order.
 
     Args:
+        count: of processes.
         options: arch, image_size, precision, threads, settings.
-        together: as ranks of one group; else each is alone.
+        together: the processes are ranks of one group; else they are independent.
     """
 
     def __init__(self, count: int, options: Namespace, together: bool):
         spawn = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
-        meeting = str(Path(self._folder.name) / "meeting") if together else ""
+        rendezvous = str(Path(self._folder.name) / "rendezvous") if together else ""
         self._members: list[tuple[Any, Connection]] = []
         for rank in range(count):
             ours, theirs = spawn.Pipe()
             place = (rank, count) if together else (0, 1)
-            process = spawn.Process(target=_serve, args=(theirs, *place, meeting, vars(options)), daemon=True)
+            process = spawn.Process(target=_serve, args=(theirs, *place, rendezvous, vars(options)), daemon=True)
             process.start()
             theirs.close()
             self._members.append((process, ours))
 
     def ask(self, what: str, *arguments: Any, only: int | None = None) -> list[Any]:
-        """`steps`, `counted` or `all_reduce` with their arguments; `only`: of so many processes, the others wait.
+        """Call a method of `_Work` in each process, or in the first `only` ones, and return the answers.
 
         Raises:
             MachineError: a process ended, or does not answer.
@@ -144,7 +145,9 @@ class Team:
                 return pipe.recv()
         except EOFError:
             process.join()
-            raise MachineError(f"{what}: a process ended with {process.exitcode}; see its words above") from None
+            raise MachineError(
+                f"{what}: a process ended with exit code {process.exitcode}; its error stands above"
+            ) from None
         raise MachineError(f"{what}: no answer in {PATIENCE} seconds")
 
     def close(self) -> None:
@@ -155,11 +158,11 @@ class Team:
         self._folder.cleanup()
 
 
-def _serve(pipe: Connection, rank: int, world_size: int, meeting: str, options: dict[str, Any]) -> None:
-    """A member's life: until the pipe is closed."""
+def _serve(pipe: Connection, rank: int, world_size: int, rendezvous: str, options: dict[str, Any]) -> None:
+    """Run in a member process, until the pipe is closed."""
     torch.set_num_threads(options["threads"])
-    if meeting:
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+    if rendezvous:
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     work = _Work(Session(rank, world_size, torch.device("cpu")), Namespace(**options))
     try:
         while True:
@@ -167,12 +170,12 @@ def _serve(pipe: Connection, rank: int, world_size: int, meeting: str, options: 
             pipe.send(getattr(work, what)(*arguments))
     except EOFError:
         pass
-    if meeting:
+    if rendezvous:
         dist.destroy_process_group()
 
 
 class _Work:
-    """What a member can be asked."""
+    """The methods that a member process can be asked to call."""
 
     def __init__(self, here: Session, options: Namespace):
         self._config = config_of(options, here.world_size)
@@ -185,20 +188,20 @@ class _Work:
         return self._runs[key]
 
     def steps(self, images: int, count: int) -> tuple[float, float, list[float]]:
-        """Seconds of so many steps of so many images each; those that this process's threads computed; the losses."""
+        """Take `count` steps; return seconds, CPU seconds of this process, and the losses."""
         run, start, computed = self._run(images), time.perf_counter(), time.process_time()
         losses = [run() for _ in range(count)]
         return time.perf_counter() - start, time.process_time() - computed, losses
 
     def counted(self, images: int, accumulate: int) -> tuple[dict[str, int], dict[str, int]]:
-        """Calls and bytes of a step of so many micro-batches, by collective."""
+        """Return calls and bytes by collective of a step of `accumulate` micro-batches."""
         run = self._run(images, accumulate)
         with Counted() as counted:
             run()
         return dict(counted.calls), dict(counted.sizes)
 
     def facts(self) -> dict[str, int]:
-        """Of the model: parameters with a gradient, width, cells of a map (0: no bank)."""
+        """Return the model's number of trained parameters, its width, and the cells of a map (0: no bank)."""
         model = self._step.model
         cells = self._config.score.grid if model.banked else 0
         return {
@@ -208,7 +211,7 @@ class _Work:
         }
 
     def all_reduce(self, count: int) -> float:
-        """Seconds to sum so many float32 values, in buckets as DDP's, with nothing beside it."""
+        """Return the seconds to sum `count` float32 values in buckets like DDP's, without other work."""
         buckets = torch.zeros(count).split(BUCKET // GRADIENT)
         dist.barrier()
         start = time.perf_counter()

@@ -1,11 +1,12 @@
-"""Two processes train together, and beside each other: what communication costs, and what the shared machine does.
+"""This benchmark trains two processes together and beside each other: it separates communication from the machine.
 
     ccmim bench scaling [--arch ...] [--batch 16] [--rounds 9] [--section.key=value ...]
 
-Whole training steps on this CPU, gloo over loopback, one thread a process. In turn, round by round: one process alone;
-two at the same time that know nothing of each other (they share cores, caches and memory: what this loses is no
-communication); two ranks with DDP. Weak scaling: `--batch` images in each process; strong: half of them. Bytes are
-counted in the run and held against benchmarks/cluster.py. Writes benchmarks/results/scaling-<date>-<device>.md, .json.
+It times whole training steps on this CPU, with gloo over loopback and one thread a process. Each round times one
+process alone; two independent processes at the same time (they share cores, caches and memory: this loss is no
+communication); and two ranks with DDP. Weak scaling has `--batch` images in each process, strong scaling half of them.
+Bytes are counted in the run and compared with benchmarks/cluster.py.
+Results: benchmarks/results/scaling-<date>-<device>.md, .json.
 """
 
 import math
@@ -25,8 +26,8 @@ RANKS = 2
 ACCUMULATE = (1, 4)  # micro-batches of the steps whose bytes are counted
 
 
-def ways(batch: int) -> dict[str, tuple[bool, int, int]]:
-    """What is timed, by name: whether as ranks of one group, how many processes, images of each."""
+def variants(batch: int) -> dict[str, tuple[bool, int, int]]:
+    """Return the variants by name: (as ranks of one group or independent, number of processes, images of each)."""
     return {
         "one process": (False, 1, batch),
         "weak: two apart": (False, RANKS, batch),
@@ -37,8 +38,8 @@ def ways(batch: int) -> dict[str, tuple[bool, int, int]]:
 
 
 def measured(apart: Team, together: Team, options: Namespace) -> dict:
-    """Of each way images per second and CPU seconds per image in each round, and losses; seconds of the sum alone."""
-    chosen = ways(options.batch)
+    """Return img/s and CPU seconds per image of each variant and round, losses, and seconds of the all-reduce alone."""
+    chosen = variants(options.batch)
     for team, _, images in chosen.values():
         (together if team else apart).ask("steps", images, 2)  # the optimizer's state is made, malloc learns its sizes
     count = together.ask("facts")[0]["parameters"]
@@ -62,7 +63,7 @@ def measured(apart: Team, together: Team, options: Namespace) -> dict:
 
 
 def sent(together: Team, batch: int, accumulate: int) -> list[dict]:
-    """Calls and bytes of each rank's step by collective, counted and on paper; of so many micro-batches of `batch`."""
+    """Return calls and bytes of a step by collective, counted and on paper, for `accumulate` micro-batches."""
     (calls, sizes), *others = together.ask("counted", batch, accumulate)
     if any(other != (calls, sizes) for other in others):
         raise MachineError("ranks sent different amounts")
@@ -79,7 +80,7 @@ def sent(together: Team, batch: int, accumulate: int) -> list[dict]:
 
 
 def rows_of(rates: dict[str, list[float]], cpu_s: dict[str, list[float]]) -> list[dict]:
-    """Each way with its rates and CPU seconds; what of one process twice it is, of ranks what of two apart."""
+    """Return each variant's rates and CPU seconds; its share of the ideal, and that of ranks of two processes apart."""
     one, rows = rates["one process"], []
     for name, own in rates.items():
         processes = 1 if name == "one process" else RANKS
@@ -96,7 +97,7 @@ def body(result: dict) -> str:
     batch = result["batch"]
     lines = []
     for row in result["rows"]:
-        _, processes, images = ways(batch)[row["name"]]
+        _, processes, images = variants(batch)[row["name"]]
         of_apart = pages.spread(row["of_apart"], 2) if "of_apart" in row else ""
         first, last = result["losses"][row["name"]]
         lines.append(

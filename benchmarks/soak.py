@@ -1,11 +1,11 @@
-"""Kills ranks of a run at random moments, which torchrun launches again; the run must end as if nothing had been.
+"""This benchmark kills ranks, which torchrun launches again; the run must end like an undisturbed one.
 
     ccmim bench soak [--kills 100] [--seed 0] [--section.key=value ...]
     ccmim bench soak --minutes 60 ...           faults of all kinds, memory and handles: see soak_hour.py
 
-Two ranks on this CPU, a small model with a score bank, a checkpoint each epoch. First without a kill, then with: `kill
--9` of a random rank, a random moment after a checkpoint appeared. Weights and maps must be equal bit for bit; exit
-status 1 if they are not. Writes benchmarks/results/soak-<date>-<device>.md and .json.
+Two ranks on this CPU train a small model with a score bank, a checkpoint each epoch. The first run has no kill; in the
+second, `kill -9` hits a random rank, a random moment after a checkpoint appeared. Weights and maps must be equal bit
+for bit; else the exit code is 1. Results: benchmarks/results/soak-<date>-<device>.md and .json.
 """
 
 import os
@@ -32,7 +32,7 @@ from ccmim_fast.config.parser import Parser
 from ccmim_fast.errors import ConfigError, MachineError
 
 RANKS = 2
-MOMENT = 0.5  # seconds; a checkpoint comes every 0.3, so kills fall on steps, saves and what is between
+MOMENT = 0.5  # seconds; a checkpoint comes every 0.3, so kills fall on steps, saves and the time between them
 PATIENCE = 600  # seconds without a new checkpoint
 
 
@@ -48,10 +48,10 @@ def command(folder: Path, epochs: int, restarts: int, settings: Sequence[str] = 
 
 
 def train(folder: Path, epochs: int, kills: int, draw: random.Random, settings: Sequence[str] = ()) -> dict[str, Any]:
-    """Run to the end with so many kills; the state of the last checkpoint.
+    """Train to the end with `kills` kills; return the state of the last checkpoint.
 
     Raises:
-        MachineError: the run failed, stood still, or was over before all kills were done.
+        MachineError: the run failed, was stuck, or ended before all kills were done.
     """
     log_path = folder.with_suffix(".log")
     with log_path.open("w") as log:
@@ -85,12 +85,12 @@ def _await_checkpoint(folder: Path, agent: subprocess.Popen, log: Path) -> None:
 
 
 def _children(pid: int) -> list[int]:
-    """Processes that `pid` launched and that are alive."""
+    """Return the living processes that `pid` launched."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether progress, weights and maps are the same bit for bit."""
+    """Return True if progress, weights and maps are the same bit for bit."""
     weights = all(torch.equal(value, b["model"][name]) for name, value in a["model"].items())
     return a["progress"] == b["progress"] and weights and torch.equal(a["maps"], b["maps"])
 
@@ -105,7 +105,7 @@ def parse(arguments: list[str]) -> Namespace:
     made.add_argument("--out", type=Path, help="path of the results, without a suffix")
     made.epilog = "Any further --section.key=value is a setting of the job."
     options, options.settings = made.parse_known_args(arguments)
-    load_config(options.settings, made.prog)  # a mistake is to be told here
+    load_config(options.settings, made.prog)  # reports a wrong setting before anything runs
     if options.kills < 1 or (options.minutes is not None and not options.minutes > 0):
         raise ConfigError(f"--kills={options.kills} must be at least 1, --minutes={options.minutes} more than 0")
     return options

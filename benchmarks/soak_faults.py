@@ -1,4 +1,4 @@
-"""What is done to a run from outside while it trains."""
+"""Faults that the soak injects into a run from outside while it trains."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from soak_job import LAUNCHED, PATIENCE, STEP, Job
 
 from ccmim_fast.checkpoints import io
 
-# What a run may say of a fault, in its own words, and in ours.
+# Effects of faults, and the patterns by which the run's output shows them.
 SIGNS = {
     "launched again": LAUNCHED,
     "stopped in order, all saved": r"stopped by SIG.* all saved",
@@ -31,7 +31,13 @@ SIGNS = {
 
 
 class Fault(NamedTuple):
-    """act: does it, and says what it did. sign: what the run must say then; empty: nothing. ends: processes end."""
+    """A kind of fault.
+
+    Attributes:
+        act: injects the fault, and returns a description.
+        sign: pattern that the run's output must then match; empty: none.
+        ends: True if processes end.
+    """
 
     act: Callable[[Job, random.Random], str]
     sign: str
@@ -97,7 +103,7 @@ def _flip_byte(path: Path, draw: random.Random) -> int:
 
 
 def fill_disk(job: Job, draw: random.Random) -> str:
-    """Until a save has failed; the run's folder is on a small disk of its own."""
+    """Fill the small disk of the run's folder until a save has failed."""
     since, ballast, start = len(job.lines), job.folder.parent / "ballast", time.monotonic()
     try:
         with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
@@ -131,17 +137,17 @@ FAULTS = {
 
 
 def inject(job: Job, kind: str, draw: random.Random) -> dict[str, Any]:
-    """Do it, wait until the run says so and logs a step again; what it led to.
+    """Inject a fault, wait until the run reports it and logs a step again; return a record of the effects.
 
     Raises:
         EndedError: the run was complete before that.
-        MachineError: it did not come back.
+        MachineError: the run did not recover.
     """
     fault, start = FAULTS[kind], time.monotonic()
     job.follow()
     since, step, launches = len(job.lines), job.step, job.launches
     what = fault.act(job, draw)
-    # A step behind the sign: ranks that end may still have printed one.
+    # The step must be logged after the sign: ranks that end may have logged one before it.
     sign = job.wait_for(fault.sign, since) if fault.sign else len(job.lines)
     job.wait_for(STEP, sign)
     led_to = Counter({name: len(job.printed(sign, since)) for name, sign in SIGNS.items()})
@@ -157,7 +163,7 @@ def inject(job: Job, kind: str, draw: random.Random) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def small_disk(at: Path, megabytes: int) -> Iterator[bool]:
-    """A disk in memory, mounted there; False where that is not allowed (it takes root, or `unshare -rm`)."""
+    """Mount a disk in memory at a folder; yield False where mounting is not allowed (root, or `unshare -rm`)."""
     at.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "ccmim-soak", str(at)]
     try:

@@ -1,11 +1,11 @@
-"""The demo's job for an hour, with faults at random: it must end complete, and neither memory nor handles may grow.
+"""This benchmark runs the demo's job for an hour with random faults: it must end complete, and nothing may leak.
 
     ccmim bench soak --minutes 60 [--seed 0] [--kinds kill,nan,...] [--work DIR] [settings]
 
-Two ranks under torchrun on this CPU, the demo's pretraining of ccMIM on 1,280 image files in steps of 32, a checkpoint
-each epoch. In the first 40 % of each third all kinds of faults are drawn, in the rest those that end no process, so
-that some live for long. When the time is over the run is asked to end with one more epoch. The run's folder is on a
-small disk of its own, which is filled now and then; that takes the right to mount one: root's, or that of
+Two ranks under torchrun on this CPU carry out the demo's pretraining of ccMIM on 1,280 image files in steps of 32, with
+a checkpoint each epoch. In the first 40 % of each third all kinds of faults are drawn, in the rest only those that end
+no process, so that some processes live long. When the time is over, the run is asked to end with one more epoch. The
+run's folder is on a small disk of its own, which is filled now and then; mounting it needs root, or
 `unshare -rm ccmim bench soak ...`.
 """
 
@@ -34,16 +34,16 @@ from ccmim_fast.errors import ConfigError, MachineError
 from ccmim_fast.runs.state import read_state
 
 THIRDS = 3
-STORM = 0.4  # share of each third in which processes are ended, too
+STORM = 0.4  # first part of each third, in which processes are ended, too
 PAUSES = {True: 10.0, False: 25.0}  # seconds between two faults on average, in a storm and after it
 DISK_MB = 256  # four checkpoints of 20 MB, captures, event files
 EPOCHS_PER_MINUTE = 24  # twice what two cores do (configs/demo.yaml): the time ends the run, not its epochs
-LIFE, WARM_UP = 240.0, 120.0  # seconds that a process must live to have a slope; of which these are left out
+LIFE, WARM_UP = 240.0, 120.0  # seconds that a process must live to have a slope; the first of them are left out
 GROWS = 20.0  # MB per hour that memory may rise by at most, three standard errors below its slope
 
 
 def job_settings(given: list[str], work: Path, minutes: float) -> list[str]:
-    """What the job is given, but for its folder."""
+    """Return the settings of the job, without its folder."""
     return [
         # Short epochs: where faults come faster than checkpoints a run gets nowhere.
         *("--config=demo", "--data.samples=1280", "--data.max_bad=0.05", "--train.batch_size=32"),
@@ -55,7 +55,7 @@ def job_settings(given: list[str], work: Path, minutes: float) -> list[str]:
 
 
 def write_images(folder: Path, config: Config) -> None:
-    """The demo's pictures as files, a folder for each class: PNG and JPEG in turn."""
+    """Write the demo's pictures as files, a folder for each class, PNG and JPEG in turn."""
     data = config.data
     source = ShapesSource(config.seed, data.samples, data.image_size, data.classes, data.background)
     for i in range(len(source)):
@@ -64,10 +64,10 @@ def write_images(folder: Path, config: Config) -> None:
         Image.fromarray(source.decode(i)).save(path, quality=95)
 
 
-def torment(
+def inject_faults(
     job: Job, kinds: list[str], minutes: float, draw: random.Random, start: float
 ) -> tuple[list[dict[str, Any]], str]:
-    """Faults until the time is over or the job has ended; what each led to, and what was too much for it."""
+    """Inject faults until the time is over or the job has ended; return their records, and the fault it failed at."""
     faults, began = [], time.monotonic()
     while (now := time.monotonic() - began) < 60 * minutes:
         storm = now / (60 * minutes) * THIRDS % 1 < STORM
@@ -86,18 +86,18 @@ def torment(
 
 
 def fitting(kinds: list[str], storm: bool) -> list[str]:
-    """In a storm all, those that end processes twice as likely; else only the others, as far as there are any."""
+    """Return the kinds to draw from: in a storm all, those that end processes twice; else only the others, if any."""
     ends = [kind for kind in kinds if FAULTS[kind].ends]
     return kinds + ends if storm else [kind for kind in kinds if kind not in ends] or kinds
 
 
 def words(fault: dict[str, Any]) -> str:
-    told = ", ".join(name if count == 1 else f"{count} x {name}" for name, count in fault["led_to"].items())
-    return f"{fault['what']}: {told or 'nothing was said'}; {fault['seconds']:.0f} s until a step"
+    effects = ", ".join(name if count == 1 else f"{count} x {name}" for name, count in fault["led_to"].items())
+    return f"{fault['what']}: {effects or 'no effect reported'}; {fault['seconds']:.0f} s until a step"
 
 
 def finish(job: Job, config: Config) -> int:
-    """One more epoch, if the job has not ended; torchrun's exit code."""
+    """Let the job end with one more epoch, if it has not ended; return torchrun's exit code."""
     if job.agent.poll() is None:
         job.end()
         last = int(io.checkpoints(job.folder / "checkpoints")[-1].name.removeprefix("step_"))
@@ -108,7 +108,7 @@ def finish(job: Job, config: Config) -> int:
 
 
 def ending(job: Job, log_every: int) -> dict[str, Any]:
-    """What the run left behind."""
+    """Return how the run ended, and what it left behind."""
     every, broken = read_records(job.folder / "metrics.jsonl")
     records = [record for record in every if record["kind"] == "train"]
     steps, last = [record["step"] for record in records], records[-1]["step"]
@@ -133,7 +133,7 @@ def ending(job: Job, log_every: int) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """What metrics.jsonl holds, and how many of its lines are no record."""
+    """Return the records of metrics.jsonl, and the number of its lines that are no record."""
     found, broken = [], 0
     for line in path.read_text().splitlines():
         try:
@@ -144,7 +144,7 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def verdict(end: dict[str, Any], living: list[dict[str, Any]]) -> dict[str, bool]:
-    """What must be so."""
+    """Return the conditions for success, each with its result."""
     risen = [life["mb_per_hour"]["rise"] - 3 * life["mb_per_hour"]["error"] for life in living]
     return {
         "ended complete": end["exit_code"] == 0
@@ -159,7 +159,7 @@ def verdict(end: dict[str, Any], living: list[dict[str, Any]]) -> dict[str, bool
 
 
 def measure(options: Namespace, work: Path) -> dict[str, Any]:
-    """All of it; the samples and faults too."""
+    """Run the whole benchmark; return its result with all samples and faults."""
     settings = job_settings(options.settings, work, options.minutes)
     config = load_config(settings, "ccmim bench soak")
     write_images(work / "images", config)
@@ -172,7 +172,7 @@ def measure(options: Namespace, work: Path) -> dict[str, Any]:
             job.start()
             sampler.start()
             job.wait_until(lambda: len(io.checkpoints(job.folder / "checkpoints")) > 1, "two checkpoints")
-            faults, failed = torment(job, kinds, options.minutes, draw, start)
+            faults, failed = inject_faults(job, kinds, options.minutes, draw, start)
             if not failed:
                 finish(job, config)
             sampler.stop()
@@ -202,7 +202,7 @@ def measure(options: Namespace, work: Path) -> dict[str, Any]:
 def main(options: Namespace, arguments: list[str]) -> int:
     unknown = [kind for kind in options.kinds if kind not in FAULTS]
     if unknown:
-        raise ConfigError(f"--kinds={unknown[0]!r:.40}: no such fault; some of {','.join(FAULTS)}")
+        raise ConfigError(f"--kinds={unknown[0]!r:.40}: no such fault; choose from {','.join(FAULTS)}")
     options.device, options.precision, options.threads = "cpu", "fp32", 1
     environment = pages.environment("soak", arguments, options)
     with tempfile.TemporaryDirectory() as scratch:
@@ -233,7 +233,7 @@ NOTE = (
 
 
 def report(result: dict[str, Any]) -> str:
-    """The tables of the page."""
+    """Return the tables of the page."""
     return "\n\n".join([_faults(result), _end(result), _lives(result["lives"])])
 
 

@@ -1,4 +1,4 @@
-"""The run that is soaked: ranks under torchrun, launched again as often as it takes, and what they print."""
+"""The job of the soak: ranks under torchrun, launched again as often as needed, and their output."""
 
 import contextlib
 import os
@@ -15,30 +15,30 @@ from ccmim_fast.errors import MachineError
 from ccmim_fast.runs.state import process_start
 
 RANKS = 2
-PATIENCE = 600  # seconds that anything may take: far more than a launch, a save or an epoch
+PATIENCE = 600  # seconds, far more than a launch, a save or an epoch takes
 _RESTARTS = 10_000
 STEP = r"step (\d+)/\d+ · loss"
 LAUNCHED = r"^\d+ images · "
 
 
 class EndedError(Exception):
-    """The run is complete: there is nothing left to wait for."""
+    """The run is complete, so the event that is waited for cannot come."""
 
 
 class Job:
-    """`ccmim pretrain` by torchrun.
+    """A job is `ccmim pretrain` under torchrun.
 
     Args:
-        work: its output goes to `out.log` in there.
+        work: folder for its output, `out.log`.
         folder: of the run.
-        settings: those of pretraining.
+        settings: of pretraining.
 
     Attributes:
         lines: printed so far.
-        step: the last one that was logged.
-        launches: of the ranks.
-        repeated: steps that were taken again after launches.
-        codes: with which torchrun ended.
+        step: the last logged step.
+        launches: number of launches of the ranks.
+        repeated: number of steps that were taken again after launches.
+        codes: exit codes of torchrun.
     """
 
     def __init__(self, work: Path, folder: Path, settings: list[str]):
@@ -55,7 +55,7 @@ class Job:
         self._read, self._rest, self._following = 0, "", threading.Lock()
 
     def start(self, *more: str) -> None:
-        """Launch it, going on from its newest checkpoint."""
+        """Launch the ranks; they resume from the newest checkpoint."""
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
         launcher += [f"--max-restarts={_RESTARTS}", "--monitor-interval=0.2"]
         script = Path(__file__).with_name("soak_rank.py")
@@ -66,7 +66,7 @@ class Job:
             self.agent = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
     def processes(self) -> dict[int, str]:
-        """Those alive: pid to `torchrun` or `rank n`."""
+        """Return the living processes: pid to `torchrun` or `rank n`."""
         if self.agent is None or self.agent.poll() is not None:
             return {}
         found = {self.agent.pid: "torchrun"}
@@ -78,16 +78,16 @@ class Job:
         return found
 
     def ranks(self) -> list[int]:
-        """Their processes; waits until all are there."""
+        """Return the pids of all ranks; wait until all are there."""
         self.wait_until(lambda: len(self.processes()) == 1 + RANKS, f"{RANKS} ranks")
         return [pid for pid, name in self.processes().items() if name != "torchrun"]
 
     def left_over(self) -> list[int]:
-        """Processes that are still there, of all that were ever seen."""
+        """Return the pids of processes that were ever seen and still live."""
         return [pid for pid, start in list(self._known.items()) if start is not None and process_start(pid) == start]
 
     def follow(self) -> None:
-        """Read what was printed meanwhile."""
+        """Read the lines that were printed since the last call."""
         with self._following, self.log.open(encoding="utf-8", errors="replace", newline="") as file:
             file.seek(self._read)
             text = self._rest + file.read()
@@ -107,40 +107,40 @@ class Job:
             self.step = step
 
     def printed(self, pattern: str, since: int) -> list[int]:
-        """Numbers of the lines from `since` on that hold `pattern`."""
+        """Return the numbers of the lines from `since` on that match `pattern`."""
         self.follow()
         return [i for i in range(since, len(self.lines)) if re.search(pattern, self.lines[i])]
 
     def wait_for(self, pattern: str, since: int) -> int:
-        """The number of the first line from `since` on that holds `pattern`, when it is there; see `wait_until`."""
+        """Wait for a line from `since` on that matches `pattern`; return its number. See `wait_until` for errors."""
         self.wait_until(lambda: bool(self.printed(pattern, since)), repr(pattern))
         return self.printed(pattern, since)[0]
 
     def wait_until(self, happened: Callable[[], bool], what: str) -> None:
-        """Return when `happened`.
+        """Return when `happened()` is true.
 
         Raises:
             EndedError: torchrun has ended in order.
-            MachineError: it did not happen in time, or torchrun failed.
+            MachineError: `happened` did not become true in time, or torchrun failed.
         """
         start = time.monotonic()
         while not happened():
             if self.agent.poll() == 0:
                 raise EndedError
             if self.agent.returncode is not None:
-                raise MachineError(f"torchrun ended with {self.agent.returncode}; {self.log} tells why")
+                raise MachineError(f"torchrun ended with {self.agent.returncode}; see {self.log}")
             if time.monotonic() - start > PATIENCE:
-                raise MachineError(f"waited {PATIENCE} seconds for {what}; {self.log} tells more")
+                raise MachineError(f"waited {PATIENCE} seconds for {what}; see {self.log}")
             time.sleep(0.1)
 
     def end(self) -> int:
-        """Ask torchrun to end its ranks and itself; its exit code."""
+        """Ask torchrun to end its ranks and itself; return its exit code."""
         self.agent.send_signal(signal.SIGTERM)
         self.codes.append(self.agent.wait(PATIENCE))
         return self.codes[-1]
 
     def kill(self) -> None:
-        """Whatever is still there."""
+        """Kill all processes that still live."""
         for pid in self.left_over():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -149,7 +149,7 @@ class Job:
 
 
 def _rank_of(pid: int) -> int | None:
-    """A process's RANK; None of one that has none, or has ended."""
+    """Return the RANK of a process; None if it has none, or has ended."""
     with contextlib.suppress(OSError):
         found = re.search(rb"(?:^|\0)RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_bytes())
         return int(found[1]) if found else None

@@ -1,4 +1,4 @@
-"""A rank of the hour's run: `ccmim pretrain`, but that a file can order gradients that are not finite.
+"""This script is a rank of the hour's run: `ccmim pretrain`, where a file can order gradients that are not finite.
 
     python -m torch.distributed.run ... benchmarks/soak_rank.py FOLDER [settings]
 
@@ -14,7 +14,7 @@ from ccmim_fast.engine.step import TrainStep
 
 
 def obey(order: Path) -> None:
-    """From now on steps are spoiled as `order` says, which is removed when it is read."""
+    """Spoil the steps that the file `order` asks for from now on; the file is removed when it is read."""
     losses, left = TrainStep.losses, 0
 
     def spoiled(self: TrainStep, *args):

@@ -1,4 +1,4 @@
-"""Memory, handles and threads of a run's processes, looked at from outside, and whether they grow."""
+"""Memory, handles and threads of a run's processes are sampled from outside, to see if they grow."""
 
 # n samples
 
@@ -17,8 +17,15 @@ EVERY = 2.0  # seconds
 
 
 class Sample(NamedTuple):
-    """Of one process: seconds since the start, pid, `torchrun` or `rank n`, MB of resident and of anonymous memory
-    (heap and stacks: what leaks), open handles, threads, and the last logged step."""
+    """A sample of one process.
+
+    Attributes:
+        seconds: since the start.
+        name: `torchrun` or `rank n`.
+        resident, anonymous: memory in MB; leaks show in the anonymous one (heap and stacks).
+        handles, threads: number of open ones.
+        step: the last logged step.
+    """
 
     seconds: float
     pid: int
@@ -31,19 +38,19 @@ class Sample(NamedTuple):
 
 
 class Slope(NamedTuple):
-    """A least-squares line's rise per unit of x, and its standard error."""
+    """The rise of a least-squares line per unit of x, and its standard error."""
 
     rise: float
     error: float
 
 
 class Sampler(threading.Thread):
-    """Looks at all processes of `job` every other second until `stop`.
+    """This thread samples all processes of `job` every other second until `stop`.
 
     Attributes:
         samples: so far.
         disk: largest and last size of the run's folder, bytes.
-        failed: what ended it, else None.
+        failed: the error that ended the thread, or None.
     """
 
     def __init__(self, job: Job, start: float):
@@ -58,7 +65,7 @@ class Sampler(threading.Thread):
             while not self._stopped.wait(EVERY):
                 self._job.follow()
                 for pid, name in self._job.processes().items():
-                    found = look_at(pid)
+                    found = sample_process(pid)
                     if found is not None:
                         seconds = round(time.monotonic() - self._start, 1)
                         self.samples.append(Sample(seconds, pid, name, *found, self._job.step))
@@ -74,8 +81,8 @@ class Sampler(threading.Thread):
             raise self.failed
 
 
-def look_at(pid: int) -> tuple[float, float, int, int] | None:
-    """MB of resident and anonymous memory, handles, threads; None of a process that is gone."""
+def sample_process(pid: int) -> tuple[float, float, int, int] | None:
+    """Return MB of resident and anonymous memory, handles and threads of a process; None if it has ended."""
     try:
         memory = Path(f"/proc/{pid}/smaps_rollup").read_text()
         status = Path(f"/proc/{pid}/status").read_text()
@@ -84,14 +91,14 @@ def look_at(pid: int) -> tuple[float, float, int, int] | None:
         return None
     kilobytes = dict(re.findall(r"^(Rss|Anonymous): +(\d+) kB", memory, re.MULTILINE))
     threads = re.search(r"^Threads:\s+(\d+)", status, re.MULTILINE)
-    if len(kilobytes) < 2 or threads is None:  # it is just ending
+    if len(kilobytes) < 2 or threads is None:  # the process is about to end
         return None
     rss, anonymous = (round(int(kilobytes[name]) / 1000, 3) for name in ("Rss", "Anonymous"))
     return rss, anonymous, handles, int(threads[1])
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files in it; they may come and go meanwhile."""
+    """Return the bytes of all files in a folder; files may come and go meanwhile."""
     total = 0
     for path, _, names in os.walk(folder):
         for name in names:
@@ -103,10 +110,10 @@ def size_of(folder: Path) -> int:
 
 
 def slope(x_n: Sequence[float], y_n: Sequence[float]) -> Slope:
-    """How fast y rises with x.
+    """Return the slope of y over x.
 
-    Neighbouring samples are alike, and say less than as many independent ones: the error counts
-    n (1 - r) / (1 + r) of them, r being the residuals' correlation with the next one.
+    Neighbouring samples are correlated, and count less than independent ones: the error counts n (1 - r) / (1 + r) of
+    them, where r is the correlation of a residual with the next one.
     """
     x_n, y_n = np.asarray(x_n, dtype=np.float64), np.asarray(y_n, dtype=np.float64)
     x_n = x_n - x_n.mean()
@@ -121,15 +128,17 @@ def slope(x_n: Sequence[float], y_n: Sequence[float]) -> Slope:
 
 
 def lives(samples: Sequence[Sample], shortest: float, warm_up: float) -> list[dict[str, Any]]:
-    """Processes that lived for `shortest` seconds at least: how memory and handles went, the first `warm_up` seconds
-    left out of the slopes."""
+    """Return memory and handles of each process that lived for at least `shortest` seconds.
+
+    The slopes leave out the first `warm_up` seconds.
+    """
     of_pid: dict[int, list[Sample]] = {}
     for sample in samples:
         of_pid.setdefault(sample.pid, []).append(sample)
     found = []
     for group in of_pid.values():
         lived = group[-1].seconds - group[0].seconds
-        # The last two may have met it while it ended.
+        # The last two samples may come from the process while it ended.
         warm = [sample for sample in group[:-2] if sample.seconds >= group[0].seconds + warm_up]
         if lived >= shortest and len(warm) > 3:
             found.append(_life(group, warm, lived))
@@ -160,7 +169,7 @@ def _life(group: list[Sample], warm: list[Sample], lived: float) -> dict[str, An
 
 
 def plot(samples: Sequence[Sample], faults: Sequence[dict[str, Any]], path: Path) -> None:
-    """Memory and handles over time; below, when what was done to the run."""
+    """Plot memory and handles over time, and the faults below."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")

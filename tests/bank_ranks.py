@@ -1,6 +1,4 @@
-"""Ranks that keep a score bank over made-up steps: every map becomes a function of what it was and of who came when."""
-
-import os
+"""Ranks keep a score bank over made-up steps: each map is a function of its value before, its sample and the epoch."""
 
 import numpy as np
 import torch
@@ -64,9 +62,7 @@ def make_plan(rank=0, world_size=1, shards=1, samples=26, batch=8, accumulate=1,
 
 
 def rank_main(rank, world_size, folder, shards, accumulate, store):
-    """One process of several: 5 steps, then 5 more in a bank filled with what there was."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    """Take 5 steps, then 5 more with a new bank that is filled with the maps of before; rank 0 writes both results."""
     plan = make_plan(rank, world_size, shards, accumulate=accumulate)
     new = lambda: open_store(store, own_maps(plan), CELLS, CPU, folder / f"scores_{rank}.bin")  # noqa: E731
     maps = run(plan, new(), 5)
@@ -75,5 +71,3 @@ def rank_main(rank, world_size, folder, shards, accumulate, store):
     again = run(plan, new(), 5, 5 * plan.global_batch, box[0])
     if rank == 0:
         torch.save((maps, again), folder / "found.pt")
-    dist.barrier()
-    dist.destroy_process_group()

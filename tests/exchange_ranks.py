@@ -1,8 +1,5 @@
 """Ranks that exchange rows: their gradients, and who waits for whom."""
 
-import multiprocessing
-import os
-
 import torch
 import torch.distributed as dist
 from tiny import images, tiny_model, total_loss
@@ -10,30 +7,6 @@ from tiny import images, tiny_model, total_loss
 EACH = 4  # images of a rank
 RANKS = 2
 PATIENCE = 60  # seconds; a rank that waits in vain fails
-
-
-def join(target, world_size, folder, *arguments):
-    """Processes of one group, in whose ranks `target(rank, world_size, *arguments)` runs; all must end well."""
-    spawn = multiprocessing.get_context("spawn")
-    processes = [
-        spawn.Process(target=_member, args=(target, rank, world_size, str(folder / "meet"), *arguments))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(5 * PATIENCE)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0] * world_size
-
-
-def _member(target, rank, world_size, meeting, *arguments):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
-    target(rank, world_size, *arguments)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def gradients(rank, world_size, contrast, compiled=False):

@@ -1,4 +1,4 @@
-"""All ways in which tests launch ranks: a function in the processes of a group, or a command under torchrun."""
+"""Tests launch ranks here: a function in the processes of a group, or a command with or without torchrun."""
 
 import contextlib
 import multiprocessing

@@ -5,7 +5,6 @@ Started by tests/ranks/test_fsdp.py, which looks at it.
 
 import errno
 import os
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -212,15 +211,10 @@ def full_disk(here, folder):
     return notes[:told], left, failure
 
 
-def rank_main(rank, folder):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    here, folder = Session(rank, 2, torch.device("cpu")), Path(folder)
+def rank_main(rank, world_size, folder):
+    here = Session(rank, world_size, torch.device("cpu"))
     found = {"equality": equality(here), "half": half_precision(here), "shares": shares(here)}
     found["looking"] = looking(here)
     found["going on"] = going_on(here, folder)
     found["full disk"] = full_disk(here, folder)
     torch.save(found, folder / f"found_{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()

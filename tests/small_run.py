@@ -1,4 +1,4 @@
-"""A run of seconds on a CPU, three steps an epoch, for tests that launch processes."""
+"""Settings of a run of seconds on a CPU, three steps an epoch, for tests that launch processes."""
 
 SETTINGS = [
     "--data.source=shapes",
@@ -22,3 +22,8 @@ SETTINGS = [
     "--run.log_every=1",
     "--run.tensorboard=false",
 ]
+
+
+def run_settings(folder):
+    """Settings of the run `run` in `folder`, with its images in `shapes`."""
+    return [*SETTINGS, f"--run.dir={folder / 'run'}", f"--data.root={folder / 'shapes'}"]

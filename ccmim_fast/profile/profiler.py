@@ -89,16 +89,18 @@ class Profile:
         flops = Counter()
         for op, count in self._meter.flops_by_op.items():
             flops[kind_of_counted(str(op))] += count * self._images
-        table = make_table(
-            spent,
-            steps=self._steps,
-            images=self._images,
-            flops=flops,
-            optimizer_bytes=ADAMW_BYTES * sum(p.numel() for p in self._model.parameters() if p.requires_grad),
-            flops_per_second=measure_matmul_rate(device, self._precision.dtype),
-            bytes_per_second=measure_memory_bandwidth(device),
-            facts={**environment(device), "threads": torch.get_num_threads(), "precision": self._precision.name},
-        )
+        trained = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
+        facts = {**environment(device), "threads": torch.get_num_threads(), "precision": self._precision.name}
+        measured = {
+            "facts": facts,
+            "steps": self._steps,
+            "images_per_step": self._images,
+            "flops_per_step": flops,
+            "optimizer_bytes_per_step": ADAMW_BYTES * trained,
+            "matmul_flops_per_second": measure_matmul_rate(device, self._precision.dtype),
+            "memory_bytes_per_second": measure_memory_bandwidth(device),
+        }
+        table = make_table(spent, measured)
         (self._folder / "table.json").write_text(json.dumps(table, indent=1) + "\n")
         (self._folder / "table.md").write_text(markdown(table))
         self._note(markdown(table))
@@ -118,18 +120,8 @@ def check_room(steps: int, left: int) -> None:
         )
 
 
-def make_table(
-    spent: Mapping[tuple[str, str], float],
-    *,
-    steps: int,
-    images: int,
-    flops: Mapping[str, int],
-    optimizer_bytes: int,
-    flops_per_second: float,
-    bytes_per_second: float,
-    facts: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return the content of `table.json`.
+def make_table(spent: Mapping[tuple[str, str], float], measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of `table.json`: what was measured, and each kind's time beside its floor.
 
     A floor is the time below which no implementation of the same arithmetic gets on this device: of products and
     attention at its matmul rate, of AdamW at its memory bandwidth. The other kinds have none, as a good enough compiler
@@ -137,14 +129,12 @@ def make_table(
 
     Args:
         spent: microseconds by (kind, name), over all steps.
-        steps, images: how many steps were profiled; images of each.
-        flops: of one step, by kind.
-        optimizer_bytes: of one step.
-        flops_per_second, bytes_per_second: of the device.
-        facts: printable values by name, for the heading.
+        measured: `steps`, of which each has `images_per_step`, `flops_per_step` by kind and `optimizer_bytes_per_step`;
+            of the device `matmul_flops_per_second` and `memory_bytes_per_second`; `facts`, printable values by name.
     """
-    floors = {kind: count / flops_per_second * 1e3 for kind, count in flops.items()}
-    floors["optimizer"] = optimizer_bytes / bytes_per_second * 1e3
+    steps, flops = measured["steps"], measured["flops_per_step"]
+    floors = {kind: count / measured["matmul_flops_per_second"] * 1e3 for kind, count in flops.items()}
+    floors["optimizer"] = measured["optimizer_bytes_per_step"] / measured["memory_bytes_per_second"] * 1e3
     whole = sum(spent.values()) / steps / 1e3
     rows = [_row(kind, spent, steps, whole, floors.get(kind)) for kind in KINDS]
     rows = [row for row in rows if row["ms"] or row["floor_ms"]]
@@ -153,15 +143,9 @@ def make_table(
     above = "with no floor below it" if floor is None else f"above its floor of {floor:.1f} ms"
     share = f"{over / whole:.0%} of the step's {whole:.1f} ms"
     return {
-        "facts": dict(facts),
-        "steps": steps,
-        "images_per_step": images,
+        **measured,
         "ms_per_step": whole,
-        "flops_per_step": dict(flops),
-        "optimizer_bytes_per_step": optimizer_bytes,
-        "matmul_flops_per_second": flops_per_second,
-        "memory_bytes_per_second": bytes_per_second,
-        "mfu": sum(flops.values()) / flops_per_second / (whole / 1e3),
+        "mfu": sum(flops.values()) / measured["matmul_flops_per_second"] / (whole / 1e3),
         "kinds": rows,
         "sentence": f"Largest loss: {worst['kind']}, {over:.1f} ms per step {above}, {share}.",
     }

@@ -1,6 +1,4 @@
-"""Maps lent to steps and taken back: by any store, any number of ranks, over any restart the same."""
-
-import multiprocessing
+"""Maps are read and written by steps: the same with any store, any number of ranks, over any restart."""
 
 import numpy as np
 import pytest
@@ -8,6 +6,7 @@ import torch
 from bank_ranks import CELLS, CPU, batches_of, make_plan, rank_main, run, stepped
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks_launcher import run_in_ranks
 
 from ccmim_fast.bank.bank import ScoreBank, own_maps
 from ccmim_fast.bank.stores import open_store
@@ -72,19 +71,6 @@ def test_a_substitute_has_no_map_and_leaves_none():
     assert bool((bank.maps_of(np.delete(planned, 2)) != 3).all())
 
 
-def ranks(world_size, folder, shards, accumulate=1, store="host"):
-    folder.mkdir()
-    spawn = multiprocessing.get_context("spawn")
-    given_arguments = (world_size, folder, shards, accumulate, store)
-    processes = [spawn.Process(target=rank_main, args=(rank, *given_arguments)) for rank in range(world_size)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0] * world_size
-    return torch.load(folder / "found.pt")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "shards", "accumulate", "store"),
@@ -96,7 +82,8 @@ def test_any_number_of_ranks_has_the_maps_of_one(world_size, shards, accumulate,
     new = lambda: open_store("device", own_maps(alone), CELLS, CPU, None)  # noqa: E731
     half = run(alone, new(), 5)
     whole = run(alone, new(), 10)
-    found, again = ranks(world_size, tmp_path / "ranks", shards, accumulate, store)
+    run_in_ranks(rank_main, world_size, tmp_path, tmp_path, shards, accumulate, store)
+    found, again = torch.load(tmp_path / "found.pt")
     assert torch.equal(found, half)
     assert torch.equal(again, whole)
     assert len(half) == 24

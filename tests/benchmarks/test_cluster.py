@@ -1,4 +1,4 @@
-"""What a step sends, on paper: against the sums that anyone can do, and the page against the tables."""
+"""Traffic of a step on paper equals what plain arithmetic gives, and the page holds the tables."""
 
 from pathlib import Path
 
@@ -42,11 +42,11 @@ def test_traffic_of_a_step(cluster):
     assert sent == [2 * found["rows"].size * 0.75, 6000, 3 * found["rows"].size]
 
 
-def test_what_travels_behind_arithmetic_costs_nothing(cluster):
+def test_communication_behind_arithmetic_costs_nothing(cluster):
     few, many = (cluster.step(cluster.VITS["ViT-B/16"], images, 64) for images in (8, 128))
-    assert few.backward.travel < many.backward.travel  # more rows, as many gradients
+    assert few.backward.communication < many.backward.communication  # more rows, as many gradients
     assert many.exposed == many.small
-    assert few.exposed == pytest.approx(few.small + few.backward.travel - few.backward.compute)
+    assert few.exposed == pytest.approx(few.small + few.backward.communication - few.backward.compute)
     assert few.efficiency < 0.4 < 0.95 < many.efficiency
 
 
@@ -57,12 +57,12 @@ def test_fsdp_gathers_once_a_step(cluster):
     count, block, small = cluster.parameters(vit, "bank", 2), 12 * 1024**2 + 13 * 1024, 12 * 512**2 + 13 * 512
     rest = count - 24 * block - 2 * small
     encoder = 2 * 23 * block + 4 * (block + rest)
-    assert step.first.travel == pytest.approx(encoder / 8 * 7 / 450e9 + 25 * cluster.ring_latency(8))
-    rows = cluster.step(vit, 128, 8, "ddp").rest.travel
+    assert step.first.communication == pytest.approx(encoder / 8 * 7 / 450e9 + 25 * cluster.ring_latency(8))
+    rows = cluster.step(vit, 128, 8, "ddp").rest.communication
     decoder = 2 * 2 * small / 8 * 7 / 450e9 + 2 * cluster.ring_latency(8)
-    assert step.rest.travel == pytest.approx(rows + decoder)
+    assert step.rest.communication == pytest.approx(rows + decoder)
     sums = 4 * count / 8 * 7 / 450e9 + 27 * cluster.ring_latency(8)
-    assert step.backward.travel == pytest.approx(rows + sums)
+    assert step.backward.communication == pytest.approx(rows + sums)
     assert cluster.weight_bytes(vit, 8, "fsdp") == pytest.approx(7 / 8 * (encoder + 2 * 2 * small + 4 * count))
     assert cluster.weight_bytes(vit, 8, "ddp") == pytest.approx(7 / 8 * 8 * count)
 

@@ -23,7 +23,7 @@ def test_ranks_send_what_the_page_says(scaling, small, tmp_path):
     assert (once["calls"], four["calls"]) == (1 + 1 + 12, 1 + 1 + 4 * 12)
     assert four["bytes"] < 1.2 * once["bytes"]
     assert [sent["reduce_scatter", count]["calls"] for count in (1, 4)] == [1, 4]
-    assert [row["name"] for row in result["rows"]] == list(scaling.ways(4))
+    assert [row["name"] for row in result["rows"]] == list(scaling.variants(4))
     assert all(row["cpu_s"]["median"] > 0 for row in result["rows"])
     assert "| weak: two ranks | 2 x 4 |" in out.with_suffix(".md").read_text()
 

@@ -1,4 +1,4 @@
-"""Ranks killed and launched again: the run ends as if nothing had been (fault 18). Two kills here, not a hundred."""
+"""Ranks are killed and launched again: the run ends like one undisturbed (fault 18). Two kills here, not a hundred."""
 
 import json
 

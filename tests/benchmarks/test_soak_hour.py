@@ -1,4 +1,4 @@
-"""The hour of faults: what it notices (a leak, a record that is missing), and a few seconds of it."""
+"""The hour of faults notices a leak and a missing record; and a few seconds of it run."""
 
 import json
 import mmap
@@ -24,18 +24,18 @@ def hour(module):
 
 
 @pytest.fixture
-def looks(module):
+def samples_module(module):
     return module("soak_samples")
 
 
-def life_of(looks, megabytes_per_hour, handles_at_end=40, minutes=10):
+def life_of(samples_module, megabytes_per_hour, handles_at_end=40, minutes=10):
     """Samples of a rank whose memory wanders by some MB, as an allocator's does, and rises."""
     draw, wander, samples = np.random.default_rng(0), 0.0, []
     for i in range(30 * minutes):
         wander = 0.9 * wander + draw.normal(0, 0.3)
         memory = 300 + 200 * (i < 10) + wander + megabytes_per_hour * i / 1800
         handles = 40 if i < 15 * minutes else handles_at_end
-        samples.append(looks.Sample(2.0 * i, 7, "rank 0", 2 * memory, memory, handles, 12, 4 * i))
+        samples.append(samples_module.Sample(2.0 * i, 7, "rank 0", 2 * memory, memory, handles, 12, 4 * i))
     return samples
 
 
@@ -45,8 +45,8 @@ GOOD |= {"loss_first": 1.0, "loss_last": 0.8}
 
 
 @pytest.mark.parametrize(("leak", "flat"), [(0, True), (-50, True), (60, False)])
-def test_a_leak_is_noticed(hour, looks, leak, flat):
-    (life,) = looks.lives(life_of(looks, leak), shortest=240, warm_up=60)
+def test_a_leak_is_noticed(hour, samples_module, leak, flat):
+    (life,) = samples_module.lives(life_of(samples_module, leak), shortest=240, warm_up=60)
     assert life["mb_per_hour"]["rise"] == pytest.approx(leak, abs=4 * life["mb_per_hour"]["error"])
     assert life["mb_per_hour"]["error"] < 10
     # 1,000 steps are 500 seconds here.
@@ -55,39 +55,39 @@ def test_a_leak_is_noticed(hour, looks, leak, flat):
     assert all(so for name, so in hour.verdict(GOOD, [life]).items() if name != "memory flat")
 
 
-def test_leaked_handles_are_noticed(hour, looks):
-    (life,) = looks.lives(life_of(looks, 0, handles_at_end=43), shortest=240, warm_up=60)
+def test_leaked_handles_are_noticed(hour, samples_module):
+    (life,) = samples_module.lives(life_of(samples_module, 0, handles_at_end=43), shortest=240, warm_up=60)
     assert life["handles"] == {"first": 40, "last": 43, "max": 43}
     assert not hour.verdict(GOOD, [life])["handles flat"]
 
 
-def test_short_lives_have_no_slope(looks):
-    assert looks.lives(life_of(looks, 0, minutes=3), shortest=240, warm_up=60) == []
+def test_short_lives_have_no_slope(samples_module):
+    assert samples_module.lives(life_of(samples_module, 0, minutes=3), shortest=240, warm_up=60) == []
 
 
-def test_the_error_of_a_slope_is_that_of_the_textbook_where_samples_are_independent(looks):
+def test_the_error_of_a_slope_is_that_of_the_textbook_where_samples_are_independent(samples_module):
     """Over many draws, rises deviate from the true one by as much as the errors say."""
     draw, x = np.random.default_rng(0), np.arange(200.0)
-    found = [looks.slope(x, 3 + 0.5 * x + draw.normal(0, 2, 200)) for _ in range(300)]
+    found = [samples_module.slope(x, 3 + 0.5 * x + draw.normal(0, 2, 200)) for _ in range(300)]
     rises, errors = np.array([s.rise for s in found]), np.array([s.error for s in found])
     assert rises.mean() == pytest.approx(0.5, abs=1e-3)
     assert rises.std() == pytest.approx(errors.mean(), rel=0.15)
 
 
-def test_a_process_is_looked_at(looks, tmp_path):
-    before = looks.look_at(os.getpid())
+def test_a_process_is_sampled(samples_module, tmp_path):
+    before = samples_module.sample_process(os.getpid())
     files = [(tmp_path / str(i)).open("w") for i in range(5)]
     # Not from the heap, which may have as much to spare.
     block = mmap.mmap(-1, 20_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     block.write(b"1" * 20_000_000)
-    after = looks.look_at(os.getpid())
+    after = samples_module.sample_process(os.getpid())
     assert after[2] == before[2] + 5
     assert after[1] - before[1] == pytest.approx(20, abs=10)
     assert after[0] > after[1]
     block.close()
     for file in files:
         file.close()
-    assert looks.look_at(2**22 + 1) is None
+    assert samples_module.sample_process(2**22 + 1) is None
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_process_is_looked_at(looks, tmp_path):
         ({"loss_last": 1.1}, "the loss fell"),
     ],
 )
-def test_what_must_be_so(hour, changed, what):
+def test_conditions_of_success(hour, changed, what):
     assert all(hour.verdict(GOOD, []).values())
     assert [name for name, so in hour.verdict({**GOOD, **changed}, []).items() if not so] == [what]
 

@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 from faulty import not_finite, signalled
+from ranks_launcher import FAULTY, torchrun
+from small_run import run_settings
 from tiny import tiny_config
 
 from ccmim_fast.checkpoints import io
@@ -189,24 +188,16 @@ def test_after_an_error_of_several_ranks_signals_stay_requests():
             signal.signal(number, handler)
 
 
-def two_ranks(folder, fault, at, rank, *settings):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(Path(__file__).parents[1] / "faulty.py"), fault, at, str(rank)]
-    command += [f"--run.dir={folder / 'run'}", f"--data.root={folder / 'shapes'}", "--data.source=shapes"]
-    command += ["--data.samples=16", "--data.image_size=[32,32]", "--data.loader=torch", "--decoder.dim=32"]
-    command += ["--model.arch=vit_tiny_patch16_224", "--model.patch_size=8", "--model.embed_dim=48", "--model.depth=2"]
-    command += ["--model.num_heads=3", "--decoder.num_heads=4", "--train.batch_size=8", "--train.epochs=6"]
-    command += ["--train.precision=fp32", "--train.device=cpu", "--run.log_every=1", "--run.tensorboard=false"]
-    command += ["--run.save_every=1", "--run.keep=9", *settings]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+def two_ranks(folder, fault, at, *settings, **launch):
+    """Two steps an epoch, of six; the second rank has the fault."""
+    more = ["--data.samples=16", "--train.batch_size=8", "--train.epochs=6", "--run.save_every=1", "--run.keep=9"]
+    return torchrun(2, FAULTY, fault, at, "1", *run_settings(folder), *more, *settings, **launch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_all_ranks_agree_on_a_step_that_is_not_finite_on_one(tmp_path, parallel):
-    done = two_ranks(tmp_path, "nan", "4,5,6", 1, f"--train.parallel={parallel}")
-    assert done.returncode == 0, done.stderr[-2000:]
+    two_ranks(tmp_path, "nan", "4,5,6", f"--train.parallel={parallel}")
     assert [record["at"] for record in records(tmp_path, "skipped_step")] == [4, 5, 6]
     assert [record["to"] for record in records(tmp_path, "went_back")] == [2]
     assert same(weights_at(tmp_path, 2), weights_at(tmp_path, 6))
@@ -217,8 +208,7 @@ def test_all_ranks_agree_on_a_step_that_is_not_finite_on_one(tmp_path, parallel)
 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all(tmp_path):
-    done = two_ranks(tmp_path, "term", "5", 1)
-    assert done.returncode != 0
+    done = two_ranks(tmp_path, "term", "5", fails=True)
     assert "stopped by a signal to another rank after step 5" in done.stderr
     assert "stopped by SIGTERM after step 5" in done.stderr
     assert "StoppedError" not in done.stderr

@@ -5,7 +5,8 @@ import multiprocessing
 import pytest
 import torch
 import torch.distributed as dist
-from exchange_ranks import EACH, RANKS, gradients, gradients_of_rank, join, wait_for_each_other
+from exchange_ranks import EACH, RANKS, gradients, gradients_of_rank, wait_for_each_other
+from ranks_launcher import run_in_ranks
 from tiny import images, tiny_model
 
 from ccmim_fast.models.heads import finish_all_gather, start_all_gather
@@ -16,7 +17,7 @@ CONTRASTS = ("nce", "moco")  # `align` compares with nobody
 @pytest.mark.slow
 def test_every_students_gradient_is_that_of_the_global_batch(tmp_path):
     """Two ranks in float64: of each rank's hV, and of all weights."""
-    join(gradients_of_rank, RANKS, tmp_path, tmp_path, CONTRASTS)
+    run_in_ranks(gradients_of_rank, RANKS, tmp_path, tmp_path, CONTRASTS)
     for contrast in CONTRASTS:
         expected = gradients(0, 1, contrast)
         found = [torch.load(tmp_path / f"{contrast}_{rank}.pt") for rank in range(RANKS)]
@@ -31,7 +32,7 @@ def test_every_students_gradient_is_that_of_the_global_batch(tmp_path):
 def test_rows_travel_while_the_decoder_runs(tmp_path):
     """One rank sends only after the other is past its decoder: had that one waited first, they would wait for ever."""
     spawn = multiprocessing.get_context("spawn")
-    join(wait_for_each_other, 2, tmp_path, spawn.Event(), spawn.Event())
+    run_in_ranks(wait_for_each_other, 2, tmp_path, spawn.Event(), spawn.Event())
 
 
 def test_one_process_sends_nothing():

@@ -186,16 +186,16 @@ def test_a_run_too_short_is_refused_before_its_first_step(tmp_path):
 
 def made_table(**milliseconds):
     spent = {(kind.replace("_", " "), f"name of {kind}"): ms * 2e3 for kind, ms in milliseconds.items()}
-    return make_table(
-        spent,
-        steps=2,
-        images=16,
-        flops={"matmul": 30_000, "attention": 5_000},
-        optimizer_bytes=4_000,
-        flops_per_second=1e6,
-        bytes_per_second=1e6,
-        facts={"torch": "2", "device": "none", "precision": "fp32", "threads": 1},
-    )
+    measured = {
+        "facts": {"torch": "2", "device": "none", "precision": "fp32", "threads": 1},
+        "steps": 2,
+        "images_per_step": 16,
+        "flops_per_step": {"matmul": 30_000, "attention": 5_000},
+        "optimizer_bytes_per_step": 4_000,
+        "matmul_flops_per_second": 1e6,
+        "memory_bytes_per_second": 1e6,
+    }
+    return make_table(spent, measured)
 
 
 def test_the_loss_is_what_is_over_the_floor_not_what_takes_longest():

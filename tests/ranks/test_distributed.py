@@ -1,24 +1,15 @@
 """Two processes with gloo give the losses of one on the same global batch, contrast and BatchNorm included."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from ranks_launcher import torchrun
 from small_run import SETTINGS
 
 
 def losses(folder, processes, *extra):
-    command = [sys.executable, "-m", "ccmim_fast.cli"]
-    if processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command += ["-m", "ccmim_fast.cli"]
-    command += ["pretrain", f"--run.dir={folder}", f"--data.root={folder.parent / 'cache'}", *SETTINGS, *extra]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    settings = [f"--run.dir={folder}", f"--data.root={folder.parent / 'cache'}", *SETTINGS, *extra]
+    torchrun(processes, "-m", "ccmim_fast.cli", "pretrain", *settings)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [(r["recons"], r["contrast"]) for r in map(json.loads, lines)]
 
@@ -53,25 +44,22 @@ def test_two_processes_with_a_score_bank_equal_one(tmp_path, shards):
         assert a == pytest.approx(b, rel=2e-3)
 
 
-@pytest.mark.slow
-def test_a_score_bank_goes_on_at_another_world_size(tmp_path):
-    """One process, two, one again, stopped within epochs; the maps are in the checkpoints."""
-    extra = ("--score.source=bank", "--score.shards=2", "--train.epochs=4", "--mask.strategy=importance")
-    whole = losses(tmp_path / "whole", 1, *extra)
-    for processes, steps in ((1, 4), (2, 8), (1, 12)):
-        legs = losses(tmp_path / "legs", processes, *extra, f"--train.max_steps={steps}", "--resume=auto")
-    assert len(legs) == 12
-    for a, b in zip(whole, legs):
-        assert a == pytest.approx(b, rel=2e-3)
+BANK = ("--score.source=bank", "--score.shards=2", "--mask.strategy=importance")
+DIVIDED = ("--train.parallel=fsdp", "--optim.ema_decay=0.9")
 
 
 @pytest.mark.slow
-def test_divided_weights_go_on_at_another_world_size(tmp_path):
-    """Two processes that have divided the weights, one, two again; stopped within epochs, averages and all."""
-    extra = ("--train.epochs=4", "--train.parallel=fsdp", "--optim.ema_decay=0.9")
-    whole = losses(tmp_path / "whole", 1, *extra)
-    for processes, steps in ((2, 4), (1, 8), (2, 12)):
-        legs = losses(tmp_path / "legs", processes, *extra, f"--train.max_steps={steps}", "--resume=auto")
-    assert len(legs) == 12
-    for a, b in zip(whole, legs):
+@pytest.mark.parametrize(
+    ("settings", "whole_by", "legs"),
+    [(BANK, 1, [(1, 4), (2, 8), (1, 12)]), (DIVIDED, 2, [(2, 4), (1, 8), (2, 12)])],
+    ids=["score bank", "divided weights"],
+)
+def test_a_run_goes_on_at_another_world_size(tmp_path, settings, whole_by, legs):
+    """Stopped within epochs, at another world size each time; maps, averages and divided weights are in checkpoints."""
+    extra = (*settings, "--train.epochs=4")
+    whole = losses(tmp_path / "whole", whole_by, *extra)
+    for processes, steps in legs:
+        resumed = losses(tmp_path / "legs", processes, *extra, f"--train.max_steps={steps}", "--resume=auto")
+    assert len(resumed) == 12
+    for a, b in zip(whole, resumed):
         assert a == pytest.approx(b, rel=2e-3)

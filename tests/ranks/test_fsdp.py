@@ -1,12 +1,12 @@
 """FSDP2: two ranks with divided weights do what two with whole ones do, and read each other's checkpoints."""
 
-import multiprocessing
 import os
 import pickle
 import shutil
 
 import pytest
 import torch
+from ranks_launcher import run_in_ranks
 from sharded_ranks import CASES, FEW, STEPS, config_of, rank_main
 from tiny import tiny_config
 
@@ -29,14 +29,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    """What each of two ranks found."""
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=rank_main, args=(rank, str(folder))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-    assert [process.exitcode for process in processes] == [0, 0]
+    """The results of each of two ranks."""
+    run_in_ranks(rank_main, 2, folder, folder)
     return [torch.load(folder / f"found_{rank}.pt") for rank in range(2)]
 
 

@@ -5,17 +5,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from small_run import SETTINGS
+from ranks_launcher import FAULTY, ONE_THREAD, torchrun, torchrun_command
+from small_run import run_settings
 
 from ccmim_fast.checkpoints import io
 
-FAULTY = str(Path(__file__).parents[1] / "faulty.py")
 # Each node has its own maps, as is the default of several machines.
 MORE = ["--train.epochs=4", "--run.save_every=1", "--run.keep=9", "--run.resume=auto", "--score.shards=2"]
 HELD_STEP = "8"  # of 12: checkpoints of steps 3 and 6 are there
@@ -37,12 +35,12 @@ class Node:
     def launch(self, folder, host, held):
         """As on a machine of its own; the rank of `held` stops in the middle, the first time."""
         at, hosts = host.address, int(host is self)
-        command = ["ip", "netns", "exec", self.name, sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
-        command += ["--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={at}:29400", "--rdzv-id=nodes"]
-        command += [f"--local-addr={self.address}", "--max-restarts=3", "--monitor-interval=0.1"]
-        command += [f"--rdzv-conf=is_host={hosts},keep_alive_interval=1,keep_alive_max_attempt=5"]
-        command += [FAULTY, "hold", HELD_STEP, str(held.rank), *settings(folder)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HELD": str(folder / "held")}
+        options = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={at}:29400"]
+        options += ["--rdzv-id=nodes", f"--local-addr={self.address}", "--max-restarts=3", "--monitor-interval=0.1"]
+        options += [f"--rdzv-conf=is_host={hosts},keep_alive_interval=1,keep_alive_max_attempt=5"]
+        command = ["ip", "netns", "exec", self.name, *torchrun_command(*options)]
+        command += [FAULTY, "hold", HELD_STEP, str(held.rank), *run_settings(folder), *MORE]
+        environment = {**os.environ, **ONE_THREAD, "HELD": str(folder / "held")}
         environment |= {"GLOO_SOCKET_IFNAME": self.link, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         self.log = folder / f"{self.link}.log"
         with self.log.open("a") as log:
@@ -79,10 +77,6 @@ def nodes():
         yield found
 
 
-def settings(folder):
-    return [f"--run.dir={folder / 'run'}", f"--data.root={folder / 'shapes'}", *SETTINGS, *MORE]
-
-
 def wait_for(happened, *nodes):
     deadline = time.monotonic() + PATIENCE
     while not happened():
@@ -95,10 +89,7 @@ def wait_for(happened, *nodes):
 def alone(tmp_path_factory, nodes):
     """Losses and last checkpoint of two ranks on one machine, left alone."""
     folder = tmp_path_factory.mktemp("alone")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [FAULTY, "nan", "0", "none", *settings(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+    torchrun(2, FAULTY, "nan", "0", "none", *run_settings(folder), *MORE)
     return ended(folder)
 
 

@@ -3,24 +3,20 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from small_run import SETTINGS
+from ranks_launcher import FAULTY, PATIENCE, ranks_without_torchrun, torchrun
+from small_run import run_settings
 
 from ccmim_fast.errors import DataError, MachineError, StoppedError
 from ccmim_fast.ranks.heartbeat import read_heartbeats
 from ccmim_fast.ranks.watchdog import Watchdog, is_peer_failure, thread_stacks
 from ccmim_fast.runs.state import process_start, read_state
 
-FAULTY = str(Path(__file__).parents[1] / "faulty.py")
-PATIENCE = 240  # seconds, for a machine with much to do; without a fault a run takes six
 HALF_AN_HOUR = 30.0  # the default
 LAUNCH = "0123456789"
 BROKEN = RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1")
@@ -28,30 +24,15 @@ BROKEN = RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by pee
 
 def command(folder, fault, at, rank, timeout):
     """Three steps and a checkpoint an epoch, four epochs; 8 images of each step on each rank."""
-    settings = [*SETTINGS, "--score.source=first", "--train.epochs=4", "--run.save_every=1"]
-    settings += [f"--run.dir={folder / 'run'}", f"--data.root={folder / 'shapes'}", f"--watch.timeout={timeout}"]
-    return [FAULTY, fault, at, str(rank), *settings]
+    more = ["--score.source=first", "--train.epochs=4", "--run.save_every=1", f"--watch.timeout={timeout}"]
+    return [FAULTY, fault, at, str(rank), *run_settings(folder), *more]
 
 
 def two_ranks(folder, *given):
-    """Exit codes and standard errors of two ranks without torchrun, which would end one when the other does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks, environment = [], {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for rank in "01":
-        with (folder / f"{rank}.err").open("w") as err:
-            own = {**environment, "RANK": rank, "LOCAL_RANK": rank}
-            line = [sys.executable, *command(folder, *given)]
-            ranks.append(subprocess.Popen(line, env=own, stdout=subprocess.DEVNULL, stderr=err))
-    try:
-        # A rank that a signal has stopped does not end; the other one does.
-        stopped = int(given[2]) if given[0] == "stop" else None
+    """Return exit codes (None of a rank that a signal has stopped, which does not end) and errors of two ranks."""
+    stopped = given[2] if given[0] == "stop" else None
+    with ranks_without_torchrun(2, folder, *command(folder, *given)) as ranks:
         codes = [None if number == stopped else rank.wait(PATIENCE) for number, rank in enumerate(ranks)]
-    finally:
-        for rank in ranks:
-            rank.kill()
     return codes, [(folder / f"{rank}.err").read_text() for rank in "01"]
 
 
@@ -67,10 +48,7 @@ def last_line(errors):
 @pytest.mark.slow
 def test_fault_18_a_rank_is_killed(tmp_path):
     """torchrun without restarts ends the other ranks: they write the report all the same."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    line = [*launcher, *command(tmp_path, "kill", "5", 1, HALF_AN_HOUR)]
-    done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode != 0
+    done = torchrun(2, *command(tmp_path, "kill", "5", 1, HALF_AN_HOUR), fails=True)
     assert "ccmim: rank 0 ends: rank 1 (" in done.stderr
     assert "died without an error message, perhaps killed; last heartbeat: " in the_report(tmp_path)
     assert the_report(tmp_path) in done.stderr

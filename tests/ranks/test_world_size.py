@@ -1,16 +1,12 @@
 """A run that stops within an epoch and goes on with more or fewer ranks is the run that never stopped (fault 15)."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
-from small_run import SETTINGS
+from ranks_launcher import FAULTY, torchrun
+from small_run import run_settings
 
-FAULTY = str(Path(__file__).parents[1] / "faulty.py")
 EPOCHS, SAMPLES, STEPS = 3, 40, 8  # of 16 samples: each epoch ends within a step, the 3rd, the 5th and the 8th
 LEGS = [(1, 2), (2, 6), (1, 8)]  # ranks, and the step until which they go: stops within the first and the third epoch
 ROUNDING = 2e-6  # sums over 16 images in another order; 2e-7 of a loss was seen (AMD EPYC)
@@ -18,12 +14,8 @@ ROUNDING = 2e-6  # sums over 16 images in another order; 2e-7 of a loss was seen
 
 def leg(folder, ranks, *settings):
     """Run so many ranks, each of which writes down the ids of its steps."""
-    given = [FAULTY, "ids", "0", "all", *SETTINGS, f"--run.dir={folder / 'run'}", f"--data.root={folder / 'shapes'}"]
-    given += [f"--data.samples={SAMPLES}", f"--train.epochs={EPOCHS}", *settings]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "IDS": str(folder)}
-    done = subprocess.run([sys.executable, *launcher, *given], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    more = [f"--data.samples={SAMPLES}", f"--train.epochs={EPOCHS}", *settings]
+    torchrun(ranks, FAULTY, "ids", "0", "all", *run_settings(folder), *more, IDS=str(folder))
 
 
 def ids_of_steps(folder):

@@ -1,4 +1,4 @@
-"""`ccmim runs`: one row for each run folder, whatever state its files are in."""
+"""`ccmim runs` prints one row for each run folder, whatever state its files are in."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,13 @@ from ccmim_fast.runs.state import RunState, process_start, write_state
 HERE = RunState("running", os.getpid(), socket.gethostname(), process_start(os.getpid()))
 CONFIG = "run:\n  log_every: 20\ntrain:\n  epochs: 800\n  batch_size: 1024\n"
 LINE = {"kind": "train", "step": 40, "epoch": 1.5, "loss": 0.5, "recons": 0.25, "images_per_second": 321.4}
+
+
+@pytest.fixture
+def no_time_passes(monkeypatch):
+    """The listing comes at the moment when the files were written."""
+    now = time.time()
+    monkeypatch.setattr("ccmim_fast.runs.listing.time", SimpleNamespace(time=lambda: now))
 
 
 def make(folder, state=None, lines=(LINE,), config=CONFIG):
@@ -36,7 +44,7 @@ def checkpoint(run, step, size=5):
     (path / MANIFEST).write_bytes(manifest(step, {STATE: Sum(size, "")}))
 
 
-def test_a_row_for_each_run(tmp_path, capsys):
+def test_a_row_for_each_run(tmp_path, capsys, no_time_passes):
     mine = make(tmp_path / "mine", HERE, [LINE | {"contrast": 3.0}])
     checkpoint(mine, 20)
     checkpoint(mine, 40, size=6)  # cut short
@@ -61,7 +69,7 @@ def test_a_row_for_each_run(tmp_path, capsys):
     assert lines[7:] == ["demo/ccmim: a.jpg [b] bad"]
 
 
-def test_it_fits_a_narrow_terminal(tmp_path, capsys, monkeypatch):
+def test_it_fits_a_narrow_terminal(tmp_path, capsys, monkeypatch, no_time_passes):
     """A name is folded; nothing else is cut."""
     run = make(tmp_path / "a-name-of-some-length", HERE, [LINE | {"epoch": 123.45, "contrast": 3.0}])
     checkpoint(run, 123456)
