@@ -88,7 +88,7 @@ def take_snapshot(model: CCMIM, config: Config, held_out: HeldOut, epoch: int) -
         output.partition.mask_BL[few].cpu().numpy(),
         None if drawn_BHWC is None else drawn_BHWC[few].cpu().numpy(),
     ).save(Path(config.run.dir) / "snapshots" / f"epoch_{epoch:04d}.npz")
-    return figures._asdict()
+    return figures
 
 
 def setting_of(config: Config) -> dict[str, str]:
