@@ -96,16 +96,12 @@ def _measure(subject: Subject, few: FewImages, object_BL: Tensor | None, count: 
     if not all(scores_BL.isfinite().all() for scores_BL in scored.scores.values()):
         raise CheckpointError(f"{subject.name}: its scores are not finite")
     rows = np.unique(np.linspace(0, len(batch.ids_B) - 1, count).round().astype(int)).tolist()
-    reconstruction_DHWC = None
-    if subject.decodes:
-        reconstruction_DHWC = _reconstruction(
-            subject, batch.images_BHWC[rows], scored.masks[config.mask.strategy][rows]
-        )
+    mask_DL = scored.masks[config.mask.strategy][rows]
     return Moment(
         *(subject.name, config, subject.step, subject.epoch, model.grid),
         *(scored, figures_of(scored, object_BL), rows, few.batch.images_BHWC[rows].numpy()),
         None if object_BL is None else object_BL[rows].numpy(),
-        reconstruction_DHWC,
+        _reconstruction(subject, batch.images_BHWC[rows], mask_DL) if subject.decodes else None,
     )
 
 
