@@ -23,7 +23,7 @@ from ccmim_fast.evaluation.masks.subject import COUNT, PROG, Subject, read_subje
 from ccmim_fast.models.output import Output
 from ccmim_fast.models.scores import PriorScores
 from ccmim_fast.ranks.session import open_session
-from ccmim_fast.report.reconstruction import drawn
+from ccmim_fast.report.reconstruction import reconstruct
 from ccmim_fast.report.snapshots import FewImages, few_images, prior_scores, spread
 from ccmim_fast.runs.folder import check_apart, describe_run, open_run_folder
 from ccmim_kernels import Partition, partition_from_mask
@@ -109,8 +109,7 @@ def _reconstruction(subject: Subject, images_DHWC: Tensor, mask_DL: Tensor) -> n
     """Return images [D, H, W, C] uint8, masked patches as predicted; None where the model predicts no pixels."""
     partition = Partition(*(part.to(images_DHWC.device) for part in partition_from_mask(mask_DL, subject.model.keep)))
     output = Output(subject.model.predict(images_DHWC, partition), partition, None, None, None)
-    drawn_DHWC = drawn(subject.model, subject.config, images_DHWC, output)
-    return None if drawn_DHWC is None else drawn_DHWC.cpu().numpy()
+    return reconstruct(subject.model, subject.config, images_DHWC, output)
 
 
 def _read(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
