@@ -19,7 +19,7 @@ from ccmim_fast.data.source import Source, usable_count, usable_ids
 from ccmim_fast.data.stream.batch import Batch, make_batch
 from ccmim_fast.data.stream.plan import MicroBatch
 from ccmim_fast.data.stream.torch_loader import crop_and_resize
-from ccmim_fast.errors import CcmimError, DataError
+from ccmim_fast.errors import CcmimError, DataError, one_line
 from ccmim_fast.models.scores import PriorScores
 
 from .pictures import Snapshot
@@ -69,7 +69,7 @@ def take_snapshots(folder: Path, images: int, moments: int, root: str = "") -> S
         except CcmimError as error:
             remarks.append(str(error))
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            reason = one_line(f"{type(error).__name__}: {error}")
             remarks.append(f"{path}: is no checkpoint of this version: {reason}")
     return Snapshots(snapshots, list(dict.fromkeys(remarks)))
 

@@ -18,7 +18,7 @@ from ccmim_fast.data.stream.plan import MicroBatch
 from ccmim_fast.data.stream.torch_loader import crop_and_resize
 from ccmim_fast.engine.pretraining import Pretraining
 from ccmim_fast.engine.step import StepResult
-from ccmim_fast.errors import DataError
+from ccmim_fast.errors import DataError, one_line
 from ccmim_fast.evaluation.masks.metrics import object_leakage, object_patches, score_auroc
 
 PROBED = 256  # images of a step at most: 26 ms of a core at 64 pixels a side, 143 ms at 224 (AMD EPYC)
@@ -79,7 +79,7 @@ class MaskFolder:
         except FileNotFoundError:
             raise DataError(f"--masks={self._folder}: no {path.name} in it, the mask of {name!r}") from None
         except Exception as error:  # Pillow's plugins raise whatever a damaged file leads them to
-            raise DataError(f"{path}: no mask: {' '.join(str(error).split())[:200]}") from None
+            raise DataError(f"{path}: no mask: {one_line(error)}") from None
         mask_HW = pixels != 0 if pixels.ndim == 2 else pixels.any(-1)
         size = tuple(self._source.sizes_N2[index].tolist())
         if mask_HW.shape != size:
