@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccmim_fast.bank.warp import read
+from ccmim_fast.bank.bank import read_maps
 from ccmim_fast.build.model import build_objective
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.made.shapes import ShapesSource
@@ -81,7 +81,7 @@ def probe_scores(run: Pretraining, epoch: int, count: int) -> ScoreProbe:
     batch = make_batch(images_BHWC.to(run.here.device), shown, run.source, run.here.device)
     prior = None
     if run.bank is not None:
-        prior = PriorScores(*read(run.bank.maps_of(shown.ids_B), batch.boxes_B4, model.grid))
+        prior = PriorScores(*read_maps(run.bank.maps_of(shown.ids_B), batch.boxes_B4, model.grid))
     output = model(batch.images_BHWC, batch.ids_B, batch.epochs_B, prior=prior)
     recons = float(run.train_step.objective.recons(output, batch.images_BHWC))
     if not isinstance(run.source, ShapesSource):
