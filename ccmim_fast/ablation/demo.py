@@ -17,7 +17,7 @@ from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.registry import SCORE_SOURCES
 from ccmim_fast.report.html import write_report
 from ccmim_fast.report.pictures import Snapshot
-from ccmim_fast.report.reconstruction import drawn
+from ccmim_fast.report.reconstruction import reconstruct
 from ccmim_fast.report.runs import RunView
 from ccmim_fast.runs.folder import open_run_folder
 
@@ -79,16 +79,16 @@ def take_snapshot(model: CCMIM, config: Config, held_out: HeldOut, epoch: int) -
     """Write a few pictures of this moment into the run's folder; returns the figures of `probe`."""
     images_BHWC = held_out.images_BHWC.to(model.mean_C.device)
     figures, output, scores_BL = probe(model, config, images_BHWC, held_out.objects_BHW)
-    drawn_BHWC = drawn(model, config, images_BHWC, output)
+    drawn_BHWC = reconstruct(model, config, images_BHWC, output)
     few = slice(0, PICTURES)
     Snapshot(
         epoch,
         held_out.images_BHWC[few].numpy(),
         scores_BL[few].numpy(),
         output.partition.mask_BL[few].cpu().numpy(),
-        None if drawn_BHWC is None else drawn_BHWC[few].cpu().numpy(),
+        None if drawn_BHWC is None else drawn_BHWC[few],
     ).save(Path(config.run.dir) / "snapshots" / f"epoch_{epoch:04d}.npz")
-    return figures._asdict()
+    return figures
 
 
 def setting_of(config: Config) -> dict[str, str]:

@@ -19,7 +19,7 @@ from ccmim_fast.data.source import Source
 from ccmim_fast.engine.pretraining import Pretraining
 from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.frozen.held_out import make_held_out, measure_features
-from ccmim_fast.evaluation.masks.score_probe import probe_scores
+from ccmim_fast.evaluation.masks.probe import probe_scores
 
 PROBED = 1000  # training images whose scores and masks are looked at
 SUMMARY = "summary.json"  # in the folder of a run that is done

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ccmim_fast.checkpoints import io
-from ccmim_fast.checkpoints.collective import Layout, Together
+from ccmim_fast.checkpoints.collective import CollectiveWriter, Layout
 from ccmim_fast.checkpoints.distributed import divide
 from ccmim_fast.errors import CheckpointError
 from ccmim_fast.optim.update import own_part
@@ -30,21 +30,23 @@ class BackgroundSaver:
     """Saves the checkpoints of a run, one at a time, in the order in which they were asked for.
 
     A save that fails, on a full disk or the like, is a warning; the third in a row, and the last of all, are an error.
-    Nothing is told by the thread: failures come out of the next `save`, `poll`, `wait` or `close`. As a context manager
-    it is closed at the end; where an error ends the run, a failed save only adds its line to it.
+    The thread reports nothing: failures come out of the next `save`, `poll`, `wait` or `close`. The saver is a context
+    manager that closes at the end; where an error ends the run, a failed save only adds a line.
 
     Args:
         folder: of the checkpoints.
         keep: newest ones kept, see `io.save`.
         note: prints a line; called in the thread of the caller.
-        together: ranks that have divided the state among them: each has a saver, and is called as the others are.
+        collective: of ranks that have divided the state among them; each has a saver and calls it as the others do.
     """
 
-    def __init__(self, folder: Path, keep: int, note: Callable[[str], None], together: Together | None = None):
-        self._folder, self._keep, self._note, self._together = folder, keep, note, together
+    def __init__(
+        self, folder: Path, keep: int, note: Callable[[str], None], collective: CollectiveWriter | None = None
+    ):
+        self._folder, self._keep, self._note, self._collective = folder, keep, note, collective
         self._writer = ThreadPoolExecutor(1, "checkpoints")
         self._running: Future | None = None
-        # Since the last save that did not fail. Lines only: an exception would hold on to the state through its frames.
+        # Of the saves since the last good one. Lines only: an exception would keep the state alive through its frames.
         self._failed: list[str] = []
 
     def save(self, step: int, state: dict[str, Any], for_good: bool = False) -> None:
@@ -58,25 +60,23 @@ class BackgroundSaver:
             Exception: the save before raised it.
         """
         self.wait()
-        if self._together is None:
+        if self._collective is None:
             copied, copies = _on_host(state)
-            write = functools.partial(io.save, self._folder, step, copied, self._keep, for_good)
+            write = functools.partial(io.save, self._folder, step, copied)
         else:
             rest, pieces = divide(state)
-            parts = {name: own_part(piece) for name, piece in pieces.items()}
             layouts = {name: Layout.of(piece) for name, piece in pieces.items()}
-            copied, copies = _on_host({"rest": rest, "parts": parts})
-            given = (self._folder, step, copied["rest"], copied["parts"], layouts, self._keep, for_good)
-            write = functools.partial(self._together.save, *given)
-        self._running = self._writer.submit(_write, write, copies)
+            copied, copies = _on_host([rest, {name: own_part(piece) for name, piece in pieces.items()}])
+            write = functools.partial(self._collective.save, self._folder, step, *copied, layouts)
+        self._running = self._writer.submit(_write, write, (self._keep, for_good), copies)
 
     def poll(self) -> None:
-        """As `wait`, if that would not wait."""
+        """Call `wait` if the save is over."""
         if self._running is not None and self._running.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the running save, and tell if it failed; raises as `save` does."""
+        """Wait for the running save, and note it if it failed; raises as `save` does."""
         told = len(self._failed)
         self._finish()
         if len(self._failed) > told:
@@ -89,7 +89,7 @@ class BackgroundSaver:
 
         Raises:
             CheckpointError: the last save failed.
-            Exception: it raised something else.
+            Exception: the last save raised something else.
         """
         try:
             self._finish()
@@ -112,7 +112,7 @@ class BackgroundSaver:
             self._note(str(failure))
 
     def _finish(self) -> None:
-        """Wait for the running save and count it; what is no CheckpointError is raised."""
+        """Wait for the running save and count it; raises any error but CheckpointError."""
         if self._running is None:
             return
         failure = self._running.exception()
@@ -125,30 +125,30 @@ class BackgroundSaver:
             raise failure
 
     def _take_last(self) -> str:
-        """The last failure, about to be raised: it is not to be told again."""
+        """Return the last failure, which is about to be raised, and forget it."""
         line = self._failed[-1]
         self._failed.clear()
         return line
 
 
-def _write(write: Callable[[], Any], copies: list["torch.cuda.Event"]) -> None:
+def _write(write: Callable[[int, bool], Any], how: tuple[int, bool], copies: list["torch.cuda.Event"]) -> None:
     for done in copies:
         done.synchronize()
-    write()
+    write(*how)
 
 
-def _on_host(state: dict[str, Any]) -> tuple[dict[str, Any], list["torch.cuda.Event"]]:
-    """A copy of `state` that shares no memory with it, on the host; what is in it is there once the events are over.
+def _on_host(state: Any) -> tuple[Any, list["torch.cuda.Event"]]:
+    """Copy nested containers of tensors to the host; the copy is complete once the events are over.
 
-    Storages are copied whole, once each, and what shares one in `state` shares one in the copy: torch.save writes the
-    same bytes of both.
+    Storages are copied whole, once each, and tensors that share one in `state` share one in the copy: torch.save writes
+    the same bytes of both.
     """
     storages: dict[int, torch.UntypedStorage] = {}
     copies: dict[int, Any] = {}
     devices = set()
     for tensor in _tensors(state):
         source = tensor.untyped_storage()
-        # By which torch.save tells them apart, too; empty ones all have the address 0.
+        # torch.save, too, tells storages apart by this; empty ones all have the address 0.
         key = source._cdata
         if key not in storages:
             storages[key] = _copy(source)
@@ -156,12 +156,12 @@ def _on_host(state: dict[str, Any]) -> tuple[dict[str, Any], list["torch.cuda.Ev
         view = torch.empty(0, dtype=tensor.dtype)
         copies[id(tensor)] = view.set_(storages[key], tensor.storage_offset(), tensor.size(), tensor.stride())
     events = [torch.cuda.current_stream(device).record_event() for device in devices if device.type == "cuda"]
-    # It copies containers with their attributes, and takes for each tensor the copy that is there already.
+    # Containers are copied with their attributes; for each tensor the copy that is there already is taken.
     return copy.deepcopy(state, copies), events
 
 
 def _copy(source: torch.UntypedStorage) -> torch.UntypedStorage:
-    """Its bytes in the host's memory; from CUDA on their way to pinned memory, in the order of the current stream."""
+    """Copy the bytes to the host's memory; from CUDA into pinned memory, in the order of the current stream."""
     on_cuda = source.device.type == "cuda"
     bytes_N = torch.empty(source.nbytes(), dtype=torch.uint8, pin_memory=on_cuda)
     bytes_N.copy_(torch.empty(0, dtype=torch.uint8, device=source.device).set_(source), non_blocking=on_cuda)
@@ -169,7 +169,7 @@ def _copy(source: torch.UntypedStorage) -> torch.UntypedStorage:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested containers."""
+    """Yield all tensors in nested containers."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):

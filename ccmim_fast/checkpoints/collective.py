@@ -1,5 +1,6 @@
-"""A checkpoint written by all ranks together: the first one leads, and each hears how it ended."""
+"""Collective checkpoints: all ranks write, the first one leads, and each hears how it ended."""
 
+import contextlib
 import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from ccmim_fast.errors import CheckpointError
 
 
 class Layout(NamedTuple):
-    """How a tensor is divided."""
+    """The shape, strides and placements of a tensor that is divided among ranks."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -24,15 +25,15 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Layout | None":
-        """None of a tensor that is not divided."""
+        """Return the layout of a tensor; None where it is not divided."""
         return cls(tensor.shape, tensor.stride(), tensor.placements) if isinstance(tensor, DTensor) else None
 
 
-class Together:
-    """All ranks of the run, in a group of their own: a thread of each may save while its main thread trains.
+class CollectiveWriter:
+    """Writes checkpoints with all ranks, in a process group of its own: a thread of each saves while another trains.
 
     Args:
-        timeout: that one waits for another.
+        timeout: how long one rank waits for another.
     """
 
     def __init__(self, timeout: datetime.timedelta):
@@ -49,7 +50,7 @@ class Together:
         keep: int,
         for_good: bool = False,
     ) -> None:
-        """As `io.save`; every rank calls it.
+        """Save as `io.save` does; every rank calls this.
 
         Args:
             rest: the state without its pieces (`distributed.divide`); the first rank's is written.
@@ -57,7 +58,7 @@ class Together:
             layouts: of the pieces.
 
         Raises:
-            CheckpointError: it could not be written; raised on every rank.
+            CheckpointError: the checkpoint could not be written; raised on every rank.
         """
         pieces = {name: self._piece(part, layouts[name]) for name, part in parts.items()}
         if dist.get_rank() != 0:
@@ -65,27 +66,26 @@ class Together:
             return
 
         def beside(new: Path) -> dict[str, Sum]:
-            self._tell("write", str(new))
+            self._broadcast("write", str(new))
             return distributed.write(new, pieces, self._group)
 
         try:
             io.save(folder, step, rest, keep, for_good, beside)
         except BaseException as error:
-            self._tell("failed", str(error))
+            self._broadcast("failed", str(error))
             raise
-        self._tell("saved", "")
+        self._broadcast("saved")
 
     def _follow(self, pieces: dict[str, Tensor]) -> None:
         while True:
-            what, told = self._hear()
-            if what == "saved":
+            kind, text = self._broadcast()
+            if kind == "saved":
                 return
-            if what == "failed":
-                raise CheckpointError(told)
-            try:
-                distributed.write(Path(told), pieces, self._group)
-            except OSError:
-                continue  # the first rank has it, too, and tells
+            if kind == "failed":
+                raise CheckpointError(text)
+            # An error is the first rank's, too, which tells of it.
+            with contextlib.suppress(OSError):
+                distributed.write(Path(text), pieces, self._group)
 
     def _piece(self, part: Tensor, layout: Layout | None) -> Tensor:
         if layout is None:
@@ -93,10 +93,8 @@ class Together:
         shape, stride, placements = layout
         return DTensor.from_local(part, self._mesh, placements, run_check=False, shape=shape, stride=stride)
 
-    def _tell(self, what: str, told: str) -> None:
-        dist.broadcast_object_list([what, told], src=0, group=self._group)
-
-    def _hear(self) -> tuple[str, str]:
-        message = [None, None]
+    def _broadcast(self, kind: str = "", text: str = "") -> list[str]:
+        """Return the message of the first rank: `write` and a folder, `failed` and an error, or `saved`."""
+        message = [kind, text]
         dist.broadcast_object_list(message, src=0, group=self._group)
-        return message[0], message[1]
+        return message

@@ -1,7 +1,7 @@
-"""What ranks have divided among them, on disk: torch.distributed.checkpoint's files, each rank's written by itself.
+"""Tensors that ranks have divided among them, as files of torch.distributed.checkpoint: each rank writes its own.
 
-They lie in a checkpoint's folder and are named in its manifest (checkpoints/manifest.py). Reading them runs no code:
-of their index, a pickle, only the few classes are allowed that it is made of, and tensors are read by `weights_only`.
+The files lie in a checkpoint's folder and are named in its manifest (checkpoints/manifest.py). Reading them runs no
+code: their index, a pickle, may use only the few classes that it is made of; tensors are read by `weights_only`.
 """
 
 # A "piece" is a tensor of the state, by its path: "optimizer/state/3/exp_avg".
@@ -23,24 +23,20 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ccmim_fast.checkpoints.manifest import Hashed, Sum
-from ccmim_fast.errors import CheckpointError
+from ccmim_fast.errors import CheckpointError, one_line
 
 _INDEX = ".metadata"  # torch's name for it
 _DIVIDED = ("model", "optimizer", "ema")  # of the state; all else is whole on the first rank
 
 
 def divide(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The state without the tensors of model, optimizer and averages, None in their places; and these by path."""
+    """Take the tensors of model, optimizer and averages out of a state; returns the rest and the tensors by path."""
     pieces: dict[str, Tensor] = {}
-
-    def take(path: str, value: Tensor) -> None:
-        pieces[path] = value
-
-    return _mapped(state, take), pieces
+    return _mapped(state, lambda path, tensor: pieces.update({path: tensor})), pieces
 
 
 def unite(state: dict[str, Any], pieces: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The inverse of `divide`."""
+    """Invert `divide`."""
 
     def filled(value: Any, path: str) -> Any:
         if path in pieces:
@@ -53,7 +49,7 @@ def unite(state: dict[str, Any], pieces: Mapping[str, Tensor]) -> dict[str, Any]
 
 
 def _mapped(state: dict[str, Any], change: Callable[[str, Tensor], Any]) -> dict[str, Any]:
-    """The state with each divided tensor changed; it lies in dicts within dicts."""
+    """Change each divided tensor of a state; it lies in dicts within dicts."""
 
     def mapped(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
@@ -66,7 +62,7 @@ def _mapped(state: dict[str, Any], change: Callable[[str, Tensor], Any]) -> dict
 
 
 class _HashedFiles(FileSystem):
-    """Files of torch's writer, whose sums are taken on their way."""
+    """The files of torch's writer, whose sums are taken on their way to the disk."""
 
     def __init__(self):
         super().__init__()
@@ -74,10 +70,9 @@ class _HashedFiles(FileSystem):
 
     @contextmanager
     def create_stream(self, path: Path, mode: str) -> Iterator[BinaryIO]:
-        with super().create_stream(path, mode) as file:
-            hashed = Hashed(file)
-            yield hashed
-            self.sums[Path(path).name] = hashed.sum()
+        with Hashed(path) as file:
+            yield file
+            self.sums[Path(path).name] = file.sum()
 
     def rename(self, path: Path, new_path: Path) -> None:
         super().rename(path, new_path)
@@ -88,7 +83,7 @@ def write(folder: Path, pieces: Mapping[str, Tensor], group: dist.ProcessGroup) 
     """Write the pieces into `folder`; every rank of `group` calls it, with the parts it has of DTensors.
 
     Returns:
-        the sums of all ranks' files.
+        The sums of all ranks' files.
 
     Raises:
         OSError: some rank could not write; raised on every rank.
@@ -123,7 +118,7 @@ class _Index(pickle.Unpickler):
 
 
 class _Reader(dcp.FileSystemReader):
-    """torch's reader, which would run what its index says."""
+    """A reader like torch's, which would run what its index says."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         with open(Path(self.path) / _INDEX, "rb") as file:
@@ -141,14 +136,14 @@ class _Reader(dcp.FileSystemReader):
 
 
 def read(folder: Path, like: Mapping[str, DTensor] | None = None) -> dict[str, Tensor]:
-    """The pieces in `folder`, whose files have been checked; no rank waits for another.
+    """Read the pieces in `folder`, whose files have been checked; no rank waits for another.
 
     Args:
-        like: of the tensors that are to be divided, by the start of a piece's path, how: only this rank's parts are
-            read. What has another shape, and all else, is read whole, into the host's memory.
+        like: how tensors are to be divided, by the start of a piece's path: only this rank's parts of them are read.
+            Pieces of another shape, and all others, are read whole into the host's memory.
 
     Raises:
-        CheckpointError: they are not what `write` leaves.
+        CheckpointError: the files are not what `write` leaves.
         OSError: they cannot be read.
     """
     try:
@@ -156,7 +151,7 @@ def read(folder: Path, like: Mapping[str, DTensor] | None = None) -> dict[str, T
     except (CheckpointError, OSError):
         raise
     except (Exception, CheckpointException) as error:  # torch raises anything on what it did not write
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise CheckpointError(f"{_INDEX} refused: {type(error).__name__}: {reason}") from None
 
 
@@ -175,7 +170,7 @@ def _read(reader: _Reader, like: Mapping[str, DTensor]) -> dict[str, Tensor]:
 
 
 def spread(state: dict[str, Any], like: Mapping[str, DTensor]) -> dict[str, Any]:
-    """A whole state, equal on all ranks, with the tensors that `like` names divided; `like` as for `read`."""
+    """Divide the tensors of a whole state, equal on all ranks, that `like` names; `like` as for `read`."""
 
     def divided(path: str, value: Tensor) -> Tensor:
         pattern = _pattern(path, value.shape, like)
@@ -189,7 +184,7 @@ def spread(state: dict[str, Any], like: Mapping[str, DTensor]) -> dict[str, Any]
 
 
 def are_in(folder: Path) -> bool:
-    """Whether the checkpoint `folder` has been written by ranks that had divided it."""
+    """Return whether ranks that had divided the state wrote the checkpoint `folder`."""
     return (folder / _INDEX).exists()
 
 

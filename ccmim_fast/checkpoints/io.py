@@ -35,7 +35,7 @@ from ccmim_fast.checkpoints.manifest import (
     sync,
     sync_folder,
 )
-from ccmim_fast.errors import CheckpointError
+from ccmim_fast.errors import CheckpointError, one_line
 
 CHECKPOINTS = "checkpoints"  # the folder of them, in that of a run
 KEPT = "kept"
@@ -46,7 +46,7 @@ Beside = Callable[[Path], dict[str, Sum]]
 
 
 class Newest(NamedTuple):
-    """What `newest` found: the path and state of a checkpoint, or None; and what was wrong with those after it."""
+    """The path and state of the checkpoint that `newest` found, or None; and what was wrong with later ones."""
 
     path: Path | None
     state: dict[str, Any] | None
@@ -64,7 +64,7 @@ def save(
         state: dicts, lists, tuples, tensors, numbers, strings, bytes, bools and None, at any depth.
         keep: >= 1; the one just written always stays.
         for_good: mark it as kept: no later save removes it.
-        beside: writes what else belongs to it.
+        beside: writes the other files that belong to it.
 
     Returns:
         The checkpoint's folder.
@@ -99,13 +99,13 @@ def save(
 
 
 def load(path: Path, divided: bool = False) -> dict[str, Any]:
-    """The state in the checkpoint `path`, on the CPU; no code of it is run.
+    """Read the state in the checkpoint `path`, on the CPU; no code in it is run.
 
     Args:
         divided: leave out what ranks have divided; `distributed.unite` puts it in.
 
     Raises:
-        CheckpointError: one line: it is missing, damaged, or holds more than plain containers and tensors.
+        CheckpointError: missing, damaged, or of more than plain containers and tensors; one line.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder of a checkpoint")
@@ -125,16 +125,17 @@ def load(path: Path, divided: bool = False) -> dict[str, Any]:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # torch.load raises anything on what torch.save did not write
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise CheckpointError(f"{path}: {STATE} refused: no plain containers and tensors: {reason}") from None
 
 
 def newest(folder: Path, divided: bool = False) -> Newest:
-    """The newest checkpoint in `folder` that loads; each newer one that does not is a line in `problems`.
+    """Find the newest checkpoint in `folder` that loads; each newer one that does not is a line in `problems`.
 
-    `divided` is for `load`.
+    Folders that dead writers left behind are cleared; the work of a live writer is not touched.
 
-    What dead writers left behind is cleared; a live one's work is not touched.
+    Args:
+        divided: as for `load`.
     """
     with contextlib.suppress(OSError, CheckpointError), _lock(folder) as locked:
         if locked:  # else somebody may be writing, or we have no right to: it can wait
@@ -149,13 +150,13 @@ def newest(folder: Path, divided: bool = False) -> Newest:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first, undamaged or not; none if there is no such folder."""
+    """List the checkpoints in `folder`, oldest first, undamaged or not; empty if there is no such folder."""
     found = (path for path in folder.glob("step_*") if path.is_dir() and _step_of(path) is not None)
     return sorted(found, key=_step_of)
 
 
 def _step_of(path: Path) -> int | None:
-    """The step that a folder's name tells; None if it is no checkpoint's name."""
+    """Return the step that a folder's name tells; None if it is no checkpoint's name."""
     named = re.fullmatch(r"step_(\d{8,})", path.name, re.ASCII)
     return int(named[1]) if named else None
 
@@ -174,7 +175,7 @@ def _check_plain(value: Any, where: str) -> None:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
-    """Be the one writer in `folder`; False on a file system without locks, where nobody can know.
+    """Be the one writer in `folder`; yields False on a file system without locks, where nobody can know.
 
     The kernel frees the lock of a process that dies, however it dies; a process id in a file would outlive it.
 
@@ -213,12 +214,12 @@ def _write(new: Path, step: int, state: dict[str, Any], for_good: bool, beside: 
     if for_good:
         (new / KEPT).touch()
     others = {} if beside is None else beside(new)
-    with open(new / STATE, "wb") as file:
-        hashed = Hashed(file)
-        torch.save(state, hashed)
+    with Hashed(new / STATE) as file:
+        torch.save(state, file)
         sync(file)
+        sums = {STATE: file.sum(), **others}
     with open(new / MANIFEST, "wb") as file:
-        file.write(manifest(step, {STATE: hashed.sum(), **others}))
+        file.write(manifest(step, sums))
         sync(file)
     sync_folder(new)
 
@@ -234,10 +235,7 @@ def _publish(new: Path, path: Path) -> None:
 
 
 def _prune(folder: Path, written: Path, keep: int) -> None:
-    """Keep `written` and the newest others, `keep` in all, and what is marked as kept.
-
-    What is visibly broken counts for nothing and goes.
-    """
+    """Keep `written` and the newest others, `keep` in all, and those marked as kept; visibly broken ones go."""
     others = [path for path in reversed(checkpoints(folder)) if path != written]
     whole = [path for path in others if (path / MANIFEST).is_file() and (path / STATE).is_file()]
     for path in set(others) - set(whole[: keep - 1]):

@@ -1,6 +1,7 @@
 """The files of a checkpoint, and the manifest that says of each how long it is and what its sha256 is."""
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -15,52 +16,36 @@ _LONGEST = 1 << 20  # bytes of a manifest; a real one has about 130 for each fil
 
 
 class Sum(NamedTuple):
-    """Of one file: bytes, and their sha256 in hexadecimal digits."""
+    """The size of a file in bytes, and its sha256 in hexadecimal digits."""
 
     size: int
     sha256: str
 
 
-class Hashed:
-    """Hashes what is written to a binary file on its way there: reading it back would hash what became of it."""
+class Hashed(io.BufferedWriter):
+    """A new file that hashes what is written on its way there: reading it back would hash what became of it."""
 
-    def __init__(self, file: BinaryIO):
-        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path, "wb"))
+        self._sha256 = hashlib.sha256()
 
     def write(self, data) -> int:
-        written = self.file.write(data)
-        self.sha256.update(data)
-        self.size += written
-        return written
-
-    def flush(self) -> None:
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-    def fileno(self) -> int:
-        return self.file.fileno()
+        self._sha256.update(data)
+        return super().write(data)
 
     def sum(self) -> Sum:
-        return Sum(self.size, self.sha256.hexdigest())
+        return Sum(self.tell(), self._sha256.hexdigest())
 
 
 def manifest(step: int, sums: dict[str, Sum]) -> bytes:
-    """The content of `manifest.json`; `sums` by file name, `state.pt` among them."""
+    """Return the content of `manifest.json`; `sums` by file name, `state.pt` among them."""
+    version = _ONE_FILE if set(sums) == {STATE} else _MANY
     files = {name: found._asdict() for name, found in sums.items()}
-    return json.dumps({"format": _format(sums), "step": step, "files": files}, indent=1).encode()
-
-
-def _format(sums: dict[str, Sum]) -> int:
-    return _ONE_FILE if set(sums) == {STATE} else _MANY
+    return json.dumps({"format": version, "step": step, "files": files}, indent=1).encode()
 
 
 def read_manifest(path: Path, step: int | None) -> dict[str, Sum]:
-    """What each file in the folder `path` must be; `step` is the one that the folder's name tells, if it does.
+    """Read what each file in the folder `path` must be; `step` is the one that the folder's name tells, if it does.
 
     Raises:
         CheckpointError: it is damaged, or of another version.
@@ -89,30 +74,28 @@ def check_file(file: BinaryIO, expected: Sum) -> None:
     """Compare an open file with its manifest, and go back to its start.
 
     Raises:
-        CheckpointError: it is another one.
+        CheckpointError: the file has another size or content.
     """
     name, found = Path(file.name).name, os.fstat(file.fileno()).st_size
     if found != expected.size:
         raise CheckpointError(f"{name} is damaged: {found} bytes, expected {expected.size}")
-    if _digest(file) != expected.sha256:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    if digest.hexdigest() != expected.sha256:
         raise CheckpointError(f"{name} is damaged: its sha256 is not the manifest's")
     file.seek(0)
 
 
-def _digest(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
 def open_file(path: Path) -> BinaryIO:
+    """Open a file to read; raises CheckpointError for anything but a plain file."""
     if path.exists() and not path.is_file():  # a named pipe would be waited for
         raise CheckpointError(f"{path.name} is not a file")
     return open(path, "rb")
 
 
 def sync(file: BinaryIO) -> None:
+    """Make the content of `file` survive a power cut."""
     file.flush()
     os.fsync(file.fileno())
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ccmim_fast.checkpoints.convert import from_flat
 from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.config.keys import nearest
-from ccmim_fast.errors import CheckpointError, ConfigError
+from ccmim_fast.errors import CheckpointError, ConfigError, one_line
 from ccmim_fast.models.ccmim import CCMIM
 
 TIMM = "timm:"  # in front of a name of timm's
@@ -132,7 +132,7 @@ def derived(of: Weights, given: list[str]) -> list[str]:
         with torch.device("meta"):
             own = timm.create_model(of.arch, num_classes=0, class_token=True, global_pool="token")
     except Exception as error:  # whatever timm raises on a name or class that is none of these
-        raise ConfigError(f"--arch={of.arch!r:.80}: {' '.join(str(error).split())[:200]}") from None
+        raise ConfigError(f"--arch={of.arch!r:.80}: {one_line(error)}") from None
     found |= {"model.num_heads": of.num_heads} if of.num_heads else {}
     found |= {"data.mean": list(of.mean), "data.std": list(of.std)} if of.mean and of.std else {}
     kernel = weights.get("encoder.patch_embed.proj.weight")
@@ -204,7 +204,7 @@ def _timms(name: str) -> Weights:
     try:
         vit = timm.create_model(tagged, pretrained=True)
     except Exception as error:  # whatever hub, network and files lead to
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise CheckpointError(f"{name}: timm cannot load it: {reason}; without a network, name a file") from None
     said = vit.pretrained_cfg
     return Weights(name, _renamed(vit.state_dict()), arch, 0, tuple(said["mean"]), tuple(said["std"]))
@@ -215,7 +215,7 @@ def _safetensors(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(name, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{name}: cannot be read as weights: {' '.join(str(error).split())[:200]}") from None
+        raise CheckpointError(f"{name}: cannot be read as weights: {one_line(error)}") from None
 
 
 def _pickled(name: str) -> dict[str, Any]:

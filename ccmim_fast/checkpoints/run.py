@@ -13,9 +13,10 @@ from ccmim_fast.build.model import build_model
 from ccmim_fast.checkpoints import io
 from ccmim_fast.config.load import from_yaml
 from ccmim_fast.config.schema import Config
-from ccmim_fast.errors import CheckpointError
+from ccmim_fast.errors import CheckpointError, one_line
 from ccmim_fast.models.ccmim import CCMIM
 
+_PARTS = ("encoder", "decoder", "projector", "predictor")  # of the model, see `CCMIM`
 _EMA = "module."  # torch's AveragedModel puts it before the names of the averaged weights
 
 
@@ -60,8 +61,7 @@ class OpenedRun:
         try:
             model.load_state_dict(self.weights)
         except (RuntimeError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"{self.path}: the weights do not fit the settings: {reason}") from None
+            raise CheckpointError(f"{self.path}: the weights do not fit the settings: {one_line(error, 300)}") from None
         return model.eval()
 
 
@@ -93,6 +93,8 @@ def open_run(path: str | Path, weights: Literal["averaged", "trained"] = "averag
         images, averaged = progress["images"], averages is not None and weights == "averaged"
         if averaged:
             tensors = {name.removeprefix(_EMA): value for name, value in averages.items() if name.startswith(_EMA)}
+        if not all(name.partition(".")[0] in _PARTS for name in tensors):
+            raise KeyError("an evaluation has other parts")
         maps_NGG, config = state.get("maps"), from_yaml(text, str(found.path))
     except (KeyError, TypeError, AttributeError, ValueError):
         raise CheckpointError(f"{found.path}: not a checkpoint of pretraining; name the folder of such a run") from None

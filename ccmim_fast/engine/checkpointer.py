@@ -6,7 +6,7 @@ from typing import Any
 
 from ccmim_fast.checkpoints import distributed, io
 from ccmim_fast.checkpoints.background import BackgroundSaver
-from ccmim_fast.checkpoints.collective import Together
+from ccmim_fast.checkpoints.collective import CollectiveWriter
 from ccmim_fast.checkpoints.config_diff import changes, table
 from ccmim_fast.checkpoints.state import Progress, capture, patterns, restore
 from ccmim_fast.config.evaluation import EvalConfig
@@ -33,10 +33,10 @@ class Checkpointer:
     ):
         self._config, self._here, self._task, self._plan = config, here, task, task.loader.plan
         self.folder = folder / "checkpoints"
-        self._together = None
+        self._collective = None
         if is_sharded(task.model):
-            self._together = Together(backend_timeout(config.watch.timeout))
-        self._saver = BackgroundSaver(self.folder, config.run.keep, note, self._together)
+            self._collective = CollectiveWriter(backend_timeout(config.watch.timeout))
+        self._saver = BackgroundSaver(self.folder, config.run.keep, note, self._collective)
         self._gone_back_to: Path | None = None
 
     def __enter__(self) -> "Checkpointer":
@@ -49,7 +49,7 @@ class Checkpointer:
         """The run as it is after `step` optimizer steps and `seen` samples; see `BackgroundSaver.save`."""
         self._here.watchdog.enter_phase("saving")
         task, plan, own = self._task, self._plan, self._task.state()
-        if self._here.is_main or self._together is not None:
+        if self._here.is_main or self._collective is not None:
             progress = Progress(step, seen, plan.samples, plan.source.fingerprint, plan.partitions)
             state = capture(task.model, task.optimizer, task.scaler, task.ema, progress, self._config)
             self._saver.save(step, state | own, for_good)
@@ -109,18 +109,18 @@ class Checkpointer:
         if not self._here.is_main:
             path = broadcast(None)
             return path, None if path is None else self._load(path)
-        found = io.newest(self.folder, divided=self._together is not None)
+        found = io.newest(self.folder, divided=self._collective is not None)
         for problem in found.problems:
             print(problem, flush=True)
         broadcast(found.path)
         return found.path, found.state if found.path is None else self._own(found.path, found.state)
 
     def _load(self, path: Path) -> dict[str, Any]:
-        return self._own(path, io.load(path, divided=self._together is not None))
+        return self._own(path, io.load(path, divided=self._collective is not None))
 
     def _own(self, path: Path, state: dict[str, Any]) -> dict[str, Any]:
         """The state as this rank has it: of divided weights its own parts, whoever wrote them."""
-        if self._together is None:
+        if self._collective is None:
             return state
         like = patterns(self._task.model, self._task.optimizer)
         if distributed.are_in(path):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ccmim_fast.checkpoints.convert import to_timm
 from ccmim_fast.checkpoints.published import Weights, read_weights, with_arch
-from ccmim_fast.errors import CheckpointError, ConfigError
+from ccmim_fast.errors import CheckpointError, ConfigError, one_line
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Shares = tuple[tuple[int, int], ...]  # numerator and denominator
@@ -96,7 +96,7 @@ def build_encoder(
     try:
         vit = timm.create_model(weights.arch, pretrained=False, **options)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ConfigError(f"model.arch={weights.arch}: timm cannot build it for these images: {reason}") from None
     if weights.tensors:
         _fill(vit, weights)
@@ -116,7 +116,7 @@ def _fill(vit: nn.Module, weights: Weights) -> None:
     try:
         result = vit.load_state_dict(_fitted(vit, weights), strict=False)
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise CheckpointError(f"{weights.name}: does not fit {weights.arch}: {reason}") from None
     missing = [name for name in result.missing_keys if not name.startswith(("head.", "fc_norm."))]
     surplus = [name for name in result.unexpected_keys if not name.startswith("norm.")]

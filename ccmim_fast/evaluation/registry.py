@@ -33,8 +33,8 @@ class Evaluation(NamedTuple):
 
 
 EVALUATIONS = {
-    "knn": Evaluation("frozen.run:knn", (*_SHOWN, "knn.")),
-    "logreg": Evaluation("frozen.run:logreg", (*_SHOWN, "logreg.")),
+    "knn": Evaluation("frozen.knn:knn", (*_SHOWN, "knn.")),
+    "logreg": Evaluation("frozen.logreg:logreg", (*_SHOWN, "logreg.")),
     "linear": Evaluation("probes:linear", (*_TRAINED, "head.rates", "head.init_std", "augment.")),
     "attentive": Evaluation("probes:attentive", (*_TRAINED, "head.num_heads", "head.init_std", "augment.")),
     "finetune": Evaluation("finetune:run", _FINETUNED),

@@ -1,4 +1,4 @@
-"""The model card: README.md in an exported folder, filled from the run."""
+"""The model card: README.md in an exported folder, filled from the run; card.md is its template."""
 
 import json
 import math
@@ -15,60 +15,11 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.export.about import environment, method, public
 from ccmim_fast.export.graphs import OPSET
+from ccmim_fast.export.targets import TARGETS
 from ccmim_fast.models.tokens import patch_size_of
 from ccmim_fast.report.curves import read_metrics
 
 _LOSSES = ("epoch", "loss", "recons", "contrast")
-_FLOATS = "It takes float32 images [B, C, H, W] in 0..1; their normalisation is in the graph."
-_NORMALISED = (
-    "Images are resized to {size} whole, without regard to their aspect, scaled to 0..1 and normalised: {values}."
-)
-
-# The library's name on the hub, and the loading code; {place} is the folder, or its name on the hub.
-LIBRARIES = {
-    "timm": "timm",
-    "hf-vit": "transformers",
-    "hf-vitmae": "transformers",
-    "safetensors": "safetensors",
-    "onnx": "onnx",
-    "torch-export": "pytorch",
-}
-CODE = {
-    "timm": """import timm
-
-model = timm.create_model("{scheme}:{place}", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-# model.forward_features(transform(image)[None]): tokens, {prefix} of them before the patches'""",
-    "hf-vit": """from transformers import AutoImageProcessor, AutoModel
-
-model = AutoModel.from_pretrained("{place}", add_pooling_layer=False).eval()
-processor = AutoImageProcessor.from_pretrained("{place}")
-# model(**processor(image, return_tensors="pt")).last_hidden_state: tokens, {prefix} of them before the patches'""",
-    "hf-vitmae": """from transformers import AutoImageProcessor, ViTMAEForPreTraining
-
-model = ViTMAEForPreTraining.from_pretrained("{place}").eval()
-processor = AutoImageProcessor.from_pretrained("{place}")
-# model(**processor(image, return_tensors="pt")).loss: of a random mask""",
-    "safetensors": """from safetensors.torch import load_file
-
-weights = load_file("{file}model.safetensors")  # encoder., decoder., projector. in the names of ccmim_fast""",
-    "onnx": """import onnxruntime
-
-session = onnxruntime.InferenceSession("{file}model.onnx")
-# session.run(["tokens"], {{"images": images}}): tokens, {prefix} of them before the patches'""",
-    "torch-export": """import torch
-
-model = torch.export.load("{file}model.pt2").module()
-# model(images): tokens, {prefix} of them before the patches'""",
-}
-
-
-def loading_code(target: str, run: OpenedRun, name: str = "", folder: str = "") -> str:
-    """Python that loads the export: from the hub where it has a `name` there, else from `folder`."""
-    prefix = run.model.encoder.num_prefix_tokens
-    hub = "hf-hub" if name else "local-dir"
-    file = "" if name else f"{folder}/"
-    return CODE[target].format(scheme=hub, place=name or folder, prefix=prefix, file=file)
 
 
 def write_card(
@@ -82,11 +33,11 @@ def write_card(
     """
     config = run.config
     height, width = config.data.image_size
-    values = f"mean {list(config.data.mean)}, standard deviation {list(config.data.std)}"
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined)
     commit = environment(run.folder).get("commit")
     text = templates.get_template("card.md").render(
-        library=LIBRARIES[target],
+        target=target,
+        library=TARGETS[target].library,
         method=method(config),
         arch=config.model.arch,
         ratio=f"{config.mask.ratio:.0%}",
@@ -94,11 +45,12 @@ def write_card(
         contrast=config.contrast.loss != "none",
         commit=commit if commit != "unknown" else None,
         facts=_facts(target, run),
-        # Its own name alone: where it lies on this machine is nobody's business.
-        code=loading_code(target, run, name, out.name),
-        input=_FLOATS
-        if target in ("onnx", "torch-export")
-        else _NORMALISED.format(size=f"{height} x {width}", values=values),
+        name=name,
+        folder=out.name,  # not its path: where it lies on this machine is nobody's business
+        prefix=run.model.encoder.num_prefix_tokens,
+        size=f"{height} x {width}",
+        mean=list(config.data.mean),
+        std=list(config.data.std),
         changed=[(key, _cell(show(value))) for key, _, value in difference(Config(), public(config))],
         losses=_last_losses(run.folder),
         evaluation=evaluation,
@@ -126,10 +78,10 @@ def _facts(target: str, run: OpenedRun) -> list[tuple[str, Any]]:
 
 
 def read_result(path: str) -> list[tuple[str, str]]:
-    """The figures of a result.json, as an evaluation writes it: rows of the card.
+    """Read the figures of a result.json, as an evaluation writes it: rows of the card.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the file is no such result.
     """
     try:
         found = json.loads(Path(path).read_text())

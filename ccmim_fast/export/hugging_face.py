@@ -1,9 +1,9 @@
-"""ViTModel and ViTMAEForPreTraining of transformers: their settings, their names, and what they cannot express.
+"""Exports for ViTModel and ViTMAEForPreTraining of transformers, which need not be installed.
 
-The names are those of the published checkpoints, which every version of transformers reads; nothing of it is needed to
-write them.
+The names of the weights are those of the published checkpoints, which every version of transformers reads.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ _BLOCK = {
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
 }
+_QKV = "attn.qkv"
+_LAYER_SCALE = (".ls1.gamma", ".ls2.gamma")  # goes into the weights before it
 _EMBEDDING = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
@@ -41,10 +43,10 @@ _EMBEDDING = {
 
 
 def export_vit(run: OpenedRun, out: Path) -> list[Path]:
-    """The encoder as a ViTModel, in the folder `out`; `AutoModel.from_pretrained(out, add_pooling_layer=False)`.
+    """Write the encoder as a ViTModel into `out`, for `AutoModel.from_pretrained(out, add_pooling_layer=False)`.
 
     Raises:
-        ConfigError: the architecture has what ViTModel has not.
+        ConfigError: ViTModel cannot express the architecture.
     """
     vit = run.model.encoder
     _refuse("hf-vit", obstacles(vit))
@@ -53,7 +55,7 @@ def export_vit(run: OpenedRun, out: Path) -> list[Path]:
 
 
 def export_vitmae(run: OpenedRun, out: Path) -> list[Path]:
-    """Encoder and decoder as a ViTMAEForPreTraining, in the folder `out`; its loss is our L_recons on the same mask.
+    """Write encoder and decoder as a ViTMAEForPreTraining into `out`; its loss is our L_recons on the same mask.
 
     Raises:
         ConfigError: the architecture, the images or the target are none of ViTMAE's.
@@ -79,29 +81,28 @@ def export_vitmae(run: OpenedRun, out: Path) -> list[Path]:
 
 
 def obstacles(vit: VisionTransformer) -> list[str]:
-    """What of `vit` transformers' ViTModel cannot express, in words."""
-    blocks = list(vit.blocks)
-    standard = [block for block in blocks if isinstance(block, Block) and type(block.attn) is Attention]
-    norms = [vit.norm, *(norm for block in standard for norm in (block.norm1, block.norm2))]
+    """Return in words what of `vit` transformers' ViTModel cannot express."""
+    if not all(isinstance(block, Block) and type(block.attn) is Attention for block in vit.blocks):
+        return ["blocks that are not timm's standard one"]
+    names = {f"{part}.{kind}" for part in (*_BLOCK, _QKV) for kind in ("weight", "bias")}
+    theirs = {*_EMBEDDING, *(f"blocks.{number}.{name}" for number in range(len(vit.blocks)) for name in names)}
+    ours = {name for name in vit.state_dict() if not name.endswith(_LAYER_SCALE)}
+    surplus, missing = ours - theirs, {name for name in theirs - ours if not name.endswith(f"{_QKV}.bias")}
+    eps = {part.eps for part in vit.modules() if isinstance(part, nn.LayerNorm)}
+    activations = [getattr(block.mlp, "act", None) for block in vit.blocks]
     found = {
-        "registers (reg_tokens)": vit.reg_token is not None,
-        "a norm before the blocks (pre_norm)": _there(vit.norm_pre),
-        "a norm of the patches": _there(vit.patch_embed.norm),
-        "blocks that are not timm's standard one": len(standard) < len(blocks),
-        "a norm that is no LayerNorm with weights and biases": not all(map(_is_layer_norm, norms)),
-        "norms of several eps": len({getattr(norm, "eps", None) for norm in norms}) > 1,
+        f"the weights {_shown(surplus)}": surplus,
+        f"an encoder without {_shown(missing)}": missing,
+        "norms other than LayerNorm of one eps": len(eps) != 1,
+        "an activation other than GELU": any(repr(act) != repr(nn.GELU()) for act in activations),
+        "heads that do not divide the width": vit.embed_dim % vit.blocks[0].attn.num_heads,
     }
-    for block in standard:
-        attn, mlp = block.attn, block.mlp
-        found |= {
-            "norms of queries and keys (qk_norm)": _there(attn.q_norm) or _there(attn.k_norm),
-            "a norm in the attention": _there(attn.norm),
-            "a gate in the attention": getattr(attn, "gate", None) is not None,
-            "heads that do not divide the width": attn.num_heads * attn.head_dim != vit.embed_dim,
-            "an output of the attention without bias": attn.proj.bias is None,
-            "an MLP that is not Linear, GELU, Linear": not _is_plain_mlp(mlp),
-        }
     return [words for words, there in found.items() if there]
+
+
+def _shown(names: set[str]) -> str:
+    """Return the names, those of all blocks as one."""
+    return ", ".join(sorted({re.sub(r"blocks\.\d+", "blocks.*", name) for name in names}))
 
 
 def _obstacles_of_mae(run: OpenedRun) -> list[str]:
@@ -117,7 +118,7 @@ def _obstacles_of_mae(run: OpenedRun) -> list[str]:
 
 
 def renamed(timm_weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The weights of a plain ViT under the names of transformers' published ViTs."""
+    """Rename the weights of a plain ViT as transformers' published ViTs have them."""
     blocks = {name: value for name, value in timm_weights.items() if name.startswith("blocks.")}
     others = {prefix + _EMBEDDING[name]: value for name, value in timm_weights.items() if name not in blocks}
     return others | dict(_blocks(blocks, f"{prefix}encoder.layer."))
@@ -127,7 +128,7 @@ def _blocks(weights: dict[str, Tensor], prefix: str) -> Iterator[tuple[str, Tens
     for name, value in weights.items():
         _, number, inner = name.split(".", 2)
         part, _, kind = inner.rpartition(".")
-        if part != "attn.qkv":
+        if part != _QKV:
             yield f"{prefix}{number}.{_BLOCK[part]}.{kind}", value
             continue
         for which, third in zip(("query", "key", "value"), value.chunk(3)):
@@ -177,7 +178,7 @@ def _write(run: OpenedRun, out: Path, settings: dict[str, Any], weights: dict[st
 
 
 def _expressed(vit: VisionTransformer) -> dict[str, Tensor]:
-    """The weights as a ViT without layer scale has them, and with a position for [CLS]: the same function."""
+    """Return the weights of the same function without layer scale and with a position for [CLS]."""
     weights = vit.state_dict()
     if vit.no_embed_class:
         zero_11D = torch.zeros(1, 1, vit.embed_dim)
@@ -195,17 +196,3 @@ def _expressed(vit: VisionTransformer) -> dict[str, Tensor]:
 def _refuse(target: str, found: list[str]) -> None:
     if found:
         raise ConfigError(f"ccmim export {target}: cannot express {', '.join(found)}; take timm, onnx or torch-export")
-
-
-def _there(part: nn.Module | None) -> bool:
-    return part is not None and not isinstance(part, nn.Identity)
-
-
-def _is_layer_norm(norm: nn.Module) -> bool:
-    return isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
-
-
-def _is_plain_mlp(mlp: nn.Module) -> bool:
-    names = {name for name, part in mlp.named_children() if _there(part) and not isinstance(part, nn.Dropout)}
-    exact = isinstance(getattr(mlp, "act", None), nn.GELU) and mlp.act.approximate == "none"
-    return names == {"fc1", "act", "fc2"} and exact and mlp.fc1.bias is not None and mlp.fc2.bias is not None

@@ -19,11 +19,13 @@ class Target(NamedTuple):
             this `suffix`, to write, and returns the paths that it wrote; imported when called, for torch takes seconds.
         suffix: of a file that may stand alone; "": always a folder.
         help: one line.
+        library: name on the hub of the library that loads it; card.md has the code that does.
     """
 
     place: str
     suffix: str
     help: str
+    library: str
 
     @property
     def write(self) -> Callable[["OpenedRun", Path], list[Path]]:
@@ -31,12 +33,16 @@ class Target(NamedTuple):
 
 
 TARGETS = {
-    "timm": Target("plain:export_timm", ".safetensors", "the encoder, for timm.create_model"),
-    "hf-vit": Target("hugging_face:export_vit", "", "the encoder, for ViTModel of transformers"),
-    "hf-vitmae": Target("hugging_face:export_vitmae", "", "encoder and decoder, for ViTMAEForPreTraining"),
-    "safetensors": Target("plain:export_safetensors", ".safetensors", "all weights, under our own names"),
-    "onnx": Target("graphs:export_onnx", ".onnx", "the encoder as a graph, for ONNX runtime"),
-    "torch-export": Target("graphs:export_program", ".pt2", "the encoder as a graph, for torch.export.load"),
+    "timm": Target("plain:export_timm", ".safetensors", "the encoder, for timm.create_model", "timm"),
+    "hf-vit": Target("hugging_face:export_vit", "", "the encoder, for ViTModel of transformers", "transformers"),
+    "hf-vitmae": Target(
+        "hugging_face:export_vitmae", "", "encoder and decoder, for ViTMAEForPreTraining", "transformers"
+    ),
+    "safetensors": Target(
+        "plain:export_safetensors", ".safetensors", "all weights, under our own names", "safetensors"
+    ),
+    "onnx": Target("graphs:export_onnx", ".onnx", "the encoder as a graph, for ONNX runtime", "onnx"),
+    "torch-export": Target("graphs:export_program", ".pt2", "the encoder as a graph, for torch.export.load", "pytorch"),
 }
 
 

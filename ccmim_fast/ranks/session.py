@@ -138,3 +138,13 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values
+
+
+def gather_ranks(value: torch.Tensor) -> torch.Tensor:
+    """Return the value of each rank, [R, ...], on the device of this rank's; it has one shape everywhere."""
+    if not dist.is_initialized():
+        return value[None]
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else value.device
+    values = [torch.empty_like(value, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(values, value.to(device).contiguous())
+    return torch.stack(values).to(value.device)

@@ -10,15 +10,15 @@ from PIL import Image
 
 from ccmim_fast.errors import DataError
 
-from .runs import RunView, flatten, read_part
+from .runs import Remarks, RunView, flatten
 
 
 class Evaluation(NamedTuple):
-    """One folder `RUN/eval/NAME`, as `ccmim eval` leaves it.
+    """The content of a folder `RUN/eval/NAME`, as `ccmim eval` leaves it.
 
     Its result.json is a JSON object: `figures` by name; `deviations`, a list of sentences; `protocol` and `source`,
     what they deviate from; `chance`, a share or null; `step`, of the checkpoint, or null; `pictures`, a list of PNG
-    files in the folder. But for `figures` each may be missing. Other keys are not looked at.
+    files in the folder. Each but `figures` may be missing; other keys are ignored.
 
     Attributes:
         name: of the folder.
@@ -34,15 +34,14 @@ class Evaluation(NamedTuple):
     pictures: dict[str, bytes]
 
 
-def read_evaluations(run: RunView) -> tuple[list[Evaluation], list[str]]:
-    """All evaluations of a run by name, and a line for each that cannot be read; those under way are left out."""
+def read_evaluations(run: RunView, remarks: Remarks) -> list[Evaluation]:
+    """Read all evaluations of a run, by name; those under way are left out, `remarks` names those that are damaged."""
     paths = sorted((run.folder / "eval").glob("*/result.json"))
-    parts = [read_part(partial(read_evaluation, path), None) for path in paths]
-    return [part.content for part in parts if part.content], [part.remark for part in parts if part.remark]
+    return list(filter(None, (remarks.read(partial(read_evaluation, path), None) for path in paths)))
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """Raises DataError naming a file that is damaged or holds something else."""
+    """Read one result.json; raises DataError naming a file that is damaged or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         figures, deviations, names = content["figures"], content.get("deviations") or [], content.get("pictures") or []
@@ -58,7 +57,7 @@ def read_evaluation(path: Path) -> Evaluation:
 
 
 def _picture(path: Path) -> bytes:
-    """A PNG file that decodes; OSError or ValueError for another one."""
+    """Read a PNG file that decodes; raises OSError or ValueError for another one."""
     png = path.read_bytes()
     try:
         Image.open(io.BytesIO(png), formats=["PNG"]).load()
@@ -68,7 +67,7 @@ def _picture(path: Path) -> bytes:
 
 
 def _shown(text: str) -> str:
-    """Four digits of a number that has more; anything else as it is."""
+    """Return four digits of a number that has more; anything else as it is."""
     try:
         return f"{float(text):.4g}" if "." in text else text
     except ValueError:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from ccmim_fast.config.schema import Config
 from .curves import curve_svg, line_style
 from .evaluations import Evaluation, read_evaluations
 from .pictures import Snapshot, columns_of, picture_uri, snapshot_grid
-from .runs import Comparison, RunView, against, compare, differences, flatten, merge_equal, read_part
+from .runs import Comparison, Remarks, RunView, against, compare, differences, flatten, merge_equal
 from .snapshots import Snapshots
 
 MISSING = "—"
@@ -35,11 +35,18 @@ CURVES = {
     "h_std": "Spread of the [CLS] projections",
     "h_rank": "Effective rank of the [CLS] projections",
 }
-NONE_TAKEN = Snapshots([], [])
+NONE = Snapshots([], [])
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
 class Column(NamedTuple):
-    """One measure of the summary table."""
+    """A measure of the summary table."""
 
     key: str
     heading: str
@@ -48,40 +55,23 @@ class Column(NamedTuple):
     meaning: str
 
 
-def _percent(share: float) -> str:
-    return f"{share:.1%}"
-
-
-def _two_digits(value: float) -> str:
-    return f"{value:.2f}"
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:.3f}"
-
-
 def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
+PERCENT, TWO_DIGITS, THREE_DIGITS = "{:.1%}".format, "{:.2f}".format, "{:.3f}".format
 COLUMNS = (
-    Column("knn", "kNN", True, _percent, "Share of test images named right by their nearest training images."),
-    Column(
-        "logreg", "Logistic regression", True, _percent, "Share named right by a linear classifier of the features."
-    ),
-    Column("auroc", "AUROC", True, _two_digits, "How well patch scores tell object from background; 0.5 is chance."),
-    Column(
-        "leakage", "Leakage", False, _two_digits, "Object patches left visible, relative to random masking, which is 1."
-    ),
-    Column(
-        "recons", "Reconstruction loss", False, _three_digits, "Error on masked patches; compare equal targets only."
-    ),
+    Column("knn", "kNN", True, PERCENT, "Share of test images named right by their nearest training images."),
+    Column("logreg", "Logistic regression", True, PERCENT, "Share named right by a linear classifier of the features."),
+    Column("auroc", "AUROC", True, TWO_DIGITS, "How well patch scores tell object from background; 0.5 is chance."),
+    Column("leakage", "Leakage", False, TWO_DIGITS, "Object patches left visible; with random masking, 1."),
+    Column("recons", "Reconstruction loss", False, THREE_DIGITS, "Error on masked patches, for equal targets only."),
     Column("images_per_second", "Images / s", True, _rate, "Training throughput on the machine under Environment."),
 )
 
 
 class Cell(NamedTuple):
-    """One number of the summary table; `early` is the same measure early in training, or ""."""
+    """A number of the summary table; `early` is the same measure early in training, or ""."""
 
     text: str
     early: str
@@ -89,7 +79,7 @@ class Cell(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """The grid of one saved epoch; `shown` where the page opens it at first."""
+    """A grid of images at one epoch; `shown` where the page opens it at first."""
 
     epoch: float
     columns: tuple[str, ...]
@@ -120,47 +110,33 @@ def write_report(
         standing: how each run stands, a row a run.
         snapshots: of each run, what to show where it kept none.
     """
-    names = [_name_of(run.name) for run in runs]
-    remarks = []
+    names, remarks = [_name_of(run.name) for run in runs], Remarks()
 
     def all_of(read: Callable[[RunView], Any], nothing: Any) -> list[Any]:
-        parts = [read_part(partial(read, run), nothing) for run in runs]
-        remarks.extend(part.remark for part in parts if part.remark)
-        return [part.content for part in parts]
+        return [remarks.read(partial(read, run), nothing) for run in runs]
 
     configs = compare(names, all_of(_options, {}))
-    galleries = [
-        (name, pictures)
-        for name, kept, more in zip(names, all_of(RunView.snapshots, []), [*snapshots, *[NONE_TAKEN] * len(runs)])
-        if (pictures := _gallery(kept or more.taken))
-    ]
-    evaluated = [read_evaluations(run) for run in runs]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("page.html").render(
+    shown = [own or more.taken for own, more in zip_longest(all_of(RunView.snapshots, []), snapshots, fillvalue=NONE)]
+    evaluated = [read_evaluations(run, remarks) for run in runs]
+    page = TEMPLATES.get_template("page.html").render(
         title=title,
         abstract=_abstract(summary),
         setting=flatten(summary.get("setting") or {}),
         columns=COLUMNS,
         table=_table(summary.get("methods") or {}),
         chance=summary.get("chance"),
-        percent=_percent,
+        percent=PERCENT,
         standing=standing and standing._replace(rows=[(_name_of(name), cells) for name, cells in standing.rows]),
         legend=[(name, *line_style(i)) for i, name in enumerate(names)],
         curves=_curves([(name, run.metrics()) for name, run in zip(names, runs)]),
-        galleries=galleries,
-        evaluations=compare(names, [_figures(of_run) for of_run, _ in evaluated]),
-        protocols=_of_each(names, [of_run for of_run, _ in evaluated]),
+        galleries=[(name, _gallery(of_run)) for name, of_run in zip(names, shown) if of_run],
+        evaluations=compare(names, [_figures(of_run) for of_run in evaluated]),
+        protocols=_of_each(names, evaluated),
         picture_uri=picture_uri,
         differences=differences(configs),
         defaults=against(_without_folder(flatten(yaml.safe_load(to_yaml(Config())))), "default", configs),
         environment=merge_equal(compare(names, all_of(RunView.environment, {}))),
-        remarks=list(chain(remarks, *(lines for _, lines in evaluated), *(more.remarks for more in snapshots))),
+        remarks=[*remarks, *(line for more in snapshots for line in more.remarks)],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     # Names of files may be bytes that are no text.
@@ -172,7 +148,7 @@ def _name_of(method: str) -> str:
 
 
 def _options(run: RunView) -> dict[str, str]:
-    """The configuration but for the run's own folder, in which all runs differ and none does."""
+    """Read the settings without the run's own folder, in which all runs differ."""
     return _without_folder(run.config())
 
 
@@ -181,12 +157,12 @@ def _without_folder(options: dict[str, str]) -> dict[str, str]:
 
 
 def _figures(evaluations: Sequence[Evaluation]) -> dict[str, str]:
-    """The figures of one run, named by their evaluation."""
+    """Name the figures of one run by their evaluation."""
     return {f"{one.name}: {key}": value for one in evaluations for key, value in one.figures.items()}
 
 
 def _of_each(names: Sequence[str], evaluated: Sequence[Sequence[Evaluation]]) -> list[tuple[str, Evaluation]]:
-    """(run and evaluation, the evaluation) of each that has more to tell than figures."""
+    """Return (run and evaluation, the evaluation) for each that has more to tell than figures."""
     return [
         (f"{name}, {one.name}", one)
         for name, of_run in zip(names, evaluated)
@@ -196,12 +172,12 @@ def _of_each(names: Sequence[str], evaluated: Sequence[Sequence[Evaluation]]) ->
 
 
 def _abstract(summary: dict[str, Any]) -> list[str]:
-    """The sentences under the headline, each made of numbers of the summary alone."""
+    """Write the sentences under the headline, of numbers of the summary alone."""
     methods = [(_name_of(name), measures) for name, measures in (summary.get("methods") or {}).items()]
     sentences = []
-    known = [f"{_percent(m['knn'])} ({name})" for name, m in methods if m.get("knn") is not None]
+    known = [f"{PERCENT(m['knn'])} ({name})" for name, m in methods if m.get("knn") is not None]
     if known:
-        chance = "" if summary.get("chance") is None else f"; chance is {_percent(summary['chance'])}"
+        chance = "" if summary.get("chance") is None else f"; chance is {PERCENT(summary['chance'])}"
         sentences.append(f"Nearest-neighbour accuracy of frozen features: {', '.join(known)}{chance}.")
     seen = [f"{m['leakage']:.2f} ({name})" for name, m in methods if m.get("leakage") is not None]
     if seen:
@@ -210,7 +186,7 @@ def _abstract(summary: dict[str, Any]) -> list[str]:
 
 
 def _table(methods: dict[str, dict[str, float | None]]) -> list[tuple[str, list[Cell]]]:
-    """A row a method, a cell a column; the best number of a column is marked where there are several."""
+    """Make a row a method and a cell a column; the best number of a column is marked where there are several."""
     best = {column.key: _best(column, methods.values()) for column in COLUMNS}
 
     def cell(column: Column, measures: dict[str, float | None]) -> Cell:
@@ -222,7 +198,7 @@ def _table(methods: dict[str, dict[str, float | None]]) -> list[tuple[str, list[
 
 
 def _best(column: Column, methods: Sequence[dict[str, float | None]]) -> str | None:
-    """The best number as shown, so that numbers that look equal are marked alike; None for fewer than two."""
+    """Return the best number as shown, so that equal texts are marked alike; None for fewer than two."""
     values = [m[column.key] for m in methods if m.get(column.key) is not None and math.isfinite(m[column.key])]
     if len(values) < 2:
         return None
@@ -230,14 +206,14 @@ def _best(column: Column, methods: Sequence[dict[str, float | None]]) -> str | N
 
 
 def _curves(runs: Sequence[tuple[str, list[dict]]]) -> list[tuple[str, Markup]]:
-    """(heading, inline SVG) of each plot that has a curve."""
+    """Draw (heading, inline SVG) of each plot that has a curve."""
     drawn = [(label, curve_svg(runs, key, label, uid=f"curve-{key}")) for key, label in CURVES.items()]
     # Markup: matplotlib escapes its text, and `curve_svg` the names.
     return [(label, Markup(svg)) for label, svg in drawn if svg is not None]
 
 
 def _gallery(snapshots: Sequence[Snapshot]) -> list[Picture]:
-    """The grids of one run; the first and the last epoch are shown at once, side by side."""
+    """Draw the grids of one run; the first and the last epoch are shown at once, side by side."""
     last = len(snapshots) - 1
     return [
         Picture(

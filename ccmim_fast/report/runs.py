@@ -1,4 +1,4 @@
-"""What a run folder holds, read for the report: whatever is missing is left out."""
+"""Run folders as the report reads them: whatever is missing is left out."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -25,40 +25,37 @@ class RunView(NamedTuple):
     folder: Path
 
     def config(self) -> dict[str, str]:
-        """The configuration as text under dotted keys; {} where there is none. Raises DataError for a damaged file."""
+        """Read the settings as text by dotted keys; {} where there are none. Raises DataError for a damaged file."""
         return _read(self.folder / "config.yaml", yaml.safe_load)
 
     def environment(self) -> dict[str, str]:
-        """Versions, device, commit and so on, as `config`."""
+        """Read versions, device, commit and so on, as `config`."""
         return _read(self.folder / "environment.json", json.loads)
 
     def metrics(self) -> list[dict]:
-        """The training lines, see `read_metrics`."""
+        """Read the training lines, see `read_metrics`."""
         return read_metrics(self.folder / "metrics.jsonl")
 
     def snapshots(self) -> list[Snapshot]:
-        """All snapshots by epoch. Raises DataError for a damaged one."""
+        """Read all snapshots by epoch. Raises DataError for a damaged one."""
         paths = (self.folder / "snapshots").glob("epoch_*.npz")
         return sorted(map(Snapshot.load, paths), key=lambda snapshot: snapshot.epoch)
 
 
-class Part(NamedTuple):
-    """What a part of a run folder holds, or nothing and a line that says why."""
+class Remarks(list[str]):
+    """Lines about the parts of run folders that cannot be read: a page tells of them, and shows the rest."""
 
-    content: Any
-    remark: str = ""
-
-
-def read_part(read: Callable[[], Any], nothing: Any) -> Part:
-    """What `read` returns; `nothing` where the file is damaged: a page tells of it, and shows the rest."""
-    try:
-        return Part(read())
-    except DataError as error:
-        return Part(nothing, str(error))
+    def read(self, read: Callable[[], Any], nothing: Any) -> Any:
+        """Return what `read` returns; where the file is damaged, note that and return `nothing`."""
+        try:
+            return read()
+        except DataError as error:
+            self.append(str(error))
+            return nothing
 
 
 class Comparison(NamedTuple):
-    """Texts of several runs side by side.
+    """A table of texts of several runs side by side.
 
     Attributes:
         names: heading of each column of values.
@@ -83,9 +80,9 @@ def differences(comparison: Comparison) -> Comparison:
 
 
 def against(table: dict[str, str], name: str, comparison: Comparison) -> Comparison:
-    """Put `table` before the others as a column of that name; keep the rows in which one of them differs from it.
+    """Put `table` before the others as a column of that name; keep the rows in which another one differs.
 
-    A key that it lacks is left out: it is of another version.
+    A key that `table` lacks is left out: it is of another version.
     """
     rows = [(key, [table[key], *values]) for key, values in comparison.rows if key in table]
     return differences(Comparison([name, *comparison.names], rows))
@@ -99,7 +96,7 @@ def merge_equal(comparison: Comparison) -> Comparison:
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    """{"a": {"b": [1, 2]}} -> {"a.b": "[1, 2]"}."""
+    """Turn {"a": {"b": [1, 2]}} into {"a.b": "[1, 2]"}."""
     if not isinstance(value, dict):
         return {prefix: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)}
     flat = {}

@@ -19,22 +19,22 @@ from ccmim_fast.data.source import Source, usable_count, usable_ids
 from ccmim_fast.data.stream.batch import Batch, make_batch
 from ccmim_fast.data.stream.plan import MicroBatch
 from ccmim_fast.data.stream.torch_loader import crop_and_resize
-from ccmim_fast.errors import CcmimError, DataError
+from ccmim_fast.errors import CcmimError, DataError, one_line
 from ccmim_fast.models.scores import PriorScores
 
 from .pictures import Snapshot
-from .reconstruction import drawn
+from .reconstruction import reconstruct
 
 
 class Snapshots(NamedTuple):
-    """Snapshots by epoch, and a line for each checkpoint that gave none."""
+    """The snapshots that were taken, by epoch, and a line for each checkpoint that gave none."""
 
     taken: list[Snapshot]
     remarks: list[str]
 
 
 class FewImages(NamedTuple):
-    """Some images of a source, each its largest central crop of the shape that the model sees.
+    """A few images of a source, each its largest central crop of the shape that the model sees.
 
     Attributes:
         batch: them, on the CPU.
@@ -69,13 +69,13 @@ def take_snapshots(folder: Path, images: int, moments: int, root: str = "") -> S
         except CcmimError as error:
             remarks.append(str(error))
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            reason = one_line(f"{type(error).__name__}: {error}")
             remarks.append(f"{path}: is no checkpoint of this version: {reason}")
     return Snapshots(snapshots, list(dict.fromkeys(remarks)))
 
 
 def spread(paths: Sequence[Path], count: int) -> list[Path]:
-    """`count` of the paths at most, the first and the last among them; of one alone the last."""
+    """Choose at most `count` of the paths, the first and the last among them; of one alone the last."""
     if count < 2 or len(paths) <= count:
         return list(paths[-count:]) if count else []
     return [paths[round(i * (len(paths) - 1) / (count - 1))] for i in range(count)]
@@ -88,13 +88,12 @@ def _snapshot(run: OpenedRun, count: int, root: str) -> Snapshot:
     few = few_images(data, config.seed, count)
     images_BHWC = few.batch.images_BHWC
     output = model(images_BHWC, few.batch.ids_B, 0, prior=prior_scores(run, few))
-    drawn_BHWC = drawn(model, config, images_BHWC, output)
     return Snapshot(
         run.epoch,
         images_BHWC.numpy(),
         None if output.logits_BL is None else output.logits_BL.float().softmax(1).numpy(),
         output.partition.mask_BL.numpy(),
-        None if drawn_BHWC is None else drawn_BHWC.numpy(),
+        reconstruct(model, config, images_BHWC, output),
     )
 
 
@@ -108,7 +107,7 @@ def prior_scores(run: OpenedRun, few: FewImages) -> PriorScores | None:
 
 @lru_cache(maxsize=1)  # runs of one data set, one after the other, open it once
 def few_images(data: DataConfig, seed: int, count: int) -> FewImages:
-    """`count` images at most, spread over the source that `data` names.
+    """Decode at most `count` images, spread over the source that `data` names.
 
     Raises:
         DataError: there is none, or none of those chosen decodes.
@@ -132,7 +131,7 @@ def few_images(data: DataConfig, seed: int, count: int) -> FewImages:
 
 
 def _central_box(size: tuple[int, int], like: tuple[int, int]) -> np.ndarray:
-    """The largest central box (y, x, height, width), int64, of the aspect of `like`."""
+    """Return the largest central box (y, x, height, width), int64, of the aspect of `like`."""
     scale = min(size[0] / like[0], size[1] / like[1])
     height, width = (max(1, int(side * scale)) for side in like)
     return np.array([(size[0] - height) // 2, (size[1] - width) // 2, height, width])

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from ccmim_fast.evaluation.frozen import knn
-from ccmim_fast.evaluation.frozen.knn import knn_accuracy
+from ccmim_fast.evaluation.frozen.knn import knn_accuracies
+
+
+def knn_accuracy(*data, k=20, temperature=0.07):
+    return knn_accuracies(*data, (k,), temperature)[k]
 
 
 def brute_force(train, train_labels, test, test_labels, k, temperature):

@@ -57,25 +57,25 @@ def test_leakage_equals_counting():
         for hidden, is_object in zip(mask_row, object_row):
             total += is_object
             seen += is_object and not hidden
-    assert object_leakage(mask, objects, 0.6) == pytest.approx(seen / total / 0.4)
+    assert object_leakage(mask, objects) == pytest.approx(seen / total / (1 - mask.float().mean()))
 
 
 def test_leakage_at_its_marks():
     objects = torch.arange(16).expand(500, 16) < 4
-    assert object_leakage(objects, objects, 0.75) == 0.0
-    assert object_leakage(~objects, objects, 0.75) == 4.0
+    assert object_leakage(objects, objects) == 0.0
+    assert object_leakage(~objects, objects) == 4.0
     keys = torch.rand(500, 16, generator=torch.Generator().manual_seed(0))
     random = keys.argsort(dim=1).argsort(dim=1) < 12
     # 2,000 object patches, each visible with p = 1/4: a standard deviation of at most 0.04.
-    assert object_leakage(random, objects, 0.75) == pytest.approx(1.0, abs=0.12)
+    assert object_leakage(random, objects) == pytest.approx(1.0, abs=0.12)
 
 
 def test_leakage_errors():
     objects = torch.ones(1, 4, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"ratio=1\.0 must be"):
-        object_leakage(objects, objects, 1.0)
-    with pytest.raises(ValueError, match="none of 1 images"):
-        object_leakage(objects, ~objects, 0.75)
+    with pytest.raises(ValueError, match="none of 1 images has a visible patch"):
+        object_leakage(objects, objects)
+    with pytest.raises(ValueError, match="none of 1 images has an object patch"):
+        object_leakage(~objects, ~objects)
 
 
 @pytest.mark.parametrize(("height", "width", "patch"), [(8, 12, 4), (6, 3, 3), (4, 6, 2), (2, 2, 1)])

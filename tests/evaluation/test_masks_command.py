@@ -20,7 +20,7 @@ from ccmim_fast.config.load import from_yaml
 from ccmim_fast.data.build import build_source
 from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.engine.pretraining import fit
-from ccmim_fast.evaluation.masks import scored
+from ccmim_fast.evaluation.masks import scores
 from ccmim_fast.evaluation.masks.metrics import object_patches
 from ccmim_fast.evaluation.masks.objects import MaskFolder
 from ccmim_fast.runs.folder import evaluation_folder
@@ -96,7 +96,7 @@ def test_scores_that_are_the_objects_have_the_figures_of_perfect_ones(trained, t
         object_BL = object_patches(masks_BHW, 8)
         return {"all blocks": 30 * object_BL.double(), "block 0": -30 * object_BL.double()}
 
-    monkeypatch.setattr(scored, "_logits", planted)
+    monkeypatch.setattr(scores, "_logits", planted)
     settings = ["--data.samples=200", "--score.source=all", "--measure=200"]
     source = build_source(tiny_config(data={"source": "shapes", "samples": 200, "image_size": SIZE}).data, 0)
     result, _ = looked(trained, *settings, out=tmp_path / "out")

@@ -7,6 +7,7 @@ from PIL import Image
 from tiny import images, total_loss
 
 from ccmim_fast.cli import main
+from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.tokens import tokens_of
 
 transformers = pytest.importorskip("transformers")
@@ -64,8 +65,8 @@ def test_vitmae_gives_our_loss_on_our_mask(tmp_path, norm_pix):
 @pytest.mark.parametrize(
     ("target", "sections", "words"),
     [
-        ("hf-vit", {"model": {"arch": "vit_medium_patch16_reg4_gap_256"}}, "registers (reg_tokens)"),
-        ("hf-vit", {"model": {"arch": "vit_base_patch16_clip_224"}}, "a norm before the blocks (pre_norm)"),
+        ("hf-vit", {"model": {"arch": "vit_medium_patch16_reg4_gap_256"}}, "the weights reg_token"),
+        ("hf-vit", {"model": {"arch": "vit_base_patch16_clip_224"}}, "the weights norm_pre.bias, norm_pre.weight"),
         ("hf-vitmae", {}, "images that are not square (data.image_size=[32, 48])"),
         ("hf-vitmae", {"data": SQUARE, "target": {"kind": "hog"}}, "a target other than pixels (target.kind=hog)"),
     ],
@@ -81,16 +82,22 @@ def test_what_cannot_be_expressed_is_named(tmp_path, capsys, target, sections, w
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"qk_norm": True}, ["norms of queries and keys (qk_norm)"]),
-        ({"act_layer": "gelu_tanh"}, ["an MLP that is not Linear, GELU, Linear"]),
-        ({"norm_layer": "rmsnorm"}, ["a norm that is no LayerNorm with weights and biases"]),
+        ({"qk_norm": True}, ["the weights blocks.*.attn.k_norm.bias, blocks.*.attn.k_norm.weight, "]),
+        ({"act_layer": "gelu_tanh"}, ["an activation other than GELU"]),
+        (
+            {"norm_layer": "rmsnorm"},
+            ["an encoder without blocks.*.norm1.bias, ", "norms other than LayerNorm"],
+        ),
         ({}, []),
     ],
 )
 def test_parts_of_a_vit(options, words):
     import timm
 
-    vit = timm.create_model(
-        "vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=16, embed_dim=48, depth=1, num_heads=3, **options
-    )
-    assert obstacles(vit) == words
+    sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 48, "depth": 1, "num_heads": 3, "block_fn": ViTBlock}
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes, **options)
+    found = obstacles(vit)
+    assert len(found) == len(words)
+    assert all(one.startswith(word) for one, word in zip(found, words))
+    other = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1)
+    assert obstacles(other) == ["blocks that are not timm's standard one"]

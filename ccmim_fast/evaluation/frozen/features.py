@@ -1,6 +1,6 @@
 """Frozen features of a whole data set: one vector an image."""
 
-# B batch, H height, W width, C channels, T tokens (prefix tokens first), D width, N images
+# B batch, H height, W width, C channels, T tokens (prefix tokens first), D width, N images, S of one rank's share
 
 from collections.abc import Callable, Iterable
 from typing import Literal
@@ -8,8 +8,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.batch import Batch
-from ccmim_fast.errors import DataError, NumericsError
+from ccmim_fast.data.stream.torch_loader import evaluation_batches
+from ccmim_fast.errors import ConfigError, DataError, NumericsError
+from ccmim_fast.evaluation.images import Images
+from ccmim_fast.evaluation.job import Job
+from ccmim_fast.models.precision import choose_precision
+from ccmim_fast.ranks.session import gather_ranks
+
+_BATCH = 256  # images encoded at once by a rank
 
 
 def extract(
@@ -52,3 +60,33 @@ def extract(
         bad = int((~features_ND.isfinite().all(dim=1)).sum())
         raise NumericsError(f"features of {bad} of {len(features_ND)} images are not finite")
     return features_ND, None if None in labels else torch.cat(labels).cpu()
+
+
+def features(job: Job, images: Images) -> tuple[Tensor, Tensor]:
+    """Return features [S, D] float32 and labels [S] of this rank's share, every `world_size`-th image, on the CPU."""
+    config, here, encoder = job.config, job.here, job.frozen_encoder()
+    if config.model.pool == "cls" and not encoder.prefix:
+        raise ConfigError(f"model.pool=cls: {job.weights.arch} has no [CLS] token; nearest valid is avg")
+    precision = choose_precision(config.train.precision, here.device)
+
+    def encode(images_BHWC: Tensor) -> Tensor:
+        with precision.autocast(here.device):
+            return encoder(images_BHWC)
+
+    batches = evaluation_batches(
+        *(images.source, config.data.image_size, _BATCH, here.device, config.data.workers),
+        central=config.data.test_crop,
+        part=(here.rank, here.world_size),
+    )
+    return extract(encode, batches, prefix=encoder.prefix, pool=config.model.pool)
+
+
+def features_of_all_ranks(job: Job, images: Images) -> tuple[Tensor, Tensor]:
+    """Return features [N, D] and labels [N] of all images in their order, on the CPU of every rank."""
+    count, joined = usable_count(images.source), []
+    for share in features(job, images):
+        # A rank may have one less than the first: a row that is cut off again at the end.
+        padded = share.new_zeros(-(-count // job.here.world_size), *share.shape[1:])
+        padded[: len(share)] = share
+        joined.append(gather_ranks(padded).transpose(0, 1).flatten(0, 1)[:count])
+    return joined[0], joined[1]

@@ -14,7 +14,7 @@ from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.source import Source
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.evaluation.frozen.features import extract
-from ccmim_fast.evaluation.frozen.knn import knn_accuracy
+from ccmim_fast.evaluation.frozen.knn import knn_accuracies
 from ccmim_fast.evaluation.frozen.logreg import logreg_accuracy
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.tokens import tokens_of
@@ -24,7 +24,7 @@ NEIGHBOURS = 20  # of kNN, or all images where they are fewer
 
 
 class HeldOut(NamedTuple):
-    """Images of the same kind as the training set, drawn from another seed."""
+    """A set of images of the training set's kind, drawn from another seed."""
 
     source: ShapesSource
     images_BHWC: Tensor
@@ -52,5 +52,5 @@ def measure_features(model: CCMIM, config: Config, held_out: Source) -> dict[str
     for source in (build_source(config.data, config.seed), held_out):
         batches = evaluation_batches(source, config.data.image_size, config.train.batch_size, device)
         parts += extract(encode, batches, prefix=prefix)
-    accuracy, _ = logreg_accuracy(*parts)
-    return {"knn": knn_accuracy(*parts, k=min(NEIGHBOURS, len(parts[0]))), "logreg": accuracy}
+    k = min(NEIGHBOURS, len(parts[0]))
+    return {"knn": knn_accuracies(*parts, [k])[k], "logreg": logreg_accuracy(*parts)[0]}

@@ -9,19 +9,23 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ccmim_fast.data.source import usable_count
+from ccmim_fast.errors import ConfigError
+from ccmim_fast.evaluation.frozen.features import features, features_of_all_ranks
+from ccmim_fast.evaluation.job import Job
+from ccmim_fast.ranks.session import gather_ranks
+
 CHUNK_BYTES = 2**28  # of one chunk's similarity matrix, so that memory does not grow with the test set
 
 
-def knn_accuracy(
-    train_ND: Tensor,
-    train_labels_N: Tensor,
-    test_ND: Tensor,
-    test_labels_N: Tensor,
-    k: int = 20,
-    temperature: float = 0.07,
-) -> float:
-    """`knn_accuracies` of one k."""
-    return knn_accuracies(train_ND, train_labels_N, test_ND, test_labels_N, (k,), temperature)[k]
+def knn(job: Job) -> dict[str, float]:
+    """Return the accuracy by the number of neighbours."""
+    ks, images = job.config.knn.k, usable_count(job.train.source)
+    if max(ks) > images:
+        raise ConfigError(f"knn.k={max(ks)}: must be at most the {images} training images; nearest valid is {images}")
+    shares = (*features(job, job.train), *features_of_all_ranks(job, job.test))
+    found = knn_accuracies(*(share.to(job.here.device) for share in shares), ks, job.config.knn.temperature)
+    return {f"k={k}": accuracy for k, accuracy in found.items()}
 
 
 def knn_accuracies(
@@ -32,7 +36,7 @@ def knn_accuracies(
     ks: Sequence[int],
     temperature: float = 0.07,
 ) -> dict[int, float]:
-    """Share of test images whose weighted vote of k neighbours names their class, for each k of `ks`.
+    """Return the share of test images whose weighted vote of k neighbours names their class, by k.
 
     Similarity is the cosine; a neighbour votes for its label with weight exp(similarity / temperature). Equal votes go
     to the lower class index. Equivalent to comparing all test images with all training images at once. Where there are
@@ -50,8 +54,9 @@ def knn_accuracies(
         ValueError: a k outside 1..N (of all ranks), a temperature that is not positive, no test image, or features with
             NaN.
     """
-    counts_2 = _over_ranks(torch.tensor([len(train_ND), _largest(train_labels_N)], device=train_ND.device))
-    total, classes = int(counts_2[:, 0].sum()), int(counts_2[:, 1].max()) + 1
+    largest = int(train_labels_N.max()) if len(train_labels_N) else 0
+    counts_R2 = gather_ranks(torch.tensor([len(train_ND), largest], device=train_ND.device))
+    total, classes = int(counts_R2[:, 0].sum()), int(counts_R2[:, 1].max()) + 1
     for k in ks:
         if not 1 <= k <= total:
             raise ValueError(f"k={k} must be in 1..{total}, the number of training images")
@@ -62,7 +67,7 @@ def knn_accuracies(
     if train_ND.isnan().any() or test_ND.isnan().any():
         raise ValueError("features hold NaN")
     bank_DN = F.normalize(train_ND, dim=1).T
-    chunk = max(1, CHUNK_BYTES // (max(1, int(counts_2[:, 0].max())) * train_ND.element_size()))
+    chunk = max(1, CHUNK_BYTES // (max(1, int(counts_R2[:, 0].max())) * train_ND.element_size()))
     correct = dict.fromkeys(ks, 0)
     for query_MD, labels_M in zip(test_ND.split(chunk), test_labels_N.split(chunk)):
         similarity_MK, voted_MK = _nearest(F.normalize(query_MD, dim=1) @ bank_DN, train_labels_N, max(ks))
@@ -76,25 +81,12 @@ def knn_accuracies(
 
 
 def _nearest(similarity_MN: Tensor, labels_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Similarities and labels [M, K] of the nearest, of all ranks; nearest first."""
+    """Return similarities and labels [M, K] of the nearest images of all ranks; nearest first."""
     similarity_MK, nearest_MK = similarity_MN.topk(min(k, similarity_MN.shape[1]), dim=1)
     if not dist.is_initialized():
         return similarity_MK, labels_N[nearest_MK]
     missing = k - similarity_MK.shape[1]
-    similarity_RMK = _over_ranks(F.pad(similarity_MK, (0, missing), value=-torch.inf))
-    labels_RMK = _over_ranks(F.pad(labels_N[nearest_MK], (0, missing)))
+    similarity_RMK = gather_ranks(F.pad(similarity_MK, (0, missing), value=-torch.inf))
+    labels_RMK = gather_ranks(F.pad(labels_N[nearest_MK], (0, missing)))
     similarity_MK, order_MK = similarity_RMK.transpose(0, 1).flatten(1).topk(k, dim=1)
     return similarity_MK, labels_RMK.transpose(0, 1).flatten(1).gather(1, order_MK)
-
-
-def _over_ranks(value: Tensor) -> Tensor:
-    """[R, ...]: the value, of one shape everywhere, of each rank."""
-    if not dist.is_initialized():
-        return value[None]
-    values = [torch.empty_like(value) for _ in range(dist.get_world_size())]
-    dist.all_gather(values, value.contiguous())
-    return torch.stack(values)
-
-
-def _largest(labels_N: Tensor) -> int:
-    return int(labels_N.max()) if len(labels_N) else 0

@@ -6,9 +6,20 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ccmim_fast.evaluation.frozen.features import features_of_all_ranks
+from ccmim_fast.evaluation.job import Job
+from ccmim_fast.ranks.session import broadcast
+
 # Inverse strength of the L2 penalty, beside a sum over images. Weaker ones need more than 1000 iterations on the
 # features of an untrained network and moved its accuracy by one point.
 GRID = (1e-4, 1e-3, 1e-2, 1e-1)
+
+
+def logreg(job: Job) -> dict[str, float]:
+    """Return the accuracy of a fit by the first rank."""
+    parts = (*features_of_all_ranks(job, job.train), *features_of_all_ranks(job, job.test))
+    accuracy = logreg_accuracy(*parts, job.config.logreg.c)[0] if job.here.is_main else None
+    return {"accuracy": broadcast(accuracy)}
 
 
 def logreg_accuracy(
@@ -18,7 +29,7 @@ def logreg_accuracy(
     test_labels_N: Tensor,
     cs: Sequence[float] = GRID,
 ) -> tuple[float, float]:
-    """Accuracy of multinomial logistic regression on standardised features.
+    """Return the accuracy of multinomial logistic regression on standardised features.
 
     C is the one of `cs` with the best accuracy on a held-out fifth of the training images (stratified, fixed split;
     equal ones go to the smaller C, the stronger penalty); the fit is then repeated on all of them. Mean and standard

@@ -3,6 +3,7 @@
 # B images, D of them drawn, H height, W width, C channels, L patches
 
 import argparse
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,15 @@ from ccmim_fast.config.keys import show
 from ccmim_fast.config.parser import Parser
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.errors import CheckpointError, ConfigError, DataError
+from ccmim_fast.evaluation.masks.moment import Moment
 from ccmim_fast.evaluation.masks.objects import MaskFolder, objects_of
-from ccmim_fast.evaluation.masks.picture import Drawn
-from ccmim_fast.evaluation.masks.result import Look, write
-from ccmim_fast.evaluation.masks.scored import figures_of, score_and_divide
+from ccmim_fast.evaluation.masks.result import write
+from ccmim_fast.evaluation.masks.scores import figures_of, score_and_divide
 from ccmim_fast.evaluation.masks.subject import COUNT, PROG, Subject, read_subject
 from ccmim_fast.models.output import Output
 from ccmim_fast.models.scores import PriorScores
 from ccmim_fast.ranks.session import open_session
-from ccmim_fast.report.reconstruction import drawn
+from ccmim_fast.report.reconstruction import reconstruct
 from ccmim_fast.report.snapshots import FewImages, few_images, prior_scores, spread
 from ccmim_fast.runs.folder import check_apart, describe_run, open_run_folder
 from ccmim_kernels import Partition, partition_from_mask
@@ -46,12 +47,10 @@ def masks(argv: list[str]) -> None:
             raise ConfigError(f"{PROG}: one process only, got {here.world_size}; start it without torchrun")
         folder = open_run_folder(subject.config, resumable=False)
         describe_run(folder, subject.config, here.device)
-        looks = [_look(subject.untrained(), few, object_BL, given.drawn, here.device)] if given.moments > 1 else []
-        looks.append(_look(subject, few, object_BL, given.drawn, here.device))
-        for place in others:
-            subject = read_subject(place, settings, given.images)
-            looks.append(_look(subject, few, object_BL, given.drawn, here.device))
-        print(write(folder, looks, object_BL, here.device))
+        subjects = chain([subject.untrained()] if given.moments > 1 else [], [subject])
+        later = (read_subject(place, settings, given.images) for place in others)
+        moments = [_measure(one, few, object_BL, given.drawn, here.device) for one in chain(subjects, later)]
+        print(write(folder, moments, object_BL, here.device))
 
 
 def _places(checkpoint: str, moments: int) -> list[str]:
@@ -69,7 +68,7 @@ def _places(checkpoint: str, moments: int) -> list[str]:
 
 
 def _objects(subject: Subject, few: FewImages, folder: Path | None) -> Tensor | None:
-    """[B, L] bool, where it is known which patches show the object.
+    """Return which patches show the object, [B, L] bool, where that is known.
 
     Raises:
         DataError: no image of which some patches are object and some not.
@@ -86,38 +85,31 @@ def _objects(subject: Subject, few: FewImages, folder: Path | None) -> Tensor | 
 
 
 @torch.inference_mode()
-def _look(subject: Subject, few: FewImages, object_BL: Tensor | None, count: int, device: torch.device) -> Look:
+def _measure(subject: Subject, few: FewImages, object_BL: Tensor | None, count: int, device: torch.device) -> Moment:
     """Measure all images, and keep `count` of them, spread over all, to be drawn."""
     model, config = subject.model.to(device), subject.config
-    known = None if subject.run is None else prior_scores(subject.run, few)
-    if known is not None:
-        known = PriorScores(*(part.to(device) for part in known))
+    prior = None if subject.run is None else prior_scores(subject.run, few)
+    if prior is not None:
+        prior = PriorScores(*(part.to(device) for part in prior))
     batch = few.batch._replace(images_BHWC=few.batch.images_BHWC.to(device), ids_B=few.batch.ids_B.to(device))
-    scored = score_and_divide(model, config, batch, known, subject.decodes)
+    scored = score_and_divide(model, config, batch, prior, subject.decodes)
     if not all(scores_BL.isfinite().all() for scores_BL in scored.scores.values()):
         raise CheckpointError(f"{subject.name}: its scores are not finite")
-    figures = figures_of(scored, object_BL, 1 - model.keep / (model.grid[0] * model.grid[1]))
     rows = np.unique(np.linspace(0, len(batch.ids_B) - 1, count).round().astype(int)).tolist()
     mask_DL = scored.masks[config.mask.strategy][rows]
-    picture = Drawn(
-        "" if subject.epoch is None else f"epoch {round(subject.epoch, 1):g}",
-        few.batch.images_BHWC[rows].numpy(),
-        model.grid,
-        scored.of(rows),
-        figures,
+    return Moment(
+        *(subject.name, config, subject.step, subject.epoch, model.grid),
+        *(scored, figures_of(scored, object_BL), rows, few.batch.images_BHWC[rows].numpy()),
         None if object_BL is None else object_BL[rows].numpy(),
         _reconstruction(subject, batch.images_BHWC[rows], mask_DL) if subject.decodes else None,
-        config.mask.strategy,
     )
-    return Look(subject.name, config, subject.step, subject.epoch, scored, figures, picture)
 
 
 def _reconstruction(subject: Subject, images_DHWC: Tensor, mask_DL: Tensor) -> np.ndarray | None:
-    """uint8 images [D, H, W, C] with what was masked as the model predicts it; None where it predicts no pixels."""
+    """Return images [D, H, W, C] uint8, masked patches as predicted; None where the model predicts no pixels."""
     partition = Partition(*(part.to(images_DHWC.device) for part in partition_from_mask(mask_DL, subject.model.keep)))
     output = Output(subject.model.predict(images_DHWC, partition), partition, None, None, None)
-    drawn_DHWC = drawn(subject.model, subject.config, images_DHWC, output)
-    return None if drawn_DHWC is None else drawn_DHWC.cpu().numpy()
+    return reconstruct(subject.model, subject.config, images_DHWC, output)
 
 
 def _read(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -1,4 +1,4 @@
-"""Where scores and masks fall, against the known place of the object; and how far scores differ at all."""
+"""Figures of scores and masks: how they fall on objects whose place is known, and how far scores differ at all."""
 
 # B images, H height, W width, L patches (row by row), P patch side
 
@@ -29,7 +29,7 @@ def object_patches(masks_BHW: Tensor, patch: int) -> Tensor:
 
 
 def score_auroc(scores_BL: Tensor, object_BL: Tensor) -> float:
-    """Mean over images of the AUROC of patch scores against object patches.
+    """Return the mean over images of the AUROC of patch scores against object patches.
 
     Of one image it is the share of (object, background) pairs in which the object patch scores higher, a tie counting
     one half: 1 = every object patch above every other patch, 0.5 = no relation. It is computed from ranks
@@ -44,45 +44,40 @@ def score_auroc(scores_BL: Tensor, object_BL: Tensor) -> float:
     """
     if scores_BL.isnan().any():
         raise ValueError("scores hold NaN")
-    objects_B = object_BL.sum(dim=1)
-    others_B = (~object_BL).sum(dim=1)
+    objects_B, others_B = object_BL.sum(dim=1), (~object_BL).sum(dim=1)
     usable_B = (objects_B > 0) & (others_B > 0)
     if not usable_B.any():
         raise ValueError(f"none of {len(scores_BL)} images has both object and background patches")
     scores_BL = scores_BL.contiguous()
     sorted_BL = scores_BL.sort(dim=1).values
-    below_BL = torch.searchsorted(sorted_BL, scores_BL)
-    not_above_BL = torch.searchsorted(sorted_BL, scores_BL, right=True)
+    below_BL, not_above_BL = (torch.searchsorted(sorted_BL, scores_BL, right=right) for right in (False, True))
     # The rank, from 1, of a tied group is the mean of its places.
-    rank_BL = (below_BL + not_above_BL + 1).double() / 2
-    rank_sum_B = (rank_BL * object_BL).sum(dim=1)
+    rank_sum_B = ((below_BL + not_above_BL + 1).double() / 2 * object_BL).sum(dim=1)
     auroc_B = (rank_sum_B - objects_B * (objects_B + 1) / 2) / (objects_B * others_B)
     return float(auroc_B[usable_B].mean())
 
 
-def object_leakage(mask_BL: Tensor, object_BL: Tensor, ratio: float) -> float:
-    """Share of all object patches that stay visible, relative to random masking.
+def object_leakage(mask_BL: Tensor, object_BL: Tensor) -> float:
+    """Return the share of all object patches that stay visible, relative to the share of all patches that do.
 
     1 = as many as random masking leaves, 0 = every object patch hidden, 1 / (1 - ratio) = every one visible.
 
     Args:
         mask_BL: bool, True where masked.
         object_BL: bool.
-        ratio: share of patches masked.
 
     Raises:
-        ValueError: `ratio` outside 0..1 (both excluded), or no object patch at all.
+        ValueError: no patch is visible, or none shows an object.
     """
-    if not 0 < ratio < 1:
-        raise ValueError(f"ratio={ratio} must be between 0 and 1")
-    if not object_BL.any():
-        raise ValueError(f"none of {len(object_BL)} images has an object patch")
-    visible = (~mask_BL & object_BL).sum() / object_BL.sum()
-    return float(visible) / (1 - ratio)
+    if mask_BL.all() or not object_BL.any():
+        which = "a visible patch" if mask_BL.all() else "an object patch"
+        raise ValueError(f"none of {len(object_BL)} images has {which}")
+    visible_BL = ~mask_BL
+    return float(visible_BL[object_BL].double().mean() / visible_BL.double().mean())
 
 
 def score_entropy(scores_BL: Tensor) -> float:
-    """Mean entropy of the scores, as a share of log L: 1 = all patches alike, 0 = all on one.
+    """Return the mean entropy of the scores, as a share of log L: 1 = all patches alike, 0 = all on one.
 
     Args:
         scores_BL: each row sums to 1.
@@ -91,7 +86,7 @@ def score_entropy(scores_BL: Tensor) -> float:
 
 
 def top_share(scores_BL: Tensor, share: float = 0.25) -> float:
-    """Mean sum of the scores of each image's highest patches, `share` of all; `share` itself where all are alike.
+    """Return the mean sum of the scores of each image's highest patches; `share` itself where all are alike.
 
     Args:
         scores_BL: each row sums to 1.

@@ -1,4 +1,4 @@
-"""Where the objects are, where that is known, and how the scores and masks of a run's own steps fall on them."""
+"""Objects whose place is known, and how the scores and masks of a run's own steps fall on them."""
 
 # B images, H height, W width, L patches
 
@@ -18,26 +18,24 @@ from ccmim_fast.data.stream.plan import MicroBatch
 from ccmim_fast.data.stream.torch_loader import crop_and_resize
 from ccmim_fast.engine.pretraining import Pretraining
 from ccmim_fast.engine.step import StepResult
-from ccmim_fast.errors import DataError
+from ccmim_fast.errors import DataError, one_line
 from ccmim_fast.evaluation.masks.metrics import object_leakage, object_patches, score_auroc
 
-LOOKED_AT = 256  # images of a step at most: 26 ms of a core at 64 pixels a side, 143 ms at 224 (AMD EPYC)
+PROBED = 256  # images of a step at most: 26 ms of a core at 64 pixels a side, 143 ms at 224 (AMD EPYC)
 
 
 def object_figures(run: Pretraining, batches: Sequence[Batch], result: StepResult) -> dict[str, float | None]:
-    """Of the first images of this rank's last micro-batch, as the step divided them; the model is not called.
+    """Measure the first images of this rank's last micro-batch as the step divided them, without calling the model.
 
     Returns:
         auroc: of the scores against object patches, see `score_auroc`; None without scores, and where they hold NaN.
         leakage: share of object patches left visible, relative to random masking. None where nothing but objects, or
             none of them, is seen.
     """
-    batch, seen, config = batches[-1], result.seen[-1], run.config
-    few = slice(0, LOOKED_AT)
+    batch, seen, few = batches[-1], result.seen[-1], slice(0, PROBED)
     shown = run.loader.plan.micro_batch(batch.host_ids_B[few], batch.epochs_B[few].cpu().numpy())
-    object_BL = objects_of(run.source, shown, config.data.image_size, run.model.patch)
-    mask_BL = seen.mask_BL[few].cpu()
-    leakage = object_leakage(mask_BL, object_BL, 1 - run.model.keep / mask_BL.shape[1]) if object_BL.any() else None
+    object_BL = objects_of(run.source, shown, run.config.data.image_size, run.model.patch)
+    leakage = object_leakage(seen.mask_BL[few].cpu(), object_BL) if object_BL.any() else None
     return {"auroc": _auroc(seen.logits_BL, object_BL), "leakage": leakage}
 
 
@@ -50,15 +48,15 @@ def _auroc(logits_BL: Tensor | None, object_BL: Tensor) -> float | None:
 
 
 class Objects(Protocol):
-    """Which pixels of each image show its object."""
+    """A source of masks: which pixels of each image show its object."""
 
     def mask(self, index: int) -> np.ndarray:
-        """[H, W] bool of the sample `index`, of the size of its image."""
+        """Return the mask [H, W] bool of the sample `index`, of the size of its image."""
         ...
 
 
 class MaskFolder:
-    """Object masks as PNG files, each under the name of its image; `Objects`. A pixel that is not 0 is object.
+    """Object masks in PNG files, each under the name of its image; a pixel that is not 0 is object.
 
     Args:
         folder: holds `a/b.png` for the image `a/b.jpg` of `root`, or else `b.png`.
@@ -71,7 +69,7 @@ class MaskFolder:
         self._folder, self._root, self._source = folder, root, source
 
     def mask(self, index: int) -> np.ndarray:
-        """See `Objects`. Raises DataError: missing, damaged, or of another size than its image."""
+        """See `Objects`; raises DataError where the mask is missing, damaged, or of another size than its image."""
         name = self._source.name(index)
         whole = self._folder / Path(os.path.relpath(name, self._root)).with_suffix(".png")
         path = whole if whole.is_file() else self._folder / whole.name
@@ -81,7 +79,7 @@ class MaskFolder:
         except FileNotFoundError:
             raise DataError(f"--masks={self._folder}: no {path.name} in it, the mask of {name!r}") from None
         except Exception as error:  # Pillow's plugins raise whatever a damaged file leads them to
-            raise DataError(f"{path}: no mask: {' '.join(str(error).split())[:200]}") from None
+            raise DataError(f"{path}: no mask: {one_line(error)}") from None
         mask_HW = pixels != 0 if pixels.ndim == 2 else pixels.any(-1)
         size = tuple(self._source.sizes_N2[index].tolist())
         if mask_HW.shape != size:
@@ -91,12 +89,12 @@ class MaskFolder:
 
 
 def objects_of(objects: Objects, shown: MicroBatch, image_size: tuple[int, int], patch: int) -> Tensor:
-    """Which patches of the crops show the object, [B, L] bool."""
+    """Return which patches of the crops show the object, [B, L] bool."""
     objects_BHW = np.stack([_object_of(objects, one, image_size) for one in shown.samples()])
     return object_patches(torch.from_numpy(objects_BHW), patch)
 
 
 def _object_of(objects: Objects, one: MicroBatch, image_size: tuple[int, int]) -> np.ndarray:
-    """Which pixels of a crop show the object, [H, W] bool."""
+    """Return which pixels of a crop show the object, [H, W] bool."""
     mask_HW1 = 255 * objects.mask(one.ids_B.item()).astype(np.uint8)[..., None]
     return crop_and_resize(mask_HW1, one.boxes_B4[0], one.flips_B.item(), image_size)[..., 0] > 127

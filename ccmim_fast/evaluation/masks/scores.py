@@ -1,0 +1,107 @@
+"""Images as a model scores and divides them: the scores of every source, the masks of every strategy."""
+
+# B images, b of one chunk, H height, W width, C channels, L patches, D width
+
+from collections import defaultdict
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ccmim_fast.build.model import build_objective
+from ccmim_fast.config.schema import Config
+from ccmim_fast.data.stream.batch import Batch
+from ccmim_fast.evaluation.masks.metrics import object_leakage, score_auroc, score_entropy, top_share
+from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.models.output import Output
+from ccmim_fast.models.scores import AllBlocks, PriorScores, eq4_of_blocks
+from ccmim_kernels import sample_partition
+from ccmim_kernels.sample_partition import STRATEGIES
+
+CHUNK = 32  # images at a time: 1 GB of activations at ViT-B and 224 pixels
+
+
+class Scored(NamedTuple):
+    """Images as a model scores and divides them, on the CPU; the noise is that of epoch 0.
+
+    Attributes:
+        source: of the scores that the masks are drawn by.
+        scores: by source, [B, L], each row sums to 1: `all blocks`, `block 0` and so on (Eq. 4 there), `bank`.
+        masks: by strategy, [B, L] bool, True where masked.
+        recons: L_recons (Eq. 9) by strategy; nothing without a decoder.
+    """
+
+    source: str
+    scores: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    recons: dict[str, float]
+
+
+def source_of(config: Config, prior: PriorScores | None) -> str:
+    """Return the source that a run's settings name, as `Scored` does; all blocks for a bank that knows nothing."""
+    bank = "all blocks" if prior is None else "bank"
+    names = {"first": "block 0", "block": f"block {config.score.block}", "bank": bank}
+    return names.get(config.score.source, "all blocks")
+
+
+@torch.inference_mode()
+def score_and_divide(
+    model: CCMIM, config: Config, batch: Batch, prior: PriorScores | None, decodes: bool = True
+) -> Scored:
+    """Score the images by every source, and divide them by every strategy; no step is taken.
+
+    Args:
+        model: in evaluation mode.
+        batch: on the model's device.
+        prior: what the run's bank says of the images, if it does.
+        decodes: whether the model's decoder is trained.
+    """
+    source, objective, count = source_of(config, prior), build_objective(config, model), len(batch.ids_B)
+    scores, masks, losses = defaultdict(list), defaultdict(list), defaultdict(float)
+    for start in range(0, count, CHUNK):
+        chunk = slice(start, start + CHUNK)
+        images_bHWC, ids_b = batch.images_BHWC[chunk], batch.ids_B[chunk]
+        prior_b = None if prior is None else PriorScores(*(part[chunk] for part in prior))
+        logits = _logits(model, images_bHWC, ids_b, prior_b)
+        for name, logits_bL in logits.items():
+            scores[name].append(logits_bL.float().softmax(1).cpu())
+        for strategy in STRATEGIES:
+            sampling = {**model.sampling, "strategy": strategy}
+            partition = sample_partition(logits[source], ids_b, epoch=0, kernels=model.kernels, **sampling)
+            masks[strategy].append(partition.mask_BL.cpu())
+            if decodes:
+                output = Output(model.predict(images_bHWC, partition), partition, None, None, None)
+                losses[strategy] += len(ids_b) / count * float(objective.recons(output, images_bHWC))
+    whole_scores, whole_masks = ({k: torch.cat(parts) for k, parts in found.items()} for found in (scores, masks))
+    return Scored(source, whole_scores, whole_masks, dict(losses))
+
+
+def _logits(model: CCMIM, images_bHWC: Tensor, ids_b: Tensor, prior: PriorScores | None) -> dict[str, Tensor]:
+    """Return log s [b, L] by source, each up to a constant per row."""
+    x_bLD = model.embed(images_bHWC)
+    found = {"all blocks": AllBlocks(model.encoder)(model.encoder, x_bLD).logits_BL}
+    found |= {f"block {i}": one for i, one in enumerate(eq4_of_blocks(model.encoder, x_bLD))}
+    if prior is not None:
+        found["bank"] = model.divide(x_bLD, ids_b, 0, prior=prior).logits
+    return found
+
+
+def figures_of(scored: Scored, object_BL: Tensor | None) -> dict[str, float]:
+    """Return the figures of the scores that the masks are drawn by, and of each strategy.
+
+    Args:
+        object_BL: bool, patches that show the object; None where that is not known.
+
+    Raises:
+        ValueError: no image with both object and background patches.
+    """
+    figures = of_scores(scored.scores[scored.source], object_BL)
+    if object_BL is not None:
+        figures |= {f"leakage, {name}": object_leakage(mask_BL, object_BL) for name, mask_BL in scored.masks.items()}
+    return figures | {f"recons, {strategy}": loss for strategy, loss in scored.recons.items()}
+
+
+def of_scores(scores_BL: Tensor, object_BL: Tensor | None) -> dict[str, float]:
+    """Return AUROC where the objects are known, entropy as a share of log L, share of the top quarter."""
+    auroc = {} if object_BL is None else {"auroc": score_auroc(scores_BL, object_BL)}
+    return auroc | {"entropy": score_entropy(scores_BL), "top quarter": top_share(scores_BL)}
