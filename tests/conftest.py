@@ -38,7 +38,7 @@ def pytest_runtest_makereport():
     return report
 
 
-# Tests that took more than 1.2 seconds of processor time when last measured: left to `make test-slow`.
+# Tests that took more than 0.75 seconds of processor time when last measured: left to `make test-slow`.
 SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text().splitlines())
 
 

@@ -82,7 +82,7 @@ def test_a_process_is_sampled(samples_module, tmp_path):
     block.write(b"1" * 20_000_000)
     after = samples_module.sample_process(os.getpid())
     assert after[2] == before[2] + 5
-    assert after[1] - before[1] == pytest.approx(20, abs=10)
+    assert after[1] - before[1] == pytest.approx(20, abs=15)  # other threads of the process allocate, too
     assert after[0] > after[1]
     block.close()
     for file in files:

@@ -137,7 +137,7 @@ def test_such_runs_are_listed(evaluated, tmp_path, capsys):
 
 def test_a_run_of_an_evaluation_is_no_encoder(evaluated, tmp_path):
     evaluated("linear", *SHORT)
-    with pytest.raises(CheckpointError, match="no checkpoint of pretraining"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of pretraining"):
         read_weights(str(tmp_path / "out"))
 
 
