@@ -10,7 +10,7 @@ from typing import Literal
 
 from ccmim_fast.config import units as u
 from ccmim_fast.config.setting import labels, section, setting
-from ccmim_fast.registry import CONTRASTS, SCORE_SOURCES, TARGETS
+from ccmim_fast.registry import CONTRASTS, IMAGE_SOURCES, SCORE_SOURCES, TARGETS
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: Literal["images", "shapes", "photos"] = setting("images", "shapes and photos are made by code", "paper")
+    source: Literal[tuple(IMAGE_SOURCES)] = setting("images", "shapes and photos are made by code", "paper")
     root: u.Folder = setting("", "images, tars or tables: docs/data.md; of made sources the cache", "ours", "free")
     index: u.File = setting("", "places of the images; empty: beside the tars or in the user's cache", "ours", "free")
     on_error: u.OnError = setting("skip", "an image that cannot be decoded: show another, or stop", "ours", "free")

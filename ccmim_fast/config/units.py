@@ -2,6 +2,8 @@
 
 from typing import Annotated, Literal, NamedTuple
 
+from ccmim_fast.registry import LOADERS
+
 
 class Unit(NamedTuple):
     """The unit of a number or a text, and the interval of a number, such as "[0, 1)": a round bracket excludes."""
@@ -48,7 +50,7 @@ Minutes = real("minutes", "(0, 100000)")  # up to two months
 
 File, Folder, Name = (Annotated[str, Unit(name)] for name in ("path of a file", "path of a folder", "name"))
 
-Loader = Literal["auto", "dali", "torch"]
+Loader = Literal[("auto", *LOADERS)]
 OnError = Literal["skip", "error"]
 Background = Literal["plain", "textured"]
 Precision = Literal["auto", "fp32", "fp16", "bf16"]

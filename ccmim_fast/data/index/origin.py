@@ -81,8 +81,8 @@ def _remote_origin(origin: str, channels: int) -> Origin:
         protocol = urls[0].partition("://")[0] + "://"
         root = protocol + posixpath.commonpath([posixpath.dirname(url.removeprefix(protocol)) for url in urls])
         return Origin(root, [url.removeprefix(root + "/") for url in urls])
-    below = _listed(origin.rstrip("/") + "/", "find")
     fs = file_system(origin)
+    below = _listed(origin.rstrip("/") + "/", "find")
     root = fs.unstrip_protocol(fs._strip_protocol(origin)).rstrip("/")
     paths = [url.removeprefix(root + "/") for url in below]
     containers = [path for path in paths if _is_container(path)]
