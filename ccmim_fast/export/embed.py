@@ -1,4 +1,4 @@
-"""Features of a folder's images: one vector for each, written as they come."""
+"""The images of a folder become features: one vector for each, written as they come."""
 
 # B batch, D width, N images
 
@@ -25,7 +25,7 @@ from ccmim_fast.models.tokens import tokens_of
 
 
 class Rows(NamedTuple):
-    """Of a batch: names, class indices or None, and float32 vectors."""
+    """This tuple holds the names, class indices (or None) and float32 vectors of a batch."""
 
     names: list[str]
     labels: list[int] | None
@@ -33,7 +33,7 @@ class Rows(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """How many images have a row, the width of a row, and how many images cannot be used."""
+    """This tuple says how many images have a row, how wide a row is, and how many images cannot be used."""
 
     images: int
     width: int
@@ -97,7 +97,7 @@ def embed_folder(
 
 @contextlib.contextmanager
 def _written(out: Path) -> Iterator[Path]:
-    """A hidden folder for the parts; they take their places beside each other when all are whole."""
+    """Yield a hidden folder for the parts, which take their places beside each other when all are whole."""
     hidden = out.with_name(f".{out.name}-{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

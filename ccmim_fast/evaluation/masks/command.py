@@ -1,4 +1,4 @@
-"""`ccmim eval masks`: what a pretrained model attends to, and what it hides."""
+"""`ccmim eval masks` shows what a pretrained model attends to, and what it hides."""
 
 # B images, D of them drawn, H height, W width, C channels, L patches
 
@@ -113,7 +113,7 @@ def _reconstruction(subject: Subject, images_DHWC: Tensor, mask_DL: Tensor) -> n
 
 
 def _read(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The command's own options, and settings."""
+    """Return the command's own options, and settings."""
     usage = f"{PROG} CHECKPOINT [IMAGES] [options] [settings]"
     said = masks.__doc__.replace("`", "").partition("\n\n")[2]
     end = f"settings: {', '.join(COUNT)} as of ccmim pretrain --help; default: the run's own"
