@@ -172,7 +172,7 @@ def validate_evaluation(config: EvalConfig) -> None:
     values = flatten(config)
     for key in ("knn.k", "logreg.c", "head.rates", "detect.short_sides"):
         if not values[key]:
-            refuse(key, (), "a number at least", flatten(EvalConfig())[key])
+            refuse(key, (), "a list of one number at least", flatten(EvalConfig())[key])
     policies = ("rand", "augmix", "original", "v0")
     if config.augment.auto and not config.augment.auto.startswith(policies):
         refuse("augment.auto", config.augment.auto, "a policy of timm", nearest(config.augment.auto, policies))

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ccmim_fast.checkpoints import OpenedRun
@@ -17,7 +18,6 @@ from ccmim_fast.checkpoints.convert import to_flat
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.export.about import about
 from ccmim_fast.export.plain import write_json, write_weights
-from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.tokens import patch_size_of
 
 _BICUBIC = 3  # Pillow's number, which preprocessor_config.json holds
@@ -82,7 +82,7 @@ def export_vitmae(run: OpenedRun, out: Path) -> list[Path]:
 
 def obstacles(vit: VisionTransformer) -> list[str]:
     """Return in words what of `vit` transformers' ViTModel cannot express."""
-    if not all(isinstance(block, ViTBlock) for block in vit.blocks):
+    if not all(isinstance(block, Block) and type(block.attn) is Attention for block in vit.blocks):
         return ["blocks that are not timm's standard one"]
     names = {f"{part}.{kind}" for part in (*_BLOCK, _QKV) for kind in ("weight", "bias")}
     theirs = {*_EMBEDDING, *(f"blocks.{number}.{name}" for number in range(len(vit.blocks)) for name in names)}

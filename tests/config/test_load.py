@@ -172,7 +172,7 @@ def test_help_documents_every_setting(capsys):
     assert left.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "usage: ccmim pretrain" in text
-    assert "share of patches masked, in (0, 1) [share; default: 0.75; MAE]" in text
+    assert "share of patches masked, in (0, 1): some stay visible [share; default: 0.75; MAE]" in text
     assert all(f"--{key}" in text for key in settings())
     for words in ("--resume", "--overwrite", "--print_config", "ccmim_vit_base_official"):
         assert words in text
