@@ -98,10 +98,17 @@ def _measure(subject: Subject, few: FewImages, object_BL: Tensor | None, count: 
     rows = np.unique(np.linspace(0, len(batch.ids_B) - 1, count).round().astype(int)).tolist()
     mask_DL = scored.masks[config.mask.strategy][rows]
     return Moment(
-        *(subject.name, config, subject.step, subject.epoch, model.grid),
-        *(scored, figures_of(scored, object_BL), rows, few.batch.images_BHWC[rows].numpy()),
-        None if object_BL is None else object_BL[rows].numpy(),
-        _reconstruction(subject, batch.images_BHWC[rows], mask_DL) if subject.decodes else None,
+        subject.name,
+        config,
+        subject.step,
+        subject.epoch,
+        grid=model.grid,
+        scored=scored,
+        figures=figures_of(scored, object_BL),
+        rows=rows,
+        images_DHWC=few.batch.images_BHWC[rows].numpy(),
+        object_DL=None if object_BL is None else object_BL[rows].numpy(),
+        reconstruction_DHWC=_reconstruction(subject, batch.images_BHWC[rows], mask_DL) if subject.decodes else None,
     )
 
 
