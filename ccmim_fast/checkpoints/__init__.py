@@ -1,4 +1,4 @@
-"""Checkpoints of runs: written atomically, read without trust, opened in one way by every command."""
+"""Checkpoints are written atomically, read without trust, and opened in one way by every command."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on: a copy of the state is made at once, a thread writes it.
+"""Checkpoints are written while training goes on: the state is copied at once, and a thread writes the copy.
 
 On CUDA the copy is only enqueued: the order of the stream keeps it before the next step's changes, and the thread waits
 for it. On a CPU it is made before `save` returns. Until it is written it takes as much memory on the host as the state.

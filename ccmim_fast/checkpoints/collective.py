@@ -1,4 +1,4 @@
-"""Collective checkpoints: all ranks write, the first one leads, and each hears how it ended."""
+"""All ranks write a collective checkpoint: the first one leads, and each hears how it ended."""
 
 import contextlib
 import datetime
@@ -17,7 +17,7 @@ from ccmim_fast.errors import CheckpointError
 
 
 class Layout(NamedTuple):
-    """The shape, strides and placements of a tensor that is divided among ranks."""
+    """This tuple says how a tensor is divided among ranks."""
 
     shape: torch.Size
     stride: tuple[int, ...]

@@ -1,7 +1,7 @@
-"""Names of weights: MAE's flat layout (also that of the authors' ccMIM), and timm's.
+"""Conversion renames weights: to and from MAE's flat layout (also that of the authors' ccMIM), and to timm's.
 
 Published pretraining checkpoints keep encoder, decoder and projector in one flat dictionary; the same tensors stand
-here under `encoder.`, `decoder.` and `projector.`, so conversion is renaming.
+here under `encoder.`, `decoder.` and `projector.`.
 """
 
 from torch import Tensor

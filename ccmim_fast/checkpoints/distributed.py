@@ -1,4 +1,4 @@
-"""Tensors that ranks have divided among them, as files of torch.distributed.checkpoint: each rank writes its own.
+"""Tensors that ranks have divided among them lie in files of torch.distributed.checkpoint: each rank writes its own.
 
 The files lie in a checkpoint's folder and are named in its manifest (checkpoints/manifest.py). Reading them runs no
 code: their index, a pickle, may use only the few classes that it is made of; tensors are read by `weights_only`.
@@ -62,7 +62,7 @@ def _mapped(state: dict[str, Any], change: Callable[[str, Tensor], Any]) -> dict
 
 
 class _HashedFiles(FileSystem):
-    """The files of torch's writer, whose sums are taken on their way to the disk."""
+    """This file system of torch's writer takes the sum of each file on its way to the disk."""
 
     def __init__(self):
         super().__init__()
@@ -118,7 +118,7 @@ class _Index(pickle.Unpickler):
 
 
 class _Reader(dcp.FileSystemReader):
-    """A reader like torch's, which would run what its index says."""
+    """This reader checks the index, which torch's own would run."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         with open(Path(self.path) / _INDEX, "rb") as file:

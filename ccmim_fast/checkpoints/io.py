@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written so that a kill or a full disk leaves the older ones whole, read without trust.
+"""Checkpoints are written so that a kill or a full disk leaves the older ones whole, and read without trust.
 
 A checkpoint is a folder `step_00000123/` with `state.pt` (torch.save of plain containers and tensors) and
 `manifest.json` (format, step, size and sha256 of each file). Where ranks have divided the weights, their parts lie
@@ -46,7 +46,7 @@ Beside = Callable[[Path], dict[str, Sum]]
 
 
 class Newest(NamedTuple):
-    """The path and state of the checkpoint that `newest` found, or None; and what was wrong with later ones."""
+    """This tuple holds the checkpoint that `newest` found, or None, and what was wrong with later ones."""
 
     path: Path | None
     state: dict[str, Any] | None

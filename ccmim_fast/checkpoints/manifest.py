@@ -1,4 +1,4 @@
-"""The files of a checkpoint, and the manifest that says of each how long it is and what its sha256 is."""
+"""The manifest of a checkpoint says how long each of its files is and what its sha256 is."""
 
 import hashlib
 import io
@@ -16,14 +16,14 @@ _LONGEST = 1 << 20  # bytes of a manifest; a real one has about 130 for each fil
 
 
 class Sum(NamedTuple):
-    """The size of a file in bytes, and its sha256 in hexadecimal digits."""
+    """This tuple identifies a file by its size in bytes and its sha256 in hexadecimal digits."""
 
     size: int
     sha256: str
 
 
 class Hashed(io.BufferedWriter):
-    """A new file that hashes what is written on its way there: reading it back would hash what became of it."""
+    """This new file hashes what is written on its way there: reading back would hash what became of it."""
 
     def __init__(self, path: Path):
         super().__init__(io.FileIO(path, "wb"))

@@ -1,4 +1,4 @@
-"""Weights of any place: a run, a file of timm, MAE, the authors' ccMIM or `ccmim export`, or a name of timm's.
+"""This file reads weights from any place: a run, a file (timm, MAE, ccMIM, `ccmim export`), or a name of timm's.
 
 A new reader is a branch of `read_weights` that returns `Weights`.
 """
@@ -36,7 +36,7 @@ _OF_WIDTH = {  # timm's, by width: what to propose; patch and blocks are read of
 
 
 class Weights(NamedTuple):
-    """Weights, and what their place tells of them.
+    """This tuple holds weights and what their place tells of them.
 
     Attributes:
         name: the place, for people.

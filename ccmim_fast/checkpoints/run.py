@@ -1,4 +1,4 @@
-"""The one way to open a run: its settings, its weights, and how far it is."""
+"""Every command opens a run here: its settings, its weights, and how far it is."""
 
 # N samples, G cells per side of a map
 
@@ -22,7 +22,7 @@ _EMA = "module."  # torch's AveragedModel puts it before the names of the averag
 
 @dataclasses.dataclass(frozen=True)
 class OpenedRun:
-    """A checkpoint of a run.
+    """This record is what a command needs of a run's checkpoint.
 
     Attributes:
         path: folder of the checkpoint.
@@ -52,7 +52,7 @@ class OpenedRun:
 
     @cached_property
     def model(self) -> CCMIM:
-        """The model that `config` describes, with the weights, in evaluation mode, float32 on the CPU.
+        """Build the model that `config` describes, with the weights, in evaluation mode, float32 on the CPU.
 
         Raises:
             CheckpointError: the weights do not fit the settings.

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: everything a run needs to go on as if it had never stopped.
+"""A checkpoint holds everything that a run needs to go on as if it had never stopped.
 
 The random numbers of a run are keyed by (seed, epoch, sample id) or by the step, so no generator's state is kept: the
 place in the stream of samples says where every one of them stands.
@@ -14,11 +14,11 @@ from torch.optim.swa_utils import AveragedModel
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.load import to_yaml
 from ccmim_fast.config.schema import Config
-from ccmim_fast.errors import CheckpointError
+from ccmim_fast.errors import CheckpointError, one_line
 
 
 class Progress(NamedTuple):
-    """How far a run is.
+    """This tuple says how far a run is.
 
     Attributes:
         step: finished optimizer steps.
@@ -94,12 +94,11 @@ def restore(
                 ema.load_state_dict(state["ema"])
         return Progress(**state["progress"])
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"the checkpoint is of another model: {reason[:300]}") from None
+        raise CheckpointError(f"the checkpoint is of another model: {one_line(error, 300)}") from None
 
 
 def _load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """All but the rate, the decay and the like, which are the run's own: a graph may read them from its tensors."""
+    """Load all but the rate, the decay and the like, which are the run's own (a graph may read their tensors)."""
     groups = optimizer.param_groups
     own = [{key: value for key, value in group.items() if key not in ("params", "step")} for group in groups]
     optimizer.load_state_dict(state)
@@ -115,10 +114,10 @@ def _fill_(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -
 
 
 def maps_in(state: dict[str, Any], cells: int) -> Tensor | None:
-    """The maps of a score bank [N, cells, cells] float16 in a checkpoint; None where it has none.
+    """Return the maps of a score bank [N, cells, cells] float16 in a checkpoint; None where it has none.
 
     Raises:
-        CheckpointError: they have another number of cells.
+        CheckpointError: the maps have another number of cells.
     """
     maps_NGG = state.get("maps")
     if maps_NGG is not None and tuple(maps_NGG.shape[1:]) != (cells, cells):

@@ -1,1 +1,1 @@
-"""Evaluations of an encoder: frozen features, heads, fine-tuning, dense tasks, and how masks fall on objects."""
+"""Evaluations measure an encoder: frozen features, heads, fine-tuning, dense tasks, masks against objects."""

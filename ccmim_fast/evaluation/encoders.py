@@ -1,4 +1,4 @@
-"""The encoder of any checkpoint, as timm's own module: a run of ours, an export, MAE's file, or a name of timm's."""
+"""The encoder of any checkpoint becomes timm's own module: of a run, an export, MAE's file, or a name of timm's."""
 
 # B batch, H height, W width, C channels, T tokens (prefix tokens first), D width
 
@@ -64,7 +64,7 @@ def build_encoder(
     drop_path: float = 0.0,
     any_size: bool = False,
 ) -> nn.Module:
-    """timm's module with the weights in it; positions are resampled to the size of the images.
+    """Build timm's module with the weights in it; positions are resampled to the size of the images.
 
     Args:
         image_size: height and width in pixels.
@@ -81,23 +81,18 @@ def build_encoder(
     options = {"img_size": image_size, "num_classes": num_classes, "in_chans": len(weights.mean)}
     if weights.tensors:
         heads = num_heads or weights.num_heads
-        options |= _sizes_in(weights.tensors) | {"fc_norm": False}
-        options |= {"global_pool": "token" if options["class_token"] else ""}
-        options |= {"num_heads": heads} if heads else {}
+        options |= _sizes_in(weights.tensors) | ({"num_heads": heads} if heads else {})
+        options |= {"fc_norm": False, "global_pool": "token" if options["class_token"] else ""}
     if pool == "cls" and not options.get("class_token", True):
         raise ConfigError(f"model.pool=cls: {weights.name} has no [CLS] token; nearest valid is avg")
-    if drop_path:
-        options |= {"drop_path_rate": drop_path}
-    if any_size:
-        options |= {"dynamic_img_size": True}
-    if pool:
-        options |= {"global_pool": {"avg": "avg", "cls": "token"}[pool]}
-        options |= {"fc_norm": pool == "avg"}
+    options |= {"drop_path_rate": drop_path} if drop_path else {}
+    options |= {"dynamic_img_size": True} if any_size else {}
+    options |= {"global_pool": {"avg": "avg", "cls": "token"}[pool], "fc_norm": pool == "avg"} if pool else {}
     try:
         vit = timm.create_model(weights.arch, pretrained=False, **options)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-        reason = one_line(error)
-        raise ConfigError(f"model.arch={weights.arch}: timm cannot build it for these images: {reason}") from None
+        line = f"model.arch={weights.arch}: timm cannot build it for these images: {one_line(error)}"
+        raise ConfigError(line) from None
     if weights.tensors:
         _fill(vit, weights)
     return vit
@@ -116,8 +111,7 @@ def _fill(vit: nn.Module, weights: Weights) -> None:
     try:
         result = vit.load_state_dict(_fitted(vit, weights), strict=False)
     except (RuntimeError, ValueError) as error:
-        reason = one_line(error, 300)
-        raise CheckpointError(f"{weights.name}: does not fit {weights.arch}: {reason}") from None
+        raise CheckpointError(f"{weights.name}: does not fit {weights.arch}: {one_line(error, 300)}") from None
     missing = [name for name in result.missing_keys if not name.startswith(("head.", "fc_norm."))]
     surplus = [name for name in result.unexpected_keys if not name.startswith("norm.")]
     if missing or surplus:
@@ -138,7 +132,7 @@ def _fitted(vit: VisionTransformer, weights: Weights) -> dict[str, Tensor]:
 
 
 def _resampled(positions_1TD: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
-    """As timm's `resample_abs_pos_embed`, which once left alone what had as many patches as a new square."""
+    """Resample as timm's `resample_abs_pos_embed`, which leaves alone what has as many patches as a new square."""
     patches = math.prod(old)
     prefix_1PD, x_1LD = positions_1TD[:, :-patches], positions_1TD[:, -patches:]
     x_1DRC = x_1LD.float().unflatten(1, old).permute(0, 3, 1, 2)
@@ -152,7 +146,7 @@ def out_indices(depth: int, shares: Shares) -> tuple[int, ...]:
 
 
 class Encoder(nn.Module):
-    """uint8 images [B, H, W, C] -> final tokens [B, T, D], prefix tokens first; the images are normalised here."""
+    """This module turns uint8 images [B, H, W, C] into final tokens [B, T, D], prefix first; it normalises them."""
 
     def __init__(self, vit: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Images with labels: those to train on, and those to test on."""
+"""An evaluation trains on some labelled images and tests on others."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from ccmim_fast.errors import ConfigError, DataError
 
 
 class Images(NamedTuple):
-    """One of the two sets, and what its loaders are built from."""
+    """This tuple holds one of the two sets, and what its loaders are built from."""
 
     source: Source
     data: DataConfig
@@ -26,10 +26,10 @@ class Images(NamedTuple):
 
 
 def open_both(config: EvalConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Images, Images]:
-    """The training images and the test images.
+    """Open the training images and the test images.
 
     Raises:
-        DataError: no readable image, no labels, or other classes in one than in the other.
+        DataError: no readable image, no labels, or other classes in one set than in the other.
         ConfigError: nobody says where the test images are.
     """
     data = config.data

@@ -1,4 +1,4 @@
-"""What an exported file tells of its run: sizes, method, settings, commit; no place of the machine."""
+"""An exported file tells of its run: sizes, method, settings, commit, but no folder of the machine."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The model card: README.md in an exported folder, filled from the run; card.md is its template."""
+"""The model card is README.md in an exported folder, filled from the run; card.md is its template."""
 
 import json
 import math

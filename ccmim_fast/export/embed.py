@@ -1,4 +1,4 @@
-"""Features of a folder's images: one vector for each, written as they come."""
+"""The images of a folder become features: one vector for each, written as they come."""
 
 # B batch, D width, N images
 
@@ -23,17 +23,11 @@ from ccmim_fast.evaluation.frozen.features import extract
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.models.tokens import tokens_of
 
-
-class Rows(NamedTuple):
-    """Of a batch: names, class indices or None, and float32 vectors."""
-
-    names: list[str]
-    labels: list[int] | None
-    features_BD: np.ndarray
+Rows = Iterator[tuple[dict[str, list], np.ndarray]]  # of each batch: columns `name` and `label`, features [B, D]
 
 
 class Embedded(NamedTuple):
-    """How many images have a row, the width of a row, and how many images cannot be used."""
+    """This tuple says how many images have a row, how wide a row is, and how many images cannot be used."""
 
     images: int
     width: int
@@ -79,12 +73,12 @@ def embed_folder(
         with kind.autocast(at):
             return plain(images_BHWC)
 
-    def rows(report: Callable[[int, int], None]) -> Iterator[Rows]:
+    def rows(report: Callable[[int, int], None]) -> Rows:
         done = 0
         for images in evaluation_batches(source, tuple(config.image_size), batch, at, workers):
             features_BD, labels_B = extract(encode, [images], model.encoder.num_prefix_tokens, pool)
             names = [source.name(number).encode(errors="replace").decode() for number in images.host_ids_B.tolist()]
-            yield Rows(names, None if labels_B is None else labels_B.tolist(), features_BD.numpy())
+            yield {"name": names} | ({} if labels_B is None else {"label": labels_B.tolist()}), features_BD.numpy()
             done += len(names)
             report(done, usable_count(source))
 
@@ -97,7 +91,7 @@ def embed_folder(
 
 @contextlib.contextmanager
 def _written(out: Path) -> Iterator[Path]:
-    """A hidden folder for the parts; they take their places beside each other when all are whole."""
+    """Yield a hidden folder for the parts, which take their places beside each other when all are whole."""
     hidden = out.with_name(f".{out.name}-{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -114,24 +108,20 @@ def _written(out: Path) -> Iterator[Path]:
         raise MachineError(f"{error.filename or out}: not written: {error.strerror or error}") from None
 
 
-def _npy(folder: Path, count: int, width: int, labelled: bool, rows: Iterator[Rows]) -> None:
-    features_ND = np.lib.format.open_memmap(folder / "x.npy", "w+", np.float32, (count, width))
-    place = 0
-    with open(folder / "x.jsonl", "w") as names:
-        for batch in rows:
-            features_ND[place : place + len(batch.names)] = batch.features_BD
-            place += len(batch.names)
-            for number, name in enumerate(batch.names):
-                line = {"name": name} | ({} if batch.labels is None else {"label": batch.labels[number]})
-                names.write(json.dumps(line) + "\n")
+def _npy(folder: Path, count: int, width: int, labelled: bool, rows: Rows) -> None:
+    features_ND, place = np.lib.format.open_memmap(folder / "x.npy", "w+", np.float32, (count, width)), 0
+    with open(folder / "x.jsonl", "w") as lines:
+        for columns, features_BD in rows:
+            features_ND[place : place + len(features_BD)] = features_BD
+            place += len(features_BD)
+            lines.writelines(json.dumps(dict(zip(columns, row))) + "\n" for row in zip(*columns.values()))
     features_ND.flush()
 
 
-def _arrow(folder: Path, count: int, width: int, labelled: bool, rows: Iterator[Rows]) -> None:
-    fields = [pa.field("name", pa.string()), *([pa.field("label", pa.int64())] if labelled else [])]
-    schema = pa.schema([*fields, pa.field("features", pa.list_(pa.float32(), width))])
+def _arrow(folder: Path, count: int, width: int, labelled: bool, rows: Rows) -> None:
+    label = [("label", pa.int64())] if labelled else []
+    schema = pa.schema([("name", pa.string()), *label, ("features", pa.list_(pa.float32(), width))])
     with pa.OSFile(str(folder / "x.arrow"), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-        for batch in rows:
-            vectors = pa.FixedSizeListArray.from_arrays(pa.array(batch.features_BD.reshape(-1)), width)
-            columns = [batch.names, *([batch.labels] if labelled else []), vectors]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
+        for columns, features_BD in rows:
+            vectors = pa.FixedSizeListArray.from_arrays(pa.array(features_BD.reshape(-1)), width)
+            writer.write_batch(pa.record_batch([*columns.values(), vectors], schema=schema))

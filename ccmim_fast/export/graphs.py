@@ -1,4 +1,4 @@
-"""The encoder as a graph without Python: ONNX, and torch.export's file."""
+"""The encoder becomes a graph without Python: ONNX, or a file of torch.export."""
 
 # B batch, C channels, H height, W width, T tokens (prefix tokens first), D width
 
@@ -25,7 +25,7 @@ _ONE_FILE = 1.9e9
 
 
 class Tokens(nn.Module):
-    """float32 images [B, C, H, W] in 0..1 -> the final tokens [B, T, D]; the images' normalisation is in it."""
+    """This module turns float32 images [B, C, H, W] in 0..1 into final tokens [B, T, D]; it normalises the images."""
 
     def __init__(self, encoder: VisionTransformer, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
@@ -38,7 +38,7 @@ class Tokens(nn.Module):
 
 
 def export_onnx(run: OpenedRun, out: Path) -> list[Path]:
-    """`images` -> `tokens`, see `Tokens`, of any batch; what the file is stands in its metadata.
+    """Write `images` -> `tokens` of any batch, see `Tokens`; the metadata says what the file is.
 
     Raises:
         MachineError: onnx or onnxscript is not installed.
@@ -65,7 +65,7 @@ def export_onnx(run: OpenedRun, out: Path) -> list[Path]:
 
 
 def export_program(run: OpenedRun, out: Path) -> list[Path]:
-    """For `torch.export.load(FILE).module()`: `Tokens` of any batch; what the file is stands in its `about.json`."""
+    """Write `Tokens` of any batch, for `torch.export.load(FILE).module()`; `about.json` in it says what the file is."""
     file = out / "model.pt2" if out.is_dir() else out
     with _quiet():
         program = torch.export.export(_tokens(run), (_example(run),), dynamic_shapes=_any_batch())
@@ -88,7 +88,7 @@ def _any_batch() -> dict[str, dict[int, object]]:
 
 @contextlib.contextmanager
 def _quiet():
-    """Without the exporters' own progress and advice to their developers."""
+    """Silence the exporters' own progress and advice to their developers."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""An exported folder to the Hugging Face hub. The only file that imports huggingface_hub, which timm brings along."""
+"""This file alone imports huggingface_hub, which timm brings along: it uploads an exported folder."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ def check_name(name: str) -> None:
 
 
 def to_upload(folder: Path) -> list[tuple[str, int]]:
-    """Names and bytes of what lies in `folder`."""
+    """Return names and bytes of what lies in `folder`."""
     return [(path.name, path.stat().st_size) for path in sorted(folder.iterdir())]
 
 

@@ -1,4 +1,4 @@
-"""Exports for ViTModel and ViTMAEForPreTraining of transformers, which need not be installed.
+"""These exports are for ViTModel and ViTMAEForPreTraining of transformers, which need not be installed.
 
 The names of the weights are those of the published checkpoints, which every version of transformers reads.
 """

@@ -1,4 +1,4 @@
-"""Published weights as a checkpoint of ours, to evaluate, to export, to pretrain on."""
+"""Published weights become a checkpoint of ours, to evaluate, to export, to pretrain on."""
 
 import dataclasses
 from collections.abc import Sequence

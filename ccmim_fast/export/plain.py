@@ -1,4 +1,4 @@
-"""Weights under timm's names, and under our own: a safetensors file that says what is in it."""
+"""A safetensors file holds weights under timm's names or under our own, and says what is in it."""
 
 import json
 from pathlib import Path
@@ -16,10 +16,10 @@ WEIGHTS = "model.safetensors"
 
 
 def export_timm(run: OpenedRun, out: Path) -> list[Path]:
-    """The encoder for `timm.create_model(arch, num_classes=0, checkpoint_path=FILE, **timm_arguments)`.
+    """Write the encoder for `timm.create_model(arch, num_classes=0, checkpoint_path=FILE, **timm_arguments)`.
 
-    In a folder stands a config.json beside it, by which `timm.create_model("local-dir:FOLDER", pretrained=True)` needs
-    no more, nor does `hf-hub:OWNER/NAME` once it is pushed.
+    A folder gets a config.json, too: `timm.create_model("local-dir:FOLDER", pretrained=True)` then needs no more, nor
+    does `hf-hub:OWNER/NAME` once it is pushed.
     """
     file = write_weights(to_timm(run.model.state_dict()), about(run), out)
     if file == out:
@@ -48,7 +48,7 @@ def export_timm(run: OpenedRun, out: Path) -> list[Path]:
 
 
 def export_safetensors(run: OpenedRun, out: Path) -> list[Path]:
-    """All weights, under our own names: encoder, decoder and heads."""
+    """Write all weights under our own names: encoder, decoder and heads."""
     return [write_weights(run.model.state_dict(), about(run), out)]
 
 

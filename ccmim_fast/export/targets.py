@@ -1,4 +1,4 @@
-"""The forms in which a run's weights are written for other libraries."""
+"""A run's weights are written for other libraries in these forms."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Target(NamedTuple):
-    """One form.
+    """A target is one form.
 
     Attributes:
         place: `module:function` below this package; the function takes an `OpenedRun` and the folder, or the file of

@@ -1,1 +1,1 @@
-"""Pictures of what a run saw, and one offline HTML page that compares runs."""
+"""The report draws what a run saw, and compares runs in one offline HTML page."""

@@ -1,4 +1,4 @@
-"""A page that compares run folders, whatever state they are in."""
+"""This file makes the page that compares run folders, whatever state they are in."""
 
 import os
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _NAMED = 5  # runs that a message names
 
 
 class Page(NamedTuple):
-    """How many runs the page compares, and a line for each part of them that cannot be shown."""
+    """This tuple says how many runs the page compares, and has a line for each part that cannot be shown."""
 
     runs: int
     remarks: list[str]
@@ -60,7 +60,7 @@ def compare_runs(
 
 
 def _run(folder: Path) -> Path:
-    """Returns a run's folder. Raises ConfigError, naming the runs right below it, for another."""
+    """Return a run's folder; raises ConfigError, naming the runs right below it, for another."""
     if _is_run(folder):
         return folder
     there = "holds no run" if folder.is_dir() else "no such folder"
@@ -74,7 +74,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """What the page calls each: its name, or its path below what all have in common where two have one name."""
+    """Name each run by its folder, or by its path below what all have in common where two have one name."""
     whole = [folder.resolve() for folder in folders]
     if len({path.name for path in whole}) < len(whole):
         top = os.path.commonpath(whole)

@@ -1,4 +1,4 @@
-"""Training curves as inline SVG: matplotlib draws, the page's style sheet gives ink and font."""
+"""Training curves are inline SVG: matplotlib draws, the page's style sheet gives ink and font."""
 
 import html
 import io
@@ -58,7 +58,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def line_style(index: int) -> tuple[str, str]:
-    """Colour ("#rrggbb") and dash ("solid" or "dashed") of the run at `index`, the same in every plot."""
+    """Return colour ("#rrggbb") and dash ("solid", "dashed") of the run at `index`, the same in every plot."""
     return COLOURS[index % len(COLOURS)], ("solid", "dashed")[index // len(COLOURS) % 2]
 
 
@@ -99,7 +99,7 @@ def curve_svg(runs: Sequence[tuple[str, list[dict]]], key: str, label: str, uid:
 
 
 def _points(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs and values, at most POINTS of each; values that are missing or not finite are left out."""
+    """Return epochs and values, at most POINTS of each; values that are missing or not finite are left out."""
     pairs = [(row.get("epoch"), row.get(key)) for row in rows]
     pairs = np.array([pair for pair in pairs if all(map(_is_figure, pair))], dtype=np.float64).reshape(-1, 2)
     groups = np.array_split(pairs, min(len(pairs), POINTS)) if len(pairs) else []

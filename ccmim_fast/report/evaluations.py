@@ -1,4 +1,4 @@
-"""Evaluations that lie in a run folder: rows of a table, deviations from protocols, pictures."""
+"""The report shows the evaluations in a run folder: rows of a table, deviations from protocols, pictures."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from .runs import Remarks, RunView, flatten
 
 
 class Evaluation(NamedTuple):
-    """The content of a folder `RUN/eval/NAME`, as `ccmim eval` leaves it.
+    """This tuple is the content of a folder `RUN/eval/NAME`, as `ccmim eval` leaves it.
 
     Its result.json is a JSON object: `figures` by name; `deviations`, a list of sentences; `protocol` and `source`,
     what they deviate from; `chance`, a share or null; `step`, of the checkpoint, or null; `pictures`, a list of PNG

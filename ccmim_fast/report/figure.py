@@ -1,4 +1,4 @@
-"""Pictures side by side under headings, as a figure of a paper."""
+"""This file draws pictures side by side under headings, as a figure of a paper."""
 
 import io
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _SOFT = "0.35"  # gray
 
 
 class Column(NamedTuple):
-    """What stands under one heading.
+    """A column is what stands under one heading.
 
     Attributes:
         heading: one line or several.
@@ -73,5 +73,5 @@ def figure_png(columns: Sequence[Column], note: str = "") -> bytes:
 
 
 def _rgb(picture_HWC: np.ndarray) -> np.ndarray:
-    """Gray images, and those of more channels than a screen has, by their first one."""
+    """Return images of three channels; of others the first channel is shown."""
     return picture_HWC if picture_HWC.shape[2] == 3 else picture_HWC[..., :1].repeat(3, axis=2)

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs no network, no script and no other file."""
+"""The report is one HTML file that needs no network, no script and no other file."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -46,7 +46,7 @@ TEMPLATES = Environment(
 
 
 class Column(NamedTuple):
-    """A measure of the summary table."""
+    """A column shows one measure in the summary table."""
 
     key: str
     heading: str
@@ -71,7 +71,7 @@ COLUMNS = (
 
 
 class Cell(NamedTuple):
-    """A number of the summary table; `early` is the same measure early in training, or ""."""
+    """A cell shows one number of the summary table; `early` is the same measure early in training, or ""."""
 
     text: str
     early: str
@@ -79,7 +79,7 @@ class Cell(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A grid of images at one epoch; `shown` where the page opens it at first."""
+    """A picture is the grid of images at one epoch; the page opens it at first where `shown`."""
 
     epoch: float
     columns: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What the model saw of a few fixed images at one epoch, kept as arrays and drawn as pictures."""
+"""A snapshot keeps what the model saw of a few fixed images at one epoch; this file stores and draws it."""
 
 # B images, H height, W width, C channels, L patches (row by row)
 
@@ -23,7 +23,7 @@ PNG_BYTES = 250_000  # of the picture of one epoch; those of two runs at five ep
 
 
 class Snapshot(NamedTuple):
-    """A few images at one epoch, as the model scored, masked and reconstructed them.
+    """A snapshot holds a few images at one epoch, as the model scored, masked and reconstructed them.
 
     Attributes:
         epoch: epochs trained so far; a run that was stopped has a part of one.
@@ -95,7 +95,7 @@ def visible_set(image_HWC: np.ndarray, mask_L: np.ndarray, grid: tuple[int, int]
 
 
 def grid_of(snapshot: Snapshot) -> tuple[int, int]:
-    """Patch rows and columns of a snapshot's images, their patches being square. Raises ValueError where none fit."""
+    """Return rows and columns of a snapshot's square patches; raises ValueError where none fit."""
     H, W = snapshot.images_BHWC.shape[1:3]
     L = snapshot.mask_BL.shape[1]
     patch = math.isqrt(H * W // L)
@@ -105,7 +105,7 @@ def grid_of(snapshot: Snapshot) -> tuple[int, int]:
 
 
 def columns_of(snapshot: Snapshot) -> tuple[str, ...]:
-    """Headings of the columns that `snapshot_grid` draws."""
+    """Return the headings of the columns that `snapshot_grid` draws."""
     score = () if snapshot.scores_BL is None else ("score",)
     drawn = () if snapshot.reconstruction_BHWC is None else ("reconstruction",)
     return ("image", *score, "visible", *drawn)
@@ -114,27 +114,24 @@ def columns_of(snapshot: Snapshot) -> tuple[str, ...]:
 def snapshot_grid(snapshot: Snapshot) -> bytes:
     """Draw a snapshot as PNG: a row an image, a column each of `columns_of`; the gaps are transparent."""
     grid = grid_of(snapshot)
-    rows = []
-    for i, image_HWC in enumerate(snapshot.images_BHWC):
-        tiles = [_tile(image_HWC), _tile(visible_set(image_HWC, snapshot.mask_BL[i], grid))]
-        if snapshot.reconstruction_BHWC is not None:
-            tiles.append(_tile(snapshot.reconstruction_BHWC[i]))
-        if snapshot.scores_BL is not None:
-            width, height = tiles[0].size
-            tiles.insert(1, Image.fromarray(heatmap(snapshot.scores_BL[i], grid, (height, width))))
-        rows.append(tiles)
-    width, height = rows[0][0].size
-    canvas = Image.new("RGBA", (len(rows[0]) * (width + GAP) - GAP, len(rows) * (height + GAP) - GAP))
-    for i, tiles in enumerate(rows):
-        for j, tile in enumerate(tiles):
-            canvas.paste(tile, (j * (width + GAP), i * (height + GAP)))
+    shown = [visible_set(image_HWC, mask_L, grid) for image_HWC, mask_L in zip(snapshot.images_BHWC, snapshot.mask_BL)]
+    drawn = () if snapshot.reconstruction_BHWC is None else (snapshot.reconstruction_BHWC,)
+    columns = [list(map(_tile, pictures)) for pictures in (snapshot.images_BHWC, shown, *drawn)]
+    width, height = columns[0][0].size
+    if snapshot.scores_BL is not None:
+        heat = [Image.fromarray(heatmap(scores_L, grid, (height, width))) for scores_L in snapshot.scores_BL]
+        columns.insert(1, heat)
+    canvas = Image.new("RGBA", (len(columns) * (width + GAP) - GAP, len(shown) * (height + GAP) - GAP))
+    for i, column in enumerate(columns):
+        for j, tile in enumerate(column):
+            canvas.paste(tile, (i * (width + GAP), j * (height + GAP)))
     buffer = io.BytesIO()
     canvas.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def picture_uri(png: bytes) -> str:
-    """A PNG as the `src` of an <img>; as WebP where it is large.
+    """Return a PNG as the `src` of an <img>; as WebP where it is large.
 
     Four photographs of 224 pixels, with scores, take 277 KB as PNG and 87 KB as WebP.
     """

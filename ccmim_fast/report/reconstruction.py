@@ -1,4 +1,4 @@
-"""Predictions of the decoder, put back into the image."""
+"""This file puts predictions of the decoder back into the image."""
 
 # B batch, H height, W width, C channels, L patches, M masked, P patch * patch * C
 

@@ -1,4 +1,4 @@
-"""Run folders as the report reads them: whatever is missing is left out."""
+"""The report reads run folders here: whatever is missing is left out."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from .pictures import Snapshot
 
 
 class RunView(NamedTuple):
-    """A run folder under the name the report shows.
+    """This tuple is a run folder under the name that the report shows.
 
     Attributes:
         name: plain text.
@@ -43,7 +43,7 @@ class RunView(NamedTuple):
 
 
 class Remarks(list[str]):
-    """Lines about the parts of run folders that cannot be read: a page tells of them, and shows the rest."""
+    """These lines name the parts of run folders that cannot be read: a page tells of them, and shows the rest."""
 
     def read(self, read: Callable[[], Any], nothing: Any) -> Any:
         """Return what `read` returns; where the file is damaged, note that and return `nothing`."""
@@ -55,7 +55,7 @@ class Remarks(list[str]):
 
 
 class Comparison(NamedTuple):
-    """A table of texts of several runs side by side.
+    """This table has texts of several runs side by side.
 
     Attributes:
         names: heading of each column of values.

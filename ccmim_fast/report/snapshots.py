@@ -1,4 +1,4 @@
-"""Snapshots of a run after the fact: scores, masks and reconstructions of a few of its images by its checkpoints."""
+"""Snapshots of a run are taken after the fact: its checkpoints score, mask and reconstruct a few of its images."""
 
 # B images, H height, W width, C channels
 
@@ -27,14 +27,14 @@ from .reconstruction import reconstruct
 
 
 class Snapshots(NamedTuple):
-    """The snapshots that were taken, by epoch, and a line for each checkpoint that gave none."""
+    """This tuple holds snapshots by epoch, and a line for each checkpoint that gave none."""
 
     taken: list[Snapshot]
     remarks: list[str]
 
 
 class FewImages(NamedTuple):
-    """A few images of a source, each its largest central crop of the shape that the model sees.
+    """This tuple holds a few images of a source, each its largest central crop of the shape that the model sees.
 
     Attributes:
         batch: them, on the CPU.

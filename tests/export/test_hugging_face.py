@@ -7,7 +7,6 @@ from PIL import Image
 from tiny import images, total_loss
 
 from ccmim_fast.cli import main
-from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.tokens import tokens_of
 
 transformers = pytest.importorskip("transformers")
@@ -95,7 +94,7 @@ def test_parts_of_a_vit(options, words):
     import timm
     from timm.models.vision_transformer import ParallelScalingBlock
 
-    sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 48, "depth": 1, "num_heads": 3, "block_fn": ViTBlock}
+    sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 48, "depth": 1, "num_heads": 3}
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes, **options)
     found = obstacles(vit)
     assert len(found) == len(words)

@@ -1,4 +1,4 @@
-"""Frozen features of a whole data set: one vector an image."""
+"""A frozen encoder turns a whole data set into features: one vector an image."""
 
 # B batch, H height, W width, C channels, T tokens (prefix tokens first), D width, N images, S of one rank's share
 

@@ -1,4 +1,4 @@
-"""Images that no run trains on, and the accuracy of frozen features on them."""
+"""Frozen features are measured on held-out images, which no run trains on."""
 
 # B batch, H height, W width, C channels
 
@@ -24,7 +24,7 @@ NEIGHBOURS = 20  # of kNN, or all images where they are fewer
 
 
 class HeldOut(NamedTuple):
-    """A set of images of the training set's kind, drawn from another seed."""
+    """This set holds images of the training set's kind, drawn from another seed."""
 
     source: ShapesSource
     images_BHWC: Tensor
@@ -41,9 +41,9 @@ def make_held_out(config: Config) -> HeldOut:
 
 
 def measure_features(model: CCMIM, config: Config, held_out: Source) -> dict[str, float]:
-    """kNN and logistic-regression accuracy of frozen, average-pooled features; fitted on the training images.
+    """Measure kNN and logistic regression of frozen, average-pooled features, fitted on the training images.
 
-    Both sets have labels, of the same classes.
+    Both sets must have labels, of the same classes.
     """
     device = model.mean_C.device
     encode = tokens_of(model.encoder, model.mean_C, model.std_C)

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification of frozen features."""
+"""Frozen features are classified by their weighted k nearest neighbours."""
 
 # N training images, M test images of one chunk, D width, K neighbours, C classes, R ranks
 

@@ -1,4 +1,4 @@
-"""The fast linear probe: logistic regression on frozen features."""
+"""Logistic regression on frozen features is the fast linear probe."""
 
 # N images, D width
 

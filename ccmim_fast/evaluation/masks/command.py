@@ -1,4 +1,4 @@
-"""`ccmim eval masks`: what a pretrained model attends to, and what it hides."""
+"""`ccmim eval masks` shows what a pretrained model attends to, and what it hides."""
 
 # B images, D of them drawn, H height, W width, C channels, L patches
 
@@ -98,10 +98,17 @@ def _measure(subject: Subject, few: FewImages, object_BL: Tensor | None, count: 
     rows = np.unique(np.linspace(0, len(batch.ids_B) - 1, count).round().astype(int)).tolist()
     mask_DL = scored.masks[config.mask.strategy][rows]
     return Moment(
-        *(subject.name, config, subject.step, subject.epoch, model.grid),
-        *(scored, figures_of(scored, object_BL), rows, few.batch.images_BHWC[rows].numpy()),
-        None if object_BL is None else object_BL[rows].numpy(),
-        _reconstruction(subject, batch.images_BHWC[rows], mask_DL) if subject.decodes else None,
+        subject.name,
+        config,
+        subject.step,
+        subject.epoch,
+        grid=model.grid,
+        scored=scored,
+        figures=figures_of(scored, object_BL),
+        rows=rows,
+        images_DHWC=few.batch.images_BHWC[rows].numpy(),
+        object_DL=None if object_BL is None else object_BL[rows].numpy(),
+        reconstruction_DHWC=_reconstruction(subject, batch.images_BHWC[rows], mask_DL) if subject.decodes else None,
     )
 
 
@@ -113,7 +120,7 @@ def _reconstruction(subject: Subject, images_DHWC: Tensor, mask_DL: Tensor) -> n
 
 
 def _read(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The command's own options, and settings."""
+    """Return the command's own options, and settings."""
     usage = f"{PROG} CHECKPOINT [IMAGES] [options] [settings]"
     said = masks.__doc__.replace("`", "").partition("\n\n")[2]
     end = f"settings: {', '.join(COUNT)} as of ccmim pretrain --help; default: the run's own"

@@ -1,4 +1,4 @@
-"""Figures of scores and masks: how they fall on objects whose place is known, and how far scores differ at all."""
+"""These figures say how scores and masks fall on objects whose place is known, and how far scores differ at all."""
 
 # B images, H height, W width, L patches (row by row), P patch side
 

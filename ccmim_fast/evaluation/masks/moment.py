@@ -1,4 +1,4 @@
-"""One moment of a run as `ccmim eval masks` sees it, and moments as figures (paper, Figure 3a)."""
+"""A moment is what `ccmim eval masks` sees of a checkpoint; moments are drawn as figures (paper, Figure 3a)."""
 
 # D images drawn, H height, W width, C channels
 
@@ -25,7 +25,7 @@ NORM_PIX = (
 
 
 class Moment(NamedTuple):
-    """The scores, masks and figures of all images that were measured, and some of the images to be drawn.
+    """This tuple holds scores, masks and figures of all images that were measured, and some images to be drawn.
 
     Attributes:
         name: the checkpoint, for people.

@@ -1,4 +1,4 @@
-"""Objects whose place is known, and how the scores and masks of a run's own steps fall on them."""
+"""Where the place of objects is known, scores and masks are compared with them."""
 
 # B images, H height, W width, L patches
 
@@ -48,7 +48,7 @@ def _auroc(logits_BL: Tensor | None, object_BL: Tensor) -> float | None:
 
 
 class Objects(Protocol):
-    """A source of masks: which pixels of each image show its object."""
+    """This protocol tells which pixels of each image show its object."""
 
     def mask(self, index: int) -> np.ndarray:
         """Return the mask [H, W] bool of the sample `index`, of the size of its image."""
@@ -56,7 +56,7 @@ class Objects(Protocol):
 
 
 class MaskFolder:
-    """Object masks in PNG files, each under the name of its image; a pixel that is not 0 is object.
+    """This folder has object masks in PNG files, each under the name of its image; a pixel that is not 0 is object.
 
     Args:
         folder: holds `a/b.png` for the image `a/b.jpg` of `root`, or else `b.png`.
@@ -69,7 +69,7 @@ class MaskFolder:
         self._folder, self._root, self._source = folder, root, source
 
     def mask(self, index: int) -> np.ndarray:
-        """See `Objects`; raises DataError where the mask is missing, damaged, or of another size than its image."""
+        """Return the mask; raises DataError where it is missing, damaged, or of another size than its image."""
         name = self._source.name(index)
         whole = self._folder / Path(os.path.relpath(name, self._root)).with_suffix(".png")
         path = whole if whole.is_file() else self._folder / whole.name

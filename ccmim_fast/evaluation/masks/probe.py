@@ -1,4 +1,4 @@
-"""Probes of a model while it trains: how its scores and masks fall on the objects in images, and its loss."""
+"""Probes measure a model while it trains: its loss, and how its scores and masks fall on the objects in images."""
 
 # B images, H height, W width, L patches
 
@@ -52,7 +52,7 @@ def probe(
 
 
 class ScoreProbe(NamedTuple):
-    """Figures of one moment; those about objects are None where nobody knows them.
+    """This tuple has the figures of one moment; those about objects are None where nobody knows them.
 
     Attributes:
         recons: L_recons (Eq. 9) under the run's own masks.

@@ -1,4 +1,4 @@
-"""The moments of `ccmim eval masks` on disk: pictures, result.json and result.md."""
+"""The moments of `ccmim eval masks` become files: pictures, result.json and result.md."""
 
 # B images, L patches
 

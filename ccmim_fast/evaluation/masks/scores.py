@@ -1,4 +1,4 @@
-"""Images as a model scores and divides them: the scores of every source, the masks of every strategy."""
+"""A model scores images by every source and divides them by every strategy."""
 
 # B images, b of one chunk, H height, W width, C channels, L patches, D width
 
@@ -22,7 +22,7 @@ CHUNK = 32  # images at a time: 1 GB of activations at ViT-B and 224 pixels
 
 
 class Scored(NamedTuple):
-    """Images as a model scores and divides them, on the CPU; the noise is that of epoch 0.
+    """This tuple holds images as a model scores and divides them, on the CPU; the noise is that of epoch 0.
 
     Attributes:
         source: of the scores that the masks are drawn by.

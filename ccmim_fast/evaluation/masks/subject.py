@@ -1,4 +1,4 @@
-"""The model to look at, of a run's checkpoint or of published weights, and the settings it is looked at by."""
+"""The subject of `ccmim eval masks` is a model, of a run or of published weights, with settings to measure it by."""
 
 import dataclasses
 from pathlib import Path
@@ -24,7 +24,7 @@ _SIZES = ("model.", "decoder.")
 
 
 class Subject(NamedTuple):
-    """A model in evaluation mode on the CPU, and what is known of it.
+    """This tuple holds a model in evaluation mode on the CPU, and what is known of it.
 
     Attributes:
         name: the checkpoint, for people.
@@ -43,7 +43,7 @@ class Subject(NamedTuple):
     run: OpenedRun | None = None
 
     def untrained(self) -> "Subject":
-        """The same model before its first step: the weights that the run's seed draws."""
+        """Return the model before its first step: the weights that the run's seed draws."""
         return Subject(self.name, initial_model(self.config), self.config, self.decodes, step=0, epoch=0)
 
 
