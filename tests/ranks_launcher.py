@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-FAULTY = str(Path(__file__).parent / "faulty.py")
+TESTS = str(Path(__file__).parent)
+FAULTY = str(Path(TESTS) / "faulty.py")
 PATIENCE = 300  # seconds, for a machine with much to do
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 

@@ -4,6 +4,7 @@ They are files because a file remains when its rank, its machine or the store of
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -114,9 +115,10 @@ def diagnose(heartbeats: Sequence[Heartbeat | None], now: float, silence: float)
 def headline(heartbeats: Sequence[Heartbeat | None], diagnosis: Diagnosis) -> str:
     """Return one line: the rank, its problem, its step and phase, since when, and the ranks that wait for it."""
     ranks, reason = diagnosis
+    known = [beat for beat in heartbeats if beat is not None]
     if not ranks:
-        activities = sorted({beat.activity for beat in heartbeats if beat is not None})
-        return f"no rank is behind the others: all are {', '.join(activities) or 'silent'}"
+        activities = ", ".join(sorted({beat.activity for beat in known}))
+        return f"no rank is behind the others: all are {activities or 'silent'}"
     beat = heartbeats[ranks[0]]
     if beat is None:
         line = f"rank {ranks[0]} has written no heartbeat yet"
@@ -129,10 +131,10 @@ def headline(heartbeats: Sequence[Heartbeat | None], diagnosis: Diagnosis) -> st
         line = f"{beat.name} {problem}; last heartbeat: {beat.activity} at {clock(beat.written)}"
     if ranks[1:]:
         line += f"; likewise {_name(ranks[1:])}"
-    waiting = [b.rank for b in heartbeats if b is not None and b.rank not in ranks and b.outcome != DONE]
-    if reason in ("failed", "died") or not waiting:
-        return line
-    return f"{line}; {_name(waiting)} wait{'s' * (len(waiting) == 1)} for it"
+    waiting = [beat.rank for beat in known if beat.rank not in ranks and beat.outcome != DONE]
+    if waiting and reason in ("silent", "behind"):
+        line += f"; {_name(waiting)} wait{'s' * (len(waiting) == 1)} for it"
+    return line
 
 
 def report(heartbeats: Sequence[Heartbeat | None], diagnosis: Diagnosis, stacks: dict[int, str]) -> str:
@@ -141,20 +143,18 @@ def report(heartbeats: Sequence[Heartbeat | None], diagnosis: Diagnosis, stacks:
     Args:
         stacks: by rank, of ranks that gave one; equal ones are shown once, and those of the fewest ranks first.
     """
-    activities: dict[str, list[int]] = {}
+    activities, by_stack = defaultdict(list), defaultdict(list)
     for rank, beat in enumerate(heartbeats):
-        text = "no heartbeat" if beat is None else beat.outcome or beat.activity
-        activities.setdefault(text, []).append(rank)
+        activities["no heartbeat" if beat is None else beat.outcome or beat.activity].append(rank)
     now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     lines = [headline(heartbeats, diagnosis), "", f"{now}, the last heartbeats:"]
     for activity, ranks in activities.items():
         began = sorted(heartbeats[rank].phase_began for rank in ranks if heartbeats[rank] is not None)
         span = " to ".join(dict.fromkeys(clock(began[i]) for i in (0, -1))) if began else ""
         lines.append(f"  {_name(ranks)}: {activity}{', since ' * bool(span)}{span}")
-    shared: dict[str, list[int]] = {}
     for rank, stack in stacks.items():
-        shared.setdefault(stack.rstrip(), []).append(rank)
-    for stack, ranks in sorted(shared.items(), key=lambda pair: len(pair[1]))[:_MAX_STACKS]:
+        by_stack[stack.rstrip()].append(rank)
+    for stack, ranks in sorted(by_stack.items(), key=lambda pair: len(pair[1]))[:_MAX_STACKS]:
         lines += ["", f"stack of {_name(ranks)}:", stack]
     return "\n".join(lines) + "\n"
 

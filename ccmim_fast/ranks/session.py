@@ -47,23 +47,17 @@ def open_session(device: str, timeout: float = 30.0) -> Iterator[Session]:
     if "WORLD_SIZE" not in os.environ:
         yield Session(0, 1, torch.device(kind))
         return
-    local_rank, backend, own = int(os.environ.get("LOCAL_RANK", 0)), "gloo", torch.device(kind)
-    if kind == "cuda":
-        backend, own = "nccl", torch.device(kind, local_rank)
-        torch.cuda.set_device(own)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    gpu = torch.device(kind, local_rank) if kind == "cuda" else None
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     # Each rank compiles for itself: two that wrote one cache at a time have broken it.
     cache = Path.home() / ".triton" / f"cache_rank_{os.environ['RANK']}"
     os.environ.setdefault("TRITON_CACHE_DIR", str(cache))
     try:
         store, rank, world_size, launch = join_launch(datetime.timedelta(minutes=timeout))
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=rank,
-            world_size=world_size,
-            device_id=own if kind == "cuda" else None,
-            timeout=backend_timeout(timeout),
-        )
+        place = {"store": store, "rank": rank, "world_size": world_size, "device_id": gpu}
+        dist.init_process_group("gloo" if gpu is None else "nccl", timeout=backend_timeout(timeout), **place)
     except (TimeoutError, dist.DistError) as error:
         address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         line = f"rank {os.environ['RANK']} does not find the other ranks at {address}: {one_line(error)}"
@@ -73,7 +67,7 @@ def open_session(device: str, timeout: float = 30.0) -> Iterator[Session]:
     watchdog = Watchdog(rank, world_size, launch, 60 * timeout, local_ranks)
     try:
         with watchdog:
-            yield Session(rank, world_size, own, watchdog)
+            yield Session(rank, world_size, gpu or torch.device(kind), watchdog)
             dist.barrier()
             watchdog.finish()
     finally:

@@ -1,7 +1,6 @@
 """`ccmim eval detection` end to end: what is learnt on shapes, going on, COCO's folder, what is refused."""
 
 import json
-import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ import pytest
 import torch
 from made_coco import SIZES, write_coco
 from PIL import Image
+from ranks_launcher import torchrun
 
 from ccmim_fast import cli
 from ccmim_fast.checkpoints import io
@@ -108,13 +108,8 @@ def test_two_processes_equal_one(evaluated, encoder, cache, shared_settings, tmp
     """51 test images: one rank has one more. A step of rate 0 trains nothing; losses are those of other draws."""
     more = [*SMALL, "--optim.base_lr=0", "--train.max_steps=1", "--data.test_samples=51"]
     one = evaluated("detection", *more, folder="one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    command += ["ccmim_fast.cli", "eval", "detection", str(encoder), *shared_settings, f"--data.root={cache}"]
-    command += [f"--run.dir={tmp_path / 'two'}", *more]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    settings = [*shared_settings, f"--data.root={cache}", f"--run.dir={tmp_path / 'two'}", *more]
+    torchrun(2, "-m", "ccmim_fast.cli", "eval", "detection", str(encoder), *settings)
     two = json.loads((tmp_path / "two" / "result.json").read_text())
     assert two["ranks"] == 2
     assert one["figures"]["box AP"] > 0

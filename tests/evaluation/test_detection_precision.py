@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from ranks_launcher import TESTS, torchrun
 
 from ccmim_fast.evaluation.detection.instances import Instances
 from ccmim_fast.evaluation.detection.precision import average_precision
@@ -107,12 +107,7 @@ def test_two_processes_of_unequal_shares_equal_one(tmp_path):
         "Path(sys.argv[1], str(rank)).write_text(json.dumps(figures)); dist.destroy_process_group()"
     )
     (tmp_path / "two.py").write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(tmp_path / "two.py"), str(tmp_path)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    torchrun(2, str(tmp_path / "two.py"), str(tmp_path), PYTHONPATH=os.pathsep.join([TESTS, *sys.path]))
     alone = average_precision(unequal(0, 1))
     assert 0 < alone["box AP"] < 1
     for rank in "01":

@@ -4,7 +4,6 @@ Chance is to name every pixel background, the most frequent of three classes.
 """
 
 import json
-import os
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from ranks_launcher import torchrun
 from safetensors.torch import save_file
 
 from ccmim_fast import cli
@@ -112,12 +112,8 @@ def test_nothing_to_test_on_is_told(evaluated, miniature, tmp_path):
 @pytest.mark.slow
 def test_two_processes_test_what_is_saved(evaluated, encoder, cache, shared_settings, tmp_path):
     """13 test images: one rank has one more. The checkpoint tested again by one process has the same figures."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "ccmim_fast.cli", "eval", "segmentation", str(encoder), *shared_settings]
-    command += [f"--data.root={cache}", f"--run.dir={tmp_path / 'two'}", *FEW, "--train.steps=4"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
+    settings = [*shared_settings, f"--data.root={cache}", f"--run.dir={tmp_path / 'two'}", *FEW, "--train.steps=4"]
+    torchrun(2, "-m", "ccmim_fast.cli", "eval", "segmentation", str(encoder), *settings)
     two = json.loads((tmp_path / "two" / "result.json").read_text())
     assert two["ranks"] == 2
     one = evaluated("segmentation", *FEW, "--train.steps=4", "--resume=auto", folder="two")

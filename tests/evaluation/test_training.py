@@ -4,14 +4,12 @@ Chance is 1/3 of 150 test images, with a standard deviation of 0.039. Margins ar
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
+from ranks_launcher import torchrun
 from safetensors.torch import load_file, save_file
 
 from ccmim_fast.checkpoints import io
@@ -117,27 +115,8 @@ def test_two_processes_equal_one(evaluated, encoder, cache, shared_settings, tmp
         more = [*SHORT, "--train.epochs=1", "--optim.base_lr=5e-3", "--augment.mixup=0", "--augment.cutmix=0"]
         more += ["--model.drop_path=0", "--data.test_samples=151", "--train.accumulate=2"]
     one = evaluated(name, *more, folder="one")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "ccmim_fast.cli",
-    ]
-    command += [
-        "eval",
-        name,
-        str(encoder),
-        *shared_settings,
-        f"--data.root={cache}",
-        f"--run.dir={tmp_path / 'two'}",
-        *more,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
+    settings = [*shared_settings, f"--data.root={cache}", f"--run.dir={tmp_path / 'two'}", *more]
+    torchrun(2, "-m", "ccmim_fast.cli", "eval", name, str(encoder), *settings)
     two = json.loads((tmp_path / "two" / "result.json").read_text())
     assert two["ranks"] == 2
     np.testing.assert_allclose(list(two["figures"].values()), list(one["figures"].values()), atol=1.01 / 151)
