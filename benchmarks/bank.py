@@ -27,8 +27,8 @@ from measure import random_images
 sys.path.insert(0, str(Path(__file__).parent / "ops"))
 from timing import Variant, time_variants
 
+from ccmim_fast.bank.bank import read_maps, update_maps
 from ccmim_fast.bank.stores import FileStore, open_store
-from ccmim_fast.bank.warp import read, update
 from ccmim_fast.config.keys import settings
 from ccmim_fast.models.precision import choose_precision
 from ccmim_kernels import cls_row
@@ -76,8 +76,8 @@ def parts(options: Namespace) -> dict[str, Variant]:
     numbers = np.random.default_rng(0).choice(IMAGENET, batch, replace=False)
     return {
         "rows of [CLS], 2 x 12 blocks": Variant(rows),
-        "read maps at patches": Variant(lambda _: read(maps, boxes, grid)),
-        "write patches to maps": Variant(lambda _: update(maps, boxes, scores, grid, 0.5)),
+        "read maps at patches": Variant(lambda _: read_maps(maps, boxes, grid)),
+        "write patches to maps": Variant(lambda _: update_maps(maps, boxes, scores, grid, 0.5)),
         "read from the store": Variant(lambda _: store.read(numbers)),
         "write to the store": Variant(lambda _: store.write(numbers, maps)),
     }

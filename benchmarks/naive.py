@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ccmim_fast.engine.step import TrainStep
-from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.models.decoder import Decoder
+from ccmim_fast.models.ccmim import CCMIM, Decoder
 from ccmim_fast.models.scores import AllBlocks, Bank, FirstBlock, OneBlock, Score, eps_of, logits_of
 from ccmim_fast.models.tokens import encode, prefix_tokens, with_prefix
 from ccmim_kernels import Divided, Partition, sample_partition

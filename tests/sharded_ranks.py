@@ -24,7 +24,7 @@ from ccmim_fast.engine.checkpointer import Checkpointer
 from ccmim_fast.engine.compile import compile_step
 from ccmim_fast.engine.task import Task
 from ccmim_fast.errors import CheckpointError
-from ccmim_fast.optim.gradients import own_part
+from ccmim_fast.optim.update import own_part
 from ccmim_fast.ranks.fsdp import let_go
 from ccmim_fast.ranks.session import Session
 

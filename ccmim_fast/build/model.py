@@ -13,8 +13,7 @@ from ccmim_fast import registry
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.losses.criteria import Objective
-from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.models.decoder import Decoder
+from ccmim_fast.models.ccmim import CCMIM, Decoder
 from ccmim_fast.models.encoder import build_encoder, configure_blocks
 from ccmim_fast.models.heads import Heads, build_predictor, build_projector
 from ccmim_fast.models.scores import ScoreSource

@@ -21,7 +21,7 @@ from ccmim_fast.checkpoints import io
 from ccmim_fast.checkpoints.collective import Layout, Together
 from ccmim_fast.checkpoints.distributed import divide
 from ccmim_fast.errors import CheckpointError
-from ccmim_fast.optim.gradients import own_part
+from ccmim_fast.optim.update import own_part
 
 _FAILURES = 3  # saves in a row that may not fail; fewer are a warning
 

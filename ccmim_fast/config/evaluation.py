@@ -120,7 +120,7 @@ class DetectConfig:
 class EvalOptimConfig:
     name: Literal["lars", "sgd", "adamw"] = setting("adamw", "lars: adapted for weights alone", "MAE", "shape")
     base_lr: u.Rate = like(OptimConfig, "base_lr", 1e-3, "MAE, fine-tuning")
-    schedule: Literal["cosine", "poly", "steps"] = setting("cosine", "see optim/schedule.py", "MAE")
+    schedule: Literal["cosine", "poly", "steps"] = setting("cosine", "see optim/update.py", "MAE")
     min_lr: u.Rate = like(OptimConfig, "min_lr")
     milestones: tuple[u.Milestone, ...] = setting((), "steps: shares of the run at which the rate falls to 0.1", "ours")
     momentum: u.Decay = setting(0.9, "momentum of lars and sgd", "MAE, linear probe")
@@ -172,7 +172,7 @@ def validate_evaluation(config: EvalConfig) -> None:
     values = flatten(config)
     for key in ("knn.k", "logreg.c", "head.rates", "detect.short_sides"):
         if not values[key]:
-            refuse(key, (), "a number at least", flatten(EvalConfig())[key])
+            refuse(key, (), "a list of one number at least", flatten(EvalConfig())[key])
     policies = ("rand", "augmix", "original", "v0")
     if config.augment.auto and not config.augment.auto.startswith(policies):
         refuse("augment.auto", config.augment.auto, "a policy of timm", nearest(config.augment.auto, policies))

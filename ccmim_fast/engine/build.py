@@ -23,7 +23,7 @@ from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.precision import Precision, choose_precision
 from ccmim_fast.optim.ema import build_ema
 from ccmim_fast.optim.optimizer import build_optimizer
-from ccmim_fast.optim.schedule import scaled_lr
+from ccmim_fast.optim.update import scaled_lr
 from ccmim_fast.ranks.fsdp import is_sharded, shard
 from ccmim_fast.ranks.session import Session, backend_timeout, broadcast, node_count
 from ccmim_fast.registry import SCORE_SOURCES

@@ -12,7 +12,7 @@ from ccmim_fast.engine.dry_run import dry_run, synthetic_batch
 from ccmim_fast.engine.step import TrainStep
 from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.optim.gradients import drop_gradients
+from ccmim_fast.optim.update import drop_gradients
 
 
 def choose_compile(name: str, device: torch.device, divided: bool = False) -> str:

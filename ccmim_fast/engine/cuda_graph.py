@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine.step import StepResult, TrainStep
-from ccmim_fast.optim.gradients import drop_gradients, set_lr
+from ccmim_fast.optim.update import drop_gradients, set_lr
 
 
 class GraphedStep:

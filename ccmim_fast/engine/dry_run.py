@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine.step import TrainStep
-from ccmim_fast.optim.gradients import drop_gradients, own_part
+from ccmim_fast.optim.update import drop_gradients, own_part
 from ccmim_fast.profile.meter import flop_counter
 
 

@@ -42,6 +42,7 @@ class Loop:
         self.checkpointer = Checkpointer(config, here, folder, task, self.note)
         self.step, self.seen = self.checkpointer.resume()
         self.total_steps = self._count_steps()
+        task.check(self.total_steps - self.step)
         self.monitor, self.spikes = StepMonitor(here), Spikes(config.watch.spike)
         self.signals = StopSignals(keep_after_error=here.world_size > 1)
         self.meter = Meter(config.train.batch_size, here, task.count_flops(), task.precision.dtype)
@@ -98,8 +99,9 @@ class Loop:
 
     def _steps(self, stream: Iterator[Any]) -> Iterator[list[Any]]:
         """The remaining steps, each a list of micro-batches; the wait for data is metered."""
-        grouped = in_groups(stream, self.config.train.accumulate)
-        return self.meter.waiting(islice(grouped, self.total_steps - self.step))
+        grouped = islice(in_groups(stream, self.config.train.accumulate), self.total_steps - self.step)
+        prepared = (self.task.prepare(batches, self.seen) for batches in grouped)
+        return self.meter.steps(prepared, self.step + 1)
 
     def _finished_epoch(self) -> int:
         """Return the number of the epoch that the last step ended, counted from 1, or that the run ends in; else 0."""
@@ -109,9 +111,7 @@ class Loop:
         return ended if ended > (self.seen - self.config.train.batch_size) // self.samples else 0
 
     def _train(self, batches: Sequence[Any]) -> Result:
-        self.here.watchdog.enter_phase("in step", self.step + 1)
         result = self.task.train(batches, self.step, self.seen)
-        self.meter.stepped()
         self.step += 1
         self.seen += self.config.train.batch_size
         return result

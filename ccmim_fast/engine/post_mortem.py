@@ -19,7 +19,7 @@ from ccmim_fast.engine.compile import uncompiled
 from ccmim_fast.errors import CcmimError
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.precision import Precision
-from ccmim_fast.optim.gradients import own_part
+from ccmim_fast.optim.update import own_part
 from ccmim_kernels import partition_from_mask
 
 

@@ -24,7 +24,7 @@ from ccmim_fast.engine.memory import explains_out_of_memory, with_largest_batch
 from ccmim_fast.engine.post_mortem import Evidence, capture
 from ccmim_fast.engine.step import StepResult
 from ccmim_fast.engine.task import Report, Task
-from ccmim_fast.optim.schedule import lr_at, scaled_lr
+from ccmim_fast.optim.update import lr_at, scaled_lr
 from ccmim_fast.profile.profiler import Profile, check_room
 from ccmim_fast.ranks.session import Session, main_first, max_over_ranks, mean_over_ranks, open_session
 from ccmim_fast.runs.folder import describe_run, open_run_folder
@@ -63,13 +63,8 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None
 
 
 def _profile(loop: Loop) -> Profile:
-    """Return what measures `train.profile` steps of the run.
-
-    Raises:
-        ConfigError: it has fewer steps left.
-    """
+    """Return what measures `train.profile` steps of the run."""
     train, task = loop.config.train, loop.task
-    check_room(train.profile, left=loop.total_steps - loop.step)
     images = train.batch_size // loop.here.world_size
     return Profile(
         train.profile, loop.here, loop.folder, loop.meter, task.model, task.precision, images=images, note=loop.note
@@ -114,7 +109,8 @@ class Pretraining(Task):
         self.model, self.optimizer, self.scaler, self.ema = step.model, step.optimizer, step.scaler, step.ema
         self.precision = step.precision
         self._step_fn = prepare_step(step, self.loader.plan.micro_batch_size)
-        self.length = config.train.epochs * self.loader.plan.samples
+        self._samples = self.loader.plan.samples
+        self.length = config.train.epochs * self._samples
         self._nan_id = torch.full((), -1, device=here.device)
 
     def count_flops(self) -> dict[Any, float]:
@@ -129,6 +125,10 @@ class Pretraining(Task):
         weights = sum(p.numel() for p in self.model.parameters())
         return " · ".join([*images, device, f"{weights / 1e6:.1f} M parameters"])
 
+    def prepare(self, batches: list[Batch], seen: int) -> list[Batch]:
+        """See `Task`."""
+        return batches if self.bank is None else self.bank.read(seen, batches)
+
     def train(self, batches: Sequence[Batch], step: int, seen: int) -> StepResult:
         """See `Task`."""
         config = self.config
@@ -136,14 +136,12 @@ class Pretraining(Task):
             # Stochastic depth draws from the global generator: keyed by step and rank, so that a resumed run repeats.
             torch.manual_seed((config.seed << 40) + step * self.here.world_size + self.here.rank)
         lr = lr_at(
-            seen / self.loader.plan.samples,
+            seen / self._samples,
             peak=scaled_lr(config.optim.base_lr, config.train.batch_size),
             floor=config.optim.min_lr,
             warmup=config.optim.warmup_epochs,
             epochs=config.train.epochs,
         )
-        if self.bank is not None:
-            batches = self.bank.read(seen, batches)
         result = self._step_fn(batches, lr)
         if self.bank is not None:
             self.bank.write([seen.maps_BGG for seen in result.seen])
@@ -179,6 +177,10 @@ class Pretraining(Task):
             self.model.eval()
             self._after_epoch(epoch, self)
             self.model.train()
+
+    def check(self, steps_left: int) -> None:
+        """See `Task`."""
+        check_room(self.config.train.profile, left=steps_left)
 
     def state(self) -> dict[str, Any]:
         """See `Task`."""

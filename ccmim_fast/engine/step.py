@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from ccmim_fast.bank import warp
+from ccmim_fast.bank.bank import read_maps, update_maps
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.losses.criteria import Losses, Objective
@@ -21,7 +21,7 @@ from ccmim_fast.models.output import Output
 from ccmim_fast.models.precision import Precision, onednn_linear
 from ccmim_fast.models.scores import PriorScores
 from ccmim_fast.optim.ema import update_ema_
-from ccmim_fast.optim.gradients import Gradients, drop_gradients, guard, set_lr, update
+from ccmim_fast.optim.update import Gradients, drop_gradients, guard, set_lr, update
 from ccmim_fast.ranks.fsdp import is_sharded
 from ccmim_fast.registry import SCORE_SOURCES
 
@@ -139,14 +139,14 @@ class TrainStep:
     ) -> tuple[Losses, Seen]:
         """Compute Eq. 10 of one micro-batch, and observe it."""
         model, momentum = self.model, self.config.score.momentum
-        prior = None if maps_BGG is None else PriorScores(*warp.read(maps_BGG, boxes_B4, model.grid))
+        prior = None if maps_BGG is None else PriorScores(*read_maps(maps_BGG, boxes_B4, model.grid))
         # A cast weight that is kept gives the weight no gradient where a pass without gradients made it, as scores of
         # later blocks do (seen with torch 2.7.1), or FSDP let go of the weight meanwhile (seen with 2.15).
         cache = not (SCORE_SOURCES[self.config.score.source].runs_blocks or self._sharded)
         with self.precision.autocast(images_BHWC.device, cache), onednn_linear(self.onednn):
             output = self.wrapped(images_BHWC, ids_B, epochs_B, prior=prior)
         if maps_BGG is not None:
-            maps_BGG = warp.update(maps_BGG, boxes_B4, output.cls_attention_BL, model.grid, momentum)
+            maps_BGG = update_maps(maps_BGG, boxes_B4, output.cls_attention_BL, model.grid, momentum)
         # Outside autocast: losses are float32 whatever the forward pass ran in.
         losses, partition = self.objective(output, images_BHWC), output.partition
         h_BE = None if output.visible_BE is None else output.visible_BE.detach()

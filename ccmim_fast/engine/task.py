@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 from ccmim_fast.checkpoints.state import Progress
 from ccmim_fast.data.build import Loader
 from ccmim_fast.models.precision import Precision
-from ccmim_fast.optim.gradients import Gradients
+from ccmim_fast.optim.update import Gradients
 
 if TYPE_CHECKING:
     from ccmim_fast.engine.loop import Loop
@@ -46,6 +46,10 @@ class Task:
     precision: Precision
     headline: str
 
+    def prepare(self, batches: list[Any], seen: int) -> list[Any]:
+        """Return the micro-batches of the step after `seen` samples as `train` takes them; it counts as waiting."""
+        return batches
+
     def train(self, batches: Sequence[Any], step: int, seen: int) -> Result:
         """Take one optimizer step on its micro-batches, after `step` steps and `seen` samples."""
         raise NotImplementedError
@@ -63,6 +67,9 @@ class Task:
 
     def after_epoch(self, epoch: int, loop: "Loop") -> None:
         """Evaluate the model after an epoch, and before the first one as epoch 0; every rank calls it."""
+
+    def check(self, steps_left: int) -> None:
+        """Raise ConfigError where the steps that are left are too few for what the settings ask of them."""
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint holds besides model, optimizer, scaler and ema; every rank calls it."""

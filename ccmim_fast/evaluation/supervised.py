@@ -23,8 +23,7 @@ from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.optim.ema import averaged_in, build_ema, update_ema_
-from ccmim_fast.optim.gradients import Gradients, drop_gradients, guard, set_lr, update
-from ccmim_fast.optim.schedule import lr_at, scaled_lr
+from ccmim_fast.optim.update import Gradients, drop_gradients, guard, lr_at, scaled_lr, set_lr, update
 from ccmim_fast.ranks.session import mean_over_ranks
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from ccmim_fast.optim.gradients import own_part
+from ccmim_fast.optim.update import own_part
 
 
 def build_ema(model: nn.Module, decay: float) -> AveragedModel | None:

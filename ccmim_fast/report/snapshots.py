@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ccmim_fast.bank.warp import read
+from ccmim_fast.bank.bank import read_maps
 from ccmim_fast.checkpoints import OpenedRun, io, open_run
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.build import build_source
@@ -103,7 +103,7 @@ def prior_scores(run: OpenedRun, few: FewImages) -> PriorScores | None:
     model, maps_NGG = run.model, run.maps_NGG
     if not model.banked or maps_NGG is None or few.source.fingerprint != run.images:
         return None
-    return PriorScores(*read(maps_NGG[few.places_B], few.batch.boxes_B4, model.grid))
+    return PriorScores(*read_maps(maps_NGG[few.places_B], few.batch.boxes_B4, model.grid))
 
 
 @lru_cache(maxsize=1)  # runs of one data set, one after the other, open it once

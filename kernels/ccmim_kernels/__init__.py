@@ -10,8 +10,7 @@ from ccmim_kernels.divide_tokens import Divided, divide_tokens, folded_logits
 from ccmim_kernels.gather_tokens import gather_tokens
 from ccmim_kernels.hog_target import hog_target
 from ccmim_kernels.info_nce import info_nce, moco_nce
-from ccmim_kernels.masked_patch_loss import NORM_PIX_EPS, masked_patch_loss, masked_target
-from ccmim_kernels.patches import patchify, unpatchify
+from ccmim_kernels.masked_patch_loss import NORM_PIX_EPS, masked_patch_loss, masked_target, patchify, unpatchify
 from ccmim_kernels.restore_tokens import restore_tokens
 from ccmim_kernels.sample_partition import STRATEGIES, Partition, partition_from_mask, sample_partition
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ccmim_kernels.dispatch import uses_triton
-from ccmim_kernels.patches import patchify
+from ccmim_kernels.masked_patch_loss import patchify
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 EPS = 1e-12  # of the histogram's L2 norm; a constant cell gives zeros

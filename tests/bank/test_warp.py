@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ccmim_fast.bank.warp import read, update
+from ccmim_fast.bank.bank import read_maps, update_maps
 
 WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64)
 MIRRORED = torch.tensor([[0.0, 1.0, 1.0, -1.0]], dtype=torch.float64)
@@ -78,7 +78,7 @@ GRIDS = st.tuples(st.integers(1, 9), st.integers(1, 9))
 def test_read_equals_loops(box, grid, cells, seed):
     maps = torch.randn(1, cells, cells, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     maps[:, torch.rand(cells, cells, generator=torch.Generator().manual_seed(seed)) < 0.3] = 0
-    scores, share = read(maps, torch.tensor([box], dtype=torch.float64), grid)
+    scores, share = read_maps(maps, torch.tensor([box], dtype=torch.float64), grid)
     assert scores.shape == share.shape == (1, grid[0] * grid[1])
     expected = torch.tensor(slow_read(maps[0].tolist(), box, grid), dtype=torch.float64)
     torch.testing.assert_close(scores[0], expected, rtol=0, atol=1e-9)
@@ -93,7 +93,7 @@ def test_update_equals_loops(box, grid, cells, seed, momentum):
     maps = torch.randn(1, cells, cells, dtype=torch.float64, generator=generator)
     maps[torch.rand(1, cells, cells, generator=generator) < 0.3] = 0
     scores = torch.randn(1, grid[0] * grid[1], dtype=torch.float64, generator=generator)
-    after = update(maps, torch.tensor([box], dtype=torch.float64), scores, grid, momentum)
+    after = update_maps(maps, torch.tensor([box], dtype=torch.float64), scores, grid, momentum)
     slow = slow_update(maps[0].tolist(), box, scores[0].unflatten(0, grid).tolist(), grid, momentum)
     for row in range(cells):
         for column in range(cells):
@@ -106,19 +106,19 @@ def test_update_equals_loops(box, grid, cells, seed, momentum):
 def test_the_whole_image_is_read_and_written_bit_for_bit(side, dtype):
     """As many patches as cells: nothing is interpolated, so nothing is rounded either."""
     maps = torch.randn(3, side, side).to(dtype)
-    scores, share = read(maps, WHOLE.expand(3, 4), (side, side))
+    scores, share = read_maps(maps, WHOLE.expand(3, 4), (side, side))
     assert torch.equal(scores, maps.float().flatten(1))
     assert torch.equal(share, torch.ones_like(share))
-    written = update(torch.zeros_like(maps), WHOLE.expand(3, 4), scores, (side, side), 0.5)
+    written = update_maps(torch.zeros_like(maps), WHOLE.expand(3, 4), scores, (side, side), 0.5)
     assert written.dtype == dtype
     assert torch.equal(written, maps)
 
 
 def test_a_mirrored_crop_is_read_and_written_backwards():
     maps = torch.randn(1, 6, 6)
-    scores, _ = read(maps, MIRRORED, (6, 6))
+    scores, _ = read_maps(maps, MIRRORED, (6, 6))
     assert torch.equal(scores.view(6, 6), maps[0].flip(1))
-    written = update(torch.zeros_like(maps), MIRRORED, scores, (6, 6), 0.5)
+    written = update_maps(torch.zeros_like(maps), MIRRORED, scores, (6, 6), 0.5)
     torch.testing.assert_close(written, maps, rtol=0, atol=0)
 
 
@@ -127,8 +127,8 @@ def test_what_is_written_is_read_again_by_the_same_crop():
     box = torch.tensor([[0.1, 0.2, 0.7, 0.6]], dtype=torch.float64)
     rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
     ramp = 1 + 0.3 * rows - 0.2 * columns
-    maps = update(torch.zeros(1, 64, 64), box, ramp.flatten()[None], (8, 8), 0.5)
-    again, share = read(maps, box, (8, 8))
+    maps = update_maps(torch.zeros(1, 64, 64), box, ramp.flatten()[None], (8, 8), 0.5)
+    again, share = read_maps(maps, box, (8, 8))
     inner = (slice(None), slice(1, -1), slice(1, -1))
     torch.testing.assert_close(again.view(1, 8, 8)[inner], ramp[None][inner], rtol=0, atol=1e-5)
     assert bool((share == 1).all())
@@ -138,7 +138,7 @@ def test_cells_outside_the_crop_stay_and_inside_are_mixed():
     maps = torch.full((1, 4, 4), 2.0)
     maps[0, 0, 0] = 0  # never seen
     left_half = torch.tensor([[0.0, 0.0, 1.0, 0.5]], dtype=torch.float64)
-    after = update(maps, left_half, torch.full((1, 4), 10.0), (2, 2), 0.75)[0]
+    after = update_maps(maps, left_half, torch.full((1, 4), 10.0), (2, 2), 0.75)[0]
     assert torch.equal(after[:, 2:], torch.full((4, 2), 2.0))
     assert after[0, 0] == 10.0
     assert torch.equal(after[1:, :2], torch.full((3, 2), 0.75 * 2 + 0.25 * 10))
@@ -147,19 +147,19 @@ def test_cells_outside_the_crop_stay_and_inside_are_mixed():
 def test_a_crop_between_centres_leaves_nothing():
     maps = torch.zeros(1, 4, 4)
     tiny = torch.tensor([[0.26, 0.26, 0.1, 0.1]], dtype=torch.float64)
-    assert torch.equal(update(maps, tiny, torch.ones(1, 9), (3, 3), 0.5), maps)
-    assert float(read(maps, tiny, (3, 3))[0].abs().max()) == 0
+    assert torch.equal(update_maps(maps, tiny, torch.ones(1, 9), (3, 3), 0.5), maps)
+    assert float(read_maps(maps, tiny, (3, 3))[0].abs().max()) == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_scores_that_are_not_finite_leave_the_map_as_it_was(bad):
     maps, scores = torch.full((1, 2, 2), 3.0), torch.ones(1, 4)
     scores[0, 3] = bad
-    after = update(maps, WHOLE, scores, (2, 2), 0.5)
+    after = update_maps(maps, WHOLE, scores, (2, 2), 0.5)
     assert torch.equal(after, maps)
 
 
 def test_the_given_map_is_left_as_it_is():
     maps = torch.ones(1, 3, 3)
-    update(maps, WHOLE, torch.zeros(1, 9) + 5, (3, 3), 0.5)
+    update_maps(maps, WHOLE, torch.zeros(1, 9) + 5, (3, 3), 0.5)
     assert torch.equal(maps, torch.ones(1, 3, 3))

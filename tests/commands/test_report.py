@@ -106,14 +106,14 @@ def test_a_bank_is_read_as_it_was_saved(ended):
     """Scores drawn are those of the maps in the checkpoint, through the crop that is drawn."""
     import torch
 
-    from ccmim_fast.bank.warp import read
+    from ccmim_fast.bank.bank import read_maps
     from ccmim_fast.checkpoints import io as checkpoints
     from ccmim_fast.report.snapshots import take_snapshots
 
     path = checkpoints.checkpoints(ended[0] / "checkpoints")[-1]
     maps_BGG = checkpoints.load(path)["maps"][[0, 11]]
     whole_B4 = torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2, dtype=torch.float64)
-    scores_BL, share_BL = read(maps_BGG, whole_B4, (4, 6))
+    scores_BL, share_BL = read_maps(maps_BGG, whole_B4, (4, 6))
     seen = take_snapshots(ended[0], images=2, moments=1).taken[0].scores_BL
     for scores_L, share_L, seen_L in zip(scores_BL, share_BL, torch.from_numpy(seen)):
         known = share_L == 1

@@ -6,7 +6,7 @@ import pytest
 from tiny import tiny_model
 
 from ccmim_fast.optim.optimizer import build_optimizer
-from ccmim_fast.optim.schedule import lr_at, scaled_lr
+from ccmim_fast.optim.update import lr_at, scaled_lr
 
 
 def test_schedule():

@@ -10,8 +10,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ccmim_fast.errors import MachineError
 from ccmim_fast.optim.ema import build_ema, update_ema_
-from ccmim_fast.optim.gradients import guard, set_lr, update
 from ccmim_fast.optim.optimizer import build_optimizer
+from ccmim_fast.optim.update import guard, set_lr, update
 
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.05, "betas": (0.9, 0.95)}
 
@@ -180,7 +180,7 @@ def test_apex_is_given_our_groups_and_settings(monkeypatch):
     assert type(lamb).__name__ == "FusedLAMB"
     assert lamb.given == {"betas": (0.9, 0.95), "max_grad_norm": float("inf")}
     assert [group["weight_decay"] for group in lamb.param_groups] == [0.0, 0.05]
-    with pytest.raises(MachineError, match=r"apex_lamb: not within train\.cuda_graph"):
+    with pytest.raises(MachineError, match=r"apex_lamb: does not work with train\.cuda_graph"):
         build_optimizer("apex_lamb", model, capturable=True, **SETTINGS)
 
 

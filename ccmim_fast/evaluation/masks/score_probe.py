@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ccmim_fast.bank.warp import read
+from ccmim_fast.bank.bank import read_maps
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.stream.batch import make_batch
 from ccmim_fast.data.stream.torch_loader import load_crop
@@ -48,7 +48,7 @@ def probe_scores(run: Pretraining, epoch: int, count: int) -> ScoreProbe:
     batch = make_batch(images_BHWC.to(run.here.device), shown, run.source, run.here.device)
     known = None
     if run.bank is not None:
-        known = PriorScores(*read(run.bank.maps_of(shown.ids_B), batch.boxes_B4, model.grid))
+        known = PriorScores(*read_maps(run.bank.maps_of(shown.ids_B), batch.boxes_B4, model.grid))
     output = model(batch.images_BHWC, batch.ids_B, batch.epochs_B, prior=known)
     recons = float(run.train_step.objective.recons(output, batch.images_BHWC))
     if not isinstance(run.source, ShapesSource):
