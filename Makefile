@@ -1,5 +1,7 @@
 # make demo        sets up and does the main job: pretrains, compares, writes runs/demo/report.html
-# make test        sets up and passes the tests; ENV=torch211 or ENV=pascal: those that another torch could break
+# make test        sets up and passes the tests that cover every part in minutes; ENV=torch211 or ENV=pascal: those that
+#                  another torch could break
+# make test-all    those, and then the slow ones (make test-slow)
 # make test-gpu    the tests marked `gpu`, with $(PYTHON) and its own torch: nothing is installed
 # make sanitize-gpu  memcheck and racecheck of the small kernel tests (compute-sanitizer is part of the CUDA toolkit)
 # make bench       sets up, installs the peers, and writes benchmarks/results/: throughput, ladder, attention, bank, scaling, data, ops; CPU, 40 minutes
@@ -26,14 +28,20 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 AT_HAND := PYTHONPATH=.:kernels $(PYTHON)
 
-.PHONY: demo test test-gpu sanitize-gpu bench bench-gpu docs lint format clean
+.PHONY: demo test test-slow test-all test-gpu sanitize-gpu bench bench-gpu docs lint format clean
 
 demo: $(STAMP)
 	$(BIN)/ccmim demo --overwrite
 
 # A process per core, up to eight; the tests of a file stay together, for what they share.
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 test: $(STAMP)
-	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(TESTS)
+	$(PYTEST) -m "not slow" $(TESTS)
+
+test-slow: $(STAMP)
+	$(PYTEST) -m slow $(TESTS)
+
+test-all: test test-slow
 
 test-gpu:
 	$(AT_HAND) -m pytest -m gpu $(ARGS)

@@ -5,6 +5,7 @@ Without a CUDA device the Triton kernels run in Triton's interpreter, on the CPU
 
 import errno
 import os
+from pathlib import Path
 
 # Threads that wait do not spin: the tests stay fast on a machine that is doing something else too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -37,9 +38,16 @@ def pytest_runtest_makereport():
     return report
 
 
-# First, so that `-m gpu` sees the marks.
+# Tests that took more than 1.2 seconds of processor time when last measured: left to `make test-slow`.
+SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text().splitlines())
+
+
+# First, so that `-m gpu` and `-m slow` see the marks.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid in SLOW:
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         # Every test of a kernel is a GPU test where there is a GPU.
         for item in items:

@@ -103,7 +103,7 @@ def make_folder(folder: Path) -> None:
         tar.add(folder / "images", "images")
     (folder / "file").write_text("text")
     torch.save({"cls_token": torch.zeros(1)}, folder / "weights.pth")
-    good = {"model": {}, "ema": None, "progress": {"step": 1, "samples": 4}, "config": ""}
+    good = {"model": {}, "ema": None, "progress": {"step": 1, "seen": 4, "samples": 4, "images": ""}, "config": ""}
     for name, state in (("good", good), ("bad", {"model": 5})):
         checkpoints.save(folder / "runs" / name / "checkpoints", 1, state, keep=1)
         (folder / "runs" / name / "config.yaml").write_text("run: {log_every: 1}\n" if name == "good" else "[" * 9)
@@ -131,7 +131,7 @@ def called(argv: list[str]) -> tuple[int, str]:
 def test_fault_27_command_lines(monkeypatch):
     seen = Counter()
     for name in (
-        *("engine.loop.fit", "ablation.demo.run_demo", "commands.submit.submit_job", "ablation.run.run_all"),
+        *("engine.pretraining.fit", "ablation.demo.run_demo", "commands.submit.submit_job", "ablation.run.run_all"),
         *("data.throughput.measure_throughput", "data.verify.verify", "doctor.parts.gpus"),
         *("evaluation.run.open_run_folder", "evaluation.masks.subject.build_model"),
         "checkpoints.run.build_model",

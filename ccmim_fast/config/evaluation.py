@@ -1,263 +1,186 @@
-"""The configuration of one evaluation: frozen, typed, each field with its unit and source.
+"""The configuration of one evaluation: frozen, typed, each setting with its unit, range, help and source.
 
-A protocol's figures are a preset of `configs/eval/`; the defaults here are what protocols share. "MAE" is He et al.
-(2021) and its repository, "CAE" is Chen et al. (2022).
+A protocol's figures are a preset of `configs/eval/`; the defaults here are what protocols share. Sources beside those
+of `schema.py`: "CAE" is Chen et al. (2022), "DINO" Caron et al. (2021), "DeiT" Touvron et al. (2021), "ViTDet" Li et
+al. (2022), "FPN" Lin et al. (2017), "Mask R-CNN" He et al. (2017), and "mmseg" mmsegmentation, in which UPerNet's
+published figures on ADE20K were made.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Literal
 
-from ccmim_fast.config.keys import flatten, nearest, settings
-from ccmim_fast.config.schema import DataConfig, WatchConfig
-from ccmim_fast.config.validate import COUNT, COUNT_OR_0, check_values
-from ccmim_fast.errors import ConfigError
+from ccmim_fast.config import units as u
+from ccmim_fast.config.keys import flatten, nearest
+from ccmim_fast.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, WatchConfig
+from ccmim_fast.config.setting import like, section, setting
+from ccmim_fast.config.validate import check_order, check_resume, check_values
+from ccmim_fast.config.values import refuse
 
 
 @dataclass(frozen=True)
-class EvalRunConfig:
-    # output folder; empty: eval/NAME in the folder of the checkpoint's run, or runs/eval/NAME for another checkpoint.
-    # Refused if not empty, unless `resume` or `overwrite` is set
-    dir: str = ""
-    resume: Literal["never", "auto"] = "never"  # auto: go on from the newest complete checkpoint in `dir`
-    overwrite: bool = False  # empty `dir` first
-    allow_change: bool = False  # go on with settings that make it another run: batch, rate, epochs and the like
-    save_every: int = 1  # epochs between checkpoints; the last epoch is always saved
-    keep: int = 1  # newest checkpoints kept
-    keep_every: int = 0  # epochs; every n-th is saved too, and its checkpoint kept for good besides those; 0: none
-    log_every: int = 20  # optimizer steps between log lines
-    test_every: int = 10  # epochs between accuracies on the test images; the last epoch is always tested
-    tensorboard: bool = False  # event files beside metrics.jsonl
+class EvalRunConfig(RunConfig):
+    dir: u.Folder = setting("", "output; empty: eval/NAME in the checkpoint's run, else runs/eval/NAME", "ours")
+    save_every: u.Epochs = like(RunConfig, "save_every", 1)
+    keep: u.Count = like(RunConfig, "keep", 1)
+    tensorboard: bool = like(RunConfig, "tensorboard", False, "ours")
+    test_every: u.Epochs = setting(
+        10, "epochs between accuracies on the test images; the last is always tested", "ours"
+    )
 
 
 @dataclass(frozen=True)
 class EvalDataConfig:
-    # Folders of images, or a data set as its owners publish it; `shapes` are made by code, those to test on from
-    # another seed. Each evaluation says which it reads.
-    source: Literal["images", "shapes", "coco", "ade20k", "inaturalist", "flowers"] = "images"
-    root: str = ""  # folder with train/ and val/ (or test/), of training images, or of a published set; `shapes`: cache
-    test: str = ""  # folder of the test images; empty: val/ or test/ in `root`
-    index: str = ""  # as in pretraining: file that says where each training image is
-    on_error: Literal["skip", "error"] = "skip"  # an image that cannot be decoded
-    max_bad: float = 0.01  # share of the images that may be unusable; more stop the run
-    loader: Literal["auto", "dali", "torch"] = "auto"  # auto: DALI where it is installed, else PIL + torch
-    image_size: tuple[int, int] = (224, 224)  # height, width in pixels; MAE
-    mean: tuple[float, ...] = ()  # per channel on a 0..1 scale; empty: the checkpoint's, else ImageNet's
-    std: tuple[float, ...] = ()
-    crop_scale: tuple[float, float] = (0.08, 1.0)  # random resized crop, share of the image's area; MAE
-    flip: bool = True  # horizontal flip of training images, p = 0.5; MAE
-    test_crop: float = 0.875  # share of the shorter side that a test image shows: 224 of 256; MAE
-    workers: int = 0  # decoding threads of a rank, in fine-tuning and detection processes; 0: its share of the cores
-    samples: int = 4000  # `shapes`: number of training images
-    test_samples: int = 1000  # `shapes`: number of test images
-    classes: int = 6  # `shapes`: number of shape classes, 2..6
-    background: Literal["plain", "textured"] = "plain"  # `shapes`: what stands behind the object
+    source: Literal["images", "shapes", "coco", "ade20k", "inaturalist", "flowers"] = setting(
+        "images", "folders of images, shapes made by code, or a data set as its owners publish it", "ours"
+    )
+    root: u.Folder = setting("", "train/ and val/ or test/, or a published set; shapes: the cache", "ours", "free")
+    test: u.Folder = setting("", "the test images; empty: val/ or test/ in data.root", "ours", "free")
+    index: u.File = like(DataConfig, "index")
+    on_error: u.OnError = like(DataConfig, "on_error")
+    max_bad: u.Share = like(DataConfig, "max_bad")
+    loader: u.Loader = like(DataConfig, "loader")
+    image_size: tuple[u.Side, u.Side] = like(DataConfig, "image_size", source="MAE")
+    mean: tuple[u.Share, ...] = like(DataConfig, "mean", (), "the checkpoint's, else ImageNet's")
+    std: tuple[u.Positive, ...] = like(DataConfig, "std", (), "the checkpoint's, else ImageNet's")
+    crop_scale: tuple[u.Part, u.Part] = like(DataConfig, "crop_scale", (0.08, 1.0))
+    flip: bool = like(DataConfig, "flip", True, "MAE")
+    test_crop: u.Part = setting(0.875, "share of the shorter side that a test image shows: 224 of 256", "MAE")
+    workers: u.Threads = like(DataConfig, "workers")
+    samples: u.Images = like(DataConfig, "samples")
+    test_samples: u.Images = setting(1000, "shapes: number of test images", "ours")
+    classes: u.Classes = like(DataConfig, "classes")
+    background: u.Background = like(DataConfig, "background")
 
 
 @dataclass(frozen=True)
 class EvalModelConfig:
-    arch: str = ""  # timm's name, where the checkpoint does not tell; else vit_base_patch16_224 if 768 wide
-    num_heads: int = 0  # of attention; 0: the run's, else the architecture's own
-    pool: Literal["avg", "cls"] = "avg"  # mean over the patches' tokens (paper, appendix C), or [CLS]
-    drop_path: float = 0.0  # stochastic depth rate, fine-tuning
+    arch: u.Name = setting("", "timm's name, where the checkpoint has none", "ours: ViT-B/16 if 768 wide", "shape")
+    num_heads: u.HeadsOr0 = setting(0, "heads of attention; 0: the run's, else the architecture's", "ours", "shape")
+    pool: Literal["avg", "cls"] = setting("avg", "mean over the patches' tokens, or [CLS]", "paper, appendix C")
+    drop_path: u.Decay = like(ModelConfig, "drop_path")
 
 
 @dataclass(frozen=True)
 class KnnConfig:
-    k: tuple[int, ...] = (10, 20, 100, 200)  # neighbours; DINO
-    temperature: float = 0.07  # a neighbour's weight is exp(cosine / temperature); DINO
+    k: tuple[u.Count, ...] = setting((10, 20, 100, 200), "neighbours", "DINO")
+    temperature: u.Positive = setting(0.07, "a neighbour's weight is exp(cosine / temperature)", "DINO")
 
 
 @dataclass(frozen=True)
 class LogregConfig:
-    c: tuple[float, ...] = (
-        1e-4,
-        1e-3,
-        1e-2,
-        1e-1,
-    )  # inverse penalties tried on a fifth held out
+    c: tuple[u.Positive, ...] = setting((1e-4, 1e-3, 1e-2, 1e-1), "inverse penalties tried on a fifth held out", "ours")
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    rates: tuple[float, ...] = (1.0,)  # linear: times `optim.base_lr`, a head of its own for each, trained at once
-    num_heads: int = 0  # attentive: of the pooling attention; 0: the encoder's
-    init_std: float = 0.01  # of the classifier's weights; MAE, linear probe
+    rates: tuple[u.Positive, ...] = setting((1.0,), "linear: heads, each with so many times base_lr", "MAE", "shape")
+    num_heads: u.HeadsOr0 = setting(0, "attentive: heads of the pooling; 0: the encoder's", "ours", "shape")
+    init_std: u.Factor = setting(0.01, "standard deviation of the classifier's initial weights", "MAE, linear probe")
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    auto: str = ""  # timm's policy, such as rand-m9-mstd0.5-inc1; empty: none
-    erase: float = 0.0  # probability of random erasing, by pixels of noise
-    mixup: float = 0.0  # alpha; 0: none
-    cutmix: float = 0.0  # alpha; 0: none
-    smoothing: float = 0.0  # of labels
-    repeats: int = 1  # times that an epoch shows an image, out of so many times fewer images; DeiT
+    auto: u.Name = setting("", "timm's policy, such as rand-m9-mstd0.5-inc1; empty: none", "MAE, linear probe")
+    erase: u.Share = setting(0.0, "probability of random erasing, by pixels of noise", "MAE, linear probe")
+    mixup: u.Factor = setting(0.0, "alpha of mixup; 0: none", "MAE, linear probe")
+    cutmix: u.Factor = setting(0.0, "alpha of CutMix; 0: none", "MAE, linear probe")
+    smoothing: u.Decay = setting(0.0, "smoothing of labels", "MAE, linear probe")
+    repeats: u.Count = setting(1, "times that an epoch shows an image, out of so many times fewer", "MAE (DeiT: 3)")
 
 
 @dataclass(frozen=True)
 class SegmentConfig:
-    """Segmentation. "mmseg" is mmsegmentation, in which UPerNet's published figures on ADE20K were made."""
-
-    sides: tuple[int, int] = (512, 2048)  # pixels, short and long; images are as large as fits into them; mmseg
-    ratio: tuple[float, float] = (0.5, 2.0)  # times `sides`, drawn for each training image; mmseg
-    most: float = 0.75  # share of a crop that one class may have, else another is drawn, up to ten times; mmseg
-    stride: int = 341  # pixels from one window of a test image to the next; a window is `data.image_size`; mmseg
-    decoder_dim: int = 0  # width of UPerNet's maps; 0: the encoder's; BEiT
-    auxiliary_dim: int = 256  # width of the auxiliary classifier; mmseg
-    auxiliary_weight: float = 0.4  # of its loss; mmseg
-    dropout: float = 0.1  # before the classifiers; mmseg
+    sides: tuple[u.Side, u.Side] = setting((512, 2048), "short and long; an image is as large as fits", "mmseg")
+    ratio: tuple[u.Zoom, u.Zoom] = setting((0.5, 2.0), "range of the scale, of segment.sides", "mmseg")
+    most: u.Part = setting(0.75, "share of a crop that one class may have, else up to ten others are drawn", "mmseg")
+    stride: u.Pixels = setting(341, "from one window (data.image_size) of a test image to the next", "mmseg")
+    decoder_dim: u.WidthOr0 = setting(0, "width of UPerNet's maps; 0: the encoder's", "BEiT", "shape")
+    auxiliary_dim: u.Channels = setting(256, "width of the auxiliary classifier", "mmseg", "shape")
+    auxiliary_weight: u.Factor = setting(0.4, "weight of the auxiliary classifier's loss", "mmseg")
+    dropout: u.Decay = setting(0.1, "dropout before the classifiers", "mmseg")
 
 
 @dataclass(frozen=True)
 class DetectConfig:
-    pyramid: Literal["fpn", "simple"] = "fpn"  # over the outputs of four blocks (CAE), or the last one's (ViTDet)
-    width: int = 256  # channels of the pyramid and of the heads' convolutions; FPN (Lin et al., 2017)
-    proposals: int = 512  # of an image, a quarter of them objects, that the heads are trained on; Mask R-CNN
-    resize: Literal["short_side", "jitter"] = "short_side"  # jitter: scaled, then cut to `data.image_size`
-    short_sides: tuple[int, ...] = tuple(range(480, 801, 32))  # pixels, one drawn; images to test on have the last; CAE
-    long_side: int = 1333  # pixels that the longer side may have
-    jitter: tuple[float, float] = (0.1, 2.0)  # range of the scale, of what fits into `data.image_size`; ViTDet
-    window: int = 0  # patches: side of the windows that all blocks but four attend within; 0: all attend to the image
+    pyramid: Literal["fpn", "simple"] = setting("fpn", "of four blocks, or of the last (ViTDet)", "CAE", "shape")
+    width: u.Width = setting(256, "channels of the pyramid and of the heads' convolutions", "FPN", "shape")
+    proposals: u.whole("boxes", 4) = setting(
+        512, "boxes of an image that train the heads, a quarter objects", "Mask R-CNN"
+    )
+    resize: Literal["short_side", "jitter"] = setting("short_side", "jitter: scaled, then cut to image_size", "CAE")
+    short_sides: tuple[u.whole("pixels", 8, 65536), ...] = setting(
+        tuple(range(480, 801, 32)), "sides of which one is drawn; test images have the last", "CAE"
+    )
+    long_side: u.whole("pixels", 8, 65536) = setting(1333, "largest longer side", "CAE")
+    jitter: tuple[u.Scale, u.Scale] = setting((0.1, 2.0), "range of the scale, of what fits into image_size", "ViTDet")
+    window: u.PatchesOr0 = setting(0, "side of the windows of attention, in all blocks but four; 0: none", "CAE")
 
 
 @dataclass(frozen=True)
 class EvalOptimConfig:
-    name: Literal["lars", "sgd", "adamw"] = "adamw"  # LARS as in MAE: adapted for weights, plain for biases
-    base_lr: float = 1e-3  # per 256 images
-    schedule: Literal["cosine", "poly", "steps"] = "cosine"  # see optim/update.py
-    min_lr: float = 0.0  # end of the cosine, or of poly
-    milestones: tuple[float, ...] = ()  # steps: shares of the run at which the rate falls to a tenth
-    momentum: float = 0.9  # lars, sgd
-    trust: float = 0.001  # lars: coefficient; MAE
-    betas: tuple[float, float] = (0.9, 0.999)  # adamw
-    weight_decay: float = 0.0
-    layer_decay: float = 1.0  # the rate of each block is so many times that of the one above it
-    warmup_epochs: float = 10.0  # linear warm-up
-    warmup_steps: int = 0  # in place of it where not 0
-    clip_grad: float = 0.0  # largest gradient norm; 0: no clipping
-    ema: float = 0.0  # decay of averaged weights, tested beside the others; 0: none
+    name: Literal["lars", "sgd", "adamw"] = setting("adamw", "lars: adapted for weights alone", "MAE", "shape")
+    base_lr: u.Rate = like(OptimConfig, "base_lr", 1e-3, "MAE, fine-tuning")
+    schedule: Literal["cosine", "poly", "steps"] = setting("cosine", "see optim/update.py", "MAE")
+    min_lr: u.Rate = like(OptimConfig, "min_lr")
+    milestones: tuple[u.Milestone, ...] = setting((), "steps: shares of the run at which the rate falls to 0.1", "ours")
+    momentum: u.Decay = setting(0.9, "momentum of lars and sgd", "MAE, linear probe")
+    betas: tuple[u.Decay, u.Decay] = like(OptimConfig, "betas", (0.9, 0.999), "MAE, fine-tuning")
+    weight_decay: u.Factor = like(OptimConfig, "weight_decay", 0.0, "MAE, linear probe")
+    layer_decay: u.Part = setting(1.0, "rate of a block, as a share of that of the block above", "MAE, linear probe")
+    warmup_epochs: u.WarmUp = like(OptimConfig, "warmup_epochs", 10.0, "MAE, linear probe")
+    warmup_steps: u.StepsOr0 = setting(0, "warm-up in place of warmup_epochs where not 0", "ours")
+    clip_grad: u.Factor = like(OptimConfig, "clip_grad")
+    ema: u.Decay = setting(0.0, "decay of averaged weights, tested beside the others; 0: none", "MAE")
 
 
 @dataclass(frozen=True)
 class EvalTrainConfig:
-    epochs: int = 90
-    steps: int = 0  # optimizer steps in place of epochs where not 0
-    batch_size: int = 1024  # images per optimizer step, over all ranks and micro-batches
-    accumulate: int = 1  # micro-batches per optimizer step
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # auto: by device, see models/precision.py
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    max_steps: int = 0  # stop after so many optimizer steps; 0: all epochs
+    epochs: u.Epochs = like(TrainConfig, "epochs", 90, "MAE, linear probe")
+    steps: u.StepsOr0 = setting(0, "length of the run in place of train.epochs where not 0", "ours")
+    batch_size: u.Images = like(TrainConfig, "batch_size", source="MAE, fine-tuning")
+    accumulate: u.Count = like(TrainConfig, "accumulate")
+    precision: u.Precision = like(TrainConfig, "precision")
+    device: u.Device = like(TrainConfig, "device")
+    max_steps: u.StepsOr0 = like(TrainConfig, "max_steps")
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    seed: int = 0  # 0 .. 2**32 - 1; keys initial heads, order, crops and augmentation
-    run: EvalRunConfig = field(default_factory=EvalRunConfig)
-    data: EvalDataConfig = field(default_factory=EvalDataConfig)
-    model: EvalModelConfig = field(default_factory=EvalModelConfig)
-    knn: KnnConfig = field(default_factory=KnnConfig)
-    logreg: LogregConfig = field(default_factory=LogregConfig)
-    head: HeadConfig = field(default_factory=HeadConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    segment: SegmentConfig = field(default_factory=SegmentConfig)
-    detect: DetectConfig = field(default_factory=DetectConfig)
-    optim: EvalOptimConfig = field(default_factory=EvalOptimConfig)
-    train: EvalTrainConfig = field(default_factory=EvalTrainConfig)
-    watch: WatchConfig = field(default_factory=WatchConfig)
-
-
-RANGES = {
-    "seed": "[0, 4294967295]",
-    "run.save_every": COUNT,
-    "run.keep": COUNT,
-    "run.keep_every": COUNT_OR_0,
-    "run.log_every": COUNT,
-    "run.test_every": COUNT,
-    "data.max_bad": "[0, 1]",
-    "data.image_size": "[2, 65536]",
-    "data.mean": "[0, 1]",
-    "data.std": "(0, 1000]",
-    "data.crop_scale": "(0, 1]",
-    "data.test_crop": "(0, 1]",
-    "data.workers": "[0, 4096]",
-    "data.samples": COUNT,
-    "data.test_samples": COUNT,
-    "data.classes": "[2, 6]",
-    "model.num_heads": "[0, 65536]",
-    "model.drop_path": "[0, 1)",
-    "knn.k": COUNT,
-    "knn.temperature": "(0, inf)",
-    "logreg.c": "(0, inf)",
-    "head.rates": "(0, inf)",
-    "head.num_heads": "[0, 65536]",
-    "head.init_std": "[0, inf)",
-    "augment.erase": "[0, 1]",
-    "augment.mixup": "[0, inf)",
-    "augment.cutmix": "[0, inf)",
-    "augment.smoothing": "[0, 1)",
-    "augment.repeats": COUNT,
-    "segment.sides": "[2, 65536]",
-    "segment.ratio": "(0, 100]",
-    "segment.most": "(0, 1]",
-    "segment.stride": COUNT,
-    "segment.decoder_dim": "[0, 65536]",
-    "segment.auxiliary_dim": "[1, 65536]",
-    "segment.auxiliary_weight": "[0, inf)",
-    "segment.dropout": "[0, 1)",
-    "detect.width": "[4, 65536]",
-    "detect.proposals": "[4, 65536]",
-    "detect.short_sides": "[8, 65536]",
-    "detect.long_side": "[8, 65536]",
-    "detect.jitter": "[0.1, 10]",
-    "detect.window": "[0, 65536]",
-    "optim.base_lr": "[0, inf)",
-    "optim.min_lr": "[0, inf)",
-    "optim.milestones": "(0, 1)",
-    "optim.momentum": "[0, 1)",
-    "optim.trust": "(0, inf)",
-    "optim.betas": "[0, 1)",
-    "optim.weight_decay": "[0, inf)",
-    "optim.layer_decay": "(0, 1]",
-    "optim.warmup_epochs": "[0, inf)",
-    "optim.warmup_steps": COUNT_OR_0,
-    "optim.clip_grad": "[0, inf)",
-    "optim.ema": "[0, 1)",
-    "train.epochs": COUNT,
-    "train.steps": COUNT_OR_0,
-    "train.batch_size": COUNT,
-    "train.accumulate": COUNT,
-    "train.max_steps": COUNT_OR_0,
-    "watch.bad_steps": COUNT,
-    "watch.spike": "[0, inf)",
-    "watch.timeout": "(0, 100000)",
-}
+    seed: u.Seed = setting(0, "key of initial heads, order, crops and augmentation", "MAE")
+    run: EvalRunConfig = section(EvalRunConfig, on_resume="free")
+    data: EvalDataConfig = section(EvalDataConfig)
+    model: EvalModelConfig = section(EvalModelConfig)
+    knn: KnnConfig = section(KnnConfig)
+    logreg: LogregConfig = section(LogregConfig)
+    head: HeadConfig = section(HeadConfig)
+    augment: AugmentConfig = section(AugmentConfig)
+    segment: SegmentConfig = section(SegmentConfig)
+    detect: DetectConfig = section(DetectConfig)
+    optim: EvalOptimConfig = section(EvalOptimConfig)
+    train: EvalTrainConfig = section(EvalTrainConfig)
+    watch: WatchConfig = section(WatchConfig, on_resume="free")
 
 
 def validate_evaluation(config: EvalConfig) -> None:
-    """Returns if `config` can run, as far as can be known without checkpoint, images and device.
+    """Return if `config` can run, as far as can be known without checkpoint, images and device.
 
     Raises:
         ConfigError: one line; of several mistakes the first.
     """
-    known = settings(EvalConfig)
-    # Without values there is no range to be in; the defaults stand for them.
-    values = {key: value or known[key].default for key, value in flatten(config).items()}
+    check_values(config)
+    check_resume(config.run)
+    values = flatten(config)
     for key in ("knn.k", "logreg.c", "head.rates", "detect.short_sides"):
-        if flatten(config)[key] == ():
-            raise ConfigError(f"{key}=[]: must hold a number at least; nearest valid is {known[key].default}")
-    ranges = {key: interval for key, interval in RANGES.items() if values[key] != ()}
-    check_values({key: flatten(config)[key] for key in values}, known, ranges)
-    if config.augment.auto and not config.augment.auto.startswith(policies := ("rand", "augmix", "original", "v0")):
-        near = nearest(config.augment.auto, policies)
-        raise ConfigError(f"augment.auto={config.augment.auto!r:.60}: no policy of timm; nearest valid is {near}")
-    for key in ("data.crop_scale", "detect.jitter"):
-        low, high = flatten(config)[key]
-        if low > high:
-            raise ConfigError(f"{key}=[{low}, {high}]: must be from small to large; nearest valid is [{high}, {low}]")
+        if not values[key]:
+            refuse(key, (), "a list of one number at least", flatten(EvalConfig())[key])
+    policies = ("rand", "augmix", "original", "v0")
+    if config.augment.auto and not config.augment.auto.startswith(policies):
+        refuse("augment.auto", config.augment.auto, "a policy of timm", nearest(config.augment.auto, policies))
+    check_order(config, "data.crop_scale", "segment.sides", "segment.ratio", "detect.jitter")
 
 
 def images_of(data: EvalDataConfig, mean: tuple[float, ...], std: tuple[float, ...], test: bool) -> DataConfig:
-    """What loaders are built from: the training images, or those to test on."""
+    """Return what loaders are built from: the training images, or those to test on."""
     shared = {item.name for item in fields(DataConfig)} & {item.name for item in fields(EvalDataConfig)}
     values = {name: getattr(data, name) for name in shared} | {"mean": mean, "std": std, "channels": len(mean)}
     if test:

@@ -1,73 +1,81 @@
 """A schema as one flat table: every setting by its dotted key, such as `mask.ratio`. `Config` is pretraining's."""
 
 import difflib
-import inspect
 import re
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import Any, NamedTuple, get_type_hints
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from ccmim_fast.config.schema import Config
+from ccmim_fast.config.units import Unit
 from ccmim_fast.errors import ConfigError
 
 # Spellings of the command line alone.
 SHORT = {"resume": "run.resume", "overwrite": "run.overwrite", "allow-change": "run.allow_change"}
 
-# Settings of earlier versions: files and checkpoints may still hold them, with any value, and they count for nothing.
-_ALWAYS = "the trainer always saves this work; the switch was removed, leave it out"
 _SAVINGS = ("fold_input", "visible_gradient", "fold_score", "masked_no_grad", "cls_only", "masked_only", "row_ops")
-REMOVED = {f"fast.{name}": _ALWAYS for name in (*_SAVINGS, "onednn_linear")}
+# Settings of earlier versions: the value that files and checkpoints may still hold (None: any), and why each is gone.
+REMOVED = {f"fast.{name}": (None, "this work is always saved") for name in (*_SAVINGS, "onednn_linear")} | {
+    "target.hog_bins": ("9", "HOG has 9 orientations, as in MaskFeat"),
+    "optim.trust": ("0.001", "LARS has MAE's coefficient, 0.001"),
+}
+RENAMED = {"train.timeout": "watch.timeout"}  # likewise, of evaluations
 
 
 class Setting(NamedTuple):
-    """One leaf of the schema.
+    """One leaf of a schema.
 
     Attributes:
         kind: its type: int, float, bool, str, a Literal or a tuple.
-        default: its default.
-        help: its unit and source: the comment behind the field.
+        unit: of a number, of each one in a tuple, or of text; empty for others.
+        choices: the values of a Literal, or true and false.
+        help, source, on_resume: what `setting.setting` was given.
     """
 
     kind: Any
     default: Any
+    unit: Unit
+    choices: tuple[str, ...]
     help: str
+    source: str
+    on_resume: str
 
 
 @cache
 def sections(schema: type = Config) -> dict[str, type]:
-    """The sections of a schema (`mask`, `train`, ...) and their dataclasses, in the schema's order."""
+    """Return the sections of a schema (`mask`, `train`, ...) and their dataclasses, in the schema's order."""
     kinds = get_type_hints(schema)
     return {item.name: kinds[item.name] for item in fields(schema) if is_dataclass(kinds[item.name])}
 
 
 @cache
 def settings(schema: type = Config) -> dict[str, Setting]:
-    """Every setting by its dotted key, in the schema's order."""
-    default = flatten(schema())
+    """Return every setting by its dotted key, in the schema's order."""
     table = {}
-    for prefix, owner in [("", schema), *((f"{name}.", owner) for name, owner in sections(schema).items())]:
-        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(owner), re.MULTILINE))
-        for name, kind in get_type_hints(owner).items():
-            if prefix + name in default:
-                table[prefix + name] = Setting(kind, default[prefix + name], comments.get(name, ""))
+    for item in fields(schema):
+        owner = sections(schema).get(item.name)
+        for leaf in fields(owner) if owner else [item]:
+            kind = get_type_hints(owner or schema)[leaf.name]
+            annotated = get_type_hints(owner or schema, include_extras=True)[leaf.name]
+            if get_origin(kind) is tuple:
+                annotated = get_args(annotated)[0]
+            unit = getattr(annotated, "__metadata__", [Unit("")])[0]
+            choices = get_args(kind) if get_origin(kind) is Literal else ("true", "false") if kind is bool else ()
+            about = {**leaf.metadata, "on_resume": leaf.metadata["on_resume"] or item.metadata["on_resume"] or "asked"}
+            key = f"{item.name}.{leaf.name}" if owner else item.name
+            table[key] = Setting(kind, leaf.default, unit, choices, **about)
     return table
 
 
-def flatten(config: Config) -> dict[str, Any]:
-    """The value of every setting of `config`, by its dotted key."""
-    flat = {}
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if item.name in sections(type(config)):
-            flat |= {f"{item.name}.{leaf.name}": getattr(value, leaf.name) for leaf in fields(value)}
-        else:
-            flat[item.name] = value
-    return flat
+def flatten(config: Any) -> dict[str, Any]:
+    """Return the value of every setting of `config`, by its dotted key."""
+    return {key: attrgetter(key)(config) for key in settings(type(config))}
 
 
 def build(values: dict[str, Any], schema: type = Config) -> Any:
-    """The inverse of `flatten`. Keys that are missing keep their defaults; an unknown one is a TypeError."""
+    """Invert `flatten`. Keys that are missing keep their defaults; an unknown one is a TypeError."""
     parts: dict[str, dict[str, Any]] = {"": {}, **{name: {} for name in sections(schema)}}
     for key, value in values.items():
         section, _, name = key.rpartition(".")
@@ -76,19 +84,16 @@ def build(values: dict[str, Any], schema: type = Config) -> Any:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """The one of `words` (not empty) that looks most like `word`."""
+    """Return the one of `words` (not empty) that looks most like `word`."""
     word = word[:80]  # no name of ours is as long, and the time that it takes grows with its square
     return max(words, key=lambda candidate: difflib.SequenceMatcher(None, word, candidate).ratio())
 
 
 def show(value: Any) -> str:
-    """`value` as a user writes it, on one line of at most 80 characters: quoted where it needs it, tuples as [a, b]."""
-    if isinstance(value, (tuple, list)):
-        text = f"[{', '.join(map(str, value))}]"
-    elif isinstance(value, bool):
-        text = str(value).lower()
-    else:
-        text = str(value)
+    """Return `value` as a user writes it, in at most 80 characters: quoted where it needs it, tuples as [a, b]."""
+    text = f"[{', '.join(map(str, value))}]" if isinstance(value, (tuple, list)) else str(value)
+    if isinstance(value, bool):
+        text = text.lower()
     if (isinstance(value, str) and re.search(r"^$|[\s'\"]", text)) or not text.isprintable():
         text = repr(text)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -105,7 +110,7 @@ def unknown_key(
         source: that place, for the message: " in demo.yaml".
     """
     if key in REMOVED:
-        return ConfigError(f"{prefix}{key}: {REMOVED[key]}")
+        return ConfigError(f"{prefix}{key}: this setting was removed ({REMOVED[key][1]}); leave it out")
     name = prefix + key if key.isprintable() and len(key) <= 80 else show(key)
     if schema is not None and key in sections(schema):
         leaves = ", ".join(known for known in settings(schema) if known.startswith(f"{key}."))

@@ -4,24 +4,21 @@ A file is a list of settings like the command line, so both go one way: key chec
 ranges validated. Whatever is wrong is a ConfigError of one line.
 """
 
-import math
 import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import yaml
 
-from ccmim_fast.config.keys import build, flatten, nearest, settings, show
+from ccmim_fast.config.keys import build, flatten, nearest, show
 from ccmim_fast.config.parser import Parser
 from ccmim_fast.config.schema import Config
 from ccmim_fast.config.validate import validate
+from ccmim_fast.config.values import read
 from ccmim_fast.config.yaml_file import read_settings
 from ccmim_fast.errors import ConfigError
-
-_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # YAML 1.1's words
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -82,7 +79,7 @@ def make_config(
     if "config" in asked:
         content, source = _read_file(asked.pop("config"), folder)
         values |= _values(content, source, schema)
-    values |= {key: _typed(key, text, "", schema) for key, text in asked.items()}
+    values |= {key: read(key, text, schema=schema) for key, text in asked.items()}
     config = build(values, schema)
     check(config)
     if printing:
@@ -148,57 +145,4 @@ def _read_file(name: str, folder: str) -> tuple[bytes, str]:
 
 
 def _values(content: bytes | str, source: str, schema: type) -> dict[str, Any]:
-    return {key: _typed(key, raw, source, schema) for key, raw in read_settings(content, source, schema).items()}
-
-
-def _typed(key: str, raw: str | list[str], source: str, schema: type) -> Any:
-    """Return the value that `raw` writes, in the type of the setting `key`."""
-    try:
-        return _value_of(settings(schema)[key].kind, raw)
-    except (ValueError, KeyError):
-        raise _refusal(key, raw, source, schema) from None
-
-
-def _value_of(kind: Any, raw: str | list[str]) -> Any:
-    """Return the value of a type that `raw` writes; raises ValueError or KeyError where it writes none."""
-    if get_origin(kind) is tuple:
-        item, *others = get_args(kind)
-        if isinstance(raw, str):
-            text = raw.strip()
-            if len(text) < 2 or text[0] + text[-1] != "[]":
-                raise ValueError(raw)
-            raw = text[1:-1].split(",") if text[1:-1].strip() else []
-        if others != [...] and len(raw) != 1 + len(others):
-            raise ValueError(raw)
-        return tuple(_value_of(item, part) for part in raw)
-    if isinstance(raw, list):
-        raise ValueError(raw)
-    if kind is bool:
-        return _BOOLS[raw.lower()]
-    if get_origin(kind) is Literal:
-        return dict(zip(get_args(kind), get_args(kind)))[raw]
-    return kind(raw)
-
-
-def _refusal(key: str, raw: str | list[str], source: str, schema: type) -> ConfigError:
-    expected, near = _expected(key, raw, schema)
-    return ConfigError(f"{key}={show(raw)}{source}: expected {expected}; nearest valid is {show(near)}")
-
-
-def _expected(key: str, raw: str | list[str], schema: type) -> tuple[str, Any]:
-    """What values the setting `key` takes, in words, and the one nearest to `raw`; else its default."""
-    kind, default, _ = settings(schema)[key]
-    if get_origin(kind) is Literal:
-        options = get_args(kind)
-        return f"one of {', '.join(options)}", nearest(str(raw), options)
-    if get_origin(kind) is tuple:
-        item, *others = get_args(kind)
-        count = "" if others == [...] else f"{len(others) + 1} "
-        return f"a list of {count}{KINDS[item].removeprefix('a ')}s", default
-    if kind is int:
-        try:
-            number = float(raw)
-        except (ValueError, TypeError):
-            number = math.nan
-        return KINDS[int], round(number) if math.isfinite(number) else default
-    return KINDS[kind], default
+    return {key: read(key, raw, source, schema) for key, raw in read_settings(content, source, schema).items()}

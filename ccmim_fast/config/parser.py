@@ -8,7 +8,7 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Any, NoReturn
 
 from ccmim_fast.config.keys import SHORT, sections, settings, show, unknown_key
 from ccmim_fast.config.schema import Config
@@ -16,13 +16,7 @@ from ccmim_fast.errors import ConfigError
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """This formatter shows the default of an option that has one, and keeps settings out of the usage line."""
-
-    def add_usage(self, usage: str | None, actions: Iterable[argparse.Action], groups: Any, prefix: Any = None) -> None:
-        named = [action for action in actions if not isinstance(action, _Store) or action.dest == "config"]
-        settings = argparse.Action([], "settings", nargs="*", metavar="--section.key=value")
-        some = any(isinstance(action, _Store) for action in named)
-        super().add_usage(usage, [*named, settings] if some else named, groups, prefix)
+    """This formatter shows the default of an option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         has_default = action.default is not False and action.default not in (None, "", [])
@@ -30,12 +24,12 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class _Store(argparse.Action):
-    """This action keeps the text of a setting in `namespace.settings`, by its key; the last of several counts."""
+    """This action keeps the text of a setting in `given.settings`, by its key; the last of several counts."""
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, text: Any, option: Any = None) -> None:
-        if self.dest == "config" and "config" in namespace.settings:
+    def __call__(self, parser: argparse.ArgumentParser, given: Any, text: Any, option: Any = None) -> None:
+        if self.dest == "config" and "config" in given.settings:
             raise ConfigError(f"--config={show(text)}: is given twice; one file is the limit")
-        namespace.settings = {**namespace.settings, self.dest: text if isinstance(text, str) else ""}
+        given.settings = {**given.settings, self.dest: text if isinstance(text, str) else ""}
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,26 +54,22 @@ class Parser(argparse.ArgumentParser):
             presets: the names that `--config` takes, for the help.
         """
         self._schema = schema
+        self.usage = self.usage or f"{self.prog} [options] [--config PRESET_OR_FILE] [--section.key=value ...]"
         self.set_defaults(settings={})
+        hidden = {"action": _Store, "default": argparse.SUPPRESS}
         named = f"YAML file, or one of the presets {', '.join(presets)}"
-        self._add(self, "config", [], named, metavar="PATH").completer = lambda **_: list(presets)
-        self._add(self, "print_config", [], "print the resolved configuration and exit", nargs=0)
+        self.add_argument("--config", help=named, metavar="PATH", **hidden).completer = lambda **_: list(presets)
+        self.add_argument("--print_config", help="print the resolved configuration and exit", nargs=0, **hidden)
         groups = {name: self.add_argument_group(name) for name in sections(schema)}
         for key, setting in settings(schema).items():
+            names = [f"--{name}" for name in (key, *(short for short, long in SHORT.items() if long == key))]
+            bare = {"nargs": "?", "const": "true"} if setting.kind is bool else {}
+            metavar = f"{{{','.join(setting.choices)}}}" if setting.choices else key.rpartition(".")[2].upper()
+            facts = (" ".join(setting.unit).strip(), f"default: {show(setting.default)}", setting.source)
+            text = f"{setting.help} [{'; '.join(filter(None, facts))}]".replace("%", "%%")
             owner = groups.get(key.rpartition(".")[0], self)
-            short = [name for name, long in SHORT.items() if long == key]
-            how = {"nargs": "?", "const": "true"} if setting.kind is bool else {}
-            choices = get_args(setting.kind) if get_origin(setting.kind) not in (None, tuple) else ()
-            metavar = f"{{{','.join(choices)}}}" if choices else key.rpartition(".")[2].upper()
-            text = f"{setting.help} (default: {show(setting.default)})"
-            action = self._add(owner, key, short, text, metavar=metavar, **how)
-            action.completer = lambda choices=choices, **_: choices
-
-    @staticmethod
-    def _add(owner: Any, key: str, short: list[str], help: str, **how: Any) -> argparse.Action:
-        names = [f"--{name}" for name in (key, *short)]
-        help = help.replace("%", "%%")
-        return owner.add_argument(*names, action=_Store, dest=key, default=argparse.SUPPRESS, help=help, **how)
+            action = owner.add_argument(*names, dest=key, help=text, metavar=metavar, **bare, **hidden)
+            action.completer = lambda choices=setting.choices, **_: choices
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
         """Read what is known, as argparse does; while the shell completes a line, print the completions and end."""
@@ -98,13 +88,13 @@ class Parser(argparse.ArgumentParser):
             SystemExit: 0, after printing what `--help` asks for.
         """
         given, rest = self.parse_known_args(args, namespace)
-        if not rest:
-            return given
-        if not rest[0].startswith("--"):
+        if rest and not rest[0].startswith("--"):
             hint = "a setting is written --mask.ratio=0.75" if self._schema else f"see {self.prog} --help"
             raise ConfigError(f"{show(rest[0])}: unexpected argument; {hint}")
-        options = [option[2:] for option in self._option_string_actions if option.startswith("--")]
-        raise unknown_key(rest[0][2:].partition("=")[0], options, "--", schema=self._schema)
+        if rest:
+            options = [option[2:] for option in self._option_string_actions if option.startswith("--")]
+            raise unknown_key(rest[0][2:].partition("=")[0], options, "--", schema=self._schema)
+        return given
 
     def error(self, message: str) -> NoReturn:
         """Raise the ConfigError for a mistake that argparse found."""

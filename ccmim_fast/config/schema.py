@@ -1,170 +1,186 @@
-"""The configuration of one pretraining run: frozen, typed, each field with its unit and source.
+"""The configuration of one pretraining run: frozen, typed, each setting with its unit, range, help and source.
 
 The defaults are ViT-B/16 as the paper trains it; the YAML files under `configs/` hold differences from them only.
-"paper" is ccMIM (ICLR 2023), "MAE" is He et al. (2021), "MaskFeat" is Wei et al. (2021), "BEiT" is Bao et al. (2021).
+Sources: "paper" is ccMIM (ICLR 2023), "MAE" He et al. (2021) and their repository, "MaskFeat" Wei et al. (2021), "BEiT"
+Bao et al. (2021), "ours" a choice of this project.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
+
+from ccmim_fast.config import units as u
+from ccmim_fast.config.setting import labels, section, setting
+from ccmim_fast.registry import CONTRASTS, SCORE_SOURCES, TARGETS
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    dir: str = "runs/pretrain"  # output folder; refused if it holds a run, unless `resume` or `overwrite` is set
-    resume: str = "never"  # never | auto (the newest complete checkpoint in `dir`) | path of a checkpoint
-    overwrite: bool = False  # empty `dir` first
-    allow_change: bool = False  # go on with settings that make it another run: batch, rate, epochs, masks and the like
-    save_every: int = 10  # epochs between checkpoints; the last epoch is always saved
-    keep: int = 3  # newest checkpoints kept
-    keep_every: int = 0  # epochs; every n-th is saved too, and its checkpoint kept for good besides those; 0: none
-    log_every: int = 20  # optimizer steps between log lines
-    tensorboard: bool = True  # event files beside metrics.jsonl
+    dir: u.Folder = setting("runs/pretrain", "output; refused if it holds a run, unless resumed or overwritten", "ours")
+    resume: u.File = setting("never", "never, auto (the newest complete checkpoint in run.dir) or a checkpoint", "ours")
+    overwrite: bool = setting(False, "empty run.dir first", "ours")
+    allow_change: bool = setting(False, "go on with settings that make it another run, such as another batch", "ours")
+    save_every: u.Epochs = setting(10, "epochs between checkpoints; the last epoch is always saved", "ours")
+    keep: u.Count = setting(3, "newest checkpoints kept", "ours")
+    keep_every: u.EpochsOr0 = setting(0, "every n-th epoch is saved too, and kept for good; 0: none", "ours")
+    log_every: u.Steps = setting(20, "optimizer steps between log lines", "MAE")
+    tensorboard: bool = setting(True, "event files beside metrics.jsonl", "MAE")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: Literal["images", "shapes", "photos"] = "images"  # `shapes` and `photos` are made by code
-    # folder of images (ImageFolder tree or flat), of tars or of tables; one of these, a list, a URL; see docs/data.md.
-    # For made sources the cache folder
-    root: str = ""
-    index: str = ""  # file that says where each image is; empty: beside the tars or in the user's cache folder
-    on_error: Literal["skip", "error"] = "skip"  # an image that cannot be decoded: show another, or stop
-    max_bad: float = 0.01  # share of the images that may be unusable; more stop the run
-    window: int = 0  # samples shuffled among each other, where distant reads are slow; 0: all
-    loader: Literal["auto", "dali", "torch"] = "auto"  # auto: DALI where it is installed, else PIL + torch
-    image_size: tuple[int, int] = (224, 224)  # height, width in pixels; paper
-    channels: int = 3
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # per channel on a 0..1 scale; ImageNet, as in MAE
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # random resized crop, share of the image's area; MAE
-    crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width / height of the crop; MAE
-    flip: bool = False  # horizontal flip, p = 0.5; the paper uses the crop only (appendix C)
-    workers: int = 0  # decoding threads of a rank; 0: its share of the cores
-    samples: int = 4000  # made sources: number of images
-    classes: int = 6  # `shapes`: number of shape classes, 2..6
-    background: Literal["plain", "textured"] = "plain"  # `shapes`: what stands behind the object
+    source: Literal["images", "shapes", "photos"] = setting("images", "shapes and photos are made by code", "paper")
+    root: u.Folder = setting("", "images, tars or tables: docs/data.md; of made sources the cache", "ours", "free")
+    index: u.File = setting("", "places of the images; empty: beside the tars or in the user's cache", "ours", "free")
+    on_error: u.OnError = setting("skip", "an image that cannot be decoded: show another, or stop", "ours", "free")
+    max_bad: u.Share = setting(0.01, "share of the images that may be unusable; more stop the run", "ours", "free")
+    window: u.ImagesOr0 = setting(0, "images shuffled among each other, where distant reads are slow; 0: all", "ours")
+    loader: u.Loader = setting("auto", "auto: DALI where it is installed, else PIL + torch", "ours", "free")
+    image_size: tuple[u.Side, u.Side] = setting((224, 224), "height, width", "paper", "shape")
+    channels: u.Channels = setting(3, "channels of an image", "ImageNet", "shape")
+    mean: tuple[u.Share, ...] = setting((0.485, 0.456, 0.406), "per channel on a 0..1 scale", "ImageNet, as in MAE")
+    std: tuple[u.Positive, ...] = setting((0.229, 0.224, 0.225), "per channel on a 0..1 scale", "ImageNet, as in MAE")
+    crop_scale: tuple[u.Part, u.Part] = setting((0.2, 1.0), "random resized crop, share of the image's area", "MAE")
+    crop_ratio: tuple[u.Positive, u.Positive] = setting((0.75, 4 / 3), "width / height of the crop", "MAE")
+    flip: bool = setting(False, "horizontal flip of training images, p = 0.5", "paper, appendix C: the crop only")
+    workers: u.Threads = setting(0, "decoding threads of a rank; 0: its share of the cores", "ours", "free")
+    samples: u.Images = setting(4000, "made sources: number of images", "ours")
+    classes: u.Classes = setting(6, "shapes: number of shape classes", "ours")
+    background: u.Background = setting("plain", "shapes: surface behind the object", "ours")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    arch: str = "vit_base_patch16_224"  # any timm VisionTransformer by name
-    patch_size: int = 0  # pixels, 2..32; 0: the architecture's own
-    embed_dim: int = 0  # width; 0: the architecture's own, likewise below
-    depth: int = 0  # blocks
-    num_heads: int = 0
-    drop_path: float = 0.0  # stochastic depth rate
+    arch: u.Name = setting("vit_base_patch16_224", "timm's name of a VisionTransformer", "paper", "shape")
+    patch_size: u.whole("pixels", 0, 32) = setting(0, "side of a patch; 0: the architecture's own", "paper", "shape")
+    embed_dim: u.WidthOr0 = setting(0, "width of the encoder; 0: the architecture's own", "paper", "shape")
+    depth: u.BlocksOr0 = setting(0, "blocks of the encoder; 0: the architecture's own", "paper", "shape")
+    num_heads: u.HeadsOr0 = setting(0, "heads of attention; 0: the architecture's own", "paper", "shape")
+    drop_path: u.Decay = setting(0.0, "stochastic depth rate", "MAE")
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    # where Eq. 4 is read: at the first block, at one block, at all; or in a bank of what earlier steps saw at all of
-    # them, see docs/score-bank.md
-    source: Literal["first", "block", "all", "bank"] = "bank"
-    block: int = 0  # `source: block`: index of the block, 0-based
-    normalise: Literal["renorm", "softmax"] = "renorm"  # `source: all`: renormalise, or softmax again (authors' code)
-    temperature: float = 1.0  # T of s^(1/T)
-    # The rest is for `source: bank`.
-    grid: int = 16  # cells per side of a sample's map; 2 bytes each
-    momentum: float = 0.5  # of what a cell held, when a crop covers it again
-    blocks: int = 0  # the last ones, over which attention is averaged; 0: all
-    unseen: Literal["first", "random"] = "first"  # how patches are scored that no crop has covered yet
-    store: Literal["auto", "device", "host", "file"] = "auto"  # where the maps lie; auto: the first that holds them
-    device_gb: float = 2.0  # 10^9 bytes of a GPU's memory that the maps may take
-    host_gb: float = 16.0  # of a process's memory on the host
-    shards: int = 0  # parts of the images, each on ranks of its own; 0: one per node; 1: a global shuffle
+    source: Literal[tuple(SCORE_SOURCES)] = setting("bank", f"place of Eq. 4: {labels(SCORE_SOURCES)}", "ours")
+    block: u.BlocksOr0 = setting(0, "source=block: index of the block, 0-based", "ours")
+    normalise: Literal["renorm", "softmax"] = setting(
+        "renorm", "source=all: sum to 1, or softmax again (authors' code)", "ours"
+    )
+    temperature: u.Positive = setting(1.0, "T of s^(1/T)", "paper")
+    grid: u.whole("cells", 1, 256) = setting(16, "bank: side of a sample's map, 2 bytes a cell", "ours", "shape")
+    momentum: u.Decay = setting(0.5, "bank: share of its score that a cell keeps when a crop covers it again", "ours")
+    blocks: u.BlocksOr0 = setting(0, "bank: last blocks, over which attention is averaged; 0: all", "ours")
+    unseen: Literal["first", "random"] = setting("first", "bank: scores of patches that no crop has covered", "ours")
+    store: Literal["auto", "device", "host", "file"] = setting(
+        "auto", "bank: place of the maps; auto: the first that holds them", "ours", "free"
+    )
+    device_gb: u.Gigabytes = setting(2.0, "bank: memory of a GPU that the maps may take", "ours", "free")
+    host_gb: u.Gigabytes = setting(16.0, "bank: memory of a process that the maps may take", "ours", "free")
+    shards: u.whole("parts", 0) = setting(0, "parts of the images: docs/score-bank.md; 0: one per node", "ours", "free")
 
 
 @dataclass(frozen=True)
 class MaskConfig:
-    ratio: float = 0.75  # share of patches masked; MAE
-    strategy: Literal["random", "block", "importance", "importance_sampling"] = "importance_sampling"  # paper, Table 5
-    noise: Literal["gumbel", "uniform"] = "gumbel"  # uniform: the authors' code divides by softmax(U(0, 1))
-    block_min: int = 16  # patches; smallest block of `strategy: block`; BEiT
+    ratio: u.real("share", "") = setting(0.75, "share of patches masked, in (0, 1): some stay visible", "MAE")
+    strategy: Literal["random", "block", "importance", "importance_sampling"] = setting(
+        "importance_sampling", "choice of the masked patches: docs/method.md", "paper, Table 5"
+    )
+    noise: Literal["gumbel", "uniform"] = setting(
+        "gumbel", "uniform: divide by softmax(U(0, 1)), as the authors' code", "ours"
+    )
+    block_min: u.Patches = setting(16, "strategy=block: smallest block", "BEiT")
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    depth: int = 2  # blocks; paper, section 4.1 (MAE and the authors' code: 8)
-    dim: int = 512  # width; MAE
-    num_heads: int = 16  # MAE
+    depth: u.Blocks = setting(2, "blocks of the decoder (MAE and the authors' code: 8)", "paper, section 4.1", "shape")
+    dim: u.Width = setting(512, "width of the decoder", "MAE", "shape")
+    num_heads: u.Heads = setting(16, "heads of attention", "MAE", "shape")
 
 
 @dataclass(frozen=True)
 class TargetConfig:
-    kind: Literal["pixels", "hog"] = "pixels"  # paper, section 3.2
-    norm_pix: bool = True  # per-patch normalisation (unbiased variance, eps 1e-6); MAE
-    hog_bins: int = 9  # orientations over 180 degrees; MaskFeat
-    hog_cell: int = 8  # pixels per side; MaskFeat
+    kind: Literal[tuple(TARGETS)] = setting("pixels", labels(TARGETS), "paper, section 3.2", "shape")
+    norm_pix: bool = setting(True, "pixels: per-patch normalisation (unbiased variance, eps 1e-6)", "MAE")
+    hog_cell: u.whole("pixels", 1, 32) = setting(8, "hog: side of a cell", "MaskFeat", "shape")
 
 
 @dataclass(frozen=True)
 class HeadsConfig:
-    dim: int = 256  # width of the contrastive space; authors' code
-    sync_bn: bool = True  # BatchNorm statistics over all ranks
+    dim: u.Channels = setting(256, "width of the contrastive space", "authors' code", "shape")
+    sync_bn: bool = setting(True, "BatchNorm statistics over all ranks", "ours")
 
 
 @dataclass(frozen=True)
 class ContrastConfig:
-    loss: Literal["nce", "align", "moco", "none"] = "nce"  # Eq. 7, Eq. 8, the authors' code, off (MAE)
-    weight: float = 0.2  # lambda of Eq. 10; paper, Fig. 2
-    temperature: float = 0.2  # tau of Eq. 7; the paper gives none
+    loss: Literal[tuple(CONTRASTS)] = setting("nce", labels(CONTRASTS), "paper, Eq. 7", "shape")
+    weight: u.Factor = setting(0.2, "lambda of Eq. 10", "paper, Fig. 2")
+    temperature: u.Positive = setting(0.2, "tau of Eq. 7", "ours; the paper gives none")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    # torch's fused AdamW; the others are NVIDIA apex's, which is built from source, see docs/performance.md
-    name: Literal["adamw", "apex_adamw", "apex_lamb"] = "adamw"
-    base_lr: float = 1.5e-4  # per 256 images; paper, appendix C
-    min_lr: float = 0.0  # end of the cosine; MAE
-    weight_decay: float = 0.05  # paper, appendix C; not applied to biases, norms and tokens
-    betas: tuple[float, float] = (0.9, 0.95)  # MAE
-    warmup_epochs: float = 40.0  # linear warm-up; MAE
-    clip_grad: float = 0.0  # largest gradient norm; 0: no clipping
-    ema_decay: float = 0.0  # exponential moving average of the weights, per step; 0: none
+    name: Literal["adamw", "apex_adamw", "apex_lamb"] = setting(
+        "adamw",
+        "torch's fused AdamW, or NVIDIA apex's, which is built from source: docs/performance.md",
+        "MAE",
+        "shape",
+    )
+    base_lr: u.Rate = setting(1.5e-4, "learning rate per 256 images", "paper, appendix C")
+    min_lr: u.Rate = setting(0.0, "learning rate at the end of the schedule", "MAE")
+    weight_decay: u.Factor = setting(0.05, "decay of weights, but of biases, norms and tokens", "paper, appendix C")
+    betas: tuple[u.Decay, u.Decay] = setting((0.9, 0.95), "decays of AdamW's two averages", "MAE")
+    warmup_epochs: u.WarmUp = setting(40.0, "linear warm-up of the learning rate", "MAE")
+    clip_grad: u.Factor = setting(0.0, "largest gradient norm; 0: no clipping", "MAE")
+    ema_decay: u.Decay = setting(0.0, "exponential moving average of the weights, per step; 0: none", "MAE")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    epochs: int = 800  # paper, Table 1
-    batch_size: int = 1024  # images per optimizer step, over all ranks and micro-batches; paper, appendix C
-    accumulate: int = 1  # micro-batches per optimizer step; BatchNorm and negatives see one micro-batch
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # auto: by device, see models/precision.py
-    device: str = "auto"  # auto | cpu | cuda
-    # auto: Triton on CUDA for the ops measured to win there (none yet: no kernel has run on a GPU), else plain PyTorch
-    kernels: Literal["auto", "triton", "reference"] = "auto"
-    # backend, see models/block.py; auto: the one measured best for the device, the dtype and the number of tokens
-    attention: Literal["auto", "sdpa", "plain", "flash", "cudnn", "efficient", "xformers"] = "auto"
-    # many processes: whole weights on each, or (FSDP2) each block's divided among them and gathered when it runs
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    recompute: bool = False  # activation checkpointing: keep each block's input alone, compute the rest again
-    # torch.compile: per block, or forward and losses as one graph; auto: `step` on CUDA from compute capability 7.0 on
-    compile: Literal["auto", "off", "blocks", "step"] = "auto"
-    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # of torch.compile
-    cuda_graph: bool = False  # capture the whole step, optimizer included, and replay it
-    find_batch: bool = False  # first find the largest micro-batch that fits the GPU, and accumulate as that asks
-    max_steps: int = 0  # stop after so many optimizer steps; 0: all epochs
-    profile: int = 0  # profile so many optimizer steps once, after 3 others, and go on; 0: none; docs/performance.md
+    epochs: u.Epochs = setting(800, "passes over the images", "paper, Table 1")
+    batch_size: u.Images = setting(1024, "images per optimizer step, over ranks and micro-batches", "paper, appendix C")
+    accumulate: u.Count = setting(1, "micro-batches per step; BatchNorm and negatives see one micro-batch", "ours")
+    precision: u.Precision = setting("auto", "auto: by device, see models/precision.py", "ours")
+    device: u.Device = setting("auto", "auto: cuda where it is available", "ours", "free")
+    kernels: Literal["auto", "triton", "reference"] = setting(
+        "auto", "auto: Triton on CUDA for the ops measured to win there (none yet), else plain PyTorch", "ours", "free"
+    )
+    attention: u.Attention = setting("auto", "backend; auto: the best measured, see models/block.py", "ours", "free")
+    parallel: Literal["ddp", "fsdp"] = setting("ddp", "whole weights on each rank, or divided (FSDP2)", "ours", "free")
+    recompute: bool = setting(False, "activation checkpointing: keep each block's input alone", "ours", "free")
+    compile: Literal["auto", "off", "blocks", "step"] = setting(
+        "auto", "torch.compile of what; auto: step on CUDA from compute capability 7.0 on, else off", "ours", "free"
+    )
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = setting(
+        "default", "mode of torch.compile", "torch", "free"
+    )
+    cuda_graph: bool = setting(False, "capture the whole step, optimizer included, and replay it", "ours", "free")
+    find_batch: bool = setting(False, "first find the largest micro-batch that fits the GPU", "ours", "free")
+    max_steps: u.StepsOr0 = setting(0, "stop after so many optimizer steps; 0: all epochs", "ours", "free")
+    # A step of ViT-B is about 10,000 events of the trace.
+    profile: u.whole("optimizer steps", 0, 100) = setting(0, "profile so many once; 0: none", "ours", "free")
 
 
 @dataclass(frozen=True)
 class WatchConfig:
-    bad_steps: int = 3  # in a row, with gradients that are not finite, until the run goes back to its last checkpoint
-    spike: float = 10.0  # standard deviations above the last logged losses from which on one is told of; 0: none
-    timeout: float = 30.0  # minutes that a rank waits for another
+    bad_steps: u.Steps = setting(
+        3, "in a row, with gradients not finite, until the last checkpoint is restored", "ours"
+    )
+    spike: u.Factor = setting(10.0, "deviations above the last losses from which on one is reported; 0: none", "ours")
+    timeout: u.Minutes = setting(30.0, "minutes that a rank waits for another", "ours")
 
 
 @dataclass(frozen=True)
 class Config:
-    seed: int = 0  # 0 .. 2**32 - 1; keys initial weights, order, crops and masks
-    run: RunConfig = field(default_factory=RunConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    score: ScoreConfig = field(default_factory=ScoreConfig)
-    mask: MaskConfig = field(default_factory=MaskConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    target: TargetConfig = field(default_factory=TargetConfig)
-    heads: HeadsConfig = field(default_factory=HeadsConfig)
-    contrast: ContrastConfig = field(default_factory=ContrastConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    watch: WatchConfig = field(default_factory=WatchConfig)
+    seed: u.Seed = setting(0, "key of initial weights, order, crops and masks", "MAE")
+    run: RunConfig = section(RunConfig, on_resume="free")
+    data: DataConfig = section(DataConfig)
+    model: ModelConfig = section(ModelConfig)
+    score: ScoreConfig = section(ScoreConfig)
+    mask: MaskConfig = section(MaskConfig)
+    decoder: DecoderConfig = section(DecoderConfig)
+    target: TargetConfig = section(TargetConfig)
+    heads: HeadsConfig = section(HeadsConfig)
+    contrast: ContrastConfig = section(ContrastConfig)
+    optim: OptimConfig = section(OptimConfig)
+    train: TrainConfig = section(TrainConfig)
+    watch: WatchConfig = section(WatchConfig, on_resume="free")

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
-from ccmim_fast.config.keys import REMOVED, sections, settings, show, unknown_key
+from ccmim_fast.config.keys import REMOVED, RENAMED, sections, settings, show, unknown_key
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
 
@@ -42,8 +42,9 @@ def read_settings(content: bytes | str, source: str, schema: type = Config) -> d
         raise ConfigError(f"not valid YAML{source}{line}: {' '.join(reason.split())}") from None
     given: dict[str, str | list[str]] = {}
     for key, value in _leaves(document, source, schema):
-        if key in REMOVED:
+        if key in REMOVED and REMOVED[key][0] in (None, value):
             continue
+        key = RENAMED.get(key, key)
         if key not in settings(schema):
             raise unknown_key(key, settings(schema), source=source, schema=schema)
         if key in given:

@@ -42,6 +42,7 @@ class Loop:
         self.checkpointer = Checkpointer(config, here, folder, task, self.note)
         self.step, self.seen = self.checkpointer.resume()
         self.total_steps = self._count_steps()
+        task.check(self.total_steps - self.step)
         self.monitor, self.spikes = StepMonitor(here), Spikes(config.watch.spike)
         self.signals = StopSignals(keep_after_error=here.world_size > 1)
         self.meter = Meter(config.train.batch_size, here, task.count_flops(), task.precision.dtype)

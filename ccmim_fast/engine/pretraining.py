@@ -63,13 +63,8 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None
 
 
 def _profile(loop: Loop) -> Profile:
-    """Return what measures `train.profile` steps of the run.
-
-    Raises:
-        ConfigError: it has fewer steps left.
-    """
+    """Return what measures `train.profile` steps of the run."""
     train, task = loop.config.train, loop.task
-    check_room(train.profile, left=loop.total_steps - loop.step)
     images = train.batch_size // loop.here.world_size
     return Profile(
         train.profile, loop.here, loop.folder, loop.meter, task.model, task.precision, images=images, note=loop.note
@@ -182,6 +177,10 @@ class Pretraining(Task):
             self.model.eval()
             self._after_epoch(epoch, self)
             self.model.train()
+
+    def check(self, steps_left: int) -> None:
+        """See `Task`."""
+        check_room(self.config.train.profile, left=steps_left)
 
     def state(self) -> dict[str, Any]:
         """See `Task`."""

@@ -68,6 +68,9 @@ class Task:
     def after_epoch(self, epoch: int, loop: "Loop") -> None:
         """Evaluate the model after an epoch, and before the first one as epoch 0; every rank calls it."""
 
+    def check(self, steps_left: int) -> None:
+        """Raise ConfigError where the steps that are left are too few for what the settings ask of them."""
+
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint holds besides model, optimizer, scaler and ema; every rank calls it."""
         return {}

@@ -18,6 +18,8 @@ from ccmim_fast.evaluation.supervised import train
 
 Groups = Sequence[tuple[Iterator[nn.Parameter], float]]  # parameters, and what their rate is multiplied by
 
+TRUST = 0.001  # coefficient of LARS; MAE, util/lars.py
+
 
 def linear(job: Job) -> dict[str, float]:
     """The linear probe: one linear layer, or one for each of `head.rates`, all on the same batches."""
@@ -97,7 +99,7 @@ def build_head_optimizer(optim: EvalOptimConfig, groups: Groups) -> torch.optim.
         split.append({"params": matrices, "lr_scale": scale, "always_adapt": adapt, "weight_decay": optim.weight_decay})
         split.append({"params": vectors, "lr_scale": scale, "always_adapt": False, "weight_decay": 0.0})
     if optim.name == "lars":
-        return timm.optim.Lars(split, lr=optim.base_lr, momentum=optim.momentum, trust_coeff=optim.trust, eps=0.0)
+        return timm.optim.Lars(split, lr=optim.base_lr, momentum=optim.momentum, trust_coeff=TRUST, eps=0.0)
     for group in split:
         group.pop("always_adapt")
     return torch.optim.SGD(split, lr=optim.base_lr, momentum=optim.momentum)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ccmim_fast.checkpoints import OpenedRun
@@ -17,7 +18,6 @@ from ccmim_fast.checkpoints.convert import to_flat
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.export.about import about
 from ccmim_fast.export.plain import write_json, write_weights
-from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.tokens import patch_size_of
 
 _BICUBIC = 3  # Pillow's number, which preprocessor_config.json holds
@@ -81,7 +81,7 @@ def export_vitmae(run: OpenedRun, out: Path) -> list[Path]:
 def obstacles(vit: VisionTransformer) -> list[str]:
     """What of `vit` transformers' ViTModel cannot express, in words."""
     blocks = list(vit.blocks)
-    standard = [block for block in blocks if isinstance(block, ViTBlock)]
+    standard = [block for block in blocks if isinstance(block, Block) and type(block.attn) is Attention]
     norms = [vit.norm, *(norm for block in standard for norm in (block.norm1, block.norm2))]
     found = {
         "registers (reg_tokens)": vit.reg_token is not None,

@@ -23,6 +23,8 @@ from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.output import Output
 from ccmim_kernels import hog_target, info_nce, masked_patch_loss, moco_nce
 
+HOG_BINS = 9  # orientations over 180 degrees; MaskFeat
+
 
 class Losses(NamedTuple):
     """Scalars, float32, on the device; `contrast` is None where the run has none."""
@@ -94,7 +96,6 @@ class Hog(nn.Module):
     """The mean squared error of predicted HOG features, see `ccmim_kernels.hog_target`.
 
     Args:
-        hog_bins: orientations.
         hog_cell: pixels per side of a cell.
 
     Raises:
@@ -107,7 +108,6 @@ class Hog(nn.Module):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         *,
-        hog_bins: int,
         hog_cell: int,
         kernels: str = "auto",
     ):
@@ -116,15 +116,15 @@ class Hog(nn.Module):
             divisors = [size for size in range(1, patch + 1) if patch % size == 0]
             nearest = min(divisors, key=lambda size: abs(size - hog_cell))
             raise ConfigError(f"target.hog_cell={hog_cell} must divide the patch size {patch}; nearest: {nearest}")
-        self.patch, self.hog_bins, self.hog_cell, self.kernels = patch, hog_bins, hog_cell, kernels
-        self.width = (patch // hog_cell) ** 2 * len(mean) * hog_bins
+        self.patch, self.hog_cell, self.kernels = patch, hog_cell, kernels
+        self.width = (patch // hog_cell) ** 2 * len(mean) * HOG_BINS
 
     def forward(self, pred_BMP: Tensor, images_BHWC: Tensor, ids_masked_BM: Tensor) -> Tensor:
         target_BMP = hog_target(
             images_BHWC,
             ids_masked_BM,
             patch=self.patch,
-            bins=self.hog_bins,
+            bins=HOG_BINS,
             cell=self.hog_cell,
             kernels=self.kernels,
         )

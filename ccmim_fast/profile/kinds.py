@@ -1,8 +1,8 @@
-"""What kind of work an operator or a GPU kernel does, told from its name alone."""
+"""The kind of work of an operator or a GPU kernel, by its name alone."""
 
 import re
 
-# In this order: where kernels overlap on a GPU, a moment belongs to the first kind that is at work in it.
+# Where kernels overlap on a GPU, a moment belongs to the first of these kinds.
 KINDS = (
     "matmul",
     "attention",
@@ -13,6 +13,12 @@ KINDS = (
     "other",
     "data wait",
     "idle",
+)
+
+_MATMUL_NAMES = r"gemm|gemv|nvjet|cublas|xmma|splitk_?reduce|tensorop|\bdot_kernel|conv(?:olve|2d)"
+_ELEMENTWISE_NAMES = (
+    r"elementwise|layer_?norm|batch_?norm|GammaBeta|cuComputeGradInput|softmax|reduce_kernel|CatArray|copy"
+    r"|gather|scatter|index_?select|index_?put|fill|gelu|welford"
 )
 
 # The first pattern found decides. Inductor names a kernel after the operators around it, products among them, so its
@@ -26,27 +32,17 @@ _KERNELS = (
     ("elementwise", re.compile(r"^triton_[a-z]+_fused|^Mem(?:cpy|set)")),
     ("communication", re.compile(r"nccl", re.IGNORECASE)),
     ("attention", re.compile(r"flash|fmha|sdpa|attention", re.IGNORECASE)),
-    (
-        "matmul",
-        re.compile(r"gemm|gemv|nvjet|cublas|xmma|splitk_?reduce|tensorop|\bdot_kernel|conv(?:olve|2d)", re.IGNORECASE),
-    ),
-    (
-        "elementwise",
-        re.compile(
-            r"elementwise|layer_?norm|batch_?norm|GammaBeta|cuComputeGradInput|softmax|reduce_kernel|CatArray|copy"
-            r"|gather|scatter|index_?select|index_?put|fill|gelu|welford",
-            re.IGNORECASE,
-        ),
-    ),
+    ("matmul", re.compile(_MATMUL_NAMES, re.IGNORECASE)),
+    ("elementwise", re.compile(_ELEMENTWISE_NAMES, re.IGNORECASE)),
 )
 
-# Of aten, without underscores at either end.
+# Names of aten operators, without underscores at either end.
 _PRODUCTS = re.compile(
     r"(?:add|badd|b)?mm|(?:add)?mv|dot|matmul|linear|einsum|addmm_activation|mkldnn_linear\w*"
     r"|(?:mkldnn_|slow_|thnn_)?conv(?:olution|[123]d)\w*"
 )
 
-# They change a tensor's description, or reserve memory, or sort: nothing that is bound by the bytes it moves.
+# These change a tensor's description, reserve memory or sort: none is bound by the bytes that it moves.
 _NO_TRAFFIC = re.compile(
     r"(?:unsafe_)?view\w*|reshape\w*|as_strided|t|numpy_T|transpose|permute|swapaxes|movedim|expand\w*|broadcast_tensors"
     r"|select|slice|narrow|(?:un)?squeeze|(?:un)?flatten|unbind|split\w*|chunk|diagonal|alias|detach|lift_fresh|unfold"
@@ -60,12 +56,12 @@ _BETWEEN_RANKS = re.compile(r"^(?:c10d::|gloo:|nccl:|record_param_comms|_All|_Se
 
 
 def kind_of_kernel(name: str) -> str:
-    """Kind of a GPU kernel or memory operation, by the name it has in a trace; `other` where nothing tells."""
+    """Return the kind of a GPU kernel or memory operation by its name in a trace; `other` for an unknown name."""
     return next((kind for kind, pattern in _KERNELS if pattern.search(name)), "other")
 
 
 def kind_of_op(name: str) -> str:
-    """Kind of the time an operator of torch's dispatcher, or a named range, spends outside of those it calls.
+    """Return the kind of the time that a dispatcher operator or a named range spends outside of those it calls.
 
     An aten operator of no other kind is `elementwise`: bound by the memory it reads and writes. Views, allocation,
     sorting and the autograd engine are `other`.
@@ -87,5 +83,5 @@ def kind_of_op(name: str) -> str:
 
 
 def kind_of_counted(op: str) -> str:
-    """`attention` or `matmul`, for an operator to which torch's FLOP counter ascribes arithmetic."""
+    """Return `attention` or `matmul` for an operator to which torch's FLOP counter ascribes arithmetic."""
     return "attention" if "attention" in op else "matmul"

@@ -1,4 +1,4 @@
-"""Images per second, arithmetic per image, and what share of the device's own matmul rate a run reaches (MFU)."""
+"""The meter: images per second, arithmetic per image, and the share of the device's own matmul rate (MFU)."""
 
 import itertools
 import time
@@ -17,25 +17,25 @@ _SIDE = {"cuda": 8192, "cpu": 1536}
 # A tensor beyond any cache: the largest L2 of a GPU has 126 MB (B200).
 _LARGE_BYTES = 2**28
 
-# torch 2.15 counts attention by itself; some older ones that we support know CUDA's operators only.
+# FLOPs from shapes. torch 2.15 counts attention by itself; some older ones that we support know CUDA's operators only.
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _ON_CPU = {
     torch.ops.mkldnn._linear_pointwise: lambda x_RA, w_DA, *_, **__: 2 * x_RA[0] * x_RA[1] * w_DA[0],
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
-        *shapes[:4]
-    ),
+    _ATTENTION: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    _ATTENTION_BACKWARD: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
 }
 
 Item = TypeVar("Item")
 
 
 def flop_counter() -> FlopCounterMode:
-    """A context that counts the arithmetic run in it, attention on a CPU included: `.get_total_flops()`."""
+    """Return a context that counts the arithmetic in its body, CPU attention included: `.get_total_flops()`."""
     return FlopCounterMode(display=False, custom_mapping=_ON_CPU)
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype | None) -> float:
-    """FLOP/s of large square matmuls on this device in the step's precision: the best of six, of any library's."""
+    """Return the FLOP/s of large square matmuls in the step's precision: the best of six, of any library."""
     side = _SIDE[device.type]
     a = torch.randn(side, side, device=device, dtype=dtype or torch.float32)
     seconds = _best_of(6, lambda: a @ a, device)
@@ -45,52 +45,51 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype | None) -> floa
 
 
 def measure_memory_bandwidth(device: torch.device) -> float:
-    """Bytes/s of a large tensor scaled in place on this device, read and written ones together: the best of 24.
+    """Return the bytes/s, read plus written, of a large tensor that is scaled in place: the best of 24.
 
-    In place, as an optimizer works: a CPU reads the target of a copy as well before it writes it, which nobody counts.
+    It is in place as an optimizer's work is: a CPU also reads the target of a copy before it writes it.
     """
     large = torch.zeros(_LARGE_BYTES // 4, device=device)
     return 2 * large.nbytes / _best_of(24, lambda: large.mul_(1.0), device)
 
 
 def _best_of(times: int, call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds."""
-    best = float("inf")
+    """Return the seconds of the fastest call."""
+    seconds = []
     for _ in range(times):
         synchronise(device)
         start = time.perf_counter()
         call()
         synchronise(device)
-        best = min(best, time.perf_counter() - start)
-    return best
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Meter:
-    """Speed since the last reading.
+    """The meter measures the speed since the last reading.
 
     Args:
         batch_size: images per optimizer step, over all ranks.
-        here: this process's place; the matmul rate is measured on its device.
+        session: the matmul rate is measured on its device.
         flops_by_op: FLOPs per image by operator, see `engine.dry_run.count_flops`; without any there is no MFU.
         dtype: of the step's products, whose rate is measured; None: float32.
     """
 
-    def __init__(self, batch_size: int, here: Session, flops_by_op: dict[Any, float], dtype: torch.dtype | None = None):
-        self._batch_size = batch_size
-        self._peak = measure_matmul_rate(here.device, dtype) if flops_by_op else None
-        self._world_size, self._watchdog = here.world_size, here.watchdog
-        self.flops_by_op = flops_by_op
-        self._flops_per_image = sum(self.flops_by_op.values())
+    def __init__(
+        self, batch_size: int, session: Session, flops_by_op: dict[Any, float], dtype: torch.dtype | None = None
+    ):
+        self._batch_size, self._session, self.flops_by_op = batch_size, session, flops_by_op
+        self._peak = session.world_size * measure_matmul_rate(session.device, dtype) if flops_by_op else None
         self.pause()
 
     def pause(self) -> None:
-        """Start a new reading: what happened since the last one was no training."""
+        """Start a new reading: the time since the last one was not spent on training."""
         self._start, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
     def steps(self, items: Iterable[Item], first: int) -> Iterator[Item]:
@@ -101,24 +100,22 @@ class Meter:
         items = iter(items)
         for number in itertools.count(first):
             asked = time.perf_counter()
-            self._watchdog.enter_phase("waiting for images")
+            self._session.watchdog.enter_phase("waiting for images")
             item = next(items, None)
             self._waited += time.perf_counter() - asked
             if item is None:
                 return
-            self._watchdog.enter_phase("in step", number)
+            self._session.watchdog.enter_phase("in step", number)
             self._steps += 1
             yield item
 
     def read(self, steps_left: int) -> dict[str, float]:
-        """Figures since the last reading: img/s over all ranks, shares of 1, GFLOP per image, seconds left."""
+        """Return the figures since the last reading: img/s over all ranks, shares, GFLOP per image, seconds left."""
         elapsed = max(time.perf_counter() - self._start, 1e-9)
-        steps_per_second = self._steps / elapsed
+        steps_per_second, flops = self._steps / elapsed, sum(self.flops_by_op.values())
         images_per_second = steps_per_second * self._batch_size
         figures = {"images_per_second": images_per_second, "data_wait": self._waited / elapsed}
         if self._peak is not None:
-            figures["gflop_per_image"] = self._flops_per_image / 1e9
-            figures["mfu"] = images_per_second * self._flops_per_image / (self._world_size * self._peak)
-        figures["eta_seconds"] = steps_left / max(steps_per_second, 1e-9)
+            figures |= {"gflop_per_image": flops / 1e9, "mfu": images_per_second * flops / self._peak}
         self.pause()
-        return figures
+        return figures | {"eta_seconds": steps_left / max(steps_per_second, 1e-9)}

@@ -1,4 +1,4 @@
-"""Where a step's time goes: torch's profiler over some steps, a trace, and a table of time against floors."""
+"""The profiler runs torch's over some steps; it writes a trace, and a table of time against floors by kind of work."""
 
 import gzip
 import json
@@ -21,8 +21,7 @@ from ccmim_fast.profile.timeline import DATA_WAIT, PROFILED, read_timeline
 from ccmim_fast.ranks.session import Session
 from ccmim_fast.runs.folder import environment
 
-# Of this process, before the profiled ones: the first one's arithmetic is counted, in the last the profiler sets itself
-# up.
+# Steps before the profiled ones: the first counts FLOPs, in the last the profiler sets itself up.
 WARM_UP = 3
 
 # AdamW in float32: reads parameter, gradient and both moments, writes parameter and both moments.
@@ -32,11 +31,11 @@ Item = TypeVar("Item")
 
 
 class Profile:
-    """Profiles some optimizer steps of a run, once; rank 0 alone.
+    """This class profiles some optimizer steps of a run, once, on rank 0 alone.
 
     Args:
-        steps: to profile; 0: none, nothing here costs anything then.
-        here: this process's place.
+        steps: to profile; 0 costs nothing.
+        session: this process's.
         folder: the run's; `profile/trace.json.gz`, `table.md` and `table.json` are written into it.
         meter: knows a step's arithmetic; it is paused while the table is made.
         model: its trainable parameters bound the optimizer's time.
@@ -48,7 +47,7 @@ class Profile:
     def __init__(
         self,
         steps: int,
-        here: Session,
+        session: Session,
         folder: Path,
         meter: Meter,
         model: nn.Module,
@@ -56,36 +55,34 @@ class Profile:
         images: int,
         note: Callable[[str], None],
     ):
-        self._steps = steps if here.is_main else 0
-        self._here, self._folder, self._meter, self._model = here, folder, meter, model
+        self._steps = steps if session.is_main else 0
+        self._device, self._folder, self._meter, self._model = session.device, folder / "profile", meter, model
         self._precision, self._images, self._note = precision, images, note
 
     def watch(self, batches: Iterable[Item]) -> Iterable[Item]:
-        """The batches of the run's steps, as they are."""
+        """Return the batches of the run's steps, unchanged."""
         return self._watched(iter(batches)) if self._steps else batches
 
     def _watched(self, batches: Iterator[Item]) -> Iterator[Item]:
-        """A step happens while its batch is out; the host waits for the device here, never inside a step."""
-        device = self._here.device
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+        """Yield the batches; a step runs while its batch is out, so the host waits for the device between steps."""
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._device.type == "cuda" else [])]
         yield from islice(batches, WARM_UP - 1)
         with torch.profiler.profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=1)) as profiler:
             yield next(batches)
-            synchronise(device)
+            synchronise(self._device)
             profiler.step()
             with record_function(PROFILED):
                 for _ in range(self._steps):
                     with record_function(DATA_WAIT):
                         batch = next(batches)
                     yield batch
-                synchronise(device)
+                synchronise(self._device)
         self._write(profiler)
         yield from batches
 
     def _write(self, profiler: torch.profiler.profile) -> None:
-        folder, device = self._folder / "profile", self._here.device
-        folder.mkdir(exist_ok=True)
-        trace = folder / "trace.json.gz"
+        self._folder.mkdir(exist_ok=True)
+        trace, device = self._folder / "trace.json.gz", self._device
         profiler.export_chrome_trace(str(trace))
         with gzip.open(trace, "rt") as file:
             spent = read_timeline(json.load(file)["traceEvents"], on_gpu=device.type == "cuda")
@@ -102,17 +99,17 @@ class Profile:
             bytes_per_second=measure_memory_bandwidth(device),
             facts={**environment(device), "threads": torch.get_num_threads(), "precision": self._precision.name},
         )
-        (folder / "table.json").write_text(json.dumps(table, indent=1) + "\n")
-        (folder / "table.md").write_text(markdown(table))
+        (self._folder / "table.json").write_text(json.dumps(table, indent=1) + "\n")
+        (self._folder / "table.md").write_text(markdown(table))
         self._note(markdown(table))
         self._meter.pause()
 
 
 def check_room(steps: int, left: int) -> None:
-    """Return if so many `steps` can be profiled, and those before them taken, in the `left` ones of the run.
+    """Refuse to profile more `steps` than fit into the `left` ones of the run, behind those before them.
 
     Raises:
-        ConfigError: they cannot.
+        ConfigError: they do not fit.
     """
     if steps and left < WARM_UP + steps:
         raise ConfigError(
@@ -132,25 +129,29 @@ def make_table(
     bytes_per_second: float,
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What `table.json` holds.
+    """Return the content of `table.json`.
 
-    A floor is the time that no implementation of the same arithmetic goes below on this device: products and attention
-    at its matmul rate, AdamW at its memory bandwidth. The other kinds have none: a good enough compiler might fuse or
-    hide them, so all of their time is over the step's floor.
+    A floor is the time below which no implementation of the same arithmetic gets on this device: of products and
+    attention at its matmul rate, of AdamW at its memory bandwidth. The other kinds have none, as a good enough compiler
+    might fuse or hide them: so all of their time is over the floor.
 
     Args:
         spent: microseconds by (kind, name), over all steps.
-        steps, images: profiled; images of each.
+        steps, images: how many steps were profiled; images of each.
         flops: of one step, by kind.
         optimizer_bytes: of one step.
         flops_per_second, bytes_per_second: of the device.
-        facts: what the table is of: names to printable values.
+        facts: printable values by name, for the heading.
     """
     floors = {kind: count / flops_per_second * 1e3 for kind, count in flops.items()}
     floors["optimizer"] = optimizer_bytes / bytes_per_second * 1e3
     whole = sum(spent.values()) / steps / 1e3
     rows = [_row(kind, spent, steps, whole, floors.get(kind)) for kind in KINDS]
     rows = [row for row in rows if row["ms"] or row["floor_ms"]]
+    worst = max(rows, key=lambda row: row["over_floor_ms"])
+    over, floor = worst["over_floor_ms"], worst["floor_ms"]
+    above = "with no floor below it" if floor is None else f"above its floor of {floor:.1f} ms"
+    share = f"{over / whole:.0%} of the step's {whole:.1f} ms"
     return {
         "facts": dict(facts),
         "steps": steps,
@@ -162,13 +163,11 @@ def make_table(
         "memory_bytes_per_second": bytes_per_second,
         "mfu": sum(flops.values()) / flops_per_second / (whole / 1e3),
         "kinds": rows,
-        "sentence": _sentence(rows, whole),
+        "sentence": f"Largest loss: {worst['kind']}, {over:.1f} ms per step {above}, {share}.",
     }
 
 
-def _row(
-    kind: str, spent: Mapping[tuple[str, str], float], steps: int, whole: float, floor: float | None
-) -> dict[str, Any]:
+def _row(kind: str, spent: Mapping[tuple[str, str], float], steps: int, whole: float, floor: float | None) -> dict:
     names = Counter({name: us / steps / 1e3 for (of, name), us in spent.items() if of == kind})
     ms = sum(names.values())
     return {
@@ -181,16 +180,8 @@ def _row(
     }
 
 
-def _sentence(rows: list[dict[str, Any]], whole: float) -> str:
-    worst = max(rows, key=lambda row: row["over_floor_ms"])
-    over, floor = worst["over_floor_ms"], worst["floor_ms"]
-    above = f"above its floor of {floor:.1f} ms" if floor is not None else "with no floor below it"
-    share = f"{over / whole:.0%} of the step's {whole:.1f} ms"
-    return f"Largest loss: {worst['kind']}, {over:.1f} ms per step {above}, {share}."
-
-
 def markdown(table: Mapping[str, Any]) -> str:
-    """The table for people: milliseconds per step."""
+    """Return the table for people, in milliseconds per step."""
     facts, images, whole = table["facts"], table["images_per_step"], table["ms_per_step"]
     lines = [
         f"{table['steps']} steps of {images} images, {facts['precision']}, {facts['device']}, "
@@ -215,5 +206,5 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _short(name: str) -> str:
-    """Without namespaces and what would end a cell; the templates of a C++ name can fill a page."""
+    """Return the name without namespaces and characters that would end a cell; a C++ template can fill a page."""
     return re.sub(r"^void |aten::|at::native::|\(anonymous namespace\)::", "", name).replace("|", "/")[:60]

@@ -1,8 +1,8 @@
-"""From a Chrome trace to microseconds by kind of work: every moment of the profiled steps belongs to one kind."""
+"""The timeline turns a Chrome trace into microseconds by kind of work; every moment of a step has one kind."""
 
 import heapq
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -18,25 +18,26 @@ _ON_HOST = ("cpu_op", "user_annotation")
 
 
 class Interval(NamedTuple):
-    """Something at work from `start` to `end`, microseconds; where several are, the one of highest `rank` counts."""
+    """An operator or kernel at work from `start` to `end`, microseconds; of several the highest `priority` counts."""
 
     start: float
     end: float
-    rank: tuple[float, ...]
+    priority: tuple[float, ...]
     kind: str
     name: str
 
 
 def read_timeline(events: Iterable[dict[str, Any]], *, on_gpu: bool) -> Counter[tuple[str, str]]:
-    """Microseconds by (kind, name) of the profiled steps; they sum to the steps' span. Idle time has no name.
+    """Return the microseconds of the profiled steps by (kind, name); they sum to the steps' span.
 
-    On a GPU the kernels tell; where several run, the first kind of `KINDS` counts, so communication is what computation
-    does not hide; time without a kernel is `data wait` while the host waits for data, else `idle`. On a CPU the
-    innermost operator counts, inside a wait for data `data wait`; time outside of operators, Python's, is `idle`.
+    On a GPU kernels count; where several run, the first kind of `KINDS` does, so `communication` is the part that no
+    computation hides. Time without a kernel is `data wait` while the host waits for data, else `idle`. On a CPU the
+    innermost operator counts, and a wait for data before any; time outside of operators, Python's, is `idle`, which has
+    no name.
 
     Args:
         events: `traceEvents` of torch's Chrome trace.
-        on_gpu: whether the steps ran there.
+        on_gpu: True if the steps ran on a GPU.
 
     Raises:
         ValueError: the trace does not hold the range `PROFILED`.
@@ -51,32 +52,28 @@ def read_timeline(events: Iterable[dict[str, Any]], *, on_gpu: bool) -> Counter[
 
 
 def attribute(intervals: Sequence[Interval], start: float, end: float) -> Counter[tuple[str, str]]:
-    """Time by (kind, name) between `start` and `end`: each moment to the interval of highest rank, or `idle`."""
-    waiting = sorted((i for i in intervals if i.start < end and i.end > start), key=lambda i: i.start)
-    edges = sorted({start, end, *(max(start, i.start) for i in waiting), *(min(end, i.end) for i in waiting)})
+    """Return the time by (kind, name) between `start` and `end`: a moment is its first interval's by priority."""
+    upcoming = deque(sorted((i for i in intervals if i.start < end and i.end > start), key=lambda i: i.start))
+    edges = sorted({start, end, *(max(start, i.start) for i in upcoming), *(min(end, i.end) for i in upcoming)})
     spent: Counter[tuple[str, str]] = Counter()
-    active: list[tuple[tuple[float, ...], int]] = []
-    upcoming = 0
+    active: list[tuple[tuple[float, ...], int, Interval]] = []
     for now, until in pairwise(edges):
-        while upcoming < len(waiting) and waiting[upcoming].start <= now:
-            # heapq's smallest is the highest rank.
-            heapq.heappush(active, (tuple(-part for part in waiting[upcoming].rank), upcoming))
-            upcoming += 1
-        while active and waiting[active[0][1]].end <= now:
+        while upcoming and upcoming[0].start <= now:
+            interval = upcoming.popleft()
+            # heapq's smallest is the highest priority; of equal ones the earlier.
+            heapq.heappush(active, (tuple(-part for part in interval.priority), -len(upcoming), interval))
+        while active and active[0][2].end <= now:
             heapq.heappop(active)
-        at_work = waiting[active[0][1]] if active else None
-        spent[(at_work.kind, at_work.name) if at_work else ("idle", "")] += until - now
+        spent[active[0][2][3:] if active else ("idle", "")] += until - now
     return spent
 
 
 def _on_gpu(event: dict[str, Any]) -> Interval | None:
     start, name, category = float(event["ts"]), event["name"], event.get("cat")
-    if category in _ON_GPU:
-        kind = kind_of_kernel(name)
-    elif name == DATA_WAIT and category == "user_annotation":
-        kind = "data wait"
-    else:
+    waits = name == DATA_WAIT and category == "user_annotation"
+    if not waits and category not in _ON_GPU:
         return None
+    kind = "data wait" if waits else kind_of_kernel(name)
     return Interval(start, start + event["dur"], (-KINDS.index(kind),), kind, name)
 
 
@@ -88,7 +85,6 @@ def _on_cpu(event: dict[str, Any], thread: Any) -> Interval | None:
         return Interval(start, start + length, (math.inf, 0.0), "data wait", name)
     kind = kind_of_op(name)
     if kind == "other" and event["cat"] == "user_annotation":
-        # A range around Python, such as DDP's forward.
-        return None
-    # Innermost: the one that began last, of equal beginnings the shorter.
+        return None  # a range around Python, such as DDP's forward
+    # The innermost began last; of equal beginnings it is the shorter.
     return Interval(start, start + length, (start, -length), kind, name)

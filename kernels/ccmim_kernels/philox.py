@@ -14,7 +14,7 @@ _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85  # the key's increments (Weyl sequence)
 _MASK32 = 0xFFFFFFFF
 
 # The high word of the key separates the uses of one seed; the kernels draw from streams 0 and 1.
-STREAM_MASK, STREAM_BLOCK, STREAM_CROP, STREAM_ORDER, STREAM_SHAPES, STREAM_SUBSTITUTE = range(6)
+STREAM_MASK, STREAM_BLOCK, STREAM_CROP, STREAM_ORDER, STREAM_SHAPES, STREAM_FALLBACK = range(6)
 
 
 def _multiply_32x32(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:

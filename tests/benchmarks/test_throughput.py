@@ -122,7 +122,7 @@ def test_a_ratio_is_taken_round_by_round(throughput, contenders, module):
 def test_rounds_are_interleaved(module, monkeypatch):
     """And the arithmetic is counted once; who failed once is not asked again."""
     rounds, asked = module("rounds"), []
-    job = module("measure").Job([], "", "arch", 2, 32, "cpu", "fp32", 2, 0.1)
+    job = module("measure").Job([], [], "", "arch", 2, 32, "cpu", "fp32", 2, 0.1)
 
     def measure(given):
         asked.append((given.arch, given.count))
@@ -181,7 +181,7 @@ def test_the_command_finds_the_script(capfd, tmp_path, monkeypatch):
     lines = capfd.readouterr().err.splitlines()
     words = ["throughput, ladder, attention, data, bank, soak, scaling, ops", "'nothing'", "nobody"]
     assert [word in line for word, line in zip(words, lines)] == [True] * 3
-    monkeypatch.setattr("ccmim_fast.cli.__file__", str(tmp_path / "ccmim_fast" / "cli.py"))
+    monkeypatch.setattr("ccmim_fast.commands.bench.__file__", str(tmp_path / "ccmim_fast" / "commands" / "bench.py"))
     assert ccmim(["bench", "ops"]) == 6
     assert "git clone" in capfd.readouterr().err
 

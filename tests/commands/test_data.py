@@ -168,7 +168,7 @@ def test_bench(folder, run):
         ([], 2, ["ccmim data: the command is missing", "index, verify, shard, stats, bench"]),
         (["indx"], 2, ["'indx': no such command"]),
         (["index"], 2, ["ccmim data index", "root"]),
-        (["index", "ROOT", "--worker=3"], 2, ["--worker: unknown key"]),
+        (["verify", "ROOT", "--worker=3"], 2, ["--worker: unknown key; did you mean --workers?"]),
         (["verify", "ROOT", "--workers=-1"], 2, ["--workers: '-1' must be a whole number from 0 on"]),
         (["verify", "ROOT", "--workers=two"], 2, ["--workers: 'two' must be a whole number"]),
         (["stats", "ROOT", "--images=0"], 2, ["--images: '0' must be a whole number from 1 on"]),

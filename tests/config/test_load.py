@@ -172,15 +172,10 @@ def test_help_documents_every_setting(capsys):
     assert left.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "usage: ccmim pretrain" in text
-    assert "share of patches masked; MAE" in text
+    assert "share of patches masked, in (0, 1): some stay visible [share; default: 0.75; MAE]" in text
     assert all(f"--{key}" in text for key in settings())
     for words in ("--resume", "--overwrite", "--print_config", "ccmim_vit_base_official"):
         assert words in text
-
-
-def test_help_texts_are_the_comments_of_the_schema():
-    assert settings()["optim.base_lr"].help == "per 256 images; paper, appendix C"
-    assert settings()["run.dir"].help.startswith("output folder")
 
 
 def test_help_and_key_mistakes_need_no_torch():

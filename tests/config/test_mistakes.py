@@ -93,6 +93,7 @@ def test_an_alias_bomb_is_not_printed(load, error_of):
             ["--score.source=frist"],
             "score.source=frist: expected one of first, block, all, bank; nearest valid is first",
         ),
+        (["--train.device=cuda:0"], "train.device=cuda:0: expected one of auto, cpu, cuda; nearest valid is cuda"),
         (["--overwrite=maybe"], "run.overwrite=maybe: expected true or false"),
         (["--config", "dmo"], "--config=dmo: no such preset; nearest is demo"),
         (["--config", ""], "--config='': no such preset; nearest is"),

@@ -11,8 +11,10 @@ import torch
 from ccmim_fast.config.keys import build, flatten, settings
 from ccmim_fast.config.load import load_config
 from ccmim_fast.config.schema import Config
-from ccmim_fast.config.validate import RANGES, nearest_divisor, nearest_multiple, patch_size, validate
+from ccmim_fast.config.validate import nearest_divisor, nearest_multiple, patch_size, validate
 from ccmim_fast.errors import ConfigError
+
+RANGES = {key: setting.unit.within for key, setting in settings().items() if setting.unit.within}
 
 
 def config_of(**values) -> Config:
@@ -75,7 +77,7 @@ REFUSED = [
     ("run.dir=", "a folder", "runs/pretrain"),
     ("run.resume=atuo", "never, auto or the path of a checkpoint", "auto"),
     ("run.overwrite=true run.resume=auto", "false with run.resume=auto, which goes on with what it", "false"),
-    ("data.root=a\0b", "without NUL characters", "ab"),
+    ("data.root=a\0b", "text that a file name can hold", "ab"),
     ("run.dir=a\ud800b", "text that a file name can hold", "ab"),
     ("data.image_size=[225,224]", "a multiple of the patch size 16", "[224, 224]"),
     ("data.image_size=[32,239]", "a multiple of the patch size 16", "[32, 240]"),
@@ -110,7 +112,6 @@ REFUSED = [
     ("seed=-1", "in [0, 4294967295]", "0"),
     ("target.hog_cell=5 target.kind=hog", "a divisor of the patch size 16", "4"),
     ("mask.block_min=148 mask.strategy=block", "at most the 147 patches that are masked", "147"),
-    ("train.device=cuda:0", "one of auto, cpu, cuda", "cuda"),
     ("train.precision=fp16 train.device=cpu", "fp32, bf16 or auto on a CPU", "bf16"),
     ("train.batch_size=1", "2 images per micro-batch at least, for the heads' BatchNorm", "2"),
     ("train.batch_size=1023 train.accumulate=2", "a multiple of train.accumulate=2 x world size 1", "1024"),

@@ -1,4 +1,4 @@
-"""Each test's indexes lie in a folder of its own."""
+"""Tests of `data/` keep their indexes in a temporary cache folder."""
 
 import pytest
 

@@ -211,7 +211,7 @@ def test_draws_are_of_seed_epoch_and_image(cache, workers):
         (["--detect.window=4"], 2, "detect.window=4: needs images of one size; use detect.resize=jitter"),
         (["--detect.resize=jitter", "--data.image_size=[32,48]"], 2, "four patches; nearest valid is [32, 32]"),
         (["--detect.resize=jitter", "--detect.jitter=[2,1]"], 2, "detect.jitter=[2.0, 1.0]: must be from small to"),
-        (["--detect.short_sides=[]"], 2, "detect.short_sides=[]: must hold a number at least"),
+        (["--detect.short_sides=[]"], 2, "detect.short_sides=[]: must be a list of one number at least"),
         (
             ["--optim.milestones=[0.5,1]"],
             2,

@@ -26,7 +26,7 @@ from ccmim_fast.data.source import Source, usable_count, usable_ids
 from ccmim_fast.data.stream.crops import crop_boxes, flips
 from ccmim_fast.data.stream.permutation import epoch_order
 from ccmim_fast.errors import ConfigError, DataError
-from ccmim_kernels.philox import STREAM_SUBSTITUTE, philox_4x32, stream_key
+from ccmim_kernels.philox import STREAM_FALLBACK, philox_4x32, stream_key
 
 _PLANNED_AT_ONCE = 1024  # samples: 4 microseconds each; with 64 at once 41
 
@@ -146,7 +146,7 @@ class Plan:
     def fallback(self, index: int, epoch: int, attempt: int) -> MicroBatch:
         """Return the sample that replaces a bad one, drawn from all partitions by (seed, epoch, id, attempt)."""
         counters = (torch.tensor(c) for c in (attempt, index & 0xFFFFFFFF, index >> 32, epoch))
-        high, low, _, _ = philox_4x32(stream_key(self.seed, STREAM_SUBSTITUTE), *counters)
+        high, low, _, _ = philox_4x32(stream_key(self.seed, STREAM_FALLBACK), *counters)
         position = ((high.item() << 32) | low.item()) % usable_count(self.source)
         return self.micro_batch(usable_ids(self.source, np.array([position])), np.array([epoch]))
 

@@ -44,11 +44,6 @@ def _check(config: EvalConfig, mean: tuple[float, ...], std: tuple[float, ...]) 
     for key, values in (("mean", mean), ("std", std)):
         if len(values) != 3:
             raise ConfigError(f"data.{key}={list(values)}: segmentation needs images of 3 channels, so 3 values")
-    for key, (low, high) in (("sides", segment.sides), ("ratio", segment.ratio)):
-        if low > high:
-            raise ConfigError(
-                f"segment.{key}=[{low}, {high}]: must be from small to large; nearest valid is [{high}, {low}]"
-            )
     if segment.sides[0] < max(window):
         near = [max(window), max(*window, segment.sides[1])]
         raise ConfigError(
