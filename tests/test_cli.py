@@ -13,7 +13,7 @@ from ccmim_fast.checkpoints import io
 from ccmim_fast.cli import main
 from ccmim_fast.commands import COMMANDS, bench, data, runs
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.evaluation.command import EVALUATIONS
+from ccmim_fast.evaluation.registry import EVALUATIONS
 
 
 @pytest.mark.parametrize(

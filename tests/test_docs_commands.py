@@ -26,14 +26,14 @@ from PIL import Image
 
 from ccmim_fast.ablation.variants import ABLATIONS
 from ccmim_fast.cli import main
-from ccmim_fast.commands import COMMANDS, ablate, data, import_
+from ccmim_fast.commands import COMMANDS, ablate, data, eval, import_
 from ccmim_fast.commands.bench import SCRIPTS
 from ccmim_fast.config.evaluation import EvalConfig, validate_evaluation
 from ccmim_fast.config.load import load_config, make_config
 from ccmim_fast.config.validate import validate
-from ccmim_fast.evaluation.command import EVALUATIONS, _protocol_of
 from ccmim_fast.evaluation.masks.command import _read as read_masks
 from ccmim_fast.evaluation.protocols import FOLDER
+from ccmim_fast.evaluation.run import protocol_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -148,9 +148,8 @@ def parse_only(command, words):
         load_config(settings, "ccmim eval masks")
         return
     if command == "eval":
-        assert words[0] in EVALUATIONS
-        _, settings = _protocol_of(words[0], words[2:])
-        load_config(settings, "ccmim eval", EvalConfig, validate_evaluation, FOLDER)
+        given = eval.parser_of(words[0]).parse_args(words[1:])
+        make_config(protocol_of(words[0], given.settings)[1], EvalConfig, validate_evaluation, FOLDER)
         return
     if command == "import":
         given = import_.parser().parse_args(words)

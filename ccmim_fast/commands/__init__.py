@@ -5,11 +5,11 @@ called, and imports heavy libraries (torch, timm) after the options are read: so
 """
 
 from collections.abc import Callable, Mapping
-from pkgutil import resolve_name
 from typing import NamedTuple
 
 from ccmim_fast.config.keys import nearest
 from ccmim_fast.errors import ConfigError
+from ccmim_fast.registry import load
 
 HELP = ("-h", "--help")
 
@@ -26,7 +26,7 @@ class Command(NamedTuple):
     help: str
 
     def load(self) -> Callable[[list[str]], None]:
-        return resolve_name(f"{__name__}.{self.place}")
+        return load(f"{__name__}.{self.place}")
 
 
 COMMANDS = {

@@ -16,6 +16,7 @@ class Evaluation(NamedTuple):
     """One of the evaluations; its preset of the same name is in `configs/eval/`.
 
     Attributes:
+        help: one line.
         run: `module:function`, module below `evaluation`; Job -> figures, shares of 1. Every rank calls it.
         figures: settings, or beginnings of settings, that are figures of the protocol; the others say how and where it
             is carried out.
@@ -25,6 +26,7 @@ class Evaluation(NamedTuple):
         guessed: True if a guess among the classes is right once in as many, so that chance is known.
     """
 
+    help: str
     run: str
     figures: tuple[str, ...]
     sources: tuple[str, ...] = _IMAGES
@@ -33,13 +35,22 @@ class Evaluation(NamedTuple):
 
 
 EVALUATIONS = {
-    "knn": Evaluation("frozen.knn:knn", (*_SHOWN, "knn.")),
-    "logreg": Evaluation("frozen.logreg:logreg", (*_SHOWN, "logreg.")),
-    "linear": Evaluation("probes:linear", (*_TRAINED, "head.rates", "head.init_std", "augment.")),
-    "attentive": Evaluation("probes:attentive", (*_TRAINED, "head.num_heads", "head.init_std", "augment.")),
-    "finetune": Evaluation("finetune:run", _FINETUNED),
-    "transfer": Evaluation("finetune:run", _FINETUNED),
+    "knn": Evaluation("nearest neighbours in frozen features", "frozen.knn:knn", (*_SHOWN, "knn.")),
+    "logreg": Evaluation("logistic regression on frozen features", "frozen.logreg:logreg", (*_SHOWN, "logreg.")),
+    "linear": Evaluation(
+        "a linear classifier of frozen features",
+        "probes:linear",
+        (*_TRAINED, "head.rates", "head.init_std", "augment."),
+    ),
+    "attentive": Evaluation(
+        "an attentive classifier of frozen features",
+        "probes:attentive",
+        (*_TRAINED, "head.num_heads", "head.init_std", "augment."),
+    ),
+    "finetune": Evaluation("training all weights to classify, as on ImageNet", "finetune:run", _FINETUNED),
+    "transfer": Evaluation("training all weights to classify iNaturalist or Flowers-102", "finetune:run", _FINETUNED),
     "detection": Evaluation(
+        "object detection and instance segmentation: Mask R-CNN on COCO",
         "detection.run:run",
         (*_DENSE, "detect."),
         sources=("coco", "shapes"),
@@ -47,6 +58,7 @@ EVALUATIONS = {
         guessed=False,
     ),
     "segmentation": Evaluation(
+        "semantic segmentation: UPerNet on ADE20K",
         "segmentation.run:run",
         (*_DENSE, "segment.", "head.init_std"),
         sources=("ade20k", "shapes"),

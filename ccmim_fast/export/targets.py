@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, NamedTuple
 
 from ccmim_fast.errors import ConfigError, MachineError
+from ccmim_fast.registry import load
 
 if TYPE_CHECKING:
     from ccmim_fast.checkpoints import OpenedRun
@@ -29,7 +29,7 @@ class Target(NamedTuple):
 
     @property
     def write(self) -> Callable[["OpenedRun", Path], list[Path]]:
-        return resolve_name(f"ccmim_fast.export.{self.place}")
+        return load(f"ccmim_fast.export.{self.place}")
 
 
 TARGETS = {

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
+from ccmim_fast.commands.eval import evaluate
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
-from ccmim_fast.evaluation.command import evaluate
 
 CLASSES, TRAIN, TEST, SIDE = 3, 300, 150, 32
 EPOCHS = 30

@@ -244,7 +244,7 @@ def test_a_missing_library_is_named_with_its_command(encoder, shared_settings, t
 
 def test_other_evaluations_do_without_its_libraries():
     code = (
-        "import sys; import ccmim_fast.evaluation.command;"
+        "import sys; import ccmim_fast.evaluation.run;"
         "assert not {'torchmetrics', 'faster_coco_eval', 'ccmim_fast.evaluation.detection.detector'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -159,7 +159,7 @@ def test_a_missing_library_is_named_with_its_command(encoder, shared_settings, t
 
 @pytest.mark.slow
 def test_other_evaluations_do_not_import_it():
-    code = "import sys, ccmim_fast.evaluation.command; print('segmentation_models_pytorch' in sys.modules)"
+    code = "import sys, ccmim_fast.evaluation.run; print('segmentation_models_pytorch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

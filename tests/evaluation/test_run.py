@@ -180,7 +180,7 @@ def test_positions_are_not_resampled_by_the_size_of_timms_weights(tmp_path):
     [
         ([], 2, "the evaluation is missing; one of knn"),
         (["knm", "timm:vit_tiny_patch16_224"], 2, "'knm|knm: no such evaluation; nearest: knn"),
-        (["knn"], 2, "the checkpoint is missing"),
+        (["knn"], 2, "required: CHECKPOINT"),
         (["knn", "timm:vit_tiny_patch16"], 2, "no model of timm; nearest is vit_tiny_patch16_224"),
         (["knn", "nowhere.pth"], 5, "nowhere.pth: cannot be read as weights"),
         (["knn", "timm:vit_tiny_patch16_224", "--knn.kk=1"], 2, "did you mean --knn.k?"),
