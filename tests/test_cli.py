@@ -1,6 +1,7 @@
 """The command: one line and an exit code for every mistake, and what is no run."""
 
 import ast
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -142,3 +143,23 @@ def test_a_reader_that_went_away_is_no_traceback():
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait(timeout=60) == 141
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("ccmim e", ["eval", "export", "embed"]),
+        ("ccmim eval kn", ["knn"]),
+        ("ccmim pretrain --mask.strategy imp", ["importance", "importance_sampling"]),
+        ("ccmim pretrain --config ccmim_vit_l", ["ccmim_vit_large"]),
+        ("ccmim ablate score --see", ["--seeds", "--seed"]),
+        ("ccmim data shard --qu", ["--quality"]),
+    ],
+)
+def test_the_shell_completes_a_line(line, completed, tmp_path):
+    """As argcomplete's function of the shell asks for it."""
+    out = tmp_path / "out"
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\t", "_ARGCOMPLETE_STDOUT_FILENAME": str(out), "COMP_TYPE": "9"}
+    environment = {**os.environ, **asked, "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    subprocess.run([sys.executable, "-m", "ccmim_fast.cli"], env=environment, capture_output=True, check=True)
+    assert out.read_text().split() == completed

@@ -4,14 +4,17 @@ A command's file reads options and calls a library function of another folder. I
 called, and imports heavy libraries (torch, timm) after the options are read: so every `--help` is quick.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from ccmim_fast.config.keys import nearest
+from ccmim_fast.config.parser import Parser
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.registry import load
 
 HELP = ("-h", "--help")
+COMPLETING = "_ARGCOMPLETE"  # set by the shell while it completes a command line
 
 
 class Command(NamedTuple):
@@ -69,6 +72,10 @@ def take_name(
         ConfigError: the first word is missing or unknown; the message names the nearest.
         SystemExit: 0, after printing the help that `--help` asks for.
     """
+    if COMPLETING in os.environ and not argv:
+        parser = Parser(program)
+        parser.add_argument(kind, choices=list(names))
+        parser.parse_args(argv)  # prints the names that the word under the cursor may become, and ends
     if argv and argv[0] in HELP:
         print(usage(program, kind, names, then))
         raise SystemExit(0)

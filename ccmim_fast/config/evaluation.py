@@ -104,7 +104,7 @@ class SegmentConfig:
 class DetectConfig:
     pyramid: Literal["fpn", "simple"] = setting("fpn", "of four blocks, or of the last (ViTDet)", "CAE", "shape")
     width: u.Width = setting(256, "channels of the pyramid and of the heads' convolutions", "FPN", "shape")
-    proposals: u.whole("boxes", 4) = setting(
+    proposals: u.whole("boxes", 4, 65536) = setting(
         512, "boxes of an image that train the heads, a quarter objects", "Mask R-CNN"
     )
     resize: Literal["short_side", "jitter"] = setting("short_side", "jitter: scaled, then cut to image_size", "CAE")

@@ -71,22 +71,19 @@ class Parser(argparse.ArgumentParser):
             action = owner.add_argument(*names, dest=key, help=text, metavar=metavar, **bare, **hidden)
             action.completer = lambda choices=setting.choices, **_: choices
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
-        """Read what is known, as argparse does; while the shell completes a line, print the completions and end."""
-        if "_ARGCOMPLETE" in os.environ:
-            import argcomplete  # not needed otherwise
-
-            os.environ["_ARGCOMPLETE"] = str(len(self.prog.split()))  # words of the line that name the command
-            argcomplete.autocomplete(self)
-        return super().parse_known_args(args, namespace)
-
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
-        """Read all options.
+        """Read all options; while the shell completes a line, print the completions and end instead.
 
         Raises:
             ConfigError: one line; for an unknown option it names the nearest.
             SystemExit: 0, after printing what `--help` asks for.
         """
+        if "_ARGCOMPLETE" in os.environ:
+            import argcomplete  # not needed otherwise
+
+            os.environ["_ARGCOMPLETE"] = str(len(self.prog.split()))  # words of the line that name the command
+            # Not in `parse_known_args`, which argcomplete calls itself.
+            argcomplete.autocomplete(self)
         given, rest = self.parse_known_args(args, namespace)
         if rest and not rest[0].startswith("--"):
             hint = "a setting is written --mask.ratio=0.75" if self._schema else f"see {self.prog} --help"
