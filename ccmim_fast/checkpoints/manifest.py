@@ -27,14 +27,16 @@ class Hashed(io.BufferedWriter):
 
     def __init__(self, path: Path):
         super().__init__(io.FileIO(path, "wb"))
-        self._sha256 = hashlib.sha256()
+        self._size, self._sha256 = 0, hashlib.sha256()
 
     def write(self, data) -> int:
+        self._size += memoryview(data).nbytes
         self._sha256.update(data)
         return super().write(data)
 
     def sum(self) -> Sum:
-        return Sum(self.tell(), self._sha256.hexdigest())
+        """Return the sum of all that was written; also once the file is closed, as torch's writer does early."""
+        return Sum(self._size, self._sha256.hexdigest())
 
 
 def manifest(step: int, sums: dict[str, Sum]) -> bytes:
