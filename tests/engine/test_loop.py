@@ -35,9 +35,8 @@ def config_for(run, root, **sections):
     sections = {
         "run": {"dir": str(run), "log_every": 1, "save_every": 1, "tensorboard": False},
         "data": {"root": str(root), "loader": "torch"},
-        "train": {"epochs": 4, "batch_size": 5 * 1, "device": "cpu", "precision": "fp32"},
+        "train": {"epochs": 4, "batch_size": 5, "device": "cpu", "precision": "fp32"},
         "optim": {"warmup_epochs": 1.0},
-        **{},
         **sections,
     }
     return dataclasses.replace(
@@ -91,31 +90,46 @@ def test_ten_steps_equal_five_and_five(tmp_path, photos, loader):
     assert [r["step"] for r in figures[0]] == list(range(1, 11))
 
 
+@pytest.fixture(scope="module")
+def banked(photos):
+    """banked(folder): the settings of a run of ten steps with a bank."""
+
+    def config(folder):
+        score = {"source": "bank", "grid": 5, "momentum": 0.5}
+        found = config_for(folder, photos, score=score, data={"root": str(photos), "loader": "torch", "flip": True})
+        return with_fields(found, "train", max_steps=10, accumulate=1)
+
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole(banked, tmp_path_factory):
+    """The state after ten steps with a bank, without a stop."""
+    folder = tmp_path_factory.mktemp("whole")
+    fit(banked(folder))
+    return newest_state(folder)
+
+
 @pytest.mark.parametrize("store", ["device", "host", "file"])
-def test_a_bank_is_in_the_checkpoint(tmp_path, photos, store):
+def test_a_bank_is_in_the_checkpoint(tmp_path, banked, whole, store):
     """Stopped in the second epoch and resumed, with any store: maps and weights bit for bit as without a stop."""
-    score = {"source": "bank", "grid": 5, "momentum": 0.5}
-    base = config_for(
-        tmp_path / "whole", photos, score=score, data={"root": str(photos), "loader": "torch", "flip": True}
-    )
-    base = with_fields(base, "train", max_steps=10, accumulate=1)
-    fit(base)
-    parts = with_fields(with_fields(base, "run", dir=str(tmp_path / "parts")), "score", store=store)
+    parts = with_fields(banked(tmp_path), "score", store=store)
     fit(with_fields(parts, "train", max_steps=6))
     fit(with_fields(parts, "run", resume="auto"))
-    whole, again = newest_state(tmp_path / "whole"), newest_state(tmp_path / "parts")
+    again = newest_state(tmp_path)
     assert whole["maps"].shape == (20, 5, 5)
     assert whole["maps"].dtype == torch.float16
     assert bool(whole["maps"].any())
     for part in ("maps", "model", "optimizer"):
         assert same(whole[part], again[part]), part
-    # The test has power: without its maps the run ends elsewhere.
-    emptied = with_fields(base, "run", dir=str(tmp_path / "emptied"))
+
+
+def test_without_its_maps_a_run_ends_elsewhere(tmp_path, banked, whole):
+    emptied = banked(tmp_path)
     fit(with_fields(emptied, "train", max_steps=6))
-    state = newest_state(tmp_path / "emptied")
-    io.save(tmp_path / "emptied" / "checkpoints", 6, {**state, "maps": None}, keep=1)
+    io.save(tmp_path / "checkpoints", 6, {**newest_state(tmp_path), "maps": None}, keep=1)
     fit(with_fields(emptied, "run", resume="auto"))
-    assert not same(whole["model"], newest_state(tmp_path / "emptied")["model"])
+    assert not same(whole["model"], newest_state(tmp_path)["model"])
 
 
 def test_maps_of_another_grid_are_refused(tmp_path, photos):
