@@ -3,9 +3,11 @@
 import contextlib
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -17,18 +19,15 @@ PATIENCE = 300  # seconds, for a machine with much to do
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
+# Processes are forked from one that has imported all this already, which alone would take each of them 5 seconds.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["torch.distributed", "timm", "ccmim_fast.engine.pretraining"])
+
+
 def run_in_ranks(target, world_size, folder, *arguments):
-    """Run `target(rank, world_size, *arguments)` in the spawned processes of a gloo group; all must end with code 0."""
-    spawn = multiprocessing.get_context("spawn")
-    places = [(target, rank, world_size, f"{folder}/rendezvous") for rank in range(world_size)]
-    processes = [spawn.Process(target=_rank, args=(*place, *arguments)) for place in places]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(PATIENCE)
-        process.kill()
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * world_size
+    """Run `target(rank, world_size, *arguments)` in the processes of a gloo group; all must end with code 0."""
+    group = [(target, rank, world_size, f"{folder}/rendezvous", *arguments) for rank in range(world_size)]
+    assert exit_codes(_rank, group) == [0] * world_size
 
 
 def _rank(target, rank, world_size, rendezvous, *arguments):
@@ -40,21 +39,68 @@ def _rank(target, rank, world_size, rendezvous, *arguments):
     dist.destroy_process_group()
 
 
-def torchrun(world_size, *command, fails=False, **environment):
-    """Run a script (or `-m` and a module) with its arguments to the end; one rank runs without torchrun.
+def run_ranks(world_size, *command, **environment):
+    """Run a script (or `-m` and a module) in ranks as torchrun would, one as without it; all must end with code 0.
 
     Args:
-        fails: the exit code must not be 0; else it must be 0.
         environment: more variables.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, **ONE_THREAD, **environment}
+        alone = [{}]  # without torchrun
+        of_ranks = ranks_environment(world_size) if world_size > 1 else alone
+        group = [(command, environment | more, f"{folder}/{rank}") for rank, more in enumerate(of_ranks)]
+        codes = exit_codes(_command, group)
+        assert codes == [0] * world_size, "".join(Path(output).read_text()[-3000:] for *_, output in group)
+
+
+def _command(command, environment, output):
+    """Run a command in this process, as a new one would."""
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    if command[0] == "-m":
+        sys.argv = list(command[1:])
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(command)
+        runpy.run_path(command[0], run_name="__main__")
+
+
+def exit_codes(target, of_each):
+    """Call `target` with the arguments of each in a process of its own; who takes too long is killed."""
+    ranks = [processes.Process(target=target, args=arguments) for arguments in of_each]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(PATIENCE)
+        rank.kill()
+        rank.join()
+    return [rank.exitcode for rank in ranks]
+
+
+def ranks_environment(world_size):
+    """What torchrun would tell each rank of one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    sizes = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    return [{**address, **sizes, "RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(world_size))]
+
+
+def torchrun(world_size, *command):
+    """Run a script with its arguments under torchrun, which ends all ranks when one fails; one must.
 
     Returns:
         The `CompletedProcess`, with output and errors as text.
     """
-    launcher = torchrun_command("--standalone", f"--nproc-per-node={world_size}")
-    line = [*(launcher if world_size > 1 else [sys.executable]), *command]
-    environment = {**os.environ, **ONE_THREAD, **environment}
+    line = [*torchrun_command("--standalone", f"--nproc-per-node={world_size}"), *command]
+    environment = {**os.environ, **ONE_THREAD}
     done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=PATIENCE)
-    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    assert done.returncode != 0, done.stderr[-3000:]
     return done
 
 
@@ -69,14 +115,11 @@ def ranks_without_torchrun(world_size, folder, *command):
     Yields:
         A `Popen` of each rank, whose errors go to the file `{rank}.err` in `folder`.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    sizes, ranks = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}, []
+    ranks = []
     try:
-        for rank in map(str, range(world_size)):
-            environment = {**os.environ, **ONE_THREAD, **address, **sizes, "RANK": rank, "LOCAL_RANK": rank}
-            with (folder / f"{rank}.err").open("w") as err:
+        for of_rank in ranks_environment(world_size):
+            environment = {**os.environ, **ONE_THREAD, **of_rank}
+            with (folder / f"{of_rank['RANK']}.err").open("w") as err:
                 line = [sys.executable, *command]
                 ranks.append(subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=err))
         yield ranks

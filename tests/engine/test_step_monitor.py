@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from faulty import not_finite, signalled
-from ranks_launcher import FAULTY, torchrun
+from ranks_launcher import FAULTY, run_ranks, torchrun
 from small_run import run_settings
 from tiny import tiny_config
 
@@ -188,16 +188,16 @@ def test_after_an_error_of_several_ranks_signals_stay_requests():
             signal.signal(number, handler)
 
 
-def two_ranks(folder, fault, at, *settings, **launch):
-    """Two steps an epoch, of six; the second rank has the fault."""
-    more = ["--data.samples=16", "--train.batch_size=8", "--train.epochs=6", "--run.save_every=1", "--run.keep=9"]
-    return torchrun(2, FAULTY, fault, at, "1", *run_settings(folder), *more, *settings, **launch)
+def two_ranks(folder, fault, at, *settings):
+    """The words after `python`: two steps an epoch, of three; the second rank has the fault."""
+    more = ["--data.samples=16", "--train.batch_size=8", "--train.epochs=3", "--run.save_every=1", "--run.keep=9"]
+    return FAULTY, fault, at, "1", *run_settings(folder), *more, *settings
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_all_ranks_agree_on_a_step_that_is_not_finite_on_one(tmp_path, parallel):
-    two_ranks(tmp_path, "nan", "4,5,6", f"--train.parallel={parallel}")
+    run_ranks(2, *two_ranks(tmp_path, "nan", "4,5,6", f"--train.parallel={parallel}"))
     assert [record["at"] for record in records(tmp_path, "skipped_step")] == [4, 5, 6]
     assert [record["to"] for record in records(tmp_path, "went_back")] == [2]
     assert same(weights_at(tmp_path, 2), weights_at(tmp_path, 6))
@@ -208,7 +208,7 @@ def test_all_ranks_agree_on_a_step_that_is_not_finite_on_one(tmp_path, parallel)
 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all(tmp_path):
-    done = two_ranks(tmp_path, "term", "5", fails=True)
+    done = torchrun(2, *two_ranks(tmp_path, "term", "5"))
     assert "stopped by a signal to another rank after step 5" in done.stderr
     assert "stopped by SIGTERM after step 5" in done.stderr
     assert "StoppedError" not in done.stderr

@@ -10,7 +10,7 @@ import pytest
 import torch
 from made_coco import SIZES, write_coco
 from PIL import Image
-from ranks_launcher import torchrun
+from ranks_launcher import run_ranks
 
 from ccmim_fast import cli
 from ccmim_fast.checkpoints import io
@@ -109,7 +109,7 @@ def test_two_processes_equal_one(evaluated, encoder, cache, shared_settings, tmp
     more = [*SMALL, "--optim.base_lr=0", "--train.max_steps=1", "--data.test_samples=51"]
     one = evaluated("detection", *more, folder="one")
     settings = [*shared_settings, f"--data.root={cache}", f"--run.dir={tmp_path / 'two'}", *more]
-    torchrun(2, "-m", "ccmim_fast.cli", "eval", "detection", str(encoder), *settings)
+    run_ranks(2, "-m", "ccmim_fast.cli", "eval", "detection", str(encoder), *settings)
     two = json.loads((tmp_path / "two" / "result.json").read_text())
     assert two["ranks"] == 2
     assert one["figures"]["box AP"] > 0

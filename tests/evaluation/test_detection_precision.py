@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from ranks_launcher import TESTS, torchrun
+from ranks_launcher import TESTS, run_ranks
 
 from ccmim_fast.evaluation.detection.instances import Instances
 from ccmim_fast.evaluation.detection.precision import average_precision
@@ -107,7 +107,7 @@ def test_two_processes_of_unequal_shares_equal_one(tmp_path):
         "Path(sys.argv[1], str(rank)).write_text(json.dumps(figures)); dist.destroy_process_group()"
     )
     (tmp_path / "two.py").write_text(script)
-    torchrun(2, str(tmp_path / "two.py"), str(tmp_path), PYTHONPATH=os.pathsep.join([TESTS, *sys.path]))
+    run_ranks(2, str(tmp_path / "two.py"), str(tmp_path), PYTHONPATH=os.pathsep.join([TESTS, *sys.path]))
     alone = average_precision(unequal(0, 1))
     assert 0 < alone["box AP"] < 1
     for rank in "01":

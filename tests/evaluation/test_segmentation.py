@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from ranks_launcher import torchrun
+from ranks_launcher import run_ranks
 from safetensors.torch import save_file
 
 from ccmim_fast import cli
@@ -113,7 +113,7 @@ def test_nothing_to_test_on_is_told(evaluated, miniature, tmp_path):
 def test_two_processes_test_what_is_saved(evaluated, encoder, cache, shared_settings, tmp_path):
     """13 test images: one rank has one more. The checkpoint tested again by one process has the same figures."""
     settings = [*shared_settings, f"--data.root={cache}", f"--run.dir={tmp_path / 'two'}", *FEW, "--train.steps=4"]
-    torchrun(2, "-m", "ccmim_fast.cli", "eval", "segmentation", str(encoder), *settings)
+    run_ranks(2, "-m", "ccmim_fast.cli", "eval", "segmentation", str(encoder), *settings)
     two = json.loads((tmp_path / "two" / "result.json").read_text())
     assert two["ranks"] == 2
     one = evaluated("segmentation", *FEW, "--train.steps=4", "--resume=auto", folder="two")

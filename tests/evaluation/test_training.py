@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from ranks_launcher import torchrun
+from ranks_launcher import run_ranks
 from safetensors.torch import load_file, save_file
 
 from ccmim_fast.checkpoints import io
@@ -116,7 +116,7 @@ def test_two_processes_equal_one(evaluated, encoder, cache, shared_settings, tmp
         more += ["--model.drop_path=0", "--data.test_samples=151", "--train.accumulate=2"]
     one = evaluated(name, *more, folder="one")
     settings = [*shared_settings, f"--data.root={cache}", f"--run.dir={tmp_path / 'two'}", *more]
-    torchrun(2, "-m", "ccmim_fast.cli", "eval", name, str(encoder), *settings)
+    run_ranks(2, "-m", "ccmim_fast.cli", "eval", name, str(encoder), *settings)
     two = json.loads((tmp_path / "two" / "result.json").read_text())
     assert two["ranks"] == 2
     np.testing.assert_allclose(list(two["figures"].values()), list(one["figures"].values()), atol=1.01 / 151)

@@ -1,12 +1,10 @@
 """Rows of all ranks: gradients are those of one process, and nobody waits before there is nothing else to do."""
 
-import multiprocessing
-
 import pytest
 import torch
 import torch.distributed as dist
 from exchange_ranks import EACH, RANKS, gradients, gradients_of_rank, wait_for_each_other
-from ranks_launcher import run_in_ranks
+from ranks_launcher import processes, run_in_ranks
 from tiny import images, tiny_model
 
 from ccmim_fast.models.heads import finish_all_gather, start_all_gather
@@ -31,8 +29,7 @@ def test_every_students_gradient_is_that_of_the_global_batch(tmp_path):
 @pytest.mark.slow
 def test_rows_travel_while_the_decoder_runs(tmp_path):
     """One rank sends only after the other is past its decoder: had that one waited first, they would wait for ever."""
-    spawn = multiprocessing.get_context("spawn")
-    run_in_ranks(wait_for_each_other, 2, tmp_path, spawn.Event(), spawn.Event())
+    run_in_ranks(wait_for_each_other, 2, tmp_path, processes.Event(), processes.Event())
 
 
 def test_one_process_sends_nothing():

@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from ranks_launcher import torchrun
+from ranks_launcher import run_ranks
 from small_run import SETTINGS
 
 
 def losses(folder, processes, *extra):
     settings = [f"--run.dir={folder}", f"--data.root={folder.parent / 'cache'}", *SETTINGS, *extra]
-    torchrun(processes, "-m", "ccmim_fast.cli", "pretrain", *settings)
+    run_ranks(processes, "-m", "ccmim_fast.cli", "pretrain", *settings)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [(r["recons"], r["contrast"]) for r in map(json.loads, lines)]
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from ranks_launcher import FAULTY, ONE_THREAD, torchrun, torchrun_command
+from ranks_launcher import FAULTY, ONE_THREAD, run_ranks, torchrun_command
 from small_run import run_settings
 
 from ccmim_fast.checkpoints import io
@@ -89,7 +89,7 @@ def wait_for(happened, *nodes):
 def alone(tmp_path_factory, nodes):
     """Losses and last checkpoint of two ranks on one machine, left alone."""
     folder = tmp_path_factory.mktemp("alone")
-    torchrun(2, FAULTY, "nan", "0", "none", *run_settings(folder), *MORE)
+    run_ranks(2, FAULTY, "nan", "0", "none", *run_settings(folder), *MORE)
     return ended(folder)
 
 

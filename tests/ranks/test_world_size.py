@@ -4,7 +4,7 @@ import json
 from collections import defaultdict
 
 import pytest
-from ranks_launcher import FAULTY, torchrun
+from ranks_launcher import FAULTY, run_ranks
 from small_run import run_settings
 
 EPOCHS, SAMPLES, STEPS = 3, 40, 8  # of 16 samples: each epoch ends within a step, the 3rd, the 5th and the 8th
@@ -15,7 +15,7 @@ ROUNDING = 2e-6  # sums over 16 images in another order; 2e-7 of a loss was seen
 def leg(folder, ranks, *settings):
     """Run so many ranks, each of which writes down the ids of its steps."""
     more = [f"--data.samples={SAMPLES}", f"--train.epochs={EPOCHS}", *settings]
-    torchrun(ranks, FAULTY, "ids", "0", "all", *run_settings(folder), *more, IDS=str(folder))
+    run_ranks(ranks, FAULTY, "ids", "0", "all", *run_settings(folder), *more, IDS=str(folder))
 
 
 def ids_of_steps(folder):
