@@ -66,10 +66,8 @@ class ShapesSource(GeneratedSource):
         self._background = background
         size = f"{image_size[0]}x{image_size[1]}"
         fingerprint = f"shapes-v{_VERSION}-seed{seed}-n{samples}-{size}-k{classes}-{background}"
-        super().__init__(seed, samples, image_size, _CLASSES[:classes], fingerprint, cache_dir)
-
-    def fields(self) -> list[tuple]:
-        return [("mask", np.bool_, self._image_size)]
+        fields = [("mask", np.bool_, image_size)]
+        super().__init__(seed, samples, image_size, _CLASSES[:classes], fingerprint, cache_dir, fields)
 
     def mask(self, index: int) -> np.ndarray:
         """Return the pixels that the object covers at least in part, [H, W] bool; the others show the background."""
@@ -111,8 +109,7 @@ class ShapesSource(GeneratedSource):
 
 def build(data: DataConfig, seed: int) -> ShapesSource:
     """Build the source of `data.source=shapes`."""
-    size, folder = data.image_size, data.root or None
-    return ShapesSource(seed, data.samples, size, data.classes, data.background, folder)
+    return ShapesSource(seed, data.samples, data.image_size, data.classes, data.background, data.root or None)
 
 
 def _paint_object(

@@ -33,13 +33,11 @@ def prefetch(
         samples_per_task: more than one where loading a sample takes microseconds.
     """
 
-    def load_part(samples: list[MicroBatch]) -> list[tuple[MicroBatch, Result]]:
-        return [load(sample) for sample in samples]
-
     def submit(batch: MicroBatch) -> list[Future]:
         samples = batch.samples()
         starts = range(0, len(samples), samples_per_task)
-        return [pool.submit(load_part, samples[start : start + samples_per_task]) for start in starts]
+        parts = (samples[start : start + samples_per_task] for start in starts)
+        return [pool.submit(lambda part: list(map(load, part)), part) for part in parts]
 
     pool = ThreadPoolExecutor(threads)
     try:
