@@ -3,12 +3,14 @@
 import itertools
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.benchmark import Timer
 
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.build import build_loader, suitable_loaders
@@ -109,22 +111,18 @@ def measure_stage_times(plan: Plan, image_size: tuple[int, int], images: int) ->
 
 def _images_per_second(stream: Iterator[Batch], batch: int, images: int) -> float:
     steps = max(1, images // batch)
-    for _ in itertools.islice(stream, steps):
-        pass
-    start = time.perf_counter()
-    *_, last = itertools.islice(stream, steps)
-    last.images_BHWC.flatten()[0].item()  # on a GPU: wait for the batch
-    rate = steps * batch / (time.perf_counter() - start)
-    stream.close()
-    return rate
+    with closing(stream):
+        for _ in itertools.islice(stream, steps):
+            pass
+        start = time.perf_counter()
+        *_, last = itertools.islice(stream, steps)
+        last.images_BHWC.flatten()[0].item()  # on a GPU: wait for the batch
+        return steps * batch / (time.perf_counter() - start)
 
 
 def _copy_ms(shape: tuple[int, ...], device: torch.device) -> float:
     images_BHWC = torch.zeros(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    out = torch.empty(shape, dtype=torch.uint8, device=device)
-    out.copy_(images_BHWC)
-    start = time.perf_counter()
-    for _ in range(10):
-        out.copy_(images_BHWC, non_blocking=True)
-    out.flatten()[0].item()
-    return (time.perf_counter() - start) * 1e3 / (10 * shape[0])
+    tensors = {"images": images_BHWC, "out": torch.empty(shape, dtype=torch.uint8, device=device)}
+    # The timer warms up, and waits for the device.
+    timer = Timer("out.copy_(images, non_blocking=True)", globals=tensors, num_threads=torch.get_num_threads())
+    return timer.timeit(10).mean * 1e3 / shape[0]
