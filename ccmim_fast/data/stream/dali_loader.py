@@ -67,14 +67,14 @@ class DaliLoader(Loader):
         return isinstance(source, IndexedSource) and source.channels in (1, 3) and is_installed()
 
     def stream(self, cursor: int) -> Iterator[Batch]:
-        buffers, on_gpu = self.buffers(), self._device.type == "cuda"
+        buffers, flip = self.buffers(), self.plan.flip and self._device.type == "cuda"
         # Micro-batches, in order: whose images have not come out yet; which DALI is to be given once more.
         in_flight: deque[_Encoded] = deque()
         again: deque[_Encoded] = deque()
 
-        def feed() -> tuple:
+        def feed() -> tuple:  # without `self`: DALI keeps it alive for a while, and with it our threads
             in_flight.append(again.popleft() if again else next(loaded))
-            return in_flight[-1].inputs(flip=self.plan.flip and on_gpu)
+            return in_flight[-1].inputs(flip)
 
         with closing(self.encoded(cursor)) as loaded:
             pipeline = self._build(feed)
