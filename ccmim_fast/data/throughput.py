@@ -83,7 +83,12 @@ def measure_throughput(
     }
     # The stages come first: the loaders would bring the files from the disk into memory.
     stages = measure_stage_times(Plan(source, _SEED, batch), data.image_size, _STAGE_IMAGES)
-    copy_ms = _copy_ms((batch, *data.image_size, source.channels), on)
+    shape = (batch, *data.image_size, source.channels)
+    images_BHWC = torch.zeros(shape, dtype=torch.uint8, pin_memory=on.type == "cuda")
+    tensors = {"images": images_BHWC, "out": torch.empty(shape, dtype=torch.uint8, device=on)}
+    # The timer warms up, and waits for the device.
+    timer = Timer("out.copy_(images, non_blocking=True)", globals=tensors, num_threads=torch.get_num_threads())
+    copy_ms = timer.timeit(10).mean * 1e3 / batch
     rates = {name: _images_per_second(loader.stream(0), batch, images) for name, loader in loaders.items()}
     return Throughput(stages, copy_ms, rates, thread_count(workers))
 
@@ -118,11 +123,3 @@ def _images_per_second(stream: Iterator[Batch], batch: int, images: int) -> floa
         *_, last = itertools.islice(stream, steps)
         last.images_BHWC.flatten()[0].item()  # on a GPU: wait for the batch
         return steps * batch / (time.perf_counter() - start)
-
-
-def _copy_ms(shape: tuple[int, ...], device: torch.device) -> float:
-    images_BHWC = torch.zeros(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    tensors = {"images": images_BHWC, "out": torch.empty(shape, dtype=torch.uint8, device=device)}
-    # The timer warms up, and waits for the device.
-    timer = Timer("out.copy_(images, non_blocking=True)", globals=tensors, num_threads=torch.get_num_threads())
-    return timer.timeit(10).mean * 1e3 / shape[0]

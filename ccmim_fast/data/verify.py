@@ -68,7 +68,13 @@ def verify(
                 bad += found
                 finished += len(chunk)
                 report(finished, len(wanted))
-        index = _write_status(index, np.union1d(wanted, np.array(done, dtype=np.int64)), dict(bad))
+        decoded_ids = np.union1d(wanted, np.array(done, dtype=np.int64))
+        status_N, reasons_N = index.status_N.copy(), np.array(index.table.column("reason").to_pylist(), dtype=object)
+        status_N[decoded_ids], reasons_N[decoded_ids] = VERIFIED, None
+        for sample, reason in bad:
+            status_N[sample], reasons_N[sample] = BAD, reason
+        columns = {"status": pa.array(status_N), "reason": pa.array(reasons_N, pa.large_string())}
+        index = rewrite_index(index, columns)
         os.unlink(log)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(bad_samples_path(index.path))
@@ -163,12 +169,3 @@ def _decode(samples: list[int]) -> Bad:
         except (DataError, MemoryError) as error:
             bad.append((sample, without_name(str(error)) or "too little memory"))
     return bad
-
-
-def _write_status(index: Index, decoded: np.ndarray, bad: dict[int, str]) -> Index:
-    """Write the status of the samples that were decoded into the index."""
-    status_N, reasons_N = index.status_N.copy(), np.array(index.table.column("reason").to_pylist(), dtype=object)
-    status_N[decoded], reasons_N[decoded] = VERIFIED, None
-    for sample, reason in bad.items():
-        status_N[sample], reasons_N[sample] = BAD, reason
-    return rewrite_index(index, {"status": pa.array(status_N), "reason": pa.array(reasons_N, pa.large_string())})

@@ -45,8 +45,7 @@ class BadSamples:
         self._index, self._total, self._excluded = index, total, excluded
         self._on_error, self._max_bad, self._lock = on_error, max_bad, threading.Lock()
         self.reasons: dict[int, str] = {}  # by sample id, in the order in which the samples failed
-        # Reasons of the samples that failed in earlier runs
-        self.known = read_bad_samples(index) if index is not None else {}
+        self.known = read_bad_samples(index) if index is not None else {}  # reasons of earlier runs, by sample id
         self._check()
 
     @classmethod

@@ -76,7 +76,17 @@ def decode(data: bytes, channels: int) -> np.ndarray:
             return _array(data, channels)
         with Image.open(io.BytesIO(data)) as image:
             _check_size(image.height, image.width)
-            return _to_array(ImageOps.exif_transpose(image) if _orientation(image) > 1 else image, channels)
+            if _orientation(image) > 1:
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                # Pillow's own conversion clips at 255. 65535 / 257 = 255; no result lies halfway, since 257 is odd.
+                wide_HW = np.asarray(image).astype(np.int64).clip(0, 65535)
+                image = Image.fromarray(((wide_HW + 128) // 257).astype(np.uint8))
+            image.info.pop(
+                "transparency", None
+            )  # otherwise Pillow warns about palettes with partly transparent entries
+            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+            return pixels.reshape(*pixels.shape[:2], channels)
     except Exception as error:
         raise DataError(_reason(error)) from error
 
@@ -117,16 +127,6 @@ def _orientation(image: Image.Image) -> int:
         return 1
     orientation = image.getexif().get(EXIF_ORIENTATION)
     return orientation if orientation in range(2, 9) else 1
-
-
-def _to_array(image: Image.Image, channels: int) -> np.ndarray:
-    if image.mode.startswith("I"):
-        # Pillow's own conversion clips at 255. 65535 / 257 = 255; no result lies halfway, since 257 is odd.
-        wide_HW = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray(((wide_HW + 128) // 257).astype(np.uint8))
-    image.info.pop("transparency", None)  # otherwise Pillow warns about palettes with partly transparent entries
-    pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def _array(data: bytes, channels: int) -> np.ndarray:

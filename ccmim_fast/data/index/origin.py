@@ -17,7 +17,7 @@ _LISTS = (".txt", ".lst", ".tsv")
 
 
 def find_origin(origin: str, channels: int) -> Listing:
-    """List the place that `origin`, an absolute path or a URL, names: its containers, without samples, or its files.
+    """List what `origin`, an absolute path or a URL, names: files, or containers without their samples.
 
     Raises DataError if it does not exist or cannot be listed.
     """

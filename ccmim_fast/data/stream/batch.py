@@ -33,8 +33,7 @@ class Batch(NamedTuple):
 def make_batch(images_BHWC: Tensor, samples: MicroBatch, source: Source, device: torch.device) -> Batch:
     """Add to the images what belongs to them, copied to the device without making the host wait."""
     ids_B = samples.ids_B
-    sizes_B2 = source.sizes_N2[ids_B].astype(np.float64)
-    boxes_B4 = samples.boxes_B4 / np.concatenate([sizes_B2, sizes_B2], axis=1)
+    boxes_B4 = samples.boxes_B4 / np.tile(source.sizes_N2[ids_B].astype(np.float64), 2)
     boxes_B4[samples.flips_B, 1] += boxes_B4[samples.flips_B, 3]
     boxes_B4[samples.flips_B, 3] *= -1
     columns = [ids_B, samples.epochs_B] + ([] if source.labels_N is None else [source.labels_N[ids_B]])
