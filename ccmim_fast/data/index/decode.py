@@ -82,9 +82,8 @@ def decode(data: bytes, channels: int) -> np.ndarray:
                 # Pillow's own conversion clips at 255. 65535 / 257 = 255; no result lies halfway, since 257 is odd.
                 wide_HW = np.asarray(image).astype(np.int64).clip(0, 65535)
                 image = Image.fromarray(((wide_HW + 128) // 257).astype(np.uint8))
-            image.info.pop(
-                "transparency", None
-            )  # otherwise Pillow warns about palettes with partly transparent entries
+            # Otherwise Pillow warns about palettes with partly transparent entries.
+            image.info.pop("transparency", None)
             pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
             return pixels.reshape(*pixels.shape[:2], channels)
     except Exception as error:
