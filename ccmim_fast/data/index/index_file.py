@@ -175,8 +175,9 @@ def write_table(path: str, table: pa.Table, metadata: dict[str, Any]) -> Index:
     whole = table.unify_dictionaries().combine_chunks()
     (rows,) = whole.to_batches() or [pa.RecordBatch.from_pylist([], SCHEMA)]
     digest = hashlib.sha256()
-    for buffer in (buffer for name in _IDENTITY for buffer in rows.column(name).buffers()):
-        digest.update(buffer or b"")
+    for name in _IDENTITY:
+        for buffer in rows.column(name).buffers():
+            digest.update(buffer or b"")
     digest.update((rows.column("status").to_numpy() == BAD).tobytes())
     metadata = {**metadata, "format": FORMAT, "fingerprint": digest.hexdigest()[:16]}
     schema = SCHEMA.with_metadata({"ccmim": json.dumps(metadata)})

@@ -54,9 +54,8 @@ class Table:
         """Return the labels of all rows, None without any. Raises DataError if a row group is damaged."""
         if self._label is None:
             return [None] * self._starts[-1]
-        return [
-            label for group in range(len(self._starts) - 1) for label in self._column(group, self._label).to_pylist()
-        ]
+        groups = range(len(self._starts) - 1)
+        return [label for group in groups for label in self._column(group, self._label).to_pylist()]
 
     def _column(self, group: int, name: str) -> pa.Array:
         try:
