@@ -87,7 +87,7 @@ def batches(name: str, options: argparse.Namespace) -> Iterator:
         if name == PYTHON:
             source = loader.plan.source
             source.read = [source.read(number) for number in range(len(source))].__getitem__
-        return loader.encoded(0)
+        return (encoded.inputs(flip=False) for encoded in loader.encoded(0))
     return our_loader(*OURS[name], options).stream(0)
 
 

@@ -11,6 +11,7 @@ from ccmim_fast.commands import take_name
 from ccmim_fast.config.parser import Parser, whole_number
 from ccmim_fast.data.index.indexed import IndexedSource, open_images
 from ccmim_fast.data.progress import progress_bar
+from ccmim_fast.data.verify import summary, verify, without_name
 
 NAMES = {
     "index": "make the index of a set of images, or bring it up to date",
@@ -28,26 +29,22 @@ def data(argv: list[str]) -> None:
     name, rest = take_name("ccmim data", "command", NAMES, argv, "ROOT [options]")
     parser = Parser(f"ccmim data {name}", NAMES[name].capitalize() + ".")
     parser.add_argument("root", help="folder of images, of tars or of tables; one of these, a pattern, a list, a URL")
-    parser.add_argument(
-        "--channels", type=whole_number(1), default=3, help="1: gray, 3: RGB, else of uint8 .npy or TIFF files"
-    )
+    _number(parser, "--channels", 3, "1: gray, 3: RGB, else of uint8 .npy or TIFF files")
     parser.add_argument("--index", default="", help="index file; if not given: beside the tars or in the cache folder")
     if name != "index":
-        parser.add_argument("--workers", type=whole_number(0), default=0, help="threads or processes; 0: one per core")
+        _number(parser, "--workers", 0, "threads or processes; 0: one per core", least=0)
     {"index": _index, "verify": _verify, "shard": _shard, "stats": _stats, "bench": _bench}[name](parser, rest)
 
 
 def _index(parser: Parser, argv: list[str]) -> None:
     source = _open(parser.parse_args(argv), rescan=True)
-    _print_summary(source, _SHOWN)
+    _print_summary(source)
     print(f"index: {source.index.path!r}")
 
 
 def _verify(parser: Parser, argv: list[str]) -> None:
     parser.add_argument("--again", action="store_true", help="also decode images that were decoded before, or failed")
     given = parser.parse_args(argv)
-    from ccmim_fast.data.verify import verify
-
     source = _open(given)
     try:
         with progress_bar("decoding") as report:
@@ -55,22 +52,15 @@ def _verify(parser: Parser, argv: list[str]) -> None:
     except KeyboardInterrupt:
         print("ccmim: stopped; the same command goes on", file=sys.stderr)
         raise SystemExit(_INTERRUPTED) from None
-    source = _open(given)
-    _print_summary(source, len(source))
+    _print_summary(_open(given), shown=None)
 
 
 def _shard(parser: Parser, argv: list[str]) -> None:
     parser.add_argument("out", help="a new folder")
-    parser.add_argument(
-        "--side", type=whole_number(0), default=0, help="shorter side of larger images, pixels; 0: as they are"
-    )
-    parser.add_argument(
-        "--quality", type=whole_number(1, 100), default=90, help="of JPEG, where images are made smaller"
-    )
-    parser.add_argument(
-        "--shard-bytes", type=whole_number(1), default=2**29, help="bytes after which the next tar begins"
-    )
-    parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="seed of the order in the tars")
+    _number(parser, "--side", 0, "shorter side of larger images, pixels; 0: as they are", least=0)
+    _number(parser, "--quality", 90, "of JPEG, where images are made smaller", most=100)
+    _number(parser, "--shard-bytes", 2**29, "bytes after which the next tar begins")
+    _number(parser, "--seed", 0, "seed of the order in the tars", least=0, most=2**32 - 1)
     given = parser.parse_args(argv)
     from ccmim_fast.data.shard import write_shards
 
@@ -80,11 +70,11 @@ def _shard(parser: Parser, argv: list[str]) -> None:
         index, left_out = write_shards(source, given.out, report=report, **options)
     tars = _count(len(index.containers), "tar")
     print(f"{_count(len(index), 'image')} in {tars}; train on them with --data.root={given.out!r}")
-    _print_list(_named(source, left_out), "left out", len(source))
+    _print_list(_named(source, left_out), "left out", shown=None)
 
 
 def _stats(parser: Parser, argv: list[str]) -> None:
-    parser.add_argument("--images", type=whole_number(1), default=10_000, help="images measured, drawn by a fixed key")
+    _number(parser, "--images", 10_000, "images measured, drawn by a fixed key")
     given = parser.parse_args(argv)
     from ccmim_fast.data.stats import measure_stats
 
@@ -96,11 +86,9 @@ def _stats(parser: Parser, argv: list[str]) -> None:
 
 
 def _bench(parser: Parser, argv: list[str]) -> None:
-    parser.add_argument("--image-size", type=whole_number(1), default=224, help="pixels a side of the crops")
-    parser.add_argument("--batch", type=whole_number(1), default=64, help="images of a batch")
-    parser.add_argument(
-        "--images", type=whole_number(1), default=512, help="images by each loader, and as many to warm up"
-    )
+    _number(parser, "--image-size", 224, "pixels a side of the crops")
+    _number(parser, "--batch", 64, "images of a batch")
+    _number(parser, "--images", 512, "images by each loader, and as many to warm up")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where batches are copied to")
     given = parser.parse_args(argv)
     from ccmim_fast.data.throughput import measure_throughput
@@ -110,18 +98,19 @@ def _bench(parser: Parser, argv: list[str]) -> None:
     print("\n".join(rates.lines()))
 
 
+def _number(parser: Parser, option: str, default: int, text: str, least: int = 1, most: int | None = None) -> None:
+    parser.add_argument(option, type=whole_number(least, most), default=default, help=text)
+
+
 def _open(given: argparse.Namespace, rescan: bool = False) -> IndexedSource:
     return open_images(given.root, given.channels, given.index, quiet=False, rescan=rescan)
 
 
-def _print_summary(source: IndexedSource, shown: int) -> None:
-    from ccmim_fast.data.verify import summary
-
+def _print_summary(source: IndexedSource, shown: int | None = _SHOWN) -> None:
     found = summary(source.index)
     classes = f" of {_count(len(source.class_names), 'class', 'es')}" if source.class_names else ""
     print(f"{_count(found.samples, 'sample')}{classes}, {len(found.bad)} of them cannot be used")
-    modes = sorted(found.modes.items(), key=lambda pair: -pair[1])
-    _print_table("mode", [(name if name != "None" else "unknown", count) for name, count in modes])
+    _print_table("mode", [(name.replace("None", "unknown"), count) for name, count in found.modes.most_common()])
     if found.bad:
         _print_table("reason", found.reasons.most_common(_SHOWN))
     _print_list(_named(source, found.bad), "cannot be used", shown)
@@ -137,15 +126,13 @@ def _print_table(title: str, counts: list[tuple[str, int]]) -> None:
 
 def _named(source: IndexedSource, bad: list[tuple[int, str]]) -> list[tuple[str, str]]:
     """Return the name and the reason of each bad sample; the name is taken out of the reason."""
-    from ccmim_fast.data.verify import without_name
-
     return [(source.name(number), without_name(reason)) for number, reason in bad]
 
 
-def _print_list(pairs: list[tuple[str, str]], title: str, shown: int) -> None:
+def _print_list(pairs: list[tuple[str, str]], title: str, shown: int | None) -> None:
     for path, reason in pairs[:shown]:
         print(f"{title}: {path!r}: {reason}")
-    if len(pairs) > shown:
+    if shown is not None and len(pairs) > shown:
         print(f"{title}: {len(pairs) - shown} more; ccmim data verify lists all")
 
 

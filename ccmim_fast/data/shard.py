@@ -3,8 +3,10 @@
 import io
 import os
 import tarfile
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -16,6 +18,15 @@ from ccmim_fast.data.source import usable_count, usable_ids
 from ccmim_fast.data.stream.permutation import epoch_order
 from ccmim_fast.data.threads import map_ahead, thread_count
 from ccmim_fast.errors import ConfigError, DataError
+
+
+class _Sample(NamedTuple):
+    """A sample of a tar has these members and header."""
+
+    data: bytes
+    suffix: str  # of the image's name
+    label: int  # -1: none
+    header: Header
 
 
 def write_shards(
@@ -50,34 +61,23 @@ def write_shards(
     ids = usable_ids(source, epoch_order(seed, 0, count, np.arange(count))).tolist()
     threads = thread_count(workers)
 
-    def load(index: int) -> tuple[bytes, str, Header] | str:
-        try:
-            return _load(source, index, side, quality)
-        # OSError: the image cannot be written as JPEG, for example because a side is too long.
-        except (DataError, OSError) as error:
-            return str(error)
-
-    def rows() -> Iterator[Row]:
-        results = map_ahead(load, ids, threads, 8 * threads)
-        with closing(writer):
-            for done, (index, loaded) in enumerate(zip(ids, results, strict=True), start=1):
-                report(done, count)
-                if isinstance(loaded, str):
-                    left_out.append((index, loaded))
-                    continue
-                data, suffix, header = loaded
-                label = -1 if source.labels_N is None else int(source.labels_N[index])
-                yield writer.add(data, suffix, label).with_header(header, len(data))
+    def samples() -> Iterator[_Sample]:
+        results = map_ahead(partial(_load, source, side, quality), ids, threads, 8 * threads)
+        for done, (index, loaded) in enumerate(zip(ids, results, strict=True), start=1):
+            report(done, count)
+            if isinstance(loaded, str):
+                left_out.append((index, loaded))
+            else:
+                yield loaded
 
     try:
         os.makedirs(folder, exist_ok=True)
         if os.listdir(folder):
             raise DataError(f"{folder!r} is not empty; name a new folder")
-        writer = _Writer(folder, shard_bytes)
-        listing = Listing(rows(), source.class_names, {}, [])
-        path = os.path.join(folder, BESIDE)
-        # `writer.names` grows as the rows are made.
-        index = write_index(path, listing, root="", origin="", channels=source.channels, containers=writer.names)
+        tars: list[str] = []  # grows as the rows are made
+        rows = _write_tars(folder, shard_bytes, samples(), tars)
+        listing = Listing("", rows, source.class_names, {}, [], tars)
+        index = write_index(os.path.join(folder, BESIDE), listing, origin="", channels=source.channels)
     except OSError as error:
         raise DataError(f"cannot write tars to {folder!r}: {error.strerror or error}") from error
     return index, left_out
@@ -95,53 +95,42 @@ def shrink(image_HWC: np.ndarray, side: int, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _load(source: IndexedSource, index: int, side: int, quality: int) -> tuple[bytes, str, Header]:
-    """Return the bytes to write, the suffix of their name, and their header."""
-    if side and min(source.sizes_N2[index]) > side:
-        data, suffix = shrink(source.decode(index), side, quality), ".jpg"
-    else:
-        data = source.encoded(index)
-        suffix = os.path.splitext(source.index.location(index))[1].lower() or _suffix_of(data)
-    return data, suffix, read_header(data, source.channels)
+def _load(source: IndexedSource, side: int, quality: int, index: int) -> _Sample | str:
+    """Return a sample, or the reason why there is none."""
+    try:
+        if side and min(source.sizes_N2[index]) > side:
+            data, suffix = shrink(source.decode(index), side, quality), ".jpg"
+        else:
+            data, suffix = source.encoded(index), os.path.splitext(source.index.location(index))[1].lower()
+        if not suffix:  # of a table's row
+            with Image.open(io.BytesIO(data)) as image:
+                suffix = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(image.format, f".{image.format.lower()}")
+        label = -1 if source.labels_N is None else int(source.labels_N[index])
+        return _Sample(data, suffix, label, read_header(data, source.channels))
+    # OSError: the image cannot be written as JPEG, for example because a side is too long.
+    except (DataError, OSError) as error:
+        return str(error)
 
 
-def _suffix_of(data: bytes) -> str:
-    """Return the suffix of an image without a file name, such as a table's row."""
-    with Image.open(io.BytesIO(data)) as image:
-        return {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(image.format, f".{image.format.lower()}")
-
-
-class _Writer:
-    """This class writes the shards of a folder, one after the other."""
-
-    def __init__(self, folder: str, most: int):
-        self._folder, self._most, self._tar, self._samples = folder, most, None, 0
-        self.names: list[str] = []
-
-    def close(self) -> None:
-        """Finish the last shard."""
-        if self._tar is not None:
-            self._tar.close()
-
-    def add(self, data: bytes, suffix: str, label: int) -> Row:
-        """Add a sample and return its row, without the header."""
-        if self._tar is None or self._tar.offset > self._most:
-            self.close()
-            self.names.append(f"shard-{len(self.names):06d}.tar")
-            path = os.path.join(self._folder, self.names[-1])
-            # USTAR: a member's header is one block, which tells where its data begin.
-            self._tar = tarfile.open(path, "x", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (closed by `close`)
-        key = f"{self._samples:09d}"
-        self._samples += 1
-        offset = self._add_member(key + suffix, data)
-        if label >= 0:
-            self._add_member(key + ".cls", str(label).encode())
-        return Row((key + suffix).encode(), len(self.names) - 1, offset, label=label)
-
-    def _add_member(self, name: str, data: bytes) -> int:
-        member = tarfile.TarInfo(name)
-        member.size = len(data)
-        offset = self._tar.offset + tarfile.BLOCKSIZE
-        self._tar.addfile(member, io.BytesIO(data))
-        self._tar.members.clear()  # otherwise tarfile keeps every member of a large tar
-        return offset
+def _write_tars(folder: str, most: int, samples: Iterable[_Sample], names: list[str]) -> Iterator[Row]:
+    """Write samples to tars of about `most` bytes, whose names are added to `names`, and yield the row of each."""
+    tar = None
+    with ExitStack() as last:
+        for number, (data, suffix, label, header) in enumerate(samples):
+            if tar is None or tar.offset > most:
+                last.close()
+                names.append(f"shard-{len(names):06d}.tar")
+                path = os.path.join(folder, names[-1])
+                # USTAR: a member's header is one block, which tells where its data begin.
+                tar = last.enter_context(tarfile.open(path, "x", format=tarfile.USTAR_FORMAT))
+            key = f"{number:09d}"
+            row = Row((key + suffix).encode(), len(names) - 1, tar.offset + tarfile.BLOCKSIZE, label=label)
+            members = [(key + suffix, data)]
+            if label >= 0:
+                members.append((key + ".cls", str(label).encode()))
+            for name, content in members:
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+            tar.members.clear()  # otherwise tarfile keeps every member of a large tar
+            yield row.with_header(header, len(data))

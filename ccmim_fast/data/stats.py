@@ -24,8 +24,7 @@ class Stats(NamedTuple):
 def measure_stats(source: Source, images: int, workers: int = 0) -> Stats:
     """Measure `images` images drawn by a fixed key, or all; those that cannot be decoded do not count.
 
-    Raises:
-        DataError: no image can be decoded.
+    Raises DataError if no image can be decoded.
     """
     count, threads = min(images, usable_count(source)), thread_count(workers)
     ids = usable_ids(source, epoch_order(0, 0, usable_count(source), np.arange(count))).tolist()
@@ -46,9 +45,6 @@ def measure_stats(source: Source, images: int, workers: int = 0) -> Stats:
     if not used:
         raise DataError(f"none of {count} images can be decoded")
     levels_L = np.arange(256)
-    pixels_C, first_C, second_C = (
-        (total_CL * weights_L).sum(1).astype(np.float64) for weights_L in (1, levels_L, levels_L**2)
-    )
-    mean_C = first_C / pixels_C
-    std_C = np.sqrt(np.maximum(0.0, second_C / pixels_C - mean_C**2))
-    return Stats(tuple((mean_C / 255).tolist()), tuple((std_C / 255).tolist()), used)
+    mean_C = total_CL @ levels_L / total_CL.sum(1)
+    variance_C = (total_CL * (levels_L - mean_C[:, None]) ** 2).sum(1) / total_CL.sum(1)
+    return Stats(tuple((mean_C / 255).tolist()), tuple((np.sqrt(variance_C) / 255).tolist()), used)

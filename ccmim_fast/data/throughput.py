@@ -3,12 +3,14 @@
 import itertools
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.benchmark import Timer
 
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.build import build_loader, suitable_loaders
@@ -81,7 +83,12 @@ def measure_throughput(
     }
     # The stages come first: the loaders would bring the files from the disk into memory.
     stages = measure_stage_times(Plan(source, _SEED, batch), data.image_size, _STAGE_IMAGES)
-    copy_ms = _copy_ms((batch, *data.image_size, source.channels), on)
+    shape = (batch, *data.image_size, source.channels)
+    images_BHWC = torch.zeros(shape, dtype=torch.uint8, pin_memory=on.type == "cuda")
+    tensors = {"images": images_BHWC, "out": torch.empty(shape, dtype=torch.uint8, device=on)}
+    # The timer warms up, and waits for the device.
+    timer = Timer("out.copy_(images, non_blocking=True)", globals=tensors, num_threads=torch.get_num_threads())
+    copy_ms = timer.timeit(10).mean * 1e3 / batch
     rates = {name: _images_per_second(loader.stream(0), batch, images) for name, loader in loaders.items()}
     return Throughput(stages, copy_ms, rates, thread_count(workers))
 
@@ -109,22 +116,10 @@ def measure_stage_times(plan: Plan, image_size: tuple[int, int], images: int) ->
 
 def _images_per_second(stream: Iterator[Batch], batch: int, images: int) -> float:
     steps = max(1, images // batch)
-    for _ in itertools.islice(stream, steps):
-        pass
-    start = time.perf_counter()
-    *_, last = itertools.islice(stream, steps)
-    last.images_BHWC.flatten()[0].item()  # on a GPU: wait for the batch
-    rate = steps * batch / (time.perf_counter() - start)
-    stream.close()
-    return rate
-
-
-def _copy_ms(shape: tuple[int, ...], device: torch.device) -> float:
-    images_BHWC = torch.zeros(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    out = torch.empty(shape, dtype=torch.uint8, device=device)
-    out.copy_(images_BHWC)
-    start = time.perf_counter()
-    for _ in range(10):
-        out.copy_(images_BHWC, non_blocking=True)
-    out.flatten()[0].item()
-    return (time.perf_counter() - start) * 1e3 / (10 * shape[0])
+    with closing(stream):
+        for _ in itertools.islice(stream, steps):
+            pass
+        start = time.perf_counter()
+        *_, last = itertools.islice(stream, steps)
+        last.images_BHWC.flatten()[0].item()  # on a GPU: wait for the batch
+        return steps * batch / (time.perf_counter() - start)

@@ -1,5 +1,6 @@
 """This module checks an index: all cores decode every image, and what fails is marked as bad in the index."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -9,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
 from functools import partial
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from ccmim_fast.data.index.bad_samples import bad_samples_path, read_bad_samples, read_json_lines
-from ccmim_fast.data.index.index_file import BAD, INDEXED, SCHEMA, VERIFIED, Index, rewrite_index
+from ccmim_fast.data.index.index_file import BAD, INDEXED, VERIFIED, Index, rewrite_index
 from ccmim_fast.data.index.indexed import IndexedSource
 from ccmim_fast.data.source import Source
 from ccmim_fast.errors import DataError, MachineError
@@ -35,7 +35,7 @@ class Report(NamedTuple):
     samples: int  # number of rows
     bad: Bad  # those that cannot be used
     reasons: Counter  # counts by kind of reason
-    modes: dict[str, int]  # counts by mode of the pixels
+    modes: Counter  # counts by mode of the pixels
 
 
 def verify(
@@ -46,7 +46,11 @@ def verify(
     With 0 `processes` there is one per core. The call may be stopped at any time; the next call goes on. Raises
     DataError if the index's folder cannot be written to, MachineError if no process can be started.
     """
-    wanted = _wanted(index, again)
+    if again:  # all but those whose header cannot be read
+        wanted = np.flatnonzero(index.sizes_N2[:, 0] > 0)
+    else:
+        recorded = np.fromiter(read_bad_samples(index), dtype=np.int64)
+        wanted = np.union1d(np.flatnonzero(index.status_N == INDEXED), recorded)
     log = f"{index.path}.verify"
     done, bad = [], []
     for ids, found in read_json_lines(log, index, "done", "bad"):  # of a call that was stopped
@@ -57,17 +61,23 @@ def verify(
     finished = len(wanted) - len(left)
     decoded = _decode_chunks(partial(_open_index, index.path), chunks, processes or os.cpu_count() or 1)
     try:
-        with open(log, "a", encoding="utf-8") as file, closing(decoded):
+        with open(log, "a", encoding="utf-8") as file, contextlib.closing(decoded):
             for chunk, found in decoded:
                 file.write(json.dumps({"index": index.fingerprint, "done": chunk, "bad": found}) + "\n")
                 file.flush()
                 bad += found
                 finished += len(chunk)
                 report(finished, len(wanted))
-        index = _write_status(index, np.union1d(wanted, np.array(done, dtype=np.int64)), dict(bad))
-        for path in (log, bad_samples_path(index.path)):
-            if os.path.exists(path):
-                os.unlink(path)
+        decoded_ids = np.union1d(wanted, np.array(done, dtype=np.int64))
+        status_N, reasons_N = index.status_N.copy(), np.array(index.table.column("reason").to_pylist(), dtype=object)
+        status_N[decoded_ids], reasons_N[decoded_ids] = VERIFIED, None
+        for sample, reason in bad:
+            status_N[sample], reasons_N[sample] = BAD, reason
+        columns = {"status": pa.array(status_N), "reason": pa.array(reasons_N, pa.large_string())}
+        index = rewrite_index(index, columns)
+        os.unlink(log)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(bad_samples_path(index.path))
     except OSError as error:
         raise DataError(f"cannot write {log!r}: {error.strerror}; name another place for the index") from error
     return summary(index)
@@ -89,14 +99,6 @@ def kind_of(reason: str) -> str:
     return re.sub(r"\d+(?:[.,]\d+)*", "N", without_name(reason))
 
 
-def _wanted(index: Index, again: bool) -> np.ndarray:
-    """Return the ids to decode, ascending; samples whose header cannot be read are not tried again."""
-    if again:
-        return np.flatnonzero(index.sizes_N2[:, 0] > 0)
-    recorded = np.fromiter(read_bad_samples(index), dtype=np.int64)
-    return np.union1d(np.flatnonzero(index.status_N == INDEXED), recorded)
-
-
 def _decode_chunks(
     open_source: Callable[[], Source], chunks: list[list[int]], processes: int
 ) -> Iterator[tuple[list[int], Bad]]:
@@ -104,13 +106,11 @@ def _decode_chunks(
 
     `open_source` is called once in every process, so that it must be picklable.
     """
-    crashed = []
-    waiting = list(chunks)
+    crashed, waiting = [], chunks
     while waiting:
         pool = _pool(open_source, processes)
         try:
-            tasks = {pool.submit(_decode, chunk): chunk for chunk in waiting}
-            waiting = []
+            tasks, waiting = {pool.submit(_decode, chunk): chunk for chunk in waiting}, []
             for task in as_completed(tasks):
                 try:
                     yield tasks[task], task.result()
@@ -121,8 +121,7 @@ def _decode_chunks(
             # A caller that stops does not wait for chunks that have not begun.
             pool.shutdown(cancel_futures=True)
         waiting.sort()
-        crashed += waiting[: processes + 1]
-        waiting = waiting[processes + 1 :]
+        crashed, waiting = crashed + waiting[: processes + 1], waiting[processes + 1 :]
     for chunk in crashed:
         yield chunk, _decode_alone(open_source, chunk)
 
@@ -170,16 +169,3 @@ def _decode(samples: list[int]) -> Bad:
         except (DataError, MemoryError) as error:
             bad.append((sample, without_name(str(error)) or "too little memory"))
     return bad
-
-
-def _write_status(index: Index, decoded: np.ndarray, bad: dict[int, str]) -> Index:
-    """Write the status of the samples that were decoded into the index."""
-    status_N = index.status_N.copy()
-    reasons = index.table.column("reason").to_pylist()
-    for sample in decoded[status_N[decoded] == BAD].tolist():
-        reasons[sample] = None
-    status_N[decoded] = VERIFIED
-    for sample, reason in bad.items():
-        status_N[sample], reasons[sample] = BAD, reason
-    columns = {"status": pa.array(status_N), "reason": pa.array(reasons, SCHEMA.field("reason").type)}
-    return rewrite_index(index, columns)

@@ -33,15 +33,14 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         else:
             with open(path, "rb") as file:
                 data = file.read()
+            status, part, where = 200, data, None
             if span and self.server.ranges:
                 first, last = int(span[1]), min(int(span[2] or len(data) - 1), len(data) - 1)
-                self.answer(206, data[first : last + 1], f"bytes {first}-{last}/{len(data)}")
-            else:
-                self.answer(200, data, None)
-            self.server.asked.append((name, bool(span), self.sent))
+                status, part, where = 206, data[first : last + 1], f"bytes {first}-{last}/{len(data)}"
+            self.server.asked.append((name, bool(span), len(part)))  # before the client goes on with the answer
+            self.answer(status, part, where)
 
     def answer(self, status, data, span):
-        self.sent = len(data)
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         if self.server.ranges:

@@ -401,7 +401,7 @@ def many_rows(count):
 
 def test_an_index_is_small_and_opens_without_being_read(tmp_path):
     count, path = 70_000, str(tmp_path / "i.arrow")  # more than are written at a time
-    write_index(path, Listing(many_rows(count), map(str, range(54)), {}, []), root="/r", origin="/r", channels=3)
+    write_index(path, Listing("/r", many_rows(count), map(str, range(54)), {}, []), origin="/r", channels=3)
     assert os.path.getsize(path) / count * 1_281_167 <= 250e6
     before = pa.total_allocated_bytes()
     tracemalloc.start()

@@ -9,13 +9,12 @@ import json
 import os
 import re
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from ccmim_fast.data.index.folders import row_of_file
 from ccmim_fast.data.index.index_file import Listing
-from ccmim_fast.errors import ConfigError, DataError
+from ccmim_fast.errors import ConfigError, DataError, one_line
 
 _INATURALIST = "images (id, file_name), annotations (image_id, category_id) and categories (id)"
 _FLOWERS = "jpg/image_00001.jpg ..., imagelabels.mat and setid.mat"
@@ -36,11 +35,8 @@ def annotation_reader(origin: str) -> Callable[[str], Listing] | None:
 def inaturalist_origins(root: str, test: str = "") -> tuple[str, str]:
     """Return the annotation files of the training images and of the test images, of one year.
 
-    Args:
-        root: the folder with `train2018.json` or `train2019.json`, and `val*.json` of the same year; or the first file.
-        test: the annotations of the test images; empty: those of validation, beside the others.
-
-    Raises DataError if it is not clear from the names in the folder which files are meant.
+    `root` is `train2018.json` or `train2019.json`, or the folder that has one of them. `test` is empty for `val*.json`
+    of the same year, beside it. Raises DataError if it is not clear from the names which files are meant.
     """
     train = root
     if not root.endswith(".json"):
@@ -75,17 +71,30 @@ def read_inaturalist(path: str) -> Listing:
     A class is a category, named by its id: names were republished later, so that they may differ between splits. Raises
     DataError if the file is damaged or incomplete, or if the folder of the images is missing.
     """
-    names, pairs, categories = _annotations(path)
+    try:
+        with open(path, "rb") as file:
+            content = json.load(file)
+        names = {int(one["id"]): one["file_name"] for one in content["images"]}
+        pairs = [(int(one["image_id"]), int(one["category_id"])) for one in content["annotations"]]
+        categories = sorted({int(one["id"]) for one in content["categories"]})
+        for name in names.values():
+            if not os.fsencode(name) or "\0" in name:
+                raise ValueError(f"file_name={name!r:.60}")
+    except OSError as error:
+        raise DataError(f"cannot read the annotations {path!r}: {error.strerror}") from None
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
+        reason = _reason(error, "key")
+        raise DataError(f"{path!r}: no annotations of iNaturalist: {reason}; expected {_INATURALIST}") from None
+    label_of = {category: label for label, category in enumerate(categories)}
     for image, category in pairs:
-        if image not in names or category not in categories:
+        if image not in names or category not in label_of:
             what = f"category {category!r:.40}" if image in names else f"image {image!r:.40}"
             raise DataError(f"{path!r}: an annotation is of {what}, which is not in it; expected {_INATURALIST}")
     category_of = dict(pairs)
     if not len(category_of) == len(pairs) == len(names):
         raise DataError(f"{path!r}: {len(pairs)} annotations of {len(names)} images; expected one of each image")
     digits = len(str(max(categories, default=0)))
-    class_names = tuple(f"{category:0{digits}}" for category in sorted(categories))
-    label_of = {category: label for label, category in enumerate(sorted(categories))}
+    class_names = tuple(f"{category:0{digits}}" for category in categories)
     order = sorted(names, key=lambda image: os.fsencode(names[image]))
     return _listing(path, [(names[image], label_of[category_of[image]]) for image in order], class_names, [path])
 
@@ -108,30 +117,11 @@ def read_flowers(origin: str) -> Listing:
     return _listing(path, pairs, tuple(f"{label:03d}" for label in range(1, labels_N.max() + 1)), [path, labels_path])
 
 
-def _annotations(path: str) -> tuple[dict[int, str], list[tuple[int, int]], set[int]]:
-    """Read an annotation file: file name by image, (image, category) of each annotation, and the categories."""
-    try:
-        with open(path, "rb") as file:
-            content = json.load(file)
-        names = {int(one["id"]): _file_name(one["file_name"]) for one in content["images"]}
-        pairs = [(int(one["image_id"]), int(one["category_id"])) for one in content["annotations"]]
-        return names, pairs, {int(one["id"]) for one in content["categories"]}
-    except OSError as error:
-        raise DataError(f"cannot read the annotations {path!r}: {error.strerror}") from None
-    except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
-        reason = _reason(error, "key")
-        raise DataError(f"{path!r}: no annotations of iNaturalist: {reason}; expected {_INATURALIST}") from None
-
-
-def _file_name(name: Any) -> str:
-    """Return the name, if a file can have it. Raises TypeError or ValueError."""
-    if not os.fsencode(name) or "\0" in name:
-        raise ValueError(f"file_name={name!r:.60}")
-    return name
-
-
 def _arrays(path: str, names: list[str]) -> list[np.ndarray]:
-    """Read arrays of whole numbers from a MATLAB file of Flowers-102, [N] int64 each."""
+    """Read arrays of whole numbers, [N] int64 each, from a MATLAB file of Flowers-102 with a known MD5.
+
+    Known are that of the published file of this name, and those that `MD5SUMS` beside the file lists for it.
+    """
     from scipy.io import loadmat
 
     try:
@@ -141,11 +131,14 @@ def _arrays(path: str, names: list[str]) -> list[np.ndarray]:
         raise DataError(f"cannot read {path!r}: {error.strerror}; expected {_FLOWERS} in one folder") from None
     # scipy 1.17.1 crashes the process on some damaged files, so that only known bytes may reach it.
     md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
-    if md5 not in _known_hashes(path):
-        expected = _PUBLISHED.get(os.path.basename(path))
+    folder, name = os.path.split(path)
+    listed = set()
+    with contextlib.suppress(OSError), open(os.path.join(folder, "MD5SUMS"), encoding="utf-8") as file:
+        listed = {line.split()[0] for line in file if re.fullmatch(rf"\w{{32}} [ *]{re.escape(name)}\n?", line)}
+    if md5 != _PUBLISHED.get(name) and md5 not in listed:
         raise DataError(
-            f"{path!r}: its MD5 is {md5}, that of the published file {expected}; download it again, or, if you made it "
-            "yourself, run `md5sum *.mat > MD5SUMS` in its folder"
+            f"{path!r}: its MD5 is {md5}, that of the published file {_PUBLISHED.get(name)}; download it again, or, "
+            "if you made it yourself, run `md5sum *.mat > MD5SUMS` in its folder"
         )
     try:
         arrays = loadmat(io.BytesIO(data), variable_names=names)
@@ -159,18 +152,9 @@ def _arrays(path: str, names: list[str]) -> list[np.ndarray]:
         raise DataError(f"{path!r}: no file of Flowers-102: {_reason(error, 'array')}; expected {_FLOWERS}") from None
 
 
-def _known_hashes(path: str) -> set[str]:
-    """Return the MD5 of the published file of this name, and those that `MD5SUMS` beside the file lists for it."""
-    folder, name = os.path.split(path)
-    known = {_PUBLISHED.get(name)}
-    with contextlib.suppress(OSError), open(os.path.join(folder, "MD5SUMS"), encoding="utf-8") as file:
-        known |= {line.split()[0] for line in file if re.fullmatch(rf"\w{{32}} [ *]{re.escape(name)}\n?", line)}
-    return known
-
-
 def _reason(error: Exception, kind: str) -> str:
     """Return one short line; a KeyError says which `kind` of value is missing."""
-    return f"no {kind} {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:100]
+    return f"no {kind} {error}" if isinstance(error, KeyError) else one_line(error, 100)
 
 
 def _listing(path: str, pairs: list[tuple[str, int]], class_names: tuple[str, ...], sources: list[str]) -> Listing:
@@ -179,11 +163,10 @@ def _listing(path: str, pairs: list[tuple[str, int]], class_names: tuple[str, ..
     for top in sorted({name.split("/")[0] for name, _ in pairs if "/" in name}):
         if not os.path.isdir(os.path.join(folder, top)):
             raise DataError(f"no folder {os.path.join(folder, top)!r}; {path!r} has its images in it")
-    paths = [os.path.join(folder, name) for name, _ in pairs]
-    rows = [row_of_file(path, folder, label) for path, (_, label) in zip(paths, pairs)]
-    folders = {_nearest_folder(os.path.dirname(path)) for path in paths}
+    rows = [row_of_file(os.path.join(folder, name), folder, label) for name, label in pairs]
+    folders = {_nearest_folder(os.path.dirname(os.path.join(folder, name))) for name, _ in pairs}
     dependencies = {place: os.stat(place).st_mtime_ns for place in [*sources, *sorted(folders)]}
-    return Listing(rows, class_names, dependencies, [])
+    return Listing(folder, rows, class_names, dependencies, [])
 
 
 def _nearest_folder(folder: str) -> str:

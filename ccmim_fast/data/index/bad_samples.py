@@ -1,5 +1,6 @@
 """This module records the samples that fail in a run: in memory, and for later runs as JSON lines beside the index."""
 
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -16,17 +17,12 @@ def bad_samples_path(index_path: str) -> str:
 
 def read_json_lines(path: str, index: Index, *keys: str) -> Iterator[tuple]:
     """Yield the values of `keys` in each whole record of this state of the index; nothing if the file is missing."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    record = json.loads(line)
-                    if record["index"] == index.fingerprint:
-                        yield tuple(record[key] for key in keys)
-                except (ValueError, KeyError, TypeError):
-                    continue
-    except OSError:
-        return
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                record = json.loads(line)
+                if record["index"] == index.fingerprint:
+                    yield tuple(record[key] for key in keys)
 
 
 def read_bad_samples(index: Index) -> dict[int, str]:
@@ -40,8 +36,7 @@ class BadSamples:
 
     Args:
         index: the index beside which bad samples are recorded for the next run; None: nowhere.
-        total: number of samples, usable or not.
-        excluded: how many of them were known to be unusable before.
+        total, excluded: number of samples, and of those that were known to be unusable before.
         on_error: `skip` or `error`.
         max_bad: share of `total` that may be bad; DataError if more are.
     """
@@ -50,8 +45,7 @@ class BadSamples:
         self._index, self._total, self._excluded = index, total, excluded
         self._on_error, self._max_bad, self._lock = on_error, max_bad, threading.Lock()
         self.reasons: dict[int, str] = {}  # by sample id, in the order in which the samples failed
-        # Reasons of the samples that failed in earlier runs
-        self.known = read_bad_samples(index) if index is not None else {}
+        self.known = read_bad_samples(index) if index is not None else {}  # reasons of earlier runs, by sample id
         self._check()
 
     @classmethod
@@ -73,7 +67,12 @@ class BadSamples:
                 return
             self.reasons[sample] = reason
             if lasting and sample not in self.known and self._index is not None:
-                self._append(sample, reason)
+                line = json.dumps({"index": self._index.fingerprint, "id": sample, "reason": reason}) + "\n"
+                path = bad_samples_path(self._index.path)
+                # One unbuffered write of a short line at the end: several ranks may append at once. In a read-only
+                # place nothing is written: the next run finds the bad sample again.
+                with contextlib.suppress(OSError), open(path, "ab", buffering=0) as file:
+                    file.write(line.encode())
         self._check(f", the last {reason}")
 
     def _check(self, last: str = "") -> None:
@@ -83,12 +82,3 @@ class BadSamples:
                 f"{bad} of {self._total} samples cannot be used, more than data.max_bad={self._max_bad:g}{last}; "
                 "ccmim data verify lists them"
             )
-
-    def _append(self, sample: int, reason: str) -> None:
-        line = json.dumps({"index": self._index.fingerprint, "id": sample, "reason": reason}) + "\n"
-        try:
-            # One unbuffered write of a short line at the end: several ranks may append at once.
-            with open(bad_samples_path(self._index.path), "ab", buffering=0) as file:
-                file.write(line.encode())
-        except OSError:
-            pass  # a read-only place: the next run finds the bad sample again

@@ -10,27 +10,26 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ccmim_fast.errors import DataError
+from ccmim_fast.errors import DataError, one_line
 
 # Our own limit on pixels, read from headers, excludes what Pillow warns about.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; faults.md, row 4
 HEADER_BYTES = 2**16  # enough for the header of almost every JPEG and PNG
+HEADER_FIRST = (b"\xff\xd8", b"\x89PNG")  # JPEG and PNG, whose header can be read from the first bytes
 EXIF_ORIENTATION = 0x0112
 _SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _ARRAY_SUFFIXES = (".npy", ".tif", ".tiff")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L", "I;16N")
 _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"  # JPEG's markers
-_HEADER_FIRST = (b"\xff\xd8", b"\x89PNG")  # formats whose header can be read from the first bytes
 
 
 class Header(NamedTuple):
-    """A header holds what the index keeps of it."""
+    """A header holds what the index keeps of it, under the names of the index's columns."""
 
-    height: int  # pixels after EXIF rotation
-    width: int
-    plain: bool  # every decoder reads the file as `decode` does
+    size: tuple[int, int]  # height and width in pixels, after EXIF rotation
+    plain: int  # 1: every decoder reads the file as `decode` does
     orientation: int  # EXIF, 1 .. 8
     mode: str  # Pillow's name of the pixels' mode; for arrays the dtype
 
@@ -38,11 +37,6 @@ class Header(NamedTuple):
 def file_suffixes(channels: int) -> tuple[str, ...]:
     """Return the lower-case endings of the files that are read as images of so many channels."""
     return _SUFFIXES if channels in (1, 3) else _ARRAY_SUFFIXES
-
-
-def needs_more(start: bytes) -> bool:
-    """Tell from a file's first bytes whether its header can only be read from the whole file."""
-    return not start.startswith(_HEADER_FIRST)
 
 
 def has_end(data: bytes) -> bool:
@@ -53,21 +47,19 @@ def has_end(data: bytes) -> bool:
 
 
 def read_header(data: bytes, channels: int) -> Header:
-    """Read the header of an encoded image; its pixels are not decoded.
+    """Read the header of an encoded image from the whole file or, for JPEG and PNG, enough of its beginning.
 
-    Args:
-        data: the whole file, or, for JPEG and PNG, enough of its beginning.
-        channels: 1 (gray) or 3 (RGB) of any format that Pillow reads; other counts are uint8 [H, W, C] of .npy or TIFF.
-
-    Raises DataError with the reason if the image cannot be used.
+    Images of 1 (gray) or 3 (RGB) channels have any format that Pillow reads; those of other counts are uint8 [H, W, C]
+    of .npy or TIFF. Raises DataError with the reason if the image cannot be used.
     """
     try:
         if not data:
             raise DataError("empty file")
-        header = _image_header(data) if channels in (1, 3) else _array_header(data, channels)
-        if min(header.height, header.width) < 1:
-            raise DataError(f"no pixels: {header.height} x {header.width}")
-        _check_size(header.height, header.width)
+        if channels in (1, 3):
+            header = _image_header(data)
+        else:
+            header = Header(_array(data, channels).shape[:2], plain=0, orientation=1, mode="uint8")
+        _check_size(*header.size)
     # Pillow's plugins raise errors of any type on damaged headers.
     except Exception as error:
         raise DataError(_reason(error)) from error
@@ -84,12 +76,23 @@ def decode(data: bytes, channels: int) -> np.ndarray:
             return _array(data, channels)
         with Image.open(io.BytesIO(data)) as image:
             _check_size(image.height, image.width)
-            return _to_array(ImageOps.exif_transpose(image) if _is_turned(image) else image, channels)
+            if _orientation(image) > 1:
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                # Pillow's own conversion clips at 255. 65535 / 257 = 255; no result lies halfway, since 257 is odd.
+                wide_HW = np.asarray(image).astype(np.int64).clip(0, 65535)
+                image = Image.fromarray(((wide_HW + 128) // 257).astype(np.uint8))
+            # Otherwise Pillow warns about palettes with partly transparent entries.
+            image.info.pop("transparency", None)
+            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+            return pixels.reshape(*pixels.shape[:2], channels)
     except Exception as error:
         raise DataError(_reason(error)) from error
 
 
 def _check_size(height: int, width: int) -> None:
+    if min(height, width) < 1:
+        raise DataError(f"no pixels: {height} x {width}")
     if height * width > MAX_PIXELS:
         raise DataError(f"{height} x {width} pixels are more than {MAX_PIXELS:,}")
 
@@ -99,8 +102,8 @@ def _image_header(data: bytes) -> Header:
         sixteen_bits = image.mode == "I" and image.format in ("PNG", "PPM")  # how Pillow < 10.3 names I;16
         if image.mode not in _MODES and not sixteen_bits:
             raise DataError(f"{image.format} pixels of mode {image.mode}: scale them to 8 or 16 bits, gray or RGB")
-        turned = _is_turned(image)
-        orientation = image.getexif().get(EXIF_ORIENTATION, 1) if turned else 1
+        orientation = _orientation(image)
+        turned = orientation > 1
         # Pillow also follows an orientation in XMP, other decoders only the one in EXIF. In formats other than JPEG
         # decoders differ in more: alpha, 16 bits, gamma, EXIF behind the pixels; and no GPU decodes them anyway.
         jpeg = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
@@ -111,32 +114,18 @@ def _image_header(data: bytes) -> Header:
             width, height = ImageOps.exif_transpose(image).size
         elif orientation >= 5:
             width, height = height, width
-    return Header(height, width, plain, orientation, image.mode)
+    return Header((height, width), int(plain), orientation, image.mode)
 
 
-def _is_turned(image: Image.Image) -> bool:
-    """Tell whether the header says that the pixels are mirrored or rotated.
+def _orientation(image: Image.Image) -> int:
+    """Return how the header says that the pixels are mirrored or rotated, EXIF's 1 .. 8; 1: not.
 
     EXIF data behind a PNG's pixels do not count: Pillow would have to decode every PNG to find them.
     """
     if image.format == "PNG" and "exif" not in image.info:
-        return False
-    return image.getexif().get(EXIF_ORIENTATION, 1) in range(2, 9)
-
-
-def _to_array(image: Image.Image, channels: int) -> np.ndarray:
-    if image.mode.startswith("I"):
-        # Pillow's own conversion clips at 255. 65535 / 257 = 255; no result lies halfway, since 257 is odd.
-        wide_HW = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray(((wide_HW + 128) // 257).astype(np.uint8))
-    image.info.pop("transparency", None)  # otherwise Pillow warns about palettes with partly transparent entries
-    pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    return pixels.reshape(*pixels.shape[:2], channels)
-
-
-def _array_header(data: bytes, channels: int) -> Header:
-    height, width, _ = _array(data, channels).shape
-    return Header(height, width, plain=False, orientation=1, mode="uint8")
+        return 1
+    orientation = image.getexif().get(EXIF_ORIENTATION)
+    return orientation if orientation in range(2, 9) else 1
 
 
 def _array(data: bytes, channels: int) -> np.ndarray:
@@ -161,4 +150,4 @@ def _reason(error: Exception) -> str:
         return "not an image that Pillow knows"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error, None) or type(error).__name__

@@ -2,10 +2,12 @@
 
 import os
 import stat
-from collections.abc import Iterable
 
 from ccmim_fast.data.index.index_file import Listing, Row
 from ccmim_fast.errors import DataError
+
+BESIDE_CLASSES = "lies beside the class folders, in none of them"
+_File = tuple[str, os.stat_result]  # a path, and the status behind any link
 
 
 def list_folder(root: str, suffixes: tuple[str, ...]) -> Listing:
@@ -16,21 +18,16 @@ def list_folder(root: str, suffixes: tuple[str, ...]) -> Listing:
     classes too, so that two splits of one data set agree on the labels. Rows are in byte order, class by class.
     """
     walk = _Walk(root, suffixes)
-    folders, loose = [], []
-    for path, status in walk.entries(root):
-        if not stat.S_ISDIR(status.st_mode):
-            loose.append((path, status))
-        elif walk.is_new(status):
-            # All class folders are known before any of them is read: a link from one to another adds nothing.
-            folders.append(path)
-    groups = [walk.below(folder, label) for label, folder in enumerate(folders)]
-    rest = walk.images(loose, -1)
+    # All class folders are known before any of them is read: a link from one to another adds nothing.
+    loose, folders = walk.visit(root)
+    groups = [walk.images([], [folder], label) for label, folder in enumerate(folders)]
+    rest = walk.images(loose, [], -1)
     if not any(groups):
-        return Listing(rest, (), walk.dependencies, walk.notes)
+        return Listing(root, rest, (), walk.dependencies, walk.notes)
     loose_paths = (os.path.join(root, os.fsdecode(row.location)) for row in rest)
-    walk.notes += [(path, "lies beside the class folders, in none of them") for path in loose_paths]
-    names = tuple(os.path.basename(folder) for folder in folders)
-    return Listing([row for group in groups for row in group], names, walk.dependencies, walk.notes)
+    walk.notes += [(path, BESIDE_CLASSES) for path in loose_paths]
+    names = tuple(map(os.path.basename, folders))
+    return Listing(root, [row for group in groups for row in group], names, walk.dependencies, walk.notes)
 
 
 def read_list(path: str) -> Listing:
@@ -42,11 +39,10 @@ def read_list(path: str) -> Listing:
     except OSError as error:
         raise DataError(f"cannot read the list {path!r}: {error.strerror}") from error
     pairs = [line.rstrip("\r").partition("\t")[::2] for line in lines]
-    names = tuple(sorted({name for _, name in pairs if name}))
-    label_of = {name: label for label, name in enumerate(names)}
+    label_of = {name: label for label, name in enumerate(sorted({name for _, name in pairs if name}))}
     folder = os.path.dirname(os.path.abspath(path))
     rows = [row_of_file(os.path.join(folder, name), folder, label_of.get(group, -1)) for name, group in pairs]
-    return Listing(rows, names, {path: mtime_ns}, [])
+    return Listing(folder, rows, tuple(label_of), {path: mtime_ns}, [])
 
 
 def row_of_file(path: str, root: str, label: int, status: os.stat_result | None = None) -> Row:
@@ -68,49 +64,45 @@ class _Walk:
     """This class walks through folders and remembers the files and folders that it has met."""
 
     def __init__(self, root: str, suffixes: tuple[str, ...]):
-        self._root, self._suffixes = root, suffixes
+        self._root, self._suffixes, self._seen = root, suffixes, set()
         self.dependencies: dict[str, int] = {}
         self.notes: list[tuple[str, str]] = []
-        self._seen = set()
-        self.is_new(os.stat(root))
+        self._is_new(os.stat(root))
 
-    def is_new(self, status: os.stat_result) -> bool:
-        """Tell whether a file or folder is met for the first time, and remember it."""
-        identity = status.st_dev, status.st_ino
-        new = identity not in self._seen
-        self._seen.add(identity)
-        return new
-
-    def below(self, folder: str, label: int) -> list[Row]:
-        """List the images in a folder and below, in byte order."""
-        found, waiting = [], [folder]
-        while waiting:
-            files = []
-            for path, status in self.entries(waiting.pop()):
-                if not stat.S_ISDIR(status.st_mode):
-                    files.append((path, status))
-                elif self.is_new(status):
-                    waiting.append(path)
-            found += self.images(files, label)
-        return sorted(found, key=lambda row: row.location)
-
-    def images(self, entries: Iterable[tuple[str, os.stat_result]], label: int) -> list[Row]:
-        """Return the rows of the entries with an image's suffix that were not met before."""
-        named = ((path, status) for path, status in entries if path.lower().endswith(self._suffixes))
-        return [row_of_file(path, self._root, label, status) for path, status in named if self.is_new(status)]
-
-    def entries(self, folder: str) -> list[tuple[str, os.stat_result]]:
-        """Return (path, status behind any link) of what lies in a folder, in byte order of the names."""
-        entries = []
+    def visit(self, folder: str) -> tuple[list[_File], list[str]]:
+        """Return the files in a folder and the folders that were not met before, both in byte order of the names."""
+        files, folders, names = [], [], []
         try:
             self.dependencies[folder] = os.stat(folder).st_mtime_ns
             names = sorted(os.listdir(folder), key=os.fsencode)
         except OSError as error:
             self.notes.append((folder, error.strerror))
-            return entries
         for path in (os.path.join(folder, name) for name in names if not name.startswith(".")):
             try:
-                entries.append((path, os.stat(path)))
+                status = os.stat(path)
             except OSError as error:
                 self.notes.append((path, _reason(path, error)))
-        return entries
+                continue
+            if not stat.S_ISDIR(status.st_mode):
+                files.append((path, status))
+            elif self._is_new(status):
+                folders.append(path)
+        return files, folders
+
+    def images(self, files: list[_File], folders: list[str], label: int) -> list[Row]:
+        """Return the rows of the images that were not met before, among `files` and below `folders`, in byte order."""
+        files, folders = [*files], [*folders]
+        while folders:
+            found, deeper = self.visit(folders.pop())
+            files += found
+            folders += deeper
+        named = ((path, status) for path, status in files if path.lower().endswith(self._suffixes))
+        rows = [row_of_file(path, self._root, label, status) for path, status in named if self._is_new(status)]
+        return sorted(rows, key=lambda row: row.location)
+
+    def _is_new(self, status: os.stat_result) -> bool:
+        """Tell whether a file or folder is met for the first time, and remember it."""
+        identity = status.st_dev, status.st_ino
+        new = identity not in self._seen
+        self._seen.add(identity)
+        return new

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from ccmim_fast.data.index.decode import Header
-from ccmim_fast.errors import DataError
+from ccmim_fast.errors import DataError, one_line
 
 BESIDE = "ccmim-index.arrow"  # its name in a folder of tars, where `ccmim data shard` writes it
 FORMAT = 1  # of the file: raise it when columns change; indexes are then built anew
@@ -42,7 +43,7 @@ SCHEMA = pa.schema(
         "reason": pa.large_string(),  # of BAD
     }
 )
-# The columns that decide which samples come, in which order and from where.
+# The columns that decide which samples come, in which order and from where; the fingerprint is of them.
 _IDENTITY = ("location", "container", "offset", "bytes", "label")
 _ROWS_AT_ONCE = 2**16  # a million rows as Python objects would take a gigabyte
 
@@ -69,22 +70,18 @@ class Row(NamedTuple):
 
     def with_header(self, header: Header, size: int) -> "Row":
         """Return the row with what the image's header says and its length in bytes."""
-        return self._replace(
-            bytes=size,
-            size=(header.height, header.width),
-            orientation=header.orientation,
-            mode=header.mode,
-            plain=int(header.plain),
-        )
+        return self._replace(bytes=size, **header._asdict())
 
 
 class Listing(NamedTuple):
     """A listing names the samples of a set."""
 
+    root: str  # folder or URL that locations and `containers` are relative to; "": the folder of the index
     rows: Iterable[Row]  # in the order of the ids
     class_names: tuple[str, ...]  # sorted; empty without classes
     dependencies: dict[str, int]  # path -> mtime_ns of the folders and files that change when samples come or go
     notes: list[tuple[str, str]]  # (path, reason) of what gives no sample, such as an unreadable folder
+    containers: Sequence[str] = ()  # tars or tables
 
 
 class Index:
@@ -101,31 +98,29 @@ class Index:
         try:
             self._file = pa.memory_map(path)
             self._reader = pa.ipc.open_file(self._file)
-            self.metadata = json.loads(self._reader.schema.metadata[b"ccmim"])
-            if self.metadata["format"] != FORMAT:
-                number = self.metadata["format"]
+            self.metadata = metadata = json.loads(self._reader.schema.metadata[b"ccmim"])
+            if metadata["format"] != FORMAT:
+                number = metadata["format"]
                 raise DataError(f"index {path!r} is of format {number}, not {FORMAT}; ccmim data index makes it anew")
-            self.table = self._reader.get_batch(0)
-            self.table.validate()
-            self._read(self.metadata, self.table)
+            self.table = table = self._reader.get_batch(0)
+            table.validate()
+            root = os.fsdecode(bytes.fromhex(metadata["root"]))
+            self.root, self.relocatable = root or os.path.dirname(os.path.abspath(path)), not root
+            self.origin, self.channels = metadata["origin"], metadata["channels"]
+            self.fingerprint: str = metadata["fingerprint"]
+            self.containers: list[str] = metadata["containers"]  # tars or tables, paths from the root
+            self.class_names: tuple[str, ...] = tuple(metadata["class_names"])
+            self.dependencies: dict[str, int] = metadata["watched"]
+            self.notes: list[tuple[str, str]] = [tuple(note) for note in metadata["notes"]]
+            self.offsets_N, self.bytes_N, self.containers_N, self.status_N, self.plain_N, labels_N = (
+                table.column(name).to_numpy() for name in ("offset", "bytes", "container", "status", "plain", "label")
+            )
+            self.labels_N = labels_N if self.class_names else None
+            self.sizes_N2 = table.column("size").values.to_numpy().reshape(-1, 2)[: len(self)]
+            self.excluded_X = np.flatnonzero(self.status_N == BAD)
         # Arrow has a type for every kind of damage, and bytes that it lets pass cause some of Python's own.
         except (OSError, pa.ArrowException, TypeError, LookupError, ValueError, AttributeError) as error:
-            raise DataError(f"{path!r} is not a whole index: {' '.join(str(error).split())}") from error
-
-    def _read(self, metadata: dict[str, Any], table: pa.RecordBatch) -> None:
-        root = os.fsdecode(bytes.fromhex(metadata["root"]))
-        self.root, self.relocatable = root or os.path.dirname(os.path.abspath(self.path)), not root
-        self.origin, self.channels, self.fingerprint = (metadata[key] for key in ("origin", "channels", "fingerprint"))
-        self.containers: list[str] = metadata["containers"]  # tars or tables, paths from the root
-        self.class_names: tuple[str, ...] = tuple(metadata["class_names"])
-        self.dependencies: dict[str, int] = metadata["watched"]
-        self.notes: list[tuple[str, str]] = [tuple(note) for note in metadata["notes"]]
-        self.offsets_N, self.bytes_N, self.containers_N, self.status_N, self.plain_N, labels_N = (
-            table.column(name).to_numpy() for name in ("offset", "bytes", "container", "status", "plain", "label")
-        )
-        self.labels_N = labels_N if self.class_names else None
-        self.sizes_N2 = table.column("size").values.to_numpy().reshape(-1, 2)[: len(self)]
-        self.excluded_X = np.flatnonzero(self.status_N == BAD)
+            raise DataError(f"{path!r} is not a whole index: {one_line(error, None)}") from error
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -148,26 +143,22 @@ class Index:
             part = self.table.slice(start, 4096).to_pydict()
             yield from map(Row, *(part[name] for name in SCHEMA.names))
 
-    def modes(self) -> dict[str, int]:
-        """Count the samples of each mode."""
-        modes = self.table.column("mode").to_numpy(zero_copy_only=False).astype(str)
-        names, counts = np.unique(modes, return_counts=True)
-        return dict(zip(names.tolist(), counts.tolist(), strict=True))
+    def modes(self) -> Counter[str]:
+        """Count the samples of each mode, in the order of their names."""
+        counts = self.table.column("mode").value_counts().to_pylist()
+        return Counter(dict(sorted((str(count["values"]), count["counts"]) for count in counts)))
 
 
-def write_index(
-    path: str, listing: Listing, *, root: str, origin: str, channels: int, containers: Iterable[str] = ()
-) -> Index:
-    """Write an index, whole or not at all, and open it.
-
-    Args:
-        root: folder or URL that locations and `containers` are relative to; "": the folder of the index.
-        origin: what was indexed, as the user named it.
-    """
-    table = pa.Table.from_batches(list(_batches(listing.rows)), schema=SCHEMA)
-    metadata = {"root": os.fsencode(root).hex(), "origin": origin, "channels": channels, "containers": list(containers)}
+def write_index(path: str, listing: Listing, origin: str, channels: int) -> Index:
+    """Write the index of what the user named `origin`, whole or not at all, and open it."""
+    rows, batches = iter(listing.rows), []
+    while part := list(islice(rows, _ROWS_AT_ONCE)):
+        arrays = [pa.array(column, field.type) for column, field in zip(zip(*part), SCHEMA)]
+        batches.append(pa.RecordBatch.from_arrays(arrays, schema=SCHEMA))
+    root, containers = os.fsencode(listing.root).hex(), list(listing.containers)
+    metadata = {"root": root, "origin": origin, "channels": channels, "containers": containers}
     metadata |= {"class_names": list(listing.class_names), "watched": listing.dependencies, "notes": listing.notes}
-    return write_table(path, table, metadata)
+    return write_table(path, pa.Table.from_batches(batches, SCHEMA), metadata)
 
 
 def rewrite_index(index: Index, columns: dict[str, pa.Array]) -> Index:
@@ -183,7 +174,12 @@ def write_table(path: str, table: pa.Table, metadata: dict[str, Any]) -> Index:
     # One batch, whatever the size: each column is then one array, indexed by the sample's id.
     whole = table.unify_dictionaries().combine_chunks()
     (rows,) = whole.to_batches() or [pa.RecordBatch.from_pylist([], SCHEMA)]
-    metadata = {**metadata, "format": FORMAT, "fingerprint": _fingerprint(rows)}
+    digest = hashlib.sha256()
+    for name in _IDENTITY:
+        for buffer in rows.column(name).buffers():
+            digest.update(buffer or b"")
+    digest.update((rows.column("status").to_numpy() == BAD).tobytes())
+    metadata = {**metadata, "format": FORMAT, "fingerprint": digest.hexdigest()[:16]}
     schema = SCHEMA.with_metadata({"ccmim": json.dumps(metadata)})
     folder = os.path.dirname(os.path.abspath(path))
     try:
@@ -197,25 +193,3 @@ def write_table(path: str, table: pa.Table, metadata: dict[str, Any]) -> Index:
         reason = error.strerror or error
         raise DataError(f"cannot write the index {path!r}: {reason}; set data.index to another place") from error
     return Index(path)
-
-
-def _batches(rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:
-    """Yield the rows as batches of columns, the last one smaller or empty."""
-    rows = iter(rows)
-    while True:
-        part = list(islice(rows, _ROWS_AT_ONCE))
-        columns = zip(*part) if part else [()] * len(SCHEMA)
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA)]
-        yield pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
-        if len(part) < _ROWS_AT_ONCE:
-            return
-
-
-def _fingerprint(rows: pa.RecordBatch) -> str:
-    """Return `Index.fingerprint`."""
-    digest = hashlib.sha256()
-    for name in _IDENTITY:
-        for buffer in rows.column(name).buffers():
-            digest.update(buffer or b"")
-    digest.update((rows.column("status").to_numpy() == BAD).tobytes())
-    return digest.hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 # N samples, H height, W width, C channels
 
+import contextlib
 import hashlib
 import os
 import re
@@ -16,8 +17,6 @@ from ccmim_fast.data.index.storage import Storage, is_remote, join
 from ccmim_fast.data.progress import progress_bar
 from ccmim_fast.data.source import UnreadableError, encode_pnm
 from ccmim_fast.errors import DataError
-
-_MAGIC = b"ARROW1"  # the first bytes of every Arrow file
 
 
 class IndexedSource:
@@ -91,7 +90,7 @@ def open_images(
     origin = origin if is_remote(origin) or not origin else os.path.abspath(origin)
     if path and os.path.isfile(path):
         with open(path, "rb") as file:
-            if file.read(len(_MAGIC)) not in (_MAGIC, b""):
+            if file.read(6) not in (b"ARROW1", b""):  # how every Arrow file begins
                 raise DataError(f"{path!r} is no index, and is not written over; set data.index to another file")
     path = path or index_path(origin, channels)
     previous = _previous(path, origin, channels)
@@ -115,11 +114,9 @@ def index_path(origin: str, channels: int) -> str:
 
 def _previous(path: str, origin: str, channels: int) -> Index | None:
     """Return the index at `path`, if it is an index of these images."""
-    if not os.path.isfile(path):
-        return None
-    try:
+    with contextlib.suppress(DataError):
         index = Index(path)
-    except DataError:
-        return None
-    indexed = index.root if index.relocatable else index.origin
-    return index if index.channels == channels and indexed == origin else None
+        indexed = index.root if index.relocatable else index.origin
+        if index.channels == channels and indexed == origin:
+            return index
+    return None

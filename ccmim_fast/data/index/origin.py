@@ -3,11 +3,10 @@
 import glob
 import os
 import posixpath
-from typing import NamedTuple
 
 from ccmim_fast.data.index.annotations import annotation_reader
 from ccmim_fast.data.index.decode import file_suffixes
-from ccmim_fast.data.index.folders import list_folder, read_list
+from ccmim_fast.data.index.folders import BESIDE_CLASSES, list_folder, read_list
 from ccmim_fast.data.index.index_file import BESIDE, Listing, Row
 from ccmim_fast.data.index.storage import as_os_errors, file_system, is_remote, join
 from ccmim_fast.data.index.tables import SUFFIXES as TABLE_SUFFIXES
@@ -17,33 +16,29 @@ _CONTAINERS = (".tar", *TABLE_SUFFIXES)
 _LISTS = (".txt", ".lst", ".tsv")
 
 
-class Origin(NamedTuple):
-    """An origin consists of the parts to be indexed."""
+def find_origin(origin: str, channels: int) -> Listing:
+    """List what `origin`, an absolute path or a URL, names: files, or containers without their samples.
 
-    root: str  # folder or URL
-    containers: list[str]  # tars or tables, paths from `root`
-    files: Listing | None = None  # image files of a folder or list; None if there are containers
-
-
-def find_origin(origin: str, channels: int) -> Origin:
-    """List the parts of the place that `origin` names. Raises DataError if it does not exist or cannot be listed."""
+    Raises DataError if it does not exist or cannot be listed.
+    """
+    if origin.endswith(_CONTAINERS) and not os.path.isdir(origin):
+        return _named_containers(origin)
     if is_remote(origin):
-        return _remote_origin(origin, channels)
-    containers = _containers_of(origin)
-    if containers:
-        root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in containers])
-        return Origin(root, [os.path.relpath(path, root) for path in containers])
+        return _remote_folder(origin, channels)
     if not os.path.isdir(origin):
         read = read_list if origin.endswith(_LISTS) else annotation_reader(origin)
         if read is None:
             raise DataError(f"no folder {origin!r}; set data.root to a folder of images, to tars, tables or a list")
-        return Origin(os.path.dirname(os.path.abspath(origin)), [], read(origin))
-    root = os.path.abspath(origin)
+        return read(origin)
     try:
-        containers = sorted(name for name in os.listdir(root) if _is_container(name))
+        containers = sorted(filter(_is_container, os.listdir(origin)))
     except OSError as error:
         raise DataError(f"cannot look into {origin!r}: {error.strerror}") from error
-    return Origin(root, containers, None if containers else list_folder(root, file_suffixes(channels)))
+    return _of_containers(origin, containers) if containers else list_folder(origin, file_suffixes(channels))
+
+
+def _of_containers(root: str, containers: list[str]) -> Listing:
+    return Listing(root, [], (), {}, [], containers)
 
 
 def _is_container(path: str) -> bool:
@@ -52,15 +47,15 @@ def _is_container(path: str) -> bool:
     return name.endswith(_CONTAINERS) and name[0] != "." and name != BESIDE
 
 
-def _containers_of(origin: str) -> list[str]:
-    """Return the containers that a path or a pattern names, in order."""
-    if not origin.endswith(_CONTAINERS) or os.path.isdir(origin):
-        return []
-    paths = [path for one in _expand_braces(origin) for path in (sorted(glob.glob(one)) or [one])]
-    missing = [path for path in paths if not os.path.isfile(path)]
+def _named_containers(origin: str) -> Listing:
+    """Return the containers that a path, a URL or a pattern names, in order."""
+    paths = [path for one in _expand_braces(origin) for path in _matching(one)]
+    missing = [path for path in paths if not (is_remote(path) or os.path.isfile(path))]
     if missing:
         raise DataError(f"no file {missing[0]!r}" + (f", nor {len(missing) - 1} others" if missing[1:] else ""))
-    return paths
+    start = paths[0].find("://") + 3 if is_remote(origin) else 0
+    root = paths[0][:start] + posixpath.commonpath([posixpath.dirname(path[start:]) for path in paths])
+    return _of_containers(root, [path[len(root) :].lstrip("/") for path in paths])
 
 
 def _expand_braces(pattern: str) -> list[str]:
@@ -74,29 +69,34 @@ def _expand_braces(pattern: str) -> list[str]:
     return [f"{head}{number:0{len(first)}}{end}" for number in numbers for end in _expand_braces(tail)]
 
 
-def _remote_origin(origin: str, channels: int) -> Origin:
-    """List a URL: one container, several by a pattern, or everything below it."""
-    if origin.endswith(_CONTAINERS):
-        urls = [url for one in _expand_braces(origin) for url in _matching(one)]
-        protocol = urls[0].partition("://")[0] + "://"
-        root = protocol + posixpath.commonpath([posixpath.dirname(url.removeprefix(protocol)) for url in urls])
-        return Origin(root, [url.removeprefix(root + "/") for url in urls])
-    fs = file_system(origin)
-    below = _listed(origin.rstrip("/") + "/", "find")
-    root = fs.unstrip_protocol(fs._strip_protocol(origin)).rstrip("/")
-    paths = [url.removeprefix(root + "/") for url in below]
-    containers = [path for path in paths if _is_container(path)]
-    if containers:
-        return Origin(root, containers)
-    return Origin(root, [], _remote_files(root, [p for p in paths if p.lower().endswith(file_suffixes(channels))]))
-
-
-def _matching(url: str) -> list[str]:
-    """Return the URLs that match a pattern with `*`; a `?` begins a query of the URL and is no pattern."""
-    found = _listed(url, "glob") if "*" in url else [url]
+def _matching(pattern: str) -> list[str]:
+    """Return what matches a pattern, sorted; in a URL only `*` is one, since a `?` begins a query."""
+    if not is_remote(pattern):
+        return sorted(glob.glob(pattern)) or [pattern]
+    found = _listed(pattern, "glob") if "*" in pattern else [pattern]
     if not found:
-        raise DataError(f"no file {url!r}")
+        raise DataError(f"no file {pattern!r}")
     return found
+
+
+def _remote_folder(origin: str, channels: int) -> Listing:
+    """List everything below a URL: containers, or else image files with their first folders as classes."""
+    fs = file_system(origin)
+    root = fs.unstrip_protocol(fs._strip_protocol(origin)).rstrip("/")
+    paths = [url.removeprefix(root + "/") for url in _listed(origin.rstrip("/") + "/", "find")]
+    containers = list(filter(_is_container, paths))
+    if containers:
+        return _of_containers(root, containers)
+    images = [path for path in paths if path.lower().endswith(file_suffixes(channels))]
+    names = sorted({path.split("/")[0] for path in images if "/" in path})
+    label_of = {name: label for label, name in enumerate(names)}
+    rows = [
+        Row(os.fsencode(path), label=label_of.get(path.split("/")[0], -1))
+        for path in images
+        if "/" in path or not names
+    ]
+    notes = [(join(root, path), BESIDE_CLASSES) for path in images if names and "/" not in path]
+    return Listing(root, rows, tuple(names), {}, notes)
 
 
 def _listed(url: str, method: str) -> list[str]:
@@ -107,14 +107,3 @@ def _listed(url: str, method: str) -> list[str]:
             return sorted(fs.unstrip_protocol(path) for path in getattr(fs, method)(url))
     except OSError as error:
         raise DataError(f"cannot list {url.rstrip('/')!r}: {error}; name a tar or table by its URL") from error
-
-
-def _remote_files(root: str, paths: list[str]) -> Listing:
-    """List image files below a URL, with their first folders as classes."""
-    names = tuple(sorted({path.split("/")[0] for path in paths if "/" in path}))
-    label_of = {name: label for label, name in enumerate(names)}
-    classed = [path for path in paths if "/" in path] if names else paths
-    loose = [path for path in paths if names and "/" not in path]
-    notes = [(join(root, path), "lies beside the class folders, in none of them") for path in loose]
-    rows = [Row(os.fsencode(path), label=label_of.get(path.split("/")[0], -1)) for path in classed]
-    return Listing(rows, names, {}, notes)

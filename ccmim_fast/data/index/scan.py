@@ -11,24 +11,22 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from ccmim_fast.data.index.bad_samples import bad_samples_path, read_bad_samples
-from ccmim_fast.data.index.decode import HEADER_BYTES, Header, file_suffixes, needs_more, read_header
+from ccmim_fast.data.index.decode import HEADER_BYTES, HEADER_FIRST, Header, file_suffixes, read_header
 from ccmim_fast.data.index.index_file import BAD, Index, Listing, Row, write_index
 from ccmim_fast.data.index.origin import find_origin
 from ccmim_fast.data.index.storage import Storage, is_remote, join, open_binary
 from ccmim_fast.data.index.tables import open_table
 from ccmim_fast.data.index.tars import label_of, list_tar
 from ccmim_fast.data.threads import map_ahead
-from ccmim_fast.errors import DataError
+from ccmim_fast.errors import DataError, one_line
 
 _THREADS = 8  # they hide the latency of a cold or remote disk; parsing itself holds the interpreter lock
 _ROWS_PER_TASK = 256  # a task for each row would cost a million futures
 _AHEAD = 4  # tasks per thread that wait: rows are made no faster than their headers are read
 
-Report = Callable[[int, int], None]  # rows done, rows in all
-
 
 def build_index(
-    origin: str, path: str, channels: int = 3, previous: Index | None = None, report: Report = lambda done, total: None
+    origin: str, path: str, channels: int, previous: Index | None, report: Callable[[int, int], None]
 ) -> Index:
     """Index what `origin` names, write the index to `path`, and open it.
 
@@ -37,17 +35,19 @@ def build_index(
             (`*`, `?`, `{000..127}`); a list of files (.txt); a label file; a URL of a folder, tar or table.
         channels: 1 (gray), 3 (RGB), or the C of uint8 [H, W, C] .npy and TIFF files.
         previous: an index of the same place; rows that did not change since are taken from it.
+        report: takes the rows done, and the rows in all.
 
     Raises DataError if there is no such place, or no readable image in it.
     """
-    root, containers, files = find_origin(origin, channels)
+    listing = find_origin(origin, channels)
+    root, containers = listing.root, listing.containers
     if previous is not None and previous.root != root:
         previous = None
-    listing = _list_containers(root, containers, channels, previous) if files is None else files
-    reuse = _reuse(previous if files is not None else None)
-    rows = _with_headers(listing.rows, Storage(root, containers), channels, reuse, report)
-    listing = listing._replace(rows=rows)
-    index = write_index(path, listing, root=root, origin=origin, channels=channels, containers=containers)
+    if containers:
+        listing = _list_containers(root, containers, channels, previous)
+    reused = None if containers else previous
+    rows = _with_headers(listing.rows, Storage(root, containers), channels, reused, report)
+    index = write_index(path, listing._replace(rows=rows), origin, channels)
     # The records of bad samples are in the index now, or no longer true: a repaired file has its old id.
     with contextlib.suppress(FileNotFoundError):
         os.unlink(bad_samples_path(path))
@@ -70,17 +70,17 @@ def changed(index: Index) -> bool:
 
 
 def _list_containers(root: str, containers: list[str], channels: int, previous: Index | None) -> Listing:
-    """List the samples of all containers, in order. A container that cannot be read becomes a note.
+    """List the samples of all containers, paths from `root`, in order. A container that cannot be read becomes a note.
 
     Behind a URL such a container raises DataError instead: no later run looks at a URL again, so that after a server's
     bad moment its samples would be missing for ever.
-
-    Args:
-        root: folder or URL; `containers` are paths from it.
-        previous: an index with the same root, or None.
     """
     rows, dependencies, notes, names = [], {}, [], ()
-    has_labels = previous is not None and not _labels_are_folders(previous)
+    # Labels that are no folders of the members' names were given by the containers.
+    has_labels = previous is not None and _folder_classes(previous.rows()) != (
+        previous.class_names,
+        previous.table.column("label").to_pylist(),
+    )
     for number, container in enumerate(containers):
         path = join(root, container)
         mtime_ns = 0 if is_remote(path) else os.stat(path).st_mtime_ns
@@ -89,24 +89,26 @@ def _list_containers(root: str, containers: list[str], channels: int, previous: 
         found = _unchanged_rows(previous, container, path, mtime_ns)
         if found:
             notes += (note for note in previous.notes if note[0] == path)
-            if has_labels:
-                names = names or previous.class_names
-            else:
-                found = [row._replace(label=-1) for row in found]
+            own_names = previous.class_names if has_labels else ()
+            found = found if has_labels else [row._replace(label=-1) for row in found]
         else:
             try:
                 found, own_names, problem = _list_container(path, channels)
-                names = names or own_names
             except (DataError, OSError) as error:
                 if is_remote(path):
                     reason = "not found" if isinstance(error, FileNotFoundError) else error
                     raise DataError(f"cannot read {path!r}: {reason}") from error
-                found, problem = [], str(error)
-            if problem:
-                notes.append((path, problem))
+                found, own_names, problem = [], (), str(error)
+            notes += [(path, problem)] if problem else []
+        names = names or own_names
         rows += (row._replace(container=number, mtime_ns=mtime_ns) for row in found)
-    rows, names = _with_classes(rows, names)
-    return Listing(rows, names, dependencies, notes)
+    highest = max((row.label for row in rows), default=-1)
+    if highest < 0:  # no container has labels: the first folder of a member's name is its class
+        names, labels = _folder_classes(rows)
+        rows = [row._replace(label=label) for row, label in zip(rows, labels, strict=True)]
+    elif highest >= len(names):
+        names = tuple(map(str, range(highest + 1)))
+    return Listing(root, rows, names, dependencies, notes, containers)
 
 
 def _list_container(path: str, channels: int) -> tuple[list[Row], tuple[str, ...], str]:
@@ -116,16 +118,14 @@ def _list_container(path: str, channels: int) -> tuple[list[Row], tuple[str, ...
             rows, problem = list_tar(file, file_suffixes(channels))
             return rows, (), problem
         table = open_table(path, file if is_remote(path) else None)
-        labels = [label_of(label) for group in range(table.groups) for label in table.labels(group)]
-    rows = [Row(b"row %d" % row, offset=row, label=label) for row, label in enumerate(labels)]
+        labels = table.labels()
+    rows = [Row(b"row %d" % row, offset=row, label=label_of(label)) for row, label in enumerate(labels)]
     return rows, table.class_names, ""
 
 
 def _unchanged_rows(previous: Index | None, container: str, path: str, mtime_ns: int) -> list[Row]:
-    """Return the rows that the previous index has of a container, if the container did not change since.
-
-    A container without rows may have been unreadable: it is read again, which costs little.
-    """
+    """Return the rows that the previous index has of a container; none if the container changed since."""
+    # A container without rows may have been unreadable: it is read again, which costs little.
     if previous is None or not mtime_ns or previous.dependencies.get(path) != mtime_ns:
         return []
     bad = read_bad_samples(previous)
@@ -133,85 +133,51 @@ def _unchanged_rows(previous: Index | None, container: str, path: str, mtime_ns:
     return [previous.row(index).bad(bad.get(index)) for index in ids]
 
 
-def _with_classes(rows: list[Row], names: tuple[str, ...]) -> tuple[list[Row], tuple[str, ...]]:
-    """Name the classes of numeric labels; without any label, the first folder of a member's name is its class."""
-    highest = max((row.label for row in rows), default=-1)
-    if highest >= 0:
-        return rows, names if highest < len(names) else tuple(map(str, range(highest + 1)))
-    names, labels = _folder_classes(rows)
-    return [row._replace(label=label) for row, label in zip(rows, labels, strict=True)], names
-
-
 def _folder_classes(rows: Iterable[Row]) -> tuple[tuple[str, ...], list[int]]:
     """Return the first folders of the names and the label of each row; no classes if an image lies in no folder."""
-    folders = [_first_folder(os.fsdecode(row.location)) for row in rows]
-    names = {folder for folder in folders if folder is not None}
-    if "" in names:
-        return (), [-1] * len(folders)
-    label_of_folder = {name: label for label, name in enumerate(sorted(names))}
-    return tuple(label_of_folder), [label_of_folder.get(folder, -1) for folder in folders]
-
-
-def _first_folder(name: str) -> str | None:
-    """Return the first folder of a member's name; empty without any, None if it leads out of the archive."""
-    folder, inside, _ = posixpath.normpath(name).partition("/")
-    if name.startswith("/") or folder == "..":
-        return None
-    return folder if inside else ""
-
-
-def _labels_are_folders(index: Index) -> bool:
-    """Tell whether an index of containers has its classes from the names of the members."""
-    if index.labels_N is None:
-        return True
-    names, labels = _folder_classes(index.rows())
-    found_N = np.array(labels)
-    return names == index.class_names and bool((found_N == index.labels_N)[found_N >= 0].all())
-
-
-def _reuse(previous: Index | None) -> Callable[[Row], Row]:
-    """Return a function that takes a file's row from the previous index if the file did not change since."""
-    if previous is None:
-        return lambda row: row
-    bad = read_bad_samples(previous)
-    ids = {row.location: index for index, row in enumerate(previous.rows())}
-
-    def reuse(row: Row) -> Row:
-        index = ids.get(row.location) if row.mtime_ns else None
-        if index is None:
-            return row
-        found = previous.row(index).bad(bad.get(index))
-        # Without a mode the header could not be read then; perhaps it can be read now.
-        same = found.mode is not None and (found.bytes, found.mtime_ns) == (row.bytes, row.mtime_ns)
-        return found._replace(label=row.label) if same else row
-
-    return reuse
+    folders = []
+    for row in rows:
+        name = os.fsdecode(row.location)
+        folder, inside, _ = posixpath.normpath(name).partition("/")
+        outside = name.startswith("/") or folder == ".."
+        folders.append(None if outside else folder if inside else "")
+    names = () if "" in folders else tuple(sorted({folder for folder in folders if folder is not None}))
+    label_of_folder = {name: label for label, name in enumerate(names)}
+    return names, [label_of_folder.get(folder, -1) for folder in folders]
 
 
 def _with_headers(
-    rows: list[Row], storage: Storage, channels: int, reuse: Callable[[Row], Row], report: Report
+    rows: list[Row], storage: Storage, channels: int, previous: Index | None, report: Callable[[int, int], None]
 ) -> Iterator[Row]:
-    """Yield the rows in order, each with what its header says or the reason why it cannot be used."""
+    """Yield the rows in order, each with what its header says or the reason why it cannot be used.
 
-    def fill(part: list[Row]) -> list[Row]:
-        return [_filled(reuse(row), storage, channels) for row in part]
+    The row of a file that did not change since is taken from the previous index.
+    """
+    bad, ids = {}, {}
+    if previous is not None:
+        bad = read_bad_samples(previous)
+        ids = {row.location: index for index, row in enumerate(previous.rows())}
+
+    def filled(row: Row) -> Row:
+        index = ids.get(row.location) if row.mtime_ns else None
+        if index is not None:
+            found = previous.row(index).bad(bad.get(index))
+            # Without a mode the header could not be read then; perhaps it can be read now.
+            if found.mode is not None and (found.bytes, found.mtime_ns) == (row.bytes, row.mtime_ns):
+                return found._replace(label=row.label)
+        if row.status == BAD or row.mode is not None:
+            return row
+        try:
+            return row.with_header(*_read_header(row, storage, channels))
+        except (OSError, DataError) as error:
+            return row.bad(one_line(getattr(error, "strerror", None) or error, None))
 
     parts = (rows[start : start + _ROWS_PER_TASK] for start in range(0, len(rows), _ROWS_PER_TASK))
     done = 0
-    for filled in map_ahead(fill, parts, _THREADS, _THREADS * _AHEAD):
-        yield from filled
-        done += len(filled)
+    for part in map_ahead(lambda part: list(map(filled, part)), parts, _THREADS, _THREADS * _AHEAD):
+        yield from part
+        done += len(part)
         report(done, len(rows))
-
-
-def _filled(row: Row, storage: Storage, channels: int) -> Row:
-    if row.status == BAD or row.mode is not None:
-        return row
-    try:
-        return row.with_header(*_read_header(row, storage, channels))
-    except (OSError, DataError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return row.bad(" ".join(reason.split()))
 
 
 def _read_header(row: Row, storage: Storage, channels: int) -> tuple[Header, int]:
@@ -220,7 +186,7 @@ def _read_header(row: Row, storage: Storage, channels: int) -> tuple[Header, int
     start = storage.read(*place, most=HEADER_BYTES)
     if len(start) < HEADER_BYTES or len(start) == row.bytes:
         return read_header(start, channels), len(start)
-    if not needs_more(start):
+    if start.startswith(HEADER_FIRST):
         try:
             return read_header(start, channels), row.bytes
         except DataError:

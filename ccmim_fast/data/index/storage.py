@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from ccmim_fast.data.index.tables import Table, open_table
-from ccmim_fast.errors import CcmimError, DataError, MachineError
+from ccmim_fast.errors import CcmimError, DataError, MachineError, one_line
 
 _OPEN = 256  # containers kept open; a process may usually have 1,024 files
 _ROW_GROUPS = 8  # of tables kept in memory: some 10 MB each
@@ -53,7 +53,7 @@ def as_os_errors(path: str) -> Iterator[None]:
     except Exception as error:
         if not is_remote(path):
             raise
-        raise OSError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise OSError(f"{type(error).__name__}: {one_line(error, None)}") from error
 
 
 @contextmanager
@@ -72,8 +72,9 @@ class Storage:
     def __init__(self, root: str, containers: list[str]):
         self._root, self._containers = root, containers
         self._remote = file_system(root) if is_remote(root) else None
-        self._opened: Callable = lru_cache(_OPEN)(self._open)
-        self._tables: Callable = lru_cache(_OPEN)(self._open_table)
+        # A file that the cache drops is closed when its last reader is done.
+        self._opened = lru_cache(_OPEN)(lambda container: io.FileIO(self._container_path(container)))
+        self._tables = lru_cache(_OPEN)(self._open_table)
         self._groups = _ThreadCache(_ROW_GROUPS)
 
     def path(self, location: str, container: int) -> str:
@@ -81,36 +82,31 @@ class Storage:
         return join(self._root, location) if container < 0 else f"{self._container_path(container)}::{location}"
 
     def read(self, location: str, container: int, offset: int, size: int, most: int | None = None) -> bytes:
-        """Read all bytes of a sample, or its first ones.
+        """Read a sample whole or, with `most`, at least so many of its first bytes, if it has as many.
 
-        Args:
-            location, container, offset, size: as in `index_file.SCHEMA`; `size` is called `bytes` there.
-            most: read at least so many bytes, if the sample has as many, instead of all.
-
-        Raises OSError if the disk or the server fails, DataError if the sample does not have `size` bytes.
+        The place is given as in `index_file.SCHEMA`, where `size` is called `bytes`. Raises OSError if the disk or the
+        server fails, DataError if the sample does not have `size` bytes.
         """
-        if container < 0:
-            data = self._read_file(join(self._root, location), most)
-        elif self._containers[container].endswith(".tar"):
-            data = self._read_span(container, offset, size if most is None else min(size, most))
-        else:
-            data = self._read_row(container, offset)
+        with as_os_errors(self._root):
+            if container < 0:
+                data = self._read_file(join(self._root, location), most)
+            elif self._containers[container].endswith(".tar"):
+                data = self._read_span(container, offset, size if most is None else min(size, most))
+            else:
+                data = self._read_row(container, offset)
         if most is None and 0 <= size != len(data):
             raise DataError(f"has {len(data)} bytes, and {size} when it was indexed")
         return data
 
     def _read_file(self, path: str, most: int | None) -> bytes:
         if self._remote is not None:
-            with as_os_errors(path):
-                return self._remote.cat_file(path, 0, most) if most else self._remote.cat_file(path)
+            return self._remote.cat_file(path, 0, most) if most else self._remote.cat_file(path)
         with open(path, "rb", buffering=0) as file:
-            return file.read(most) if most else file.readall()
+            return file.read(most or -1)
 
     def _read_span(self, container: int, offset: int, size: int) -> bytes:
         if self._remote is not None:
-            path = self._container_path(container)
-            with as_os_errors(path):
-                data = self._remote.cat_file(path, offset, offset + size)
+            data = self._remote.cat_file(self._container_path(container), offset, offset + size)
             if len(data) > size:
                 raise OSError("the server sends whole files, not ranges of them")
             return data
@@ -118,18 +114,13 @@ class Storage:
         return os.pread(file.fileno(), size, offset)
 
     def _read_row(self, container: int, row: int) -> bytes:
-        with as_os_errors(self._container_path(container)):
-            table = self._tables(container)
-            group, row_in_group = table.find(row)
-            images = self._groups.get((container, group), lambda: table.images(group))
-            return images[row_in_group].as_py() or b""
+        table = self._tables(container)
+        group, row_in_group = table.find(row)
+        images = self._groups.get((container, group), lambda: table.images(group))
+        return images[row_in_group].as_py() or b""
 
     def _container_path(self, container: int) -> str:
         return join(self._root, self._containers[container])
-
-    def _open(self, container: int) -> io.FileIO:
-        # A file that the cache drops is closed when its last reader is done.
-        return open(self._container_path(container), "rb", buffering=0)
 
     def _open_table(self, container: int) -> Table:
         path = self._container_path(container)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ccmim_fast.errors import DataError
+from ccmim_fast.errors import DataError, one_line
 
 SUFFIXES = (".parquet", ".arrow", ".feather")
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes")  # first choices, in this order
@@ -19,26 +19,30 @@ _LABEL_NAMES = ("label", "labels", "cls", "class", "fine_label", "target")
 
 
 class Table:
-    """A table has `rows` rows in `groups` row groups; `class_names` is empty if the table names no labels.
+    """A table has images in row groups of `sizes` rows; `class_names` is empty if the table names no labels.
 
-    Args:
-        schema: with a column of images.
-        sizes: rows of each row group.
-        read: function of a row group and a column's name.
+    `read` takes a row group and a column's name. Raises DataError if the schema has no column of images.
     """
 
     def __init__(self, schema: pa.Schema, sizes: list[int], read: Callable[[int, str], pa.Array]):
-        self._sizes, self._ends, self._read = sizes, list(accumulate(sizes)), read
-        self.groups, self.rows = len(sizes), sum(sizes)
-        self._image, self._label = _image_column(schema), _label_column(schema)
-        self.class_names = _class_names(schema, self._label)
+        self._starts, self._read = [0, *accumulate(sizes)], read
+        images = [field.name for field in schema if _holds_bytes(field.type)]
+        if not images:
+            raise DataError(f"no column of bytes among {', '.join(schema.names)}")
+        self._image = next((name for name in _IMAGE_NAMES if name in images), images[0])
+        integers = [field.name for field in schema if pa.types.is_integer(field.type)]
+        self._label = next((name for name in _LABEL_NAMES if name in integers), None)
+        self.class_names: tuple[str, ...] = ()
+        if self._label is not None and b"huggingface" in (schema.metadata or {}):
+            features = json.loads(schema.metadata[b"huggingface"]).get("info", {}).get("features", {})
+            self.class_names = tuple(features.get(self._label, {}).get("names") or ())
 
     def find(self, row: int) -> tuple[int, int]:
         """Return the row group of a row and the row's number in it. Raises DataError if there is no such row."""
-        if row >= self.rows:
-            raise DataError(f"is beyond the {self.rows} rows of its table")
-        group = bisect_right(self._ends, row)
-        return group, row - (self._ends[group - 1] if group else 0)
+        if row >= self._starts[-1]:
+            raise DataError(f"is beyond the {self._starts[-1]} rows of its table")
+        group = bisect_right(self._starts, row) - 1
+        return group, row - self._starts[group]
 
     def images(self, group: int) -> pa.Array:
         """Return the encoded images of a row group: binary. Raises DataError if the group is damaged."""
@@ -46,22 +50,22 @@ class Table:
         # `column.field` would not see where the struct itself is null.
         return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
 
-    def labels(self, group: int) -> list[int | None]:
-        """Return the labels of a row group, None without any. Raises DataError if the group is damaged."""
-        return [None] * self._sizes[group] if self._label is None else self._column(group, self._label).to_pylist()
+    def labels(self) -> list[int | None]:
+        """Return the labels of all rows, None without any. Raises DataError if a row group is damaged."""
+        if self._label is None:
+            return [None] * self._starts[-1]
+        groups = range(len(self._starts) - 1)
+        return [label for group in groups for label in self._column(group, self._label).to_pylist()]
 
     def _column(self, group: int, name: str) -> pa.Array:
         try:
             return self._read(group, name)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"row group {group} cannot be read: {' '.join(str(error).split())}") from error
+            raise DataError(f"row group {group} cannot be read: {one_line(error, None)}") from error
 
 
 def open_table(path: str, file: io.IOBase | None) -> Table:
-    """Open a table, of the kind that the path's suffix tells.
-
-    Args:
-        file: the open file, if the path is a URL.
+    """Open a table, of the kind that the path's suffix tells; `file` is open already if the path is a URL.
 
     Raises DataError if the table is damaged or has no column of images, FileNotFoundError if the file is gone.
     """
@@ -74,7 +78,7 @@ def open_table(path: str, file: io.IOBase | None) -> Table:
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, ValueError, AttributeError, DataError) as error:
-        raise DataError(f"{path!r} is no table of images: {' '.join(str(error).split())}") from error
+        raise DataError(f"{path!r} is no table of images: {one_line(error, None)}") from error
 
 
 def _parquet_table(file: pa.NativeFile) -> Table:
@@ -100,28 +104,8 @@ def _arrow_table(file: pa.NativeFile) -> Table:
     return Table(table.schema, [len(batch) for batch in batches], lambda group, name: batches[group].column(name))
 
 
-def _image_column(schema: pa.Schema) -> str:
-    """Return the column of encoded images: bytes, or Hugging Face's struct of bytes and path."""
-    found = [field.name for field in schema if _holds_bytes(field.type)]
-    if not found:
-        raise DataError(f"no column of bytes among {', '.join(schema.names)}")
-    return next((name for name in _IMAGE_NAMES if name in found), found[0])
-
-
 def _holds_bytes(kind: pa.DataType) -> bool:
+    """Tell whether a column's type is bytes, or Hugging Face's struct of bytes and path."""
     if pa.types.is_struct(kind):
         return any(field.name == "bytes" and _holds_bytes(field.type) for field in kind)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _label_column(schema: pa.Schema) -> str | None:
-    """Return the column of integer labels, by its name."""
-    return next((n for n in _LABEL_NAMES if n in schema.names and pa.types.is_integer(schema.field(n).type)), None)
-
-
-def _class_names(schema: pa.Schema, column: str | None) -> tuple[str, ...]:
-    """Return the names that Hugging Face's metadata give the labels."""
-    if column is None or b"huggingface" not in (schema.metadata or {}):
-        return ()
-    features = json.loads(schema.metadata[b"huggingface"]).get("info", {}).get("features", {})
-    return tuple(features.get(column, {}).get("names") or ())

@@ -4,7 +4,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -19,15 +19,15 @@ PURPOSE_LABEL, PURPOSE_PARAMETERS, PURPOSE_NOISE = range(3)
 class GeneratedSource:
     """This base generates RGB images; it is a `Source`. Image i is a function of i and the arguments only.
 
-    A subclass has a `noun` for messages, `fields` for what `generate` returns besides the image, and `generate`.
+    A subclass has a `noun` for messages, and `generate`.
 
     Args:
         seed: 0 .. 2**32 - 1.
-        samples: N.
         image_size: height and width, pixels.
         class_names: one per label.
         fingerprint: holds every parameter that the images depend on, and the version of the code.
         cache_dir: folder for the images, generated once; None: each is generated at each call.
+        fields: NumPy's (name, dtype, shape) of what `generate` returns after the image.
     """
 
     channels = 3
@@ -42,21 +42,18 @@ class GeneratedSource:
         class_names: tuple[str, ...],
         fingerprint: str,
         cache_dir: str | None,
+        fields: Iterable[tuple] = (),
     ):
         self._seed, self._image_size, self.class_names, self.fingerprint = seed, image_size, class_names, fingerprint
         self.labels_N = balanced_labels(seed, samples, len(class_names))
         self.sizes_N2 = np.tile(np.array(image_size, dtype=np.int32), (samples, 1))
         self._record = self.generate
         if cache_dir is not None:
-            dtype = np.dtype([("image", np.uint8, (*image_size, 3)), *self.fields()])
+            dtype = np.dtype([("image", np.uint8, (*image_size, 3)), *fields])
             self._record = cached_records(cache_dir, fingerprint, dtype, samples, self.generate).__getitem__
 
     def __len__(self) -> int:
         return len(self.labels_N)
-
-    def fields(self) -> list[tuple]:
-        """Return NumPy's (name, dtype, shape) of what `generate` returns after the image."""
-        return []
 
     def generate(self, index: int) -> tuple[np.ndarray, ...]:
         """Generate the image, [H, W, 3] uint8, and the other fields."""

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.made.base import GeneratedSource
-from ccmim_fast.errors import ConfigError, MachineError
+from ccmim_fast.errors import MachineError
 
 _VERSION = 1  # of the crops: raise it when the same parameters give another crop, or old caches stay in use
 _PHOTOS = ["astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png"]
@@ -22,15 +22,13 @@ _SHARES = (0.3, 0.9)  # smallest and largest height of a crop, as a share of the
 class PhotosSource(GeneratedSource):
     """This source cuts out crops at random positions and scales, without rotation; see `GeneratedSource`.
 
-    The crops have the aspect of `image_size`; the label is the photograph. Raises ConfigError for a parameter out of
-    its range, MachineError if scikit-image's wheel or a photograph in it is missing.
+    The crops have the aspect of `image_size`; the label is the photograph. Raises MachineError if scikit-image's wheel
+    or a photograph in it is missing.
     """
 
     noun = "photograph"
 
     def __init__(self, seed: int, samples: int, image_size: tuple[int, int], cache_dir: str | None = None):
-        if samples < 1 or min(image_size) < 1:
-            raise ConfigError(f"data.samples={samples} and data.image_size={image_size} must be at least 1")
         self._paths = [photo_path(name) for name in _PHOTOS]
         names = tuple(os.path.splitext(name)[0] for name in _PHOTOS)
         fingerprint = f"photos-v{_VERSION}-seed{seed}-n{samples}-{image_size[0]}x{image_size[1]}"

@@ -5,7 +5,6 @@ The label is the shape. Background, colours, texture, position, size and rotatio
 
 # H height, W width, h w the object's window, S subpixels per side
 
-import math
 from collections import namedtuple
 
 import numpy as np
@@ -28,8 +27,6 @@ _PALETTES = np.array(  # two tones each: sky, sand, meadow, slate
     ],
     dtype=np.float64,
 )
-
-
 # The random numbers of one image, each uniform in (0, 1)
 _Parameters = namedtuple("_Parameters", "radius y x rotation red green blue texture frequency phase palette direction")
 
@@ -66,10 +63,8 @@ class ShapesSource(GeneratedSource):
         self._background = background
         size = f"{image_size[0]}x{image_size[1]}"
         fingerprint = f"shapes-v{_VERSION}-seed{seed}-n{samples}-{size}-k{classes}-{background}"
-        super().__init__(seed, samples, image_size, _CLASSES[:classes], fingerprint, cache_dir)
-
-    def fields(self) -> list[tuple]:
-        return [("mask", np.bool_, self._image_size)]
+        fields = [("mask", np.bool_, image_size)]
+        super().__init__(seed, samples, image_size, _CLASSES[:classes], fingerprint, cache_dir, fields)
 
     def mask(self, index: int) -> np.ndarray:
         """Return the pixels that the object covers at least in part, [H, W] bool; the others show the background."""
@@ -102,17 +97,23 @@ class ShapesSource(GeneratedSource):
     def _draw_background(self, index: int, parameters: _Parameters) -> np.ndarray:
         """Draw the background alone, [H, W, 3] float64 in 0 .. 255."""
         dark, light = _PALETTES[int(parameters.palette * len(_PALETTES))]
-        if self._background == "plain":
-            share_HW = _gradient(self._image_size, 2 * np.pi * parameters.direction)
-        else:
-            share_HW = _pink_noise(self.uniforms(index, math.prod(self._image_size), PURPOSE_NOISE), self._image_size)
+        height, width = self._image_size
+        if self._background == "plain":  # from 0 in one corner or edge to 1 in the opposite one
+            angle = 2 * np.pi * parameters.direction
+            ramp_HW = np.sin(angle) * np.arange(height)[:, None] + np.cos(angle) * np.arange(width)
+            share_HW = (ramp_HW - ramp_HW.min()) / (ramp_HW.max() - ramp_HW.min())
+        else:  # noise in 0 .. 1 with the amplitude 1/f, as natural images have it
+            white_HW = self.uniforms(index, height * width, PURPOSE_NOISE).reshape(height, width)
+            frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+            frequency[0, 0] = np.inf  # no mean
+            pink_HW = np.fft.irfft2(np.fft.rfft2(white_HW) / frequency, s=(height, width))
+            share_HW = np.clip(0.5 + 0.25 * pink_HW / pink_HW.std(), 0, 1)
         return dark + share_HW[..., None] * (light - dark)
 
 
 def build(data: DataConfig, seed: int) -> ShapesSource:
     """Build the source of `data.source=shapes`."""
-    size, folder = data.image_size, data.root or None
-    return ShapesSource(seed, data.samples, size, data.classes, data.background, folder)
+    return ShapesSource(seed, data.samples, data.image_size, data.classes, data.background, data.root or None)
 
 
 def _paint_object(
@@ -173,21 +174,6 @@ def _texture(parameters: _Parameters, u: np.ndarray, v: np.ndarray) -> np.ndarra
     if kind == 1:
         return (a % 1 < 0.5) ^ (b % 1 < 0.5)
     return (a % 1 - 0.5) ** 2 + (b % 1 - 0.5) ** 2 < 0.33**2
-
-
-def _gradient(image_size: tuple[int, int], angle: float) -> np.ndarray:
-    """Return [H, W] that rises from 0 in one corner or edge to 1 in the opposite one."""
-    ramp_HW = np.sin(angle) * np.arange(image_size[0])[:, None] + np.cos(angle) * np.arange(image_size[1])
-    return (ramp_HW - ramp_HW.min()) / (ramp_HW.max() - ramp_HW.min())
-
-
-def _pink_noise(white: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-    """Turn white noise [H * W] into noise [H, W] in 0 .. 1 with the amplitude 1/f, as natural images have it."""
-    white_HW = white.reshape(image_size)
-    frequency = np.hypot(np.fft.fftfreq(image_size[0])[:, None], np.fft.rfftfreq(image_size[1]))
-    frequency[0, 0] = np.inf  # no mean
-    pink_HW = np.fft.irfft2(np.fft.rfft2(white_HW) / frequency, s=image_size)
-    return np.clip(0.5 + 0.25 * pink_HW / pink_HW.std(), 0, 1)
 
 
 def _mean_subpixels(subpixels: np.ndarray) -> np.ndarray:

@@ -33,10 +33,12 @@ class Batch(NamedTuple):
 def make_batch(images_BHWC: Tensor, samples: MicroBatch, source: Source, device: torch.device) -> Batch:
     """Add to the images what belongs to them, copied to the device without making the host wait."""
     ids_B = samples.ids_B
+    boxes_B4 = samples.boxes_B4 / np.tile(source.sizes_N2[ids_B].astype(np.float64), 2)
+    boxes_B4[samples.flips_B, 1] += boxes_B4[samples.flips_B, 3]
+    boxes_B4[samples.flips_B, 3] *= -1
     columns = [ids_B, samples.epochs_B] + ([] if source.labels_N is None else [source.labels_N[ids_B]])
     ids, epochs, *labels = to_device(np.stack(columns).astype(np.int64), device).unbind()
-    boxes_B4 = to_device(_relative_boxes(samples, source), device)
-    return Batch(images_BHWC, ids, epochs, labels[0] if labels else None, boxes_B4, ids_B)
+    return Batch(images_BHWC, ids, epochs, labels[0] if labels else None, to_device(boxes_B4, device), ids_B)
 
 
 def in_groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
@@ -51,15 +53,6 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(array)
     # Only pinned memory is copied asynchronously.
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def _relative_boxes(samples: MicroBatch, source: Source) -> np.ndarray:
-    """Return `Batch.boxes_B4`."""
-    sizes_B2 = source.sizes_N2[samples.ids_B].astype(np.float64)
-    boxes_B4 = samples.boxes_B4 / np.concatenate([sizes_B2, sizes_B2], axis=1)
-    boxes_B4[samples.flips_B, 1] += boxes_B4[samples.flips_B, 3]
-    boxes_B4[samples.flips_B, 3] *= -1
-    return boxes_B4
 
 
 class Buffers:

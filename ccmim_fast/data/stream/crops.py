@@ -22,14 +22,7 @@ def crop_boxes(
 
     The area is uniform in `scale` (share of the image), the aspect width / height log-uniform in `ratio`, the position
     uniform. The first of ten attempts that fits in the image counts; if none fits, the box is central with the aspect
-    clamped to `ratio`.
-
-    Args:
-        seed: 0 .. 2**32 - 1.
-        epochs_B: int64, or one epoch for all, in the same range.
-        ids_B: int64 sample ids.
-        sizes_B2: height and width of the images, >= 1.
-        scale, ratio: (low, high), positive.
+    clamped to `ratio`. Seed and epochs are 0 .. 2**32 - 1; `sizes_B2` is the height and width of the images, >= 1.
     """
     u_area, u_aspect, u_y, u_x = _uniforms(seed, epochs_B, ids_B, range(_ATTEMPTS))
     height_B1, width_B1 = sizes_B2.astype(np.float64)[:, :1], sizes_B2.astype(np.float64)[:, 1:]
@@ -40,10 +33,11 @@ def crop_boxes(
     fits_BA = (w_BA > 0) & (w_BA <= width_B1) & (h_BA > 0) & (h_BA <= height_B1)
     y_BA, x_BA = np.floor(u_y * (height_B1 - h_BA + 1)), np.floor(u_x * (width_B1 - w_BA + 1))
     drawn_BA4 = np.stack([y_BA, x_BA, h_BA, w_BA], axis=-1)
-    first_B = fits_BA.argmax(axis=1)
-    drawn_B4 = drawn_BA4[np.arange(len(ids_B)), first_B]
-    boxes_B4 = np.where(fits_BA.any(axis=1)[:, None], drawn_B4, _central_boxes(height_B1, width_B1, ratio))
-    return boxes_B4.astype(np.int64)
+    drawn_B4 = drawn_BA4[np.arange(len(ids_B)), fits_BA.argmax(axis=1)]
+    w_B1 = np.minimum(width_B1, np.maximum(1, np.rint(height_B1 * ratio[1])))
+    h_B1 = np.minimum(height_B1, np.maximum(1, np.rint(width_B1 / ratio[0])))
+    central_B4 = np.concatenate([(height_B1 - h_B1) // 2, (width_B1 - w_B1) // 2, h_B1, w_B1], axis=1)
+    return np.where(fits_BA.any(axis=1)[:, None], drawn_B4, central_B4).astype(np.int64)
 
 
 def flips(seed: int, epochs_B: np.ndarray | int, ids_B: np.ndarray) -> np.ndarray:
@@ -51,13 +45,6 @@ def flips(seed: int, epochs_B: np.ndarray | int, ids_B: np.ndarray) -> np.ndarra
     # The counter after the crop's attempts: the same key, but no random number in common.
     u_B1, *_ = _uniforms(seed, epochs_B, ids_B, range(_ATTEMPTS, _ATTEMPTS + 1))
     return u_B1[:, 0] < 0.5
-
-
-def _central_boxes(height_B1: np.ndarray, width_B1: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
-    """Return the largest central boxes [B, 4] whose aspect is in `ratio`, at least 1 x 1."""
-    w_B1 = np.minimum(width_B1, np.maximum(1, np.rint(height_B1 * ratio[1])))
-    h_B1 = np.minimum(height_B1, np.maximum(1, np.rint(width_B1 / ratio[0])))
-    return np.concatenate([(height_B1 - h_B1) // 2, (width_B1 - w_B1) // 2, h_B1, w_B1], axis=1)
 
 
 def _uniforms(seed: int, epochs_B: np.ndarray | int, ids_B: np.ndarray, attempts: range) -> list[np.ndarray]:

@@ -12,19 +12,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
+from itertools import starmap
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from ccmim_fast.data.build import Loader
 from ccmim_fast.data.index.bad_samples import BadSamples
 from ccmim_fast.data.index.indexed import IndexedSource
 from ccmim_fast.data.source import Source, encode_pnm
-from ccmim_fast.data.stream.batch import Batch, Buffers, make_batch
+from ccmim_fast.data.stream.batch import Batch, make_batch
 from ccmim_fast.data.stream.plan import MicroBatch, Plan
 from ccmim_fast.data.stream.prefetch import load_with_fallback, prefetch
 from ccmim_fast.data.stream.torch_loader import resize
-from ccmim_fast.data.threads import thread_count
 from ccmim_fast.errors import ConfigError, DataError, MachineError
 
 _FILES_PER_TASK = 16  # with one file per task, the hand-over between threads takes longer than reading
@@ -36,8 +37,8 @@ def is_installed() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("nvidia", "nvidia.dali"))
 
 
-class DaliLoader:
-    """This `Loader` decodes images of 1 or 3 channels by DALI.
+class DaliLoader(Loader):
+    """This loader decodes images of 1 or 3 channels by DALI.
 
     DALI cannot skip an image: one that does not decode ends the pipeline. A new pipeline then goes on with the same
     micro-batch, decoded by Pillow, in which fallbacks replace the images that Pillow cannot decode either.
@@ -57,8 +58,7 @@ class DaliLoader:
                 f"data.loader=dali needs DALI ({error}); pip install nvidia-dali-cuda130, or set data.loader=torch"
             ) from error
         self._copy = dali_torch.feed_ndarray
-        self.plan, self.bad_samples, self._image_size = plan, bad_samples, image_size
-        self._threads, self._device = thread_count(workers), device
+        super().__init__(plan, bad_samples, image_size, workers, device)
         self._pool = ThreadPoolExecutor(self._threads)  # on a CPU torch resizes, eight times as fast as DALI there
 
     @staticmethod
@@ -67,24 +67,31 @@ class DaliLoader:
         return isinstance(source, IndexedSource) and source.channels in (1, 3) and is_installed()
 
     def stream(self, cursor: int) -> Iterator[Batch]:
-        source = self.plan.source
-        shape = (self.plan.micro_batch_size, *self._image_size, source.channels)
-        buffers = Buffers(shape, self._device, held=self.plan.accumulate)
-        with closing(self.encoded(cursor)) as feed:
+        buffers, flip = self.buffers(), self.plan.flip and self._device.type == "cuda"
+        # Micro-batches, in order: whose images have not come out yet; which DALI is to be given once more.
+        in_flight: deque[_Encoded] = deque()
+        again: deque[_Encoded] = deque()
+
+        def feed() -> tuple:  # without `self`: DALI keeps it alive for a while, and with it our threads
+            in_flight.append(again.popleft() if again else next(loaded))
+            return in_flight[-1].inputs(flip)
+
+        with closing(self.encoded(cursor)) as loaded:
             pipeline = self._build(feed)
             while True:
                 try:
                     (images,) = pipeline.run()
                 except RuntimeError as error:
-                    if not feed.in_flight:
+                    if not in_flight:
                         raise
-                    feed.in_flight[0] = self._repair(feed.in_flight[0], error)
-                    feed.rewind()
+                    in_flight[0] = self._repair(in_flight[0], error)
+                    again.extendleft(reversed(in_flight))
+                    in_flight.clear()
                     pipeline = self._build(feed)
                     continue
-                samples = feed.in_flight.popleft().samples
+                samples = in_flight.popleft().samples
                 own_BHWC = buffers.fill(partial(self._take, images, samples))
-                yield make_batch(own_BHWC, samples, source, self._device)
+                yield make_batch(own_BHWC, samples, self.plan.source, self._device)
 
     def _take(self, images, samples: MicroBatch, own_BHWC: torch.Tensor, stream: "torch.cuda.Stream | None") -> None:
         """Copy DALI's output to our own memory, since DALI will use its buffer again."""
@@ -99,11 +106,12 @@ class DaliLoader:
 
         list(self._pool.map(resize_one, range(len(out_BHWC))))
 
-    def encoded(self, cursor: int) -> "_Feed":
-        """Return DALI's input: for each micro-batch the encoded images, anchors and shapes of the crops, and flips."""
+    def encoded(self, cursor: int) -> Iterator["_Encoded"]:
+        """Yield micro-batches from sample number `cursor` on, read and not decoded."""
         load = self._loading(self.plan.source.read)
-        loaded = prefetch(load, self.plan.micro_batches(cursor), self._threads, _FILES_PER_TASK)
-        return _Feed(loaded, self.plan.flip and self._device.type == "cuda")
+        batches = self.plan.micro_batches(cursor)
+        with closing(prefetch(load, batches, self._threads, _FILES_PER_TASK)) as loaded:
+            yield from starmap(_Encoded, loaded)
 
     def _loading(self, read: Callable[[int], bytes]) -> Callable[[MicroBatch], tuple[MicroBatch, np.ndarray]]:
         """Return a function that gives the bytes which `read` gives of a sample or of its fallback, as an array."""
@@ -123,7 +131,8 @@ class DaliLoader:
         samples, files = zip(*map(load, failed.samples.samples()))
         return _Encoded(MicroBatch.join(samples), list(files), repaired=True)
 
-    def _build(self, feed: "_Feed"):
+    def _build(self, feed: Callable[[], tuple]):
+        """Return a pipeline that decodes what `feed` returns (`_Encoded.inputs`); on a GPU it resizes and flips too."""
         from nvidia.dali import fn, pipeline_def, types
 
         on_gpu = self._device.type == "cuda"
@@ -168,33 +177,9 @@ class _Encoded(NamedTuple):
     files: list[np.ndarray]
     repaired: bool = False
 
-
-class _Feed:
-    """A feed gives DALI its inputs; `in_flight` are the micro-batches, in order, whose images have not come out yet."""
-
-    def __init__(self, loaded: Iterator[tuple[MicroBatch, list[np.ndarray]]], flip: bool):
-        self._loaded, self._flip = loaded, flip
-        self.in_flight: deque[_Encoded] = deque()
-        self._again: deque[_Encoded] = deque()
-
-    def __iter__(self) -> "_Feed":
-        return self
-
-    def __next__(self) -> tuple:
-        encoded = self._again.popleft() if self._again else _Encoded(*next(self._loaded))
-        self.in_flight.append(encoded)
-        samples = encoded.samples
-        anchors_B2, shapes_B2 = (
-            np.ascontiguousarray(part_B2, dtype=np.int32) for part_B2 in np.split(samples.boxes_B4, 2, axis=1)
-        )
-        flips = (samples.flips_B.astype(np.int32),) if self._flip else ()
-        return encoded.files, anchors_B2, shapes_B2, *flips
-
-    def rewind(self) -> None:
-        """Give the micro-batches that did not come out once more."""
-        self._again.extendleft(reversed(self.in_flight))
-        self.in_flight.clear()
-
-    def close(self) -> None:
-        """Stop reading ahead."""
-        self._loaded.close()
+    def inputs(self, flip: bool) -> tuple:
+        """Return DALI's input: the encoded images, anchors and shapes of the crops, and, for `flip`, the flips."""
+        halves_B2 = np.split(self.samples.boxes_B4, 2, axis=1)
+        places_B2 = (np.ascontiguousarray(half_B2, dtype=np.int32) for half_B2 in halves_B2)
+        flips = (self.samples.flips_B.astype(np.int32),) if flip else ()
+        return self.files, *places_B2, *flips

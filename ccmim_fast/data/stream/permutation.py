@@ -11,6 +11,7 @@ from ccmim_kernels.philox import STREAM_ORDER, philox_4x32, stream_key
 BLOCK = 100
 _ROUNDS = 10  # of the Feistel network; an even number, so that both halves end where they began
 _LEAST_BITS = 4  # with halves of a single bit there are too few functions to draw permutations evenly
+_POWERS_OF_TWO = 2 ** np.arange(63)  # as many are smaller than a length n >= 1 as n - 1 has bits
 _GOLDEN = 0x9E3779B97F4A7C15  # odd constants of splitmix64 (Steele, Lea and Flood 2014)
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
@@ -24,11 +25,10 @@ def epoch_order(
     all samples of each `window` successive positions: a reader stays in one region for a while.
 
     Args:
-        seed, epoch: 0 .. 2**32 - 1.
+        seed, epoch, partition: 0 .. 2**32 - 1; each has its own order.
         samples: N >= 1, at most 2**62.
         positions_P: int64, 0 .. samples - 1.
         window: samples shuffled among each other, at least `BLOCK`; 0: all.
-        partition: 0 .. 2**32 - 1; each has its own order.
     """
     key = (seed, epoch, partition)
     if not window:
@@ -52,7 +52,7 @@ def _permute(
     A Feistel network permutes the numbers of as few bits as hold `lengths - 1`; a result outside is permuted again
     until it falls inside (cycle walking; less than twice on average).
     """
-    bits_P = np.maximum(_LEAST_BITS, _bit_length(lengths_P - 1)).astype(np.uint64)
+    bits_P = np.maximum(_LEAST_BITS, np.searchsorted(_POWERS_OF_TWO, lengths_P)).astype(np.uint64)
     keys_RP = _round_keys(*key, np.broadcast_to(np.asarray(which), positions_P.shape))
     found_P = positions_P.astype(np.uint64)
     outside = np.arange(len(positions_P))
@@ -66,11 +66,12 @@ def _feistel(x_P: np.ndarray, bits_P: np.ndarray, keys_RP: np.ndarray) -> np.nda
     """Permute the numbers below 2**bits. The halves differ in length by one bit where `bits` is odd."""
     low_P = bits_P >> np.uint64(1)
     high_P = bits_P - low_P
-    left_P, right_P = x_P >> low_P, x_P & _ones(low_P)
+    low_ones_P, high_ones_P = ((np.uint64(1) << half_P) - np.uint64(1) for half_P in (low_P, high_P))
+    left_P, right_P = x_P >> low_P, x_P & low_ones_P
     for number, key_P in enumerate(keys_RP):
         # `left` has `high` bits and `right` has `low` bits before an even round, the other way round before an odd one.
-        width_P = high_P if number % 2 == 0 else low_P
-        left_P, right_P = right_P, left_P ^ (_mix(right_P ^ key_P) & _ones(width_P))
+        ones_P = high_ones_P if number % 2 == 0 else low_ones_P
+        left_P, right_P = right_P, left_P ^ (_mix(right_P ^ key_P) & ones_P)
     return (left_P << low_P) | right_P
 
 
@@ -88,15 +89,3 @@ def _round_keys(seed: int, epoch: int, partition: int, which_P: np.ndarray) -> n
     start_P = np.uint64(first << 32 | second) + which_P.astype(np.uint64) * np.uint64(_MIX[1])
     steps_R1 = np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None] * np.uint64(_GOLDEN)
     return _mix(_mix(start_P) + steps_R1)
-
-
-def _bit_length(x_P: np.ndarray) -> np.ndarray:
-    """Return the number of bits of non-negative integers below 2**62."""
-    exponent_P = np.frexp(x_P.astype(np.float64))[1]
-    # Beyond 2**53 a number may have been rounded up to the next power of two.
-    too_high_P = (exponent_P > 1) & (np.ldexp(0.5, exponent_P) > x_P)
-    return np.where(x_P == 0, 0, exponent_P - too_high_P)
-
-
-def _ones(bits_P: np.ndarray) -> np.ndarray:
-    return (np.uint64(1) << bits_P) - np.uint64(1)

@@ -4,19 +4,16 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
 
 from ccmim_fast.data.index.bad_samples import BadSamples
 from ccmim_fast.data.source import UnreadableError
 from ccmim_fast.data.stream.plan import MicroBatch, Plan
-from ccmim_fast.data.threads import look_ahead
+from ccmim_fast.data.threads import Result, look_ahead
 from ccmim_fast.errors import DataError
 
 # Micro-batches in work while one is used: the next one, and one more so that no thread is idle between the two.
 AHEAD = 2
 _ATTEMPTS = 100  # each fails with the share of bad samples, which `data.max_bad` keeps small
-
-Result = TypeVar("Result")
 
 
 def prefetch(
@@ -33,13 +30,11 @@ def prefetch(
         samples_per_task: more than one where loading a sample takes microseconds.
     """
 
-    def load_part(samples: list[MicroBatch]) -> list[tuple[MicroBatch, Result]]:
-        return [load(sample) for sample in samples]
-
     def submit(batch: MicroBatch) -> list[Future]:
         samples = batch.samples()
         starts = range(0, len(samples), samples_per_task)
-        return [pool.submit(load_part, samples[start : start + samples_per_task]) for start in starts]
+        parts = (samples[start : start + samples_per_task] for start in starts)
+        return [pool.submit(lambda part: list(map(load, part)), part) for part in parts]
 
     pool = ThreadPoolExecutor(threads)
     try:

@@ -9,35 +9,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ccmim_fast.data.index.bad_samples import BadSamples
+from ccmim_fast.data.build import Loader
 from ccmim_fast.data.source import Source, usable_count, usable_ids
-from ccmim_fast.data.stream.batch import Batch, Buffers, make_batch
-from ccmim_fast.data.stream.plan import MicroBatch, Plan
+from ccmim_fast.data.stream.batch import Batch, make_batch, to_device
+from ccmim_fast.data.stream.plan import MicroBatch
 from ccmim_fast.data.stream.prefetch import load_with_fallback, prefetch
 from ccmim_fast.data.threads import thread_count
 
 
-class TorchLoader:
-    """This `Loader` decodes images of any number of channels by Pillow and resizes them by torch."""
-
-    def __init__(
-        self, plan: Plan, bad_samples: BadSamples, image_size: tuple[int, int], workers: int, device: torch.device
-    ):
-        self.plan, self.bad_samples, self._image_size = plan, bad_samples, image_size
-        self._threads, self._device = thread_count(workers), device
-
-    @staticmethod
-    def suits(source: Source) -> bool:
-        return True
+class TorchLoader(Loader):
+    """This loader decodes images of any number of channels by Pillow and resizes them by torch."""
 
     def stream(self, cursor: int) -> Iterator[Batch]:
-        source = self.plan.source
+        source, buffers = self.plan.source, self.buffers()
         load_one = partial(load_crop, source, image_size=self._image_size)
         load = partial(load_with_fallback, load_one, plan=self.plan, bad_samples=self.bad_samples)
-        shape = (self.plan.micro_batch_size, *self._image_size, source.channels)
-        buffers = Buffers(shape, self._device, held=self.plan.accumulate)
         for samples, images in prefetch(load, self.plan.micro_batches(cursor), self._threads):
-            yield make_batch(_stack(images, buffers), samples, source, self._device)
+            yield make_batch(buffers.fill(partial(_stack, images)), samples, source, self._device)
 
 
 def evaluation_batches(
@@ -65,25 +53,18 @@ def evaluation_batches(
         for start in range(0, len(positions_P), batch_size):
             ids_B = usable_ids(source, positions_P[start : start + batch_size])
             sizes_B2 = source.sizes_N2[ids_B].astype(np.int64)
-            boxes_B4 = np.concatenate([np.zeros_like(sizes_B2), sizes_B2], axis=1)
+            cut_B2, sides_2 = sizes_B2, np.array(image_size)
             if central:
-                boxes_B4 = _central_boxes(sizes_B2, image_size, central)
+                largest_B1 = (sizes_B2 / sides_2).min(axis=1, keepdims=True)
+                cut_B2 = np.clip(np.rint(central * largest_B1 * sides_2).astype(np.int64), 1, sizes_B2)
+            boxes_B4 = np.concatenate([(sizes_B2 - cut_B2) // 2, cut_B2], axis=1)
             yield MicroBatch(ids_B, np.zeros_like(ids_B), boxes_B4, np.zeros(len(ids_B), dtype=bool))
 
     def load(sample: MicroBatch) -> tuple[MicroBatch, np.ndarray]:
         return sample, load_crop(source, sample, image_size)
 
     for samples, images in prefetch(load, micro_batches(), thread_count(workers)):
-        buffers = Buffers((len(images), *images[0].shape), device, held=1)
-        yield make_batch(_stack(images, buffers), samples, source, device)
-
-
-def _central_boxes(sizes_B2: np.ndarray, image_size: tuple[int, int], share: float) -> np.ndarray:
-    """Return central boxes [B, 4] with the aspect of `image_size`: `share` of the sides of the largest one."""
-    sides_2 = np.array(image_size)
-    largest_B1 = (sizes_B2 / sides_2).min(axis=1, keepdims=True)
-    cut_B2 = np.clip(np.rint(share * largest_B1 * sides_2).astype(np.int64), 1, sizes_B2)
-    return np.concatenate([(sizes_B2 - cut_B2) // 2, cut_B2], axis=1)
+        yield make_batch(to_device(np.stack(images), device), samples, source, device)
 
 
 def load_crop(source: Source, sample: MicroBatch, image_size: tuple[int, int]) -> np.ndarray:
@@ -114,16 +95,12 @@ def resize(image_HWC: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
     return resized_1CHW[0].permute(1, 2, 0).numpy()
 
 
-def _stack(images: list[np.ndarray], buffers: Buffers) -> torch.Tensor:
-    """Stack images [H, W, C] in the next buffer: [B, H, W, C]."""
-
-    def copy(images_BHWC: torch.Tensor, stream: object) -> None:
-        if stream is None:
-            np.stack(images, out=images_BHWC.numpy())
-            return
-        # The images are stacked in pinned memory at once: pinning a pageable tensor would copy it once more.
-        pinned_BHWC = torch.empty(images_BHWC.shape, dtype=torch.uint8, pin_memory=True)
-        np.stack(images, out=pinned_BHWC.numpy())
-        images_BHWC.copy_(pinned_BHWC, non_blocking=True)
-
-    return buffers.fill(copy)
+def _stack(images: list[np.ndarray], images_BHWC: torch.Tensor, stream: object) -> None:
+    """Copy images [H, W, C] to a tensor; `stream` is None on a CPU."""
+    if stream is None:
+        np.stack(images, out=images_BHWC.numpy())
+        return
+    # The images are stacked in pinned memory at once: pinning a pageable tensor would copy it once more.
+    pinned_BHWC = torch.empty(images_BHWC.shape, dtype=torch.uint8, pin_memory=True)
+    np.stack(images, out=pinned_BHWC.numpy())
+    images_BHWC.copy_(pinned_BHWC, non_blocking=True)
