@@ -12,7 +12,6 @@ One process at a time writes in a folder of checkpoints; it holds a lock on `.lo
 import contextlib
 import fcntl
 import os
-import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -29,15 +28,16 @@ from ccmim_fast.checkpoints.manifest import (
     Hashed,
     Sum,
     check_file,
+    checkpoints,
     manifest,
     open_file,
     read_manifest,
+    step_of,
     sync,
     sync_folder,
 )
 from ccmim_fast.errors import CheckpointError, one_line
 
-CHECKPOINTS = "checkpoints"  # the folder of them, in that of a run
 KEPT = "kept"
 _NEW, _OLD, _DEAD = ".new_", ".old_", ".dead_"  # hidden folders: being written, being replaced, being removed
 
@@ -110,7 +110,7 @@ def load(path: Path, divided: bool = False) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder of a checkpoint")
     try:
-        sums = read_manifest(path, _step_of(path))
+        sums = read_manifest(path, step_of(path))
         for name in sums.keys() - {STATE}:
             with open_file(path / name) as file:
                 check_file(file, sums[name])
@@ -125,8 +125,7 @@ def load(path: Path, divided: bool = False) -> dict[str, Any]:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # torch.load raises anything on what torch.save did not write
-        reason = one_line(error)
-        raise CheckpointError(f"{path}: {STATE} refused: no plain containers and tensors: {reason}") from None
+        raise CheckpointError(f"{path}: {STATE} refused: no plain containers and tensors: {one_line(error)}") from None
 
 
 def newest(folder: Path, divided: bool = False) -> Newest:
@@ -147,18 +146,6 @@ def newest(folder: Path, divided: bool = False) -> Newest:
         except CheckpointError as error:
             problems.append(f"skipped the checkpoint {error}")
     return Newest(None, None, problems)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints in `folder`, oldest first, undamaged or not; empty if there is no such folder."""
-    found = (path for path in folder.glob("step_*") if path.is_dir() and _step_of(path) is not None)
-    return sorted(found, key=_step_of)
-
-
-def _step_of(path: Path) -> int | None:
-    """Return the step that a folder's name tells; None if it is no checkpoint's name."""
-    named = re.fullmatch(r"step_(\d{8,})", path.name, re.ASCII)
-    return int(named[1]) if named else None
 
 
 def _check_plain(value: Any, where: str) -> None:

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint says how long each of its files is and what its sha256 is."""
+"""The manifest of a checkpoint says how long each of its files is and what its sha256 is. Imports no torch."""
 
 import hashlib
 import io
@@ -10,6 +10,7 @@ from typing import BinaryIO, NamedTuple
 
 from ccmim_fast.errors import CheckpointError
 
+CHECKPOINTS = "checkpoints"  # the folder of them, in that of a run
 STATE, MANIFEST = "state.pt", "manifest.json"
 _ONE_FILE, _MANY = 1, 2  # formats; the first is read by all versions
 _LONGEST = 1 << 20  # bytes of a manifest; a real one has about 130 for each file
@@ -37,6 +38,18 @@ class Hashed(io.BufferedWriter):
     def sum(self) -> Sum:
         """Return the sum of all that was written; also once the file is closed, as torch's writer does early."""
         return Sum(self._size, self._sha256.hexdigest())
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints in `folder`, oldest first, undamaged or not; empty if there is no such folder."""
+    found = (path for path in folder.glob("step_*") if path.is_dir() and step_of(path) is not None)
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int | None:
+    """Return the step that a folder's name tells; None if it is no checkpoint's name."""
+    named = re.fullmatch(r"step_(\d{8,})", path.name, re.ASCII)
+    return int(named[1]) if named else None
 
 
 def manifest(step: int, sums: dict[str, Sum]) -> bytes:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ccmim_fast.build.model import build_model
 from ccmim_fast.checkpoints import io
+from ccmim_fast.checkpoints.manifest import CHECKPOINTS, MANIFEST
 from ccmim_fast.config.load import from_yaml
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import CheckpointError, one_line
@@ -79,10 +80,10 @@ def open_run(path: str | Path, weights: Literal["averaged", "trained"] = "averag
         ConfigError: the checkpoint has settings of another version.
     """
     path = Path(path)
-    if (path / io.MANIFEST).is_file():
+    if (path / MANIFEST).is_file():
         found, folder = io.Newest(path, io.load(path), []), path.resolve().parent.parent
     else:
-        found, folder = io.newest(path / io.CHECKPOINTS), path
+        found, folder = io.newest(path / CHECKPOINTS), path
     if found.state is None:
         reason = "; ".join(found.problems) or "none at all"
         raise CheckpointError(f"{path}: no complete checkpoint in it; {reason}")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from ccmim_fast.checkpoints.manifest import MANIFEST
+from ccmim_fast.checkpoints.manifest import CHECKPOINTS, MANIFEST
 from ccmim_fast.config.load import to_yaml
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.runs.state import CHECKPOINTS, CONFIG
+from ccmim_fast.runs.state import CONFIG
 
 _PACKAGES = ("ccmim_fast", "torch", "torchvision", "timm", "triton", "xformers", "numpy", "pillow")
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from ccmim_fast.errors import CcmimError, one_line
 
-CONFIG, METRICS, FILE, CHECKPOINTS = "config.yaml", "metrics.jsonl", "state.json", "checkpoints"  # in a run's folder
+CONFIG, METRICS, FILE = "config.yaml", "metrics.jsonl", "state.json"  # in a run's folder
 STATES = ("running", "done", "stopped", "failed")
 _SIGNAL = 128  # a process that signal n ended has the exit code 128 + n, as a shell counts
 
