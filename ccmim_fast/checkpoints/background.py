@@ -35,7 +35,6 @@ class BackgroundSaver:
     manager that closes at the end; where an error ends the run, a failed save only adds a line.
 
     Args:
-        folder: of the checkpoints.
         keep: newest ones kept, see `io.save`.
         note: prints a line; called in the thread of the caller.
         collective: of ranks that have divided the state among them; each has a saver and calls it as the others do.
@@ -51,13 +50,10 @@ class BackgroundSaver:
         self._failed: list[str] = []
 
     def save(self, step: int, state: dict[str, Any], for_good: bool = False) -> None:
-        """Begin to save `state` as it is now; it may be changed in place afterwards. Waits for the save before.
-
-        Args:
-            step, state, for_good: as for `io.save`; the tensors are dense.
+        """Begin to save `state` as it is now, as `io.save` does; it may be changed in place afterwards.
 
         Raises:
-            CheckpointError: three saves in a row have failed.
+            CheckpointError: three saves in a row have failed; the one before is waited for.
             Exception: the save before raised it.
         """
         self.wait()
@@ -81,12 +77,7 @@ class BackgroundSaver:
         self._note(f"{line}; training goes on")
 
     def close(self) -> None:
-        """Wait for the running save.
-
-        Raises:
-            CheckpointError: the last save failed.
-            Exception: the last save raised something else.
-        """
+        """Wait for the running save; raises its error, and CheckpointError where the last save failed."""
         try:
             self._finish()
         finally:

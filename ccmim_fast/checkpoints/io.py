@@ -46,7 +46,7 @@ Beside = Callable[[Path], dict[str, Sum]]
 
 
 class Newest(NamedTuple):
-    """This tuple holds the checkpoint that `newest` found, or None, and what was wrong with later ones."""
+    """This tuple is the checkpoint that `newest` found, or None, and a line for each later one that does not load."""
 
     path: Path | None
     state: dict[str, Any] | None
@@ -60,14 +60,10 @@ def save(
 
     Args:
         folder: made if missing. A checkpoint of the same step in it is replaced.
-        step: finished optimizer steps, >= 0.
         state: dicts, lists, tuples, tensors, numbers, strings, bytes, bools and None, at any depth.
         keep: >= 1; the one just written always stays.
         for_good: mark it as kept: no later save removes it.
         beside: writes the other files that belong to it.
-
-    Returns:
-        The checkpoint's folder.
 
     Raises:
         CheckpointError: it could not be written (disk full, no right, another writer); the older ones are intact.
@@ -129,12 +125,9 @@ def load(path: Path, divided: bool = False) -> dict[str, Any]:
 
 
 def newest(folder: Path, divided: bool = False) -> Newest:
-    """Find the newest checkpoint in `folder` that loads; each newer one that does not is a line in `problems`.
+    """Find the newest checkpoint in `folder` that loads; `divided` is as for `load`.
 
     Folders that dead writers left behind are cleared; the work of a live writer is not touched.
-
-    Args:
-        divided: as for `load`.
     """
     with contextlib.suppress(OSError, CheckpointError), _lock(folder) as locked:
         if locked:  # else somebody may be writing, or we have no right to: it can wait

@@ -23,33 +23,19 @@ _EMA = "module."  # torch's AveragedModel puts it before the names of the averag
 
 @dataclasses.dataclass(frozen=True)
 class OpenedRun:
-    """This record is what a command needs of a run's checkpoint.
+    """This record is what a command needs of a run's checkpoint."""
 
-    Attributes:
-        path: folder of the checkpoint.
-        folder: folder of the run.
-        config: settings of the run.
-        weights: state dict of the model, on the CPU.
-        averaged: the weights are their moving average (`optim.ema_decay`).
-        step: finished optimizer steps.
-        epoch: epochs trained, rounded to hundredths; 0 for imported weights.
-        samples: images of an epoch.
-        images: fingerprint of the images, see `data.source.Source`.
-        maps_NGG: maps of the score bank [N, G, G] float16; None without a bank.
-        skipped: a line for each newer checkpoint that is damaged.
-    """
-
-    path: Path
-    folder: Path
+    path: Path  # folder of the checkpoint
+    folder: Path  # folder of the run
     config: Config
-    weights: dict[str, Tensor]
-    averaged: bool = False
-    step: int = 0
-    epoch: float = 0
-    samples: int = 0
-    images: str = ""
-    maps_NGG: Tensor | None = None
-    skipped: tuple[str, ...] = ()
+    weights: dict[str, Tensor]  # state dict of the model, on the CPU
+    averaged: bool = False  # the weights are their moving average (`optim.ema_decay`)
+    step: int = 0  # finished optimizer steps
+    epoch: float = 0  # epochs trained, rounded to hundredths; 0 for imported weights
+    samples: int = 0  # images of an epoch
+    images: str = ""  # fingerprint of the images, see `data.source.Source`
+    maps_NGG: Tensor | None = None  # maps of the score bank [N, G, G] float16; None without a bank
+    skipped: tuple[str, ...] = ()  # a line for each newer checkpoint that is damaged
 
     @cached_property
     def model(self) -> CCMIM:

@@ -18,21 +18,13 @@ from ccmim_fast.errors import CheckpointError, one_line
 
 
 class Progress(NamedTuple):
-    """This tuple says how far a run is.
+    """This tuple says how far a run is."""
 
-    Attributes:
-        step: finished optimizer steps.
-        seen: places of the stream of samples that are behind it, over all ranks: the data cursor.
-        samples: of an epoch.
-        images: fingerprint of the set of images, see `Source`.
-        shards: of the stream, see `Plan`.
-    """
-
-    step: int
-    seen: int
-    samples: int
-    images: str
-    shards: int = 1
+    step: int  # finished optimizer steps
+    seen: int  # places of the stream of samples that are behind it, over all ranks: the data cursor
+    samples: int  # of an epoch
+    images: str  # fingerprint of the set of images, see `Source`
+    shards: int = 1  # of the stream, see `Plan`
 
 
 def capture(

@@ -1,6 +1,6 @@
 """Heartbeats: each rank writes what it does to a small file in the run's folder; together they show what is wrong.
 
-They are files because a file remains when its rank, its machine or the store of the process group is lost.
+A file remains when its rank, its machine or the store of the process group is lost.
 """
 
 import time
@@ -29,28 +29,18 @@ _MAX_STACKS = 4  # different stacks in one report
 
 
 class Heartbeat(NamedTuple):
-    """A heartbeat is what a rank last wrote about itself.
+    """A heartbeat is what a rank last wrote about itself; `host`, `pid` and `started` tell its process."""
 
-    Attributes:
-        launch: id of the launch; files of earlier launches may lie in the same folder.
-        rank: the rank.
-        host, pid, started: its process; `started` as in `RunState`.
-        step: number of the newest step that began, from 1.
-        phase: one of `PHASES`.
-        phase_began, written: seconds since 1970, by the clock of its machine.
-        outcome: "" while it runs, then `DONE` or its error in one line.
-    """
-
-    launch: str
+    launch: str  # id of the launch; files of earlier launches may lie in the same folder
     rank: int
     host: str
     pid: int
-    started: int | None
-    step: int
-    phase: str
-    phase_began: float
-    written: float
-    outcome: str = ""
+    started: int | None  # as in `RunState`
+    step: int  # number of the newest step that began, from 1
+    phase: str  # one of `PHASES`
+    phase_began: float  # seconds since 1970, by the clock of its machine
+    written: float  # likewise
+    outcome: str = ""  # "" while it runs, then `DONE` or its error in one line
 
     @property
     def position(self) -> tuple[int, int]:
@@ -92,10 +82,9 @@ def read_heartbeats(folder: Path, launch: str, ranks: Iterable[int]) -> list[Hea
 
 
 def diagnose(heartbeats: Sequence[Heartbeat | None], now: float, silence: float) -> Diagnosis:
-    """Return the worst problem of any rank.
+    """Return the worst problem of any rank, from the heartbeats of all, in their order.
 
     Args:
-        heartbeats: of all ranks, in their order.
         now: seconds since 1970; the clocks of machines may differ by less than `silence`.
         silence: seconds without a heartbeat after which a rank counts as stopped, or its machine as lost.
     """
@@ -138,11 +127,7 @@ def headline(heartbeats: Sequence[Heartbeat | None], diagnosis: Diagnosis) -> st
 
 
 def report(heartbeats: Sequence[Heartbeat | None], diagnosis: Diagnosis, stacks: dict[int, str]) -> str:
-    """Return the headline, the activity of every rank, and some stacks.
-
-    Args:
-        stacks: by rank, of ranks that gave one; equal ones are shown once, and those of the fewest ranks first.
-    """
+    """Return the headline, the activity of every rank, and some of the `stacks` by rank, those of the fewest first."""
     activities, by_stack = defaultdict(list), defaultdict(list)
     for rank, beat in enumerate(heartbeats):
         activities["no heartbeat" if beat is None else beat.outcome or beat.activity].append(rank)

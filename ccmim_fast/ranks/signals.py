@@ -1,5 +1,6 @@
 """Signals that ask a run to stop: they set a flag, and the run stops when its step is done."""
 
+import contextlib
 import signal
 from types import FrameType
 
@@ -21,10 +22,8 @@ class StopSignals:
         self.name, self._previous, self._keep_after_error = "", {}, keep_after_error
 
     def __enter__(self) -> "StopSignals":
-        try:
+        with contextlib.suppress(ValueError):  # Python installs handlers in the main thread only
             self._previous = {number: signal.signal(number, self._handle) for number in _STOP_SIGNALS}
-        except ValueError:  # Python installs handlers in the main thread only
-            self._previous = {}
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:

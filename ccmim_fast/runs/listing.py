@@ -34,8 +34,7 @@ def run_folders(root: Path) -> Iterator[Path]:
     """
     seen = set()
     for folder, inside, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
+        if (real := os.path.realpath(folder)) in seen:
             inside.clear()
             continue
         seen.add(real)
@@ -66,8 +65,7 @@ def status(state: RunState | None, age: float, limit: float) -> str:
         return "unknown"  # written by an older version, or damaged
     if state.state != "running":
         return state.state
-    alive = is_alive(state)
-    if alive is None:
+    if (alive := is_alive(state)) is None:
         return "running?" if age < limit else "dead?"
     return "running" if alive else "dead"
 
