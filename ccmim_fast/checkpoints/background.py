@@ -10,7 +10,6 @@ import copy
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -52,9 +51,7 @@ class BackgroundSaver:
     def save(self, step: int, state: dict[str, Any], for_good: bool = False) -> None:
         """Begin to save `state` as it is now, as `io.save` does; it may be changed in place afterwards.
 
-        Raises:
-            CheckpointError: three saves in a row have failed; the one before is waited for.
-            Exception: the save before raised it.
+        The save before is waited for. Raises CheckpointError if three in a row have failed, and any other error of it.
         """
         self.wait()
         mesh, save = (None, io.save) if self._collective is None else (self._collective.mesh, self._collective.save)
@@ -89,9 +86,7 @@ class BackgroundSaver:
     def __enter__(self) -> "BackgroundSaver":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *_trace: object) -> None:
         try:
             self.close()
         except CheckpointError as failure:
@@ -139,8 +134,8 @@ def _on_host(state: Any, mesh: DeviceMesh | None) -> tuple[Any, list["torch.cuda
         if key not in storages:
             storages[key] = _copy(source)
             devices.add(source.device)
-        view = torch.empty(0, dtype=own.dtype)
-        copied = view.set_(storages[key], own.storage_offset(), own.size(), own.stride())
+        copied = torch.empty(0, dtype=own.dtype)
+        copied.set_(storages[key], own.storage_offset(), own.size(), own.stride())
         if isinstance(tensor, DTensor):
             whole = {"shape": tensor.shape, "stride": tensor.stride()}
             copied = DTensor.from_local(copied, mesh, tensor.placements, run_check=False, **whole)

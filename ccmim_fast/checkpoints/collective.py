@@ -17,11 +17,7 @@ from ccmim_fast.errors import CheckpointError
 class CollectiveWriter:
     """Writes checkpoints with all ranks, in a process group of its own: a thread of each saves while another trains.
 
-    Args:
-        timeout: how long one rank waits for another.
-
-    Attributes:
-        mesh: the ranks' host memories, among which copies of divided tensors lie.
+    One rank waits `timeout` for another. The copies of divided tensors lie in `mesh`, the ranks' host memories.
     """
 
     def __init__(self, timeout: datetime.timedelta):
@@ -29,14 +25,7 @@ class CollectiveWriter:
         self.mesh = DeviceMesh.from_group(self._group, "cpu")
 
     def save(self, folder: Path, step: int, state: dict[str, Any], keep: int, for_good: bool = False) -> None:
-        """Save as `io.save` does; every rank calls this.
-
-        Args:
-            state: divided tensors lie in `mesh`; of what is in no file of a rank, the first rank's is written.
-
-        Raises:
-            CheckpointError: the checkpoint could not be written; raised on every rank.
-        """
+        """Save as `io.save` does; every rank calls this, and a CheckpointError is raised on every rank."""
         rest, pieces = distributed.divide(state)
         if dist.get_rank() != 0:
             self._follow(pieces)

@@ -77,10 +77,7 @@ class _HashedFiles(FileSystem):
 
 
 def write(folder: Path, pieces: Mapping[str, Tensor], group: dist.ProcessGroup) -> dict[str, Sum]:
-    """Write the pieces into `folder`; every rank of `group` calls it, with the parts it has of DTensors.
-
-    Returns:
-        The sums of all ranks' files.
+    """Write the pieces into `folder` and return the sums of all ranks' files; every rank of `group` calls it.
 
     Raises:
         OSError: some rank could not write; raised on every rank.

@@ -63,7 +63,6 @@ def save(
         state: dicts, lists, tuples, tensors, numbers, strings, bytes, bools and None, at any depth.
         keep: >= 1; the one just written always stays.
         for_good: mark it as kept: no later save removes it.
-        beside: writes the other files that belong to it.
 
     Raises:
         CheckpointError: it could not be written (disk full, no right, another writer); the older ones are intact.
@@ -157,11 +156,8 @@ def _check_plain(value: Any, where: str) -> None:
 def _lock(folder: Path) -> Iterator[bool]:
     """Be the one writer in `folder`; yields False on a file system without locks, where nobody can know.
 
-    The kernel frees the lock of a process that dies, however it dies; a process id in a file would outlive it.
-
-    Raises:
-        CheckpointError: another process is the writer.
-        OSError: `folder` is missing, or no right to write in it.
+    The kernel frees the lock of a process that dies, however it dies; a process id in a file would outlive it. Raises
+    CheckpointError where another process is the writer.
     """
     with open(folder / ".lock", "wb") as lock:
         try:
@@ -218,9 +214,8 @@ def _prune(folder: Path, written: Path, keep: int) -> None:
     """Keep `written` and the newest others, `keep` in all, and those marked as kept; visibly broken ones go."""
     others = [path for path in reversed(checkpoints(folder)) if path != written]
     whole = [path for path in others if (path / MANIFEST).is_file() and (path / STATE).is_file()]
-    for path in set(others) - set(whole[: keep - 1]):
-        if (path / KEPT).exists():
-            continue
+    stay = {*whole[: keep - 1], *(path for path in others if (path / KEPT).exists())}
+    for path in set(others) - stay:
         # Hidden first: a kill while its files go must not leave a checkpoint that looks damaged.
         dead = folder / f"{_DEAD}{path.name}"
         with contextlib.suppress(OSError):

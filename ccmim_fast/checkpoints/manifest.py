@@ -86,11 +86,7 @@ def read_manifest(path: Path, step: int | None) -> dict[str, Sum]:
 
 
 def check_file(file: BinaryIO, expected: Sum) -> None:
-    """Compare an open file with its manifest, and go back to its start.
-
-    Raises:
-        CheckpointError: the file has another size or content.
-    """
+    """Raise CheckpointError if an open file has another size or content than expected; go back to its start."""
     name, found = Path(file.name).name, os.fstat(file.fileno()).st_size
     if found != expected.size:
         raise CheckpointError(f"{name} is damaged: {found} bytes, expected {expected.size}")

@@ -39,11 +39,7 @@ class OpenedRun:
 
     @cached_property
     def model(self) -> CCMIM:
-        """Build the model that `config` describes, with the weights, in evaluation mode, float32 on the CPU.
-
-        Raises:
-            CheckpointError: the weights do not fit the settings.
-        """
+        """Build the model in evaluation mode, float32 on the CPU; raises CheckpointError if the weights do not fit."""
         model = build_model(portable(self.config))
         try:
             model.load_state_dict(self.weights)
@@ -54,8 +50,6 @@ class OpenedRun:
 
 def open_run(path: str | Path, weights: Literal["averaged", "trained"] = "averaged") -> OpenedRun:
     """Open the newest checkpoint of a run that loads, or one checkpoint; no code in a file is run.
-
-    Weights that ranks have divided are put together.
 
     Args:
         path: folder of a run, or of one of its checkpoints.

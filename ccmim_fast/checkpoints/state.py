@@ -106,11 +106,7 @@ def _fill_(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -
 
 
 def maps_in(state: dict[str, Any], cells: int) -> Tensor | None:
-    """Return the maps of a score bank [N, cells, cells] float16 in a checkpoint; None where it has none.
-
-    Raises:
-        CheckpointError: the maps have another number of cells.
-    """
+    """Return a checkpoint's maps of a score bank [N, cells, cells] float16, if any; CheckpointError: of other cells."""
     maps_NGG = state.get("maps")
     if maps_NGG is not None and tuple(maps_NGG.shape[1:]) != (cells, cells):
         raise CheckpointError(f"score.grid={cells}: the checkpoint's maps have {maps_NGG.shape[1]}; use that")

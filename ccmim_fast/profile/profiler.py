@@ -95,11 +95,7 @@ class Profile:
 
 
 def check_room(steps: int, left: int) -> None:
-    """Refuse to profile more `steps` than fit into the `left` ones of the run, behind those before them.
-
-    Raises:
-        ConfigError: they do not fit.
-    """
+    """Raise ConfigError if `steps` to profile, behind the warm-up, are more than the `left` ones of the run."""
     if steps and left < WARM_UP + steps:
         raise ConfigError(
             f"train.profile={steps}: with {WARM_UP} warm-up steps it needs {WARM_UP + steps} steps, this run has "

@@ -27,15 +27,12 @@ class Interval(NamedTuple):
 
 
 def read_timeline(events: Iterable[dict[str, Any]], *, on_gpu: bool) -> Counter[tuple[str, str]]:
-    """Return the microseconds of the profiled steps by (kind, name); they sum to the steps' span.
+    """Return the microseconds of the profiled steps by (kind, name), from the `traceEvents` of torch's Chrome trace.
 
     If they ran on a GPU, kernels count; where several run, the first kind of `KINDS` does, so `communication` is the
     part that no computation hides. Time without a kernel is `data wait` while the host waits for data, else `idle`. On
     a CPU the innermost operator counts, and a wait for data before any; time outside of operators, Python's, is `idle`,
-    which has no name.
-
-    Args:
-        events: `traceEvents` of torch's Chrome trace.
+    which has no name. All sum to the steps' span.
 
     Raises:
         ValueError: the trace does not hold the range `PROFILED`.

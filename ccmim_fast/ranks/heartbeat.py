@@ -1,7 +1,4 @@
-"""Heartbeats: each rank writes what it does to a small file in the run's folder; together they show what is wrong.
-
-A file remains when its rank, its machine or the store of the process group is lost.
-"""
+"""Heartbeats: each rank writes what it does to a file, which remains when rank, machine or process group is lost."""
 
 import time
 from collections import defaultdict
@@ -46,10 +43,6 @@ class Heartbeat(NamedTuple):
     def position(self) -> tuple[int, int]:
         """The larger position is further on."""
         return self.step, PHASES.index(self.phase)
-
-    @property
-    def name(self) -> str:
-        return f"rank {self.rank} ({self.host}, process {self.pid})"
 
     @property
     def activity(self) -> str:
@@ -111,13 +104,15 @@ def headline(heartbeats: Sequence[Heartbeat | None], diagnosis: Diagnosis) -> st
     beat = heartbeats[ranks[0]]
     if beat is None:
         line = f"rank {ranks[0]} has written no heartbeat yet"
-    elif reason == "failed":
-        line = f"{beat.name} failed, {beat.activity}: {beat.outcome}"
-    elif reason == "behind":
-        line = f"{beat.name} is stuck: {beat.activity} since {clock(beat.phase_began)}"
     else:
-        problem = "died without an error message, perhaps killed" if reason == "died" else "is silent"
-        line = f"{beat.name} {problem}; last heartbeat: {beat.activity} at {clock(beat.written)}"
+        last = f"last heartbeat: {beat.activity} at {clock(beat.written)}"
+        problem = {
+            "failed": f"failed, {beat.activity}: {beat.outcome}",
+            "died": f"died without an error message, perhaps killed; {last}",
+            "silent": f"is silent; {last}",
+            "behind": f"is stuck: {beat.activity} since {clock(beat.phase_began)}",
+        }
+        line = f"rank {beat.rank} ({beat.host}, process {beat.pid}) {problem[reason]}"
     if ranks[1:]:
         line += f"; likewise {_name(ranks[1:])}"
     waiting = [beat.rank for beat in known if beat.rank not in ranks and beat.outcome != DONE]

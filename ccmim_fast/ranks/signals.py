@@ -13,9 +13,6 @@ class StopSignals:
     Args:
         keep_after_error: leave the handlers in place after an error, until the process ends: when a rank is lost, the
             launcher ends the other ranks, which still have to write their diagnosis.
-
-    Attributes:
-        name: of the signal that came; "" before.
     """
 
     def __init__(self, keep_after_error: bool = False) -> None:

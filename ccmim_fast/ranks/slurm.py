@@ -22,7 +22,7 @@ NOTICE = 120  # seconds before the end: for a step and ViT-H's checkpoint, 7.6 G
 
 
 class Job(NamedTuple):
-    """What a job asks Slurm for; `time` is HH:MM:SS, `requeue` asks for another start until the run is done."""
+    """A job asks Slurm for this; `time` is HH:MM:SS, `requeue` asks for another start until the run is done."""
 
     nodes: int = 1
     gpus_per_node: int = 1

@@ -26,12 +26,11 @@ _SILENCE = 20.0  # seconds without a heartbeat after which a rank counts as lost
 
 
 class Watchdog:
-    """The watchdog of one rank, a context in which `translate_error` replaces errors; alone it does nothing.
+    """A watchdog guards one rank, and translates errors that leave its context; that of a single process does nothing.
 
     Args:
         launch: an id that all ranks of this launch have, and no other launch.
         timeout: seconds in one phase after which the rank counts as stuck.
-        local_ranks: the ranks of this machine.
     """
 
     def __init__(
@@ -51,10 +50,7 @@ class Watchdog:
         self._write_lock = threading.Lock()
 
     def enter_phase(self, phase: str, step: int | None = None) -> None:
-        """Record in memory, in under a microsecond, that this rank is in `phase` (of `heartbeat.PHASES`) from now on.
-
-        `step` is the number of the step that begins; None: it stays the same.
-        """
+        """Note in memory, in under a microsecond, that `phase` (of `PHASES`) begins, and with it `step` unless None."""
         self._phase = (phase, self._phase[1] if step is None else step, time.monotonic())
 
     def start(self, run: Path) -> None:

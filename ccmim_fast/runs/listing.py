@@ -28,10 +28,7 @@ class RunRow(NamedTuple):
 
 
 def run_folders(root: Path) -> Iterator[Path]:
-    """Yield the folders at and below `root` that hold config.yaml and metrics.jsonl, by name.
-
-    Links are followed; a folder is visited once.
-    """
+    """Yield each folder at and below `root` that holds config.yaml and metrics.jsonl, by name; links are followed."""
     seen = set()
     for folder, inside, files in os.walk(root, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:

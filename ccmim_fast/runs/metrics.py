@@ -84,7 +84,6 @@ class ProgressLine:
     Args:
         headline: printed once, before the first step.
         total_steps, done: optimizer steps of the whole run, and those already taken.
-        shown: False: print nothing.
         log: file that gets every line too; a resumed run appends to it.
     """
 

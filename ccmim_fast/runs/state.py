@@ -32,8 +32,7 @@ class RunState(NamedTuple):
 def recorded(folder: Path, is_main: bool, finished: Callable[[], bool]) -> Iterator[None]:
     """Record in the run's `folder` that this process runs, and how the body ended; ranks other than 0 record nothing.
 
-    Args:
-        finished: returns True if the last step was taken; called if nothing was raised.
+    `finished` tells if the last step was taken; it is called if nothing was raised.
     """
     if not is_main:
         yield
