@@ -138,7 +138,6 @@ def read(folder: Path, like: Mapping[str, DTensor] | None = None) -> dict[str, T
 
     Raises:
         CheckpointError: the files are not what `write` leaves.
-        OSError: they cannot be read.
     """
     pieces = {}
     try:

@@ -62,13 +62,10 @@ def restore(
     ema: AveragedModel | None,
     in_place: bool = False,
 ) -> Progress:
-    """Load `state` into the objects; returns how far it was.
+    """Load `state` into the objects and return how far it was; raises CheckpointError if it is of another model.
 
     Args:
         in_place: the optimizer, which has taken steps, keeps its tensors: a CUDA graph knows their addresses.
-
-    Raises:
-        CheckpointError: the checkpoint is of another model.
     """
     try:
         model.load_state_dict(state["model"])
@@ -91,11 +88,10 @@ def restore(
 
 def _load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load all but the rate, the decay and the like, which are the run's own (a graph may read their tensors)."""
-    groups = optimizer.param_groups
-    own = [{key: value for key, value in group.items() if key not in ("params", "step")} for group in groups]
+    before = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, values in zip(optimizer.param_groups, own):
-        group.update(values)
+    for group, own in zip(optimizer.param_groups, before):
+        group.update({key: value for key, value in own.items() if key not in ("params", "step")})
 
 
 def _fill_(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> None:

@@ -81,9 +81,7 @@ class Meter:
         dtype: of the step's products, whose rate is measured; None: float32.
     """
 
-    def __init__(
-        self, batch_size: int, session: Session, flops_by_op: dict[Any, float], dtype: torch.dtype | None = None
-    ):
+    def __init__(self, batch_size: int, session: Session, flops_by_op: dict[Any, float], dtype: torch.dtype | None):
         self._batch_size, self._session, self.flops_by_op = batch_size, session, flops_by_op
         self._peak = session.world_size * measure_matmul_rate(session.device, dtype) if flops_by_op else None
         self.pause()
