@@ -56,7 +56,13 @@ class BackgroundSaver:
         self.wait()
         mesh, save = (None, io.save) if self._collective is None else (self._collective.mesh, self._collective.save)
         copied, copies = _on_host(state, mesh)
-        self._running = self._writer.submit(_write, copies, save, self._folder, step, copied, self._keep, for_good)
+
+        def write() -> None:
+            for done in copies:
+                done.synchronize()
+            save(self._folder, step, copied, self._keep, for_good)
+
+        self._running = self._writer.submit(write)
 
     def poll(self) -> None:
         """Call `wait` if the save is over."""
@@ -107,12 +113,6 @@ class BackgroundSaver:
             raise failure
         self._failed.append(str(failure))
         return True
-
-
-def _write(copies: list["torch.cuda.Event"], save: Callable[..., Any], *args: Any) -> None:
-    for done in copies:
-        done.synchronize()
-    save(*args)
 
 
 def _on_host(state: Any, mesh: DeviceMesh | None) -> tuple[Any, list["torch.cuda.Event"]]:

@@ -1,8 +1,4 @@
-"""Conversion renames weights: to and from MAE's flat layout (also that of the authors' ccMIM), and to timm's.
-
-Published pretraining checkpoints keep encoder, decoder and projector in one flat dictionary; the same tensors stand
-here under `encoder.`, `decoder.` and `projector.`.
-"""
+"""Conversion renames weights: to and from MAE's flat layout (also that of the authors' ccMIM), and to timm's."""
 
 from torch import Tensor
 

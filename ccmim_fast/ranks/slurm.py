@@ -55,8 +55,8 @@ def submit_job(
 ) -> Any:
     """Hand in a job by submitit, whose files and logs go into the run's folder; returns submitit's job.
 
-    Each task calls `train`, a module's function, with `settings`. `cluster` is submitit's name of where jobs go; `local`
-    is this machine. Raises MachineError if submitit or Slurm is missing, or refused the job.
+    Each task calls `train`, a module's function, with `settings`. `cluster` is submitit's name of where jobs go.
+    Raises MachineError if submitit or Slurm is missing, or refused the job.
     """
     try:
         import submitit
