@@ -79,8 +79,7 @@ class _HashedFiles(FileSystem):
 def write(folder: Path, pieces: Mapping[str, Tensor], group: dist.ProcessGroup) -> dict[str, Sum]:
     """Write the pieces into `folder` and return the sums of all ranks' files; every rank of `group` calls it.
 
-    Raises:
-        OSError: some rank could not write; raised on every rank.
+    An OSError of one rank is raised on every rank.
     """
     writer = dcp.FileSystemWriter(folder)
     writer.fs = files = _HashedFiles()

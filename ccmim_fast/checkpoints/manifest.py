@@ -62,9 +62,7 @@ def manifest(step: int, sums: dict[str, Sum]) -> bytes:
 def read_manifest(path: Path, step: int | None) -> dict[str, Sum]:
     """Read what each file in the folder `path` must be; `step` is the one that the folder's name tells, if it does.
 
-    Raises:
-        CheckpointError: it is damaged, or of another version.
-        OSError: it cannot be read.
+    Raises CheckpointError if the manifest is damaged, or of another version.
     """
     with open_file(path / MANIFEST) as file:
         text = file.read(_LONGEST)

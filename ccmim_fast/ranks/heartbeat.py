@@ -10,17 +10,8 @@ from typing import NamedTuple
 from ccmim_fast.runs.state import is_alive, read_record, write_record
 
 # In the order in which a rank enters them: at equal step numbers the later phase is further on.
-PHASES = (
-    "starting",
-    "indexing images",
-    "waiting for the index",
-    "building the model",
-    "loading a checkpoint",
-    "in step",
-    "saving",
-    "evaluating the model",
-    "waiting for images",
-)
+_ONCE = "starting", "indexing images", "waiting for the index", "building the model", "loading a checkpoint"
+PHASES = *_ONCE, "in step", "saving", "evaluating the model", "waiting for images"
 DONE = "done"
 _MAX_STACKS = 4  # different stacks in one report
 
