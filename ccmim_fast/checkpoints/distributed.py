@@ -143,8 +143,10 @@ def read(folder: Path, like: Mapping[str, DTensor] | None = None) -> dict[str, T
         reader = _Reader(folder)
         for path, entry in reader.read_metadata().state_dict_metadata.items():
             pattern, dtype = _pattern(path, entry.size, like or {}), entry.properties.dtype
-            whole = pattern is None
-            pieces[path] = torch.empty(entry.size, dtype=dtype) if whole else torch.empty_like(pattern, dtype=dtype)
+            if pattern is None:
+                pieces[path] = torch.empty(entry.size, dtype=dtype)
+            else:
+                pieces[path] = torch.empty_like(pattern, dtype=dtype)
         with warnings.catch_warnings():  # it says that each process reads for itself
             warnings.simplefilter("ignore", UserWarning)
             dcp.load(pieces, storage_reader=reader, no_dist=True)

@@ -71,8 +71,7 @@ def _interval(event: dict[str, Any], on_gpu: bool, thread: Any) -> Interval | No
         kind = kind_of_kernel(name)
         priority = (-KINDS.index(kind),)
     elif on_host and not on_gpu:
-        # The innermost began last; of equal beginnings it is the shorter.
-        kind, priority = kind_of_op(name), (start, -length)
+        kind, priority = kind_of_op(name), (start, -length)  # the innermost began last, or is the shorter
         if kind == "other" and category == "user_annotation":
             return None  # a range around Python, such as DDP's forward
     else:

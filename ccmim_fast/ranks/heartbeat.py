@@ -113,7 +113,10 @@ def headline(heartbeats: Sequence[Heartbeat | None], diagnosis: Diagnosis) -> st
 
 
 def report(heartbeats: Sequence[Heartbeat | None], diagnosis: Diagnosis, stacks: dict[int, str]) -> str:
-    """Return the headline, the activity of every rank, and some of the `stacks` by rank, those of the fewest first."""
+    """Return the headline, the activity of every rank, and some of the `stacks` by rank.
+
+    Equal stacks are shown once, and those of the fewest ranks first.
+    """
     activities, by_stack = defaultdict(list), defaultdict(list)
     for rank, beat in enumerate(heartbeats):
         activities["no heartbeat" if beat is None else beat.outcome or beat.activity].append(rank)

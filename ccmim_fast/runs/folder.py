@@ -55,7 +55,7 @@ def check_apart(folder: str, checkpoint: str) -> None:
 
 
 def evaluation_folder(checkpoint: str, name: str) -> str:
-    """Return the default folder of an evaluation: `eval/name` in the folder of the checkpoint's run, or in runs."""
+    """Return an evaluation's default folder: `eval/name` in that of the checkpoint's run, else runs/eval/`name`."""
     path = Path(checkpoint)
     if (path / MANIFEST).is_file() and path.absolute().parent.name == CHECKPOINTS:
         path = (path if len(path.parts) > 2 else path.absolute()).parent.parent

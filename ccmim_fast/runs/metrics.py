@@ -24,7 +24,7 @@ class Metrics:
 
     Args:
         tensorboard: write event files too; where that fails the run goes on without.
-        resume_step: lines of an interrupted run past this step are dropped, so that every step appears once.
+        resume_step: lines past it are dropped, so that every step of a resumed run appears once; 0: all are.
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool, resume_step: int = 0):
