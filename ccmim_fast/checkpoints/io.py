@@ -96,8 +96,7 @@ def save(
 def load(path: Path, divided: bool = False) -> dict[str, Any]:
     """Read the state in the checkpoint `path`, on the CPU; no code in it is run.
 
-    Args:
-        divided: leave out what ranks have divided; `distributed.unite` puts it in.
+    `divided` leaves out what ranks have divided; `distributed.unite` puts it in.
 
     Raises:
         CheckpointError: missing, damaged, or of more than plain containers and tensors; one line.

@@ -64,8 +64,7 @@ def restore(
 ) -> Progress:
     """Load `state` into the objects and return how far it was; raises CheckpointError if it is of another model.
 
-    Args:
-        in_place: the optimizer, which has taken steps, keeps its tensors: a CUDA graph knows their addresses.
+    With `in_place` the optimizer, which has taken steps, keeps its tensors: a CUDA graph knows their addresses.
     """
     try:
         model.load_state_dict(state["model"])
