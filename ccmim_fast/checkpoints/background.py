@@ -7,19 +7,19 @@ the next save finds it mapped already.
 """
 
 import copy
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from ccmim_fast.checkpoints import io
-from ccmim_fast.checkpoints.collective import CollectiveWriter, Layout
-from ccmim_fast.checkpoints.distributed import divide
+from ccmim_fast.checkpoints.collective import CollectiveWriter
 from ccmim_fast.errors import CheckpointError
 from ccmim_fast.optim.update import own_part
 
@@ -34,7 +34,6 @@ class BackgroundSaver:
     manager that closes at the end; where an error ends the run, a failed save only adds a line.
 
     Args:
-        folder: of the checkpoints.
         keep: newest ones kept, see `io.save`.
         note: prints a line; called in the thread of the caller.
         collective: of ranks that have divided the state among them; each has a saver and calls it as the others do.
@@ -50,25 +49,20 @@ class BackgroundSaver:
         self._failed: list[str] = []
 
     def save(self, step: int, state: dict[str, Any], for_good: bool = False) -> None:
-        """Begin to save `state` as it is now; it may be changed in place afterwards. Waits for the save before.
+        """Begin to save `state` as it is now, as `io.save` does; it may be changed in place afterwards.
 
-        Args:
-            step, state, for_good: as for `io.save`; the tensors are dense.
-
-        Raises:
-            CheckpointError: three saves in a row have failed.
-            Exception: the save before raised it.
+        The save before is waited for. Raises CheckpointError if three in a row have failed, and any other error of it.
         """
         self.wait()
-        if self._collective is None:
-            copied, copies = _on_host(state)
-            write = functools.partial(io.save, self._folder, step, copied)
-        else:
-            rest, pieces = divide(state)
-            layouts = {name: Layout.of(piece) for name, piece in pieces.items()}
-            copied, copies = _on_host([rest, {name: own_part(piece) for name, piece in pieces.items()}])
-            write = functools.partial(self._collective.save, self._folder, step, *copied, layouts)
-        self._running = self._writer.submit(_write, write, (self._keep, for_good), copies)
+        mesh, save = (None, io.save) if self._collective is None else (self._collective.mesh, self._collective.save)
+        copied, copies = _on_host(state, mesh)
+
+        def write() -> None:
+            for done in copies:
+                done.synchronize()
+            save(self._folder, step, copied, self._keep, for_good)
+
+        self._running = self._writer.submit(write)
 
     def poll(self) -> None:
         """Call `wait` if the save is over."""
@@ -77,33 +71,28 @@ class BackgroundSaver:
 
     def wait(self) -> None:
         """Wait for the running save, and note it if it failed; raises as `save` does."""
-        told = len(self._failed)
-        self._finish()
-        if len(self._failed) > told:
-            if len(self._failed) >= _FAILURES:
-                raise CheckpointError(f"{self._take_last()}; the save failed {_FAILURES} times in a row")
-            self._note(f"{self._failed[-1]}; training goes on")
+        if not self._finish():
+            return
+        line = self._failed[-1]
+        if len(self._failed) >= _FAILURES:
+            self._failed.clear()
+            raise CheckpointError(f"{line}; the save failed {_FAILURES} times in a row")
+        self._note(f"{line}; training goes on")
 
     def close(self) -> None:
-        """Wait for the running save.
-
-        Raises:
-            CheckpointError: the last save failed.
-            Exception: the last save raised something else.
-        """
+        """Wait for the running save; raises its error, and CheckpointError where the last save failed."""
         try:
             self._finish()
         finally:
             self._writer.shutdown()
-        if self._failed:
-            raise CheckpointError(self._take_last())
+        failed, self._failed = self._failed, []
+        if failed:
+            raise CheckpointError(failed[-1])
 
     def __enter__(self) -> "BackgroundSaver":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *_trace: object) -> None:
         try:
             self.close()
         except CheckpointError as failure:
@@ -111,50 +100,46 @@ class BackgroundSaver:
                 raise
             self._note(str(failure))
 
-    def _finish(self) -> None:
-        """Wait for the running save and count it; raises any error but CheckpointError."""
+    def _finish(self) -> bool:
+        """Wait for the running save and return True if a CheckpointError ended it; any other error is raised."""
         if self._running is None:
-            return
+            return False
         failure = self._running.exception()
         self._running = None
         if failure is None:
             self._failed.clear()
-        elif isinstance(failure, CheckpointError):
-            self._failed.append(str(failure))
-        else:
+            return False
+        if not isinstance(failure, CheckpointError):
             raise failure
-
-    def _take_last(self) -> str:
-        """Return the last failure, which is about to be raised, and forget it."""
-        line = self._failed[-1]
-        self._failed.clear()
-        return line
+        self._failed.append(str(failure))
+        return True
 
 
-def _write(write: Callable[[int, bool], Any], how: tuple[int, bool], copies: list["torch.cuda.Event"]) -> None:
-    for done in copies:
-        done.synchronize()
-    write(*how)
-
-
-def _on_host(state: Any) -> tuple[Any, list["torch.cuda.Event"]]:
+def _on_host(state: Any, mesh: DeviceMesh | None) -> tuple[Any, list["torch.cuda.Event"]]:
     """Copy nested containers of tensors to the host; the copy is complete once the events are over.
 
     Storages are copied whole, once each, and tensors that share one in `state` share one in the copy: torch.save writes
-    the same bytes of both.
+    the same bytes of both. Of divided tensors this rank's part is copied, and they lie in `mesh` then.
     """
     storages: dict[int, torch.UntypedStorage] = {}
     copies: dict[int, Any] = {}
     devices = set()
-    for tensor in _tensors(state):
-        source = tensor.untyped_storage()
+    for tensor in tree_leaves(state):
+        if not isinstance(tensor, Tensor):
+            continue
+        own = own_part(tensor)
+        source = own.untyped_storage()
         # torch.save, too, tells storages apart by this; empty ones all have the address 0.
         key = source._cdata
         if key not in storages:
             storages[key] = _copy(source)
             devices.add(source.device)
-        view = torch.empty(0, dtype=tensor.dtype)
-        copies[id(tensor)] = view.set_(storages[key], tensor.storage_offset(), tensor.size(), tensor.stride())
+        copied = torch.empty(0, dtype=own.dtype)
+        copied.set_(storages[key], own.storage_offset(), own.size(), own.stride())
+        if isinstance(tensor, DTensor):
+            whole = {"shape": tensor.shape, "stride": tensor.stride()}
+            copied = DTensor.from_local(copied, mesh, tensor.placements, run_check=False, **whole)
+        copies[id(tensor)] = copied
     events = [torch.cuda.current_stream(device).record_event() for device in devices if device.type == "cuda"]
     # Containers are copied with their attributes; for each tensor the copy that is there already is taken.
     return copy.deepcopy(state, copies), events
@@ -166,15 +151,3 @@ def _copy(source: torch.UntypedStorage) -> torch.UntypedStorage:
     bytes_N = torch.empty(source.nbytes(), dtype=torch.uint8, pin_memory=on_cuda)
     bytes_N.copy_(torch.empty(0, dtype=torch.uint8, device=source.device).set_(source), non_blocking=on_cuda)
     return bytes_N.untyped_storage()
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield all tensors in nested containers."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)

@@ -7,12 +7,12 @@ from ccmim_fast.config.load import difference
 
 
 class Change(NamedTuple):
-    """One setting with another value than before. `kind`: what a resume allows, `on_resume` of the setting."""
+    """A setting has another value than before."""
 
     key: str
     before: object
     now: object
-    kind: str
+    kind: str  # what a resume allows, `on_resume` of the setting
 
 
 _WORDS = {"free": "", "shape": "another model", "asked": "needs --allow-change"}

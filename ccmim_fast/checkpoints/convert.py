@@ -1,22 +1,10 @@
-"""Conversion renames weights: to and from MAE's flat layout (also that of the authors' ccMIM), and to timm's.
-
-Published pretraining checkpoints keep encoder, decoder and projector in one flat dictionary; the same tensors stand
-here under `encoder.`, `decoder.` and `projector.`.
-"""
+"""Conversion renames weights: to and from MAE's flat layout (also that of the authors' ccMIM), and to timm's."""
 
 from torch import Tensor
 
 # Flat name (or its first part) -> ours. A name that is missing here is the encoder's.
-_FLAT = {
-    "decoder_embed": "decoder.embed",
-    "mask_token": "decoder.mask_token",
-    "decoder_pos_embed": "decoder.pos_embed",
-    "decoder_blocks": "decoder.blocks",
-    "decoder_norm": "decoder.norm",
-    "decoder_pred": "decoder.pred",
-    "projector": "projector",
-    "predictor": "predictor",
-}
+_FLAT = {"mask_token": "decoder.mask_token", "projector": "projector", "predictor": "predictor"}
+_FLAT |= {f"decoder_{part}": f"decoder.{part}" for part in ("embed", "pos_embed", "blocks", "norm", "pred")}
 
 
 def from_flat(flat: dict[str, Tensor]) -> dict[str, Tensor]:

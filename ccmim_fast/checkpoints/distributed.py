@@ -32,31 +32,28 @@ _DIVIDED = ("model", "optimizer", "ema")  # of the state; all else is whole on t
 def divide(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Take the tensors of model, optimizer and averages out of a state; returns the rest and the tensors by path."""
     pieces: dict[str, Tensor] = {}
-    return _mapped(state, lambda path, tensor: pieces.update({path: tensor})), pieces
+
+    def take(path: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        pieces[path] = value
+        return None
+
+    return _mapped(state, take), pieces
 
 
 def unite(state: dict[str, Any], pieces: Mapping[str, Tensor]) -> dict[str, Any]:
     """Invert `divide`."""
-
-    def filled(value: Any, path: str) -> Any:
-        if path in pieces:
-            return pieces[path]
-        if isinstance(value, dict):
-            return {key: filled(item, f"{path}/{key}") for key, item in value.items()}
-        return value
-
-    return {key: filled(value, key) if key in _DIVIDED else value for key, value in state.items()}
+    return _mapped(state, pieces.get)
 
 
-def _mapped(state: dict[str, Any], change: Callable[[str, Tensor], Any]) -> dict[str, Any]:
-    """Change each divided tensor of a state; it lies in dicts within dicts."""
+def _mapped(state: dict[str, Any], change: Callable[[str, Any], Any]) -> dict[str, Any]:
+    """Change what lies, in dicts within dicts, in the parts of a state that ranks divide."""
 
     def mapped(value: Any, path: str) -> Any:
-        if isinstance(value, Tensor):
-            return change(path, value)
         if isinstance(value, dict):
             return {key: mapped(item, f"{path}/{key}") for key, item in value.items()}
-        return value
+        return change(path, value)
 
     return {key: mapped(value, key) if key in _DIVIDED else value for key, value in state.items()}
 
@@ -80,13 +77,9 @@ class _HashedFiles(FileSystem):
 
 
 def write(folder: Path, pieces: Mapping[str, Tensor], group: dist.ProcessGroup) -> dict[str, Sum]:
-    """Write the pieces into `folder`; every rank of `group` calls it, with the parts it has of DTensors.
+    """Write the pieces into `folder` and return the sums of all ranks' files; every rank of `group` calls it.
 
-    Returns:
-        The sums of all ranks' files.
-
-    Raises:
-        OSError: some rank could not write; raised on every rank.
+    An OSError of one rank is raised on every rank.
     """
     writer = dcp.FileSystemWriter(folder)
     writer.fs = files = _HashedFiles()
@@ -144,36 +137,31 @@ def read(folder: Path, like: Mapping[str, DTensor] | None = None) -> dict[str, T
 
     Raises:
         CheckpointError: the files are not what `write` leaves.
-        OSError: they cannot be read.
     """
+    pieces = {}
     try:
-        return _read(_Reader(folder), like or {})
+        reader = _Reader(folder)
+        for path, entry in reader.read_metadata().state_dict_metadata.items():
+            pattern, dtype = _pattern(path, entry.size, like or {}), entry.properties.dtype
+            if pattern is None:
+                pieces[path] = torch.empty(entry.size, dtype=dtype)
+            else:
+                pieces[path] = torch.empty_like(pattern, dtype=dtype)
+        with warnings.catch_warnings():  # it says that each process reads for itself
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(pieces, storage_reader=reader, no_dist=True)
     except (CheckpointError, OSError):
         raise
     except (Exception, CheckpointException) as error:  # torch raises anything on what it did not write
-        reason = one_line(error)
-        raise CheckpointError(f"{_INDEX} refused: {type(error).__name__}: {reason}") from None
-
-
-def _read(reader: _Reader, like: Mapping[str, DTensor]) -> dict[str, Tensor]:
-    pieces = {}
-    for path, entry in reader.read_metadata().state_dict_metadata.items():
-        pattern = _pattern(path, entry.size, like)
-        dtype = entry.properties.dtype
-        pieces[path] = (
-            torch.empty(entry.size, dtype=dtype) if pattern is None else torch.empty_like(pattern, dtype=dtype)
-        )
-    with warnings.catch_warnings():  # it says that each process reads for itself
-        warnings.simplefilter("ignore", UserWarning)
-        dcp.load(pieces, storage_reader=reader, no_dist=True)
+        raise CheckpointError(f"{_INDEX} refused: {type(error).__name__}: {one_line(error)}") from None
     return pieces
 
 
 def spread(state: dict[str, Any], like: Mapping[str, DTensor]) -> dict[str, Any]:
     """Divide the tensors of a whole state, equal on all ranks, that `like` names; `like` as for `read`."""
 
-    def divided(path: str, value: Tensor) -> Tensor:
-        pattern = _pattern(path, value.shape, like)
+    def divided(path: str, value: Any) -> Any:
+        pattern = _pattern(path, value.shape, like) if isinstance(value, Tensor) else None
         if pattern is None:
             return value
         # From the own copy, so that nobody sends.

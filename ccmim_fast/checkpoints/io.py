@@ -12,7 +12,6 @@ One process at a time writes in a folder of checkpoints; it holds a lock on `.lo
 import contextlib
 import fcntl
 import os
-import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -29,15 +28,16 @@ from ccmim_fast.checkpoints.manifest import (
     Hashed,
     Sum,
     check_file,
+    checkpoints,
     manifest,
     open_file,
     read_manifest,
+    step_of,
     sync,
     sync_folder,
 )
 from ccmim_fast.errors import CheckpointError, one_line
 
-CHECKPOINTS = "checkpoints"  # the folder of them, in that of a run
 KEPT = "kept"
 _NEW, _OLD, _DEAD = ".new_", ".old_", ".dead_"  # hidden folders: being written, being replaced, being removed
 
@@ -46,7 +46,7 @@ Beside = Callable[[Path], dict[str, Sum]]
 
 
 class Newest(NamedTuple):
-    """This tuple holds the checkpoint that `newest` found, or None, and what was wrong with later ones."""
+    """This tuple is the checkpoint that `newest` found, or None, and a line for each later one that does not load."""
 
     path: Path | None
     state: dict[str, Any] | None
@@ -60,14 +60,9 @@ def save(
 
     Args:
         folder: made if missing. A checkpoint of the same step in it is replaced.
-        step: finished optimizer steps, >= 0.
         state: dicts, lists, tuples, tensors, numbers, strings, bytes, bools and None, at any depth.
         keep: >= 1; the one just written always stays.
         for_good: mark it as kept: no later save removes it.
-        beside: writes the other files that belong to it.
-
-    Returns:
-        The checkpoint's folder.
 
     Raises:
         CheckpointError: it could not be written (disk full, no right, another writer); the older ones are intact.
@@ -101,8 +96,7 @@ def save(
 def load(path: Path, divided: bool = False) -> dict[str, Any]:
     """Read the state in the checkpoint `path`, on the CPU; no code in it is run.
 
-    Args:
-        divided: leave out what ranks have divided; `distributed.unite` puts it in.
+    `divided` leaves out what ranks have divided; `distributed.unite` puts it in.
 
     Raises:
         CheckpointError: missing, damaged, or of more than plain containers and tensors; one line.
@@ -110,7 +104,7 @@ def load(path: Path, divided: bool = False) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder of a checkpoint")
     try:
-        sums = read_manifest(path, _step_of(path))
+        sums = read_manifest(path, step_of(path))
         for name in sums.keys() - {STATE}:
             with open_file(path / name) as file:
                 check_file(file, sums[name])
@@ -125,17 +119,13 @@ def load(path: Path, divided: bool = False) -> dict[str, Any]:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # torch.load raises anything on what torch.save did not write
-        reason = one_line(error)
-        raise CheckpointError(f"{path}: {STATE} refused: no plain containers and tensors: {reason}") from None
+        raise CheckpointError(f"{path}: {STATE} refused: no plain containers and tensors: {one_line(error)}") from None
 
 
 def newest(folder: Path, divided: bool = False) -> Newest:
-    """Find the newest checkpoint in `folder` that loads; each newer one that does not is a line in `problems`.
+    """Find the newest checkpoint in `folder` that loads; `divided` is as for `load`.
 
     Folders that dead writers left behind are cleared; the work of a live writer is not touched.
-
-    Args:
-        divided: as for `load`.
     """
     with contextlib.suppress(OSError, CheckpointError), _lock(folder) as locked:
         if locked:  # else somebody may be writing, or we have no right to: it can wait
@@ -147,18 +137,6 @@ def newest(folder: Path, divided: bool = False) -> Newest:
         except CheckpointError as error:
             problems.append(f"skipped the checkpoint {error}")
     return Newest(None, None, problems)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints in `folder`, oldest first, undamaged or not; empty if there is no such folder."""
-    found = (path for path in folder.glob("step_*") if path.is_dir() and _step_of(path) is not None)
-    return sorted(found, key=_step_of)
-
-
-def _step_of(path: Path) -> int | None:
-    """Return the step that a folder's name tells; None if it is no checkpoint's name."""
-    named = re.fullmatch(r"step_(\d{8,})", path.name, re.ASCII)
-    return int(named[1]) if named else None
 
 
 def _check_plain(value: Any, where: str) -> None:
@@ -177,11 +155,8 @@ def _check_plain(value: Any, where: str) -> None:
 def _lock(folder: Path) -> Iterator[bool]:
     """Be the one writer in `folder`; yields False on a file system without locks, where nobody can know.
 
-    The kernel frees the lock of a process that dies, however it dies; a process id in a file would outlive it.
-
-    Raises:
-        CheckpointError: another process is the writer.
-        OSError: `folder` is missing, or no right to write in it.
+    The kernel frees the lock of a process that dies, however it dies; a process id in a file would outlive it. Raises
+    CheckpointError where another process is the writer.
     """
     with open(folder / ".lock", "wb") as lock:
         try:
@@ -238,9 +213,8 @@ def _prune(folder: Path, written: Path, keep: int) -> None:
     """Keep `written` and the newest others, `keep` in all, and those marked as kept; visibly broken ones go."""
     others = [path for path in reversed(checkpoints(folder)) if path != written]
     whole = [path for path in others if (path / MANIFEST).is_file() and (path / STATE).is_file()]
-    for path in set(others) - set(whole[: keep - 1]):
-        if (path / KEPT).exists():
-            continue
+    stay = {*whole[: keep - 1], *(path for path in others if (path / KEPT).exists())}
+    for path in set(others) - stay:
         # Hidden first: a kill while its files go must not leave a checkpoint that looks damaged.
         dead = folder / f"{_DEAD}{path.name}"
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint says how long each of its files is and what its sha256 is."""
+"""The manifest of a checkpoint says how long each of its files is and what its sha256 is. Imports no torch."""
 
 import hashlib
 import io
@@ -10,6 +10,7 @@ from typing import BinaryIO, NamedTuple
 
 from ccmim_fast.errors import CheckpointError
 
+CHECKPOINTS = "checkpoints"  # the folder of them, in that of a run
 STATE, MANIFEST = "state.pt", "manifest.json"
 _ONE_FILE, _MANY = 1, 2  # formats; the first is read by all versions
 _LONGEST = 1 << 20  # bytes of a manifest; a real one has about 130 for each file
@@ -39,6 +40,18 @@ class Hashed(io.BufferedWriter):
         return Sum(self._size, self._sha256.hexdigest())
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints in `folder`, oldest first, undamaged or not; empty if there is no such folder."""
+    found = (path for path in folder.glob("step_*") if path.is_dir() and step_of(path) is not None)
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int | None:
+    """Return the step that a folder's name tells; None if it is no checkpoint's name."""
+    named = re.fullmatch(r"step_(\d{8,})", path.name, re.ASCII)
+    return int(named[1]) if named else None
+
+
 def manifest(step: int, sums: dict[str, Sum]) -> bytes:
     """Return the content of `manifest.json`; `sums` by file name, `state.pt` among them."""
     version = _ONE_FILE if set(sums) == {STATE} else _MANY
@@ -49,9 +62,7 @@ def manifest(step: int, sums: dict[str, Sum]) -> bytes:
 def read_manifest(path: Path, step: int | None) -> dict[str, Sum]:
     """Read what each file in the folder `path` must be; `step` is the one that the folder's name tells, if it does.
 
-    Raises:
-        CheckpointError: it is damaged, or of another version.
-        OSError: it cannot be read.
+    Raises CheckpointError if the manifest is damaged, or of another version.
     """
     with open_file(path / MANIFEST) as file:
         text = file.read(_LONGEST)
@@ -73,11 +84,7 @@ def read_manifest(path: Path, step: int | None) -> dict[str, Sum]:
 
 
 def check_file(file: BinaryIO, expected: Sum) -> None:
-    """Compare an open file with its manifest, and go back to its start.
-
-    Raises:
-        CheckpointError: the file has another size or content.
-    """
+    """Raise CheckpointError if an open file has another size or content than expected; go back to its start."""
     name, found = Path(file.name).name, os.fstat(file.fileno()).st_size
     if found != expected.size:
         raise CheckpointError(f"{name} is damaged: {found} bytes, expected {expected.size}")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ccmim_fast.build.model import build_model
 from ccmim_fast.checkpoints import io
+from ccmim_fast.checkpoints.manifest import CHECKPOINTS, MANIFEST
 from ccmim_fast.config.load import from_yaml
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import CheckpointError, one_line
@@ -22,41 +23,23 @@ _EMA = "module."  # torch's AveragedModel puts it before the names of the averag
 
 @dataclasses.dataclass(frozen=True)
 class OpenedRun:
-    """This record is what a command needs of a run's checkpoint.
+    """This record is what a command needs of a run's checkpoint."""
 
-    Attributes:
-        path: folder of the checkpoint.
-        folder: folder of the run.
-        config: settings of the run.
-        weights: state dict of the model, on the CPU.
-        averaged: the weights are their moving average (`optim.ema_decay`).
-        step: finished optimizer steps.
-        epoch: epochs trained, rounded to hundredths; 0 for imported weights.
-        samples: images of an epoch.
-        images: fingerprint of the images, see `data.source.Source`.
-        maps_NGG: maps of the score bank [N, G, G] float16; None without a bank.
-        skipped: a line for each newer checkpoint that is damaged.
-    """
-
-    path: Path
-    folder: Path
+    path: Path  # folder of the checkpoint
+    folder: Path  # folder of the run
     config: Config
-    weights: dict[str, Tensor]
-    averaged: bool = False
-    step: int = 0
-    epoch: float = 0
-    samples: int = 0
-    images: str = ""
-    maps_NGG: Tensor | None = None
-    skipped: tuple[str, ...] = ()
+    weights: dict[str, Tensor]  # state dict of the model, on the CPU
+    averaged: bool = False  # the weights are their moving average (`optim.ema_decay`)
+    step: int = 0  # finished optimizer steps
+    epoch: float = 0  # epochs trained, rounded to hundredths; 0 for imported weights
+    samples: int = 0  # images of an epoch
+    images: str = ""  # fingerprint of the images, see `data.source.Source`
+    maps_NGG: Tensor | None = None  # maps of the score bank [N, G, G] float16; None without a bank
+    skipped: tuple[str, ...] = ()  # a line for each newer checkpoint that is damaged
 
     @cached_property
     def model(self) -> CCMIM:
-        """Build the model that `config` describes, with the weights, in evaluation mode, float32 on the CPU.
-
-        Raises:
-            CheckpointError: the weights do not fit the settings.
-        """
+        """Build the model in evaluation mode, float32 on the CPU; raises CheckpointError if the weights do not fit."""
         model = build_model(portable(self.config))
         try:
             model.load_state_dict(self.weights)
@@ -68,8 +51,6 @@ class OpenedRun:
 def open_run(path: str | Path, weights: Literal["averaged", "trained"] = "averaged") -> OpenedRun:
     """Open the newest checkpoint of a run that loads, or one checkpoint; no code in a file is run.
 
-    Weights that ranks have divided are put together.
-
     Args:
         path: folder of a run, or of one of its checkpoints.
         weights: `averaged` takes the moving average where the run has one, `trained` the weights of the last step.
@@ -79,10 +60,10 @@ def open_run(path: str | Path, weights: Literal["averaged", "trained"] = "averag
         ConfigError: the checkpoint has settings of another version.
     """
     path = Path(path)
-    if (path / io.MANIFEST).is_file():
+    if (path / MANIFEST).is_file():
         found, folder = io.Newest(path, io.load(path), []), path.resolve().parent.parent
     else:
-        found, folder = io.newest(path / io.CHECKPOINTS), path
+        found, folder = io.newest(path / CHECKPOINTS), path
     if found.state is None:
         reason = "; ".join(found.problems) or "none at all"
         raise CheckpointError(f"{path}: no complete checkpoint in it; {reason}")

@@ -18,21 +18,13 @@ from ccmim_fast.errors import CheckpointError, one_line
 
 
 class Progress(NamedTuple):
-    """This tuple says how far a run is.
+    """This tuple says how far a run is."""
 
-    Attributes:
-        step: finished optimizer steps.
-        seen: places of the stream of samples that are behind it, over all ranks: the data cursor.
-        samples: of an epoch.
-        images: fingerprint of the set of images, see `Source`.
-        shards: of the stream, see `Plan`.
-    """
-
-    step: int
-    seen: int
-    samples: int
-    images: str
-    shards: int = 1
+    step: int  # finished optimizer steps
+    seen: int  # places of the stream of samples that are behind it, over all ranks: the data cursor
+    samples: int  # of an epoch
+    images: str  # fingerprint of the set of images, see `Source`
+    shards: int = 1  # of the stream, see `Plan`
 
 
 def capture(
@@ -70,13 +62,9 @@ def restore(
     ema: AveragedModel | None,
     in_place: bool = False,
 ) -> Progress:
-    """Load `state` into the objects; returns how far it was.
+    """Load `state` into the objects and return how far it was; raises CheckpointError if it is of another model.
 
-    Args:
-        in_place: the optimizer, which has taken steps, keeps its tensors: a CUDA graph knows their addresses.
-
-    Raises:
-        CheckpointError: the checkpoint is of another model.
+    With `in_place` the optimizer, which has taken steps, keeps its tensors: a CUDA graph knows their addresses.
     """
     try:
         model.load_state_dict(state["model"])
@@ -99,11 +87,10 @@ def restore(
 
 def _load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load all but the rate, the decay and the like, which are the run's own (a graph may read their tensors)."""
-    groups = optimizer.param_groups
-    own = [{key: value for key, value in group.items() if key not in ("params", "step")} for group in groups]
+    before = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, values in zip(optimizer.param_groups, own):
-        group.update(values)
+    for group, own in zip(optimizer.param_groups, before):
+        group.update({key: value for key, value in own.items() if key not in ("params", "step")})
 
 
 def _fill_(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> None:
@@ -114,11 +101,7 @@ def _fill_(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -
 
 
 def maps_in(state: dict[str, Any], cells: int) -> Tensor | None:
-    """Return the maps of a score bank [N, cells, cells] float16 in a checkpoint; None where it has none.
-
-    Raises:
-        CheckpointError: the maps have another number of cells.
-    """
+    """Return a checkpoint's maps of a score bank [N, cells, cells] float16, if any; CheckpointError: of other cells."""
     maps_NGG = state.get("maps")
     if maps_NGG is not None and tuple(maps_NGG.shape[1:]) != (cells, cells):
         raise CheckpointError(f"score.grid={cells}: the checkpoint's maps have {maps_NGG.shape[1]}; use that")

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ccmim_fast.checkpoints import OpenedRun
+from ccmim_fast.checkpoints.run import OpenedRun
 from ccmim_fast.config.load import to_yaml
 from ccmim_fast.config.schema import Config, RunConfig
 from ccmim_fast.models.tokens import patch_size_of

@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ccmim_fast.checkpoints import OpenedRun
+from ccmim_fast.checkpoints.run import OpenedRun
 from ccmim_fast.config.keys import show
 from ccmim_fast.config.load import difference
 from ccmim_fast.config.schema import Config

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ccmim_fast.checkpoints import open_run
+from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.data.progress import progress_bar
 from ccmim_fast.data.source import usable_count

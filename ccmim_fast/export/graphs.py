@@ -14,7 +14,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ccmim_fast.checkpoints import OpenedRun
+from ccmim_fast.checkpoints.run import OpenedRun
 from ccmim_fast.errors import MachineError
 from ccmim_fast.export.about import about
 

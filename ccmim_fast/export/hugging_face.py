@@ -13,8 +13,8 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ccmim_fast.checkpoints import OpenedRun
 from ccmim_fast.checkpoints.convert import to_flat
+from ccmim_fast.checkpoints.run import OpenedRun
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.export.about import about
 from ccmim_fast.export.plain import write_json, write_weights

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from ccmim_fast.build.model import build_model
-from ccmim_fast.checkpoints import OpenedRun, io
+from ccmim_fast.checkpoints import io
 from ccmim_fast.checkpoints.published import TIMM, derived, fill_, read_weights
+from ccmim_fast.checkpoints.run import OpenedRun
 from ccmim_fast.checkpoints.state import Progress, capture
 from ccmim_fast.config.load import load_config
 from ccmim_fast.config.schema import Config

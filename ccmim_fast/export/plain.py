@@ -7,8 +7,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ccmim_fast.checkpoints import OpenedRun
 from ccmim_fast.checkpoints.convert import to_timm
+from ccmim_fast.checkpoints.run import OpenedRun
 from ccmim_fast.errors import CheckpointError
 from ccmim_fast.export.about import about, timm_arguments
 

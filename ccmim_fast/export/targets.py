@@ -8,7 +8,7 @@ from ccmim_fast.errors import ConfigError, MachineError
 from ccmim_fast.registry import load
 
 if TYPE_CHECKING:
-    from ccmim_fast.checkpoints import OpenedRun
+    from ccmim_fast.checkpoints.run import OpenedRun
 
 
 class Target(NamedTuple):
@@ -64,7 +64,7 @@ def export_run(target: str, run: str, out: Path, results: Sequence[str] = (), hu
         CheckpointError: `run` has no checkpoint that loads.
         MachineError: `out` cannot be written.
     """
-    from ccmim_fast.checkpoints import open_run
+    from ccmim_fast.checkpoints.run import open_run
     from ccmim_fast.export.card import read_result, write_card
 
     evaluation = [row for path in results for row in read_result(path)]

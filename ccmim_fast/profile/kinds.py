@@ -3,17 +3,7 @@
 import re
 
 # Where kernels overlap on a GPU, a moment belongs to the first of these kinds.
-KINDS = (
-    "matmul",
-    "attention",
-    "our kernels",
-    "elementwise",
-    "optimizer",
-    "communication",
-    "other",
-    "data wait",
-    "idle",
-)
+KINDS = "matmul", "attention", "our kernels", "elementwise", "optimizer", "communication", "other", "data wait", "idle"
 
 _MATMUL_NAMES = r"gemm|gemv|nvjet|cublas|xmma|splitk_?reduce|tensorop|\bdot_kernel|conv(?:olve|2d)"
 _ELEMENTWISE_NAMES = (

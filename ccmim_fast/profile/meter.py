@@ -45,10 +45,8 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype | None) -> floa
 
 
 def measure_memory_bandwidth(device: torch.device) -> float:
-    """Return the bytes/s, read plus written, of a large tensor that is scaled in place: the best of 24.
-
-    It is in place as an optimizer's work is: a CPU also reads the target of a copy before it writes it.
-    """
+    """Return the bytes/s, read plus written, of a large tensor that is scaled in place: the best of 24."""
+    # In place as an optimizer's work is: a CPU also reads the target of a copy before it writes it.
     large = torch.zeros(_LARGE_BYTES // 4, device=device)
     return 2 * large.nbytes / _best_of(24, lambda: large.mul_(1.0), device)
 
@@ -81,9 +79,7 @@ class Meter:
         dtype: of the step's products, whose rate is measured; None: float32.
     """
 
-    def __init__(
-        self, batch_size: int, session: Session, flops_by_op: dict[Any, float], dtype: torch.dtype | None = None
-    ):
+    def __init__(self, batch_size: int, session: Session, flops_by_op: dict[Any, float], dtype: torch.dtype | None):
         self._batch_size, self._session, self.flops_by_op = batch_size, session, flops_by_op
         self._peak = session.world_size * measure_matmul_rate(session.device, dtype) if flops_by_op else None
         self.pause()

@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,89 +31,71 @@ ADAMW_BYTES = (4 + 3) * 4
 Item = TypeVar("Item")
 
 
+@dataclass(frozen=True)
 class Profile:
-    """This class profiles some optimizer steps of a run, once, on rank 0 alone.
+    """This class profiles some optimizer steps of a run, once, on rank 0 alone."""
 
-    Args:
-        steps: to profile; 0 costs nothing.
-        session: this process's.
-        folder: the run's; `profile/trace.json.gz`, `table.md` and `table.json` are written into it.
-        meter: knows a step's arithmetic; it is paused while the table is made.
-        model: its trainable parameters bound the optimizer's time.
-        precision: of the step's matmuls.
-        images: per step and rank.
-        note: prints the table.
-    """
-
-    def __init__(
-        self,
-        steps: int,
-        session: Session,
-        folder: Path,
-        meter: Meter,
-        model: nn.Module,
-        precision: Precision,
-        images: int,
-        note: Callable[[str], None],
-    ):
-        self._steps = steps if session.is_main else 0
-        self._device, self._folder, self._meter, self._model = session.device, folder / "profile", meter, model
-        self._precision, self._images, self._note = precision, images, note
+    steps: int  # to profile; 0 costs nothing
+    session: Session
+    folder: Path  # the run's; `profile/trace.json.gz`, `table.md` and `table.json` are written into it
+    meter: Meter  # knows a step's arithmetic; it is paused while the table is made
+    model: nn.Module  # its trainable parameters bound the optimizer's time
+    precision: Precision  # of the step's matmuls
+    images: int  # per step and rank
+    note: Callable[[str], None]  # prints the table
 
     def watch(self, batches: Iterable[Item]) -> Iterable[Item]:
         """Return the batches of the run's steps, unchanged."""
-        return self._watched(iter(batches)) if self._steps else batches
+        return self._watched(iter(batches)) if self.steps and self.session.is_main else batches
 
     def _watched(self, batches: Iterator[Item]) -> Iterator[Item]:
         """Yield the batches; a step runs while its batch is out, so the host waits for the device between steps."""
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._device.type == "cuda" else [])]
+        device = self.session.device
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
         yield from islice(batches, WARM_UP - 1)
         with torch.profiler.profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=1)) as profiler:
             yield next(batches)
-            synchronise(self._device)
+            synchronise(device)
             profiler.step()
             with record_function(PROFILED):
-                for _ in range(self._steps):
+                for _ in range(self.steps):
                     with record_function(DATA_WAIT):
                         batch = next(batches)
                     yield batch
-                synchronise(self._device)
+                synchronise(device)
         self._write(profiler)
         yield from batches
 
     def _write(self, profiler: torch.profiler.profile) -> None:
-        self._folder.mkdir(exist_ok=True)
-        trace, device = self._folder / "trace.json.gz", self._device
+        folder, device = self.folder / "profile", self.session.device
+        folder.mkdir(exist_ok=True)
+        trace = folder / "trace.json.gz"
         profiler.export_chrome_trace(str(trace))
         with gzip.open(trace, "rt") as file:
             spent = read_timeline(json.load(file)["traceEvents"], on_gpu=device.type == "cuda")
         flops = Counter()
-        for op, count in self._meter.flops_by_op.items():
-            flops[kind_of_counted(str(op))] += count * self._images
-        trained = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
-        facts = {**environment(device), "threads": torch.get_num_threads(), "precision": self._precision.name}
+        for op, count in self.meter.flops_by_op.items():
+            flops[kind_of_counted(str(op))] += count * self.images
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        facts = {**environment(device), "threads": torch.get_num_threads(), "precision": self.precision.name}
         measured = {
             "facts": facts,
-            "steps": self._steps,
-            "images_per_step": self._images,
+            "steps": self.steps,
+            "images_per_step": self.images,
             "flops_per_step": flops,
             "optimizer_bytes_per_step": ADAMW_BYTES * trained,
-            "matmul_flops_per_second": measure_matmul_rate(device, self._precision.dtype),
+            "matmul_flops_per_second": measure_matmul_rate(device, self.precision.dtype),
             "memory_bytes_per_second": measure_memory_bandwidth(device),
         }
         table = make_table(spent, measured)
-        (self._folder / "table.json").write_text(json.dumps(table, indent=1) + "\n")
-        (self._folder / "table.md").write_text(markdown(table))
-        self._note(markdown(table))
-        self._meter.pause()
+        (folder / "table.json").write_text(json.dumps(table, indent=1) + "\n")
+        (folder / "table.md").write_text(markdown(table))
+        self.note(markdown(table))
+        self.meter.pause()
 
 
 def check_room(steps: int, left: int) -> None:
-    """Refuse to profile more `steps` than fit into the `left` ones of the run, behind those before them.
-
-    Raises:
-        ConfigError: they do not fit.
-    """
+    """Raise ConfigError if `steps` to profile, behind the warm-up, are more than the `left` ones of the run."""
     if steps and left < WARM_UP + steps:
         raise ConfigError(
             f"train.profile={steps}: with {WARM_UP} warm-up steps it needs {WARM_UP + steps} steps, this run has "
@@ -123,9 +106,9 @@ def check_room(steps: int, left: int) -> None:
 def make_table(spent: Mapping[tuple[str, str], float], measured: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of `table.json`: what was measured, and each kind's time beside its floor.
 
-    A floor is the time below which no implementation of the same arithmetic gets on this device: of products and
-    attention at its matmul rate, of AdamW at its memory bandwidth. The other kinds have none, as a good enough compiler
-    might fuse or hide them: so all of their time is over the floor.
+    No implementation of the same arithmetic gets below a floor on this device: that of products and attention is their
+    time at its matmul rate, AdamW's is that at its memory bandwidth. The other kinds have none, as a good enough
+    compiler might fuse or hide them: so all of their time is over the floor.
 
     Args:
         spent: microseconds by (kind, name), over all steps.

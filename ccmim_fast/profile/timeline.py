@@ -1,6 +1,5 @@
 """The timeline turns a Chrome trace into microseconds by kind of work; every moment of a step has one kind."""
 
-import heapq
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
@@ -28,16 +27,12 @@ class Interval(NamedTuple):
 
 
 def read_timeline(events: Iterable[dict[str, Any]], *, on_gpu: bool) -> Counter[tuple[str, str]]:
-    """Return the microseconds of the profiled steps by (kind, name); they sum to the steps' span.
+    """Return the microseconds of the profiled steps by (kind, name), from the `traceEvents` of torch's Chrome trace.
 
-    On a GPU kernels count; where several run, the first kind of `KINDS` does, so `communication` is the part that no
-    computation hides. Time without a kernel is `data wait` while the host waits for data, else `idle`. On a CPU the
-    innermost operator counts, and a wait for data before any; time outside of operators, Python's, is `idle`, which has
-    no name.
-
-    Args:
-        events: `traceEvents` of torch's Chrome trace.
-        on_gpu: True if the steps ran on a GPU.
+    If they ran on a GPU, kernels count; where several run, the first kind of `KINDS` does, so `communication` is the
+    part that no computation hides. Time without a kernel is `data wait` while the host waits for data, else `idle`. On
+    a CPU the innermost operator counts, and a wait for data before any; time outside of operators, Python's, is `idle`,
+    which has no name. All sum to the steps' span.
 
     Raises:
         ValueError: the trace does not hold the range `PROFILED`.
@@ -46,7 +41,7 @@ def read_timeline(events: Iterable[dict[str, Any]], *, on_gpu: bool) -> Counter[
     window = next((e for e in timed if e["name"] == PROFILED and e.get("cat") == "user_annotation"), None)
     if window is None:
         raise ValueError(f"the trace has no range {PROFILED!r}")
-    found = (_on_gpu(event) if on_gpu else _on_cpu(event, window["tid"]) for event in timed if event is not window)
+    found = (_interval(event, on_gpu, window["tid"]) for event in timed if event is not window)
     start = float(window["ts"])
     return attribute([interval for interval in found if interval is not None], start, start + window["dur"])
 
@@ -56,35 +51,29 @@ def attribute(intervals: Sequence[Interval], start: float, end: float) -> Counte
     upcoming = deque(sorted((i for i in intervals if i.start < end and i.end > start), key=lambda i: i.start))
     edges = sorted({start, end, *(max(start, i.start) for i in upcoming), *(min(end, i.end) for i in upcoming)})
     spent: Counter[tuple[str, str]] = Counter()
-    active: list[tuple[tuple[float, ...], int, Interval]] = []
+    active: list[Interval] = []  # as many as operators call each other, or kernels overlap
     for now, until in pairwise(edges):
         while upcoming and upcoming[0].start <= now:
-            interval = upcoming.popleft()
-            # heapq's smallest is the highest priority; of equal ones the earlier.
-            heapq.heappush(active, (tuple(-part for part in interval.priority), -len(upcoming), interval))
-        while active and active[0][2].end <= now:
-            heapq.heappop(active)
-        spent[active[0][2][3:] if active else ("idle", "")] += until - now
+            active.append(upcoming.popleft())
+        active = [interval for interval in active if interval.end > now]
+        first = max(active, key=lambda i: i.priority, default=None)
+        spent[("idle", "") if first is None else (first.kind, first.name)] += until - now
     return spent
 
 
-def _on_gpu(event: dict[str, Any]) -> Interval | None:
-    start, name, category = float(event["ts"]), event["name"], event.get("cat")
-    waits = name == DATA_WAIT and category == "user_annotation"
-    if not waits and category not in _ON_GPU:
+def _interval(event: dict[str, Any], on_gpu: bool, thread: Any) -> Interval | None:
+    """Return the interval of an event, None for one that does not count; `thread` is the host's that runs the steps."""
+    start, length, name, category = float(event["ts"]), float(event["dur"]), event["name"], event.get("cat")
+    on_host = category in _ON_HOST and event["tid"] == thread
+    if on_host and name == DATA_WAIT:
+        kind, priority = "data wait", (-KINDS.index("data wait"),) if on_gpu else (math.inf,)
+    elif on_gpu and category in _ON_GPU:
+        kind = kind_of_kernel(name)
+        priority = (-KINDS.index(kind),)
+    elif on_host and not on_gpu:
+        kind, priority = kind_of_op(name), (start, -length)  # the innermost began last, or is the shorter
+        if kind == "other" and category == "user_annotation":
+            return None  # a range around Python, such as DDP's forward
+    else:
         return None
-    kind = "data wait" if waits else kind_of_kernel(name)
-    return Interval(start, start + event["dur"], (-KINDS.index(kind),), kind, name)
-
-
-def _on_cpu(event: dict[str, Any], thread: Any) -> Interval | None:
-    start, length, name = float(event["ts"]), float(event["dur"]), event["name"]
-    if event.get("cat") not in _ON_HOST or event["tid"] != thread:
-        return None
-    if name == DATA_WAIT:
-        return Interval(start, start + length, (math.inf, 0.0), "data wait", name)
-    kind = kind_of_op(name)
-    if kind == "other" and event["cat"] == "user_annotation":
-        return None  # a range around Python, such as DDP's forward
-    # The innermost began last; of equal beginnings it is the shorter.
-    return Interval(start, start + length, (start, -length), kind, name)
+    return Interval(start, start + length, priority, kind, name)

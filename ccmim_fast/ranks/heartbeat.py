@@ -1,7 +1,4 @@
-"""Heartbeats: each rank writes what it does to a small file in the run's folder; together they show what is wrong.
-
-They are files because a file remains when its rank, its machine or the store of the process group is lost.
-"""
+"""Heartbeats: each rank writes what it does to a file, which remains when rank, machine or process group is lost."""
 
 import time
 from collections import defaultdict
@@ -13,53 +10,30 @@ from typing import NamedTuple
 from ccmim_fast.runs.state import is_alive, read_record, write_record
 
 # In the order in which a rank enters them: at equal step numbers the later phase is further on.
-PHASES = (
-    "starting",
-    "indexing images",
-    "waiting for the index",
-    "building the model",
-    "loading a checkpoint",
-    "in step",
-    "saving",
-    "evaluating the model",
-    "waiting for images",
-)
+_ONCE = "starting", "indexing images", "waiting for the index", "building the model", "loading a checkpoint"
+PHASES = *_ONCE, "in step", "saving", "evaluating the model", "waiting for images"
 DONE = "done"
 _MAX_STACKS = 4  # different stacks in one report
 
 
 class Heartbeat(NamedTuple):
-    """A heartbeat is what a rank last wrote about itself.
+    """A heartbeat is what a rank last wrote about itself; `host`, `pid` and `started` tell its process."""
 
-    Attributes:
-        launch: id of the launch; files of earlier launches may lie in the same folder.
-        rank: the rank.
-        host, pid, started: its process; `started` as in `RunState`.
-        step: number of the newest step that began, from 1.
-        phase: one of `PHASES`.
-        phase_began, written: seconds since 1970, by the clock of its machine.
-        outcome: "" while it runs, then `DONE` or its error in one line.
-    """
-
-    launch: str
+    launch: str  # id of the launch; files of earlier launches may lie in the same folder
     rank: int
     host: str
     pid: int
-    started: int | None
-    step: int
-    phase: str
-    phase_began: float
-    written: float
-    outcome: str = ""
+    started: int | None  # as in `RunState`
+    step: int  # number of the newest step that began, from 1
+    phase: str  # one of `PHASES`
+    phase_began: float  # seconds since 1970, by the clock of its machine
+    written: float  # likewise
+    outcome: str = ""  # "" while it runs, then `DONE` or its error in one line
 
     @property
     def position(self) -> tuple[int, int]:
         """The larger position is further on."""
         return self.step, PHASES.index(self.phase)
-
-    @property
-    def name(self) -> str:
-        return f"rank {self.rank} ({self.host}, process {self.pid})"
 
     @property
     def activity(self) -> str:
@@ -92,10 +66,9 @@ def read_heartbeats(folder: Path, launch: str, ranks: Iterable[int]) -> list[Hea
 
 
 def diagnose(heartbeats: Sequence[Heartbeat | None], now: float, silence: float) -> Diagnosis:
-    """Return the worst problem of any rank.
+    """Return the worst problem of any rank, from the heartbeats of all, in their order.
 
     Args:
-        heartbeats: of all ranks, in their order.
         now: seconds since 1970; the clocks of machines may differ by less than `silence`.
         silence: seconds without a heartbeat after which a rank counts as stopped, or its machine as lost.
     """
@@ -122,13 +95,15 @@ def headline(heartbeats: Sequence[Heartbeat | None], diagnosis: Diagnosis) -> st
     beat = heartbeats[ranks[0]]
     if beat is None:
         line = f"rank {ranks[0]} has written no heartbeat yet"
-    elif reason == "failed":
-        line = f"{beat.name} failed, {beat.activity}: {beat.outcome}"
-    elif reason == "behind":
-        line = f"{beat.name} is stuck: {beat.activity} since {clock(beat.phase_began)}"
     else:
-        problem = "died without an error message, perhaps killed" if reason == "died" else "is silent"
-        line = f"{beat.name} {problem}; last heartbeat: {beat.activity} at {clock(beat.written)}"
+        last = f"last heartbeat: {beat.activity} at {clock(beat.written)}"
+        problem = {
+            "failed": f"failed, {beat.activity}: {beat.outcome}",
+            "died": f"died without an error message, perhaps killed; {last}",
+            "silent": f"is silent; {last}",
+            "behind": f"is stuck: {beat.activity} since {clock(beat.phase_began)}",
+        }
+        line = f"rank {beat.rank} ({beat.host}, process {beat.pid}) {problem[reason]}"
     if ranks[1:]:
         line += f"; likewise {_name(ranks[1:])}"
     waiting = [beat.rank for beat in known if beat.rank not in ranks and beat.outcome != DONE]
@@ -138,10 +113,9 @@ def headline(heartbeats: Sequence[Heartbeat | None], diagnosis: Diagnosis) -> st
 
 
 def report(heartbeats: Sequence[Heartbeat | None], diagnosis: Diagnosis, stacks: dict[int, str]) -> str:
-    """Return the headline, the activity of every rank, and some stacks.
+    """Return the headline, the activity of every rank, and some of the `stacks` by rank.
 
-    Args:
-        stacks: by rank, of ranks that gave one; equal ones are shown once, and those of the fewest ranks first.
+    Equal stacks are shown once, and those of the fewest ranks first.
     """
     activities, by_stack = defaultdict(list), defaultdict(list)
     for rank, beat in enumerate(heartbeats):

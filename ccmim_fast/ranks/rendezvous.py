@@ -10,25 +10,13 @@ import time
 import uuid
 from collections.abc import Callable
 
-from torch.distributed import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed import Store
 
 _POLL = 0.05  # seconds
 
 
-def join_launch(timeout: datetime.timedelta) -> tuple[Store, int, int, str]:
-    """Return a store of this launch alone, rank and world size as the environment gives them, and the launch's id.
-
-    Raises:
-        TimeoutError: some rank did not come.
-    """
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    launch = agree_on_launch(store, rank, world_size, timeout)
-    return PrefixStore(launch, store), rank, world_size, launch
-
-
 def agree_on_launch(store: Store, rank: int, world_size: int, timeout: datetime.timedelta) -> str:
-    """Return an id that rank 0 makes and all ranks of its launch get; the store may hold keys of dead ranks.
+    """Return an id that rank 0 makes and all ranks of its launch get; raises TimeoutError if some rank does not come.
 
     Each rank writes a new token and waits for the reply to this token, which no earlier launch can have given. Rank 0
     replies to every token it finds with its id, until each rank has confirmed the id.

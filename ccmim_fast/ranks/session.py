@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from ccmim_fast.errors import MachineError, one_line
-from ccmim_fast.ranks.rendezvous import join_launch
+from ccmim_fast.ranks.rendezvous import agree_on_launch
 from ccmim_fast.ranks.watchdog import Watchdog
 
 _MARGIN = 1.0  # minutes that the backend waits beyond `watch.timeout`: the watchdog, which knows more, ends first
@@ -52,10 +53,12 @@ def open_session(device: str, timeout: float = 30.0) -> Iterator[Session]:
     if gpu is not None:
         torch.cuda.set_device(gpu)
     # Each rank compiles for itself: two that wrote one cache at a time have broken it.
-    cache = Path.home() / ".triton" / f"cache_rank_{os.environ['RANK']}"
-    os.environ.setdefault("TRITON_CACHE_DIR", str(cache))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / f"cache_rank_{os.environ['RANK']}"))
     try:
-        store, rank, world_size, launch = join_launch(datetime.timedelta(minutes=timeout))
+        wait = datetime.timedelta(minutes=timeout)
+        store, rank, world_size = next(rendezvous("env://", timeout=wait))
+        launch = agree_on_launch(store, rank, world_size, wait)
+        store = dist.PrefixStore(launch, store)  # of this launch alone
         place = {"store": store, "rank": rank, "world_size": world_size, "device_id": gpu}
         dist.init_process_group("gloo" if gpu is None else "nccl", timeout=backend_timeout(timeout), **place)
     except (TimeoutError, dist.DistError) as error:

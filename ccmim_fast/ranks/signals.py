@@ -1,5 +1,6 @@
 """Signals that ask a run to stop: they set a flag, and the run stops when its step is done."""
 
+import contextlib
 import signal
 from types import FrameType
 
@@ -12,19 +13,14 @@ class StopSignals:
     Args:
         keep_after_error: leave the handlers in place after an error, until the process ends: when a rank is lost, the
             launcher ends the other ranks, which still have to write their diagnosis.
-
-    Attributes:
-        name: of the signal that came; "" before.
     """
 
     def __init__(self, keep_after_error: bool = False) -> None:
         self.name, self._previous, self._keep_after_error = "", {}, keep_after_error
 
     def __enter__(self) -> "StopSignals":
-        try:
+        with contextlib.suppress(ValueError):  # Python installs handlers in the main thread only
             self._previous = {number: signal.signal(number, self._handle) for number in _STOP_SIGNALS}
-        except ValueError:  # Python installs handlers in the main thread only
-            self._previous = {}
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:

@@ -22,7 +22,7 @@ NOTICE = 120  # seconds before the end: for a step and ViT-H's checkpoint, 7.6 G
 
 
 class Job(NamedTuple):
-    """What a job asks Slurm for; `time` is HH:MM:SS, `requeue` asks for another start until the run is done."""
+    """A job asks Slurm for this; `time` is HH:MM:SS, `requeue` asks for another start until the run is done."""
 
     nodes: int = 1
     gpus_per_node: int = 1
@@ -46,7 +46,8 @@ def check_job(config: Config, job: Job) -> None:
 
 def sbatch_script(config: Config, job: Job, settings: Sequence[str]) -> str:
     """Return the file for sbatch that carries out `ccmim pretrain SETTINGS`; `config` is what `settings` give."""
-    return _template().render(_values(config, job), settings=shlex.join(settings))
+    template, values = _filled(config, job)
+    return template.render(values, settings=shlex.join(settings))
 
 
 def submit_job(
@@ -54,20 +55,15 @@ def submit_job(
 ) -> Any:
     """Hand in a job by submitit, whose files and logs go into the run's folder; returns submitit's job.
 
-    Args:
-        train: a module's function, which each task calls with `settings`.
-        config, job, settings: as for `sbatch_script`.
-        cluster: submitit's name of where jobs go; `local` is this machine.
-
-    Raises:
-        MachineError: submitit or Slurm is missing, or refused the job.
+    Each task calls `train`, a module's function, with `settings`. `cluster` is submitit's name of where jobs go.
+    Raises MachineError if submitit or Slurm is missing, or refused the job.
     """
     try:
         import submitit
     except ImportError:
         install = "pip install 'ccmim_fast[slurm]'"
         raise MachineError(f"ccmim submit needs submitit: {install}; or --print, and sbatch") from None
-    template, values = _template(), _values(config, job)
+    template, values = _filled(config, job)
     before, after = ("".join(template.blocks[name](template.new_context(values))) for name in ("before", "after"))
     hours, minutes, seconds = map(int, job.time.split(":"))
     try:
@@ -85,10 +81,7 @@ def submit_job(
             slurm_setup=[before],
             slurm_teardown=[after],
             slurm_srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={job.cpus_per_gpu}"],
-            slurm_additional_parameters={
-                "signal": f"USR1@{NOTICE}",
-                "requeue" if job.requeue else "no-requeue": True,
-            },
+            slurm_additional_parameters={"signal": f"USR1@{NOTICE}", "requeue" if job.requeue else "no-requeue": True},
         )
         # What sbatch complains of is printed by submitit, and raised.
         with contextlib.redirect_stderr(io.StringIO()):
@@ -105,16 +98,14 @@ def become_rank() -> None:
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
 
 
-def _template() -> Any:
+def _filled(config: Config, job: Job) -> tuple[Any, dict[str, Any]]:
+    """Return jinja2's template of the job and what it is filled with, but for the settings."""
     from jinja2 import Environment, StrictUndefined
 
-    text = Path(__file__).with_name("sbatch.sh").read_text()
-    return Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(text)
-
-
-def _values(config: Config, job: Job) -> dict[str, Any]:
     run = Path(config.run.dir)
-    return {
+    text = Path(__file__).with_name("sbatch.sh").read_text()
+    template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(text)
+    return template, {
         "name": re.sub(r"[^\w.-]", "-", run.name, flags=re.ASCII) or "ccmim",
         "job": job,
         "notice": NOTICE,

@@ -26,14 +26,11 @@ _SILENCE = 20.0  # seconds without a heartbeat after which a rank counts as lost
 
 
 class Watchdog:
-    """The watchdog of one rank; that of a single process does nothing.
-
-    As a context manager it replaces an error that another rank caused, see `translate_error`.
+    """A watchdog guards one rank, and translates errors that leave its context; that of a single process does nothing.
 
     Args:
         launch: an id that all ranks of this launch have, and no other launch.
         timeout: seconds in one phase after which the rank counts as stuck.
-        local_ranks: the ranks of this machine.
     """
 
     def __init__(
@@ -53,11 +50,7 @@ class Watchdog:
         self._write_lock = threading.Lock()
 
     def enter_phase(self, phase: str, step: int | None = None) -> None:
-        """Record in memory, in under a microsecond, that this rank is in `phase` (of `heartbeat.PHASES`) from now on.
-
-        Args:
-            step: number of the step that begins; None: it stays the same.
-        """
+        """Note in memory, in under a microsecond, that `phase` (of `PHASES`) begins, and with it `step` unless None."""
         self._phase = (phase, self._phase[1] if step is None else step, time.monotonic())
 
     def start(self, run: Path) -> None:
@@ -91,14 +84,14 @@ class Watchdog:
     def translate_error(self, error: BaseException) -> BaseException:
         """Return the error to raise in place of `error`.
 
-        An error of this rank is returned as it is; the others read it in this rank's heartbeat and end too. (Should
-        this process then hang, for a thread that does not come back, the watchdog ends it after the time-out.) An error
+        An error of this rank is returned as it is; the others read it in this rank's heartbeat and end too. An error
         that the end of another rank caused becomes a MachineError that says why that rank ended.
         """
         if self._world_size == 1 or self._outcome:
             return error
         if is_peer_failure(error):
             return self._peer_lost(error)
+        # Should this process then hang, for a thread that does not come back, `_check` ends it after the time-out.
         self.finish(one_line(f"{type(error).__name__}: {error}", 300))
         # No report of a stop by a signal: all ranks agreed on it.
         if self._run is not None and not isinstance(error, StoppedError):
@@ -121,16 +114,20 @@ class Watchdog:
         return MachineError(f"rank {self._rank} ends: {line}")
 
     def _watch(self) -> None:
-        """Run in the thread."""
         while not self._done.wait(self._interval):
             self._write()
             self._check()
 
     def _check(self) -> None:
         """End this process if it is stuck, or if another rank is lost."""
-        age = time.monotonic() - self._phase[2]
+        phase = self._phase
+        age = time.monotonic() - phase[2]
         if age > self._timeout:
-            self._exit_if_stuck()
+            with contextlib.suppress(OSError):
+                self._stack_file(self._rank).write_text(thread_stacks())
+            # The other ranks find out at this time, too; the report then has their stacks.
+            if not self._done.wait(2 * self._interval) and self._phase is phase:
+                self._exit()
         elif self._outcome:
             return
         elif self._report.exists():
@@ -140,14 +137,6 @@ class Watchdog:
                 self._exit()
         elif age > self._silence and any(beat and beat.has_died for beat in self._heartbeats(self._local_ranks)):
             # A rank of this machine was killed and the loop has not noticed, as may happen under NCCL.
-            self._exit()
-
-    def _exit_if_stuck(self) -> None:
-        phase = self._phase
-        with contextlib.suppress(OSError):
-            self._stack_file(self._rank).write_text(thread_stacks())
-        # The other ranks find out at this time, too; the report then has their stacks.
-        if not self._done.wait(2 * self._interval) and self._phase is phase:
             self._exit()
 
     def _exit(self) -> None:
@@ -182,11 +171,9 @@ class Watchdog:
             return headline(heartbeats, diagnosis)
 
     def _heartbeats(self, ranks: Sequence[int] = ()) -> list[Heartbeat | None]:
-        """Read the heartbeats of some ranks, or of all."""
         return read_heartbeats(self._folder, self._launch, ranks or range(self._world_size))
 
     def _write(self) -> None:
-        """Write the heartbeat of this rank."""
         with self._write_lock:
             (phase, step, start), now = self._phase, time.time()
             began = now - (time.monotonic() - start)

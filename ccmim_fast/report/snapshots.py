@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from ccmim_fast.bank.bank import read_maps
-from ccmim_fast.checkpoints import OpenedRun, io, open_run
+from ccmim_fast.checkpoints.manifest import CHECKPOINTS, checkpoints
+from ccmim_fast.checkpoints.run import OpenedRun, open_run
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.build import build_source
 from ccmim_fast.data.source import Source, usable_count, usable_ids
@@ -63,7 +64,7 @@ def take_snapshots(folder: Path, images: int, moments: int, root: str = "") -> S
         root: take images from here, where the run's own are not at hand.
     """
     snapshots, remarks = [], []
-    for path in spread(io.checkpoints(folder / io.CHECKPOINTS), moments):
+    for path in spread(checkpoints(folder / CHECKPOINTS), moments):
         try:
             snapshots.append(_snapshot(open_run(path), images, root))
         except CcmimError as error:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from ccmim_fast.checkpoints.manifest import MANIFEST
+from ccmim_fast.checkpoints.manifest import CHECKPOINTS, MANIFEST
 from ccmim_fast.config.load import to_yaml
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.runs.state import CHECKPOINTS, CONFIG
+from ccmim_fast.runs.state import CONFIG
 
 _PACKAGES = ("ccmim_fast", "torch", "torchvision", "timm", "triton", "xformers", "numpy", "pillow")
 
@@ -47,11 +47,7 @@ def open_run_folder(config: Config, resumable: bool = True) -> Path:
 
 
 def check_apart(folder: str, checkpoint: str) -> None:
-    """Refuse a folder for an evaluation if emptying it would remove what is evaluated.
-
-    Raises:
-        ConfigError: the checkpoint is in the folder, or the folder among the checkpoints of its run.
-    """
+    """Raise ConfigError if emptying an evaluation's `folder` would remove the checkpoint, or others of its run."""
     target, source = Path(folder).resolve(), Path(checkpoint).resolve()
     kept = source / CHECKPOINTS if (source / CHECKPOINTS).is_dir() else source
     if target in (source, kept) or target in source.parents or kept in target.parents:
@@ -59,11 +55,7 @@ def check_apart(folder: str, checkpoint: str) -> None:
 
 
 def evaluation_folder(checkpoint: str, name: str) -> str:
-    """Return the default folder of an evaluation: `eval/name` in the run's own folder, where its report looks.
-
-    Args:
-        checkpoint: folder of a run, or of one of its checkpoints; for anything else it is runs/eval/`name`.
-    """
+    """Return an evaluation's default folder: `eval/name` in that of the checkpoint's run, else runs/eval/`name`."""
     path = Path(checkpoint)
     if (path / MANIFEST).is_file() and path.absolute().parent.name == CHECKPOINTS:
         path = (path if len(path.parts) > 2 else path.absolute()).parent.parent

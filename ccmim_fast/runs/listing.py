@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from ccmim_fast.checkpoints.manifest import read_manifest
+from ccmim_fast.checkpoints.manifest import CHECKPOINTS, checkpoints, read_manifest, step_of
 from ccmim_fast.errors import CheckpointError, one_line
-from ccmim_fast.runs.state import CHECKPOINTS, CONFIG, FILE, METRICS, RunState, is_alive, read_state
+from ccmim_fast.runs.state import CONFIG, FILE, METRICS, RunState, is_alive, read_state
 
 COLUMNS = ("run", "state", "epoch", "loss", "recons", "contrast", "img/s", "saved", "silent")
 _TAIL = 65536  # bytes of metrics.jsonl read first; a line has about 400
@@ -29,14 +28,10 @@ class RunRow(NamedTuple):
 
 
 def run_folders(root: Path) -> Iterator[Path]:
-    """Yield the folders at and below `root` that hold config.yaml and metrics.jsonl, by name.
-
-    Links are followed; a folder is visited once.
-    """
+    """Yield each folder at and below `root` that holds config.yaml and metrics.jsonl, by name; links are followed."""
     seen = set()
     for folder, inside, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
+        if (real := os.path.realpath(folder)) in seen:
             inside.clear()
             continue
         seen.add(real)
@@ -67,8 +62,7 @@ def status(state: RunState | None, age: float, limit: float) -> str:
         return "unknown"  # written by an older version, or damaged
     if state.state != "running":
         return state.state
-    alive = is_alive(state)
-    if alive is None:
+    if (alive := is_alive(state)) is None:
         return "running?" if age < limit else "dead?"
     return "running" if alive else "dead"
 
@@ -108,9 +102,8 @@ def _silence_limit(config: dict[str, Any], last: dict[str, Any]) -> float:
 
 def _newest_step(folder: Path) -> str:
     """Return the step of the newest checkpoint whose files have their sizes; loading it compares checksums, too."""
-    paths = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
-    for path in sorted(paths, key=lambda path: int(path.name[5:]), reverse=True):
-        step = int(path.name[5:])
+    for path in reversed(checkpoints(folder)):
+        step = step_of(path)
         with contextlib.suppress(OSError, CheckpointError):
             if all((path / name).stat().st_size == file.size for name, file in read_manifest(path, step).items()):
                 return str(step)

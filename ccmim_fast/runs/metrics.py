@@ -22,18 +22,15 @@ _FREE_BYTES = 2**20  # on the disk, before TensorBoard gets a record; a record h
 class Metrics:
     """This class writes one JSON object a line to `folder`/metrics.jsonl, and the same figures to TensorBoard.
 
-    Lines of an interrupted run past the step it resumes from are dropped, so that every step appears once.
-
     Args:
-        folder: the run's folder.
         tensorboard: write event files too; where that fails the run goes on without.
-        resume_step: first step that will be written anew; 0 starts an empty file.
+        resume_step: lines past it are dropped, so that every step of a resumed run appears once; 0: all are.
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool, resume_step: int = 0):
         self.path = folder / METRICS
-        kept = _lines_before(self.path, resume_step) if resume_step and self.path.exists() else []
-        self.path.write_text("".join(kept))
+        lines = self.path.read_text().splitlines(keepends=True) if resume_step and self.path.exists() else []
+        self.path.write_text("".join(line for line in lines if _step_of(line) <= resume_step))
         self._file, self._board = self.path.open("a", buffering=1), None
         if tensorboard:
             with self._board_off_on_error():
@@ -74,51 +71,45 @@ class Metrics:
             Console(stderr=True, soft_wrap=True).print(line, highlight=False, markup=False)
 
 
-def _lines_before(path: Path, step: int) -> list[str]:
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        # The last line of a killed run may be cut.
-        with contextlib.suppress(json.JSONDecodeError, KeyError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-    return kept
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):  # the last line of a killed run may be cut
+        return math.inf
 
 
 class ProgressLine:
-    """Progress is a live line on a terminal, a plain line per log step elsewhere, and nothing on ranks other than 0.
+    """Progress is a live line on a terminal, a plain line per log step elsewhere, and nothing where it is not shown.
 
     Args:
         headline: printed once, before the first step.
-        total_steps: optimizer steps of the whole run.
-        done: steps already taken.
-        shown: False: print nothing.
+        total_steps, done: optimizer steps of the whole run, and those already taken.
         log: file that gets every line too; a resumed run appends to it.
     """
 
     def __init__(self, headline: str, total_steps: int, done: int, shown: bool, log: Path | None = None):
-        self._shown, self._total, self._log = shown, total_steps, log
-        self._console, self._live = Console(), None
-        if shown and self._console.is_terminal:
-            self._live = Progress(BarColumn(24), TextColumn("{task.description}"), console=self._console)
-            self._task = self._live.add_task("starting", total=total_steps, completed=done)
+        self._shown, self._total, self._log, self._console = shown, total_steps, log, Console()
+        self._live = shown and self._console.is_terminal
+        columns = BarColumn(24), TextColumn("{task.description}")
+        self._bar = Progress(*columns, console=self._console, disable=not self._live)
+        self._task = self._bar.add_task("starting", total=total_steps, completed=done)
         self.note(headline)
-        if self._live is not None:
-            self._live.start()
+        self._bar.start()
 
     def update(self, step: int, figures: dict[str, float]) -> None:
         line = _line(step, self._total, figures)
-        if self._live is None:
-            self.note(line)
-        else:
+        if self._live:
             self._write_log(line)
-            self._live.update(self._task, completed=step, description=line)
+            self._bar.update(self._task, completed=step, description=line)
+        else:
+            self.note(line)
 
     def note(self, line: str) -> None:
         """Print one line that stays, live or plain."""
         if not self._shown:
             return
         self._write_log(line)
-        if self._live is not None:
+        if self._live:
             self._console.print(line, highlight=False, markup=False)
             return
         try:
@@ -134,8 +125,8 @@ class ProgressLine:
                 file.write(line + "\n")
 
     def close(self) -> None:
-        if self._live is not None:
-            self._live.stop()
+        if self._live:
+            self._bar.stop()
 
 
 def _line(step: int, total: int, f: dict[str, float]) -> str:

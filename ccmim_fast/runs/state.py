@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from ccmim_fast.errors import CcmimError, one_line
 
-CONFIG, METRICS, FILE, CHECKPOINTS = "config.yaml", "metrics.jsonl", "state.json", "checkpoints"  # in a run's folder
+CONFIG, METRICS, FILE = "config.yaml", "metrics.jsonl", "state.json"  # in a run's folder
 STATES = ("running", "done", "stopped", "failed")
 _SIGNAL = 128  # a process that signal n ended has the exit code 128 + n, as a shell counts
 
@@ -18,31 +18,21 @@ Record = TypeVar("Record")
 
 
 class RunState(NamedTuple):
-    """The content of state.json.
+    """The content of state.json; `pid`, `host` and `started` tell the process of rank 0."""
 
-    Attributes:
-        state: running, done (the last step was taken), stopped (ended in order before that) or failed.
-        pid, host, started: the process of rank 0; `started` in clock ticks since boot, as a pid alone is used again.
-        error: one line; empty unless failed.
-        exit_code: of the command; None while running, and where the caller of `fit` decides.
-    """
-
-    state: str
+    state: str  # running, done (the last step was taken), stopped (ended in order before that) or failed
     pid: int
     host: str
-    started: int | None
-    error: str = ""
-    exit_code: int | None = None
+    started: int | None  # clock ticks since boot, as a pid alone is used again
+    error: str = ""  # one line; empty unless failed
+    exit_code: int | None = None  # of the command; None while running, and where the caller of `fit` decides
 
 
 @contextlib.contextmanager
 def recorded(folder: Path, is_main: bool, finished: Callable[[], bool]) -> Iterator[None]:
-    """Record in `folder` that this process runs, and how the body ended. Ranks other than 0 record nothing.
+    """Record in the run's `folder` that this process runs, and how the body ended; ranks other than 0 record nothing.
 
-    Args:
-        folder: the run's folder.
-        is_main: rank 0.
-        finished: returns True if the last step was taken; called if nothing was raised.
+    `finished` tells if the last step was taken; it is called if nothing was raised.
     """
     if not is_main:
         yield

@@ -11,7 +11,8 @@ from made_run import make_run
 from PIL import Image
 from safetensors.torch import load_file
 
-from ccmim_fast.checkpoints import io, open_run
+from ccmim_fast.checkpoints import io
+from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.cli import main
 from ccmim_fast.errors import CheckpointError
 

@@ -11,7 +11,7 @@ from timm.layers import resample_abs_pos_embed
 from tiny import tiny_config
 
 from ccmim_fast import cli
-from ccmim_fast.checkpoints import open_run
+from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.load import presets
 from ccmim_fast.engine.pretraining import fit

@@ -7,8 +7,9 @@ from made_run import make_run
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
-from ccmim_fast.checkpoints import io, open_run
+from ccmim_fast.checkpoints import io
 from ccmim_fast.checkpoints.convert import to_flat, to_timm
+from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.cli import main
 from ccmim_fast.export.about import method
 

@@ -145,12 +145,12 @@ def test_off_and_other_ranks_get_their_batches_untouched(tmp_path, steps, rank):
 @pytest.mark.parametrize("count", [WARM_UP + 2, 9])
 def test_every_batch_passes_once_and_in_order(tmp_path, count):
     profiled = profile_of(tmp_path, 2)
-    profiled._meter._steps = 5
+    profiled.meter._steps = 5
     seen = [torch.ones(8).add(number).sum().item() for number in profiled.watch(range(count))]
     assert seen == [8.0 * (number + 1) for number in range(count)]
     assert (tmp_path / "profile" / "table.md").exists()
     # The time the table took is no training: the meter began anew.
-    assert profiled._meter._steps == 0
+    assert profiled.meter._steps == 0
 
 
 def test_a_step_that_fails_leaves_no_table(tmp_path, monkeypatch):

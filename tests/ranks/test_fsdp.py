@@ -10,9 +10,10 @@ from ranks_launcher import run_in_ranks
 from sharded_ranks import CASES, FEW, STEPS, config_of, rank_main
 from tiny import tiny_config
 
-from ccmim_fast.checkpoints import io, open_run
+from ccmim_fast.checkpoints import io
 from ccmim_fast.checkpoints.convert import to_timm
 from ccmim_fast.checkpoints.manifest import MANIFEST, Sum, manifest, read_manifest
+from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.engine.build import build_step, check_device
 from ccmim_fast.errors import CheckpointError, ConfigError
 from ccmim_fast.export.plain import export_timm

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccmim_fast.checkpoints import io
+from ccmim_fast.checkpoints.manifest import CHECKPOINTS, checkpoints
 from ccmim_fast.config.keys import show
 from ccmim_fast.config.parser import Parser
 from ccmim_fast.data.made.shapes import ShapesSource
@@ -61,7 +61,7 @@ def _places(checkpoint: str, moments: int) -> list[str]:
     """
     if moments < 2:
         return [checkpoint]
-    found = io.checkpoints(Path(checkpoint) / io.CHECKPOINTS)
+    found = checkpoints(Path(checkpoint) / CHECKPOINTS)
     if not found:
         raise ConfigError(f"--moments={moments}: needs the folder of a run with checkpoints, got {show(checkpoint)}")
     return [str(path) for path in spread(found, moments)]

@@ -7,9 +7,8 @@ from typing import NamedTuple
 import torch
 
 from ccmim_fast.build.model import build_model, build_score_source
-from ccmim_fast.checkpoints import OpenedRun, open_run
 from ccmim_fast.checkpoints.published import derived, fill_, read_weights, with_arch
-from ccmim_fast.checkpoints.run import portable
+from ccmim_fast.checkpoints.run import OpenedRun, open_run, portable
 from ccmim_fast.config.keys import show
 from ccmim_fast.config.load import difference, load_config
 from ccmim_fast.config.schema import Config, ModelConfig, RunConfig
