@@ -5,6 +5,7 @@ import sys
 
 from ccmim_fast.commands import COMMANDS, COMPLETING, HELP, take_name, usage
 from ccmim_fast.errors import exit_code_of
+from ccmim_fast.registry import load
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> None:
         name, rest = take_name("ccmim", "command", names, argv)
-        COMMANDS[name].load()(rest)
+        load(f"ccmim_fast.commands.{COMMANDS[name].place}")(rest)
 
     return exit_code_of(run)
 
