@@ -15,23 +15,14 @@ _PASCAL = "pip install torch==2.7.1 torchvision==0.22.1"  # the last with code f
 
 
 class Part(NamedTuple):
-    """A library that may be installed or not.
+    """A library that may be installed or not."""
 
-    Attributes:
-        name: in the table.
-        trial: a name in `trials.TRIALS` and its argument: what the trainer does with the library.
-        instead: what runs without it.
-        install: the command that brings it, or how to build it.
-        module: that is looked for; "": its name.
-        packages: distributions that may bring it, and whose version is told; empty: the module's.
-    """
-
-    name: str
-    trial: tuple[str, ...]
-    instead: str
-    install: str
-    module: str = ""
-    packages: tuple[str, ...] = ()
+    name: str  # in the table
+    trial: tuple[str, ...]  # a function of `trials` and its argument: what the trainer does with the library
+    instead: str  # what runs without it
+    install: str  # the command that brings it, or how to build it
+    module: str = ""  # that is looked for; "": its name
+    packages: tuple[str, ...] = ()  # distributions that may bring it, and whose version is told; empty: the module's
 
 
 class Row(NamedTuple):
