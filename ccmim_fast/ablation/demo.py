@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -24,15 +23,12 @@ from ccmim_fast.runs.folder import open_run_folder
 PICTURES = 6  # held-out images that are drawn
 
 
-class Demo(NamedTuple):
-    """The figures of each method by name, and the path of the page that compares the methods."""
+def run_demo(config: Config) -> tuple[dict[str, dict[str, float]], Path]:
+    """Train both methods on made images; write summary.json and report.html into `run.dir`.
 
-    methods: dict[str, dict[str, float]]
-    report: Path
-
-
-def run_demo(config: Config) -> Demo:
-    """Train both methods on made images; write summary.json and report.html into `run.dir`."""
+    Returns:
+        The figures of each method by name, and the path of report.html.
+    """
     folder = open_run_folder(config)
     torch.manual_seed(config.seed)
     held_out = make_held_out(config)
@@ -47,16 +43,13 @@ def run_demo(config: Config) -> Demo:
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     runs = [RunView("mae", folder / "mae"), RunView("ccmim", folder / "ccmim")]
     write_report(folder / "report.html", "ccMIM and MAE, same budget", runs, summary)
-    return Demo(methods, folder / "report.html")
+    return methods, folder / "report.html"
 
 
 def as_mae(config: Config) -> Config:
     """Return the same run as MAE: random masks, no contrastive half."""
-    return replace(
-        config,
-        mask=replace(config.mask, strategy="random"),
-        contrast=replace(config.contrast, loss="none"),
-    )
+    mask, contrast = replace(config.mask, strategy="random"), replace(config.contrast, loss="none")
+    return replace(config, mask=mask, contrast=contrast)
 
 
 def train_and_measure(config: Config, held_out: HeldOut) -> dict[str, float]:
@@ -80,21 +73,19 @@ def take_snapshot(model: CCMIM, config: Config, held_out: HeldOut, epoch: int) -
     images_BHWC = held_out.images_BHWC.to(model.mean_C.device)
     figures, output, scores_BL = probe(model, config, images_BHWC, held_out.objects_BHW)
     drawn_BHWC = reconstruct(model, config, images_BHWC, output)
-    few = slice(0, PICTURES)
     Snapshot(
         epoch,
-        held_out.images_BHWC[few].numpy(),
-        scores_BL[few].numpy(),
-        output.partition.mask_BL[few].cpu().numpy(),
-        None if drawn_BHWC is None else drawn_BHWC[few],
+        held_out.images_BHWC[:PICTURES].numpy(),
+        scores_BL[:PICTURES].numpy(),
+        output.partition.mask_BL[:PICTURES].cpu().numpy(),
+        None if drawn_BHWC is None else drawn_BHWC[:PICTURES],
     ).save(Path(config.run.dir) / "snapshots" / f"epoch_{epoch:04d}.npz")
     return figures
 
 
 def setting_of(config: Config) -> dict[str, str]:
     """Return in words what a reader of the table must know."""
-    height, width = config.data.image_size
-    model = config.model
+    (height, width), model = config.data.image_size, config.model
     return {
         "encoder": f"{model.depth} blocks, width {model.embed_dim}, patch {model.patch_size}",
         "images": f"{config.data.samples} made images of {height} x {width} pixels, {config.data.classes} classes",

@@ -13,7 +13,7 @@ QUARTERS = 4
 
 
 class Milestone(NamedTuple):
-    """What was measured after `epoch` epochs and `seconds` of training; measuring takes none of them."""
+    """This tuple has the figures after `epoch` epochs and `seconds` of training; measuring takes none of these."""
 
     epoch: int
     seconds: float

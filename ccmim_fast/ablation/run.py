@@ -59,14 +59,11 @@ def run_ablation(
         return run_all([Run(name, seed, (*settings, *options_of[name])) for name, seed in pairs], runs, jobs, test)
 
     figures = figures_of({variant: variants[variant] for variant in only or variants})
-    slower = equal_time(figures, base.train.epochs, ablation.time_of)
-    figures += figures_of(
-        {
-            f"{variant}, in {ablation.time_of}'s time": [*variants[variant], f"--train.epochs={epochs}"]
-            for variant, epochs in slower.items()
-        }
-    )
-    return write(ablation, figures, out, command)
+    again = {
+        f"{variant}, in {ablation.time_of}'s time": [*variants[variant], f"--train.epochs={epochs}"]
+        for variant, epochs in equal_time(figures, base.train.epochs, ablation.time_of).items()
+    }
+    return write(ablation, figures + figures_of(again), out, command)
 
 
 def equal_time(figures: Sequence[dict[str, Any]], epochs: int, time_of: str) -> dict[str, int]:
