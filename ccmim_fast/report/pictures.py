@@ -23,21 +23,13 @@ PNG_BYTES = 250_000  # of the picture of one epoch; those of two runs at five ep
 
 
 class Snapshot(NamedTuple):
-    """A snapshot holds a few images at one epoch, as the model scored, masked and reconstructed them.
+    """A snapshot holds a few images at one epoch, as the model scored, masked and reconstructed them."""
 
-    Attributes:
-        epoch: epochs trained so far; a run that was stopped has a part of one.
-        images_BHWC: uint8.
-        scores_BL: float32, larger = more likely masked; None where the method has no score (MAE).
-        mask_BL: bool, True where masked.
-        reconstruction_BHWC: uint8; with `target.norm_pix` drawn with each target patch's own mean and deviation; None
-            where the model predicts no pixels (`target.kind: hog`).
-    """
-
-    epoch: float
-    images_BHWC: np.ndarray
-    scores_BL: np.ndarray | None
-    mask_BL: np.ndarray
+    epoch: float  # trained so far; a run that was stopped has a part of one
+    images_BHWC: np.ndarray  # uint8
+    scores_BL: np.ndarray | None  # float32, larger = more likely masked; None where the method has no score (MAE)
+    mask_BL: np.ndarray  # bool, True where masked
+    # uint8; with `target.norm_pix` drawn with each target patch's own mean and deviation; None: it predicts no pixels.
     reconstruction_BHWC: np.ndarray | None
 
     def save(self, path: Path) -> None:
@@ -143,12 +135,14 @@ def picture_uri(png: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
+def rgb(picture_HWC: np.ndarray) -> np.ndarray:
+    """Return images of three channels; of gray ones, and of more channels than a screen has, the first is shown."""
+    return picture_HWC if picture_HWC.shape[-1] == 3 else picture_HWC[..., :1].repeat(3, axis=-1)
+
+
 def _tile(picture_HWC: np.ndarray) -> Image.Image:
     """Scale one uint8 picture to TILE: up by a whole factor, so that pixels stay squares, or down smoothly."""
-    if picture_HWC.shape[-1] != 3:
-        # Gray images, and more channels than a screen has: show the first one.
-        picture_HWC = picture_HWC[..., :1].repeat(3, axis=-1)
-    tile = Image.fromarray(np.ascontiguousarray(picture_HWC))
+    tile = Image.fromarray(np.ascontiguousarray(rgb(picture_HWC)))
     longer = max(tile.size)
     if longer <= TILE:
         return tile.resize([side * (TILE // longer) for side in tile.size], Image.Resampling.NEAREST)

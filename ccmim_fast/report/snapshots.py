@@ -34,18 +34,11 @@ class Snapshots(NamedTuple):
 
 
 class FewImages(NamedTuple):
-    """This tuple holds a few images of a source, each its largest central crop of the shape that the model sees.
+    """This tuple holds a few images of a source, each its largest central crop of the shape that the model sees."""
 
-    Attributes:
-        batch: them, on the CPU.
-        shown: which part of which image each is.
-        places_B: int64, their places among the usable samples.
-        source: where they are from.
-    """
-
-    batch: Batch
-    shown: MicroBatch
-    places_B: np.ndarray
+    batch: Batch  # on the CPU
+    shown: MicroBatch  # the part of the image that each is
+    places_B: np.ndarray  # int64, places among the usable samples
     source: Source
 
 
