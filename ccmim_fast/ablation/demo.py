@@ -33,23 +33,27 @@ def run_demo(config: Config) -> tuple[dict[str, dict[str, float]], Path]:
     torch.manual_seed(config.seed)
     held_out = make_held_out(config)
     methods = {"untrained": measure_features(build_model(config).eval(), config, held_out.source)}
-    for name, method in (("mae", as_mae(config)), ("ccmim", config)):
+    # MAE: random masks, no contrastive half.
+    mae = replace(config, mask=replace(config.mask, strategy="random"), contrast=replace(config.contrast, loss="none"))
+    for name, method in (("mae", mae), ("ccmim", config)):
         print(f"\n{name}: {method.train.epochs} epochs of {method.data.samples} images", flush=True)
         method = replace(method, run=replace(method.run, dir=str(folder / name)))
         methods[name] = train_and_measure(method, held_out)
     # Before its first step a run is the untrained network.
     methods["untrained"] |= {key: methods["ccmim"][f"{key}_start"] for key in ("auroc", "leakage", "recons")}
-    summary = {"methods": methods, "chance": 1 / config.data.classes, "setting": setting_of(config)}
+    data, model, (height, width) = config.data, config.model, config.data.image_size
+    setting = {
+        "encoder": f"{model.depth} blocks, width {model.embed_dim}, patch {model.patch_size}",
+        "images": f"{data.samples} made images of {height} x {width} pixels, {data.classes} classes",
+        "budget": f"{config.train.epochs} epochs each",
+        "scores": SCORE_SOURCES[config.score.source].label,
+        "held out": f"{HELD_OUT} images from another seed",
+    }
+    summary = {"methods": methods, "chance": 1 / data.classes, "setting": setting}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     runs = [RunView("mae", folder / "mae"), RunView("ccmim", folder / "ccmim")]
     write_report(folder / "report.html", "ccMIM and MAE, same budget", runs, summary)
     return methods, folder / "report.html"
-
-
-def as_mae(config: Config) -> Config:
-    """Return the same run as MAE: random masks, no contrastive half."""
-    mask, contrast = replace(config.mask, strategy="random"), replace(config.contrast, loss="none")
-    return replace(config, mask=mask, contrast=contrast)
 
 
 def train_and_measure(config: Config, held_out: HeldOut) -> dict[str, float]:
@@ -62,7 +66,7 @@ def train_and_measure(config: Config, held_out: HeldOut) -> dict[str, float]:
         return figures
 
     milestones, rate = fit_and_measure(config, measure)
-    by_epoch = {milestone.epoch: milestone.figures for milestone in milestones}
+    by_epoch = {epoch: figures for epoch, _, figures in milestones}
     moments = {"_start": 0, "_early": round(config.train.epochs / QUARTERS), "": config.train.epochs}
     figures = {f"{key}{name}": value for name, epoch in moments.items() for key, value in by_epoch[epoch].items()}
     return figures | {"images_per_second": rate}
@@ -81,15 +85,3 @@ def take_snapshot(model: CCMIM, config: Config, held_out: HeldOut, epoch: int) -
         None if drawn_BHWC is None else drawn_BHWC[:PICTURES],
     ).save(Path(config.run.dir) / "snapshots" / f"epoch_{epoch:04d}.npz")
     return figures
-
-
-def setting_of(config: Config) -> dict[str, str]:
-    """Return in words what a reader of the table must know."""
-    (height, width), model = config.data.image_size, config.model
-    return {
-        "encoder": f"{model.depth} blocks, width {model.embed_dim}, patch {model.patch_size}",
-        "images": f"{config.data.samples} made images of {height} x {width} pixels, {config.data.classes} classes",
-        "budget": f"{config.train.epochs} epochs each",
-        "scores": SCORE_SOURCES[config.score.source].label,
-        "held out": f"{HELD_OUT} images from another seed",
-    }

@@ -33,13 +33,11 @@ def run_ablation(
     Args:
         name: one of `ABLATIONS`.
         settings: options of `ccmim pretrain`, for all variants alike.
-        seeds: runs of each variant.
-        jobs: runs at a time.
+        seeds, jobs: runs of each variant, and runs at a time.
         only: names of variants; empty: all.
         test: folder of labelled images that features are tested on; "": made images, or none.
         runs: folder of the runs; one that was finished there is not repeated.
-        out: path of the table, without its ending.
-        command: the command line, which the table shows.
+        out, command: path of the table, without its ending, and the command line that it shows.
 
     Raises:
         ConfigError: an unknown variant, a wrong setting, or no folder `test`.

@@ -83,16 +83,12 @@ def parts(on_cuda: bool) -> list[Part]:
         """Without CUDA such a library can only be imported."""
         return (name,) if on_cuda else ("imported", module)
 
-    for_cuda = [
+    compiled = Part("torch.compile", ("compiled",), "train.compile=off: eager steps", "apt install gcc", "torch")
+    return [
+        *([compiled] if on_cuda else []),
         Part("triton", trial("triton", "triton.language"), "train.kernels=reference: PyTorch", "pip install triton"),
         Part("xformers", trial("xformers", "xformers.ops"), "train.attention=sdpa: torch's own", xformers),
         Part("apex", trial("apex", "apex.optimizers"), "optim.name=adamw: torch's fused AdamW", BUILD),
-    ]
-    if on_cuda:
-        compiled = Part("torch.compile", ("compiled",), "train.compile=off: eager steps", "apt install gcc", "torch")
-        for_cuda.insert(0, compiled)
-    return [
-        *for_cuda,
         Part(
             "DALI",
             ("dali", "cuda" if on_cuda else "cpu"),

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.runs.listing import COLUMNS, CONFIG, METRICS, describe
@@ -13,22 +12,18 @@ _SIGNS = (CONFIG, METRICS, FILE)  # a folder with one of them is a run's
 _NAMED = 5  # runs that a message names
 
 
-class Page(NamedTuple):
-    """This tuple says how many runs the page compares, and has a line for each part that cannot be shown."""
-
-    runs: int
-    remarks: list[str]
-
-
 def compare_runs(
     runs: Sequence[Path], out: Path, *, title: str = "", images: int = 4, moments: int = 5, data: str = ""
-) -> Page:
+) -> tuple[int, list[str]]:
     """Write one offline HTML page that compares runs with the first of them; nothing in a run changes.
 
     Args:
         title: "": the runs' names.
         images, moments: images and checkpoints drawn of a run that kept no pictures; no `moments`: no pictures.
         data: root of the images to draw; "": the run's own.
+
+    Returns:
+        The number of runs, and a line for each part that cannot be shown.
 
     Raises:
         ConfigError: a folder holds no run, or `out` is a folder.
@@ -51,7 +46,7 @@ def compare_runs(
     title = title or ("Run " if len(names) == 1 else "Runs ") + ", ".join(names)
     standing = Comparison([*COLUMNS[1:], "remark"], rows)
     write_report(out, title, [RunView(*run) for run in zip(names, folders)], {}, standing, snapshots)
-    return Page(len(folders), [remark for of_run in snapshots for remark in of_run.remarks])
+    return len(folders), [remark for of_run in snapshots for remark in of_run.remarks]
 
 
 def _run(folder: Path) -> Path:

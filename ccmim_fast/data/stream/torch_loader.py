@@ -67,7 +67,7 @@ def evaluation_batches(
             sizes_B2 = source.sizes_N2[ids_B].astype(np.int64)
             boxes_B4 = np.concatenate([np.zeros_like(sizes_B2), sizes_B2], axis=1)
             if central:
-                boxes_B4 = _central_boxes(sizes_B2, image_size, central)
+                boxes_B4 = central_boxes(sizes_B2, image_size, central)
             yield MicroBatch(ids_B, np.zeros_like(ids_B), boxes_B4, np.zeros(len(ids_B), dtype=bool))
 
     def load(sample: MicroBatch) -> tuple[MicroBatch, np.ndarray]:
@@ -78,7 +78,7 @@ def evaluation_batches(
         yield make_batch(_stack(images, buffers), samples, source, device)
 
 
-def _central_boxes(sizes_B2: np.ndarray, image_size: tuple[int, int], share: float) -> np.ndarray:
+def central_boxes(sizes_B2: np.ndarray, image_size: tuple[int, int], share: float = 1.0) -> np.ndarray:
     """Return central boxes [B, 4] with the aspect of `image_size`: `share` of the sides of the largest one."""
     sides_2 = np.array(image_size)
     largest_B1 = (sizes_B2 / sides_2).min(axis=1, keepdims=True)

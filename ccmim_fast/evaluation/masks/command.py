@@ -99,7 +99,12 @@ def _measure(subject: Subject, few: FewImages, object_BL: Tensor | None, count: 
     if not all(scores_BL.isfinite().all() for scores_BL in scored.scores.values()):
         raise CheckpointError(f"{subject.name}: its scores are not finite")
     rows = np.unique(np.linspace(0, len(batch.ids_B) - 1, count).round().astype(int)).tolist()
-    mask_DL = scored.masks[config.mask.strategy][rows]
+    images_DHWC, drawn_DHWC = batch.images_BHWC[rows], None
+    if subject.decodes:
+        mask_DL = scored.masks[config.mask.strategy][rows]
+        partition = Partition(*(part.to(device) for part in partition_from_mask(mask_DL, model.keep)))
+        output = Output(model.predict(images_DHWC, partition), partition, None, None, None)
+        drawn_DHWC = reconstruct(model, config, images_DHWC, output)
     return Moment(
         subject.name,
         config,
@@ -111,12 +116,5 @@ def _measure(subject: Subject, few: FewImages, object_BL: Tensor | None, count: 
         rows=rows,
         images_DHWC=few.batch.images_BHWC[rows].numpy(),
         object_DL=None if object_BL is None else object_BL[rows].numpy(),
-        reconstruction_DHWC=_reconstruction(subject, batch.images_BHWC[rows], mask_DL) if subject.decodes else None,
+        reconstruction_DHWC=drawn_DHWC,
     )
-
-
-def _reconstruction(subject: Subject, images_DHWC: Tensor, mask_DL: Tensor) -> np.ndarray | None:
-    """Return images [D, H, W, C] uint8, masked patches as predicted; None where the model predicts no pixels."""
-    partition = Partition(*(part.to(images_DHWC.device) for part in partition_from_mask(mask_DL, subject.model.keep)))
-    output = Output(subject.model.predict(images_DHWC, partition), partition, None, None, None)
-    return reconstruct(subject.model, subject.config, images_DHWC, output)
