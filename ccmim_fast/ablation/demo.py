@@ -12,7 +12,6 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.engine.pretraining import Pretraining
 from ccmim_fast.evaluation.frozen.held_out import HELD_OUT, HeldOut, make_held_out, measure_features
 from ccmim_fast.evaluation.masks.probe import probe
-from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.registry import SCORE_SOURCES
 from ccmim_fast.report.html import write_report
 from ccmim_fast.report.pictures import Snapshot
@@ -57,12 +56,25 @@ def run_demo(config: Config) -> tuple[dict[str, dict[str, float]], Path]:
 
 
 def train_and_measure(config: Config, held_out: HeldOut) -> dict[str, float]:
-    """Pretrain one method; returns its figures at the start, early (after a quarter of the epochs) and at the end."""
+    """Pretrain one method, and write a few pictures of each milestone into its folder.
+
+    Returns its figures at the start, early (after a quarter of the epochs) and at the end.
+    """
 
     def measure(epoch: int, trainer: Pretraining) -> dict[str, float]:
-        figures = take_snapshot(trainer.model, config, held_out, epoch)
+        model = trainer.model
+        images_BHWC = held_out.images_BHWC.to(model.mean_C.device)
+        figures, output, scores_BL = probe(model, config, images_BHWC, held_out.objects_BHW)
+        drawn_BHWC = reconstruct(model, config, images_BHWC, output)
+        Snapshot(
+            epoch,
+            held_out.images_BHWC[:PICTURES].numpy(),
+            scores_BL[:PICTURES].numpy(),
+            output.partition.mask_BL[:PICTURES].cpu().numpy(),
+            None if drawn_BHWC is None else drawn_BHWC[:PICTURES],
+        ).save(Path(config.run.dir) / "snapshots" / f"epoch_{epoch:04d}.npz")
         if epoch == config.train.epochs:
-            figures |= measure_features(trainer.model, config, held_out.source)
+            figures |= measure_features(model, config, held_out.source)
         return figures
 
     milestones, rate = fit_and_measure(config, measure)
@@ -70,18 +82,3 @@ def train_and_measure(config: Config, held_out: HeldOut) -> dict[str, float]:
     moments = {"_start": 0, "_early": round(config.train.epochs / QUARTERS), "": config.train.epochs}
     figures = {f"{key}{name}": value for name, epoch in moments.items() for key, value in by_epoch[epoch].items()}
     return figures | {"images_per_second": rate}
-
-
-def take_snapshot(model: CCMIM, config: Config, held_out: HeldOut, epoch: int) -> dict[str, float]:
-    """Write a few pictures of this moment into the run's folder; returns the figures of `probe`."""
-    images_BHWC = held_out.images_BHWC.to(model.mean_C.device)
-    figures, output, scores_BL = probe(model, config, images_BHWC, held_out.objects_BHW)
-    drawn_BHWC = reconstruct(model, config, images_BHWC, output)
-    Snapshot(
-        epoch,
-        held_out.images_BHWC[:PICTURES].numpy(),
-        scores_BL[:PICTURES].numpy(),
-        output.partition.mask_BL[:PICTURES].cpu().numpy(),
-        None if drawn_BHWC is None else drawn_BHWC[:PICTURES],
-    ).save(Path(config.run.dir) / "snapshots" / f"epoch_{epoch:04d}.npz")
-    return figures

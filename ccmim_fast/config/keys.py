@@ -49,9 +49,9 @@ def settings(schema: type = Config) -> dict[str, Setting]:
     table = {}
     for item in fields(schema):
         owner = sections(schema).get(item.name)
+        kinds, with_units = (get_type_hints(owner or schema, include_extras=extras) for extras in (False, True))
         for leaf in fields(owner) if owner else [item]:
-            kind = get_type_hints(owner or schema)[leaf.name]
-            annotated = get_type_hints(owner or schema, include_extras=True)[leaf.name]
+            kind, annotated = kinds[leaf.name], with_units[leaf.name]
             if get_origin(kind) is tuple:
                 annotated = get_args(annotated)[0]
             unit = getattr(annotated, "__metadata__", [Unit("")])[0]

@@ -25,8 +25,7 @@ def read(key: str, raw: str | list[str], source: str = "", schema: type = Config
         return _parse(setting.kind, raw)
     except (ValueError, KeyError):
         expected, near = _expected(setting, raw)
-        message = f"{key}={show(raw)}{source}: expected {expected}; nearest valid is {show(near)}"
-        raise ConfigError(message) from None
+        raise ConfigError(f"{key}={show(raw)}{source}: expected {expected}; nearest valid is {show(near)}") from None
 
 
 def _parse(kind: Any, raw: str | list[str]) -> Any:

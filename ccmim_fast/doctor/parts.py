@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ccmim_fast.doctor.trials import PATIENCE, try_all
+from ccmim_fast.doctor.trials import try_all
 from ccmim_fast.optim.apex import BUILD
 
 _PASCAL = "pip install torch==2.7.1 torchvision==0.22.1"  # the last with code for compute capability 6.x
@@ -37,16 +37,15 @@ class Row(NamedTuple):
 
 def gpus() -> list[Row]:
     """Return a row for torch and for each GPU that torch sees, or one that says why it sees none."""
-    listed = _nvidia_smi()
-    found = [_gpu(index, listed) for index in range(torch.cuda.device_count())]
-    if not found and listed:
-        name, driver = listed[0]
-        why = f"no: torch {torch.__version__} does not see it; its driver is too old, or CUDA_VISIBLE_DEVICES hides it"
-        newer = f"a driver for CUDA {torch.version.cuda}, or a torch for the driver: https://pytorch.org/get-started"
-        found = [Row("GPU", f"{name}, driver {driver}", why, "the CPU", newer)]
-    elif not found:
-        found = [Row("GPU", "none", "not installed", "the CPU, with bf16 where it has it")]
-    return [Row("torch", f"{torch.__version__}, Python {sys.version.split()[0]}", "yes"), *found]
+    own, listed = Row("torch", f"{torch.__version__}, Python {sys.version.split()[0]}", "yes"), _nvidia_smi()
+    if count := torch.cuda.device_count():
+        return [own, *(_gpu(index, listed) for index in range(count))]
+    if not listed:
+        return [own, Row("GPU", "none", "not installed", "the CPU, with bf16 where it has it")]
+    name, driver = listed[0]
+    why = f"no: torch {torch.__version__} does not see it; its driver is too old, or CUDA_VISIBLE_DEVICES hides it"
+    newer = f"a driver for CUDA {torch.version.cuda}, or a torch for the driver: https://pytorch.org/get-started"
+    return [own, Row("GPU", f"{name}, driver {driver}", why, "the CPU", newer)]
 
 
 def _gpu(index: int, listed: list[tuple[str, str]]) -> Row:
@@ -102,14 +101,10 @@ def parts(on_cuda: bool) -> list[Part]:
     ]
 
 
-def examine(asked: Sequence[Part], patience: float = PATIENCE) -> list[Row]:
-    """Return a row for each part; those that are installed are tried, all at a time.
-
-    Args:
-        patience: seconds that a trial may take.
-    """
+def examine(asked: Sequence[Part]) -> list[Row]:
+    """Return a row for each part; those that are installed are tried, all at a time."""
     there = [part for part in asked if _is_there(part.module or part.name)]
-    works = dict(zip(there, try_all([part.trial for part in there], patience)))
+    works = dict(zip(there, try_all([part.trial for part in there])))
     rows = []
     for part in asked:
         said = works.get(part, "not installed")

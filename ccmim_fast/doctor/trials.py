@@ -117,17 +117,15 @@ def _agree(found, expected, within: float = 1e-2) -> None:
         raise ValueError(f"its result is wrong by {error:.3g}")
 
 
-def try_all(trials: Sequence[tuple[str, ...]], patience: float = PATIENCE) -> list[str]:
+def try_all(trials: Sequence[tuple[str, ...]]) -> list[str]:
     """Run trials at the same time; returns for each `yes`, or `no: ` and the reason.
 
-    Args:
-        trials: words behind `python -m ccmim_fast.doctor.trials`.
-        patience: seconds that each may take.
+    A trial is the words behind `python -m ccmim_fast.doctor.trials`.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / str(number) for number in range(len(trials))]
         running = [_start(trial, output) for trial, output in zip(trials, outputs)]
-        return [_outcome(process, output, patience) for process, output in zip(running, outputs)]
+        return [_outcome(process, output) for process, output in zip(running, outputs)]
 
 
 def _start(trial: tuple[str, ...], output: Path) -> subprocess.Popen:
@@ -141,18 +139,18 @@ def _start(trial: tuple[str, ...], output: Path) -> subprocess.Popen:
         )
 
 
-def _outcome(process: subprocess.Popen, output: Path, patience: float) -> str:
+def _outcome(process: subprocess.Popen, output: Path) -> str:
     try:
-        code = process.wait(timeout=patience)
+        code = process.wait(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        return f"no: no answer in {patience:g} seconds"
+        return f"no: no answer in {PATIENCE:g} seconds"
     if code == 0:
         return "yes"
     if code < 0:
         return f"no: ended by {signal.Signals(-code).name}"
-    lines = output.read_text(errors="replace").strip().splitlines()
+    lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return f"no: {lines[-1].strip()[:200] if lines else f'exit code {code}'}"
 
 

@@ -90,8 +90,6 @@ def write_report(
     folder lacks are left out, and what is damaged is named.
 
     Args:
-        path: file to write; its folder is made.
-        title: plain text.
         runs: in the order shown; its place decides a run's colour.
         summary: {"methods": {name: {measure: number or None}}, "chance": share of 1, "setting": {key: value}}, all
             optional; measures are the keys of COLUMNS and each with `_early`. A missing one is a dash.
@@ -109,6 +107,8 @@ def write_report(
     methods = {_name_of(name): measures for name, measures in (summary.get("methods") or {}).items()}
     shown = [own or more.taken for own, more in zip_longest(all_of(RunView.snapshots, []), snapshots, fillvalue=NONE)]
     evaluated = [read_evaluations(run, remarks) for run in runs]
+    lines = [(name, run.metrics()) for name, run in zip(names, runs)]
+    drawn = [(label, curve_svg(lines, key, label, uid=f"curve-{key}")) for key, label in CURVES.items()]
     page = TEMPLATES.get_template("page.html").render(
         title=title,
         abstract=_abstract(methods, summary.get("chance")),
@@ -118,7 +118,8 @@ def write_report(
         chance=summary.get("chance"),
         standing=standing and standing._replace(rows=[(_name_of(name), cells) for name, cells in standing.rows]),
         legend=[(name, *line_style(i)) for i, name in enumerate(names)],
-        curves=_curves([(name, run.metrics()) for name, run in zip(names, runs)]),
+        # Markup: matplotlib escapes its text, and `curve_svg` the names.
+        curves=[(label, Markup(svg)) for label, svg in drawn if svg is not None],
         galleries=[(name, of_run) for name, of_run in zip(names, shown) if of_run],
         figures=compare(names, [_figures(of_run) for of_run in evaluated]),
         evaluations=list(zip(names, evaluated)),
@@ -158,10 +159,3 @@ def _best(column: Column, methods: Sequence[dict[str, float | None]]) -> str | N
     if len(values) < 2:
         return None
     return column.show(max(values) if column.higher_is_better else min(values))
-
-
-def _curves(runs: Sequence[tuple[str, list[dict]]]) -> list[tuple[str, Markup]]:
-    """Draw (heading, inline SVG) of each plot that has a curve."""
-    drawn = [(label, curve_svg(runs, key, label, uid=f"curve-{key}")) for key, label in CURVES.items()]
-    # Markup: matplotlib escapes its text, and `curve_svg` the names.
-    return [(label, Markup(svg)) for label, svg in drawn if svg is not None]

@@ -8,7 +8,7 @@ import math
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -51,12 +51,7 @@ class Snapshot(NamedTuple):
             raise DataError(f"{path} is no snapshot: {error}") from error
 
 
-def heatmap(
-    scores_L: np.ndarray,
-    grid: tuple[int, int],
-    size: tuple[int, int],
-    resample: Literal["nearest", "bicubic"] = "nearest",
-) -> np.ndarray:
+def heatmap(scores_L: np.ndarray, grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
     """Draw the scores of one image in matplotlib's magma: black is the image's lowest score, pale its highest.
 
     Args:
@@ -70,8 +65,8 @@ def heatmap(
     low, high = scores_L.min(), scores_L.max()
     unit_L = (scores_L - low) / (high - low) if high > low else np.zeros(scores_L.shape)
     small = Image.fromarray(unit_L.reshape(grid).astype(np.float32))
-    unit_HW = np.asarray(small.resize(size[::-1], Image.Resampling[resample.upper()]))
-    return matplotlib.colormaps["magma"](unit_HW.clip(0, 1), bytes=True)[..., :3]
+    unit_HW = np.asarray(small.resize(size[::-1], Image.Resampling.NEAREST))
+    return matplotlib.colormaps["magma"](unit_HW, bytes=True)[..., :3]
 
 
 def visible_set(image_HWC: np.ndarray, mask_L: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
