@@ -79,7 +79,7 @@ def parts(on_cuda: bool) -> list[Part]:
     dali = "nvidia-dali-cuda120" if (torch.version.cuda or "").startswith("12") else "nvidia-dali-cuda130"
 
     def trial(name: str, module: str) -> tuple[str, ...]:
-        """Without CUDA such a library can only be imported."""
+        """Return the trial of a library, which without CUDA can only be imported."""
         return (name,) if on_cuda else ("imported", module)
 
     compiled = Part("torch.compile", ("compiled",), "train.compile=off: eager steps", "apt install gcc", "torch")
