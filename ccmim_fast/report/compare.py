@@ -8,12 +8,11 @@ from ccmim_fast.errors import ConfigError
 from ccmim_fast.runs.listing import COLUMNS, CONFIG, METRICS, describe
 from ccmim_fast.runs.state import FILE
 
-_SIGNS = (CONFIG, METRICS, FILE)  # a folder with one of them is a run's
 _NAMED = 5  # runs that a message names
 
 
 def compare_runs(
-    runs: Sequence[Path], out: Path, *, title: str = "", images: int = 4, moments: int = 5, data: str = ""
+    runs: Sequence[Path], out: Path, *, title: str, images: int, moments: int, data: str
 ) -> tuple[int, list[str]]:
     """Write one offline HTML page that compares runs with the first of them; nothing in a run changes.
 
@@ -60,7 +59,7 @@ def _run(folder: Path) -> Path:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _SIGNS)
+    return any((folder / name).is_file() for name in (CONFIG, METRICS, FILE))
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
