@@ -96,7 +96,7 @@ def write_report(
         standing: how each run stands, a row a run.
         snapshots: of each run, what to show where it kept none.
     """
-    names, remarks = [_name_of(run.name) for run in runs], Remarks()
+    names, remarks = [METHODS.get(run.name, run.name) for run in runs], Remarks()
 
     def all_of(read: Callable[[RunView], Any], nothing: Any) -> list[Any]:
         return [remarks.read(partial(read, run), nothing) for run in runs]
@@ -104,7 +104,7 @@ def write_report(
     configs = compare(names, all_of(RunView.config, {}))
     # All runs differ in their folder.
     configs = configs._replace(rows=[row for row in configs.rows if row[0] != "run.dir"])
-    methods = {_name_of(name): measures for name, measures in (summary.get("methods") or {}).items()}
+    methods = {METHODS.get(name, name): measures for name, measures in (summary.get("methods") or {}).items()}
     shown = [own or more.taken for own, more in zip_longest(all_of(RunView.snapshots, []), snapshots, fillvalue=NONE)]
     evaluated = [read_evaluations(run, remarks) for run in runs]
     lines = [(name, run.metrics()) for name, run in zip(names, runs)]
@@ -116,7 +116,7 @@ def write_report(
         methods=methods,
         best={column.key: _best(column, methods.values()) for column in COLUMNS},
         chance=summary.get("chance"),
-        standing=standing and standing._replace(rows=[(_name_of(name), cells) for name, cells in standing.rows]),
+        standing=standing and standing._replace(rows=[(name, row[1]) for name, row in zip(names, standing.rows)]),
         legend=[(name, *line_style(i)) for i, name in enumerate(names)],
         # Markup: matplotlib escapes its text, and `curve_svg` the names.
         curves=[(label, Markup(svg)) for label, svg in drawn if svg is not None],
@@ -131,10 +131,6 @@ def write_report(
     path.parent.mkdir(parents=True, exist_ok=True)
     # Names of files may be bytes that are no text.
     path.write_text(page, encoding="utf-8", errors="replace")
-
-
-def _name_of(method: str) -> str:
-    return METHODS.get(method, method)
 
 
 def _figures(evaluations: Sequence[Evaluation]) -> dict[str, str]:
