@@ -39,7 +39,7 @@ def known(figures: Sequence[dict[str, Any]], keys: Iterable[str]) -> list[str]:
     return [key for key in keys if all(run.get(key) is not None for run in figures)]
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
+def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
     """Return mean and sample standard deviation (0 of a single value)."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
@@ -51,7 +51,7 @@ def markdown(figures: Sequence[dict[str, Any]]) -> str:
     for variant, runs in over_seeds(figures).items():
         cells = []
         for key in columns:
-            mean, deviation = spread([run[key] for run in runs])
+            mean, deviation = mean_and_sd([run[key] for run in runs])
             cells.append(f"{mean:.0f}" if key == "images_per_second" else f"{mean:.3f} ± {deviation:.3f}")
         rows.append(f"| {variant} | {runs[0]['epochs']} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
@@ -61,7 +61,7 @@ def difference(figures: Sequence[dict[str, Any]], one: str, other: str, key: str
     """Return mean and standard deviation, over seeds, of `one` - `other` with the same seed."""
     values = {(run["variant"], run["seed"]): run[key] for run in figures}
     seeds = [seed for variant, seed in values if variant == one and (other, seed) in values]
-    return spread([values[one, seed] - values[other, seed] for seed in seeds])
+    return mean_and_sd([values[one, seed] - values[other, seed] for seed in seeds])
 
 
 def plot(figures: Sequence[dict[str, Any]], ablation: Ablation, path: Path) -> None:
@@ -79,7 +79,7 @@ def plot(figures: Sequence[dict[str, Any]], ablation: Ablation, path: Path) -> N
 
 def _end(axes: Axes, variants: Variants, ablation: Ablation) -> None:
     for index, (variant, runs) in enumerate(variants.items()):
-        (x, dx), (y, dy) = (spread([run[key] for run in runs]) for key in ("leakage", "auroc"))
+        (x, dx), (y, dy) = (mean_and_sd([run[key] for run in runs]) for key in ("leakage", "auroc"))
         axes.errorbar(x, y, xerr=dx, yerr=dy, capsize=2, linestyle="none", label=variant, **_style(index))
     axes.set(xlabel="object leakage (1: as random)", ylabel="AUROC of the run's scores", title="at the end, ± 1 sd")
     axes.legend(fontsize=6, ncols=2)
@@ -90,7 +90,7 @@ def _way(axes: Axes, variants: Variants, ablation: Ablation) -> None:
         if variant not in ablation.lines:
             continue
         epochs = [look["epoch"] for look in runs[0]["looks"]]
-        means, deviations = zip(*(spread([run["looks"][i]["auroc"] for run in runs]) for i in range(len(epochs))))
+        means, deviations = zip(*(mean_and_sd([run["looks"][i]["auroc"] for run in runs]) for i in range(len(epochs))))
         axes.errorbar(epochs, means, yerr=deviations, capsize=2, label=variant, **_style(index))
     axes.set(xlabel="epoch", ylabel="AUROC of the run's scores", title="on the way")
     axes.legend(fontsize=7)
@@ -105,7 +105,7 @@ def _beside(axes: Axes, variants: Variants, ablation: Ablation) -> None:
     """Draw the accuracies of each variant, one below the other."""
     places = range(len(variants))
     for index, (key, label) in enumerate(FEATURES.items()):
-        means, deviations = zip(*(spread([run[key] for run in runs]) for runs in variants.values()))
+        means, deviations = zip(*(mean_and_sd([run[key] for run in runs]) for runs in variants.values()))
         axes.errorbar(means, places, xerr=deviations, capsize=2, fmt="o", label=label, color=COLOURS[index])
     axes.set_yticks(places, variants)
     axes.invert_yaxis()
@@ -115,7 +115,7 @@ def _beside(axes: Axes, variants: Variants, ablation: Ablation) -> None:
 
 def _along(axes: Axes, variants: Variants, ablation: Ablation) -> None:
     """Draw the accuracy of the linear classifier along each curve; a variant that is a point of none is a level."""
-    worth = {variant: spread([run["logreg"] for run in runs]) for variant, runs in variants.items()}
+    worth = {variant: mean_and_sd([run["logreg"] for run in runs]) for variant, runs in variants.items()}
     curves: dict[str, list[tuple[float, float, float]]] = {}
     levels = []
     for variant, (mean, deviation) in worth.items():
