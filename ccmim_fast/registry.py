@@ -16,79 +16,38 @@ def load(path: str) -> Any:
 
 
 class ImageSource(NamedTuple):
-    """A kind of images to train on.
+    """A kind of images to train on."""
 
-    Attributes:
-        label: for tables and reports.
-        path: `module:name` of a function of the settings `data` and the seed that returns a `data.source.Source`.
-        channels: the only number of channels that its images can have; 0: any.
-    """
-
-    label: str
-    path: str
-    channels: int = 0
-
-
-class Loader(NamedTuple):
-    """A way to read, decode and crop images.
-
-    Attributes:
-        label: for tables and reports.
-        path: `module:name` of the class, see `data.build.Loader`.
-    """
-
-    label: str
-    path: str
+    path: str  # `module:name` of a function of the settings `data` and the seed that returns a `data.source.Source`
+    channels: int = 0  # the only number of channels that its images can have; 0: any
 
 
 class ScoreSource(NamedTuple):
-    """A place where [CLS]'s attention to the patches is read.
+    """A place where [CLS]'s attention to the patches is read."""
 
-    Attributes:
-        label: for tables and reports.
-        path: `module:name` of the class, see `models.scores`.
-        flops: arithmetic of one image's scores beside the two training passes, of (patches L, width D, depth n, index
-            of the block that is read): a product of [m, k] and [k, n] counts 2 m k n.
-        has_bank: the scores are kept per sample between steps; they come from both training passes, so the run needs a
-            contrastive loss.
-        runs_blocks: scoring runs blocks without gradient: autocast must not keep their cast weights for training.
-    """
-
-    label: str
-    path: str
+    label: str  # for tables and reports
+    path: str  # `module:name` of the class, see `models.scores`
+    # Arithmetic of one image's scores beside the two training passes, of (patches L, width D, depth n, index of the
+    # block that is read): a product of [m, k] and [k, n] counts 2 m k n.
     flops: Callable[[int, int, int, int], float]
-    has_bank: bool = False
-    runs_blocks: bool = False
+    has_bank: bool = False  # scores are kept per sample between steps, from both training passes: needs a contrast
+    runs_blocks: bool = False  # without gradient: autocast must not keep their cast weights for training
 
 
 class Contrast(NamedTuple):
-    """A loss between the [CLS] tokens of the visible and of the masked set.
+    """A loss between the [CLS] tokens of the visible and of the masked set."""
 
-    Attributes:
-        label: for tables and reports.
-        path: `module:name` of the criterion, see `losses.criteria`; empty: there is none, and no masked branch.
-        predictor: the visible set's projection passes a predictor (Eq. 8).
-        negatives: whose projections of all ranks a rank compares with: `visible`, `masked`, or empty.
-    """
-
-    label: str
-    path: str = ""
-    predictor: bool = False
-    negatives: str = ""
+    label: str  # for tables and reports
+    path: str = ""  # `module:name` of the criterion, see `losses.criteria`; empty: none, and no masked branch
+    predictor: bool = False  # the visible set's projection passes a predictor (Eq. 8)
+    negatives: str = ""  # whose projections of all ranks a rank compares with: `visible`, `masked`, or empty
 
 
 class Target(NamedTuple):
-    """A target is what the decoder predicts of a masked patch.
+    """A target is what the decoder predicts of a masked patch."""
 
-    Attributes:
-        label: for tables and reports.
-        path: `module:name` of the criterion, see `losses.criteria`.
-        drawable: a prediction can be put back into the image.
-    """
-
-    label: str
-    path: str
-    drawable: bool = False
+    label: str  # for tables and reports
+    path: str  # `module:name` of the criterion, see `losses.criteria`
 
 
 def _block(tokens: int, width: int) -> float:
@@ -102,15 +61,16 @@ def _keys(tokens: int, width: int) -> float:
 
 
 IMAGE_SOURCES: dict[str, ImageSource] = {
-    "images": ImageSource("image files", "ccmim_fast.data.index.indexed:build"),
-    "shapes": ImageSource("generated shapes", "ccmim_fast.data.made.shapes:build", channels=3),
-    "photos": ImageSource("crops of eight photographs", "ccmim_fast.data.made.photos:build", channels=3),
+    "images": ImageSource("ccmim_fast.data.index.indexed:build"),
+    "shapes": ImageSource("ccmim_fast.data.made.shapes:build", channels=3),
+    "photos": ImageSource("ccmim_fast.data.made.photos:build", channels=3),
 }
 
-# `data.loader=auto` takes the first one that suits the images.
-LOADERS: dict[str, Loader] = {
-    "dali": Loader("NVIDIA DALI", "ccmim_fast.data.stream.dali_loader:DaliLoader"),
-    "torch": Loader("Pillow and torch", "ccmim_fast.data.stream.torch_loader:TorchLoader"),
+# Ways to read, decode and crop images, by `module:name` of their classes (see `data.build.Loader`): `data.loader=auto`
+# takes the first one that suits the images.
+LOADERS = {
+    "dali": "ccmim_fast.data.stream.dali_loader:DaliLoader",
+    "torch": "ccmim_fast.data.stream.torch_loader:TorchLoader",
 }
 
 SCORE_SOURCES: dict[str, ScoreSource] = {
@@ -145,6 +105,6 @@ CONTRASTS: dict[str, Contrast] = {
 }
 
 TARGETS: dict[str, Target] = {
-    "pixels": Target("pixels", "ccmim_fast.losses.criteria:Pixels", drawable=True),
+    "pixels": Target("pixels", "ccmim_fast.losses.criteria:Pixels"),
     "hog": Target("HOG features", "ccmim_fast.losses.criteria:Hog"),
 }

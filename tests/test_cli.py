@@ -98,11 +98,10 @@ def test_every_benchmark_is_handed_its_options(monkeypatch):
     """`--help` among them: the script prints it."""
     called, done = [], SimpleNamespace(returncode=0)
     monkeypatch.setattr(bench.subprocess, "run", lambda command, env: called.append(command) or done)
-    for name, script in bench.SCRIPTS.items():
+    for name, (script, _) in bench.SCRIPTS.items():
         assert main(["bench", name, "--help"]) == 0
         assert str(called[-1][1]).endswith(f"benchmarks/{script}")
         assert called[-1][2:] == ["--help"]
-    assert bench.SCRIPTS.keys() == bench.NAMES.keys()
 
 
 def test_a_command_imports_what_it_needs_when_it_is_called():
@@ -110,7 +109,7 @@ def test_a_command_imports_what_it_needs_when_it_is_called():
     code = "import sys; from ccmim_fast.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
     code += "print([n for n in sys.modules if n in ('torch', 'timm') or n.startswith('ccmim_fast.commands.')])"
     quick = ["demo", "pretrain", "submit", "runs", "report", "data", "export", "embed", "import", "ablate", "bench"]
-    for argv in ([], *([name] for name in [*quick, "doctor"])):
+    for argv in ([], ["eval", "knn"], ["eval", "masks"], *([name] for name in [*quick, "doctor"])):
         done = subprocess.run([sys.executable, "-c", code, *argv, "--help"], capture_output=True, text=True, check=True)
         own = [f"ccmim_fast.commands.{COMMANDS[argv[0]].place.partition(':')[0]}"] if argv else []
         own += ["ccmim_fast.commands.pretrain"] * (argv == ["submit"])

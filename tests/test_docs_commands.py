@@ -31,7 +31,6 @@ from ccmim_fast.commands.bench import SCRIPTS
 from ccmim_fast.config.evaluation import EvalConfig, validate_evaluation
 from ccmim_fast.config.load import load_config, make_config
 from ccmim_fast.config.validate import validate
-from ccmim_fast.evaluation.masks.command import _read as read_masks
 from ccmim_fast.evaluation.protocols import FOLDER
 from ccmim_fast.evaluation.run import protocol_of
 
@@ -137,15 +136,14 @@ def parse_torchrun(words):
 
 def parse_only(command, words):
     if command == "bench":
-        path = ROOT / "benchmarks" / SCRIPTS[words[0]]
+        path = ROOT / "benchmarks" / SCRIPTS[words[0]][0]
         spec = importlib.util.spec_from_file_location(f"documented_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         module.parse(words[1:])
         return
     if command == "eval" and words[0] == "masks":
-        _, settings = read_masks(words[1:])
-        load_config(settings, "ccmim eval masks")
+        make_config(eval.parser_of("masks").parse_args(words[1:]).settings)
         return
     if command == "eval":
         given = eval.parser_of(words[0]).parse_args(words[1:])

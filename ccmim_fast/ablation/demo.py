@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -13,7 +12,6 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.engine.pretraining import Pretraining
 from ccmim_fast.evaluation.frozen.held_out import HELD_OUT, HeldOut, make_held_out, measure_features
 from ccmim_fast.evaluation.masks.probe import probe
-from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.registry import SCORE_SOURCES
 from ccmim_fast.report.html import write_report
 from ccmim_fast.report.pictures import Snapshot
@@ -24,81 +22,63 @@ from ccmim_fast.runs.folder import open_run_folder
 PICTURES = 6  # held-out images that are drawn
 
 
-class Demo(NamedTuple):
-    """The figures of each method by name, and the path of the page that compares the methods."""
+def run_demo(config: Config) -> tuple[dict[str, dict[str, float]], Path]:
+    """Train both methods on made images; write summary.json and report.html into `run.dir`.
 
-    methods: dict[str, dict[str, float]]
-    report: Path
-
-
-def run_demo(config: Config) -> Demo:
-    """Train both methods on made images; write summary.json and report.html into `run.dir`."""
+    Returns:
+        The figures of each method by name, and the path of report.html.
+    """
     folder = open_run_folder(config)
     torch.manual_seed(config.seed)
     held_out = make_held_out(config)
     methods = {"untrained": measure_features(build_model(config).eval(), config, held_out.source)}
-    for name, method in (("mae", as_mae(config)), ("ccmim", config)):
+    # MAE: random masks, no contrastive half.
+    mae = replace(config, mask=replace(config.mask, strategy="random"), contrast=replace(config.contrast, loss="none"))
+    for name, method in (("mae", mae), ("ccmim", config)):
         print(f"\n{name}: {method.train.epochs} epochs of {method.data.samples} images", flush=True)
         method = replace(method, run=replace(method.run, dir=str(folder / name)))
         methods[name] = train_and_measure(method, held_out)
     # Before its first step a run is the untrained network.
     methods["untrained"] |= {key: methods["ccmim"][f"{key}_start"] for key in ("auroc", "leakage", "recons")}
-    summary = {"methods": methods, "chance": 1 / config.data.classes, "setting": setting_of(config)}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    runs = [RunView("mae", folder / "mae"), RunView("ccmim", folder / "ccmim")]
-    write_report(folder / "report.html", "ccMIM and MAE, same budget", runs, summary)
-    return Demo(methods, folder / "report.html")
-
-
-def as_mae(config: Config) -> Config:
-    """Return the same run as MAE: random masks, no contrastive half."""
-    return replace(
-        config,
-        mask=replace(config.mask, strategy="random"),
-        contrast=replace(config.contrast, loss="none"),
-    )
-
-
-def train_and_measure(config: Config, held_out: HeldOut) -> dict[str, float]:
-    """Pretrain one method; returns its figures at the start, early (after a quarter of the epochs) and at the end."""
-
-    def measure(epoch: int, trainer: Pretraining) -> dict[str, float]:
-        figures = take_snapshot(trainer.model, config, held_out, epoch)
-        if epoch == config.train.epochs:
-            figures |= measure_features(trainer.model, config, held_out.source)
-        return figures
-
-    milestones, rate = fit_and_measure(config, measure)
-    by_epoch = {milestone.epoch: milestone.figures for milestone in milestones}
-    moments = {"_start": 0, "_early": round(config.train.epochs / QUARTERS), "": config.train.epochs}
-    figures = {f"{key}{name}": value for name, epoch in moments.items() for key, value in by_epoch[epoch].items()}
-    return figures | {"images_per_second": rate}
-
-
-def take_snapshot(model: CCMIM, config: Config, held_out: HeldOut, epoch: int) -> dict[str, float]:
-    """Write a few pictures of this moment into the run's folder; returns the figures of `probe`."""
-    images_BHWC = held_out.images_BHWC.to(model.mean_C.device)
-    figures, output, scores_BL = probe(model, config, images_BHWC, held_out.objects_BHW)
-    drawn_BHWC = reconstruct(model, config, images_BHWC, output)
-    few = slice(0, PICTURES)
-    Snapshot(
-        epoch,
-        held_out.images_BHWC[few].numpy(),
-        scores_BL[few].numpy(),
-        output.partition.mask_BL[few].cpu().numpy(),
-        None if drawn_BHWC is None else drawn_BHWC[few],
-    ).save(Path(config.run.dir) / "snapshots" / f"epoch_{epoch:04d}.npz")
-    return figures
-
-
-def setting_of(config: Config) -> dict[str, str]:
-    """Return in words what a reader of the table must know."""
-    height, width = config.data.image_size
-    model = config.model
-    return {
+    data, model, (height, width) = config.data, config.model, config.data.image_size
+    setting = {
         "encoder": f"{model.depth} blocks, width {model.embed_dim}, patch {model.patch_size}",
-        "images": f"{config.data.samples} made images of {height} x {width} pixels, {config.data.classes} classes",
+        "images": f"{data.samples} made images of {height} x {width} pixels, {data.classes} classes",
         "budget": f"{config.train.epochs} epochs each",
         "scores": SCORE_SOURCES[config.score.source].label,
         "held out": f"{HELD_OUT} images from another seed",
     }
+    summary = {"methods": methods, "chance": 1 / data.classes, "setting": setting}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    runs = [RunView("mae", folder / "mae"), RunView("ccmim", folder / "ccmim")]
+    write_report(folder / "report.html", "ccMIM and MAE, same budget", runs, summary)
+    return methods, folder / "report.html"
+
+
+def train_and_measure(config: Config, held_out: HeldOut) -> dict[str, float]:
+    """Pretrain one method, and write a few pictures of each milestone into its folder.
+
+    Returns its figures at the start, early (after a quarter of the epochs) and at the end.
+    """
+
+    def measure(epoch: int, trainer: Pretraining) -> dict[str, float]:
+        model = trainer.model
+        images_BHWC = held_out.images_BHWC.to(model.mean_C.device)
+        figures, output, scores_BL = probe(model, config, images_BHWC, held_out.objects_BHW)
+        drawn_BHWC = reconstruct(model, config, images_BHWC, output)
+        Snapshot(
+            epoch,
+            held_out.images_BHWC[:PICTURES].numpy(),
+            scores_BL[:PICTURES].numpy(),
+            output.partition.mask_BL[:PICTURES].cpu().numpy(),
+            None if drawn_BHWC is None else drawn_BHWC[:PICTURES],
+        ).save(Path(config.run.dir) / "snapshots" / f"epoch_{epoch:04d}.npz")
+        if epoch == config.train.epochs:
+            figures |= measure_features(model, config, held_out.source)
+        return figures
+
+    milestones, rate = fit_and_measure(config, measure)
+    by_epoch = {epoch: figures for epoch, _, figures in milestones}
+    moments = {"_start": 0, "_early": round(config.train.epochs / QUARTERS), "": config.train.epochs}
+    figures = {f"{key}{name}": value for name, epoch in moments.items() for key, value in by_epoch[epoch].items()}
+    return figures | {"images_per_second": rate}

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from ccmim_fast.config.schema import Config
 from ccmim_fast.engine.pretraining import Pretraining, fit
@@ -12,31 +12,24 @@ from ccmim_fast.report.curves import read_metrics
 QUARTERS = 4
 
 
-class Milestone(NamedTuple):
-    """What was measured after `epoch` epochs and `seconds` of training; measuring takes none of them."""
-
-    epoch: int
-    seconds: float
-    figures: dict[str, Any]
-
-
 def fit_and_measure(
     config: Config, measure: Callable[[int, Pretraining], dict[str, Any]]
-) -> tuple[list[Milestone], float]:
+) -> tuple[list[tuple[int, float, dict[str, Any]]], float]:
     """Pretrain, and call `measure(epoch, trainer)` at each milestone.
 
     Returns:
-        The milestones, from epoch 0 on, and the median of the images per second.
+        (epoch, seconds of training so far, figures) of each milestone, from epoch 0 on, where measuring takes none of
+        the seconds; and the median of the images per second.
     """
     wanted = {round(config.train.epochs * quarter / QUARTERS) for quarter in range(QUARTERS + 1)}
-    found: list[Milestone] = []
+    found = []
     started, measuring = time.perf_counter(), 0.0
 
     def after_epoch(epoch: int, trainer: Pretraining) -> None:
         nonlocal measuring
         if epoch in wanted:
             begun = time.perf_counter()
-            found.append(Milestone(epoch, begun - started - measuring, measure(epoch, trainer)))
+            found.append((epoch, begun - started - measuring, measure(epoch, trainer)))
             measuring += time.perf_counter() - begun
 
     folder = fit(config, after_epoch=after_epoch)

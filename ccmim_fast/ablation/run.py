@@ -33,13 +33,11 @@ def run_ablation(
     Args:
         name: one of `ABLATIONS`.
         settings: options of `ccmim pretrain`, for all variants alike.
-        seeds: runs of each variant.
-        jobs: runs at a time.
+        seeds, jobs: runs of each variant, and runs at a time.
         only: names of variants; empty: all.
         test: folder of labelled images that features are tested on; "": made images, or none.
         runs: folder of the runs; one that was finished there is not repeated.
-        out: path of the table, without its ending.
-        command: the command line, which the table shows.
+        out, command: path of the table, without its ending, and the command line that it shows.
 
     Raises:
         ConfigError: an unknown variant, a wrong setting, or no folder `test`.
@@ -59,14 +57,11 @@ def run_ablation(
         return run_all([Run(name, seed, (*settings, *options_of[name])) for name, seed in pairs], runs, jobs, test)
 
     figures = figures_of({variant: variants[variant] for variant in only or variants})
-    slower = equal_time(figures, base.train.epochs, ablation.time_of)
-    figures += figures_of(
-        {
-            f"{variant}, in {ablation.time_of}'s time": [*variants[variant], f"--train.epochs={epochs}"]
-            for variant, epochs in slower.items()
-        }
-    )
-    return write(ablation, figures, out, command)
+    again = {
+        f"{variant}, in {ablation.time_of}'s time": [*variants[variant], f"--train.epochs={epochs}"]
+        for variant, epochs in equal_time(figures, base.train.epochs, ablation.time_of).items()
+    }
+    return write(ablation, figures + figures_of(again), out, command)
 
 
 def equal_time(figures: Sequence[dict[str, Any]], epochs: int, time_of: str) -> dict[str, int]:

@@ -38,7 +38,7 @@ class Run(NamedTuple):
 
 
 def run_all(runs: Sequence[Run], folder: Path, jobs: int, test: str = "") -> list[dict[str, Any]]:
-    """Figures of each run, in their order; `jobs` at a time, each in a process with its share of the cores.
+    """Return the figures of each run, in their order; `jobs` at a time, each in a process with its share of the cores.
 
     Args:
         test: folder of labelled images that features are tested on; `shapes` make their own.
@@ -47,8 +47,7 @@ def run_all(runs: Sequence[Run], folder: Path, jobs: int, test: str = "") -> lis
         ConfigError: a run in `folder` was made with other options.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    kept = {run: finished(run, folder / run.folder_name, test) for run in runs}
-    found = {run: figures for run, figures in kept.items() if figures is not None}
+    found = {run: figures for run in runs if (figures := finished(run, folder / run.folder_name, test)) is not None}
     # A process for each run: what one leaves behind (caches, threads) is not the next one's.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as processes:
         missing = [run for run in runs if run not in found]
@@ -64,21 +63,31 @@ def run_all(runs: Sequence[Run], folder: Path, jobs: int, test: str = "") -> lis
     return [found[run] for run in runs]
 
 
-def measure_run(run: Run, folder: Path, threads: int, test: str = "") -> dict[str, Any]:
-    """Pretrain, and measure at the end and at some moments before; read from the folder where that was done already.
+def measure_run(run: Run, folder: Path, threads: int, test: str) -> dict[str, Any]:
+    """Pretrain, and measure at the end and at some moments before.
 
     Returns:
         variant, seed, epochs; `looks`: one dict per moment (epoch, auroc, auroc_all, leakage, recons, and the seconds
         trained so far); the last look's figures again, knn, logreg, images_per_second (median). What the images do
         not tell, objects or labels, is None or missing.
     """
-    if (figures := finished(run, folder, test)) is not None:
-        return figures
     torch.set_num_threads(threads)
     options = [*run.options, f"--seed={run.seed}", f"--run.dir={folder}", "--run.tensorboard=false", "--overwrite"]
     config = load_config(options, "ccmim ablate")
-    figures = {"variant": run.variant, "seed": run.seed, "epochs": config.train.epochs, **_pretrain(config, test)}
-    figures |= {"options": list(run.options), "test": test}
+
+    def measure(epoch: int, trainer: Pretraining) -> dict[str, float | None]:
+        if not epoch:
+            return {}
+        # The scores that the next epoch would divide by.
+        figures = probe_scores(trainer, epoch, PROBED)._asdict()
+        if epoch == config.train.epochs and (held_out := held_out_of(trainer.source, config, test)) is not None:
+            figures |= measure_features(trainer.model, config, held_out)
+        return figures
+
+    milestones, rate = fit_and_measure(config, measure)
+    looks = [{"epoch": epoch, "seconds": seconds, **figures} for epoch, seconds, figures in milestones if epoch]
+    figures = {"variant": run.variant, "seed": run.seed, "epochs": config.train.epochs, **looks[-1]}
+    figures |= {"images_per_second": rate, "looks": looks, "options": list(run.options), "test": test}
     (folder / SUMMARY).write_text(json.dumps(figures, indent=1) + "\n")
     return figures
 
@@ -100,23 +109,8 @@ def finished(run: Run, folder: Path, test: str) -> dict[str, Any] | None:
     return figures
 
 
-def _pretrain(config: Config, test: str) -> dict[str, Any]:
-    def measure(epoch: int, trainer: Pretraining) -> dict[str, float | None]:
-        if not epoch:
-            return {}
-        # The scores that the next epoch would divide by.
-        figures = probe_scores(trainer, epoch, PROBED)._asdict()
-        if epoch == config.train.epochs and (held_out := held_out_of(trainer.source, config, test)) is not None:
-            figures |= measure_features(trainer.model, config, held_out)
-        return figures
-
-    milestones, rate = fit_and_measure(config, measure)
-    looks = [{"epoch": epoch, "seconds": seconds, **figures} for epoch, seconds, figures in milestones if epoch]
-    return {**looks[-1], "images_per_second": rate, "looks": looks}
-
-
 def held_out_of(train: Source, config: Config, test: str) -> Source | None:
-    """What features are tested on; None: nothing to test on.
+    """Return the images that features are tested on; None: there are none.
 
     Raises:
         DataError: images without labels, or of other classes than those trained on.

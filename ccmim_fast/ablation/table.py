@@ -1,7 +1,7 @@
 """An ablation's figures over seeds, as a table and as a picture."""
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ COLUMNS = {
 
 Variants = dict[str, list[dict[str, Any]]]  # the runs of each, over seeds
 FEATURES = {key: COLUMNS[key] for key in ("logreg", "knn")}
+WORTH = "what the features are worth, ± 1 sd"
 
 
 def over_seeds(figures: Sequence[dict[str, Any]]) -> Variants:
-    """The runs of each variant, in the order in which variants first come."""
+    """Return the runs of each variant, in the order in which variants first come."""
     found: Variants = {}
     for one in figures:
         found.setdefault(one["variant"], []).append(one)
@@ -34,43 +35,39 @@ def over_seeds(figures: Sequence[dict[str, Any]]) -> Variants:
 
 
 def known(figures: Sequence[dict[str, Any]], keys: Iterable[str]) -> list[str]:
-    """Those of the keys that every run has a figure of."""
+    """Return those of the keys that every run has a figure of."""
     return [key for key in keys if all(run.get(key) is not None for run in figures)]
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (0 of a single value)."""
+def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Return mean and sample standard deviation (0 of a single value)."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def markdown(figures: Sequence[dict[str, Any]]) -> str:
-    """One row a variant: mean ± standard deviation over its seeds."""
+    """Make a table, a row a variant: mean ± standard deviation over its seeds."""
     columns = known(figures, COLUMNS)
     rows = [f"| | epochs | {' | '.join(map(COLUMNS.get, columns))} |", f"|---|{'--:|' * (1 + len(columns))}"]
     for variant, runs in over_seeds(figures).items():
         cells = []
         for key in columns:
-            mean, deviation = spread([run[key] for run in runs])
+            mean, deviation = mean_and_sd([run[key] for run in runs])
             cells.append(f"{mean:.0f}" if key == "images_per_second" else f"{mean:.3f} ± {deviation:.3f}")
         rows.append(f"| {variant} | {runs[0]['epochs']} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 
 def difference(figures: Sequence[dict[str, Any]], one: str, other: str, key: str) -> tuple[float, float]:
-    """Mean and standard deviation, over seeds, of `one` - `other` with the same seed."""
-    by_seed = {
-        name: {run["seed"]: run[key] for run in runs}
-        for name, runs in over_seeds(figures).items()
-        if name in (one, other)
-    }
-    common = by_seed[one].keys() & by_seed[other].keys()
-    return spread([by_seed[one][seed] - by_seed[other][seed] for seed in sorted(common)])
+    """Return mean and standard deviation, over seeds, of `one` - `other` with the same seed."""
+    values = {(run["variant"], run["seed"]): run[key] for run in figures}
+    seeds = [seed for variant, seed in values if variant == one and (other, seed) in values]
+    return mean_and_sd([values[one, seed] - values[other, seed] for seed in seeds])
 
 
 def plot(figures: Sequence[dict[str, Any]], ablation: Ablation, path: Path) -> None:
-    """What the features are worth, where objects are hidden, and how the scores come to find them; a PNG."""
+    """Draw a PNG: what the features are worth, where objects are hidden, and how the scores come to find them."""
     variants = over_seeds(figures)
-    panels = [_features] if known(figures, FEATURES) else []
+    panels = [_beside if ablation.axis is None else _along] if known(figures, FEATURES) else []
     panels += [_end, _way] if known(figures, ("auroc", "leakage")) else []
     figure = Figure(figsize=(5.7 * max(len(panels), 1), max(4.5, 0.3 * len(variants))), layout="constrained")
     for place, panel in enumerate(panels, 1):
@@ -80,18 +77,9 @@ def plot(figures: Sequence[dict[str, Any]], ablation: Ablation, path: Path) -> N
     figure.savefig(path, dpi=120)
 
 
-def _features(axes: Axes, variants: Variants, ablation: Ablation) -> None:
-    if ablation.axis is None:
-        _beside(axes, variants)
-    else:
-        _along(axes, variants, ablation.axis)
-    axes.set_title("what the features are worth, ± 1 sd")
-    axes.legend(fontsize=7)
-
-
 def _end(axes: Axes, variants: Variants, ablation: Ablation) -> None:
     for index, (variant, runs) in enumerate(variants.items()):
-        (x, dx), (y, dy) = (spread([run[key] for run in runs]) for key in ("leakage", "auroc"))
+        (x, dx), (y, dy) = (mean_and_sd([run[key] for run in runs]) for key in ("leakage", "auroc"))
         axes.errorbar(x, y, xerr=dx, yerr=dy, capsize=2, linestyle="none", label=variant, **_style(index))
     axes.set(xlabel="object leakage (1: as random)", ylabel="AUROC of the run's scores", title="at the end, ± 1 sd")
     axes.legend(fontsize=6, ncols=2)
@@ -102,41 +90,45 @@ def _way(axes: Axes, variants: Variants, ablation: Ablation) -> None:
         if variant not in ablation.lines:
             continue
         epochs = [look["epoch"] for look in runs[0]["looks"]]
-        means, deviations = zip(*(spread([run["looks"][i]["auroc"] for run in runs]) for i in range(len(epochs))))
+        means, deviations = zip(*(mean_and_sd([run["looks"][i]["auroc"] for run in runs]) for i in range(len(epochs))))
         axes.errorbar(epochs, means, yerr=deviations, capsize=2, label=variant, **_style(index))
     axes.set(xlabel="epoch", ylabel="AUROC of the run's scores", title="on the way")
     axes.legend(fontsize=7)
 
 
 def _style(index: int) -> dict[str, str]:
-    """Of a variant, the same in each panel."""
+    """Return colour and marker of a variant, the same in each panel."""
     return {"color": COLOURS[index % len(COLOURS)], "marker": "osD^vPX"[index // len(COLOURS) % 7]}
 
 
-def _beside(axes: Axes, variants: Variants) -> None:
-    """Accuracies of each variant, one below the other."""
+def _beside(axes: Axes, variants: Variants, ablation: Ablation) -> None:
+    """Draw the accuracies of each variant, one below the other."""
     places = range(len(variants))
     for index, (key, label) in enumerate(FEATURES.items()):
-        means, deviations = zip(*(spread([run[key] for run in runs]) for runs in variants.values()))
+        means, deviations = zip(*(mean_and_sd([run[key] for run in runs]) for runs in variants.values()))
         axes.errorbar(means, places, xerr=deviations, capsize=2, fmt="o", label=label, color=COLOURS[index])
     axes.set_yticks(places, variants)
     axes.invert_yaxis()
-    axes.set_xlabel("accuracy on held-out images")
+    axes.set(xlabel="accuracy on held-out images", title=WORTH)
+    axes.legend(fontsize=7)
 
 
-def _along(axes: Axes, variants: Variants, axis: Callable) -> None:
-    """Accuracy of the linear classifier along each curve; a variant that is a point of none is a level."""
+def _along(axes: Axes, variants: Variants, ablation: Ablation) -> None:
+    """Draw the accuracy of the linear classifier along each curve; a variant that is a point of none is a level."""
+    worth = {variant: mean_and_sd([run["logreg"] for run in runs]) for variant, runs in variants.items()}
     curves: dict[str, list[tuple[float, float, float]]] = {}
-    levels = [name for name in variants if axis(name) is None]
-    for variant, runs in variants.items():
-        if variant not in levels:
-            curve, place = axis(variant)
-            curves.setdefault(curve, []).append((place, *spread([run["logreg"] for run in runs])))
+    levels = []
+    for variant, (mean, deviation) in worth.items():
+        if point := ablation.axis(variant):
+            curves.setdefault(point[0], []).append((point[1], mean, deviation))
+        else:
+            levels.append(variant)
     for index, (curve, points) in enumerate(curves.items()):
         places, means, deviations = zip(*sorted(points))
         axes.errorbar(places, means, yerr=deviations, capsize=2, marker="o", label=curve, color=COLOURS[index])
     for index, name in enumerate(levels, len(curves)):
-        mean, deviation = spread([run["logreg"] for run in variants[name]])
+        mean, deviation = worth[name]
         axes.axhline(mean, linestyle="dashed", label=name, color=COLOURS[index])
         axes.axhspan(mean - deviation, mean + deviation, alpha=0.12, color=COLOURS[index])
-    axes.set(xlabel="lambda", ylabel="accuracy, logistic regression")
+    axes.set(xlabel="lambda", ylabel="accuracy, logistic regression", title=WORTH)
+    axes.legend(fontsize=7)

@@ -1,4 +1,4 @@
-"""What an ablation compares: names and the settings that make each of them, on top of a base."""
+"""The ablations: the variants that each compares, by name, with the settings that make them on top of a base."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,50 +10,34 @@ MAE = {"MAE": ["--mask.strategy=random", "--contrast.loss=none"]}
 
 
 class Ablation(NamedTuple):
-    """One question.
+    """One question."""
 
-    Attributes:
-        title: of its page.
-        variants: settings by name, on top of a base.
-        lines: variants whose way is drawn, too.
-        compared: pairs whose difference is given, run by run with the same seed.
-        time_of: a variant in whose time the slower ones are trained once more; empty: none.
-        axis: variant -> the curve it is a point of, and its place there; None: variants stand beside each other.
-    """
-
-    title: str
-    variants: Callable[[Config], Variants]
-    lines: tuple[str, ...]
-    compared: tuple[tuple[str, str], ...]
-    time_of: str = ""
+    title: str  # of its page
+    variants: Callable[[Config], Variants]  # settings by name, on top of a base
+    lines: tuple[str, ...]  # variants whose way is drawn, too
+    compared: tuple[tuple[str, str], ...]  # pairs whose difference is given, run by run with the same seed
+    time_of: str = ""  # a variant in whose time the slower ones are trained once more; empty: none
+    # Variant -> the curve it is a point of, and its place there; None: variants stand beside each other.
     axis: Callable[[str], tuple[str, float] | None] | None = None
 
 
 def score_variants(base: Config) -> Variants:
-    """Where scores come from, of which the paper says Eq. 4 alone, and the bank's settings, one changed at a time."""
-    found = {
-        **MAE,
-        "random": ["--mask.strategy=random"],
-        "first": ["--score.source=first"],
-    }
+    """Vary the source of the scores, of which the paper says Eq. 4 alone, and the bank's settings, one at a time."""
+    found = {**MAE, "random": ["--mask.strategy=random"], "first": ["--score.source=first"]}
     for block in range(1, base.model.depth or _depth(base.model.arch)):
         found[f"block {block}"] = ["--score.source=block", f"--score.block={block}"]
     found |= {"all": ["--score.source=all"], "all, temperature 2": ["--score.source=all", "--score.temperature=2"]}
+    found["bank"] = ["--score.source=bank"]
     changes = {
-        "momentum": (0.0, 0.25, 0.75, 0.9),
-        "temperature": (0.5, 2.0, 4.0),
-        "grid": (4, 8, 32),
-        "blocks": (1, 2),
+        "momentum": ("0", "0.25", "0.75", "0.9"),
+        "temperature": ("0.5", "2", "4"),
+        "grid": ("4", "8", "32"),
+        "blocks": ("1", "2"),
         "unseen": ("random",),
     }
-    bank = ["--score.source=bank"]
-    found["bank"] = bank
     for key, values in changes.items():
         for value in values:
-            found[f"bank, {key} {value:g}" if key != "unseen" else f"bank, {key} {value}"] = [
-                *bank,
-                f"--score.{key}={value}",
-            ]
+            found[f"bank, {key} {value}"] = [*found["bank"], f"--score.{key}={value}"]
     return found
 
 
@@ -68,13 +52,9 @@ def _depth(arch: str) -> int:
 
 def strategy_variants(base: Config) -> Variants:
     """Table 5: how patches are divided, with the base's own losses and scores; and the authors' code's noise."""
-    found = {name.replace("_", " "): [f"--mask.strategy={name}"] for name in ("random", "block", "importance")}
-    sampling = "--mask.strategy=importance_sampling"
-    return (
-        MAE
-        | found
-        | {"importance sampling": [sampling], "importance, uniform noise": [sampling, "--mask.noise=uniform"]}
-    )
+    names = ("random", "block", "importance", "importance_sampling")
+    found = MAE | {name.replace("_", " "): [f"--mask.strategy={name}"] for name in names}
+    return found | {"importance, uniform noise": [*found["importance sampling"], "--mask.noise=uniform"]}
 
 
 def lambda_variants(base: Config) -> Variants:

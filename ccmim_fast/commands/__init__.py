@@ -5,31 +5,22 @@ called, and imports heavy libraries (torch, timm) after the options are read: so
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from ccmim_fast.config.keys import nearest
 from ccmim_fast.config.parser import Parser
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.registry import load
 
 HELP = ("-h", "--help")
 COMPLETING = "_ARGCOMPLETE"  # set by the shell while it completes a command line
 
 
 class Command(NamedTuple):
-    """A row of the table.
+    """A row of the table."""
 
-    Attributes:
-        place: `module:function` below this package; the function takes the words behind the command's name.
-        help: one line.
-    """
-
-    place: str
-    help: str
-
-    def load(self) -> Callable[[list[str]], None]:
-        return load(f"{__name__}.{self.place}")
+    place: str  # `module:function` below this package; the function takes the words behind the command's name
+    help: str  # one line
 
 
 COMMANDS = {
@@ -63,9 +54,7 @@ def take_name(
 
     Args:
         program: the command that `argv` stands behind, such as "ccmim data".
-        kind: the noun for what `names` are, such as "command".
-        names: the words that may come first, each with its line of help.
-        argv: the words behind `program`.
+        kind: the noun for `names`, each of which has a line of help, such as "command".
         then: what follows the first word, for the help.
 
     Raises:

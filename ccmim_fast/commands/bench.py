@@ -9,24 +9,14 @@ from ccmim_fast.commands import take_name
 from ccmim_fast.errors import MachineError
 
 SCRIPTS = {
-    "throughput": "throughput.py",
-    "ladder": "ladder.py",
-    "attention": "attention.py",
-    "data": "data.py",
-    "bank": "bank.py",
-    "soak": "soak.py",
-    "scaling": "scaling.py",
-    "ops": "ops/bench.py",
-}
-NAMES = {
-    "throughput": "whole training steps, beside those of other libraries",
-    "ladder": "what each saving of a training step gives",
-    "attention": "attention backends",
-    "data": "loaders, beside torchvision's",
-    "bank": "what the score bank costs a step",
-    "soak": "runs that are killed and disturbed, and go on",
-    "scaling": "what ranks send each other",
-    "ops": "the ops of ccmim_kernels, beside their floors",
+    "throughput": ("throughput.py", "whole training steps, beside those of other libraries"),
+    "ladder": ("ladder.py", "what each saving of a training step gives"),
+    "attention": ("attention.py", "attention backends"),
+    "data": ("data.py", "loaders, beside torchvision's"),
+    "bank": ("bank.py", "what the score bank costs a step"),
+    "soak": ("soak.py", "runs that are killed and disturbed, and go on"),
+    "scaling": ("scaling.py", "what ranks send each other"),
+    "ops": ("ops/bench.py", "the ops of ccmim_kernels, beside their floors"),
 }
 
 
@@ -37,9 +27,10 @@ def bench(argv: list[str]) -> None:
         MachineError: `ccmim_fast` is installed from a wheel, which has no benchmarks/.
         SystemExit: the script failed; the exit code is the script's.
     """
-    name, rest = take_name("ccmim bench", "benchmark", NAMES, argv)
+    names = {name: help for name, (_, help) in SCRIPTS.items()}
+    name, rest = take_name("ccmim bench", "benchmark", names, argv)
     root = Path(__file__).resolve().parents[2]
-    script = root / "benchmarks" / SCRIPTS[name]
+    script = root / "benchmarks" / SCRIPTS[name][0]
     if not script.is_file():
         raise MachineError("ccmim bench: benchmarks/ is not in the wheel; git clone the repository and run it there")
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])

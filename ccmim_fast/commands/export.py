@@ -31,7 +31,22 @@ def export(argv: list[str]) -> None:
 
 
 def _read(argv: list[str]) -> argparse.Namespace:
-    given = _parser().parse_args(argv)
+    targets = "".join(
+        f"\n  {name:13}{target.help}{f'; or FILE{target.suffix}' if target.suffix else ''}"
+        for name, target in TARGETS.items()
+    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser("ccmim export", _HELP, epilog=f"targets:{targets}", formatter_class=formatter)
+    parser.add_argument("target", metavar="TARGET", help="one of the list below")
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
+    parser.add_argument("out", metavar="OUT", type=Path, help="a new folder, or a file where the target is one")
+    parser.add_argument(
+        "--result", metavar="FILE", action="append", default=[], help="result.json of an evaluation, for the card"
+    )
+    parser.add_argument("--push", metavar="OWNER/NAME", default="", help="upload the folder to the Hugging Face hub")
+    parser.add_argument("--private", action="store_true", help="as a private model, if it is new")
+    parser.add_argument("--dry-run", action="store_true", help="write all, say what would be uploaded, upload nothing")
+    given = parser.parse_args(argv)
     if given.target not in TARGETS:
         raise ConfigError(
             f"ccmim export: {given.target!r:.80}: no such target; one of {', '.join(TARGETS)}; "
@@ -50,22 +65,3 @@ def _read(argv: list[str]) -> argparse.Namespace:
     elif given.dry_run or given.private:
         raise ConfigError("ccmim export: --dry-run and --private are for --push OWNER/NAME")
     return given
-
-
-def _parser() -> Parser:
-    targets = "".join(
-        f"\n  {name:13}{target.help}{f'; or FILE{target.suffix}' if target.suffix else ''}"
-        for name, target in TARGETS.items()
-    )
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser("ccmim export", _HELP, epilog=f"targets:{targets}", formatter_class=formatter)
-    parser.add_argument("target", metavar="TARGET", help="one of the list below")
-    parser.add_argument("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
-    parser.add_argument("out", metavar="OUT", type=Path, help="a new folder, or a file where the target is one")
-    parser.add_argument(
-        "--result", metavar="FILE", action="append", default=[], help="result.json of an evaluation, for the card"
-    )
-    parser.add_argument("--push", metavar="OWNER/NAME", default="", help="upload the folder to the Hugging Face hub")
-    parser.add_argument("--private", action="store_true", help="as a private model, if it is new")
-    parser.add_argument("--dry-run", action="store_true", help="write all, say what would be uploaded, upload nothing")
-    return parser

@@ -24,6 +24,6 @@ def report(argv: list[str]) -> None:
     parser.add_argument("--moments", type=whole_number(0, 64), default=5, help="checkpoints drawn; 0: no pictures")
     parser.add_argument("--data", default="", metavar="ROOT", help="images to draw, where the run's own are not here")
     given = parser.parse_args(argv)
-    page = compare_runs(**vars(given))
+    count, remarks = compare_runs(**vars(given))
     size = given.out.stat().st_size / 1e6
-    print(f"{given.out}: {page.runs} run{'s' * (page.runs > 1)}, {size:.1f} MB", *page.remarks, sep="\n")
+    print(f"{given.out}: {count} run{'s' * (count > 1)}, {size:.1f} MB", *remarks, sep="\n")

@@ -18,7 +18,20 @@ newest checkpoint: run.resume=auto.
 
 def submit(argv: list[str]) -> None:
     """Hand in the job, or print the file for sbatch."""
-    given = vars(_parser().parse_args([word for word in argv if word != "--"]))  # which may stand before the settings
+    parser = Parser("ccmim submit", _HELP)
+    count = whole_number(1, 999_999)
+    parser.add_argument("--nodes", type=count, default=1, help="machines")
+    parser.add_argument("--gpus-per-node", type=count, default=1, help="ranks on each node")
+    parser.add_argument("--cpus-per-gpu", type=count, default=8, help="cores for a rank's images")
+    parser.add_argument("--time", type=_clock, default="24:00:00", metavar="HH:MM:SS", help="limit of the job's time")
+    parser.add_argument("--partition", type=_word, help="if not given: Slurm's default")
+    parser.add_argument("--account", type=_word, help="if not given: Slurm's default")
+    parser.add_argument(
+        "--requeue", action=argparse.BooleanOptionalAction, default=True, help="queue again until the run is done"
+    )
+    parser.add_argument("--print", action="store_true", help="print the file for sbatch, submit nothing")
+    parser.add_settings(presets=presets())
+    given = vars(parser.parse_args([word for word in argv if word != "--"]))  # which may stand before the settings
     settings, printing = given.pop("settings"), given.pop("print")
     if not settings:
         raise ConfigError("ccmim submit: the settings are missing; write ccmim submit [options] -- --config NAME ...")
@@ -37,23 +50,6 @@ def pretrain_rank(settings: list[str]) -> None:
     become_rank()
     sys.argv = ["ccmim", "pretrain", *settings]  # for the run's record of its command
     sys.exit(exit_code_of(lambda: pretrain(settings)))
-
-
-def _parser() -> Parser:
-    parser = Parser("ccmim submit", _HELP)
-    count = whole_number(1, 999_999)
-    parser.add_argument("--nodes", type=count, default=1, help="machines")
-    parser.add_argument("--gpus-per-node", type=count, default=1, help="ranks on each node")
-    parser.add_argument("--cpus-per-gpu", type=count, default=8, help="cores for a rank's images")
-    parser.add_argument("--time", type=_clock, default="24:00:00", metavar="HH:MM:SS", help="limit of the job's time")
-    parser.add_argument("--partition", type=_word, help="if not given: Slurm's default")
-    parser.add_argument("--account", type=_word, help="if not given: Slurm's default")
-    parser.add_argument(
-        "--requeue", action=argparse.BooleanOptionalAction, default=True, help="queue again until the run is done"
-    )
-    parser.add_argument("--print", action="store_true", help="print the file for sbatch, submit nothing")
-    parser.add_settings(presets=presets())
-    return parser
 
 
 def _clock(text: str) -> str:

@@ -25,19 +25,12 @@ RENAMED = {"train.timeout": "watch.timeout"}  # likewise, of evaluations
 
 
 class Setting(NamedTuple):
-    """One leaf of a schema.
+    """One leaf of a schema; `help`, `source` and `on_resume` are what `setting.setting` was given."""
 
-    Attributes:
-        kind: its type: int, float, bool, str, a Literal or a tuple.
-        unit: of a number, of each one in a tuple, or of text; empty for others.
-        choices: the values of a Literal, or true and false.
-        help, source, on_resume: what `setting.setting` was given.
-    """
-
-    kind: Any
+    kind: Any  # int, float, bool, str, a Literal or a tuple
     default: Any
-    unit: Unit
-    choices: tuple[str, ...]
+    unit: Unit  # of a number, of each one in a tuple, or of text; empty for others
+    choices: tuple[str, ...]  # the values of a Literal, or true and false
     help: str
     source: str
     on_resume: str
@@ -56,9 +49,9 @@ def settings(schema: type = Config) -> dict[str, Setting]:
     table = {}
     for item in fields(schema):
         owner = sections(schema).get(item.name)
+        kinds, with_units = (get_type_hints(owner or schema, include_extras=extras) for extras in (False, True))
         for leaf in fields(owner) if owner else [item]:
-            kind = get_type_hints(owner or schema)[leaf.name]
-            annotated = get_type_hints(owner or schema, include_extras=True)[leaf.name]
+            kind, annotated = kinds[leaf.name], with_units[leaf.name]
             if get_origin(kind) is tuple:
                 annotated = get_args(annotated)[0]
             unit = getattr(annotated, "__metadata__", [Unit("")])[0]

@@ -1,4 +1,4 @@
-"""This module makes a configuration of a YAML file or preset, and of `--a.b=c` from the command line.
+"""A configuration is made of a YAML file or preset, and of `--a.b=c` from the command line.
 
 A file is a list of settings like the command line, so both go one way: key checked against the schema, text read in the
 setting's type, ranges validated. Whatever is wrong is a ConfigError of one line.
@@ -31,15 +31,8 @@ _Dumper.add_representer(
 )
 
 
-def load_config(
-    argv: list[str],
-    prog: str,
-    schema: type = Config,
-    check: Callable[[Any], None] = validate,
-    folder: str = "",
-    base: Any = None,
-) -> Any:
-    """Return the configuration that the options `argv` ask for, a `schema`.
+def load_config(argv: list[str], prog: str, base: Config | None = None) -> Config:
+    """Return the configuration that the options `argv` ask for.
 
     `--config PATH_OR_PRESET` (once at most), `--key=value` or `--key value` for any setting (the last one counts, and
     it counts more than the file), a bare `--key` for true, `--resume X` and `--overwrite` for those of `run`.
@@ -47,28 +40,30 @@ def load_config(
     Args:
         argv: the words behind the command, such as ["--config", "demo", "--mask.ratio=0.6"].
         prog: the command as the help text names it, such as "ccmim pretrain".
-        check: raises ConfigError for a configuration that cannot run.
-        folder: the folder below configs/ that has the presets.
         base: a configuration whose values stand where nothing is asked for; None: the schema's defaults.
 
     Raises:
         ConfigError: one line naming the key, the value and the nearest valid one.
         SystemExit: 0, after printing what `--help` or `--print_config` (the resolved configuration) ask for.
     """
-    return make_config(settings_parser(prog, schema, folder).parse_args(argv).settings, schema, check, folder, base)
+    return make_config(settings_parser(prog).parse_args(argv).settings, base=base)
 
 
 @cache
-def settings_parser(prog: str, schema: type = Config, folder: str = "") -> Parser:
+def settings_parser(prog: str) -> Parser:
+    """Return the parser of a command whose options are settings alone."""
     parser = Parser(prog)
-    parser.add_settings(schema, presets(folder))
+    parser.add_settings(presets=presets())
     return parser
 
 
 def make_config(
     given: dict[str, str], schema: type = Config, check: Callable = validate, folder: str = "", base: Any = None
 ) -> Any:
-    """Return the configuration that `given` asks for, `settings` of what a Parser read; else as `load_config`."""
+    """Return the configuration, a `schema`, that `given` (the `settings` that a Parser read) asks for.
+
+    `check` raises ConfigError for one that cannot run; `folder` below configs/ has the presets; else as `load_config`.
+    """
     asked = dict(given)
     printing = asked.pop("print_config", None) is not None
     values = {} if base is None else flatten(base)
@@ -81,11 +76,6 @@ def make_config(
         print(to_yaml(config), end="")
         raise SystemExit(0)
     return config
-
-
-def on_preset(name: str, argv: list[str]) -> list[str]:
-    """Return the settings `argv`, on top of the preset `name` where they name no file or preset themselves."""
-    return argv if any(word.startswith("--config") for word in argv) else ["--config", name, *argv]
 
 
 def presets(below: str = "") -> dict[str, Path]:

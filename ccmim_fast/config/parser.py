@@ -35,10 +35,7 @@ class _Store(argparse.Action):
 class Parser(argparse.ArgumentParser):
     """This parser answers a mistake with one line (a ConfigError), takes options in full only and shows defaults.
 
-    Args:
-        prog: the command as the user writes it, such as "ccmim ablate score".
-        description: for `--help`; backquotes are left out.
-        more: what argparse takes besides.
+    `prog` is the command as the user writes it, such as "ccmim ablate score"; `more` is what argparse takes besides.
     """
 
     def __init__(self, prog: str, description: str = "", **more: Any) -> None:
@@ -47,14 +44,14 @@ class Parser(argparse.ArgumentParser):
         self._schema: type | None = None
 
     def add_settings(self, schema: type = Config, presets: Iterable[str] = ()) -> None:
-        """Add `--config`, `--print_config` and every setting of `schema`; `parse_args(...).settings` has their text.
+        """Add `--config` (of `presets`), `--print_config` and every setting of `schema`.
 
-        Args:
-            schema: the configuration's dataclass.
-            presets: the names that `--config` takes, for the help.
+        Their text, by key, is `parse_args(...).settings`.
         """
         self._schema = schema
-        self.usage = self.usage or f"{self.prog} [options] [--config PRESET_OR_FILE] [--section.key=value ...]"
+        positional = self._get_positional_actions()
+        places = [f"[{one.metavar}]" if one.nargs == "?" else one.metavar for one in positional]
+        self.usage = " ".join([self.prog, *places, "[options] [--config PRESET_OR_FILE] [--section.key=value ...]"])
         self.set_defaults(settings={})
         hidden = {"action": _Store, "default": argparse.SUPPRESS}
         named = f"YAML file, or one of the presets {', '.join(presets)}"

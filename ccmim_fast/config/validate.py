@@ -10,7 +10,7 @@ from typing import Any
 
 from ccmim_fast.config.keys import flatten, nearest, settings
 from ccmim_fast.config.schema import Config, RunConfig
-from ccmim_fast.config.values import check, refuse
+from ccmim_fast.config.values import check_values, refuse
 from ccmim_fast.registry import CONTRASTS, SCORE_SOURCES
 
 
@@ -32,13 +32,6 @@ def validate(config: Config, world_size: int = 1) -> None:
     if config.train.device == "cpu" and config.train.precision == "fp16":
         refuse("train.precision", "fp16", "fp32, bf16 or auto on a CPU", "bf16")
     _check_batch(config, world_size)
-
-
-def check_values(config: Any) -> None:
-    """Refuse a number beyond its range, and text that no file name can hold."""
-    known = settings(type(config))
-    for key, value in flatten(config).items():
-        check(key, value, known[key])
 
 
 def check_order(config: Any, *keys: str) -> None:
@@ -77,15 +70,13 @@ def _check_arch(config: Config) -> None:
 
 
 def _check_widths(config: Config) -> None:
-    for part, dim, heads in (
-        ("model", config.model.embed_dim, config.model.num_heads),
-        ("decoder", config.decoder.dim, config.decoder.num_heads),
-    ):
-        key = "embed_dim" if part == "model" else "dim"
+    values = flatten(config)
+    for part, key in (("model", "model.embed_dim"), ("decoder", "decoder.dim")):
+        dim, heads = values[key], values[f"{part}.num_heads"]
         if dim % 4:
-            refuse(f"{part}.{key}", dim, "a multiple of 4 (sine and cosine on two axes)", nearest_multiple(dim, 4))
+            refuse(key, dim, "a multiple of 4 (sine and cosine on two axes)", nearest_multiple(dim, 4))
         if dim and heads and dim % heads:
-            refuse(f"{part}.num_heads", heads, f"a divisor of {part}.{key}={dim}", nearest_divisor(heads, dim))
+            refuse(f"{part}.num_heads", heads, f"a divisor of {key}={dim}", nearest_divisor(heads, dim))
 
 
 def _check_patches(config: Config) -> None:
@@ -104,7 +95,7 @@ def _check_patches(config: Config) -> None:
 
 
 def _check_mask(config: Config) -> None:
-    """At least one visible and one masked patch; a ratio is turned into int(patches * (1 - ratio)) visible ones."""
+    """Refuse what leaves no patch visible, or none masked: of a ratio, int(patches * (1 - ratio)) are visible."""
     height, width = config.data.image_size
     patch = patch_size(config) or 2  # unknown: the smallest there is, hence the most patches there can be
     ratio, patches = config.mask.ratio, (height // patch) * (width // patch)
@@ -140,16 +131,16 @@ def _check_batch(config: Config, world_size: int) -> None:
 
 
 def patch_size(config: Config) -> int:
-    """Pixels per side of a patch: as set, else from the architecture's name; 0 if neither tells."""
+    """Return the pixels per side of a patch: as set, else from the architecture's name; 0 if neither tells."""
     named = re.search(r"patch(\d{1,2})(?!\d)", config.model.arch)
     return config.model.patch_size or (int(named[1]) if named else 0)
 
 
 def nearest_multiple(number: int, of: int) -> int:
-    """The positive multiple of `of` nearest to `number`."""
+    """Return the positive multiple of `of` nearest to `number`."""
     return max(1, (number + of // 2) // of) * of
 
 
 def nearest_divisor(number: int, of: int) -> int:
-    """The divisor of `of` nearest to `number`."""
+    """Return the divisor of `of` nearest to `number`."""
     return min((d for d in range(1, of + 1) if of % d == 0), key=lambda d: abs(d - number))

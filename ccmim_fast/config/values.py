@@ -3,7 +3,7 @@
 import re
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from ccmim_fast.config.keys import Setting, nearest, settings, show
+from ccmim_fast.config.keys import Setting, flatten, nearest, settings, show
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
 
@@ -25,8 +25,7 @@ def read(key: str, raw: str | list[str], source: str = "", schema: type = Config
         return _parse(setting.kind, raw)
     except (ValueError, KeyError):
         expected, near = _expected(setting, raw)
-        message = f"{key}={show(raw)}{source}: expected {expected}; nearest valid is {show(near)}"
-        raise ConfigError(message) from None
+        raise ConfigError(f"{key}={show(raw)}{source}: expected {expected}; nearest valid is {show(near)}") from None
 
 
 def _parse(kind: Any, raw: str | list[str]) -> Any:
@@ -68,18 +67,21 @@ def refuse(key: str, value: Any, must: str, near: Any) -> NoReturn:
     raise ConfigError(f"{key}={show(value)}: must be {must}; nearest valid is {show(near)}")
 
 
-def check(key: str, value: Any, setting: Setting) -> None:
+def check_values(config: Any) -> None:
     """Refuse a number beyond its range, and text that no file name can hold."""
-    if isinstance(value, str):
-        # Halves of UTF-16 pairs, which YAML can write, but for those that stand for a file name's bytes.
-        possible = re.sub("[\0\ud800-\udc7f\udd00-\udfff]", "", value)
-        if value != possible:
-            refuse(key, value, "text that a file name can hold", possible)
-    elif setting.unit.within:
-        numbers, defaults = ((x if isinstance(x, tuple) else (x,)) for x in (value, setting.default))
-        near = tuple(_clamp(n, setting.unit.within, defaults[i:] or defaults[-1:]) for i, n in enumerate(numbers))
-        if near != numbers:
-            refuse(key, value, f"in {setting.unit.within}", near if isinstance(value, tuple) else near[0])
+    known = settings(type(config))
+    for key, value in flatten(config).items():
+        within = known[key].unit.within
+        if isinstance(value, str):
+            # Halves of UTF-16 pairs, which YAML can write, but for those that stand for a file name's bytes.
+            possible = re.sub("[\0\ud800-\udc7f\udd00-\udfff]", "", value)
+            if value != possible:
+                refuse(key, value, "text that a file name can hold", possible)
+        elif within:
+            numbers, defaults = ((x if isinstance(x, tuple) else (x,)) for x in (value, known[key].default))
+            near = tuple(_clamp(n, within, defaults[i:] or defaults[-1:]) for i, n in enumerate(numbers))
+            if near != numbers:
+                refuse(key, value, f"in {within}", near if isinstance(value, tuple) else near[0])
 
 
 def _clamp(number: float, within: str, defaults: tuple[float, ...]) -> float:

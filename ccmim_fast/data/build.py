@@ -66,7 +66,7 @@ def build_source(data: DataConfig, seed: int) -> Source:
 
 def suitable_loaders(source: Source) -> dict[str, type[Loader]]:
     """Return the loaders that are installed and gain from such images, by name."""
-    loaders = {name: load(row.path) for name, row in LOADERS.items()}
+    loaders = {name: load(path) for name, path in LOADERS.items()}
     return {name: loader for name, loader in loaders.items() if loader.suits(source)}
 
 
@@ -82,4 +82,4 @@ def build_loader(
     plan = Plan(source, seed, global_batch, **own, **division)
     bad_samples = BadSamples.of(source, data.on_error, data.max_bad)
     name = next(iter(suitable_loaders(source))) if data.loader == "auto" else data.loader
-    return load(LOADERS[name].path)(plan, bad_samples, data.image_size, data.workers, torch.device(device))
+    return load(LOADERS[name])(plan, bad_samples, data.image_size, data.workers, torch.device(device))

@@ -8,30 +8,21 @@ from typing import NamedTuple
 
 import torch
 
-from ccmim_fast.doctor.trials import PATIENCE, try_all
+from ccmim_fast.doctor.trials import try_all
 from ccmim_fast.optim.apex import BUILD
 
 _PASCAL = "pip install torch==2.7.1 torchvision==0.22.1"  # the last with code for compute capability 6.x
 
 
 class Part(NamedTuple):
-    """A library that may be installed or not.
+    """A library that may be installed or not."""
 
-    Attributes:
-        name: in the table.
-        trial: a name in `trials.TRIALS` and its argument: what the trainer does with the library.
-        instead: what runs without it.
-        install: the command that brings it, or how to build it.
-        module: that is looked for; "": its name.
-        packages: distributions that may bring it, and whose version is told; empty: the module's.
-    """
-
-    name: str
-    trial: tuple[str, ...]
-    instead: str
-    install: str
-    module: str = ""
-    packages: tuple[str, ...] = ()
+    name: str  # in the table
+    trial: tuple[str, ...]  # a function of `trials` and its argument: what the trainer does with the library
+    instead: str  # what runs without it
+    install: str  # the command that brings it, or how to build it
+    module: str = ""  # that is looked for; "": its name
+    packages: tuple[str, ...] = ()  # distributions that may bring it, and whose version is told; empty: the module's
 
 
 class Row(NamedTuple):
@@ -46,16 +37,15 @@ class Row(NamedTuple):
 
 def gpus() -> list[Row]:
     """Return a row for torch and for each GPU that torch sees, or one that says why it sees none."""
-    listed = _nvidia_smi()
-    found = [_gpu(index, listed) for index in range(torch.cuda.device_count())]
-    if not found and listed:
-        name, driver = listed[0]
-        why = f"no: torch {torch.__version__} does not see it; its driver is too old, or CUDA_VISIBLE_DEVICES hides it"
-        newer = f"a driver for CUDA {torch.version.cuda}, or a torch for the driver: https://pytorch.org/get-started"
-        found = [Row("GPU", f"{name}, driver {driver}", why, "the CPU", newer)]
-    elif not found:
-        found = [Row("GPU", "none", "not installed", "the CPU, with bf16 where it has it")]
-    return [Row("torch", f"{torch.__version__}, Python {sys.version.split()[0]}", "yes"), *found]
+    own, listed = Row("torch", f"{torch.__version__}, Python {sys.version.split()[0]}", "yes"), _nvidia_smi()
+    if count := torch.cuda.device_count():
+        return [own, *(_gpu(index, listed) for index in range(count))]
+    if not listed:
+        return [own, Row("GPU", "none", "not installed", "the CPU, with bf16 where it has it")]
+    name, driver = listed[0]
+    why = f"no: torch {torch.__version__} does not see it; its driver is too old, or CUDA_VISIBLE_DEVICES hides it"
+    newer = f"a driver for CUDA {torch.version.cuda}, or a torch for the driver: https://pytorch.org/get-started"
+    return [own, Row("GPU", f"{name}, driver {driver}", why, "the CPU", newer)]
 
 
 def _gpu(index: int, listed: list[tuple[str, str]]) -> Row:
@@ -89,19 +79,15 @@ def parts(on_cuda: bool) -> list[Part]:
     dali = "nvidia-dali-cuda120" if (torch.version.cuda or "").startswith("12") else "nvidia-dali-cuda130"
 
     def trial(name: str, module: str) -> tuple[str, ...]:
-        """Without CUDA such a library can only be imported."""
+        """Return the trial of a library, which without CUDA can only be imported."""
         return (name,) if on_cuda else ("imported", module)
 
-    for_cuda = [
+    compiled = Part("torch.compile", ("compiled",), "train.compile=off: eager steps", "apt install gcc", "torch")
+    return [
+        *([compiled] if on_cuda else []),
         Part("triton", trial("triton", "triton.language"), "train.kernels=reference: PyTorch", "pip install triton"),
         Part("xformers", trial("xformers", "xformers.ops"), "train.attention=sdpa: torch's own", xformers),
         Part("apex", trial("apex", "apex.optimizers"), "optim.name=adamw: torch's fused AdamW", BUILD),
-    ]
-    if on_cuda:
-        compiled = Part("torch.compile", ("compiled",), "train.compile=off: eager steps", "apt install gcc", "torch")
-        for_cuda.insert(0, compiled)
-    return [
-        *for_cuda,
         Part(
             "DALI",
             ("dali", "cuda" if on_cuda else "cpu"),
@@ -115,14 +101,10 @@ def parts(on_cuda: bool) -> list[Part]:
     ]
 
 
-def examine(asked: Sequence[Part], patience: float = PATIENCE) -> list[Row]:
-    """Return a row for each part; those that are installed are tried, all at a time.
-
-    Args:
-        patience: seconds that a trial may take.
-    """
+def examine(asked: Sequence[Part]) -> list[Row]:
+    """Return a row for each part; those that are installed are tried, all at a time."""
     there = [part for part in asked if _is_there(part.module or part.name)]
-    works = dict(zip(there, try_all([part.trial for part in there], patience)))
+    works = dict(zip(there, try_all([part.trial for part in there])))
     rows = []
     for part in asked:
         said = works.get(part, "not installed")

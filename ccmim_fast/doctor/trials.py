@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import BinaryIO
 
 PATIENCE = 120  # seconds for a trial; torch.compile takes 20 to 60 of them
 
@@ -118,45 +117,40 @@ def _agree(found, expected, within: float = 1e-2) -> None:
         raise ValueError(f"its result is wrong by {error:.3g}")
 
 
-def try_all(trials: Sequence[tuple[str, ...]], patience: float = PATIENCE) -> list[str]:
+def try_all(trials: Sequence[tuple[str, ...]]) -> list[str]:
     """Run trials at the same time; returns for each `yes`, or `no: ` and the reason.
 
-    Args:
-        trials: words behind `python -m ccmim_fast.doctor.trials`.
-        patience: seconds that each may take.
+    A trial is the words behind `python -m ccmim_fast.doctor.trials`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        errors = [open(Path(folder) / str(number), "w+b") for number in range(len(trials))]  # noqa: SIM115
-        try:
-            running = [_start(trial, error, folder) for trial, error in zip(trials, errors)]
-            return [_outcome(process, error, patience) for process, error in zip(running, errors)]
-        finally:
-            for error in errors:
-                error.close()
+        outputs = [Path(folder) / str(number) for number in range(len(trials))]
+        running = [_start(trial, output) for trial, output in zip(trials, outputs)]
+        return [_outcome(process, output) for process, output in zip(running, outputs)]
 
 
-def _start(trial: tuple[str, ...], error: BinaryIO, folder: str) -> subprocess.Popen:
+def _start(trial: tuple[str, ...], output: Path) -> subprocess.Popen:
+    folder = str(output.parent)
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder}
     command = [sys.executable, "-m", __name__, *trial]
-    # A group of its own: what hangs may have started others.
-    return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=error, stderr=error, env=environment, start_new_session=True
-    )
+    with output.open("wb") as file:
+        # A group of its own: what hangs may have started others.
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True
+        )
 
 
-def _outcome(process: subprocess.Popen, error: BinaryIO, patience: float) -> str:
+def _outcome(process: subprocess.Popen, output: Path) -> str:
     try:
-        code = process.wait(timeout=patience)
+        code = process.wait(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        return f"no: no answer in {patience:g} seconds"
+        return f"no: no answer in {PATIENCE:g} seconds"
     if code == 0:
         return "yes"
-    error.seek(0)
-    lines = [line for line in error.read().decode(errors="replace").splitlines() if line.strip()]
     if code < 0:
         return f"no: ended by {signal.Signals(-code).name}"
+    lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return f"no: {lines[-1].strip()[:200] if lines else f'exit code {code}'}"
 
 

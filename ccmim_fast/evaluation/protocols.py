@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ccmim_fast.checkpoints.published import Weights
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.keys import flatten, show
-from ccmim_fast.config.load import load_config, presets
+from ccmim_fast.config.load import from_yaml, presets
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.encoders import width_and_patch
@@ -53,7 +53,7 @@ def protocol(evaluation: str, preset: str = "") -> Protocol:
     source = re.search(r"^# Source: (.*(?:\n#   .*)*)", text, re.MULTILINE)[1].replace("\n#   ", " ")
     images = re.search(r"^# Images: .*?(\d+) to train on, (\d+) to test on, (\d+) classes", text, re.MULTILINE)
     encoder = re.search(r"^# Encoder: (.*)", text, re.MULTILINE)
-    config = load_config(["--config", name], "ccmim eval", EvalConfig, lambda _: None, FOLDER)
+    config = from_yaml(text, f"{name}.yaml", EvalConfig, lambda _: None)
     counts = tuple(map(int, images.groups())) if images else None
     return Protocol(name, evaluation, config, source, counts, encoder[1] if encoder else "")
 

@@ -3,35 +3,26 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.runs.listing import COLUMNS, CONFIG, METRICS, describe
 from ccmim_fast.runs.state import FILE
 
-_SIGNS = (CONFIG, METRICS, FILE)  # a folder with one of them is a run's
 _NAMED = 5  # runs that a message names
 
 
-class Page(NamedTuple):
-    """This tuple says how many runs the page compares, and has a line for each part that cannot be shown."""
-
-    runs: int
-    remarks: list[str]
-
-
 def compare_runs(
-    runs: Sequence[Path], out: Path, *, title: str = "", images: int = 4, moments: int = 5, data: str = ""
-) -> Page:
-    """Write one offline HTML page that compares runs; nothing in a run changes.
+    runs: Sequence[Path], out: Path, *, title: str, images: int, moments: int, data: str
+) -> tuple[int, list[str]]:
+    """Write one offline HTML page that compares runs with the first of them; nothing in a run changes.
 
     Args:
-        runs: folders; the others are compared with the first.
-        out: the page.
         title: "": the runs' names.
-        images: how many are drawn of a run that kept no pictures.
-        moments: checkpoints drawn of such a run; 0: no pictures.
+        images, moments: images and checkpoints drawn of a run that kept no pictures; no `moments`: no pictures.
         data: root of the images to draw; "": the run's own.
+
+    Returns:
+        The number of runs, and a line for each part that cannot be shown.
 
     Raises:
         ConfigError: a folder holds no run, or `out` is a folder.
@@ -45,18 +36,16 @@ def compare_runs(
     from ccmim_fast.report.snapshots import take_snapshots
 
     names = names_of(folders)
-    rows = []
+    rows, snapshots = [], []
     for name, folder in zip(names, folders):
         row = describe(folder, folder.parent)
         rows.append((name, [*row.cells[1:], row.error or ("" if any(row.cells[3:7]) else "no metrics yet")]))
-    snapshots = []
-    for folder in folders:
-        count = 0 if any((folder / "snapshots").glob("epoch_*.npz")) else images
-        snapshots.append(take_snapshots(folder, count, moments if count else 0, data))
+        has_pictures = any((folder / "snapshots").glob("epoch_*.npz"))
+        snapshots.append(take_snapshots(folder, images, 0 if has_pictures or not images else moments, data))
     title = title or ("Run " if len(names) == 1 else "Runs ") + ", ".join(names)
     standing = Comparison([*COLUMNS[1:], "remark"], rows)
     write_report(out, title, [RunView(*run) for run in zip(names, folders)], {}, standing, snapshots)
-    return Page(len(folders), [remark for of_run in snapshots for remark in of_run.remarks])
+    return len(folders), [remark for of_run in snapshots for remark in of_run.remarks]
 
 
 def _run(folder: Path) -> Path:
@@ -70,7 +59,7 @@ def _run(folder: Path) -> Path:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _SIGNS)
+    return any((folder / name).is_file() for name in (CONFIG, METRICS, FILE))
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

@@ -101,14 +101,11 @@ def curve_svg(runs: Sequence[tuple[str, list[dict]]], key: str, label: str, uid:
 def _points(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Return epochs and values, at most POINTS of each; values that are missing or not finite are left out."""
     pairs = [(row.get("epoch"), row.get(key)) for row in rows]
-    pairs = np.array([pair for pair in pairs if all(map(_is_figure, pair))], dtype=np.float64).reshape(-1, 2)
+    pairs = [pair for pair in pairs if all(isinstance(value, (int, float)) and math.isfinite(value) for value in pair)]
+    pairs = np.array(pairs, dtype=np.float64).reshape(-1, 2)
     groups = np.array_split(pairs, min(len(pairs), POINTS)) if len(pairs) else []
     means = np.array([group.mean(axis=0) for group in groups]).reshape(-1, 2)
     return means[:, 0], means[:, 1]
-
-
-def _is_figure(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _inline(svg: str, label: str, uid: str) -> str:

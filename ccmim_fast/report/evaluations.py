@@ -19,19 +19,13 @@ class Evaluation(NamedTuple):
     Its result.json is a JSON object: `figures` by name; `deviations`, a list of sentences; `protocol` and `source`,
     what they deviate from; `chance`, a share or null; `step`, of the checkpoint, or null; `pictures`, a list of PNG
     files in the folder. Each but `figures` may be missing; other keys are ignored.
-
-    Attributes:
-        name: of the folder.
-        figures: each as text, by its name; chance and step among them.
-        protocol: a sentence, or nothing.
-        pictures: PNG, by the names of their files.
     """
 
-    name: str
-    figures: dict[str, str]
-    protocol: str
+    name: str  # of the folder
+    figures: dict[str, str]  # each as text, by its name; chance and step among them
+    protocol: str  # a sentence, or nothing
     deviations: list[str]
-    pictures: dict[str, bytes]
+    pictures: dict[str, bytes]  # PNG, by the names of their files
 
 
 def read_evaluations(run: RunView, remarks: Remarks) -> list[Evaluation]:

@@ -8,6 +8,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from ccmim_fast.report.pictures import rgb
+
 _TILE = 0.92  # inches; seven columns make a text width of 6.7 inches
 _GAP = 0.05
 _LINE, _SMALL_LINE, _DROP = 0.145, 0.12, 0.05  # of text, of small text, and of a baseline above what follows
@@ -18,27 +20,16 @@ _SOFT = "0.35"  # gray
 
 
 class Column(NamedTuple):
-    """A column is what stands under one heading.
+    """A column is what stands under one heading."""
 
-    Attributes:
-        heading: one line or several.
-        under: smaller lines, or nothing.
-        pictures: uint8 [H, W, C], one a row.
-        outlined: of each picture a part [H, W] bool whose edge is drawn in white; nothing: none.
-    """
-
-    heading: str
-    under: str
-    pictures: Sequence[np.ndarray]
-    outlined: Sequence[np.ndarray] = ()
+    heading: str  # one line or several
+    under: str  # smaller lines, or nothing
+    pictures: Sequence[np.ndarray]  # uint8 [H, W, C], one a row
+    outlined: Sequence[np.ndarray] = ()  # of each picture a part [H, W] bool whose edge is drawn in white, or nothing
 
 
 def figure_png(columns: Sequence[Column], note: str = "") -> bytes:
-    """Draw the columns, all of equally many pictures of one size, as PNG; equal ones give equal bytes.
-
-    Args:
-        note: small, below.
-    """
+    """Draw the columns, all of equally many pictures of one size, as PNG, with a small `note` below; bytes repeat."""
     rows = len(columns[0].pictures)
     shape_HW = columns[0].pictures[0].shape[:2]
     tall = _TILE * shape_HW[0] / shape_HW[1]
@@ -59,7 +50,7 @@ def figure_png(columns: Sequence[Column], note: str = "") -> bytes:
             for j, picture_HWC in enumerate(column.pictures):
                 top = head + under + j * (tall + _GAP)
                 extent = (left, left + _TILE, top + tall, top)
-                axes.imshow(_rgb(picture_HWC), extent=extent, aspect="auto")
+                axes.imshow(rgb(picture_HWC), extent=extent, aspect="auto")
                 if len(column.outlined) and column.outlined[j].any():
                     axes.contour(
                         column.outlined[j], levels=[0.5], colors="white", linewidths=0.8, origin="upper", extent=extent
@@ -70,8 +61,3 @@ def figure_png(columns: Sequence[Column], note: str = "") -> bytes:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
-
-
-def _rgb(picture_HWC: np.ndarray) -> np.ndarray:
-    """Return images of three channels; of others the first channel is shown."""
-    return picture_HWC if picture_HWC.shape[2] == 3 else picture_HWC[..., :1].repeat(3, axis=2)

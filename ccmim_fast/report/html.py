@@ -16,11 +16,10 @@ from ccmim_fast.config.schema import Config
 
 from .curves import curve_svg, line_style
 from .evaluations import Evaluation, read_evaluations
-from .pictures import Snapshot, columns_of, picture_uri, snapshot_grid
+from .pictures import columns_of, picture_uri, snapshot_grid
 from .runs import Comparison, Remarks, RunView, against, compare, differences, flatten, merge_equal
 from .snapshots import Snapshots
 
-MISSING = "—"
 METHODS = {"untrained": "Untrained", "mae": "MAE", "ccmim": "ccMIM"}  # any other name is shown as it is
 CURVES = {
     "recons": "Reconstruction loss",
@@ -68,24 +67,13 @@ COLUMNS = (
     Column("recons", "Reconstruction loss", False, THREE_DIGITS, "Error on masked patches, for equal targets only."),
     Column("images_per_second", "Images / s", True, _rate, "Training throughput on the machine under Environment."),
 )
-
-
-class Cell(NamedTuple):
-    """A cell shows one number of the summary table; `early` is the same measure early in training, or ""."""
-
-    text: str
-    early: str
-    best: bool
-
-
-class Picture(NamedTuple):
-    """A picture is the grid of images at one epoch; the page opens it at first where `shown`."""
-
-    epoch: float
-    columns: tuple[str, ...]
-    rows: int
-    uri: str
-    shown: bool
+TEMPLATES.globals |= {
+    "columns": COLUMNS,
+    "percent": PERCENT,
+    "columns_of": columns_of,
+    "snapshot_grid": snapshot_grid,
+    "picture_uri": picture_uri,
+}
 
 
 def write_report(
@@ -102,39 +90,41 @@ def write_report(
     folder lacks are left out, and what is damaged is named.
 
     Args:
-        path: file to write; its folder is made.
-        title: plain text.
         runs: in the order shown; its place decides a run's colour.
         summary: {"methods": {name: {measure: number or None}}, "chance": share of 1, "setting": {key: value}}, all
             optional; measures are the keys of COLUMNS and each with `_early`. A missing one is a dash.
         standing: how each run stands, a row a run.
         snapshots: of each run, what to show where it kept none.
     """
-    names, remarks = [_name_of(run.name) for run in runs], Remarks()
+    names, remarks = [METHODS.get(run.name, run.name) for run in runs], Remarks()
 
     def all_of(read: Callable[[RunView], Any], nothing: Any) -> list[Any]:
         return [remarks.read(partial(read, run), nothing) for run in runs]
 
-    configs = compare(names, all_of(_options, {}))
+    configs = compare(names, all_of(RunView.config, {}))
+    # All runs differ in their folder.
+    configs = configs._replace(rows=[row for row in configs.rows if row[0] != "run.dir"])
+    methods = {METHODS.get(name, name): measures for name, measures in (summary.get("methods") or {}).items()}
     shown = [own or more.taken for own, more in zip_longest(all_of(RunView.snapshots, []), snapshots, fillvalue=NONE)]
     evaluated = [read_evaluations(run, remarks) for run in runs]
+    lines = [(name, run.metrics()) for name, run in zip(names, runs)]
+    drawn = [(label, curve_svg(lines, key, label, uid=f"curve-{key}")) for key, label in CURVES.items()]
     page = TEMPLATES.get_template("page.html").render(
         title=title,
-        abstract=_abstract(summary),
+        abstract=_abstract(methods, summary.get("chance")),
         setting=flatten(summary.get("setting") or {}),
-        columns=COLUMNS,
-        table=_table(summary.get("methods") or {}),
+        methods=methods,
+        best={column.key: _best(column, methods.values()) for column in COLUMNS},
         chance=summary.get("chance"),
-        percent=PERCENT,
-        standing=standing and standing._replace(rows=[(_name_of(name), cells) for name, cells in standing.rows]),
+        standing=standing and standing._replace(rows=[(name, row[1]) for name, row in zip(names, standing.rows)]),
         legend=[(name, *line_style(i)) for i, name in enumerate(names)],
-        curves=_curves([(name, run.metrics()) for name, run in zip(names, runs)]),
-        galleries=[(name, _gallery(of_run)) for name, of_run in zip(names, shown) if of_run],
-        evaluations=compare(names, [_figures(of_run) for of_run in evaluated]),
-        protocols=_of_each(names, evaluated),
-        picture_uri=picture_uri,
+        # Markup: matplotlib escapes its text, and `curve_svg` the names.
+        curves=[(label, Markup(svg)) for label, svg in drawn if svg is not None],
+        galleries=[(name, of_run) for name, of_run in zip(names, shown) if of_run],
+        figures=compare(names, [_figures(of_run) for of_run in evaluated]),
+        evaluations=list(zip(names, evaluated)),
         differences=differences(configs),
-        defaults=against(_without_folder(flatten(yaml.safe_load(to_yaml(Config())))), "default", configs),
+        defaults=against(flatten(yaml.safe_load(to_yaml(Config()))), "default", configs),
         environment=merge_equal(compare(names, all_of(RunView.environment, {}))),
         remarks=[*remarks, *(line for more in snapshots for line in more.remarks)],
     )
@@ -143,58 +133,20 @@ def write_report(
     path.write_text(page, encoding="utf-8", errors="replace")
 
 
-def _name_of(method: str) -> str:
-    return METHODS.get(method, method)
-
-
-def _options(run: RunView) -> dict[str, str]:
-    """Read the settings without the run's own folder, in which all runs differ."""
-    return _without_folder(run.config())
-
-
-def _without_folder(options: dict[str, str]) -> dict[str, str]:
-    return {key: value for key, value in options.items() if key != "run.dir"}
-
-
 def _figures(evaluations: Sequence[Evaluation]) -> dict[str, str]:
     """Name the figures of one run by their evaluation."""
     return {f"{one.name}: {key}": value for one in evaluations for key, value in one.figures.items()}
 
 
-def _of_each(names: Sequence[str], evaluated: Sequence[Sequence[Evaluation]]) -> list[tuple[str, Evaluation]]:
-    """Return (run and evaluation, the evaluation) for each that has more to tell than figures."""
-    return [
-        (f"{name}, {one.name}", one)
-        for name, of_run in zip(names, evaluated)
-        for one in of_run
-        if one.protocol or one.deviations or one.pictures
-    ]
-
-
-def _abstract(summary: dict[str, Any]) -> list[str]:
+def _abstract(methods: dict[str, dict[str, float | None]], chance: float | None) -> list[str]:
     """Write the sentences under the headline, of numbers of the summary alone."""
-    methods = [(_name_of(name), measures) for name, measures in (summary.get("methods") or {}).items()]
     sentences = []
-    known = [f"{PERCENT(m['knn'])} ({name})" for name, m in methods if m.get("knn") is not None]
-    if known:
-        chance = "" if summary.get("chance") is None else f"; chance is {PERCENT(summary['chance'])}"
-        sentences.append(f"Nearest-neighbour accuracy of frozen features: {', '.join(known)}{chance}.")
-    seen = [f"{m['leakage']:.2f} ({name})" for name, m in methods if m.get("leakage") is not None]
-    if seen:
+    if known := [f"{PERCENT(m['knn'])} ({name})" for name, m in methods.items() if m.get("knn") is not None]:
+        guessed = "" if chance is None else f"; chance is {PERCENT(chance)}"
+        sentences.append(f"Nearest-neighbour accuracy of frozen features: {', '.join(known)}{guessed}.")
+    if seen := [f"{m['leakage']:.2f} ({name})" for name, m in methods.items() if m.get("leakage") is not None]:
         sentences.append(f"Share of object patches left visible, relative to random masking: {', '.join(seen)}.")
     return sentences
-
-
-def _table(methods: dict[str, dict[str, float | None]]) -> list[tuple[str, list[Cell]]]:
-    """Make a row a method and a cell a column; the best number of a column is marked where there are several."""
-    best = {column.key: _best(column, methods.values()) for column in COLUMNS}
-
-    def cell(column: Column, measures: dict[str, float | None]) -> Cell:
-        value, early = measures.get(column.key), measures.get(f"{column.key}_early")
-        text = MISSING if value is None else column.show(value)
-        return Cell(text, "" if early is None else column.show(early), text == best[column.key])
-
-    return [(_name_of(name), [cell(column, measures) for column in COLUMNS]) for name, measures in methods.items()]
 
 
 def _best(column: Column, methods: Sequence[dict[str, float | None]]) -> str | None:
@@ -203,25 +155,3 @@ def _best(column: Column, methods: Sequence[dict[str, float | None]]) -> str | N
     if len(values) < 2:
         return None
     return column.show(max(values) if column.higher_is_better else min(values))
-
-
-def _curves(runs: Sequence[tuple[str, list[dict]]]) -> list[tuple[str, Markup]]:
-    """Draw (heading, inline SVG) of each plot that has a curve."""
-    drawn = [(label, curve_svg(runs, key, label, uid=f"curve-{key}")) for key, label in CURVES.items()]
-    # Markup: matplotlib escapes its text, and `curve_svg` the names.
-    return [(label, Markup(svg)) for label, svg in drawn if svg is not None]
-
-
-def _gallery(snapshots: Sequence[Snapshot]) -> list[Picture]:
-    """Draw the grids of one run; the first and the last epoch are shown at once, side by side."""
-    last = len(snapshots) - 1
-    return [
-        Picture(
-            snapshot.epoch,
-            columns_of(snapshot),
-            len(snapshot.images_BHWC),
-            picture_uri(snapshot_grid(snapshot)),
-            shown=i in (0, last),
-        )
-        for i, snapshot in enumerate(snapshots)
-    ]

@@ -8,7 +8,7 @@ import math
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -23,21 +23,13 @@ PNG_BYTES = 250_000  # of the picture of one epoch; those of two runs at five ep
 
 
 class Snapshot(NamedTuple):
-    """A snapshot holds a few images at one epoch, as the model scored, masked and reconstructed them.
+    """A snapshot holds a few images at one epoch, as the model scored, masked and reconstructed them."""
 
-    Attributes:
-        epoch: epochs trained so far; a run that was stopped has a part of one.
-        images_BHWC: uint8.
-        scores_BL: float32, larger = more likely masked; None where the method has no score (MAE).
-        mask_BL: bool, True where masked.
-        reconstruction_BHWC: uint8; with `target.norm_pix` drawn with each target patch's own mean and deviation; None
-            where the model predicts no pixels (`target.kind: hog`).
-    """
-
-    epoch: float
-    images_BHWC: np.ndarray
-    scores_BL: np.ndarray | None
-    mask_BL: np.ndarray
+    epoch: float  # trained so far; a run that was stopped has a part of one
+    images_BHWC: np.ndarray  # uint8
+    scores_BL: np.ndarray | None  # float32, larger = more likely masked; None where the method has no score (MAE)
+    mask_BL: np.ndarray  # bool, True where masked
+    # uint8; with `target.norm_pix` drawn with each target patch's own mean and deviation; None: it predicts no pixels.
     reconstruction_BHWC: np.ndarray | None
 
     def save(self, path: Path) -> None:
@@ -59,12 +51,7 @@ class Snapshot(NamedTuple):
             raise DataError(f"{path} is no snapshot: {error}") from error
 
 
-def heatmap(
-    scores_L: np.ndarray,
-    grid: tuple[int, int],
-    size: tuple[int, int],
-    resample: Literal["nearest", "bicubic"] = "nearest",
-) -> np.ndarray:
+def heatmap(scores_L: np.ndarray, grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
     """Draw the scores of one image in matplotlib's magma: black is the image's lowest score, pale its highest.
 
     Args:
@@ -78,8 +65,8 @@ def heatmap(
     low, high = scores_L.min(), scores_L.max()
     unit_L = (scores_L - low) / (high - low) if high > low else np.zeros(scores_L.shape)
     small = Image.fromarray(unit_L.reshape(grid).astype(np.float32))
-    unit_HW = np.asarray(small.resize(size[::-1], Image.Resampling[resample.upper()]))
-    return matplotlib.colormaps["magma"](unit_HW.clip(0, 1), bytes=True)[..., :3]
+    unit_HW = np.asarray(small.resize(size[::-1], Image.Resampling.NEAREST))
+    return matplotlib.colormaps["magma"](unit_HW, bytes=True)[..., :3]
 
 
 def visible_set(image_HWC: np.ndarray, mask_L: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -143,12 +130,14 @@ def picture_uri(png: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
+def rgb(picture_HWC: np.ndarray) -> np.ndarray:
+    """Return images of three channels; of gray ones, and of more channels than a screen has, the first is shown."""
+    return picture_HWC if picture_HWC.shape[-1] == 3 else picture_HWC[..., :1].repeat(3, axis=-1)
+
+
 def _tile(picture_HWC: np.ndarray) -> Image.Image:
     """Scale one uint8 picture to TILE: up by a whole factor, so that pixels stay squares, or down smoothly."""
-    if picture_HWC.shape[-1] != 3:
-        # Gray images, and more channels than a screen has: show the first one.
-        picture_HWC = picture_HWC[..., :1].repeat(3, axis=-1)
-    tile = Image.fromarray(np.ascontiguousarray(picture_HWC))
+    tile = Image.fromarray(np.ascontiguousarray(rgb(picture_HWC)))
     longer = max(tile.size)
     if longer <= TILE:
         return tile.resize([side * (TILE // longer) for side in tile.size], Image.Resampling.NEAREST)

@@ -14,15 +14,10 @@ from .pictures import Snapshot
 
 
 class RunView(NamedTuple):
-    """This tuple is a run folder under the name that the report shows.
+    """This tuple is a run folder under the name that the report shows."""
 
-    Attributes:
-        name: plain text.
-        folder: may hold config.yaml, environment.json, metrics.jsonl, eval/*/result.json and snapshots/epoch_*.npz.
-    """
-
-    name: str
-    folder: Path
+    name: str  # plain text
+    folder: Path  # may hold config.yaml, environment.json, metrics.jsonl, eval/*/result.json and snapshots/epoch_*.npz
 
     def config(self) -> dict[str, str]:
         """Read the settings as text by dotted keys; {} where there are none. Raises DataError for a damaged file."""
@@ -55,15 +50,10 @@ class Remarks(list[str]):
 
 
 class Comparison(NamedTuple):
-    """This table has texts of several runs side by side.
+    """This table has texts of several runs side by side."""
 
-    Attributes:
-        names: heading of each column of values.
-        rows: (key, one value a column); "" where a run lacks the key.
-    """
-
-    names: list[str]
-    rows: list[tuple[str, list[str]]]
+    names: list[str]  # headings of the columns of values
+    rows: list[tuple[str, list[str]]]  # (key, one value a column); "" where a run lacks the key
 
 
 def compare(names: Sequence[str], tables: Sequence[dict[str, str]]) -> Comparison:

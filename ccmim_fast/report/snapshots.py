@@ -4,6 +4,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from ccmim_fast.data.build import build_source
 from ccmim_fast.data.source import Source, usable_count, usable_ids
 from ccmim_fast.data.stream.batch import Batch, make_batch
 from ccmim_fast.data.stream.plan import MicroBatch
-from ccmim_fast.data.stream.torch_loader import crop_and_resize
+from ccmim_fast.data.stream.torch_loader import central_boxes, load_crop
 from ccmim_fast.errors import CcmimError, DataError, one_line
 from ccmim_fast.models.scores import PriorScores
 
@@ -35,18 +36,11 @@ class Snapshots(NamedTuple):
 
 
 class FewImages(NamedTuple):
-    """This tuple holds a few images of a source, each its largest central crop of the shape that the model sees.
+    """This tuple holds a few images of a source, each its largest central crop of the shape that the model sees."""
 
-    Attributes:
-        batch: them, on the CPU.
-        shown: which part of which image each is.
-        places_B: int64, their places among the usable samples.
-        source: where they are from.
-    """
-
-    batch: Batch
-    shown: MicroBatch
-    places_B: np.ndarray
+    batch: Batch  # on the CPU
+    shown: MicroBatch  # the part of the image that each is
+    places_B: np.ndarray  # int64, places among the usable samples
     source: Source
 
 
@@ -115,24 +109,16 @@ def few_images(data: DataConfig, seed: int, count: int) -> FewImages:
     """
     source = build_source(data, seed)
     places_B = np.unique(np.linspace(0, usable_count(source) - 1, count).round().astype(np.int64))
-    found = []
-    for place, index in zip(places_B, usable_ids(source, places_B)):
-        try:
-            image_HWC = source.decode(int(index))
-        except DataError:
-            continue
-        box_4 = _central_box(image_HWC.shape[:2], data.image_size)
-        found.append((crop_and_resize(image_HWC, box_4, False, data.image_size), place, index, box_4))
-    if not found:
-        raise DataError(f"data.root={data.root}: none of {len(places_B)} images that were to be drawn decodes")
-    images_BHWC, places_B, ids_B, boxes_B4 = map(np.stack, zip(*found))
+    ids_B = usable_ids(source, places_B)
+    boxes_B4 = central_boxes(source.sizes_N2[ids_B].astype(np.int64), data.image_size)
     shown = MicroBatch(ids_B, np.zeros_like(ids_B), boxes_B4, np.zeros(len(ids_B), dtype=bool))
-    batch = make_batch(torch.from_numpy(images_BHWC), shown, source, torch.device("cpu"))
-    return FewImages(batch, shown, places_B, source)
-
-
-def _central_box(size: tuple[int, int], like: tuple[int, int]) -> np.ndarray:
-    """Return the largest central box (y, x, height, width), int64, of the aspect of `like`."""
-    scale = min(size[0] / like[0], size[1] / like[1])
-    height, width = (max(1, int(side * scale)) for side in like)
-    return np.array([(size[0] - height) // 2, (size[1] - width) // 2, height, width])
+    images, kept = [], []
+    for i, sample in enumerate(shown.samples()):
+        with suppress(DataError):
+            images.append(load_crop(source, sample, data.image_size))
+            kept.append(i)
+    if not kept:
+        raise DataError(f"data.root={data.root}: none of {len(places_B)} images that were to be drawn decodes")
+    shown = MicroBatch(*(part_B[kept] for part_B in shown))
+    batch = make_batch(torch.from_numpy(np.stack(images)), shown, source, torch.device("cpu"))
+    return FewImages(batch, shown, places_B[kept], source)

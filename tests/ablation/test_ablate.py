@@ -51,7 +51,7 @@ def test_a_run_is_measured_on_its_way_and_kept(few_images, tmp_path):
     run = Run("bank, grid 8", 3, (*options, "--score.grid=8"))
     folder = tmp_path / run.folder_name
     assert run.folder_name == "bank--grid-8-seed3"
-    found = measure_run(run, folder, threads=2)
+    found = measure_run(run, folder, threads=2, test="")
     assert [look["epoch"] for look in found["looks"]] == [1, 2, 3, 4]
     assert all(math.isfinite(value) for value in found["looks"][-1].values())
     assert found["auroc"] == found["looks"][-1]["auroc"]
@@ -62,7 +62,7 @@ def test_a_run_is_measured_on_its_way_and_kept(few_images, tmp_path):
     assert (kept.seed, kept.score.grid, kept.run.dir) == (3, 8, str(folder))
     # Again: read, not run. So a figure that somebody changed comes back changed.
     (folder / "summary.json").write_text(json.dumps({**found, "knn": 2.0}))
-    assert measure_run(run, folder, threads=2)["knn"] == 2.0
+    assert run_all([run], tmp_path, jobs=1)[0]["knn"] == 2.0
     # Of other settings they are no one's figures.
     with pytest.raises(ConfigError, match="was run with other settings"):
         run_all([run._replace(options=(*run.options, "--train.epochs=2"))], tmp_path, jobs=1)

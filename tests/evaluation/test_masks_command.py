@@ -286,7 +286,7 @@ def test_mistakes_are_one_line(run, tmp_path, capsys, monkeypatch):
     Image.new("L", (9, 8), 1).save(tmp_path / "none" / "5.png")
     here = str(run)
     for argv, code, words in (
-        ([], 2, "the checkpoint is missing"),
+        ([], 2, "required: CHECKPOINT"),
         (["nowhere"], 5, "nowhere: cannot be read as weights"),
         (["none"], 5, "none: no complete checkpoint in it"),
         (["timm:vit_tiny"], 2, "no model of timm"),
@@ -295,7 +295,7 @@ def test_mistakes_are_one_line(run, tmp_path, capsys, monkeypatch):
         ([here, "--masks=gone"], 3, "--masks=gone: no such folder"),
         ([here, "photos", "--masks=none"], 3, "no 0.png in it"),
         ([here, "photos", "--masks=photos"], 3, "no 0.png in it"),
-        ([here, "--drawn=0"], 2, "--drawn=0: must be in 1..64"),
+        ([here, "--drawn=0"], 2, "--drawn: '0' must be a whole number in 1..64"),
         ([here, "--moments=x"], 2, "--moments"),
         (["timm:vit_tiny_patch16_224", "--moments=2"], 2, "needs the folder of a run"),
         ([here, "--optim.base_lr=1"], 2, "--optim.base_lr=1.0: changes nothing here"),

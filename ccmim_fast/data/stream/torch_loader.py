@@ -53,11 +53,9 @@ def evaluation_batches(
         for start in range(0, len(positions_P), batch_size):
             ids_B = usable_ids(source, positions_P[start : start + batch_size])
             sizes_B2 = source.sizes_N2[ids_B].astype(np.int64)
-            cut_B2, sides_2 = sizes_B2, np.array(image_size)
+            boxes_B4 = np.concatenate([np.zeros_like(sizes_B2), sizes_B2], axis=1)
             if central:
-                largest_B1 = (sizes_B2 / sides_2).min(axis=1, keepdims=True)
-                cut_B2 = np.clip(np.rint(central * largest_B1 * sides_2).astype(np.int64), 1, sizes_B2)
-            boxes_B4 = np.concatenate([(sizes_B2 - cut_B2) // 2, cut_B2], axis=1)
+                boxes_B4 = central_boxes(sizes_B2, image_size, central)
             yield MicroBatch(ids_B, np.zeros_like(ids_B), boxes_B4, np.zeros(len(ids_B), dtype=bool))
 
     def load(sample: MicroBatch) -> tuple[MicroBatch, np.ndarray]:
@@ -65,6 +63,14 @@ def evaluation_batches(
 
     for samples, images in prefetch(load, micro_batches(), thread_count(workers)):
         yield make_batch(to_device(np.stack(images), device), samples, source, device)
+
+
+def central_boxes(sizes_B2: np.ndarray, image_size: tuple[int, int], share: float = 1.0) -> np.ndarray:
+    """Return central boxes [B, 4] with the aspect of `image_size`: `share` of the sides of the largest one."""
+    sides_2 = np.array(image_size)
+    largest_B1 = (sizes_B2 / sides_2).min(axis=1, keepdims=True)
+    cut_B2 = np.clip(np.rint(share * largest_B1 * sides_2).astype(np.int64), 1, sizes_B2)
+    return np.concatenate([(sizes_B2 - cut_B2) // 2, cut_B2], axis=1)
 
 
 def load_crop(source: Source, sample: MicroBatch, image_size: tuple[int, int]) -> np.ndarray:
