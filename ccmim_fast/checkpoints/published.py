@@ -36,16 +36,16 @@ _OF_WIDTH = {  # timm's, by width: what to propose; patch and blocks are read of
 
 
 class Weights(NamedTuple):
-    """This tuple holds weights and what their place tells of them.
+    """Weights and what their place tells of them; what it does not tell is empty, 0 or None.
 
     Attributes:
         name: the place, for people.
         tensors: by our names, without a classifier (`head`) of timm's; none for the initial weights of `arch`.
-        arch: timm's name; empty where the place does not tell.
-        num_heads: of attention; 0 where the place does not tell, or they are the architecture's own.
-        mean, std: of the images they were trained on, per channel; empty where the place does not tell.
-        image_size: height and width of those images in pixels; empty where the place does not tell.
-        step: optimizer steps of pretraining; None where the place does not tell.
+        arch: timm's name.
+        num_heads: of attention; 0 as well where they are the architecture's own.
+        mean, std: of the images they were trained on, per channel.
+        image_size: height and width of those images in pixels.
+        step: optimizer steps of pretraining.
     """
 
     name: str

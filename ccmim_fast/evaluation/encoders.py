@@ -63,6 +63,7 @@ def build_encoder(
     pool: str = "",
     drop_path: float = 0.0,
     any_size: bool = False,
+    plain: bool = False,
 ) -> nn.Module:
     """Build timm's module with the weights in it; positions are resampled to the size of the images.
 
@@ -73,10 +74,11 @@ def build_encoder(
         pool: for fine-tuning, `avg` (mean of the patches' tokens, then a new norm; MAE) or `cls`; empty: frozen, tokens
             are asked for by `forward_features`.
         any_size: images may have any multiple of the patch as sides; positions are resampled again for each batch.
+        plain: of a VisionTransformer alone, as are all weights of a checkpoint.
 
     Raises:
         CheckpointError: names or shapes that do not fit the architecture.
-        ConfigError: an architecture that takes no images of this size.
+        ConfigError: an architecture that takes no images of this size, or is no VisionTransformer.
     """
     options = {"img_size": image_size, "num_classes": num_classes, "in_chans": len(weights.mean)}
     if weights.tensors:
@@ -93,6 +95,8 @@ def build_encoder(
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         line = f"model.arch={weights.arch}: timm cannot build it for these images: {one_line(error)}"
         raise ConfigError(line) from None
+    if (plain or weights.tensors) and not isinstance(vit, VisionTransformer):
+        raise ConfigError(f"model.arch={weights.arch} is a {type(vit).__name__}; it must be a VisionTransformer here")
     if weights.tensors:
         _fill(vit, weights)
     return vit
@@ -104,10 +108,8 @@ def _sizes_in(tensors: dict[str, Tensor]) -> dict[str, int | bool]:
     return {"patch_size": patch, "embed_dim": width, "depth": depth, "class_token": "cls_token" in tensors}
 
 
-def _fill(vit: nn.Module, weights: Weights) -> None:
+def _fill(vit: VisionTransformer, weights: Weights) -> None:
     """Load what the checkpoint has; only a new head and its norm may be missing, and only the old norm be left over."""
-    if not isinstance(vit, VisionTransformer):
-        raise ConfigError(f"model.arch={weights.arch} is a {type(vit).__name__}; weights go into a VisionTransformer")
     try:
         result = vit.load_state_dict(_fitted(vit, weights), strict=False)
     except (RuntimeError, ValueError) as error:
@@ -143,6 +145,20 @@ def _resampled(positions_1TD: Tensor, old: tuple[int, ...], new: tuple[int, ...]
 def out_indices(depth: int, shares: Shares) -> tuple[int, ...]:
     """Return the index of the last block of each share of an encoder; in a shallow one some come twice."""
     return tuple(-(-depth * part // whole) - 1 for part, whole in shares)
+
+
+def keep_blocks_(vit: VisionTransformer, shares: Shares) -> tuple[int, ...]:
+    """Take away what stands behind the blocks, whose weights would get no gradient; returns `out_indices`."""
+    blocks = out_indices(len(vit.blocks), shares)
+    vit.prune_intermediate_layers(list(blocks), prune_norm=True)
+    return blocks
+
+
+def maps_of(vit: VisionTransformer, blocks: tuple[int, ...], pixels_BCHW: Tensor) -> list[Tensor]:
+    """Return the outputs of the blocks as maps [B, D, h, w]; of a block that comes twice, twice."""
+    taken = sorted(set(blocks))
+    maps = dict(zip(taken, vit.forward_intermediates(pixels_BCHW, indices=taken, intermediates_only=True)))
+    return [maps[block] for block in blocks]
 
 
 class Encoder(nn.Module):

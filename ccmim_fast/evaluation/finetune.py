@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.evaluation.classification import classifier
+from ccmim_fast.evaluation.classification import Classifier
 from ccmim_fast.evaluation.encoders import build_encoder
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.loader import SampleLoader
-from ccmim_fast.evaluation.supervised import seed_generators, train
+from ccmim_fast.evaluation.supervised import seed_generators
 
 _ATTEMPTS = 10
 
@@ -39,13 +39,11 @@ def run(job: Job) -> dict[str, float]:
         """Training images are prepared by timm; those to test on are uint8 [B, H, W, C]."""
         return images if images.is_floating_point() else ((images / 255 - mean_C) / std_C).permute(0, 3, 1, 2)
 
-    return train(job, classifier(job, vit, inputs, build_optimizer(vit, config.optim), AugmentedLoader(job)))
+    return Classifier(job, vit, inputs, build_optimizer(vit, config.optim), AugmentedLoader(job)).run()
 
 
 def _check(job: Job) -> None:
-    optim, train, mixes = job.config.optim, job.config.train, job.config.augment.mixup or job.config.augment.cutmix
-    if optim.name != "adamw":
-        raise ConfigError(f"optim.name={optim.name}: fine-tuning has adamw; nearest valid is adamw")
+    train, mixes = job.config.train, job.config.augment.mixup or job.config.augment.cutmix
     if len(job.weights.mean) != 3:
         raise ConfigError(f"data.mean: {len(job.weights.mean)} channels; timm's augmentation needs 3")
     parts = train.accumulate * job.here.world_size

@@ -23,19 +23,13 @@ class SampleLoader:
 
     An image that `read` cannot give is replaced, see `load_with_fallback`. What comes is to depend on (seed, epoch,
     sample id) alone, not on the process that makes it.
-
-    Attributes:
-        plan: what comes, and in which order.
-        skipped: what could not be shown so far.
     """
 
     def __init__(self, job: Job, repeats: int = 1):
-        config, source, here = job.config, job.train.source, job.here
-        train, data = config.train, config.data
-        self.config, self.here = config, here
-        self.plan = Plan(
-            source, config.seed, train.batch_size, train.accumulate, here.rank, here.world_size, repeats=repeats
-        )
+        source, train, data = job.train.source, job.config.train, job.config.data
+        self.config, self.here = job.config, job.here
+        parts = (train.batch_size, train.accumulate, job.here.rank, job.here.world_size)
+        self.plan = Plan(source, job.config.seed, *parts, repeats=repeats)
         self.bad_samples = BadSamples.of(source, data.on_error, data.max_bad)
 
     def read(self, index: int) -> Any:

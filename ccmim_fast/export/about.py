@@ -18,7 +18,7 @@ def public(config: Config) -> Config:
 
 
 def method(config: Config) -> str:
-    """Return the name of the method: MAE or ccMIM."""
+    """Return MAE or ccMIM."""
     return "MAE" if config.contrast.loss == "none" and config.mask.strategy == "random" else "ccMIM"
 
 

@@ -29,7 +29,7 @@ def write_card(
 
     Args:
         name: OWNER/NAME on the hub, if it goes there.
-        evaluation: figures by name, see `read_result`.
+        evaluation: see `read_result`.
     """
     config = run.config
     height, width = config.data.image_size

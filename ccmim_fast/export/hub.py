@@ -29,8 +29,7 @@ def push(folder: Path, name: str, private: bool) -> str:
     hub = HfApi()
     try:
         hub.create_repo(name, private=private, exist_ok=True)
-        said = "Weights exported by ccmim_fast"
-        hub.upload_folder(repo_id=name, folder_path=folder, commit_message=said)
+        hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Weights exported by ccmim_fast")
     except LocalTokenNotFoundError:
         raise MachineError(f"--push={name}: not logged in; hf auth login, then the same command") from None
     except (HfHubHTTPError, OSError) as error:

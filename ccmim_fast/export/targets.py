@@ -15,8 +15,8 @@ class Target(NamedTuple):
     """A target is one form.
 
     Attributes:
-        place: `module:function` below this package; the function takes an `OpenedRun` and the folder, or the file of
-            this `suffix`, to write, and returns the paths that it wrote; imported when called, for torch takes seconds.
+        place: `module:function` below this package; (`OpenedRun`, the folder or the file of this `suffix` to write) ->
+            the paths that it wrote. Imported when called, for torch takes seconds.
         suffix: of a file that may stand alone; "": always a folder.
         help: one line.
         library: name on the hub of the library that loads it; card.md has the code that does.
@@ -56,8 +56,7 @@ def export_run(target: str, run: str, out: Path, results: Sequence[str] = (), hu
         results: paths of result.json of evaluations, for the card.
         hub_name: OWNER/NAME on the Hugging Face hub, which the card's code loads from; "": `out`.
 
-    Returns:
-        The files that were written.
+    Returns the files that were written.
 
     Raises:
         ConfigError: `out` is not empty; a result is none.

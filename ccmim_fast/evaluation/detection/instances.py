@@ -11,7 +11,7 @@ from ccmim_fast.data.source import Source
 
 
 class Instances(NamedTuple):
-    """What is known of the objects in an image.
+    """The objects of an image.
 
     Attributes:
         boxes_N4: float32 x0, y0, x1, y1 in pixels, the last two exclusive.
@@ -30,7 +30,7 @@ class InstanceSource(Source, Protocol):
     """A `Source` whose objects are known; `excluded_X` are the images without any to train on."""
 
     def instances(self, index: int) -> Instances:
-        """The objects of one image. Raises DataError naming the image."""
+        """Return the objects of one image. Raises DataError naming the image."""
         ...
 
 

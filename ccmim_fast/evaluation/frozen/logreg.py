@@ -38,8 +38,7 @@ def logreg_accuracy(
     Args:
         train_ND, test_ND: float, on the CPU. train_labels_N, test_labels_N: int64.
 
-    Returns:
-        (accuracy on the test images in 0..1, the C chosen).
+    Returns the accuracy on the test images in 0..1, and the C chosen.
 
     Raises:
         ValueError: features that are not finite, a C that is not positive, one class only, or no class with five

@@ -3,7 +3,7 @@
 # B images, D of them drawn, H height, W width, C channels, L patches
 
 import argparse
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from ccmim_fast.config.parser import Parser
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.errors import CheckpointError, ConfigError, DataError
 from ccmim_fast.evaluation.masks.moment import Moment
-from ccmim_fast.evaluation.masks.objects import MaskFolder, objects_of
+from ccmim_fast.evaluation.masks.objects import MaskFolder, has_both, objects_of
 from ccmim_fast.evaluation.masks.result import write
 from ccmim_fast.evaluation.masks.scores import figures_of, score_and_divide
 from ccmim_fast.evaluation.masks.subject import COUNT, PROG, Subject, read_subject
@@ -79,7 +79,7 @@ def _objects(subject: Subject, few: FewImages, folder: Path | None) -> Tensor | 
     if objects is None:
         return None
     object_BL = objects_of(objects, few.shown, subject.config.data.image_size, subject.model.patch)
-    if not (object_BL.any(1) & ~object_BL.all(1)).any():
+    if not has_both(object_BL):
         raise DataError(f"none of {len(object_BL)} images has both object and background patches; look at the masks")
     return object_BL
 
@@ -96,7 +96,13 @@ def _measure(subject: Subject, few: FewImages, object_BL: Tensor | None, count: 
     if not all(scores_BL.isfinite().all() for scores_BL in scored.scores.values()):
         raise CheckpointError(f"{subject.name}: its scores are not finite")
     rows = np.unique(np.linspace(0, len(batch.ids_B) - 1, count).round().astype(int)).tolist()
-    mask_DL = scored.masks[config.mask.strategy][rows]
+    drawn_DHWC = None
+    if subject.decodes:
+        found = partition_from_mask(scored.masks[config.mask.strategy][rows], model.keep)
+        partition = Partition(*(part.to(device) for part in found))
+        images_DHWC = batch.images_BHWC[rows]
+        output = Output(model.predict(images_DHWC, partition), partition, None, None, None)
+        drawn_DHWC = reconstruct(model, config, images_DHWC, output)
     return Moment(
         subject.name,
         config,
@@ -108,15 +114,8 @@ def _measure(subject: Subject, few: FewImages, object_BL: Tensor | None, count: 
         rows=rows,
         images_DHWC=few.batch.images_BHWC[rows].numpy(),
         object_DL=None if object_BL is None else object_BL[rows].numpy(),
-        reconstruction_DHWC=_reconstruction(subject, batch.images_BHWC[rows], mask_DL) if subject.decodes else None,
+        reconstruction_DHWC=drawn_DHWC,
     )
-
-
-def _reconstruction(subject: Subject, images_DHWC: Tensor, mask_DL: Tensor) -> np.ndarray | None:
-    """Return images [D, H, W, C] uint8, masked patches as predicted; None where the model predicts no pixels."""
-    partition = Partition(*(part.to(images_DHWC.device) for part in partition_from_mask(mask_DL, subject.model.keep)))
-    output = Output(subject.model.predict(images_DHWC, partition), partition, None, None, None)
-    return reconstruct(subject.model, subject.config, images_DHWC, output)
 
 
 def _read(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -129,14 +128,11 @@ def _read(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--measure", type=int, default=256, metavar="N", help="images measured; default 256")
     parser.add_argument("--moments", type=int, default=1, metavar="N", help="checkpoints of the run, side by side")
     parser.add_argument("--masks", type=Path, metavar="FOLDER", help="PNG files of the objects, named as the images")
-    words = []
-    while argv and not argv[0].startswith("-") and len(words) < 2:
-        words.append(argv[0])
-        argv = argv[1:]
-    given, settings = parser.parse_known_args(argv)
+    words = list(takewhile(lambda word: not word.startswith("-"), argv[:2]))
+    given, settings = parser.parse_known_args(argv[len(words) :])
     if not words:
         raise ConfigError(f"{PROG}: the checkpoint is missing; a run's folder, a file, or timm:NAME")
-    given.checkpoint, given.images = words[0], words[1] if len(words) > 1 else ""
+    given.checkpoint, given.images = (*words, "")[:2]
     for name, most in (("drawn", 64), ("measure", 10_000), ("moments", 64)):
         if not 1 <= getattr(given, name) <= most:
             raise ConfigError(f"--{name}={getattr(given, name)}: must be in 1..{most}")

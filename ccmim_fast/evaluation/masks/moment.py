@@ -25,7 +25,7 @@ NORM_PIX = (
 
 
 class Moment(NamedTuple):
-    """This tuple holds scores, masks and figures of all images that were measured, and some images to be drawn.
+    """Scores, masks and figures of all images that were measured, and some images to be drawn.
 
     Attributes:
         name: the checkpoint, for people.

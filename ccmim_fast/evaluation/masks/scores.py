@@ -37,18 +37,13 @@ class Scored(NamedTuple):
     recons: dict[str, float]
 
 
-def source_of(config: Config, prior: PriorScores | None) -> str:
-    """Return the source that a run's settings name, as `Scored` does; all blocks for a bank that knows nothing."""
-    bank = "all blocks" if prior is None else "bank"
-    names = {"first": "block 0", "block": f"block {config.score.block}", "bank": bank}
-    return names.get(config.score.source, "all blocks")
-
-
 @torch.inference_mode()
 def score_and_divide(
     model: CCMIM, config: Config, batch: Batch, prior: PriorScores | None, decodes: bool = True
 ) -> Scored:
     """Score the images by every source, and divide them by every strategy; no step is taken.
+
+    The masks are drawn by the source that the settings name; by all blocks for a bank that knows nothing.
 
     Args:
         model: in evaluation mode.
@@ -56,7 +51,9 @@ def score_and_divide(
         prior: what the run's bank says of the images, if it does.
         decodes: whether the model's decoder is trained.
     """
-    source, objective, count = source_of(config, prior), build_objective(config, model), len(batch.ids_B)
+    names = {"first": "block 0", "block": f"block {config.score.block}"} | ({} if prior is None else {"bank": "bank"})
+    source = names.get(config.score.source, "all blocks")
+    objective, count = build_objective(config, model), len(batch.ids_B)
     scores, masks, losses = defaultdict(list), defaultdict(list), defaultdict(float)
     for start in range(0, count, CHUNK):
         chunk = slice(start, start + CHUNK)

@@ -40,18 +40,6 @@ class Pair(NamedTuple):
         options = {"interpolation": InterpolationMode.BILINEAR, "antialias": False}
         return Pair(*(F.resize(one, list(size), **options) for one in self))
 
-    def cut(self, y: int, x: int, height: int, width: int) -> "Pair":
-        return Pair(*(F.crop(one, y, x, height, width) for one in self))
-
-    def mirrored(self) -> "Pair":
-        return Pair(*map(F.horizontal_flip, self))
-
-    def padded(self, size: tuple[int, int], colour: tuple[int, ...]) -> "Pair":
-        """Below and to the right, by one colour that is ignored."""
-        below, beside = (max(0, asked - has) for asked, has in zip(size, self.size))
-        sides = [0, 0, beside, below]
-        return Pair(F.pad(self.image_CHW, sides, fill=list(colour)), F.pad(self.labels_HW, sides, fill=IGNORED))
-
 
 def pair_of(scenes: Scenes, index: int, image_HWC: np.ndarray) -> Pair:
     """A decoded image with its labels. Raises DataError naming the annotation."""
@@ -61,7 +49,7 @@ def pair_of(scenes: Scenes, index: int, image_HWC: np.ndarray) -> Pair:
 
 @dataclass(frozen=True)
 class Augment:
-    """What happens to a pair before it is trained on: [C, *size] and [*size]; all draws are the generator's."""
+    """Make a pair ready to be trained on: [C, *size] and [*size]; all draws are the generator's."""
 
     size: tuple[int, int]  # height, width of the crop, pixels
     sides: tuple[int, int]  # short and long side, see `scaled`
@@ -76,14 +64,18 @@ class Augment:
         pair = pair.resized(scaled(pair.size, (short, long)))
         pair = self._crop(pair, draws)
         if self.flip and draws.random() < 0.5:
-            pair = pair.mirrored()
-        return pair._replace(image_CHW=distort(pair.image_CHW, draws)).padded(self.size, self.colour)
+            pair = Pair(*map(F.horizontal_flip, pair))
+        image_CHW = distort(pair.image_CHW, draws)
+        # Below and to the right, by one colour that is ignored.
+        below, beside = (max(0, asked - has) for asked, has in zip(self.size, pair.size))
+        sides = [0, 0, beside, below]
+        return Pair(F.pad(image_CHW, sides, fill=list(self.colour)), F.pad(pair.labels_HW, sides, fill=IGNORED))
 
     def _crop(self, pair: Pair, draws: np.random.Generator) -> Pair:
         room = [max(0, has - asked) for has, asked in zip(pair.size, self.size)]
         for _ in range(_TRIES):
             y, x = (int(draws.integers(most + 1)) for most in room)
-            crop = pair.cut(y, x, *(min(has, asked) for has, asked in zip(pair.size, self.size)))
+            crop = Pair(*(F.crop(one, y, x, *map(min, pair.size, self.size)) for one in pair))
             counts = torch.bincount(crop.labels_HW.flatten(), minlength=IGNORED)[:IGNORED]
             if 0 < counts.max() <= self.most * counts.sum():
                 break
