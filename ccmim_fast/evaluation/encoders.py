@@ -26,9 +26,7 @@ _HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")  # timm's names of wh
 def read_encoder(checkpoint: str, arch: str = "", num_heads: int = 0) -> Weights:
     """Read the encoder of a checkpoint (see `read_weights`): its tensors under timm's names, empty for initial weights.
 
-    Args:
-        checkpoint: what `read_weights` reads.
-        arch, num_heads: what the user tells, see `with_arch`; a run tells its architecture itself.
+    For `arch` and `num_heads` see `with_arch`; a run tells its architecture itself.
 
     Raises:
         CheckpointError: missing, damaged, or without an encoder.
@@ -126,20 +124,15 @@ def _fitted(vit: VisionTransformer, weights: Weights) -> dict[str, Tensor]:
     tensors = dict(weights.tensors)
     if not weights.image_size or "pos_embed" not in tensors:
         return checkpoint_filter_fn(tensors, vit)
-    positions, new = tensors.pop("pos_embed"), tuple(vit.patch_embed.grid_size)
+    positions_1TD, new = tensors.pop("pos_embed"), tuple(vit.patch_embed.grid_size)
     old = tuple(side // tensors["patch_embed.proj.weight"].shape[-1] for side in weights.image_size)
     if new != old:
-        positions = _resampled(positions, old, new)
-    return checkpoint_filter_fn(tensors, vit) | {"pos_embed": positions}
-
-
-def _resampled(positions_1TD: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
-    """Resample as timm's `resample_abs_pos_embed`, which leaves alone what has as many patches as a new square."""
-    patches = math.prod(old)
-    prefix_1PD, x_1LD = positions_1TD[:, :-patches], positions_1TD[:, -patches:]
-    x_1DRC = x_1LD.float().unflatten(1, old).permute(0, 3, 1, 2)
-    x_1DRC = F.interpolate(x_1DRC, size=new, mode="bicubic", antialias=True)
-    return torch.cat([prefix_1PD, x_1DRC.flatten(2).transpose(1, 2).to(x_1LD.dtype)], dim=1)
+        # As timm's `resample_abs_pos_embed`, which leaves alone what has as many patches as a new square.
+        prefix_1PD, x_1LD = positions_1TD.tensor_split([-math.prod(old)], dim=1)
+        x_1DRC = x_1LD.float().unflatten(1, old).permute(0, 3, 1, 2)
+        x_1DRC = F.interpolate(x_1DRC, size=new, mode="bicubic", antialias=True)
+        positions_1TD = torch.cat([prefix_1PD, x_1DRC.flatten(2).transpose(1, 2).to(x_1LD.dtype)], dim=1)
+    return checkpoint_filter_fn(tensors, vit) | {"pos_embed": positions_1TD}
 
 
 def out_indices(depth: int, shares: Shares) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 # B batch, H height, W width, C channels
 
+import itertools
+
 import numpy as np
 import torch
 from PIL import Image
@@ -21,9 +23,14 @@ _ATTEMPTS = 10
 
 
 def run(job: Job) -> dict[str, float]:
-    """Train all weights; accuracies of the end."""
-    config, here = job.config, job.here
-    _check(job)
+    """Train all weights; returns the accuracies of the end."""
+    config, here, mixes = job.config, job.here, job.config.augment.mixup or job.config.augment.cutmix
+    if len(job.weights.mean) != 3:
+        raise ConfigError(f"data.mean: {len(job.weights.mean)} channels; timm's augmentation needs 3")
+    batch, parts = config.train.batch_size, config.train.accumulate * here.world_size
+    if mixes and batch // parts % 2:
+        near = (batch // parts + 1) * parts
+        raise ConfigError(f"train.batch_size={batch}: mixup needs pairs; nearest valid is {near}")
     vit = build_encoder(
         job.weights,
         config.data.image_size,
@@ -42,18 +49,8 @@ def run(job: Job) -> dict[str, float]:
     return Classifier(job, vit, inputs, build_optimizer(vit, config.optim), AugmentedLoader(job)).run()
 
 
-def _check(job: Job) -> None:
-    train, mixes = job.config.train, job.config.augment.mixup or job.config.augment.cutmix
-    if len(job.weights.mean) != 3:
-        raise ConfigError(f"data.mean: {len(job.weights.mean)} channels; timm's augmentation needs 3")
-    parts = train.accumulate * job.here.world_size
-    if mixes and train.batch_size // parts % 2:
-        near = (train.batch_size // parts + 1) * parts
-        raise ConfigError(f"train.batch_size={train.batch_size}: mixup needs pairs; nearest valid is {near}")
-
-
 def build_optimizer(vit: nn.Module, optim: EvalOptimConfig) -> torch.optim.Optimizer:
-    """AdamW whose rate falls by `layer_decay` from block to block downwards; no decay of vectors and tokens."""
+    """Build AdamW whose rate falls by `layer_decay` from block to block downwards; no decay of vectors and tokens."""
     groups = param_groups_layer_decay(
         vit, optim.weight_decay, no_weight_decay_list=vit.no_weight_decay(), layer_decay=optim.layer_decay
     )
@@ -91,7 +88,7 @@ class AugmentedLoader(SampleLoader):
         timm draws from the global generators of `random`, NumPy and torch, so they are set.
         """
         image = Image.fromarray(read)
-        for attempt in range(_ATTEMPTS):
+        for attempt in itertools.count():
             seed_generators(self.config.seed, epoch, index, attempt)
             try:
                 return self._transform(image), int(self.plan.source.labels_N[index])
@@ -100,7 +97,6 @@ class AugmentedLoader(SampleLoader):
                 # augmented anew.
                 if "bits" not in str(error) or attempt == _ATTEMPTS - 1:
                     raise
-        raise AssertionError("unreachable")
 
     def place(self, batch: tuple[Tensor, Tensor], number: int) -> tuple[Tensor, Tensor]:
         """See `SampleLoader`; mixing draws from the global generators too."""

@@ -27,8 +27,7 @@ class Job(NamedTuple):
     def frozen_encoder(self, pool: str = "avg") -> Encoder:
         """Return the encoder in evaluation mode, on the device, without gradient.
 
-        Raises:
-            ConfigError: `pool` is `cls`, and the encoder has no [CLS] token.
+        Raises ConfigError: `pool` is `cls`, and the encoder has no [CLS] token.
         """
         vit = build_encoder(self.weights, self.config.data.image_size, self.config.model.num_heads)
         encoder = Encoder(vit, self.weights.mean, self.weights.std).to(self.here.device)

@@ -71,8 +71,7 @@ class SampleLoader:
 def samples_to_test(job: Job, read: Callable[[int], Any]) -> Iterator[list[Any]]:
     """Yield what `read` gives of this rank's share of the test images, every `world_size`-th once, some at a time.
 
-    Args:
-        read: sample id -> sample; raises DataError naming a bad image, which ends the test.
+    `read` raises DataError naming a bad image, which ends the test.
     """
     here, train, source = job.here, job.config.train, job.test.source
     ids = usable_ids(source, np.arange(here.rank, usable_count(source), here.world_size)).tolist()
@@ -95,12 +94,11 @@ def prepared(
     Args:
         make: key -> sample.
         batches: of keys; asked for no further ahead than one a process.
-        collate: a list of samples -> a micro-batch; runs where they are made.
+        collate: runs where the samples are made.
         workers: processes; 1: this one prepares; 0: see `thread_count`.
         device: where the batches will go; for "cuda" they are in pinned memory.
 
-    Raises:
-        CcmimError: a sample's own, with its message alone, when its batch has its turn.
+    Raises CcmimError: a sample's own, with its message alone, when its batch has its turn.
     """
     workers = thread_count(workers)
     workers = 0 if workers == 1 else workers

@@ -16,13 +16,13 @@ from ccmim_fast.evaluation.classification import Classifier
 from ccmim_fast.evaluation.frozen.features import pooled
 from ccmim_fast.evaluation.job import Job
 
-Groups = Sequence[tuple[Iterator[nn.Parameter], float]]  # parameters, and what their rate is multiplied by
+Groups = Sequence[tuple[Iterator[nn.Parameter], float]]
 
 TRUST = 0.001  # coefficient of LARS; MAE, util/lars.py
 
 
 def linear(job: Job) -> dict[str, float]:
-    """The linear probe: one linear layer, or one for each of `head.rates`, all on the same batches."""
+    """Train the linear probe: one linear layer, or one for each of `head.rates`, all on the same batches."""
     pool, rates = job.config.model.pool, job.config.head.rates
     encoder = job.frozen_encoder(pool)
     head = LinearHeads(encoder.width, job.test.classes, len(rates), job.config.head.init_std)
@@ -37,7 +37,7 @@ def linear(job: Job) -> dict[str, float]:
 
 
 def attentive(job: Job) -> dict[str, float]:
-    """The attentive probe: a learned query attends to all tokens."""
+    """Train the attentive probe: a learned query attends to all tokens."""
     encoder = job.frozen_encoder()
     heads = job.config.head.num_heads or encoder.vit.blocks[0].attn.num_heads
     if encoder.width % heads:
@@ -80,7 +80,7 @@ def _classifier(width: int, classes: int, init_std: float) -> nn.Linear:
 
 
 def build_head_optimizer(optim: EvalOptimConfig, groups: Groups) -> torch.optim.Optimizer:
-    """Over groups of parameters and what their rate is multiplied by.
+    """Build the optimizer of groups of parameters and what their rate is multiplied by.
 
     `lars` is MAE's: rates of matrices are adapted (timm's Lars leaves them alone at weight decay 0 unless it is told),
     those of vectors are not and have no decay.

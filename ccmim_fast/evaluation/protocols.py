@@ -19,30 +19,20 @@ ENCODERS = {"ViT-B/16": (768, 16), "ViT-L/16": (1024, 16), "ViT-H/14": (1280, 14
 
 
 class Protocol(NamedTuple):
-    """A protocol is a preset.
+    """A protocol is a preset."""
 
-    Attributes:
-        name: of the preset.
-        evaluation: one of `EVALUATIONS`.
-        config: its figures.
-        source: where they are from.
-        images: train, test and classes; None where the preset names none.
-        encoder: one of `ENCODERS`, of which the figures are; empty: of any.
-    """
-
-    name: str
-    evaluation: str
-    config: EvalConfig
-    source: str
-    images: tuple[int, int, int] | None
-    encoder: str
+    name: str  # of the preset
+    evaluation: str  # one of `EVALUATIONS`
+    config: EvalConfig  # its figures
+    source: str  # where they are from
+    images: tuple[int, int, int] | None  # train, test and classes; None where the preset names none
+    encoder: str  # one of `ENCODERS`, of which the figures are; empty: of any
 
 
 def protocol(evaluation: str, preset: str = "") -> Protocol:
     """Return the protocol of an evaluation's own preset, or of another one of it.
 
-    Raises:
-        ConfigError: a preset of another evaluation.
+    Raises ConfigError: a preset of another evaluation.
     """
     name = preset or evaluation
     if name not in presets(FOLDER) or not name.startswith(evaluation):

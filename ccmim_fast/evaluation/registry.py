@@ -1,4 +1,4 @@
-"""The evaluations there are: one entry each, and nothing else in the tree lists them."""
+"""Each evaluation has one entry here, and nothing else in the tree lists them."""
 
 import importlib.util
 from typing import NamedTuple
@@ -18,27 +18,19 @@ _DENSE = ("data.image_size", "data.flip", "optim.", *_LENGTH, "model.drop_path")
 class Evaluation(NamedTuple):
     """One of the evaluations; its preset of the same name is in `configs/eval/`.
 
-    Attributes:
-        help: one line.
-        run: `module:function`, module below `evaluation`; Job -> figures, shares of 1. Every rank calls it.
-        figures: settings, or beginnings of settings, that are figures of the protocol; the others say how and where it
-            is carried out.
-        sources: values of `data.source` that `open_images` reads.
-        open_images: `module:function`; (settings, what loaders of the images to train on and of those to test on are
-            built from) -> the two sources.
-        guessed: True if a guess among the classes is right once in as many, so that chance is known.
-        needs: packages of the extra of the evaluation's name.
-        optimizers: values of `optim.name` that it has.
+    Functions are named as `module:function`, module below `evaluation`. `run`: Job -> figures, shares of 1; every rank
+    calls it. `open_images`: (settings, what loaders of the images to train on and of those to test on are built from)
+    -> the two sources.
     """
 
-    help: str
+    help: str  # one line
     run: str
-    figures: tuple[str, ...]
-    sources: tuple[str, ...] = _IMAGES
+    figures: tuple[str, ...]  # settings, or beginnings of settings, that are the protocol's; others say how and where
+    sources: tuple[str, ...] = _IMAGES  # values of `data.source` that `open_images` reads
     open_images: str = "images:open_both"
-    guessed: bool = True
-    needs: tuple[str, ...] = ()
-    optimizers: tuple[str, ...] = ("lars", "sgd", "adamw")
+    guessed: bool = True  # a guess among the classes is right once in as many, so that chance is known
+    needs: tuple[str, ...] = ()  # packages of the extra of the evaluation's name
+    optimizers: tuple[str, ...] = ("lars", "sgd", "adamw")  # values of `optim.name` that it has
 
 
 EVALUATIONS = {
@@ -58,10 +50,7 @@ EVALUATIONS = {
         "training all weights to classify, as on ImageNet", "finetune:run", _FINETUNED, optimizers=("adamw",)
     ),
     "transfer": Evaluation(
-        "training all weights to classify iNaturalist or Flowers-102",
-        "finetune:run",
-        _FINETUNED,
-        optimizers=("adamw",),
+        "training all weights to classify iNaturalist or Flowers-102", "finetune:run", _FINETUNED, optimizers=("adamw",)
     ),
     "detection": Evaluation(
         "object detection and instance segmentation: Mask R-CNN on COCO",

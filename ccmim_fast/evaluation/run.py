@@ -28,14 +28,10 @@ def evaluate(name: str, checkpoint: str, settings: Mapping[str, str]) -> str:
 
     Args:
         name: one of `EVALUATIONS`.
-        checkpoint: the folder of a run or of one of its checkpoints, a .safetensors or .pth file, or timm:NAME.
+        checkpoint: see `read_weights`.
         settings: keys of `EvalConfig`, and `config` (a preset or a file), each with the text of its value.
 
-    Returns:
-        The figures and the deviations from the protocol, to be printed.
-
-    Raises:
-        CcmimError: a user's error, with its exit code.
+    Returns the figures and the deviations from the protocol, to be printed. Raises CcmimError: a user's error.
     """
     of, settings = protocol_of(name, settings)
     config = make_config(settings, EvalConfig, validate_evaluation, FOLDER)

@@ -57,11 +57,7 @@ class Supervised(Task):
         self._statistics = [buffer for name, buffer in self.model.named_buffers() if ".running_" in name]
 
     def losses(self, batch: Any) -> Tensor:
-        """Return losses [R], float32, of parts that share no weights, or of one; calls `wrapped` once, under autocast.
-
-        Args:
-            batch: a micro-batch of the loader.
-        """
+        """Return losses [R] float32 of parts that share no weights, or of one; calls `wrapped` once, under autocast."""
         raise NotImplementedError
 
     def test(self) -> dict[str, float]:

@@ -54,8 +54,7 @@ def embed_folder(
             `name`, `label` (where the images have classes) and `features`.
         pool, batch, workers, device, precision: as of `ccmim embed --help`.
 
-    Raises:
-        CcmimError: a checkpoint, image, device or file that cannot be used.
+    Raises CcmimError: a checkpoint, image, device or file that cannot be used.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise MachineError("--device=cuda: there is no CUDA device; use --device=cpu")

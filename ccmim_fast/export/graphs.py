@@ -41,8 +41,7 @@ class Tokens(nn.Module):
 def export_onnx(run: OpenedRun, out: Path) -> list[Path]:
     """Write `images` -> `tokens` of any batch, see `Tokens`; the metadata says what the file is.
 
-    Raises:
-        MachineError: onnx or onnxscript is not installed.
+    Raises MachineError: onnx or onnxscript is not installed.
     """
     missing = [name for name in _ONNX_NEEDS if importlib.util.find_spec(name) is None]
     if missing:

@@ -23,8 +23,7 @@ def to_upload(folder: Path) -> list[tuple[str, int]]:
 def push(folder: Path, name: str, private: bool) -> str:
     """Upload `folder` as the model OWNER/NAME, made if it is not there; returns its address.
 
-    Raises:
-        MachineError: not logged in, no right, no network.
+    Raises MachineError: not logged in, no right, no network.
     """
     hub = HfApi()
     try:

@@ -45,8 +45,7 @@ _EMBEDDING = {
 def export_vit(run: OpenedRun, out: Path) -> list[Path]:
     """Write the encoder as a ViTModel into `out`, for `AutoModel.from_pretrained(out, add_pooling_layer=False)`.
 
-    Raises:
-        ConfigError: ViTModel cannot express the architecture.
+    Raises ConfigError: ViTModel cannot express the architecture.
     """
     vit = run.model.encoder
     _refuse("hf-vit", obstacles(vit))
@@ -57,8 +56,7 @@ def export_vit(run: OpenedRun, out: Path) -> list[Path]:
 def export_vitmae(run: OpenedRun, out: Path) -> list[Path]:
     """Write encoder and decoder as a ViTMAEForPreTraining into `out`; its loss is our L_recons on the same mask.
 
-    Raises:
-        ConfigError: the architecture, the images or the target are none of ViTMAE's.
+    Raises ConfigError: the architecture, the images or the target are none of ViTMAE's.
     """
     vit, config = run.model.encoder, run.config
     _refuse("hf-vitmae", [*obstacles(vit), *_obstacles_of_mae(run)])

@@ -14,18 +14,14 @@ if TYPE_CHECKING:
 class Target(NamedTuple):
     """A target is one form.
 
-    Attributes:
-        place: `module:function` below this package; (`OpenedRun`, the folder or the file of this `suffix` to write) ->
-            the paths that it wrote. Imported when called, for torch takes seconds.
-        suffix: of a file that may stand alone; "": always a folder.
-        help: one line.
-        library: name on the hub of the library that loads it; card.md has the code that does.
+    `place` is `module:function` below this package: (`OpenedRun`, the folder or the file of this `suffix` to write) ->
+    the paths that it wrote. It is imported when called, for torch takes seconds.
     """
 
     place: str
-    suffix: str
-    help: str
-    library: str
+    suffix: str  # of a file that may stand alone; "": always a folder
+    help: str  # one line
+    library: str  # name on the hub of the library that loads it; card.md has the code that does
 
     @property
     def write(self) -> Callable[["OpenedRun", Path], list[Path]]:

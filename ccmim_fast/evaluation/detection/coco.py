@@ -39,8 +39,7 @@ class CocoSource:
         part: `train2017` or `val2017`.
         train: exclude images without an object to train on.
 
-    Raises:
-        DataError: a file that is missing, damaged, or speaks of what is not there.
+    Raises DataError: a file that is missing, damaged, or speaks of what is not there.
     """
 
     channels = 3
@@ -122,8 +121,7 @@ class CocoSource:
 def mask_of(segmentation: list[list[float]] | dict[str, Any], height: int, width: int) -> np.ndarray:
     """Return [H, W] bool of polygons (x, y, x, y, ...), or of runs down the columns, compressed to text or not.
 
-    Raises:
-        ValueError: a polygon of fewer than three points, or runs of another size.
+    Raises ValueError: a polygon of fewer than three points, or runs of another size.
     """
     from faster_coco_eval import mask
 

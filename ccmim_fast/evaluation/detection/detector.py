@@ -55,8 +55,7 @@ def build_detector(
         classes: number of them, without background.
         kind: of the pyramid. With `simple` come ViTDet's heads: two convolutions before proposals, four before boxes,
             LayerNorm in both and before masks.
-        pad_to: pixels of which the sides of a batch become a multiple; itself one of four patches, so that strides
-            are whole.
+        pad_to: the sides of a batch become multiples of so many pixels, a multiple of four patches.
         width: channels of the pyramid and of the heads' convolutions; four times as many features of an object.
         proposals: of an image, that the heads are trained on.
     """

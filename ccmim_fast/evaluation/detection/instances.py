@@ -11,19 +11,12 @@ from ccmim_fast.data.source import Source
 
 
 class Instances(NamedTuple):
-    """The objects of an image.
+    """The objects of an image."""
 
-    Attributes:
-        boxes_N4: float32 x0, y0, x1, y1 in pixels, the last two exclusive.
-        labels_N: int64 indices into the source's `class_names`.
-        masks_NHW: bool.
-        crowd_N: bool, regions of many objects: no one trains on them, and what is found there is no mistake.
-    """
-
-    boxes_N4: np.ndarray
-    labels_N: np.ndarray
-    masks_NHW: np.ndarray
-    crowd_N: np.ndarray
+    boxes_N4: np.ndarray  # float32 x0, y0, x1, y1 in pixels, the last two exclusive
+    labels_N: np.ndarray  # int64 indices into the source's `class_names`
+    masks_NHW: np.ndarray  # bool
+    crowd_N: np.ndarray  # bool, regions of many objects: no one trains on them, and what is found there is no mistake
 
 
 class InstanceSource(Source, Protocol):

@@ -65,8 +65,7 @@ def run(job: Job) -> dict[str, float]:
 def detector_of(job: Job) -> nn.Module:
     """Return the detector of a job, on its device.
 
-    Raises:
-        ConfigError: settings that do not go together, or an encoder that is no plain vision transformer.
+    Raises ConfigError: settings that do not go together, or an encoder that is no plain vision transformer.
     """
     config, section, size = job.config, job.config.detect, job.config.data.image_size
     options = {"drop_path": config.model.drop_path, "any_size": True, "plain": True}

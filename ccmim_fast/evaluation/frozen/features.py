@@ -25,10 +25,7 @@ def pooled(tokens_BTD: Tensor, prefix: int, pool: Literal["avg", "cls"]) -> Tens
 
 
 def extract(
-    encode: Callable[[Tensor], Tensor],
-    batches: Iterable[Batch],
-    prefix: int = 1,
-    pool: Literal["avg", "cls"] = "avg",
+    encode: Callable[[Tensor], Tensor], batches: Iterable[Batch], prefix: int = 1, pool: Literal["avg", "cls"] = "avg"
 ) -> tuple[Tensor, Tensor | None]:
     """Encode every image and pool its tokens to one vector.
 

@@ -23,11 +23,7 @@ def logreg(job: Job) -> dict[str, float]:
 
 
 def logreg_accuracy(
-    train_ND: Tensor,
-    train_labels_N: Tensor,
-    test_ND: Tensor,
-    test_labels_N: Tensor,
-    cs: Sequence[float] = GRID,
+    train_ND: Tensor, train_labels_N: Tensor, test_ND: Tensor, test_labels_N: Tensor, cs: Sequence[float] = GRID
 ) -> tuple[float, float]:
     """Return the accuracy of multinomial logistic regression on standardised features.
 

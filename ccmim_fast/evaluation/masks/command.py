@@ -54,11 +54,7 @@ def masks(argv: list[str]) -> None:
 
 
 def _places(checkpoint: str, moments: int) -> list[str]:
-    """Return what to read: `checkpoint`, or for several moments as many checkpoints of the run in it, oldest first.
-
-    Raises:
-        ConfigError: several moments of what is no run's folder.
-    """
+    """Return what to read: `checkpoint`, or for several moments as many checkpoints of the run in it, oldest first."""
     if moments < 2:
         return [checkpoint]
     found = io.checkpoints(Path(checkpoint) / io.CHECKPOINTS)
@@ -68,16 +64,10 @@ def _places(checkpoint: str, moments: int) -> list[str]:
 
 
 def _objects(subject: Subject, few: FewImages, folder: Path | None) -> Tensor | None:
-    """Return which patches show the object, [B, L] bool, where that is known.
-
-    Raises:
-        DataError: no image of which some patches are object and some not.
-    """
-    objects = few.source if isinstance(few.source, ShapesSource) else None
-    if folder is not None:
-        objects = MaskFolder(folder, subject.config.data.root, few.source)
-    if objects is None:
+    """Return which patches show the object, [B, L] bool, where that is known; of an image some must, and some not."""
+    if folder is None and not isinstance(few.source, ShapesSource):
         return None
+    objects = few.source if folder is None else MaskFolder(folder, subject.config.data.root, few.source)
     object_BL = objects_of(objects, few.shown, subject.config.data.image_size, subject.model.patch)
     if not has_both(object_BL):
         raise DataError(f"none of {len(object_BL)} images has both object and background patches; look at the masks")

@@ -15,8 +15,7 @@ def object_patches(masks_BHW: Tensor, patch: int) -> Tensor:
         masks_BHW: bool, True on the object.
         patch: side in pixels.
 
-    Raises:
-        ValueError: `patch` does not divide both sides.
+    Raises ValueError: `patch` does not divide both sides.
     """
     B, H, W = masks_BHW.shape
     if patch < 1 or H % patch or W % patch:
@@ -32,8 +31,7 @@ def score_auroc(scores_BL: Tensor, object_BL: Tensor) -> float:
     one half: 1 = every object patch above every other patch, 0.5 = no relation. It is computed from ranks
     (Mann-Whitney). Images with no object patch, or with nothing else, are left out.
 
-    Raises:
-        ValueError: NaN in the scores, or no image with both kinds of patches.
+    Raises ValueError: NaN in the scores, or no image with both kinds of patches.
     """
     if scores_BL.isnan().any():
         raise ValueError("scores hold NaN")
@@ -56,8 +54,7 @@ def object_leakage(mask_BL: Tensor, object_BL: Tensor) -> float:
     1 = as many as random masking leaves, 0 = every object patch hidden, 1 / (1 - ratio) = every one visible. Masks are
     bool, True where masked.
 
-    Raises:
-        ValueError: no patch is visible, or none shows an object.
+    Raises ValueError: no patch is visible, or none shows an object.
     """
     if mask_BL.all() or not object_BL.any():
         which = "a visible patch" if mask_BL.all() else "an object patch"

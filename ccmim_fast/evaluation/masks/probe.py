@@ -51,19 +51,12 @@ def probe(
 
 
 class ScoreProbe(NamedTuple):
-    """Figures of one moment; those about objects are None where nobody knows them.
+    """Figures of one moment; those about objects are None where nobody knows them."""
 
-    Attributes:
-        recons: L_recons (Eq. 9) under the run's own masks.
-        auroc: of the scores that the run divides by, against object patches; 0.5 where it has none.
-        auroc_all: of the scores from all blocks of the same encoder, whatever the run divides by.
-        leakage: share of object patches left visible, relative to random masking.
-    """
-
-    recons: float
-    auroc: float | None = None
-    auroc_all: float | None = None
-    leakage: float | None = None
+    recons: float  # L_recons (Eq. 9) under the run's own masks
+    auroc: float | None = None  # of the scores that the run divides by, against object patches; 0.5 where it has none
+    auroc_all: float | None = None  # of the scores from all blocks of the same encoder
+    leakage: float | None = None  # share of object patches left visible, relative to random masking
 
 
 @torch.no_grad()

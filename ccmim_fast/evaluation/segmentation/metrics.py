@@ -21,11 +21,7 @@ from ccmim_fast.evaluation.segmentation.transforms import pair_of, scaled
 def segmentation_figures(job: Job, model: nn.Module, at_once: int) -> dict[str, float]:
     """Return mIoU, aAcc and mAcc over the test images of all ranks; the model is in eval mode, without gradient.
 
-    Args:
-        at_once: windows that the model is given at most.
-
-    Raises:
-        DataError: none of their pixels has a class.
+    The model is given `at_once` windows at most. Raises DataError: none of the pixels has a class.
     """
     config, here, scenes, classes = job.config, job.here, job.test.source, job.test.classes
 
@@ -55,11 +51,9 @@ def slide(
     Windows are `stride` pixels apart; the last ones of rows and columns end with the image (mmsegmentation).
 
     Args:
-        predict: [N, C, h, w] -> logits [N, K, h, w].
-        image_CHW: as large as a window at least.
-        window: h, w.
+        predict: [N, C, h, w] -> logits [N, K, h, w]; N is `at_once` at most.
+        image_CHW: as large as a window, h, w, at least.
         stride: pixels, no more than a window's sides.
-        at_once: windows that `predict` is given at most.
     """
     (h, w), (H, W) = window, image_CHW.shape[1:]
     tops, lefts = ([*range(0, side - of, stride), side - of] for side, of in ((H, h), (W, w)))
@@ -78,19 +72,14 @@ def slide(
 
 
 def confusion(labels: Tensor, named: Tensor, classes: int) -> Tensor:
-    """Count the pixels of class i that were named j, [K, K] int64; `IGNORED` ones do not count.
-
-    Args:
-        labels: integers of any shape, 0 .. K - 1 or `IGNORED`.
-        named: integers of the same shape, 0 .. K - 1.
-    """
+    """Count the pixels of class i that were named j, [K, K] int64; of any shape; `IGNORED` ones do not count."""
     counts = labels != IGNORED
     cells = labels[counts].long() * classes + named[counts].long()
     return torch.bincount(cells, minlength=classes**2).view(classes, classes)
 
 
 def figures_of(confusion_KK: Tensor) -> dict[str, float]:
-    """mIoU and mAcc are means over classes: of those that occur in labels or answers, and of those in labels.
+    """Return mIoU and mAcc, means over the classes in labels or answers and over those in labels, and aAcc.
 
     mIoU: a class's pixels that are named right, of those that are it or are named it. mAcc: of those that are it. aAcc:
     of all pixels, of which there must be one.

@@ -113,8 +113,7 @@ def _classifier(width: int, classes: int, dropout: float, init_std: float) -> nn
 def build_segmenter(job: Job) -> nn.Module:
     """Build a `Segmenter`, its BatchNorms synchronised where ranks train on GPUs.
 
-    Raises:
-        ConfigError: an architecture, a size or a batch that it cannot be built or trained with.
+    Raises ConfigError: an architecture, a size or a batch that it cannot be built or trained with.
     """
     config, segment = job.config, job.config.segment
     options = {"drop_path": config.model.drop_path, "plain": True}

@@ -30,16 +30,13 @@ class Scenes:
         images: of 3 channels.
         class_names: K of them, at most 255.
         labels: id -> [H, W] uint8, 0 .. K - 1 or `IGNORED`; raises DataError naming the file.
-
-    Attributes:
-        labels: as given.
-        index: where images that cannot be decoded are put down; None where there are no files.
     """
 
     def __init__(self, images: Source, class_names: tuple[str, ...], labels: Callable[[int], np.ndarray]):
         self.class_names, self.labels = class_names, labels
         self.sizes_N2, self.excluded_X = images.sizes_N2, images.excluded_X
         self.name, self.decode, self.fingerprint = images.name, images.decode, images.fingerprint
+        # Images that cannot be decoded are put down there; made ones have none.
         self.index = getattr(images, "index", None)
 
     def __len__(self) -> int:
@@ -50,10 +47,7 @@ def folder_scenes(root: str) -> tuple[Scenes, Scenes]:
     """Open the scenes to train on and those to test on, below a folder of ADE20K's layout; label 0 is no class.
 
     The classes are those of `objectInfo150.txt`; without it as many as the largest label of the training images says,
-    all of which are read for that.
-
-    Raises:
-        DataError: another layout, no readable image, or an image without its annotation.
+    all of which are read. Raises DataError: another layout, no readable image, or an image without its annotation.
     """
     for kind in ("images", "annotations"):
         for part in PARTS:
@@ -133,11 +127,7 @@ def _numbered(paths: list[str]) -> tuple[str, ...]:
 
 
 def shape_scenes(data: DataConfig, seed: int) -> Scenes:
-    """Made shapes on a background, which is the first class; no pixel is ignored.
-
-    Raises:
-        ConfigError: a size or a number of classes that is not made.
-    """
+    """Make scenes of shapes on a background, which is the first class; no pixel is ignored. Raises ConfigError."""
     images = ShapesSource(seed, data.samples, data.image_size, data.classes, data.background, data.root or None)
 
     def labels(index: int) -> np.ndarray:
