@@ -33,7 +33,7 @@ _OF_WIDTH = {  # timm's, by width: what to propose; patch and blocks are read of
 
 
 class Weights(NamedTuple):
-    """Weights and what their place tells of them; what it does not tell is empty, 0 or None."""
+    """This tuple holds weights and what their place tells of them; what it does not tell is empty, 0 or None."""
 
     name: str  # the place, for people
     tensors: dict[str, Tensor]  # by our names, without timm's classifier; none for the initial weights of `arch`

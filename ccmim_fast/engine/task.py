@@ -26,7 +26,7 @@ class Result(Protocol):
 
 
 class Task:
-    """Model, images and step of one run. A checkpoint holds model, optimizer, scaler and ema."""
+    """A task has model, images and step of one run. A checkpoint holds model, optimizer, scaler and ema."""
 
     model: nn.Module  # not wrapped
     optimizer: torch.optim.Optimizer

@@ -1,4 +1,4 @@
-"""Training of a classifier: cross-entropy of its heads, accuracies on the test images."""
+"""A classifier is trained: cross-entropy of its heads, accuracies on the test images."""
 
 # B batch, H height, W width, C classes, R heads
 
@@ -17,7 +17,7 @@ from ccmim_fast.evaluation.supervised import Supervised
 
 
 class Classifier(Supervised):
-    """A run that trains a classifier.
+    """This run trains a classifier.
 
     Args:
         model: inputs -> logits [B, C], or [R, B, C] of heads that share no trained weights.

@@ -58,7 +58,7 @@ def build_optimizer(vit: nn.Module, optim: EvalOptimConfig) -> torch.optim.Optim
 
 
 class AugmentedLoader(SampleLoader):
-    """Training batches of one rank: (float [B, C, H, W], labels [B] or, mixed, shares of classes [B, classes])."""
+    """This loader gives a rank (float images [B, C, H, W], labels [B] or, mixed, shares of classes [B, classes])."""
 
     def __init__(self, job: Job):
         data, augment = job.train.data, job.config.augment

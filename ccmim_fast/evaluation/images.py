@@ -13,7 +13,7 @@ from ccmim_fast.errors import ConfigError, DataError
 
 
 class Images(NamedTuple):
-    """One of the two sets, and what its loaders are built from."""
+    """This tuple holds one of the two sets, and what its loaders are built from."""
 
     source: Source
     data: DataConfig

@@ -15,7 +15,7 @@ from ccmim_fast.ranks.session import Session
 
 
 class Job(NamedTuple):
-    """An encoder's weights, images to train on and to test on, and where to write."""
+    """This tuple holds an encoder's weights, images to train on and to test on, and where to write."""
 
     config: EvalConfig
     here: Session

@@ -34,7 +34,7 @@ class SupervisedResult(NamedTuple):
 
 
 class Supervised(Task):
-    """One run of a protocol that trains; a subclass has `losses` and `test`.
+    """A protocol that trains is run by this task; a subclass has `losses` and `test`.
 
     Args:
         model: its weights are trained and saved.

@@ -27,7 +27,7 @@ Rows = Iterator[tuple[dict[str, list], np.ndarray]]  # of each batch: columns `n
 
 
 class Embedded(NamedTuple):
-    """The number of images that have a row, the width of a row, and the number of images that cannot be used."""
+    """This tuple says how many images have a row, how wide a row is, and how many images cannot be used."""
 
     images: int
     width: int

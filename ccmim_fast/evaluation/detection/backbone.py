@@ -1,4 +1,4 @@
-"""A vision transformer as a detector's backbone: feature maps of several strides, and attention within windows."""
+"""A vision transformer becomes a detector's backbone: maps of several strides, and attention within windows."""
 
 # B batch, C channels, H height, W width, D width of the encoder, L patches row by row, R rows and C columns of patches
 
@@ -45,7 +45,7 @@ class Backbone(nn.Module):
 
 
 def _rescaled(width: int, level: int, narrow: bool) -> tuple[list[nn.Module], int]:
-    """Layers from the patch's stride to a level's, and the width behind them; `narrow` halves it as the map grows."""
+    """Return layers from the patch's stride to a level's, and the width behind them; `narrow` halves it each time."""
     half, quarter = (width // 2, width // 4) if narrow else (width, width)
     if level == 0:
         between = [LayerNorm2d(half), nn.GELU()]
@@ -78,7 +78,7 @@ class Pyramid(nn.Module):
 
 
 class Windowed(nn.Module):
-    """An attention [B, L, D] -> [B, L, D] within each square window alone (ViTDet); cheap at thousands of patches.
+    """This attention, [B, L, D] -> [B, L, D], stays within each square window (ViTDet): cheap at thousands of patches.
 
     Windows that hang over the grid are filled up with zeros, which are attended to (ViTDet).
 

@@ -1,4 +1,4 @@
-"""Images with their objects as the detector takes them: augmented to train on, resized to test on.
+"""Images with their objects become what the detector takes: augmented to train on, resized to test on.
 
 torchvision's transforms draw from torch's global generator.
 """
@@ -23,7 +23,7 @@ from ccmim_fast.evaluation.supervised import seed_generators
 
 
 class Sample(NamedTuple):
-    """An image as the detector takes it, uint8 [C, H, W], and torchvision's target: boxes, labels from 1 on, masks."""
+    """This tuple holds an image, uint8 [C, H, W], and torchvision's target: boxes, labels from 1 on, masks."""
 
     image_CHW: Tensor
     target: dict[str, Tensor]
@@ -94,7 +94,7 @@ class MicroBatchOfObjects(NamedTuple):
 
 
 class ObjectLoader(SampleLoader):
-    """Training batches of one rank."""
+    """This loader gives training batches of one rank."""
 
     def __init__(self, job: Job):
         super().__init__(job)

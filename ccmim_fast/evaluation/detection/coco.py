@@ -51,7 +51,10 @@ class CocoSource:
         content = _parse(text, file)
         images = sorted(content["images"], key=lambda image: image["id"])
         categories = sorted(content["categories"], key=lambda category: category["id"])
-        self._check_files(images, file)
+        if not self._folder.is_dir():
+            raise DataError(f"{self._folder}: no such folder; {LAYOUT}")
+        if missing := {image["file_name"] for image in images} - set(os.listdir(self._folder)):
+            raise DataError(f"{self._folder}: lacks {len(missing)} of the images in {file}, such as {min(missing)}")
         self.class_names = tuple(category["name"] for category in categories)
         self.sizes_N2 = np.array([(image["height"], image["width"]) for image in images], dtype=np.int32).reshape(-1, 2)
         self._names = np.array([image["file_name"] for image in images])
@@ -67,13 +70,6 @@ class CocoSource:
         self._ends = np.cumsum([0, *map(len, parts)])
         self._objects = np.frombuffer(b"".join(parts), dtype=np.uint8)
         self.fingerprint = f"coco-{part}-{hashlib.sha256(text).hexdigest()[:16]}"
-
-    def _check_files(self, images: list[dict[str, Any]], file: Path) -> None:
-        if not self._folder.is_dir():
-            raise DataError(f"{self._folder}: no such folder; {LAYOUT}")
-        missing = {image["file_name"] for image in images} - set(os.listdir(self._folder))
-        if missing:
-            raise DataError(f"{self._folder}: lacks {len(missing)} of the images in {file}, such as {min(missing)}")
 
     def __len__(self) -> int:
         return len(self._names)

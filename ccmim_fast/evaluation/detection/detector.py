@@ -91,7 +91,7 @@ def _in_float32(_: nn.Module, __: tuple, outputs: tuple) -> tuple:
 
 
 def _pool(patch: int, size: int) -> MultiScaleRoIAlign:
-    """RoIAlign at the level that suits the object's size (Lin et al., 2017, Eq. 1), in terms of the patch."""
+    """Build RoIAlign at the level that suits the object's size (Lin et al., 2017, Eq. 1), in terms of the patch."""
     pool = MultiScaleRoIAlign(LEVELS[:4], size, sampling_ratio=2)
     # Known, where torchvision would round it from the first batch's sizes.
     pool.scales = [1 / step for step in strides(patch)[:4]]

@@ -1,4 +1,4 @@
-"""Sources of images whose objects are known: box, class and mask of each."""
+"""These sources know the objects in their images: box, class and mask of each."""
 
 # N objects, H height, W width
 
@@ -11,7 +11,7 @@ from ccmim_fast.data.source import Source
 
 
 class Instances(NamedTuple):
-    """The objects of an image."""
+    """This tuple describes the objects of an image."""
 
     boxes_N4: np.ndarray  # float32 x0, y0, x1, y1 in pixels, the last two exclusive
     labels_N: np.ndarray  # int64 indices into the source's `class_names`

@@ -45,7 +45,7 @@ def open_images(config: EvalConfig, *data: DataConfig) -> list[InstanceSource]:
 
 
 class Detection(Supervised):
-    """A run that trains a detector."""
+    """This run trains a detector."""
 
     def losses(self, batch: MicroBatchOfObjects) -> Tensor:
         """Return [1], the sum of the losses of proposals, classes, boxes and masks, of weight 1 each (Mask R-CNN)."""

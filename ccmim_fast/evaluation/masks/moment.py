@@ -25,7 +25,7 @@ NORM_PIX = (
 
 
 class Moment(NamedTuple):
-    """Scores, masks and figures of all images that were measured, and some images to be drawn.
+    """This tuple holds scores, masks and figures of all images that were measured, and some images to be drawn.
 
     `reconstruction_DHWC` is from what the run's own strategy leaves visible; None where no pixels are predicted.
     """

@@ -27,10 +27,8 @@ PROBED = 256  # images of a step at most: 26 ms of a core at 64 pixels a side, 1
 def object_figures(run: Pretraining, batches: Sequence[Batch], result: StepResult) -> dict[str, float | None]:
     """Measure the first images of this rank's last micro-batch as the step divided them, without calling the model.
 
-    Returns:
-        auroc: of the scores against object patches, see `score_auroc`; None without scores, and where they hold NaN.
-        leakage: share of object patches left visible, relative to random masking. None where nothing but objects, or
-            none of them, is seen.
+    Returns `auroc`, see `score_auroc`: None without scores, where they hold NaN, and where no image has both kinds of
+    patches; and `leakage`, see `object_leakage`: None where no object is seen.
     """
     batch, seen, few = batches[-1], result.seen[-1], slice(0, PROBED)
     shown = run.loader.plan.micro_batch(batch.host_ids_B[few], batch.epochs_B[few].cpu().numpy())
@@ -49,7 +47,7 @@ def has_both(object_BL: Tensor) -> bool:
 
 
 class MaskFolder:
-    """A folder of object masks in PNG files, each under the name of its image; a pixel that is not 0 is object.
+    """This folder has object masks in PNG files, each under the name of its image; a pixel that is not 0 is object.
 
     Args:
         folder: holds `a/b.png` for the image `a/b.jpg` of `root`, or else `b.png`.

@@ -51,7 +51,7 @@ def probe(
 
 
 class ScoreProbe(NamedTuple):
-    """Figures of one moment; those about objects are None where nobody knows them."""
+    """This tuple has the figures of one moment; those about objects are None where nobody knows them."""
 
     recons: float  # L_recons (Eq. 9) under the run's own masks
     auroc: float | None = None  # of the scores that the run divides by, against object patches; 0.5 where it has none

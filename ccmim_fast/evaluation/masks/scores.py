@@ -22,7 +22,7 @@ CHUNK = 32  # images at a time: 1 GB of activations at ViT-B and 224 pixels
 
 
 class Scored(NamedTuple):
-    """Images as a model scores and divides them, on the CPU; the noise is that of epoch 0."""
+    """This tuple holds images as a model scores and divides them, on the CPU; the noise is that of epoch 0."""
 
     source: str  # of the scores that the masks are drawn by
     scores: dict[str, Tensor]  # by source (`all blocks`, `block 0` and so on, `bank`): [B, L], each row sums to 1

@@ -24,7 +24,7 @@ _SIZES = ("model.", "decoder.")
 
 
 class Subject(NamedTuple):
-    """A model in evaluation mode on the CPU, and what is known of it."""
+    """This tuple holds a model in evaluation mode on the CPU, and what is known of it."""
 
     name: str  # the checkpoint, for people
     model: CCMIM

@@ -1,4 +1,4 @@
-"""A vision transformer that names every pixel: blocks of a plain ViT -> four scales -> UPerNet."""
+"""A vision transformer names every pixel: blocks of a plain ViT -> four scales -> UPerNet."""
 
 # B batch, H height, W width of images, h w of the patches' grid, D width, E decoder's width, K classes
 

@@ -47,7 +47,7 @@ def open_images(config: EvalConfig, *data: DataConfig) -> Sequence[Scenes]:
 
 
 class Segmentation(Supervised):
-    """A run that trains a `Segmenter`."""
+    """This run trains a `Segmenter`."""
 
     def losses(self, batch: SceneBatch) -> Tensor:
         """Return [1], the loss of the classifier and, by its weight, of the auxiliary one."""

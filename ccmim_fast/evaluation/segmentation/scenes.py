@@ -118,7 +118,7 @@ def _names_in(path: Path) -> tuple[str, ...]:
 
 
 def _numbered(paths: list[str]) -> tuple[str, ...]:
-    """Numbers as names, as many as the largest label in these annotations."""
+    """Return numbers as names, as many as the largest label in these annotations."""
     with ThreadPoolExecutor(thread_count(0)) as pool:
         largest = max(pool.map(lambda path: int(_read_annotation(path).max()), paths))
     if largest < 2:

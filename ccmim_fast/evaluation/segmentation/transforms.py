@@ -1,4 +1,4 @@
-"""Images and labels together: resized, cropped, mirrored, distorted in colour, padded (mmsegmentation's for ADE20K).
+"""Images change with their labels: resized, cropped, mirrored, distorted, padded (mmsegmentation's for ADE20K).
 
 `SceneLoader` makes micro-batches of them.
 """
@@ -25,24 +25,24 @@ _TRIES = 11  # crops drawn until one is varied enough; the last is taken as it i
 
 
 class Pair(NamedTuple):
-    """image_CHW: uint8. labels_HW: uint8, `IGNORED` where there is no class."""
+    """This tuple holds an image, uint8, and labels, uint8, `IGNORED` where there is no class."""
 
     image_CHW: Image
     labels_HW: Mask
 
     @property
     def size(self) -> tuple[int, int]:
-        """H, W."""
+        """Return H, W."""
         return tuple(self.labels_HW.shape)
 
     def resized(self, size: tuple[int, int]) -> "Pair":
-        """Bilinear without antialiasing, labels by the nearest, both as cv2 does."""
+        """Resize bilinearly without antialiasing, labels by the nearest, both as cv2 does."""
         options = {"interpolation": InterpolationMode.BILINEAR, "antialias": False}
         return Pair(*(F.resize(one, list(size), **options) for one in self))
 
 
 def pair_of(scenes: Scenes, index: int, image_HWC: np.ndarray) -> Pair:
-    """A decoded image with its labels. Raises DataError naming the annotation."""
+    """Join a decoded image and its labels. Raises DataError naming the annotation."""
     image_CHW = torch.from_numpy(np.array(image_HWC)).permute(2, 0, 1).contiguous()
     return Pair(Image(image_CHW), Mask(torch.from_numpy(np.array(scenes.labels(index)))))
 
@@ -83,7 +83,7 @@ class Augment:
 
 
 def scaled(size: tuple[int, int], sides: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of an image made as large as fits into sides (short, long), its aspect kept."""
+    """Return height and width of an image made as large as fits into sides (short, long), its aspect kept."""
     factor = min(side / of_image for side, of_image in zip(sides, sorted(size)))
     height, width = (max(1, int(side * factor + 0.5)) for side in size)
     return height, width
@@ -114,7 +114,7 @@ def distort(image_CHW: Tensor, draws: np.random.Generator) -> Tensor:
 
 
 def saturated(pixels_CHW: Tensor, factor: float) -> Tensor:
-    """HSV's saturation times `factor`, 1 at most: each channel's distance below the largest, which is the value."""
+    """Multiply HSV's saturation by `factor`, to 1 at most: each channel's distance below the largest, the value."""
     value_1HW = pixels_CHW.amax(0, keepdim=True)
     below_CHW = value_1HW - pixels_CHW
     largest_1HW = below_CHW.amax(0, keepdim=True).clamp(min=1e-6)
@@ -129,7 +129,7 @@ class SceneBatch(NamedTuple):
 
 
 class SceneLoader(SampleLoader):
-    """Training micro-batches of one rank; labels that are wrong end the run."""
+    """This loader gives training micro-batches of one rank; labels that are wrong end the run."""
 
     def __init__(self, job: Job):
         super().__init__(job)
