@@ -141,7 +141,7 @@ def out_indices(depth: int, shares: Shares) -> tuple[int, ...]:
 
 
 def keep_blocks_(vit: VisionTransformer, shares: Shares) -> tuple[int, ...]:
-    """Take away what stands behind the blocks, whose weights would get no gradient; returns `out_indices`."""
+    """Take away what stands behind the blocks: other ranks would wait for its gradient. Returns `out_indices`."""
     blocks = out_indices(len(vit.blocks), shares)
     vit.prune_intermediate_layers(list(blocks), prune_norm=True)
     return blocks

@@ -25,10 +25,7 @@ class Job(NamedTuple):
     test: Images
 
     def frozen_encoder(self, pool: str = "avg") -> Encoder:
-        """Return the encoder in evaluation mode, on the device, without gradient.
-
-        Raises ConfigError: `pool` is `cls`, and the encoder has no [CLS] token.
-        """
+        """Return the encoder, on the device, without gradient. Raises ConfigError if it has no [CLS] for `pool`."""
         vit = build_encoder(self.weights, self.config.data.image_size, self.config.model.num_heads)
         encoder = Encoder(vit, self.weights.mean, self.weights.std).to(self.here.device)
         if pool == "cls" and not encoder.prefix:

@@ -19,7 +19,7 @@ from ccmim_fast.runs.folder import describe_run, open_run_folder
 
 
 def import_weights(file: str, arch: str, out: str, settings: Sequence[str]) -> tuple[Path, list[str]]:
-    """Make a checkpoint of published weights.
+    """Make a checkpoint of published weights; return its path, and the parts that `file` lacks, which start anew.
 
     Args:
         file: MAE's or the authors' ccMIM .pth; timm's .pth or .safetensors of an encoder; our own .safetensors; or
@@ -27,8 +27,6 @@ def import_weights(file: str, arch: str, out: str, settings: Sequence[str]) -> t
         arch: timm's name of the architecture; "": `file` tells it.
         out: a new run folder, or a .safetensors in our names.
         settings: options of `ccmim pretrain`; sizes are read off the weights.
-
-    Returns the checkpoint's or the file's path, and the parts that `file` lacks as a whole, which start anew.
 
     Raises:
         ConfigError: no architecture is known, or a setting is wrong.

@@ -43,7 +43,7 @@ TARGETS = {
 
 
 def export_run(target: str, run: str, out: Path, results: Sequence[str] = (), hub_name: str = "") -> list[Path]:
-    """Write the newest checkpoint of a run for another library; averaged weights where the run has them.
+    """Write a run's newest checkpoint, averaged weights where it has them, for another library; return the files.
 
     Args:
         target: one of `TARGETS`.
@@ -51,8 +51,6 @@ def export_run(target: str, run: str, out: Path, results: Sequence[str] = (), hu
         out: a new folder, in which a model card stands beside the weights, or a file of the target's suffix.
         results: paths of result.json of evaluations, for the card.
         hub_name: OWNER/NAME on the Hugging Face hub, which the card's code loads from; "": `out`.
-
-    Returns the files that were written.
 
     Raises:
         ConfigError: `out` is not empty; a result is none.

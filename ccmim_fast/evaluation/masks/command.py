@@ -64,7 +64,7 @@ def _places(checkpoint: str, moments: int) -> list[str]:
 
 
 def _objects(subject: Subject, few: FewImages, folder: Path | None) -> Tensor | None:
-    """Return which patches show the object, [B, L] bool, where that is known; in one image some must, and some not."""
+    """Return which patches show the object, [B, L] bool, where that is known. Raises DataError without such images."""
     if folder is None and not isinstance(few.source, ShapesSource):
         return None
     objects = few.source if folder is None else MaskFolder(folder, subject.config.data.root, few.source)
