@@ -77,8 +77,6 @@ EVALUATIONS = {
 
 def check_installed(name: str) -> None:
     """Raise MachineError with the command that installs what an evaluation lacks."""
-    missing = [
-        package for package in EVALUATIONS[name].needs if importlib.util.find_spec(package.replace("-", "_")) is None
-    ]
+    missing = [one for one in EVALUATIONS[name].needs if importlib.util.find_spec(one.replace("-", "_")) is None]
     if missing:
         raise MachineError(f"ccmim eval {name}: needs {', '.join(missing)}: pip install 'ccmim_fast[{name}]'")
