@@ -70,9 +70,9 @@ def write_result(folder: Path, result: dict[str, Any], of: Protocol) -> str:
     chance = {} if result["chance"] is None else {"chance": result["chance"]}
     shares = {name: f"{value:.2%}" for name, value in (result["figures"] | chance).items()}
     line = f"{of.evaluation} of {result['checkpoint']}: " + ", ".join(" ".join(share) for share in shares.items())
-    rows = [f"- {deviation}" for deviation in result["deviations"]]
-    heading = "Deviations (protocol's figure):" if rows else "Deviations: none."
-    boxed = "\n".join(f"> {line}" for line in [f"Protocol {of.name}: {of.source}", heading, *rows])
+    listed = [f"- {deviation}" for deviation in result["deviations"]]
+    heading = "Deviations (protocol's figure):" if listed else "Deviations: none."
+    boxed = "\n".join(f"> {line}" for line in [f"Protocol {of.name}: {of.source}", heading, *listed])
     rows = "\n".join(f"| {name} | {share} |" for name, share in shares.items())
     where = result["environment"]
     text = f"# {of.evaluation} of {result['checkpoint']}\n\n| measure | share |\n|---|---|\n{rows}\n\n{boxed}\n\n"
