@@ -33,12 +33,15 @@ def object_figures(run: Pretraining, batches: Sequence[Batch], result: StepResul
     batch, seen, few = batches[-1], result.seen[-1], slice(0, PROBED)
     shown = run.loader.plan.micro_batch(batch.host_ids_B[few], batch.epochs_B[few].cpu().numpy())
     object_BL = objects_of(run.source, shown, run.config.data.image_size, run.model.patch)
-    logits_BL = None if seen.logits_BL is None else seen.logits_BL[few].float().cpu()
-    known = logits_BL is not None and has_both(object_BL) and not logits_BL.isnan().any()
-    return {
-        "auroc": score_auroc(logits_BL, object_BL) if known else None,
-        "leakage": object_leakage(seen.mask_BL[few].cpu(), object_BL) if object_BL.any() else None,
-    }
+    leakage = object_leakage(seen.mask_BL[few].cpu(), object_BL) if object_BL.any() else None
+    return {"auroc": _auroc(seen.logits_BL, object_BL), "leakage": leakage}
+
+
+def _auroc(logits_BL: Tensor | None, object_BL: Tensor) -> float | None:
+    if logits_BL is None or not has_both(object_BL):
+        return None
+    logits_BL = logits_BL[: len(object_BL)].float().cpu()
+    return None if logits_BL.isnan().any() else score_auroc(logits_BL, object_BL)
 
 
 def has_both(object_BL: Tensor) -> bool:
