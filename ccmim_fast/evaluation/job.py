@@ -35,8 +35,5 @@ class Job(NamedTuple):
     def batches(self, images: Images, size: int) -> Iterator[Batch]:
         """Yield this rank's share, every `world_size`-th image once, `size` at a time, without augmentation."""
         data, here = self.config.data, self.here
-        return evaluation_batches(
-            *(images.source, data.image_size, size, here.device, data.workers),
-            central=data.test_crop,
-            part=(here.rank, here.world_size),
-        )
+        shown = images.source, data.image_size, size, here.device, data.workers
+        return evaluation_batches(*shown, central=data.test_crop, part=(here.rank, here.world_size))
