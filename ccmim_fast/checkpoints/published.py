@@ -1,7 +1,4 @@
-"""This file reads weights from any place: a run, a file (timm, MAE, ccMIM, `ccmim export`), or a name of timm's.
-
-A new reader is a branch of `read_weights` that returns `Weights`.
-"""
+"""This file reads weights from any place: a run, a file (timm, MAE, ccMIM, `ccmim export`), or a name of timm's."""
 
 import argparse
 import json
@@ -36,26 +33,16 @@ _OF_WIDTH = {  # timm's, by width: what to propose; patch and blocks are read of
 
 
 class Weights(NamedTuple):
-    """This tuple holds weights and what their place tells of them.
+    """This tuple holds weights and what their place tells of them; what it does not tell is empty, 0 or None."""
 
-    Attributes:
-        name: the place, for people.
-        tensors: by our names, without a classifier (`head`) of timm's; none for the initial weights of `arch`.
-        arch: timm's name; empty where the place does not tell.
-        num_heads: of attention; 0 where the place does not tell, or they are the architecture's own.
-        mean, std: of the images they were trained on, per channel; empty where the place does not tell.
-        image_size: height and width of those images in pixels; empty where the place does not tell.
-        step: optimizer steps of pretraining; None where the place does not tell.
-    """
-
-    name: str
-    tensors: dict[str, Tensor]
-    arch: str = ""
-    num_heads: int = 0
-    mean: tuple[float, ...] = ()
+    name: str  # the place, for people
+    tensors: dict[str, Tensor]  # by our names, without timm's classifier; none for the initial weights of `arch`
+    arch: str = ""  # timm's name
+    num_heads: int = 0  # of attention; 0 as well where they are the architecture's own
+    mean: tuple[float, ...] = ()  # of the images they were trained on, per channel
     std: tuple[float, ...] = ()
-    image_size: tuple[int, ...] = ()
-    step: int | None = None
+    image_size: tuple[int, ...] = ()  # height and width of those images in pixels
+    step: int | None = None  # optimizer steps of pretraining
 
 
 def read_weights(place: str) -> Weights:
@@ -119,11 +106,8 @@ def with_arch(of: Weights, arch: str = "", num_heads: int = 0) -> Weights:
 def derived(of: Weights, given: list[str]) -> list[str]:
     """Return the settings that weights of a known architecture tell, as options.
 
-    Args:
-        given: options of the user; the method is derived where no file of settings is among them.
-
-    Raises:
-        ConfigError: timm cannot build the architecture.
+    The method is derived where no file of settings is among `given`, the options of the user. Raises ConfigError where
+    timm cannot build the architecture.
     """
     weights, found = of.tensors, {"model.arch": of.arch}
     if not weights:
@@ -165,8 +149,7 @@ def derived(of: Weights, given: list[str]) -> list[str]:
 def fill_(model: CCMIM, of: Weights) -> list[str]:
     """Load weights strictly; return the parts of the model that they lack as a whole, which stay as they are.
 
-    Raises:
-        CheckpointError: one line with the names that are missing, unexpected, or of another shape.
+    Raises CheckpointError naming what is missing, unexpected, or of another shape.
     """
     own, weights = model.state_dict(), of.tensors
     owned, given = ({name.partition(".")[0] for name in of} for of in (own, weights))
@@ -228,8 +211,8 @@ def _pickled(name: str) -> dict[str, Any]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{name}: cannot be read as weights: {reason[:200]}") from None
     for key in ("model", "state_dict"):
-        if isinstance(found, dict):
-            found = found[key] if isinstance(found.get(key), dict) else found
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
     return found if isinstance(found, dict) else {}
 
 

@@ -162,11 +162,7 @@ class EvalConfig:
 
 
 def validate_evaluation(config: EvalConfig) -> None:
-    """Return if `config` can run, as far as can be known without checkpoint, images and device.
-
-    Raises:
-        ConfigError: one line; of several mistakes the first.
-    """
+    """Raise ConfigError, one line, if `config` cannot run, as far as is known without checkpoint, images and device."""
     check_values(config)
     check_resume(config.run)
     values = flatten(config)

@@ -1,4 +1,4 @@
-"""What a loop trains: pretraining, or an evaluation that trains. A subclass of `Task` says how."""
+"""A loop trains a task: pretraining, or an evaluation that trains. A subclass of `Task` says how."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,31 +20,22 @@ Report = Callable[..., None]
 
 
 class Result(Protocol):
-    """What a step returns to the loop: its gradients, on the device. The task reads the rest."""
+    """A step returns this to the loop: its gradients, on the device. The task reads the rest."""
 
     gradients: Gradients
 
 
 class Task:
-    """Model, images and step of one run.
+    """A task has model, images and step of one run. A checkpoint holds model, optimizer, scaler and ema."""
 
-    Attributes:
-        model: the bare model; with optimizer, scaler and ema what a checkpoint holds.
-        ema: averaged weights, or None.
-        loader: of the images to train on.
-        length: samples of all epochs together.
-        precision: of the step's products.
-        headline: one line on images and model, printed before the first step.
-    """
-
-    model: nn.Module
+    model: nn.Module  # not wrapped
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    ema: AveragedModel | None
-    loader: Loader
-    length: int
-    precision: Precision
-    headline: str
+    ema: AveragedModel | None  # averaged weights
+    loader: Loader  # of the images to train on
+    length: int  # samples of all epochs together
+    precision: Precision  # of the step's products
+    headline: str  # one line on images and model, printed before the first step
 
     def prepare(self, batches: list[Any], seen: int) -> list[Any]:
         """Return the micro-batches of the step after `seen` samples as `train` takes them; it counts as waiting."""

@@ -26,9 +26,7 @@ _HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")  # timm's names of wh
 def read_encoder(checkpoint: str, arch: str = "", num_heads: int = 0) -> Weights:
     """Read the encoder of a checkpoint (see `read_weights`): its tensors under timm's names, empty for initial weights.
 
-    Args:
-        checkpoint: what `read_weights` reads.
-        arch, num_heads: what the user tells, see `with_arch`; a run tells its architecture itself.
+    For `arch` and `num_heads` see `with_arch`; a run tells its architecture itself.
 
     Raises:
         CheckpointError: missing, damaged, or without an encoder.
@@ -63,6 +61,7 @@ def build_encoder(
     pool: str = "",
     drop_path: float = 0.0,
     any_size: bool = False,
+    plain: bool = False,
 ) -> nn.Module:
     """Build timm's module with the weights in it; positions are resampled to the size of the images.
 
@@ -73,10 +72,11 @@ def build_encoder(
         pool: for fine-tuning, `avg` (mean of the patches' tokens, then a new norm; MAE) or `cls`; empty: frozen, tokens
             are asked for by `forward_features`.
         any_size: images may have any multiple of the patch as sides; positions are resampled again for each batch.
+        plain: of a VisionTransformer alone, as are all weights of a checkpoint.
 
     Raises:
         CheckpointError: names or shapes that do not fit the architecture.
-        ConfigError: an architecture that takes no images of this size.
+        ConfigError: an architecture that takes no images of this size, or is no VisionTransformer.
     """
     options = {"img_size": image_size, "num_classes": num_classes, "in_chans": len(weights.mean)}
     if weights.tensors:
@@ -93,6 +93,8 @@ def build_encoder(
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         line = f"model.arch={weights.arch}: timm cannot build it for these images: {one_line(error)}"
         raise ConfigError(line) from None
+    if (plain or weights.tensors) and not isinstance(vit, VisionTransformer):
+        raise ConfigError(f"model.arch={weights.arch} is a {type(vit).__name__}; it must be a VisionTransformer here")
     if weights.tensors:
         _fill(vit, weights)
     return vit
@@ -104,10 +106,8 @@ def _sizes_in(tensors: dict[str, Tensor]) -> dict[str, int | bool]:
     return {"patch_size": patch, "embed_dim": width, "depth": depth, "class_token": "cls_token" in tensors}
 
 
-def _fill(vit: nn.Module, weights: Weights) -> None:
+def _fill(vit: VisionTransformer, weights: Weights) -> None:
     """Load what the checkpoint has; only a new head and its norm may be missing, and only the old norm be left over."""
-    if not isinstance(vit, VisionTransformer):
-        raise ConfigError(f"model.arch={weights.arch} is a {type(vit).__name__}; weights go into a VisionTransformer")
     try:
         result = vit.load_state_dict(_fitted(vit, weights), strict=False)
     except (RuntimeError, ValueError) as error:
@@ -124,25 +124,34 @@ def _fitted(vit: VisionTransformer, weights: Weights) -> dict[str, Tensor]:
     tensors = dict(weights.tensors)
     if not weights.image_size or "pos_embed" not in tensors:
         return checkpoint_filter_fn(tensors, vit)
-    positions, new = tensors.pop("pos_embed"), tuple(vit.patch_embed.grid_size)
+    positions_1TD, new = tensors.pop("pos_embed"), tuple(vit.patch_embed.grid_size)
     old = tuple(side // tensors["patch_embed.proj.weight"].shape[-1] for side in weights.image_size)
     if new != old:
-        positions = _resampled(positions, old, new)
-    return checkpoint_filter_fn(tensors, vit) | {"pos_embed": positions}
-
-
-def _resampled(positions_1TD: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
-    """Resample as timm's `resample_abs_pos_embed`, which leaves alone what has as many patches as a new square."""
-    patches = math.prod(old)
-    prefix_1PD, x_1LD = positions_1TD[:, :-patches], positions_1TD[:, -patches:]
-    x_1DRC = x_1LD.float().unflatten(1, old).permute(0, 3, 1, 2)
-    x_1DRC = F.interpolate(x_1DRC, size=new, mode="bicubic", antialias=True)
-    return torch.cat([prefix_1PD, x_1DRC.flatten(2).transpose(1, 2).to(x_1LD.dtype)], dim=1)
+        # As timm's `resample_abs_pos_embed`, which leaves alone what has as many patches as a new square.
+        prefix_1PD, x_1LD = positions_1TD.tensor_split([-math.prod(old)], dim=1)
+        x_1DRC = x_1LD.float().unflatten(1, old).permute(0, 3, 1, 2)
+        x_1DRC = F.interpolate(x_1DRC, size=new, mode="bicubic", antialias=True)
+        positions_1TD = torch.cat([prefix_1PD, x_1DRC.flatten(2).transpose(1, 2).to(x_1LD.dtype)], dim=1)
+    return checkpoint_filter_fn(tensors, vit) | {"pos_embed": positions_1TD}
 
 
 def out_indices(depth: int, shares: Shares) -> tuple[int, ...]:
     """Return the index of the last block of each share of an encoder; in a shallow one some come twice."""
     return tuple(-(-depth * part // whole) - 1 for part, whole in shares)
+
+
+def keep_blocks_(vit: VisionTransformer, shares: Shares) -> tuple[int, ...]:
+    """Take away what stands behind the blocks: other ranks would wait for its gradient. Returns `out_indices`."""
+    blocks = out_indices(len(vit.blocks), shares)
+    vit.prune_intermediate_layers(list(blocks), prune_norm=True)
+    return blocks
+
+
+def maps_of(vit: VisionTransformer, blocks: tuple[int, ...], pixels_BCHW: Tensor) -> list[Tensor]:
+    """Return the outputs of the blocks as maps [B, D, h, w]; of a block that comes twice, twice."""
+    taken = sorted(set(blocks))
+    maps = dict(zip(taken, vit.forward_intermediates(pixels_BCHW, indices=taken, intermediates_only=True)))
+    return [maps[block] for block in blocks]
 
 
 class Encoder(nn.Module):

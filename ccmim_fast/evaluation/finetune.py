@@ -2,6 +2,8 @@
 
 # B batch, H height, W width, C channels
 
+import itertools
+
 import numpy as np
 import torch
 from PIL import Image
@@ -11,19 +13,24 @@ from torch import Tensor, nn
 
 from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.evaluation.classification import classifier
+from ccmim_fast.evaluation.classification import Classifier
 from ccmim_fast.evaluation.encoders import build_encoder
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.loader import SampleLoader
-from ccmim_fast.evaluation.supervised import seed_generators, train
+from ccmim_fast.evaluation.supervised import seed_generators
 
 _ATTEMPTS = 10
 
 
 def run(job: Job) -> dict[str, float]:
-    """Train all weights; accuracies of the end."""
-    config, here = job.config, job.here
-    _check(job)
+    """Train all weights; returns the accuracies of the end."""
+    config, here, mixes = job.config, job.here, job.config.augment.mixup or job.config.augment.cutmix
+    if len(job.weights.mean) != 3:
+        raise ConfigError(f"data.mean: {len(job.weights.mean)} channels; timm's augmentation needs 3")
+    batch, parts = config.train.batch_size, config.train.accumulate * here.world_size
+    if mixes and batch // parts % 2:
+        near = (batch // parts + 1) * parts
+        raise ConfigError(f"train.batch_size={batch}: mixup needs pairs; nearest valid is {near}")
     vit = build_encoder(
         job.weights,
         config.data.image_size,
@@ -39,23 +46,11 @@ def run(job: Job) -> dict[str, float]:
         """Training images are prepared by timm; those to test on are uint8 [B, H, W, C]."""
         return images if images.is_floating_point() else ((images / 255 - mean_C) / std_C).permute(0, 3, 1, 2)
 
-    return train(job, classifier(job, vit, inputs, build_optimizer(vit, config.optim), AugmentedLoader(job)))
-
-
-def _check(job: Job) -> None:
-    optim, train, mixes = job.config.optim, job.config.train, job.config.augment.mixup or job.config.augment.cutmix
-    if optim.name != "adamw":
-        raise ConfigError(f"optim.name={optim.name}: fine-tuning has adamw; nearest valid is adamw")
-    if len(job.weights.mean) != 3:
-        raise ConfigError(f"data.mean: {len(job.weights.mean)} channels; timm's augmentation needs 3")
-    parts = train.accumulate * job.here.world_size
-    if mixes and train.batch_size // parts % 2:
-        near = (train.batch_size // parts + 1) * parts
-        raise ConfigError(f"train.batch_size={train.batch_size}: mixup needs pairs; nearest valid is {near}")
+    return Classifier(job, vit, inputs, build_optimizer(vit, config.optim), AugmentedLoader(job)).run()
 
 
 def build_optimizer(vit: nn.Module, optim: EvalOptimConfig) -> torch.optim.Optimizer:
-    """AdamW whose rate falls by `layer_decay` from block to block downwards; no decay of vectors and tokens."""
+    """Build AdamW whose rate falls by `layer_decay` from block to block downwards; no decay of vectors and tokens."""
     groups = param_groups_layer_decay(
         vit, optim.weight_decay, no_weight_decay_list=vit.no_weight_decay(), layer_decay=optim.layer_decay
     )
@@ -63,7 +58,7 @@ def build_optimizer(vit: nn.Module, optim: EvalOptimConfig) -> torch.optim.Optim
 
 
 class AugmentedLoader(SampleLoader):
-    """Training batches of one rank: (float [B, C, H, W], labels [B] or, mixed, shares of classes [B, classes])."""
+    """This loader gives a rank (float images [B, C, H, W], labels [B] or, mixed, shares of classes [B, classes])."""
 
     def __init__(self, job: Job):
         data, augment = job.train.data, job.config.augment
@@ -93,7 +88,7 @@ class AugmentedLoader(SampleLoader):
         timm draws from the global generators of `random`, NumPy and torch, so they are set.
         """
         image = Image.fromarray(read)
-        for attempt in range(_ATTEMPTS):
+        for attempt in itertools.count():
             seed_generators(self.config.seed, epoch, index, attempt)
             try:
                 return self._transform(image), int(self.plan.source.labels_N[index])
@@ -102,7 +97,6 @@ class AugmentedLoader(SampleLoader):
                 # augmented anew.
                 if "bits" not in str(error) or attempt == _ATTEMPTS - 1:
                     raise
-        raise AssertionError("unreachable")
 
     def place(self, batch: tuple[Tensor, Tensor], number: int) -> tuple[Tensor, Tensor]:
         """See `SampleLoader`; mixing draws from the global generators too."""

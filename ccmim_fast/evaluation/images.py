@@ -1,9 +1,10 @@
 """An evaluation trains on some labelled images and tests on others."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ccmim_fast.config.evaluation import EvalConfig, images_of
+from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.build import build_source
 from ccmim_fast.data.index.annotations import flowers_origins, inaturalist_origins
@@ -25,32 +26,27 @@ class Images(NamedTuple):
         return f"{usable_count(self.source)} images of {self.classes} classes"
 
 
-def open_both(config: EvalConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Images, Images]:
+def open_both(config: EvalConfig, *data: DataConfig) -> list[Source]:
     """Open the training images and the test images.
 
     Raises:
         DataError: no readable image, no labels, or other classes in one set than in the other.
         ConfigError: nobody says where the test images are.
     """
-    data = config.data
-    mean, std = data.mean or mean, data.std or std
+    mean, std = data[0].mean, data[0].std
     if len(mean) != len(std):
         raise ConfigError(f"data.std={list(std)}: must be of {len(mean)} values, as data.mean")
-    roots = _ROOTS[data.source](data.root, data.test)
-    both = []
-    for test, root in enumerate(roots):
-        of_these = images_of(data, mean, std, test=bool(test))
-        # But for shapes, what is named is files, by one way or another.
-        values = {**vars(of_these), "root": root, "source": "shapes" if data.source == "shapes" else "images"}
-        source = build_source(DataConfig(**values), config.seed + test)
-        if source.labels_N is None:
+    roots = _ROOTS[config.data.source](config.data.root, config.data.test)
+    # But for shapes, what is named is files, by one way or another.
+    kind = "shapes" if config.data.source == "shapes" else "images"
+    sources = []
+    for root, of_these in zip(roots, data):
+        sources.append(build_source(replace(of_these, root=root, source=kind), config.seed + len(sources)))
+        if sources[-1].labels_N is None:
             raise DataError(f"{root}: its images have no labels; put those of each class into a folder of its own")
-        both.append(Images(source, DataConfig(**values)))
-    train, test = both
-    if train.source.class_names != test.source.class_names:
-        other = sorted(set(train.source.class_names) ^ set(test.source.class_names))
-        raise DataError(f"{roots[1]}: not the classes of {roots[0]}; {other[0]!r:.80} is in one of them alone")
-    return train, test
+    if other := set(sources[0].class_names) ^ set(sources[1].class_names):
+        raise DataError(f"{roots[1]}: not the classes of {roots[0]}; {min(other)!r:.80} is in one of them alone")
+    return sources
 
 
 def _folders(root: str, test: str) -> tuple[str, str]:

@@ -1,17 +1,21 @@
-"""What an evaluation works on."""
+"""A job is what an evaluation works on."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from ccmim_fast.checkpoints.published import Weights
 from ccmim_fast.config.evaluation import EvalConfig
+from ccmim_fast.data.stream.batch import Batch
+from ccmim_fast.data.stream.torch_loader import evaluation_batches
+from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.encoders import Encoder, build_encoder
 from ccmim_fast.evaluation.images import Images
 from ccmim_fast.ranks.session import Session
 
 
 class Job(NamedTuple):
-    """An encoder's weights, images to train on and to test on, and where to write."""
+    """This tuple holds an encoder's weights, images to train on and to test on, and where to write."""
 
     config: EvalConfig
     here: Session
@@ -20,8 +24,16 @@ class Job(NamedTuple):
     train: Images
     test: Images
 
-    def frozen_encoder(self) -> Encoder:
-        """In evaluation mode, on the device, without gradient."""
+    def frozen_encoder(self, pool: str = "avg") -> Encoder:
+        """Return the encoder, on the device, without gradient. Raises ConfigError if it has no [CLS] for `pool`."""
         vit = build_encoder(self.weights, self.config.data.image_size, self.config.model.num_heads)
         encoder = Encoder(vit, self.weights.mean, self.weights.std).to(self.here.device)
+        if pool == "cls" and not encoder.prefix:
+            raise ConfigError(f"model.pool=cls: {self.weights.arch} has no [CLS] token; nearest valid is avg")
         return encoder.eval().requires_grad_(False)
+
+    def batches(self, images: Images, size: int) -> Iterator[Batch]:
+        """Yield this rank's share, every `world_size`-th image once, `size` at a time, without augmentation."""
+        data, here = self.config.data, self.here
+        shown = images.source, data.image_size, size, here.device, data.workers
+        return evaluation_batches(*shown, central=data.test_crop, part=(here.rank, here.world_size))

@@ -23,19 +23,13 @@ class SampleLoader:
 
     An image that `read` cannot give is replaced, see `load_with_fallback`. What comes is to depend on (seed, epoch,
     sample id) alone, not on the process that makes it.
-
-    Attributes:
-        plan: what comes, and in which order.
-        skipped: what could not be shown so far.
     """
 
     def __init__(self, job: Job, repeats: int = 1):
-        config, source, here = job.config, job.train.source, job.here
-        train, data = config.train, config.data
-        self.config, self.here = config, here
-        self.plan = Plan(
-            source, config.seed, train.batch_size, train.accumulate, here.rank, here.world_size, repeats=repeats
-        )
+        source, train, data = job.train.source, job.config.train, job.config.data
+        self.config, self.here = job.config, job.here
+        parts = (train.batch_size, train.accumulate, job.here.rank, job.here.world_size)
+        self.plan = Plan(source, job.config.seed, *parts, repeats=repeats)
         self.bad_samples = BadSamples.of(source, data.on_error, data.max_bad)
 
     def read(self, index: int) -> Any:
@@ -77,8 +71,7 @@ class SampleLoader:
 def samples_to_test(job: Job, read: Callable[[int], Any]) -> Iterator[list[Any]]:
     """Yield what `read` gives of this rank's share of the test images, every `world_size`-th once, some at a time.
 
-    Args:
-        read: sample id -> sample; raises DataError naming a bad image, which ends the test.
+    `read` raises DataError naming a bad image, which ends the test.
     """
     here, train, source = job.here, job.config.train, job.test.source
     ids = usable_ids(source, np.arange(here.rank, usable_count(source), here.world_size)).tolist()
@@ -101,12 +94,11 @@ def prepared(
     Args:
         make: key -> sample.
         batches: of keys; asked for no further ahead than one a process.
-        collate: a list of samples -> a micro-batch; runs where they are made.
+        collate: runs where the samples are made.
         workers: processes; 1: this one prepares; 0: see `thread_count`.
         device: where the batches will go; for "cuda" they are in pinned memory.
 
-    Raises:
-        CcmimError: a sample's own, with its message alone, when its batch has its turn.
+    Raises CcmimError: a sample's own, with its message alone, when its batch has its turn.
     """
     workers = thread_count(workers)
     workers = 0 if workers == 1 else workers

@@ -12,27 +12,24 @@ from torch import Tensor, nn
 from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.data.build import build_loader
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.evaluation.classification import classifier
+from ccmim_fast.evaluation.classification import Classifier
+from ccmim_fast.evaluation.frozen.features import pooled
 from ccmim_fast.evaluation.job import Job
-from ccmim_fast.evaluation.supervised import train
 
-Groups = Sequence[tuple[Iterator[nn.Parameter], float]]  # parameters, and what their rate is multiplied by
+Groups = Sequence[tuple[Iterator[nn.Parameter], float]]
 
 TRUST = 0.001  # coefficient of LARS; MAE, util/lars.py
 
 
 def linear(job: Job) -> dict[str, float]:
-    """The linear probe: one linear layer, or one for each of `head.rates`, all on the same batches."""
-    encoder, rates = job.frozen_encoder(), job.config.head.rates
+    """Train the linear probe: one linear layer, or one for each of `head.rates`, all on the same batches."""
+    pool, rates = job.config.model.pool, job.config.head.rates
+    encoder = job.frozen_encoder(pool)
     head = LinearHeads(encoder.width, job.test.classes, len(rates), job.config.head.init_std)
-    pool = job.config.model.pool
-    if pool == "cls" and not encoder.prefix:
-        raise ConfigError(f"model.pool=cls: {job.weights.arch} has no [CLS] token; nearest valid is avg")
 
     @torch.no_grad()
     def inputs(images_BHWC: Tensor) -> Tensor:
-        tokens_BTD = encoder(images_BHWC)
-        return tokens_BTD[:, 0] if pool == "cls" else tokens_BTD[:, encoder.prefix :].mean(dim=1)
+        return pooled(encoder(images_BHWC), encoder.prefix, pool)
 
     names = ("accuracy",) if len(rates) == 1 else tuple(f"rate x {rate:g}" for rate in rates)
     groups = [(linear_.parameters(), rate) for linear_, rate in zip(head.linears, rates)]
@@ -40,7 +37,7 @@ def linear(job: Job) -> dict[str, float]:
 
 
 def attentive(job: Job) -> dict[str, float]:
-    """The attentive probe: a learned query attends to all tokens."""
+    """Train the attentive probe: a learned query attends to all tokens."""
     encoder = job.frozen_encoder()
     heads = job.config.head.num_heads or encoder.vit.blocks[0].attn.num_heads
     if encoder.width % heads:
@@ -83,7 +80,7 @@ def _classifier(width: int, classes: int, init_std: float) -> nn.Linear:
 
 
 def build_head_optimizer(optim: EvalOptimConfig, groups: Groups) -> torch.optim.Optimizer:
-    """Over groups of parameters and what their rate is multiplied by.
+    """Build the optimizer of groups of parameters and what their rate is multiplied by.
 
     `lars` is MAE's: rates of matrices are adapted (timm's Lars leaves them alone at weight decay 0 unless it is told),
     those of vectors are not and have no decay.
@@ -95,14 +92,13 @@ def build_head_optimizer(optim: EvalOptimConfig, groups: Groups) -> torch.optim.
     for of_group, scale in groups:
         parameters = list(of_group)
         matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
-        adapt = optim.name == "lars"
-        split.append({"params": matrices, "lr_scale": scale, "always_adapt": adapt, "weight_decay": optim.weight_decay})
-        split.append({"params": vectors, "lr_scale": scale, "always_adapt": False, "weight_decay": 0.0})
-    if optim.name == "lars":
-        return timm.optim.Lars(split, lr=optim.base_lr, momentum=optim.momentum, trust_coeff=TRUST, eps=0.0)
-    for group in split:
-        group.pop("always_adapt")
-    return torch.optim.SGD(split, lr=optim.base_lr, momentum=optim.momentum)
+        split.append({"params": matrices, "lr_scale": scale, "weight_decay": optim.weight_decay})
+        split.append({"params": vectors, "lr_scale": scale, "weight_decay": 0.0})
+    if optim.name == "sgd":
+        return torch.optim.SGD(split, lr=optim.base_lr, momentum=optim.momentum)
+    for matrices in split[::2]:
+        matrices["always_adapt"] = True
+    return timm.optim.Lars(split, lr=optim.base_lr, momentum=optim.momentum, trust_coeff=TRUST, eps=0.0)
 
 
 def _train(
@@ -120,4 +116,4 @@ def _train(
         world_size=here.world_size,
         device=here.device,
     )
-    return train(job, classifier(job, head, inputs, build_head_optimizer(config.optim, groups), loader, names))
+    return Classifier(job, head, inputs, build_head_optimizer(config.optim, groups), loader, names).run()

@@ -1,18 +1,17 @@
-"""What each evaluation is, by whose figures, and in what a run of it deviates from them."""
+"""A protocol says what an evaluation is, by whose figures; a run of it deviates from some of them."""
 
 import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ccmim_fast.checkpoints.published import Weights
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.keys import flatten, show
 from ccmim_fast.config.load import from_yaml, presets
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.encoders import width_and_patch
-from ccmim_fast.evaluation.images import Images
+from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.registry import EVALUATIONS
 
 FOLDER = "eval"  # of the presets, below configs/
@@ -20,30 +19,20 @@ ENCODERS = {"ViT-B/16": (768, 16), "ViT-L/16": (1024, 16), "ViT-H/14": (1280, 14
 
 
 class Protocol(NamedTuple):
-    """A preset.
+    """A protocol is a preset."""
 
-    Attributes:
-        name: of the preset.
-        evaluation: one of `EVALUATIONS`.
-        config: its figures.
-        source: where they are from.
-        images: train, test and classes; None where the preset names none.
-        encoder: one of `ENCODERS`, of which the figures are; empty: of any.
-    """
-
-    name: str
-    evaluation: str
-    config: EvalConfig
-    source: str
-    images: tuple[int, int, int] | None
-    encoder: str
+    name: str  # of the preset
+    evaluation: str  # one of `EVALUATIONS`
+    config: EvalConfig  # its figures
+    source: str  # where they are from
+    images: tuple[int, int, int] | None  # train, test and classes; None where the preset names none
+    encoder: str  # one of `ENCODERS`, of which the figures are; empty: of any
 
 
 def protocol(evaluation: str, preset: str = "") -> Protocol:
-    """The preset of an evaluation, or another one of it.
+    """Return the protocol of an evaluation's own preset, or of another one of it.
 
-    Raises:
-        ConfigError: a preset of another evaluation.
+    Raises ConfigError: a preset of another evaluation.
     """
     name = preset or evaluation
     if name not in presets(FOLDER) or not name.startswith(evaluation):
@@ -58,30 +47,21 @@ def protocol(evaluation: str, preset: str = "") -> Protocol:
     return Protocol(name, evaluation, config, source, counts, encoder[1] if encoder else "")
 
 
-def deviations(of: Protocol, config: EvalConfig, weights: Weights, train: Images, test: Images) -> list[str]:
-    """Every figure of the protocol that a run does not keep: `what: run's (protocol's)`."""
-    asked, given = flatten(of.config), flatten(config)
+def deviations(of: Protocol, job: Job) -> list[str]:
+    """Return every figure of the protocol that a run does not keep: `what: run's (protocol's)`."""
+    asked, given = flatten(of.config), flatten(job.config)
     found = [
         f"{key}: {show(given[key])} ({show(value)})"
         for key, value in asked.items()
         if key.startswith(EVALUATIONS[of.evaluation].figures) and given[key] != value
     ]
-    here = (usable_count(train.source), usable_count(test.source), train.classes)
+    here = (usable_count(job.train.source), usable_count(job.test.source), job.train.classes)
     if of.images is not None and here != of.images:
         words = "{} images to train on, {} to test on, {} classes"
         found.insert(0, f"images: {words.format(*here)} ({words.format(*of.images)})")
-    if of.encoder and (sizes := width_and_patch(weights)) != ENCODERS[of.encoder]:
+    if of.encoder and (sizes := width_and_patch(job.weights)) != ENCODERS[of.encoder]:
         found.insert(0, f"encoder: width {sizes[0]}, patch {sizes[1]} ({of.encoder})")
     return found
-
-
-def box(of: Protocol, found: list[str]) -> str:
-    """The deviations, boxed, as Markdown."""
-    lines = [
-        f"Protocol {of.name}: {of.source}",
-        "Deviations: none." if not found else "Deviations (protocol's figure):",
-    ]
-    return "\n".join(f"> {line}" for line in [*lines, *(f"- {line}" for line in found)])
 
 
 def write_result(folder: Path, result: dict[str, Any], of: Protocol) -> str:
@@ -90,7 +70,9 @@ def write_result(folder: Path, result: dict[str, Any], of: Protocol) -> str:
     chance = {} if result["chance"] is None else {"chance": result["chance"]}
     shares = {name: f"{value:.2%}" for name, value in (result["figures"] | chance).items()}
     line = f"{of.evaluation} of {result['checkpoint']}: " + ", ".join(" ".join(share) for share in shares.items())
-    boxed = box(of, result["deviations"])
+    listed = [f"- {deviation}" for deviation in result["deviations"]]
+    heading = "Deviations (protocol's figure):" if listed else "Deviations: none."
+    boxed = "\n".join(f"> {line}" for line in [f"Protocol {of.name}: {of.source}", heading, *listed])
     rows = "\n".join(f"| {name} | {share} |" for name, share in shares.items())
     where = result["environment"]
     text = f"# {of.evaluation} of {result['checkpoint']}\n\n| measure | share |\n|---|---|\n{rows}\n\n{boxed}\n\n"

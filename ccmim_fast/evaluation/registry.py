@@ -1,8 +1,11 @@
-"""The evaluations there are: one entry each, and nothing else in the tree lists them."""
+"""Each evaluation has one entry here, and nothing else in the tree lists them."""
 
-import importlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import importlib.util
+from typing import NamedTuple
+
+from ccmim_fast.errors import MachineError
+
+PACKAGE = "ccmim_fast.evaluation"
 
 _IMAGES = ("images", "shapes", "inaturalist", "flowers")
 _SHOWN = ("data.image_size", "data.test_crop", "model.pool")
@@ -15,23 +18,19 @@ _DENSE = ("data.image_size", "data.flip", "optim.", *_LENGTH, "model.drop_path")
 class Evaluation(NamedTuple):
     """One of the evaluations; its preset of the same name is in `configs/eval/`.
 
-    Attributes:
-        help: one line.
-        run: `module:function`, module below `evaluation`; Job -> figures, shares of 1. Every rank calls it.
-        figures: settings, or beginnings of settings, that are figures of the protocol; the others say how and where it
-            is carried out.
-        sources: values of `data.source` that `open_images` reads.
-        open_images: `module:function`; (settings, mean, std of the checkpoint's images) -> images to train on, to test
-            on.
-        guessed: True if a guess among the classes is right once in as many, so that chance is known.
+    Functions are named as `module:function`, module below `evaluation`. `run`: Job -> figures, shares of 1; every rank
+    calls it. `open_images`: (settings, what loaders of the images to train on and of those to test on are built from)
+    -> the two sources.
     """
 
-    help: str
+    help: str  # one line
     run: str
-    figures: tuple[str, ...]
-    sources: tuple[str, ...] = _IMAGES
+    figures: tuple[str, ...]  # settings, or beginnings of settings, that are the protocol's; others say how and where
+    sources: tuple[str, ...] = _IMAGES  # values of `data.source` that `open_images` reads
     open_images: str = "images:open_both"
-    guessed: bool = True
+    guessed: bool = True  # a guess among the classes is right once in as many, so that chance is known
+    needs: tuple[str, ...] = ()  # packages of the extra of the evaluation's name
+    optimizers: tuple[str, ...] = ("lars", "sgd", "adamw")  # values of `optim.name` that it has
 
 
 EVALUATIONS = {
@@ -47,8 +46,12 @@ EVALUATIONS = {
         "probes:attentive",
         (*_TRAINED, "head.num_heads", "head.init_std", "augment."),
     ),
-    "finetune": Evaluation("training all weights to classify, as on ImageNet", "finetune:run", _FINETUNED),
-    "transfer": Evaluation("training all weights to classify iNaturalist or Flowers-102", "finetune:run", _FINETUNED),
+    "finetune": Evaluation(
+        "training all weights to classify, as on ImageNet", "finetune:run", _FINETUNED, optimizers=("adamw",)
+    ),
+    "transfer": Evaluation(
+        "training all weights to classify iNaturalist or Flowers-102", "finetune:run", _FINETUNED, optimizers=("adamw",)
+    ),
     "detection": Evaluation(
         "object detection and instance segmentation: Mask R-CNN on COCO",
         "detection.run:run",
@@ -56,6 +59,8 @@ EVALUATIONS = {
         sources=("coco", "shapes"),
         open_images="detection.run:open_images",
         guessed=False,
+        needs=("torchmetrics", "faster-coco-eval"),
+        optimizers=("adamw",),
     ),
     "segmentation": Evaluation(
         "semantic segmentation: UPerNet on ADE20K",
@@ -64,11 +69,14 @@ EVALUATIONS = {
         sources=("ade20k", "shapes"),
         open_images="segmentation.run:open_images",
         guessed=False,
+        needs=("segmentation_models_pytorch",),
+        optimizers=("adamw",),
     ),
 }
 
 
-def load(path: str) -> Callable[..., Any]:
-    """Import and return the function that an entry names: an evaluation's own libraries are imported when it runs."""
-    module, function = path.split(":")
-    return getattr(importlib.import_module(f"ccmim_fast.evaluation.{module}"), function)
+def check_installed(name: str) -> None:
+    """Raise MachineError with the command that installs what an evaluation lacks."""
+    missing = [one for one in EVALUATIONS[name].needs if importlib.util.find_spec(one.replace("-", "_")) is None]
+    if missing:
+        raise MachineError(f"ccmim eval {name}: needs {', '.join(missing)}: pip install 'ccmim_fast[{name}]'")

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from ccmim_fast.checkpoints.published import Weights
-from ccmim_fast.config.evaluation import EvalConfig, validate_evaluation
+from ccmim_fast.config.evaluation import EvalConfig, images_of, validate_evaluation
 from ccmim_fast.config.keys import flatten, nearest
 from ccmim_fast.config.load import make_config
 from ccmim_fast.errors import ConfigError
@@ -17,8 +16,9 @@ from ccmim_fast.evaluation.encoders import read_encoder
 from ccmim_fast.evaluation.images import Images
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.protocols import FOLDER, Protocol, deviations, protocol, write_result
-from ccmim_fast.evaluation.registry import EVALUATIONS, load
-from ccmim_fast.ranks.session import Session, main_first, open_session
+from ccmim_fast.evaluation.registry import EVALUATIONS, PACKAGE, check_installed
+from ccmim_fast.ranks.session import main_first, open_session
+from ccmim_fast.registry import load
 from ccmim_fast.runs.folder import check_apart, describe_run, environment, evaluation_folder, open_run_folder
 from ccmim_fast.runs.state import recorded
 
@@ -28,20 +28,18 @@ def evaluate(name: str, checkpoint: str, settings: Mapping[str, str]) -> str:
 
     Args:
         name: one of `EVALUATIONS`.
-        checkpoint: the folder of a run or of one of its checkpoints, a .safetensors or .pth file, or timm:NAME.
+        checkpoint: see `read_weights`.
         settings: keys of `EvalConfig`, and `config` (a preset or a file), each with the text of its value.
 
-    Returns:
-        The figures and the deviations from the protocol, to be printed.
-
-    Raises:
-        CcmimError: a user's error, with its exit code.
+    Returns the figures and the deviations from the protocol, to be printed. Raises CcmimError: a user's error.
     """
     of, settings = protocol_of(name, settings)
     config = make_config(settings, EvalConfig, validate_evaluation, FOLDER)
-    if config.data.source not in (sources := EVALUATIONS[name].sources):
-        near = nearest(config.data.source, sources)
-        raise ConfigError(f"data.source={config.data.source}: {name} has {', '.join(sources)}; nearest valid is {near}")
+    row, source, optimizer = EVALUATIONS[name], config.data.source, config.optim.name
+    for key, given, valid in (("data.source", source, row.sources), ("optim.name", optimizer, row.optimizers)):
+        if given not in valid:
+            near = nearest(given, valid)
+            raise ConfigError(f"{key}={given}: {name} has {', '.join(valid)}; nearest valid is {near}")
     if not config.run.dir:
         config = replace(config, run=replace(config.run, dir=evaluation_folder(checkpoint, name)))
     check_apart(config.run.dir, checkpoint)
@@ -59,45 +57,38 @@ def protocol_of(name: str, settings: Mapping[str, str]) -> tuple[Protocol, dict[
 
 
 def _run(name: str, of: Protocol, config: EvalConfig, checkpoint: str) -> str:
+    row = EVALUATIONS[name]
     with open_session(config.train.device, config.watch.timeout) as here:
-        # In the order in which a mistake is cheapest to find: weights' header, images, folder.
+        # In the order in which a mistake is cheapest to find: weights' header, libraries, images, folder.
         with main_first(here):  # that downloads weights and indexes images, if nobody has
             weights = read_encoder(checkpoint, config.model.arch, config.model.num_heads)
-            train, test = load(EVALUATIONS[name].open_images)(config, weights.mean, weights.std)
-        weights = weights._replace(mean=train.data.mean, std=train.data.std)
+            mean, std = config.data.mean or weights.mean, config.data.std or weights.std
+            check_installed(name)
+            data = [images_of(config.data, mean, std, test) for test in (False, True)]
+            train, test = map(Images, load(f"{PACKAGE}.{row.open_images}")(config, *data), data)
         folder = open_run_folder(config) if here.is_main else Path(config.run.dir)
+        job = Job(config, here, folder, weights._replace(mean=mean, std=std), train, test)
         with recorded(folder, here.is_main, lambda: True):
             if here.is_main:
                 describe_run(folder, config, here.device)
             torch.manual_seed(config.seed)  # of new heads
-            figures = load(EVALUATIONS[name].run)(Job(config, here, folder, weights, train, test))
-            if not here.is_main:
-                return ""
-            return write_result(folder, _result(name, of, config, weights, train, test, figures, here), of)
+            figures = load(f"{PACKAGE}.{row.run}")(job)
+            return write_result(folder, _result(name, of, job, figures), of) if here.is_main else ""
 
 
-def _result(
-    name: str,
-    of: Protocol,
-    config: EvalConfig,
-    weights: Weights,
-    train: Images,
-    test: Images,
-    figures: dict[str, float],
-    here: Session,
-) -> dict[str, Any]:
+def _result(name: str, of: Protocol, job: Job, figures: dict[str, float]) -> dict[str, Any]:
     return {
         "evaluation": name,
-        "checkpoint": weights.name,
-        "step": weights.step,
-        "arch": weights.arch,
+        "checkpoint": job.weights.name,
+        "step": job.weights.step,
+        "arch": job.weights.arch,
         "figures": figures,
-        "chance": 1 / test.classes if EVALUATIONS[name].guessed else None,
+        "chance": 1 / job.test.classes if EVALUATIONS[name].guessed else None,
         "protocol": of.name,
         "source": of.source,
-        "deviations": deviations(of, config, weights, train, test),
-        "images": f"{train.words()} to train on, {test.words()} to test on",
-        "ranks": here.world_size,
-        "config": flatten(config),
-        "environment": environment(here.device),
+        "deviations": deviations(of, job),
+        "images": f"{job.train.words()} to train on, {job.test.words()} to test on",
+        "ranks": job.here.world_size,
+        "config": flatten(job.config),
+        "environment": environment(job.here.device),
     }

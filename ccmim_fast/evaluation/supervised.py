@@ -1,11 +1,11 @@
-"""Training with labels as a task of the loop. What is trained, and on what, is a `Learner`."""
+"""Training with labels is a task of the loop; an evaluation that trains is a subclass of `Supervised`."""
 
 # R losses of a micro-batch
 
 import contextlib
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,48 +27,26 @@ from ccmim_fast.optim.update import Gradients, drop_gradients, guard, lr_at, sca
 from ccmim_fast.ranks.session import mean_over_ranks
 
 
-class Learner(NamedTuple):
-    """What is trained, and on what.
-
-    Attributes:
-        module: its weights are trained and saved.
-        losses: (the module, wrapped where there are several ranks; a micro-batch) -> losses [R], float32, of parts that
-            share no weights, or of one. Calls the module once; under autocast.
-        optimizer: groups may have `lr_scale`.
-        loader: of the images to train on; its stream has `train.accumulate` micro-batches a step, on the device.
-        test: figures on the test images, the same on every rank; the module is in eval mode, without gradient.
-    """
-
-    module: nn.Module
-    losses: Callable[[nn.Module, Any], Tensor]
-    optimizer: torch.optim.Optimizer
-    loader: Loader
-    test: Callable[[], dict[str, float]]
-
-
 class SupervisedResult(NamedTuple):
-    """What a step leaves on the device."""
+    """A step leaves its gradients on the device."""
 
     gradients: Gradients
 
 
-def train(job: Job, learner: Learner) -> dict[str, float]:
-    """Train to the end, or go on with a run that was stopped; returns the figures of the end."""
-    task = Supervised(job, learner)
-    job.here.watchdog.start(job.folder)
-    with contextlib.closing(Loop(task, job.config, job.here, job.folder)) as loop:
-        loop.run()
-        return task.report_test(loop)
-
-
 class Supervised(Task):
-    """One run of a protocol that trains."""
+    """A protocol that trains is run by this task; a subclass has `losses` and `test`.
 
-    def __init__(self, job: Job, learner: Learner):
+    Args:
+        model: its weights are trained and saved.
+        optimizer: groups may have `lr_scale`.
+        loader: of the images to train on; its stream has `train.accumulate` micro-batches a step, on the device.
+    """
+
+    def __init__(self, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Loader):
         config, here = job.config, job.here
-        self.config, self.here, self.learner, self.loader = config, here, learner, learner.loader
+        self.job, self.config, self.here, self.loader = job, config, here, loader
         self.precision = choose_precision(config.train.precision, here.device)
-        self.model, self.optimizer = learner.module, learner.optimizer
+        self.model, self.optimizer = model, optimizer
         self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.precision.scaled)
         self.ema = build_ema(self.model, config.optim.ema)
         self.wrapped = DistributedDataParallel(self.model) if here.world_size > 1 else self.model
@@ -77,6 +55,24 @@ class Supervised(Task):
         self._encoder, self._losses = fingerprint(job.weights), []
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._statistics = [buffer for name, buffer in self.model.named_buffers() if ".running_" in name]
+
+    def losses(self, batch: Any) -> Tensor:
+        """Return losses [R] float32 of parts that share no weights, or of one; calls `wrapped` once, under autocast."""
+        raise NotImplementedError
+
+    def test(self) -> dict[str, float]:
+        """Return figures of `model` on the test images, the same on every rank; it is in eval mode, without gradient.
+
+        Not of `wrapped`: ranks may have unequal numbers of batches.
+        """
+        raise NotImplementedError
+
+    def run(self) -> dict[str, float]:
+        """Train to the end, or go on with a run that was stopped; returns the figures of the end."""
+        self.here.watchdog.start(self.job.folder)
+        with contextlib.closing(Loop(self, self.config, self.here, self.job.folder)) as loop:
+            loop.run()
+            return self.report_test(loop)
 
     def train(self, batches: Sequence[Any], step: int, seen: int) -> SupervisedResult:
         """See `Task`."""
@@ -89,7 +85,7 @@ class Supervised(Task):
             alone = self.here.world_size > 1 and number < len(batches)
             with self.wrapped.no_sync() if alone else contextlib.nullcontext():
                 with self.precision.autocast(self.here.device):
-                    losses_R = self.learner.losses(self.wrapped, batch)
+                    losses_R = self.losses(batch)
                 # Parts that share no weights: the gradient of the sum is each one's own.
                 self.scaler.scale(losses_R.sum() / len(batches)).backward()
             self._losses.append(losses_R.detach().min())
@@ -127,28 +123,23 @@ class Supervised(Task):
         if epoch and epoch % self.config.run.test_every == 0 and loop.step < loop.total_steps:
             self.report_test(loop)
 
-    def report_test(self, loop: Loop) -> dict[str, float]:
-        """Test, and record the figures of this moment."""
-        figures = self.test()
-        words = ", ".join(f"{name} {value:.2%}" for name, value in figures.items())
-        loop.report("test", words, epoch=loop.seen / loop.samples, **figures)
-        return figures
-
     @torch.no_grad()
-    def test(self) -> dict[str, float]:
-        """Return the figures of this moment, and those of the averaged weights."""
+    def report_test(self, loop: Loop) -> dict[str, float]:
+        """Test the weights, and the averaged ones where there are some; record the figures of this moment."""
         self.wrapped.eval()
         if dist.is_initialized():
             # BatchNorm's statistics are each rank's own; those that are saved count.
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
         with self.precision.autocast(self.here.device):
-            figures = self.learner.test()
-        if self.ema is None:
-            return figures
-        # A context of its own: autocast keeps what it has cast, and would find weights of the same memory there.
-        with averaged_in(self.model, self.ema), self.precision.autocast(self.here.device):
-            return figures | {f"{name}, averaged weights": value for name, value in self.learner.test().items()}
+            figures = self.test()
+        if self.ema is not None:
+            # A context of its own: autocast keeps what it has cast, and would find weights of the same memory there.
+            with averaged_in(self.model, self.ema), self.precision.autocast(self.here.device):
+                figures |= {f"{name}, averaged weights": value for name, value in self.test().items()}
+        words = ", ".join(f"{name} {value:.2%}" for name, value in figures.items())
+        loop.report("test", words, epoch=loop.seen / loop.samples, **figures)
+        return figures
 
     def state(self) -> dict[str, Any]:
         """See `Task`."""

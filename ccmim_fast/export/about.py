@@ -13,12 +13,11 @@ from ccmim_fast.models.tokens import patch_size_of
 
 def public(config: Config) -> Config:
     """Return the settings without the folders of the machine, which are nobody else's business."""
-    data = dataclasses.replace(config.data, root="", index="")
-    return dataclasses.replace(config, run=RunConfig(), data=data)
+    return dataclasses.replace(config, run=RunConfig(), data=dataclasses.replace(config.data, root="", index=""))
 
 
 def method(config: Config) -> str:
-    """Return the name of the method: MAE or ccMIM."""
+    """Return MAE or ccMIM."""
     return "MAE" if config.contrast.loss == "none" and config.mask.strategy == "random" else "ccMIM"
 
 

@@ -25,12 +25,7 @@ _LOSSES = ("epoch", "loss", "recons", "contrast")
 def write_card(
     target: str, run: OpenedRun, out: Path, name: str = "", evaluation: Sequence[tuple[str, str]] = ()
 ) -> Path:
-    """Write README.md into the folder `out`.
-
-    Args:
-        name: OWNER/NAME on the hub, if it goes there.
-        evaluation: figures by name, see `read_result`.
-    """
+    """Write README.md into the folder `out`; `name` is OWNER/NAME on the hub, `evaluation` from `read_result`."""
     config = run.config
     height, width = config.data.image_size
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined)
@@ -78,11 +73,7 @@ def _facts(target: str, run: OpenedRun) -> list[tuple[str, Any]]:
 
 
 def read_result(path: str) -> list[tuple[str, str]]:
-    """Read the figures of a result.json, as an evaluation writes it: rows of the card.
-
-    Raises:
-        ConfigError: the file is no such result.
-    """
+    """Read the figures of an evaluation's result.json: rows of the card. Raises ConfigError for another file."""
     try:
         found = json.loads(Path(path).read_text())
         said = [str(found[key]) for key in ("evaluation", "protocol") if found.get(key)]

@@ -52,14 +52,9 @@ def embed_folder(
         folder: images, see `open_images`.
         out: FILE.npy: float32 [N, D], and the name and class of each row in FILE.jsonl beside it; FILE.arrow: columns
             `name`, `label` (where the images have classes) and `features`.
-        pool: `avg`, mean over the patches, or `cls`.
-        batch: images at a time.
-        workers: decoding threads; 0: one per core.
-        device: `auto`, `cpu` or `cuda`.
-        precision: see `choose_precision`.
+        pool, batch, workers, device, precision: as of `ccmim embed --help`.
 
-    Raises:
-        CcmimError: a checkpoint, image, device or file that cannot be used.
+    Raises CcmimError: a checkpoint, image, device or file that cannot be used.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise MachineError("--device=cuda: there is no CUDA device; use --device=cpu")
@@ -73,19 +68,22 @@ def embed_folder(
         with kind.autocast(at):
             return plain(images_BHWC)
 
+    count, width = usable_count(source), model.encoder.embed_dim
+
     def rows(report: Callable[[int, int], None]) -> Rows:
         done = 0
-        for images in evaluation_batches(source, tuple(config.image_size), batch, at, workers):
+        for images in evaluation_batches(source, config.image_size, batch, at, workers):
             features_BD, labels_B = extract(encode, [images], model.encoder.num_prefix_tokens, pool)
             names = [source.name(number).encode(errors="replace").decode() for number in images.host_ids_B.tolist()]
             yield {"name": names} | ({} if labels_B is None else {"label": labels_B.tolist()}), features_BD.numpy()
             done += len(names)
-            report(done, usable_count(source))
+            report(done, count)
 
-    count, width = usable_count(source), model.encoder.embed_dim
     with progress_bar("embedding") as report, _written(out) as parts:
-        write = _npy if out.suffix == ".npy" else _arrow
-        write(parts, count, width, source.labels_N is not None, rows(report))
+        if out.suffix == ".npy":
+            _write_npy(parts, count, width, rows(report))
+        else:
+            _write_arrow(parts, width, source.labels_N is not None, rows(report))
     return Embedded(count, width, len(source) - count)
 
 
@@ -108,7 +106,7 @@ def _written(out: Path) -> Iterator[Path]:
         raise MachineError(f"{error.filename or out}: not written: {error.strerror or error}") from None
 
 
-def _npy(folder: Path, count: int, width: int, labelled: bool, rows: Rows) -> None:
+def _write_npy(folder: Path, count: int, width: int, rows: Rows) -> None:
     features_ND, place = np.lib.format.open_memmap(folder / "x.npy", "w+", np.float32, (count, width)), 0
     with open(folder / "x.jsonl", "w") as lines:
         for columns, features_BD in rows:
@@ -118,7 +116,7 @@ def _npy(folder: Path, count: int, width: int, labelled: bool, rows: Rows) -> No
     features_ND.flush()
 
 
-def _arrow(folder: Path, count: int, width: int, labelled: bool, rows: Rows) -> None:
+def _write_arrow(folder: Path, width: int, labelled: bool, rows: Rows) -> None:
     label = [("label", pa.int64())] if labelled else []
     schema = pa.schema([("name", pa.string()), *label, ("features", pa.list_(pa.float32(), width))])
     with pa.OSFile(str(folder / "x.arrow"), "wb") as file, pa.ipc.new_file(file, schema) as writer:

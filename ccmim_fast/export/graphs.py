@@ -20,6 +20,7 @@ from ccmim_fast.export.about import about
 
 OPSET = 20  # of ONNX; the first with Gelu as an operator
 _ONNX_NEEDS = ("onnx", "onnxscript")
+_ANY_BATCH = {"images": {0: torch.export.Dim("batch")}}
 # Protocol buffers, of which an ONNX file is one, end at 2^31 bytes; what is larger has its weights in a file beside it.
 _ONE_FILE = 1.9e9
 
@@ -40,8 +41,7 @@ class Tokens(nn.Module):
 def export_onnx(run: OpenedRun, out: Path) -> list[Path]:
     """Write `images` -> `tokens` of any batch, see `Tokens`; the metadata says what the file is.
 
-    Raises:
-        MachineError: onnx or onnxscript is not installed.
+    Raises MachineError: onnx or onnxscript is not installed.
     """
     missing = [name for name in _ONNX_NEEDS if importlib.util.find_spec(name) is None]
     if missing:
@@ -49,13 +49,12 @@ def export_onnx(run: OpenedRun, out: Path) -> list[Path]:
     file = out / "model.onnx" if out.is_dir() else out
     with _quiet():
         program = torch.onnx.export(
-            _tokens(run),
-            (_example(run),),
+            *_tokens_and_example(run),
             dynamo=True,
             opset_version=OPSET,
             input_names=["images"],
             output_names=["tokens"],
-            dynamic_shapes=_any_batch(),
+            dynamic_shapes=_ANY_BATCH,
             verbose=False,
         )
         program.model.metadata_props.update(about(run))
@@ -68,22 +67,16 @@ def export_program(run: OpenedRun, out: Path) -> list[Path]:
     """Write `Tokens` of any batch, for `torch.export.load(FILE).module()`; `about.json` in it says what the file is."""
     file = out / "model.pt2" if out.is_dir() else out
     with _quiet():
-        program = torch.export.export(_tokens(run), (_example(run),), dynamic_shapes=_any_batch())
+        program = torch.export.export(*_tokens_and_example(run), dynamic_shapes=_ANY_BATCH)
         torch.export.save(program, file, extra_files={"about.json": json.dumps(about(run))})
     return [file]
 
 
-def _tokens(run: OpenedRun) -> Tokens:
-    return Tokens(run.model.encoder, run.config.data.mean, run.config.data.std).eval()
-
-
-def _example(run: OpenedRun) -> Tensor:
+def _tokens_and_example(run: OpenedRun) -> tuple[Tokens, tuple[Tensor]]:
+    data = run.config.data
     # More than one: a batch of one would be taken for a constant.
-    return torch.zeros(2, run.config.data.channels, *run.config.data.image_size)
-
-
-def _any_batch() -> dict[str, dict[int, object]]:
-    return {"images": {0: torch.export.Dim("batch")}}
+    example_BCHW = torch.zeros(2, data.channels, *data.image_size)
+    return Tokens(run.model.encoder, data.mean, data.std).eval(), (example_BCHW,)
 
 
 @contextlib.contextmanager

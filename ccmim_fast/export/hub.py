@@ -23,14 +23,12 @@ def to_upload(folder: Path) -> list[tuple[str, int]]:
 def push(folder: Path, name: str, private: bool) -> str:
     """Upload `folder` as the model OWNER/NAME, made if it is not there; returns its address.
 
-    Raises:
-        MachineError: not logged in, no right, no network.
+    Raises MachineError: not logged in, no right, no network.
     """
     hub = HfApi()
     try:
         hub.create_repo(name, private=private, exist_ok=True)
-        said = "Weights exported by ccmim_fast"
-        hub.upload_folder(repo_id=name, folder_path=folder, commit_message=said)
+        hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Weights exported by ccmim_fast")
     except LocalTokenNotFoundError:
         raise MachineError(f"--push={name}: not logged in; hf auth login, then the same command") from None
     except (HfHubHTTPError, OSError) as error:

@@ -45,26 +45,24 @@ _EMBEDDING = {
 def export_vit(run: OpenedRun, out: Path) -> list[Path]:
     """Write the encoder as a ViTModel into `out`, for `AutoModel.from_pretrained(out, add_pooling_layer=False)`.
 
-    Raises:
-        ConfigError: ViTModel cannot express the architecture.
+    Raises ConfigError: ViTModel cannot express the architecture.
     """
     vit = run.model.encoder
     _refuse("hf-vit", obstacles(vit))
-    weights = renamed(_expressed(vit), "")
-    return _write(run, out, {"model_type": "vit", "architectures": ["ViTModel"], **_settings(vit)}, weights)
+    settings = {"model_type": "vit", "architectures": ["ViTModel"], **_settings(vit)}
+    return _write(run, out, settings, _renamed(_expressed(vit), ""))
 
 
 def export_vitmae(run: OpenedRun, out: Path) -> list[Path]:
     """Write encoder and decoder as a ViTMAEForPreTraining into `out`; its loss is our L_recons on the same mask.
 
-    Raises:
-        ConfigError: the architecture, the images or the target are none of ViTMAE's.
+    Raises ConfigError: the architecture, the images or the target are none of ViTMAE's.
     """
     vit, config = run.model.encoder, run.config
     _refuse("hf-vitmae", [*obstacles(vit), *_obstacles_of_mae(run)])
     flat = to_flat({name: value for name, value in run.model.state_dict().items() if name.startswith("decoder.")})
     blocks = {name.removeprefix("decoder_"): flat.pop(name) for name in list(flat) if name.startswith("decoder_blocks")}
-    weights = renamed(_expressed(vit), "vit.")
+    weights = _renamed(_expressed(vit), "vit.")
     weights |= {f"decoder.{name}": value for name, value in flat.items()}
     weights |= dict(_blocks(blocks, "decoder.decoder_layers."))
     settings = _settings(vit) | {
@@ -117,7 +115,7 @@ def _obstacles_of_mae(run: OpenedRun) -> list[str]:
     return [words for words, there in found.items() if there]
 
 
-def renamed(timm_weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _renamed(timm_weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Rename the weights of a plain ViT as transformers' published ViTs have them."""
     blocks = {name: value for name, value in timm_weights.items() if name.startswith("blocks.")}
     others = {prefix + _EMBEDDING[name]: value for name, value in timm_weights.items() if name not in blocks}

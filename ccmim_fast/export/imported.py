@@ -12,17 +12,15 @@ from ccmim_fast.checkpoints.published import TIMM, derived, fill_, read_weights
 from ccmim_fast.checkpoints.run import OpenedRun
 from ccmim_fast.checkpoints.state import Progress, capture
 from ccmim_fast.config.load import load_config
-from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.export.about import about
 from ccmim_fast.export.plain import write_weights
-from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.optim.optimizer import build_optimizer
 from ccmim_fast.runs.folder import describe_run, open_run_folder
 
 
 def import_weights(file: str, arch: str, out: str, settings: Sequence[str]) -> tuple[Path, list[str]]:
-    """Make a checkpoint of published weights.
+    """Make a checkpoint of published weights; return its path, and the parts that `file` lacks, which start anew.
 
     Args:
         file: MAE's or the authors' ccMIM .pth; timm's .pth or .safetensors of an encoder; our own .safetensors; or
@@ -30,9 +28,6 @@ def import_weights(file: str, arch: str, out: str, settings: Sequence[str]) -> t
         arch: timm's name of the architecture; "": `file` tells it.
         out: a new run folder, or a .safetensors in our names.
         settings: options of `ccmim pretrain`; sizes are read off the weights.
-
-    Returns:
-        The checkpoint's or the file's path, and the parts of the model that `file` lacks as a whole, which start anew.
 
     Raises:
         ConfigError: no architecture is known, or a setting is wrong.
@@ -49,13 +44,9 @@ def import_weights(file: str, arch: str, out: str, settings: Sequence[str]) -> t
     torch.manual_seed(config.seed)
     model = build_model(config)
     new = fill_(model, found)
-    return _write(model, config, out), new
-
-
-def _write(model: CCMIM, config: Config, out: str) -> Path:
     if out.endswith(".safetensors"):
         run = OpenedRun(Path(out), Path(out).parent, config, model.state_dict())
-        return write_weights(run.weights, about(run), Path(out))
+        return write_weights(run.weights, about(run), Path(out)), new
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=out))
     folder = open_run_folder(config)
     describe_run(folder, config, torch.device("cpu"))
@@ -63,4 +54,4 @@ def _write(model: CCMIM, config: Config, out: str) -> Path:
     of = config.optim
     optimizer = build_optimizer("adamw", model, lr=of.base_lr, weight_decay=of.weight_decay, betas=of.betas)
     state = capture(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), None, Progress(0, 0, 0, ""), config)
-    return io.save(folder / "checkpoints", 0, state, keep=1)
+    return io.save(folder / io.CHECKPOINTS, 0, state, keep=1), new

@@ -55,8 +55,7 @@ def export_safetensors(run: OpenedRun, out: Path) -> list[Path]:
 def write_weights(weights: dict[str, Tensor], about: dict[str, str], out: Path) -> Path:
     """Write the file `out`, or model.safetensors in the folder `out`, which is there.
 
-    Raises:
-        CheckpointError: it cannot be written.
+    Raises CheckpointError: it cannot be written.
     """
     file = out / WEIGHTS if out.is_dir() else out
     try:

@@ -14,18 +14,14 @@ if TYPE_CHECKING:
 class Target(NamedTuple):
     """A target is one form.
 
-    Attributes:
-        place: `module:function` below this package; the function takes an `OpenedRun` and the folder, or the file of
-            this `suffix`, to write, and returns the paths that it wrote; imported when called, for torch takes seconds.
-        suffix: of a file that may stand alone; "": always a folder.
-        help: one line.
-        library: name on the hub of the library that loads it; card.md has the code that does.
+    `place` is `module:function` below this package: (`OpenedRun`, the folder or the file of this `suffix` to write) ->
+    the paths that it wrote. It is imported when called, for torch takes seconds.
     """
 
     place: str
-    suffix: str
-    help: str
-    library: str
+    suffix: str  # of a file that may stand alone; "": always a folder
+    help: str  # one line
+    library: str  # name on the hub of the library that loads it; card.md has the code that does
 
     @property
     def write(self) -> Callable[["OpenedRun", Path], list[Path]]:
@@ -47,7 +43,7 @@ TARGETS = {
 
 
 def export_run(target: str, run: str, out: Path, results: Sequence[str] = (), hub_name: str = "") -> list[Path]:
-    """Write the newest checkpoint of a run for another library; averaged weights where the run has them.
+    """Write a run's newest checkpoint, averaged weights where it has them, for another library; return the files.
 
     Args:
         target: one of `TARGETS`.
@@ -55,9 +51,6 @@ def export_run(target: str, run: str, out: Path, results: Sequence[str] = (), hu
         out: a new folder, in which a model card stands beside the weights, or a file of the target's suffix.
         results: paths of result.json of evaluations, for the card.
         hub_name: OWNER/NAME on the Hugging Face hub, which the card's code loads from; "": `out`.
-
-    Returns:
-        The files that were written.
 
     Raises:
         ConfigError: `out` is not empty; a result is none.

@@ -14,13 +14,14 @@ from ranks_launcher import run_ranks
 
 from ccmim_fast import cli
 from ccmim_fast.checkpoints import io
-from ccmim_fast.config.evaluation import DetectConfig, EvalConfig, EvalDataConfig, EvalTrainConfig
+from ccmim_fast.config.evaluation import DetectConfig, EvalConfig, EvalDataConfig, EvalTrainConfig, images_of
 from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.errors import DataError
 from ccmim_fast.evaluation.detection import run
 from ccmim_fast.evaluation.detection.batches import ObjectLoader, share_to_test
 from ccmim_fast.evaluation.detection.instances import ShapesInstances
 from ccmim_fast.evaluation.detection.precision import average_precision
+from ccmim_fast.evaluation.images import Images
 from ccmim_fast.evaluation.protocols import protocol
 from ccmim_fast.ranks.session import Session
 
@@ -139,7 +140,8 @@ def job_of(root, workers=1, source="shapes"):
     data = EvalDataConfig(source=source, root=str(root), image_size=(32, 32), samples=8, classes=3, workers=workers)
     settings = EvalTrainConfig(batch_size=4, accumulate=2)
     config = EvalConfig(data=data, train=settings, detect=DetectConfig(short_sides=(24, 32, 40)))
-    train, test = run.open_images(config, (0.5,) * 3, (0.25,) * 3)
+    of_both = [images_of(data, (0.5,) * 3, (0.25,) * 3, test) for test in (False, True)]
+    train, test = map(Images, run.open_images(config, *of_both), of_both)
     here = Session(0, 1, torch.device("cpu"))
     weights = SimpleNamespace(mean=(0.5,) * 3)
     return SimpleNamespace(config=config, here=here, train=train, test=test, weights=weights)

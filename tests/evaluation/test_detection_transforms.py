@@ -6,7 +6,7 @@ import torch
 from torchvision.ops import masks_to_boxes
 
 from ccmim_fast.config.evaluation import DetectConfig, EvalConfig, EvalDataConfig
-from ccmim_fast.evaluation.detection.batches import ForTesting, ForTraining
+from ccmim_fast.evaluation.detection.batches import ForTraining, resized_to_test
 from ccmim_fast.evaluation.detection.instances import Instances
 
 MEAN = (0.5, 0.25, 1.0)
@@ -105,5 +105,5 @@ def test_crowds_and_what_is_cut_off_are_left_out():
 
 def test_images_to_test_on_are_resized_alone():
     image_HWC, _ = made()
-    assert ForTesting(RECIPES["short_side"])(image_HWC).shape == (3, 120, 150)
-    assert ForTesting(RECIPES["jitter"])(image_HWC).shape == (3, 51, 64)
+    assert resized_to_test(RECIPES["short_side"], image_HWC).shape == (3, 120, 150)
+    assert resized_to_test(RECIPES["jitter"], image_HWC).shape == (3, 51, 64)

@@ -35,9 +35,9 @@ class Counted(SimpleNamespace):
 def found(name, weights):
     """Deviations of a run that keeps all of the preset's figures and images."""
     of = protocol(name.partition("_")[0], name)
-    train, test, classes = of.images or (2, 2, 2)
-    images = (Images(Counted(count=count, class_names=range(classes)), None) for count in (train, test))
-    return deviations(of, of.config, weights, *images)
+    *counts, classes = of.images or (2, 2, 2)
+    train, test = (Images(Counted(count=count, class_names=range(classes)), None) for count in counts)
+    return deviations(of, SimpleNamespace(config=of.config, weights=weights, train=train, test=test))
 
 
 def of_size(width, patch):

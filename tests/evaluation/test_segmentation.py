@@ -3,6 +3,7 @@
 Chance is to name every pixel background, the most frequent of three classes.
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -20,7 +21,6 @@ from ccmim_fast.checkpoints import io
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.errors import DataError
 from ccmim_fast.evaluation.protocols import protocol
-from ccmim_fast.evaluation.segmentation import model
 from ccmim_fast.evaluation.segmentation.scenes import shape_scenes
 
 SMALL = [
@@ -148,7 +148,9 @@ def test_mistakes_are_one_line(settings, code, words, encoder, shared_settings, 
 
 
 def test_a_missing_library_is_named_with_its_command(encoder, shared_settings, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(model, "_PACKAGE", "segmentation_models_that_nobody_has")
+    there = importlib.util.find_spec
+    hidden = "segmentation_models_pytorch"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == hidden else there(name))
     line = ["eval", "segmentation", str(encoder), *shared_settings, *SMALL, f"--run.dir={tmp_path / 'out'}"]
     assert cli.main([*line, "--data.samples=30", "--train.max_steps=1"]) == 6
     error = capsys.readouterr().err

@@ -13,7 +13,7 @@ from torch import nn
 
 from ccmim_fast import cli
 from ccmim_fast.checkpoints import io
-from ccmim_fast.config.evaluation import EvalConfig
+from ccmim_fast.config.evaluation import EvalConfig, images_of
 from ccmim_fast.config.keys import flatten
 from ccmim_fast.errors import DataError
 from ccmim_fast.evaluation import finetune
@@ -104,7 +104,7 @@ def job_of(trees, tmp_path, data_changes=(), **changes):
     from dataclasses import replace
 
     from ccmim_fast.evaluation.encoders import read_encoder
-    from ccmim_fast.evaluation.images import open_both
+    from ccmim_fast.evaluation.images import Images, open_both
     from ccmim_fast.evaluation.job import Job
     from ccmim_fast.ranks.session import open_session
 
@@ -114,8 +114,9 @@ def job_of(trees, tmp_path, data_changes=(), **changes):
     augment = replace(config.augment, mixup=0.0, cutmix=0.0, **changes)
     config = replace(config, data=data, train=train, augment=augment)
     weights = read_encoder("timm:test_vit")
+    of_both = [images_of(data, weights.mean, weights.std, test) for test in (False, True)]
     with open_session("cpu", 1.0) as here:
-        return config, Job(config, here, tmp_path, weights, *open_both(config, weights.mean, weights.std))
+        return config, Job(config, here, tmp_path, weights, *map(Images, open_both(config, *of_both), of_both))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

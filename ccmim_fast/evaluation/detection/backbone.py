@@ -1,4 +1,4 @@
-"""A vision transformer as a detector's backbone: feature maps of several strides, and attention within windows."""
+"""A vision transformer becomes a detector's backbone: maps of several strides, and attention within windows."""
 
 # B batch, C channels, H height, W width, D width of the encoder, L patches row by row, R rows and C columns of patches
 
@@ -10,15 +10,14 @@ from timm.layers import LayerNorm2d
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from ccmim_fast.evaluation.encoders import OUTPUTS, out_indices
+from ccmim_fast.evaluation.encoders import OUTPUTS, keep_blocks_, maps_of
 
 LEVELS = ("0", "1", "2", "3", "pool")  # torchvision's names; the last is every second pixel of the fourth
 
 
 def strides(patch: int) -> tuple[int, ...]:
-    """Pixels from one place of each of the five maps to the next. `patch` is a multiple of 4."""
+    """Return the pixels from one place of each of the five maps to the next. `patch` is a multiple of 4."""
     return tuple(patch * 2**level // 4 for level in range(5))
 
 
@@ -36,24 +35,17 @@ class Backbone(nn.Module):
 
     def __init__(self, vit: VisionTransformer, kind: Literal["fpn", "simple"], channels: int):
         super().__init__()
-        # What no map goes through has no gradient, which other ranks would wait for.
-        vit.reset_classifier(0, "")
-        vit.norm = vit.fc_norm = nn.Identity()
-        self.vit, depth = vit, len(vit.blocks)
-        self.blocks = out_indices(depth, OUTPUTS if kind == "fpn" else ((1, 1),) * 4)
-        self.pyramid = (FourStrides if kind == "fpn" else SimplePyramid)(vit.embed_dim, channels)
+        self.vit, self.blocks = vit, keep_blocks_(vit, OUTPUTS if kind == "fpn" else ((1, 1),) * 4)
+        self.pyramid = Pyramid(vit.embed_dim, channels, kind == "simple")
         self.out_channels = channels  # what torchvision asks for
 
     def forward(self, x_BCHW: Tensor) -> OrderedDict[str, Tensor]:
-        taken = sorted(set(self.blocks))
-        outputs = self.vit.forward_intermediates(x_BCHW, indices=taken, intermediates_only=True)
-        by_block = dict(zip(taken, outputs))
-        maps = self.pyramid([by_block[block] for block in self.blocks])
+        maps = self.pyramid(maps_of(self.vit, self.blocks, x_BCHW))
         return OrderedDict((name, map_BCHW.float()) for name, map_BCHW in maps.items())
 
 
 def _rescaled(width: int, level: int, narrow: bool) -> tuple[list[nn.Module], int]:
-    """Layers from the patch's stride to a level's, and the width behind them; `narrow` halves it as the map grows."""
+    """Return layers from the patch's stride to a level's, and the width behind them; `narrow` halves it each time."""
     half, quarter = (width // 2, width // 4) if narrow else (width, width)
     if level == 0:
         between = [LayerNorm2d(half), nn.GELU()]
@@ -63,47 +55,34 @@ def _rescaled(width: int, level: int, narrow: bool) -> tuple[list[nn.Module], in
     return [nn.Identity() if level == 2 else nn.MaxPool2d(2)], width
 
 
-class FourStrides(nn.Module):
-    """Four blocks' outputs to four strides, then a feature pyramid network."""
+class Pyramid(nn.Module):
+    """Four blocks' outputs become maps of four strides, then a feature pyramid network joins these.
 
-    def __init__(self, width: int, channels: int):
-        super().__init__()
-        self.levels = nn.ModuleList(nn.Sequential(*_rescaled(width, level, narrow=False)[0]) for level in range(4))
-        self.fpn = FeaturePyramidNetwork([width] * 4, channels, LastLevelMaxPool())
+    A `simple` one (ViTDet) leaves each level by itself: 1 x 1 and 3 x 3 convolutions, with LayerNorm over the channels.
+    """
 
-    def forward(self, outputs: list[Tensor]) -> OrderedDict[str, Tensor]:
-        maps = (level(output) for level, output in zip(self.levels, outputs))
-        return self.fpn(OrderedDict(zip(LEVELS, maps)))
-
-
-class SimplePyramid(nn.Module):
-    """ViTDet's: each level by itself, 1 x 1 and 3 x 3 convolutions behind it, with LayerNorm over the channels."""
-
-    def __init__(self, width: int, channels: int):
+    def __init__(self, width: int, channels: int, simple: bool):
         super().__init__()
         self.levels = nn.ModuleList()
         for level in range(4):
-            layers, narrowed = _rescaled(width, level, narrow=True)
-            layers += [nn.Conv2d(narrowed, channels, 1, bias=False), LayerNorm2d(channels)]
-            layers += [nn.Conv2d(channels, channels, 3, padding=1, bias=False), LayerNorm2d(channels)]
+            layers, narrowed = _rescaled(width, level, narrow=simple)
+            if simple:
+                layers += [nn.Conv2d(narrowed, channels, 1, bias=False), LayerNorm2d(channels)]
+                layers += [nn.Conv2d(channels, channels, 3, padding=1, bias=False), LayerNorm2d(channels)]
             self.levels.append(nn.Sequential(*layers))
-        self.last = LastLevelMaxPool()
+        self.fpn = nn.Identity() if simple else FeaturePyramidNetwork([width] * 4, channels)
 
     def forward(self, outputs: list[Tensor]) -> OrderedDict[str, Tensor]:
-        maps = [level(output) for level, output in zip(self.levels, outputs)]
-        maps, names = self.last(maps, [], list(LEVELS[:4]))
-        return OrderedDict(zip(names, maps))
+        maps = self.fpn(OrderedDict((name, level(x)) for name, level, x in zip(LEVELS, self.levels, outputs)))
+        return OrderedDict(maps, pool=F.max_pool2d(maps["3"], 1, stride=2))
 
 
 class Windowed(nn.Module):
-    """An attention [B, L, D] -> [B, L, D] within each square window alone, as in ViTDet (Li et al., 2022).
+    """This attention, [B, L, D] -> [B, L, D], stays within each square window (ViTDet): cheap at thousands of patches.
 
-    Cheap where an image has thousands of patches.
-
-    Where windows hang over the grid they are filled up with zeros, which are attended to (ViTDet).
+    Windows that hang over the grid are filled up with zeros, which are attended to (ViTDet).
 
     Args:
-        attention: of tokens.
         grid: rows and columns of the patches.
         side: of a window, patches.
     """

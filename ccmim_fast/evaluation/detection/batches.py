@@ -1,9 +1,9 @@
-"""Images with their objects as the detector takes them: augmented to train on, resized to test on.
+"""Images with their objects become what the detector takes: augmented to train on, resized to test on.
 
 torchvision's transforms draw from torch's global generator.
 """
 
-# N objects, or images of a share; C channels, H height, W width
+# N objects, C channels, H height, W width
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from ccmim_fast.evaluation.supervised import seed_generators
 
 
 class Sample(NamedTuple):
-    """An image as the detector takes it, uint8 [C, H, W], and torchvision's target: boxes, labels from 1 on, masks."""
+    """This tuple holds an image, uint8 [C, H, W], and torchvision's target: boxes, labels from 1 on, masks."""
 
     image_CHW: Tensor
     target: dict[str, Tensor]
@@ -75,30 +75,26 @@ class ForTraining:
         return Sample(image_CHW.contiguous(), target)
 
 
-class ForTesting:
-    """Resize alone, uint8 [H, W, C] -> [C, H, W]: the shorter side to the last of `detect.short_sides`; with `jitter`,
-    to fit into `data.image_size`."""
-
-    def __init__(self, config: EvalConfig):
-        detect = config.detect
-        if detect.resize == "jitter":
-            self._resize = v2.ScaleJitter(config.data.image_size, scale_range=(1.0, 1.0))
-        else:
-            self._resize = v2.RandomShortestSize(detect.short_sides[-1], max_size=detect.long_side)
-
-    def __call__(self, image_HWC: np.ndarray) -> Tensor:
-        return self._resize(torch.from_numpy(np.array(image_HWC)).permute(2, 0, 1)).contiguous()
+def resized_to_test(config: EvalConfig, image_HWC: np.ndarray) -> Tensor:
+    """Resize an image, uint8 [H, W, C] -> [C, H, W]: the shorter side to the last of `detect.short_sides`; with
+    `jitter`, to fit into `data.image_size`."""
+    detect = config.detect
+    if detect.resize == "jitter":
+        resize = v2.ScaleJitter(config.data.image_size, scale_range=(1.0, 1.0))
+    else:
+        resize = v2.RandomShortestSize(detect.short_sides[-1], max_size=detect.long_side)
+    return resize(torch.from_numpy(np.array(image_HWC)).permute(2, 0, 1)).contiguous()
 
 
 class MicroBatchOfObjects(NamedTuple):
-    """What torchvision's detectors take in training: images [C, H, W] in 0..1, of any sizes, and a target for each."""
+    """torchvision's detectors train on this: images [C, H, W] in 0..1, of any sizes, and a target for each."""
 
     images: list[Tensor]
     targets: list[dict[str, Tensor]]
 
 
 class ObjectLoader(SampleLoader):
-    """Training batches of one rank."""
+    """This loader gives training batches of one rank."""
 
     def __init__(self, job: Job):
         super().__init__(job)
@@ -126,14 +122,7 @@ class ObjectLoader(SampleLoader):
         )
 
 
-class Shown(NamedTuple):
-    """An image to test on, uint8 [C, H, W] in the size in which it is shown, and what is known of the original."""
-
-    image_CHW: Tensor
-    objects: Instances
-
-
-def share_to_test(job: Job) -> Iterator[list[Shown]]:
-    """Yield this rank's share of the images to test on, see `samples_to_test`."""
-    source, transform = job.test.source, ForTesting(job.config)
-    return samples_to_test(job, lambda index: Shown(transform(source.decode(index)), source.instances(index)))
+def share_to_test(job: Job) -> Iterator[list[tuple[Tensor, Instances]]]:
+    """Yield this rank's images to test on, see `samples_to_test`: as they are shown, and the originals' objects."""
+    config, source = job.config, job.test.source
+    return samples_to_test(job, lambda i: (resized_to_test(config, source.decode(i)), source.instances(i)))

@@ -13,7 +13,7 @@ import numpy as np
 
 from ccmim_fast.data.index.decode import decode
 from ccmim_fast.data.source import NOTHING_EXCLUDED
-from ccmim_fast.errors import DataError
+from ccmim_fast.errors import DataError, one_line
 from ccmim_fast.evaluation.detection.instances import Instances
 
 LAYOUT = (
@@ -39,8 +39,7 @@ class CocoSource:
         part: `train2017` or `val2017`.
         train: exclude images without an object to train on.
 
-    Raises:
-        DataError: a file that is missing, damaged, or speaks of what is not there.
+    Raises DataError: a file that is missing, damaged, or speaks of what is not there.
     """
 
     channels = 3
@@ -48,32 +47,29 @@ class CocoSource:
 
     def __init__(self, root: str, part: str, train: bool) -> None:
         file, self._folder = Path(root, "annotations", f"instances_{part}.json"), Path(root, part)
-        text = _read(file)
+        text = _read(file, f"; {LAYOUT}")
         content = _parse(text, file)
         images = sorted(content["images"], key=lambda image: image["id"])
         categories = sorted(content["categories"], key=lambda category: category["id"])
-        self._check_files(images, file)
+        if not self._folder.is_dir():
+            raise DataError(f"{self._folder}: no such folder; {LAYOUT}")
+        if missing := {image["file_name"] for image in images} - set(os.listdir(self._folder)):
+            raise DataError(f"{self._folder}: lacks {len(missing)} of the images in {file}, such as {min(missing)}")
         self.class_names = tuple(category["name"] for category in categories)
         self.sizes_N2 = np.array([(image["height"], image["width"]) for image in images], dtype=np.int32).reshape(-1, 2)
         self._names = np.array([image["file_name"] for image in images])
         of_images = _by_image(content["annotations"], images, categories, file)
-        counts, verb = (_trainable, "train") if train else (_testable, "test")
-        without_X = np.flatnonzero([not any(map(counts, objects)) for objects in of_images])
-        if len(without_X) == len(images):
-            raise DataError(f"{file}: no image of it has an object to {verb} on")
+        least = _LEAST_SIDE if train else -np.inf
+        usable = [any(not crowd and min(box[2:]) > least for _, _, box, crowd, _ in objects) for objects in of_images]
+        if not any(usable):
+            raise DataError(f"{file}: no image of it has an object to {'train' if train else 'test'} on")
+        without_X = np.flatnonzero(~np.array(usable))
         self.excluded_X = without_X if train else NOTHING_EXCLUDED
         # One block of bytes: objects of Python's would be copied into every process that reads them.
         parts = [json.dumps(objects).encode() for objects in of_images]
         self._ends = np.cumsum([0, *map(len, parts)])
         self._objects = np.frombuffer(b"".join(parts), dtype=np.uint8)
         self.fingerprint = f"coco-{part}-{hashlib.sha256(text).hexdigest()[:16]}"
-
-    def _check_files(self, images: list[dict[str, Any]], file: Path) -> None:
-        if not self._folder.is_dir():
-            raise DataError(f"{self._folder}: no such folder; {LAYOUT}")
-        missing = {image["file_name"] for image in images} - set(os.listdir(self._folder))
-        if missing:
-            raise DataError(f"{self._folder}: lacks {len(missing)} of the images in {file}, such as {min(missing)}")
 
     def __len__(self) -> int:
         return len(self._names)
@@ -84,10 +80,7 @@ class CocoSource:
 
     def read(self, index: int) -> bytes:
         """See `Source`."""
-        try:
-            return Path(self.name(index)).read_bytes()
-        except OSError as error:
-            raise DataError(f"{self.name(index)}: {error.strerror}") from None
+        return _read(Path(self.name(index)))
 
     def decode(self, index: int) -> np.ndarray:
         """See `Source`."""
@@ -109,8 +102,8 @@ class CocoSource:
             try:
                 mask_HW[:] = mask_of(segmentation, height, width)
             except (ValueError, TypeError, KeyError, RuntimeError) as error:
-                reason = " ".join(str(error).split())[:100]
-                raise DataError(f"{self.name(index)}: segmentation of annotation {number}: {reason}") from None
+                where = f"{self.name(index)}: segmentation of annotation {number}"
+                raise DataError(f"{where}: {one_line(error, 100)}") from None
         corners_N4 = np.array([box for _, _, box, *_ in objects], dtype=np.float32).reshape(-1, 4)
         corners_N4[:, 2:] += corners_N4[:, :2]
         return Instances(
@@ -122,10 +115,9 @@ class CocoSource:
 
 
 def mask_of(segmentation: list[list[float]] | dict[str, Any], height: int, width: int) -> np.ndarray:
-    """[H, W] bool of polygons (x, y, x, y, ...), or of runs down the columns, compressed to text or not.
+    """Return [H, W] bool of polygons (x, y, x, y, ...), or of runs down the columns, compressed to text or not.
 
-    Raises:
-        ValueError: a polygon of fewer than three points, or runs of another size.
+    Raises ValueError: a polygon of fewer than three points, or runs of another size.
     """
     from faster_coco_eval import mask
 
@@ -143,15 +135,15 @@ def mask_of(segmentation: list[list[float]] | dict[str, Any], height: int, width
     return mask.decode(runs).astype(bool)
 
 
-def _read(file: Path) -> bytes:
+def _read(file: Path, advice: str = "") -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise DataError(f"{file}: {error.strerror}; {LAYOUT}") from None
+        raise DataError(f"{file}: {error.strerror}{advice}") from None
 
 
 def _parse(text: bytes, file: Path) -> dict[str, list[dict[str, Any]]]:
-    """The lists of `_ROWS`. Raises DataError naming the first row that is not as it must be."""
+    """Return the lists of `_ROWS`. Raises DataError naming the first row that is not as it must be."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -171,7 +163,7 @@ def _parse(text: bytes, file: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _by_image(annotations: list, images: list, categories: list, file: Path) -> list[list[tuple]]:
-    """For each image its objects: number, label, box (x, y, width, height), crowd, segmentation."""
+    """Return the objects of each image: number, label, box (x, y, width, height), crowd, segmentation."""
     labels = {category["id"]: label for label, category in enumerate(categories)}
     found = defaultdict(list, {image["id"]: [] for image in images})
     for one in annotations:
@@ -187,13 +179,3 @@ def _by_image(annotations: list, images: list, categories: list, file: Path) -> 
         label, crowd = labels[one["category_id"]], bool(one["iscrowd"])
         found[one["image_id"]].append((number, label, one["bbox"], crowd, one["segmentation"]))
     return [found[image["id"]] for image in images]
-
-
-def _trainable(one: tuple) -> bool:
-    _, _, (_, _, width, height), *_ = one
-    return _testable(one) and min(width, height) > _LEAST_SIDE
-
-
-def _testable(one: tuple) -> bool:
-    _, _, _, crowd, _ = one
-    return not crowd

@@ -46,7 +46,7 @@ def build_detector(
     width: int = 256,
     proposals: int = 512,
 ) -> MaskRCNN:
-    """The detector; its encoder is `vit`, all else is new.
+    """Build the detector; its encoder is `vit`, all else is new.
 
     In training (images [C, H, W] in 0..1, targets) -> losses by name; for testing see `detect`.
 
@@ -55,8 +55,7 @@ def build_detector(
         classes: number of them, without background.
         kind: of the pyramid. With `simple` come ViTDet's heads: two convolutions before proposals, four before boxes,
             LayerNorm in both and before masks.
-        pad_to: pixels of which the sides of a batch become a multiple; itself one of four patches, so that strides
-            are whole.
+        pad_to: the sides of a batch become multiples of so many pixels, a multiple of four patches.
         width: channels of the pyramid and of the heads' convolutions; four times as many features of an object.
         proposals: of an image, that the heads are trained on.
     """
@@ -86,13 +85,13 @@ def build_detector(
 
 
 def _in_float32(_: nn.Module, __: tuple, outputs: tuple) -> tuple:
-    """What a head says of boxes, whatever the precision: torchvision gives boxes its dtype, and bfloat16 would round
-    them to 8 pixels at 1024."""
+    """Return as float32 what a head says of boxes: torchvision gives boxes its dtype, and bfloat16 would round them to
+    8 pixels at 1024."""
     return tuple([part.float() for part in said] if isinstance(said, list) else said.float() for said in outputs)
 
 
 def _pool(patch: int, size: int) -> MultiScaleRoIAlign:
-    """RoIAlign at the level that suits the object's size (Lin et al., 2017, Eq. 1), in terms of the patch."""
+    """Build RoIAlign at the level that suits the object's size (Lin et al., 2017, Eq. 1), in terms of the patch."""
     pool = MultiScaleRoIAlign(LEVELS[:4], size, sampling_ratio=2)
     # Known, where torchvision would round it from the first batch's sizes.
     pool.scales = [1 / step for step in strides(patch)[:4]]
@@ -101,8 +100,8 @@ def _pool(patch: int, size: int) -> MultiScaleRoIAlign:
 
 
 def detect(model: MaskRCNN, images: list[Tensor], sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
-    """What is found in images [C, H, W] in 0..1: boxes, labels from 1 on, scores, and masks [N, 1, H, W] in 0..1, as of
-    images of the given sizes (height, width)."""
+    """Return boxes, labels from 1 on, scores, and masks [N, 1, H, W] in 0..1 of what is found in images [C, H, W] in
+    0..1, as of images of the given sizes (height, width)."""
     shown, _ = model.transform(images)
     maps = model.backbone(shown.tensors)
     proposals, _ = model.rpn(shown, maps)
@@ -111,7 +110,7 @@ def detect(model: MaskRCNN, images: list[Tensor], sizes: list[tuple[int, int]]) 
 
 
 def build_optimizer(model: MaskRCNN, optim: EvalOptimConfig) -> torch.optim.Optimizer:
-    """AdamW. Pyramid and heads have the whole rate, the last block `layer_decay` of it, and so on downwards."""
+    """Build AdamW. Pyramid and heads have the whole rate, the last block `layer_decay` of it, and so on downwards."""
     vit = model.backbone.vit
     groups = param_groups_layer_decay(
         vit, optim.weight_decay, no_weight_decay_list=vit.no_weight_decay(), layer_decay=optim.layer_decay

@@ -1,4 +1,4 @@
-"""Sources of images whose objects are known: box, class and mask of each."""
+"""These sources know the objects in their images: box, class and mask of each."""
 
 # N objects, H height, W width
 
@@ -11,26 +11,19 @@ from ccmim_fast.data.source import Source
 
 
 class Instances(NamedTuple):
-    """What is known of the objects in an image.
+    """This tuple describes the objects of an image."""
 
-    Attributes:
-        boxes_N4: float32 x0, y0, x1, y1 in pixels, the last two exclusive.
-        labels_N: int64 indices into the source's `class_names`.
-        masks_NHW: bool.
-        crowd_N: bool, regions of many objects: no one trains on them, and what is found there is no mistake.
-    """
-
-    boxes_N4: np.ndarray
-    labels_N: np.ndarray
-    masks_NHW: np.ndarray
-    crowd_N: np.ndarray
+    boxes_N4: np.ndarray  # float32 x0, y0, x1, y1 in pixels, the last two exclusive
+    labels_N: np.ndarray  # int64 indices into the source's `class_names`
+    masks_NHW: np.ndarray  # bool
+    crowd_N: np.ndarray  # bool, regions of many objects: no one trains on them, and what is found there is no mistake
 
 
 class InstanceSource(Source, Protocol):
     """A `Source` whose objects are known; `excluded_X` are the images without any to train on."""
 
     def instances(self, index: int) -> Instances:
-        """The objects of one image. Raises DataError naming the image."""
+        """Return the objects of one image. Raises DataError naming the image."""
         ...
 
 

@@ -2,7 +2,6 @@
 
 # N objects, H height, W width
 
-import importlib.util
 from collections.abc import Iterable
 
 import numpy as np
@@ -10,24 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ccmim_fast.errors import MachineError
 from ccmim_fast.evaluation.detection.instances import Instances
 from ccmim_fast.ranks.session import broadcast
 
-_NEEDS = ("torchmetrics", "faster_coco_eval")
 FIGURES = {"box AP": "bbox_map", "box AP50": "bbox_map_50", "box AP75": "bbox_map_75"}
 FIGURES |= {"mask AP": "segm_map", "mask AP50": "segm_map_50", "mask AP75": "segm_map_75"}
 
 
-def check_installed() -> None:
-    """Raises MachineError where what counts precision and reads masks is missing."""
-    missing = [name.replace("_", "-") for name in _NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MachineError(f"ccmim eval detection: needs {', '.join(missing)}: pip install 'ccmim_fast[detection]'")
-
-
 def average_precision(pairs: Iterable[tuple[dict[str, Tensor], Instances]]) -> dict[str, float]:
-    """The figures, shares of 1, over the images of all ranks; the same on each.
+    """Return the figures, shares of 1, over the images of all ranks; the same on each.
 
     Of boxes and of masks: the mean over thresholds of overlap from 0.5 to 0.95 in steps of 0.05 (AP), and at 0.5 and
     0.75; the mean over the classes that there are; at most 100 objects an image.

@@ -5,69 +5,71 @@
 from collections.abc import Iterator
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ccmim_fast.config.evaluation import EvalConfig, images_of
+from ccmim_fast.config.evaluation import EvalConfig
+from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.detection.backbone import use_windows_
 from ccmim_fast.evaluation.detection.batches import MicroBatchOfObjects, ObjectLoader, share_to_test
 from ccmim_fast.evaluation.detection.coco import CocoSource
 from ccmim_fast.evaluation.detection.detector import build_detector, build_optimizer, detect
-from ccmim_fast.evaluation.detection.instances import Instances, ShapesInstances
-from ccmim_fast.evaluation.detection.precision import average_precision, check_installed
+from ccmim_fast.evaluation.detection.instances import Instances, InstanceSource, ShapesInstances
+from ccmim_fast.evaluation.detection.precision import average_precision
 from ccmim_fast.evaluation.encoders import QUARTERS, build_encoder, out_indices
-from ccmim_fast.evaluation.images import Images
 from ccmim_fast.evaluation.job import Job
-from ccmim_fast.evaluation.supervised import Learner, train
+from ccmim_fast.evaluation.supervised import Supervised
 
 _SURE = 0.5  # of a pixel of a mask; torchvision's and Detectron's
 
 
-def open_images(config: EvalConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Images, Images]:
-    """Return the images to train on and those to test on; their sources are `InstanceSource`s.
+def open_images(config: EvalConfig, *data: DataConfig) -> list[InstanceSource]:
+    """Open the images to train on and those to test on.
 
     Raises:
-        MachineError: a library of the extra `detection` is not installed.
         DataError: a file is missing or damaged, or the two have other classes.
         ConfigError: an encoder that takes no RGB.
     """
-    check_installed()
-    data = config.data
-    mean, std = data.mean or mean, data.std or std
+    mean, std, root = list(data[0].mean), list(data[0].std), config.data.root
     if len(mean) != 3 or len(std) != 3:
-        raise ConfigError(f"data.mean={list(mean)}, data.std={list(std)}: detection has RGB, three values of each")
-    if data.source == "shapes":
-        made = data.image_size, data.classes, data.background, data.root or None
-        train, test = (
-            ShapesInstances(config.seed + number, samples, *made)
-            for number, samples in enumerate((data.samples, data.test_samples))
-        )
-    else:
-        train, test = CocoSource(data.root, "train2017", train=True), CocoSource(data.root, "val2017", train=False)
+        raise ConfigError(f"data.mean={mean}, data.std={std}: detection has RGB, three values of each")
+    if config.data.source == "shapes":
+        return [
+            ShapesInstances(config.seed + number, of.samples, of.image_size, of.classes, of.background, root or None)
+            for number, of in enumerate(data)
+        ]
+    train, test = CocoSource(root, "train2017", train=True), CocoSource(root, "val2017", train=False)
     if train.class_names != test.class_names:
-        raise DataError(f"{data.root}: train2017 and val2017 are of other categories, or in another order of their ids")
-    return tuple(Images(source, images_of(data, mean, std, test=source is test)) for source in (train, test))
+        raise DataError(f"{root}: train2017 and val2017 are of other categories, or in another order of their ids")
+    return [train, test]
+
+
+class Detection(Supervised):
+    """This run trains a detector."""
+
+    def losses(self, batch: MicroBatchOfObjects) -> Tensor:
+        """Return [1], the sum of the losses of proposals, classes, boxes and masks, of weight 1 each (Mask R-CNN)."""
+        return sum(self.wrapped(batch.images, batch.targets).values()).float()[None]
+
+    def test(self) -> dict[str, float]:
+        """Return average precisions of boxes and masks."""
+        return average_precision(found_in_share(self.model, self.job))
 
 
 def run(job: Job) -> dict[str, float]:
     """Train all weights; returns average precisions of boxes and masks at the end."""
     model = detector_of(job)
-
-    def test() -> dict[str, float]:
-        return average_precision(found_in_share(model, job))
-
-    return train(job, Learner(model, losses, build_optimizer(model, job.config.optim), ObjectLoader(job), test))
+    return Detection(job, model, build_optimizer(model, job.config.optim), ObjectLoader(job)).run()
 
 
 def detector_of(job: Job) -> nn.Module:
     """Return the detector of a job, on its device.
 
-    Raises:
-        ConfigError: settings that do not go together, or an encoder that is no plain vision transformer.
+    Raises ConfigError: settings that do not go together, or an encoder that is no plain vision transformer.
     """
     config, section, size = job.config, job.config.detect, job.config.data.image_size
-    vit = build_encoder(job.weights, size, config.model.num_heads, drop_path=config.model.drop_path, any_size=True)
+    options = {"drop_path": config.model.drop_path, "any_size": True, "plain": True}
+    vit = build_encoder(job.weights, size, config.model.num_heads, **options)
     _check(job, vit)
     if section.window:
         use_windows_(vit, section.window, out_indices(len(vit.blocks), QUARTERS))
@@ -87,12 +89,6 @@ def detector_of(job: Job) -> nn.Module:
 
 def _check(job: Job, vit: nn.Module) -> None:
     config, size = job.config, job.config.data.image_size
-    if config.optim.name != "adamw":
-        raise ConfigError(f"optim.name={config.optim.name}: detection has adamw; nearest valid is adamw")
-    if not isinstance(vit, VisionTransformer):
-        raise ConfigError(
-            f"model.arch={job.weights.arch} is a {type(vit).__name__}; detection needs a VisionTransformer"
-        )
     patch = vit.patch_embed.patch_size[0]
     if patch % 4:
         raise ConfigError(f"{job.weights.name}: patches of {patch} pixels; the pyramid needs a multiple of 4")
@@ -106,16 +102,11 @@ def _check(job: Job, vit: nn.Module) -> None:
         raise ConfigError(f"detect.window={config.detect.window}: needs images of one size; use detect.resize=jitter")
 
 
-def losses(model: nn.Module, batch: MicroBatchOfObjects) -> Tensor:
-    """Return [1], the sum of the losses of proposals, classes, boxes and masks, of weight 1 each (He et al., 2017)."""
-    return sum(model(batch.images, batch.targets).values()).float()[None]
-
-
 @torch.no_grad()
 def found_in_share(model: nn.Module, job: Job) -> Iterator[tuple[dict[str, Tensor], Instances]]:
     """Yield what the detector finds in each image of this rank's share, and what there is; masks are [N, H, W] bool."""
     for shown in share_to_test(job):
-        images = [one.image_CHW.to(job.here.device, non_blocking=True) / 255 for one in shown]
-        sizes = [one.objects.masks_NHW.shape[1:] for one in shown]
-        for found, one in zip(detect(model, images, sizes), shown):
-            yield found | {"masks": found["masks"][:, 0] > _SURE}, one.objects
+        images = [image_CHW.to(job.here.device, non_blocking=True) / 255 for image_CHW, _ in shown]
+        sizes = [objects.masks_NHW.shape[1:] for _, objects in shown]
+        for found, (_, objects) in zip(detect(model, images, sizes), shown):
+            yield found | {"masks": found["masks"][:, 0] > _SURE}, objects

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.batch import Batch
-from ccmim_fast.data.stream.torch_loader import evaluation_batches
-from ccmim_fast.errors import ConfigError, DataError, NumericsError
+from ccmim_fast.errors import DataError, NumericsError
 from ccmim_fast.evaluation.images import Images
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.models.precision import choose_precision
@@ -20,11 +19,13 @@ from ccmim_fast.ranks.session import gather_ranks
 _BATCH = 256  # images encoded at once by a rank
 
 
+def pooled(tokens_BTD: Tensor, prefix: int, pool: Literal["avg", "cls"]) -> Tensor:
+    """Return one vector an image [B, D]: the mean over the patches' tokens, or the first token."""
+    return tokens_BTD[:, 0] if pool == "cls" else tokens_BTD[:, prefix:].mean(dim=1)
+
+
 def extract(
-    encode: Callable[[Tensor], Tensor],
-    batches: Iterable[Batch],
-    prefix: int = 1,
-    pool: Literal["avg", "cls"] = "avg",
+    encode: Callable[[Tensor], Tensor], batches: Iterable[Batch], prefix: int = 1, pool: Literal["avg", "cls"] = "avg"
 ) -> tuple[Tensor, Tensor | None]:
     """Encode every image and pool its tokens to one vector.
 
@@ -32,11 +33,9 @@ def extract(
         encode: uint8 images [B, H, W, C] -> the normalised final tokens [B, T, D] of any float dtype, prefix tokens
             (CLS, registers) first. It is called under `inference_mode`; evaluation mode and precision are its caller's.
         prefix: number of prefix tokens.
-        pool: `avg` is the mean over the patch tokens (the paper's evaluation), `cls` the first token.
+        pool: see `pooled`.
 
-    Returns:
-        features [N, D] float32 and labels [N] int64, both on the CPU and usable under autograd; labels are None where
-        the batches carry none.
+    Returns features [N, D] float32 and labels [N] int64, on the CPU and usable under autograd; None without labels.
 
     Raises:
         ValueError: `pool` is neither name, or is `cls` with no prefix token.
@@ -49,8 +48,7 @@ def extract(
     for batch in batches:
         with torch.inference_mode():
             tokens_BTD = encode(batch.images_BHWC).float()
-            pooled_BD = tokens_BTD[:, 0] if pool == "cls" else tokens_BTD[:, prefix:].mean(dim=1)
-        features.append(pooled_BD.cpu())
+            features.append(pooled(tokens_BTD, prefix, pool).cpu())
         labels.append(batch.labels_B)
     if not features:
         raise DataError("no images to encode: the source gave no batch")
@@ -64,21 +62,14 @@ def extract(
 
 def features(job: Job, images: Images) -> tuple[Tensor, Tensor]:
     """Return features [S, D] float32 and labels [S] of this rank's share, every `world_size`-th image, on the CPU."""
-    config, here, encoder = job.config, job.here, job.frozen_encoder()
-    if config.model.pool == "cls" and not encoder.prefix:
-        raise ConfigError(f"model.pool=cls: {job.weights.arch} has no [CLS] token; nearest valid is avg")
-    precision = choose_precision(config.train.precision, here.device)
+    encoder = job.frozen_encoder(job.config.model.pool)
+    precision = choose_precision(job.config.train.precision, job.here.device)
 
     def encode(images_BHWC: Tensor) -> Tensor:
-        with precision.autocast(here.device):
+        with precision.autocast(job.here.device):
             return encoder(images_BHWC)
 
-    batches = evaluation_batches(
-        *(images.source, config.data.image_size, _BATCH, here.device, config.data.workers),
-        central=config.data.test_crop,
-        part=(here.rank, here.world_size),
-    )
-    return extract(encode, batches, prefix=encoder.prefix, pool=config.model.pool)
+    return extract(encode, job.batches(images, _BATCH), encoder.prefix, job.config.model.pool)
 
 
 def features_of_all_ranks(job: Job, images: Images) -> tuple[Tensor, Tensor]:

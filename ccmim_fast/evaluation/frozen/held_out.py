@@ -45,12 +45,9 @@ def measure_features(model: CCMIM, config: Config, held_out: Source) -> dict[str
 
     Both sets must have labels, of the same classes.
     """
-    device = model.mean_C.device
-    encode = tokens_of(model.encoder, model.mean_C, model.std_C)
-    prefix = model.encoder.num_prefix_tokens
-    parts = []
+    encode, parts = tokens_of(model.encoder, model.mean_C, model.std_C), []
     for source in (build_source(config.data, config.seed), held_out):
-        batches = evaluation_batches(source, config.data.image_size, config.train.batch_size, device)
-        parts += extract(encode, batches, prefix=prefix)
+        batches = evaluation_batches(source, config.data.image_size, config.train.batch_size, model.mean_C.device)
+        parts += extract(encode, batches, model.encoder.num_prefix_tokens)
     k = min(NEIGHBOURS, len(parts[0]))
     return {"knn": knn_accuracies(*parts, [k])[k], "logreg": logreg_accuracy(*parts)[0]}

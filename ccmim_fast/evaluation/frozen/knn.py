@@ -47,9 +47,6 @@ def knn_accuracies(
         test_ND: likewise, all of them, on the same device.
         train_labels_N, test_labels_N: int64, >= 0.
 
-    Returns:
-        accuracy in 0..1, by k.
-
     Raises:
         ValueError: a k outside 1..N (of all ranks), a temperature that is not positive, no test image, or features with
             NaN.

@@ -23,13 +23,9 @@ def logreg(job: Job) -> dict[str, float]:
 
 
 def logreg_accuracy(
-    train_ND: Tensor,
-    train_labels_N: Tensor,
-    test_ND: Tensor,
-    test_labels_N: Tensor,
-    cs: Sequence[float] = GRID,
+    train_ND: Tensor, train_labels_N: Tensor, test_ND: Tensor, test_labels_N: Tensor, cs: Sequence[float] = GRID
 ) -> tuple[float, float]:
-    """Return the accuracy of multinomial logistic regression on standardised features.
+    """Return the accuracy (0..1) of multinomial logistic regression on standardised features, and the C chosen.
 
     C is the one of `cs` with the best accuracy on a held-out fifth of the training images (stratified, fixed split;
     equal ones go to the smaller C, the stronger penalty); the fit is then repeated on all of them. Mean and standard
@@ -37,9 +33,6 @@ def logreg_accuracy(
 
     Args:
         train_ND, test_ND: float, on the CPU. train_labels_N, test_labels_N: int64.
-
-    Returns:
-        (accuracy on the test images in 0..1, the C chosen).
 
     Raises:
         ValueError: features that are not finite, a C that is not positive, one class only, or no class with five

@@ -14,7 +14,7 @@ from ccmim_fast.config.keys import show
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.errors import CheckpointError, ConfigError, DataError
 from ccmim_fast.evaluation.masks.moment import Moment
-from ccmim_fast.evaluation.masks.objects import MaskFolder, objects_of
+from ccmim_fast.evaluation.masks.objects import MaskFolder, has_both, objects_of
 from ccmim_fast.evaluation.masks.result import write
 from ccmim_fast.evaluation.masks.scores import figures_of, score_and_divide
 from ccmim_fast.evaluation.masks.subject import PROG, Subject, read_subject
@@ -57,11 +57,7 @@ def show_masks(
 
 
 def _places(checkpoint: str, moments: int) -> list[str]:
-    """Return what to read: `checkpoint`, or for several moments as many checkpoints of the run in it, oldest first.
-
-    Raises:
-        ConfigError: several moments of what is no run's folder.
-    """
+    """Return what to read: `checkpoint`, or for several moments as many checkpoints of the run in it, oldest first."""
     if moments < 2:
         return [checkpoint]
     found = checkpoints(Path(checkpoint) / CHECKPOINTS)
@@ -71,18 +67,12 @@ def _places(checkpoint: str, moments: int) -> list[str]:
 
 
 def _objects(subject: Subject, few: FewImages, folder: Path | None) -> Tensor | None:
-    """Return which patches show the object, [B, L] bool, where that is known.
-
-    Raises:
-        DataError: no image of which some patches are object and some not.
-    """
-    objects = few.source if isinstance(few.source, ShapesSource) else None
-    if folder is not None:
-        objects = MaskFolder(folder, subject.config.data.root, few.source)
-    if objects is None:
+    """Return which patches show the object, [B, L] bool, where that is known. Raises DataError without such images."""
+    if folder is None and not isinstance(few.source, ShapesSource):
         return None
+    objects = few.source if folder is None else MaskFolder(folder, subject.config.data.root, few.source)
     object_BL = objects_of(objects, few.shown, subject.config.data.image_size, subject.model.patch)
-    if not (object_BL.any(1) & ~object_BL.all(1)).any():
+    if not has_both(object_BL):
         raise DataError(f"none of {len(object_BL)} images has both object and background patches; look at the masks")
     return object_BL
 
@@ -99,10 +89,11 @@ def _measure(subject: Subject, few: FewImages, object_BL: Tensor | None, count: 
     if not all(scores_BL.isfinite().all() for scores_BL in scored.scores.values()):
         raise CheckpointError(f"{subject.name}: its scores are not finite")
     rows = np.unique(np.linspace(0, len(batch.ids_B) - 1, count).round().astype(int)).tolist()
-    images_DHWC, drawn_DHWC = batch.images_BHWC[rows], None
+    drawn_DHWC = None
     if subject.decodes:
-        mask_DL = scored.masks[config.mask.strategy][rows]
-        partition = Partition(*(part.to(device) for part in partition_from_mask(mask_DL, model.keep)))
+        found = partition_from_mask(scored.masks[config.mask.strategy][rows], model.keep)
+        partition = Partition(*(part.to(device) for part in found))
+        images_DHWC = batch.images_BHWC[rows]
         output = Output(model.predict(images_DHWC, partition), partition, None, None, None)
         drawn_DHWC = reconstruct(model, config, images_DHWC, output)
     return Moment(

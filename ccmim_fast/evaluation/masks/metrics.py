@@ -9,17 +9,13 @@ from torch import Tensor
 
 
 def object_patches(masks_BHW: Tensor, patch: int) -> Tensor:
-    """Turn pixel masks into patch masks: a patch is object where at least half of its pixels are.
+    """Turn pixel masks into patch masks [B, L] bool: a patch is object where at least half of its pixels are.
 
     Args:
         masks_BHW: bool, True on the object.
         patch: side in pixels.
 
-    Returns:
-        [B, L] bool, patches row by row.
-
-    Raises:
-        ValueError: `patch` does not divide both sides.
+    Raises ValueError: `patch` does not divide both sides.
     """
     B, H, W = masks_BHW.shape
     if patch < 1 or H % patch or W % patch:
@@ -29,18 +25,13 @@ def object_patches(masks_BHW: Tensor, patch: int) -> Tensor:
 
 
 def score_auroc(scores_BL: Tensor, object_BL: Tensor) -> float:
-    """Return the mean over images of the AUROC of patch scores against object patches.
+    """Return the mean over images of the AUROC of patch scores, of any scale, against object patches (bool).
 
     Of one image it is the share of (object, background) pairs in which the object patch scores higher, a tie counting
     one half: 1 = every object patch above every other patch, 0.5 = no relation. It is computed from ranks
     (Mann-Whitney). Images with no object patch, or with nothing else, are left out.
 
-    Args:
-        scores_BL: float, any scale.
-        object_BL: bool.
-
-    Raises:
-        ValueError: NaN in the scores, or no image with both kinds of patches.
+    Raises ValueError: NaN in the scores, or no image with both kinds of patches.
     """
     if scores_BL.isnan().any():
         raise ValueError("scores hold NaN")
@@ -60,14 +51,10 @@ def score_auroc(scores_BL: Tensor, object_BL: Tensor) -> float:
 def object_leakage(mask_BL: Tensor, object_BL: Tensor) -> float:
     """Return the share of all object patches that stay visible, relative to the share of all patches that do.
 
-    1 = as many as random masking leaves, 0 = every object patch hidden, 1 / (1 - ratio) = every one visible.
+    1 = as many as random masking leaves, 0 = every object patch hidden, 1 / (1 - ratio) = every one visible. Masks are
+    bool, True where masked.
 
-    Args:
-        mask_BL: bool, True where masked.
-        object_BL: bool.
-
-    Raises:
-        ValueError: no patch is visible, or none shows an object.
+    Raises ValueError: no patch is visible, or none shows an object.
     """
     if mask_BL.all() or not object_BL.any():
         which = "a visible patch" if mask_BL.all() else "an object patch"
@@ -77,20 +64,14 @@ def object_leakage(mask_BL: Tensor, object_BL: Tensor) -> float:
 
 
 def score_entropy(scores_BL: Tensor) -> float:
-    """Return the mean entropy of the scores, as a share of log L: 1 = all patches alike, 0 = all on one.
-
-    Args:
-        scores_BL: each row sums to 1.
-    """
+    """Return the mean entropy of scores that sum to 1, as a share of log L: 1 = all patches alike, 0 = all on one."""
     return float(torch.special.entr(scores_BL.double()).sum(1).mean()) / math.log(scores_BL.shape[1])
 
 
 def top_share(scores_BL: Tensor, share: float = 0.25) -> float:
     """Return the mean sum of the scores of each image's highest patches; `share` itself where all are alike.
 
-    Args:
-        scores_BL: each row sums to 1.
-        share: of the patches, rounded down, but one at least.
+    Scores of an image sum to 1; the share of its patches is rounded down, but one at least.
     """
     count = max(1, int(scores_BL.shape[1] * share))
     return float(scores_BL.double().topk(count, dim=1).values.sum(1).mean())

@@ -27,28 +27,20 @@ NORM_PIX = (
 class Moment(NamedTuple):
     """This tuple holds scores, masks and figures of all images that were measured, and some images to be drawn.
 
-    Attributes:
-        name: the checkpoint, for people.
-        step, epoch: trained so far; None where nobody knows.
-        grid: rows and columns of patches.
-        figures: see `scores.figures_of`.
-        rows: which of the images are drawn.
-        images_DHWC: uint8.
-        object_DL: bool, patches that show the object; None where that is not known.
-        reconstruction_DHWC: uint8, from what the run's own strategy leaves visible; None where no pixels are predicted.
+    `reconstruction_DHWC` is from what the run's own strategy leaves visible; None where no pixels are predicted.
     """
 
-    name: str
+    name: str  # the checkpoint, for people
     config: Config
-    step: int | None
+    step: int | None  # trained so far; None where nobody knows
     epoch: float | None
-    grid: tuple[int, int]
+    grid: tuple[int, int]  # rows and columns of patches
     scored: Scored
-    figures: dict[str, float]
-    rows: list[int]
-    images_DHWC: np.ndarray
-    object_DL: np.ndarray | None
-    reconstruction_DHWC: np.ndarray | None
+    figures: dict[str, float]  # see `scores.figures_of`
+    rows: list[int]  # which of the images are drawn
+    images_DHWC: np.ndarray  # uint8
+    object_DL: np.ndarray | None  # bool, patches that show the object; None where that is not known
+    reconstruction_DHWC: np.ndarray | None  # uint8
 
     def score_maps(self) -> Column:
         """Return a column of the scores that the masks are drawn by, the object outlined."""

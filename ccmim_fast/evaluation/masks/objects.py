@@ -1,17 +1,17 @@
-"""Where the place of objects is known, scores and masks are compared with them."""
+"""Scores and masks are compared with the objects in images, where their place is known."""
 
 # B images, H height, W width, L patches
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.source import Source
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.data.stream.plan import MicroBatch
@@ -27,10 +27,8 @@ PROBED = 256  # images of a step at most: 26 ms of a core at 64 pixels a side, 1
 def object_figures(run: Pretraining, batches: Sequence[Batch], result: StepResult) -> dict[str, float | None]:
     """Measure the first images of this rank's last micro-batch as the step divided them, without calling the model.
 
-    Returns:
-        auroc: of the scores against object patches, see `score_auroc`; None without scores, and where they hold NaN.
-        leakage: share of object patches left visible, relative to random masking. None where nothing but objects, or
-            none of them, is seen.
+    Returns `auroc`, see `score_auroc`: None without scores, where they hold NaN, and where no image has both kinds of
+    patches; and `leakage`, see `object_leakage`: None where no object is seen.
     """
     batch, seen, few = batches[-1], result.seen[-1], slice(0, PROBED)
     shown = run.loader.plan.micro_batch(batch.host_ids_B[few], batch.epochs_B[few].cpu().numpy())
@@ -40,19 +38,15 @@ def object_figures(run: Pretraining, batches: Sequence[Batch], result: StepResul
 
 
 def _auroc(logits_BL: Tensor | None, object_BL: Tensor) -> float | None:
-    both_B = object_BL.any(1) & ~object_BL.all(1)
-    if logits_BL is None or not both_B.any():
+    if logits_BL is None or not has_both(object_BL):
         return None
     logits_BL = logits_BL[: len(object_BL)].float().cpu()
     return None if logits_BL.isnan().any() else score_auroc(logits_BL, object_BL)
 
 
-class Objects(Protocol):
-    """This protocol tells which pixels of each image show its object."""
-
-    def mask(self, index: int) -> np.ndarray:
-        """Return the mask [H, W] bool of the sample `index`, of the size of its image."""
-        ...
+def has_both(object_BL: Tensor) -> bool:
+    """Tell whether an image has both object and background patches."""
+    return bool((object_BL.any(1) & ~object_BL.all(1)).any())
 
 
 class MaskFolder:
@@ -88,13 +82,12 @@ class MaskFolder:
         return mask_HW
 
 
-def objects_of(objects: Objects, shown: MicroBatch, image_size: tuple[int, int], patch: int) -> Tensor:
+def objects_of(
+    objects: ShapesSource | MaskFolder, shown: MicroBatch, image_size: tuple[int, int], patch: int
+) -> Tensor:
     """Return which patches of the crops show the object, [B, L] bool."""
-    objects_BHW = np.stack([_object_of(objects, one, image_size) for one in shown.samples()])
-    return object_patches(torch.from_numpy(objects_BHW), patch)
-
-
-def _object_of(objects: Objects, one: MicroBatch, image_size: tuple[int, int]) -> np.ndarray:
-    """Return which pixels of a crop show the object, [H, W] bool."""
-    mask_HW1 = 255 * objects.mask(one.ids_B.item()).astype(np.uint8)[..., None]
-    return crop_and_resize(mask_HW1, one.boxes_B4[0], one.flips_B.item(), image_size)[..., 0] > 127
+    crops = []
+    for one in shown.samples():
+        mask_HW1 = 255 * objects.mask(one.ids_B.item()).astype(np.uint8)[..., None]
+        crops.append(crop_and_resize(mask_HW1, one.boxes_B4[0], one.flips_B.item(), image_size)[..., 0] > 127)
+    return object_patches(torch.from_numpy(np.stack(crops)), patch)

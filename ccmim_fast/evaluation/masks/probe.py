@@ -35,9 +35,8 @@ def probe(
         images_BHWC: uint8, on the model's device.
         objects_BHW: bool, True on the object, on the CPU.
 
-    Returns:
-        The figures `auroc` (of the all-block [CLS] scores, whatever the method masks by), `leakage` (of the model's own
-        masks) and `recons` (Eq. 9); the model's output; and the all-block scores [B, L].
+    Returns figures: `auroc` (of the scores of all blocks), `leakage` (of the model's own masks), `recons` (Eq. 9); the
+    model's output; and the scores of all blocks [B, L].
     """
     logits_BL = _all_blocks(model, images_BHWC)
     prior = PriorScores(logits_BL.log_softmax(1) + math.log(logits_BL.shape[1]), torch.ones_like(logits_BL))
@@ -52,19 +51,12 @@ def probe(
 
 
 class ScoreProbe(NamedTuple):
-    """This tuple has the figures of one moment; those about objects are None where nobody knows them.
+    """This tuple has the figures of one moment; those about objects are None where nobody knows them."""
 
-    Attributes:
-        recons: L_recons (Eq. 9) under the run's own masks.
-        auroc: of the scores that the run divides by, against object patches; 0.5 where it has none.
-        auroc_all: of the scores from all blocks of the same encoder, whatever the run divides by.
-        leakage: share of object patches left visible, relative to random masking.
-    """
-
-    recons: float
-    auroc: float | None = None
-    auroc_all: float | None = None
-    leakage: float | None = None
+    recons: float  # L_recons (Eq. 9) under the run's own masks
+    auroc: float | None = None  # of the scores that the run divides by, against object patches; 0.5 where it has none
+    auroc_all: float | None = None  # of the scores from all blocks of the same encoder
+    leakage: float | None = None  # share of object patches left visible, relative to random masking
 
 
 @torch.no_grad()

@@ -34,6 +34,9 @@ def write(folder: Path, moments: Sequence[Moment], object_BL: Tensor | None, dev
         pictures[MOMENTS_FILE] = moments_png(moments)
     for name, png in pictures.items():
         (folder / name).write_bytes(png)
+    remarks, by_scores = [], last.config.mask.strategy.startswith("importance")
+    if by_scores and last.config.score.source == "bank" and last.scored.source != "bank":
+        remarks = ["score.source=bank: the bank knows nothing of these images; scores of all blocks stand in for it"]
     result: dict[str, Any] = {
         "evaluation": "masks",
         "checkpoint": last.name,
@@ -44,7 +47,7 @@ def write(folder: Path, moments: Sequence[Moment], object_BL: Tensor | None, dev
         "scores": last.scored.source,
         "sources": {name: of_scores(scores, object_BL) for name, scores in last.scored.scores.items()},
         "moments": [{"step": one.step, "epoch": one.epoch, "figures": one.figures} for one in moments],
-        "deviations": _remarks(last),
+        "deviations": remarks,
         "images": f"{len(last.scored.masks['random'])} images, {last.config.mask.ratio:.0%} of their patches masked",
         "pictures": list(pictures),
         "config": flatten(last.config),
@@ -54,15 +57,7 @@ def write(folder: Path, moments: Sequence[Moment], object_BL: Tensor | None, dev
     (folder / "result.md").write_text(_page(result))
     figures = ", ".join(f"{key} {value:.3g}" for key, value in last.figures.items())
     said = f"masks of {last.name}, scores of {last.scored.source}, {result['images']}: {figures}"
-    return "\n".join([said, *_remarks(last), f"{folder}: {', '.join(['result.md', *pictures])}"])
-
-
-def _remarks(moment: Moment) -> list[str]:
-    """Return a line for what is not as the run does it."""
-    scored = moment.config.mask.strategy.startswith("importance")
-    if scored and moment.config.score.source == "bank" and moment.scored.source != "bank":
-        return ["score.source=bank: the bank knows nothing of these images; scores of all blocks stand in for it"]
-    return []
+    return "\n".join([said, *remarks, f"{folder}: {', '.join(['result.md', *pictures])}"])
 
 
 def _page(result: dict[str, Any]) -> str:

@@ -22,26 +22,12 @@ CHUNK = 32  # images at a time: 1 GB of activations at ViT-B and 224 pixels
 
 
 class Scored(NamedTuple):
-    """This tuple holds images as a model scores and divides them, on the CPU; the noise is that of epoch 0.
+    """This tuple holds images as a model scores and divides them, on the CPU; the noise is that of epoch 0."""
 
-    Attributes:
-        source: of the scores that the masks are drawn by.
-        scores: by source, [B, L], each row sums to 1: `all blocks`, `block 0` and so on (Eq. 4 there), `bank`.
-        masks: by strategy, [B, L] bool, True where masked.
-        recons: L_recons (Eq. 9) by strategy; nothing without a decoder.
-    """
-
-    source: str
-    scores: dict[str, Tensor]
-    masks: dict[str, Tensor]
-    recons: dict[str, float]
-
-
-def source_of(config: Config, prior: PriorScores | None) -> str:
-    """Return the source that a run's settings name, as `Scored` does; all blocks for a bank that knows nothing."""
-    bank = "all blocks" if prior is None else "bank"
-    names = {"first": "block 0", "block": f"block {config.score.block}", "bank": bank}
-    return names.get(config.score.source, "all blocks")
+    source: str  # of the scores that the masks are drawn by
+    scores: dict[str, Tensor]  # by source (`all blocks`, `block 0` and so on, `bank`): [B, L], each row sums to 1
+    masks: dict[str, Tensor]  # by strategy: [B, L] bool, True where masked
+    recons: dict[str, float]  # L_recons (Eq. 9) by strategy; nothing without a decoder
 
 
 @torch.inference_mode()
@@ -50,13 +36,17 @@ def score_and_divide(
 ) -> Scored:
     """Score the images by every source, and divide them by every strategy; no step is taken.
 
+    The masks are drawn by the source that the settings name; by all blocks for a bank that knows nothing.
+
     Args:
         model: in evaluation mode.
         batch: on the model's device.
         prior: what the run's bank says of the images, if it does.
         decodes: whether the model's decoder is trained.
     """
-    source, objective, count = source_of(config, prior), build_objective(config, model), len(batch.ids_B)
+    names = {"first": "block 0", "block": f"block {config.score.block}"} | ({} if prior is None else {"bank": "bank"})
+    source = names.get(config.score.source, "all blocks")
+    objective, count = build_objective(config, model), len(batch.ids_B)
     scores, masks, losses = defaultdict(list), defaultdict(list), defaultdict(float)
     for start in range(0, count, CHUNK):
         chunk = slice(start, start + CHUNK)
@@ -90,10 +80,7 @@ def figures_of(scored: Scored, object_BL: Tensor | None) -> dict[str, float]:
     """Return the figures of the scores that the masks are drawn by, and of each strategy.
 
     Args:
-        object_BL: bool, patches that show the object; None where that is not known.
-
-    Raises:
-        ValueError: no image with both object and background patches.
+        object_BL: bool, patches that show the object, see `score_auroc`; None where that is not known.
     """
     figures = of_scores(scored.scores[scored.source], object_BL)
     if object_BL is not None:

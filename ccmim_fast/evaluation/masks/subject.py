@@ -23,23 +23,15 @@ _SIZES = ("model.", "decoder.")
 
 
 class Subject(NamedTuple):
-    """This tuple holds a model in evaluation mode on the CPU, and what is known of it.
+    """This tuple holds a model in evaluation mode on the CPU, and what is known of it."""
 
-    Attributes:
-        name: the checkpoint, for people.
-        config: the run's, with what the user changed.
-        decodes: its decoder is trained.
-        step, epoch: trained so far; None where nobody knows.
-        run: what it was opened from; None for weights that are no run's.
-    """
-
-    name: str
+    name: str  # the checkpoint, for people
     model: CCMIM
-    config: Config
-    decodes: bool
-    step: int | None = None
+    config: Config  # the run's, with what the user changed
+    decodes: bool  # its decoder is trained
+    step: int | None = None  # trained so far; None where nobody knows
     epoch: float | None = None
-    run: OpenedRun | None = None
+    run: OpenedRun | None = None  # what it was opened from; None for weights that are no run's
 
     def untrained(self) -> "Subject":
         """Return the model before its first step: the weights that the run's seed draws."""

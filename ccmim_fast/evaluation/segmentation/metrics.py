@@ -4,7 +4,6 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,26 +18,18 @@ from ccmim_fast.evaluation.segmentation.scenes import IGNORED
 from ccmim_fast.evaluation.segmentation.transforms import pair_of, scaled
 
 
-class Shown(NamedTuple):
-    """An image to test on, uint8 [C, H, W] in the size in which it is shown, and the labels of the original, uint8."""
-
-    image_CHW: Tensor
-    labels_HW: Tensor
-
-
-def segmentation_figures(job: Job, model: nn.Module) -> dict[str, float]:
+def segmentation_figures(job: Job, model: nn.Module, at_once: int) -> dict[str, float]:
     """Return mIoU, aAcc and mAcc over the test images of all ranks; the model is in eval mode, without gradient.
 
-    Raises:
-        DataError: none of their pixels has a class.
+    The model is given `at_once` windows at most. Raises DataError: none of the pixels has a class.
     """
     config, here, scenes, classes = job.config, job.here, job.test.source, job.test.classes
-    at_once = max(1, config.train.batch_size // (config.train.accumulate * here.world_size))
 
-    def read(index: int) -> Shown:
+    def read(index: int) -> tuple[Tensor, Tensor]:
+        """Return an image in the size in which it is shown, and the labels of the original."""
         pair = pair_of(scenes, index, scenes.decode(index))
         image_CHW, _ = pair.resized(scaled(pair.size, (config.segment.sides[0], math.inf)))
-        return Shown(image_CHW.as_subclass(Tensor), pair.labels_HW.as_subclass(Tensor))
+        return image_CHW.as_subclass(Tensor), pair.labels_HW.as_subclass(Tensor)
 
     confusion_KK = torch.zeros(classes, classes, dtype=torch.int64, device=here.device)
     for image_CHW, labels_HW in (shown for samples in samples_to_test(job, read) for shown in samples):
@@ -55,19 +46,18 @@ def segmentation_figures(job: Job, model: nn.Module) -> dict[str, float]:
 def slide(
     predict: Callable[[Tensor], Tensor], image_CHW: Tensor, window: tuple[int, int], stride: int, at_once: int
 ) -> Tensor:
-    """The mean of all windows' logits at each pixel, [K, H, W], float32 at least.
+    """Return the mean of all windows' logits at each pixel, [K, H, W], float32 at least.
 
     Windows are `stride` pixels apart; the last ones of rows and columns end with the image (mmsegmentation).
 
     Args:
-        predict: [N, C, h, w] -> logits [N, K, h, w].
-        image_CHW: as large as a window at least.
-        window: h, w.
+        predict: [N, C, h, w] -> logits [N, K, h, w]; N is `at_once` at most.
+        image_CHW: as large as a window, h, w, at least.
         stride: pixels, no more than a window's sides.
-        at_once: windows that `predict` is given at most.
     """
     (h, w), (H, W) = window, image_CHW.shape[1:]
-    places = [(y, x) for y in _starts(H, h, stride) for x in _starts(W, w, stride)]
+    tops, lefts = ([*range(0, side - of, stride), side - of] for side, of in ((H, h), (W, w)))
+    places = [(y, x) for y in tops for x in lefts]
     summed_KHW, counts_HW = 0, torch.zeros(H, W, device=image_CHW.device)
     for first in range(0, len(places), at_once):
         some = places[first : first + at_once]
@@ -81,25 +71,15 @@ def slide(
     return summed_KHW / counts_HW
 
 
-def _starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin that cover `length` pixels."""
-    return [*range(0, length - window, stride), length - window]
-
-
 def confusion(labels: Tensor, named: Tensor, classes: int) -> Tensor:
-    """How many pixels of class i were named j, [K, K] int64; `IGNORED` ones do not count.
-
-    Args:
-        labels: integers of any shape, 0 .. K - 1 or `IGNORED`.
-        named: integers of the same shape, 0 .. K - 1.
-    """
+    """Count the pixels of class i that were named j, [K, K] int64; of any shape; `IGNORED` ones do not count."""
     counts = labels != IGNORED
     cells = labels[counts].long() * classes + named[counts].long()
     return torch.bincount(cells, minlength=classes**2).view(classes, classes)
 
 
 def figures_of(confusion_KK: Tensor) -> dict[str, float]:
-    """mIoU and mAcc are means over classes: of those that occur in labels or answers, and of those in labels.
+    """Return mIoU and mAcc, means over the classes in labels or answers and over those in labels, and aAcc.
 
     mIoU: a class's pixels that are named right, of those that are it or are named it. mAcc: of those that are it. aAcc:
     of all pixels, of which there must be one.

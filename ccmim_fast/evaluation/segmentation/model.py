@@ -1,30 +1,17 @@
-"""A vision transformer that names every pixel: blocks of a plain ViT -> four scales -> UPerNet."""
+"""A vision transformer names every pixel: blocks of a plain ViT -> four scales -> UPerNet."""
 
 # B batch, H height, W width of images, h w of the patches' grid, D width, E decoder's width, K classes
-
-import importlib.util
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ccmim_fast.errors import ConfigError, MachineError
-from ccmim_fast.evaluation.encoders import OUTPUTS, build_encoder, out_indices
+from ccmim_fast.errors import ConfigError
+from ccmim_fast.evaluation.encoders import OUTPUTS, build_encoder, keep_blocks_, maps_of
 from ccmim_fast.evaluation.job import Job
 
-_PACKAGE = "segmentation_models_pytorch"  # has UPerNet's decoder; imported only when that is built
 _AUXILIARY = 2  # which of the four scales the second classifier looks at
-
-
-def check_installed() -> None:
-    """Return if the decoder can be built.
-
-    Raises:
-        MachineError: one line with the command that installs what is missing.
-    """
-    if importlib.util.find_spec(_PACKAGE) is None:
-        raise MachineError(f"ccmim eval segmentation: needs {_PACKAGE}: pip install 'ccmim_fast[segmentation]'")
 
 
 def build_decoder(width: int, dim: int) -> nn.Module:
@@ -46,14 +33,8 @@ class Neck(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         twice = [nn.ConvTranspose2d(width, width, 2, stride=2) for _ in range(3)]
-        self.scales = nn.ModuleList(
-            [
-                nn.Sequential(twice[0], nn.BatchNorm2d(width), nn.GELU(), twice[1]),
-                twice[2],
-                nn.Identity(),
-                nn.MaxPool2d(2),
-            ]
-        )
+        four_times = nn.Sequential(twice[0], nn.BatchNorm2d(width), nn.GELU(), twice[1])
+        self.scales = nn.ModuleList([four_times, twice[2], nn.Identity(), nn.MaxPool2d(2)])
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         return [scale(map_BDhw) for scale, map_BDhw in zip(self.scales, maps)]
@@ -67,8 +48,6 @@ class Segmenter(nn.Module):
     Args:
         vit: its final norms, pooling and head are taken away.
         mean, std: of the encoder's images, per channel on a 0..1 scale.
-        decoder_dim: E.
-        auxiliary_dim: width of the auxiliary classifier.
         dropout: of whole channels, before the classifiers.
         init_std: of the classifiers' weights.
     """
@@ -86,10 +65,7 @@ class Segmenter(nn.Module):
         init_std: float,
     ):
         super().__init__()
-        # What no pixel's logits go through has no gradient, which other ranks would wait for.
-        vit.reset_classifier(0, "")
-        vit.norm = vit.fc_norm = nn.Identity()
-        width, self.vit, self.out_indices = vit.embed_dim, vit, out_indices(len(vit.blocks), OUTPUTS)
+        width, self.vit, self.out_indices = vit.embed_dim, vit, keep_blocks_(vit, OUTPUTS)
         self.neck, self.decoder = Neck(width), build_decoder(width, decoder_dim)
         self.auxiliary = nn.Sequential(
             nn.Conv2d(width, auxiliary_dim, 3, padding=1, bias=False), nn.BatchNorm2d(auxiliary_dim), nn.ReLU()
@@ -104,9 +80,7 @@ class Segmenter(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         pixels_BCHW = (images_BCHW - self.mean_C11) / self.std_C11
-        blocks = sorted(set(self.out_indices))
-        maps_of = dict(zip(blocks, self.vit.forward_intermediates(pixels_BCHW, blocks, intermediates_only=True)))
-        scales = self.neck([maps_of[block] for block in self.out_indices])
+        scales = self.neck(maps_of(self.vit, self.out_indices, pixels_BCHW))
         logits_BKHW = self._at_pixels(self.classifier(self.decoder([None, None, *scales])), images_BCHW)
         if not self.training:
             return logits_BKHW
@@ -118,14 +92,14 @@ class Segmenter(nn.Module):
         return F.interpolate(logits_BKhw, images_BCHW.shape[-2:], mode="bilinear", align_corners=False)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
-        """For timm's `param_groups_layer_decay`: embedding, blocks, and all that is new above them."""
+        """Tell timm's `param_groups_layer_decay` what is embedding and what blocks; all else is new above them."""
         return {
             "stem": r"^vit\.(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre)",
             "blocks": [(r"^vit\.blocks\.(\d+)", None)],
         }
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are no weights, besides vectors."""
+        """Return the names of parameters that are no weights, besides vectors."""
         return {f"vit.{name}" for name in self.vit.no_weight_decay()}
 
 
@@ -137,20 +111,28 @@ def _classifier(width: int, classes: int, dropout: float, init_std: float) -> nn
 
 
 def build_segmenter(job: Job) -> nn.Module:
-    """A `Segmenter`, its BatchNorms synchronised where ranks train on GPUs.
+    """Build a `Segmenter`, its BatchNorms synchronised where ranks train on GPUs.
 
-    Raises:
-        ConfigError: an architecture, a size or a batch that it cannot be built or trained with.
+    Raises ConfigError: an architecture, a size or a batch that it cannot be built or trained with.
     """
     config, segment = job.config, job.config.segment
-    vit = build_encoder(job.weights, config.data.image_size, config.model.num_heads, drop_path=config.model.drop_path)
-    if not isinstance(vit, VisionTransformer):
-        raise ConfigError(f"model.arch={job.weights.arch}: is a {type(vit).__name__}, and must be a VisionTransformer")
-    _check_size(config.data.image_size, vit.patch_embed.patch_size)
+    options = {"drop_path": config.model.drop_path, "plain": True}
+    vit = build_encoder(job.weights, config.data.image_size, config.model.num_heads, **options)
+    size, patch, batch = config.data.image_size, vit.patch_embed.patch_size, config.train.batch_size
+    near = [max(2, round(side / of_patch)) * of_patch for side, of_patch in zip(size, patch)]
+    if list(size) != near:
+        raise ConfigError(
+            f"data.image_size={list(size)}: must be whole patches of {patch[0]} pixels, two at least a side; "
+            f"nearest valid is {near}"
+        )
     # torch's SyncBatchNorm runs on GPUs only; elsewhere each rank has statistics of its own.
     synced = job.here.world_size > 1 and job.here.device.type == "cuda"
-    if not synced:
-        _check_batch(config.train.batch_size, config.train.accumulate * job.here.world_size)
+    parts = config.train.accumulate * job.here.world_size
+    if not synced and batch // parts < 2:
+        raise ConfigError(
+            f"train.batch_size={batch}: BatchNorm needs two images in each of {parts} micro-batches; "
+            f"nearest valid is {2 * parts}"
+        )
     model = Segmenter(
         vit,
         job.weights.mean,
@@ -162,20 +144,3 @@ def build_segmenter(job: Job) -> nn.Module:
         init_std=config.head.init_std,
     )
     return (nn.SyncBatchNorm.convert_sync_batchnorm(model) if synced else model).to(job.here.device)
-
-
-def _check_size(size: tuple[int, int], patch: tuple[int, int]) -> None:
-    near = [max(2, round(side / of_patch)) * of_patch for side, of_patch in zip(size, patch)]
-    if list(size) != near:
-        raise ConfigError(
-            f"data.image_size={list(size)}: must be whole patches of {patch[0]} pixels, two at least a side; "
-            f"nearest valid is {near}"
-        )
-
-
-def _check_batch(batch_size: int, parts: int) -> None:
-    if batch_size // parts < 2:
-        raise ConfigError(
-            f"train.batch_size={batch_size}: BatchNorm needs two images in each of {parts} micro-batches; "
-            f"nearest valid is {2 * parts}"
-        )

@@ -2,46 +2,32 @@
 
 # B batch, C channels, H height, W width, K classes, R losses
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from collections.abc import Sequence
 
-from ccmim_fast.config.evaluation import EvalConfig, images_of
+import torch.nn.functional as F
+from torch import Tensor
+
+from ccmim_fast.config.evaluation import EvalConfig
+from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.finetune import build_optimizer
-from ccmim_fast.evaluation.images import Images
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.segmentation.metrics import segmentation_figures
-from ccmim_fast.evaluation.segmentation.model import build_segmenter, check_installed
-from ccmim_fast.evaluation.segmentation.scenes import IGNORED, folder_scenes, shape_scenes
+from ccmim_fast.evaluation.segmentation.model import build_segmenter
+from ccmim_fast.evaluation.segmentation.scenes import IGNORED, Scenes, folder_scenes, shape_scenes
 from ccmim_fast.evaluation.segmentation.transforms import SceneBatch, SceneLoader
-from ccmim_fast.evaluation.supervised import Learner, train
+from ccmim_fast.evaluation.supervised import Supervised
 
 
-def open_images(config: EvalConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Images, Images]:
-    """The scenes to train on and those to test on; first what needs no image to be found wrong.
+def open_images(config: EvalConfig, *data: DataConfig) -> Sequence[Scenes]:
+    """Open the scenes to train on and those to test on; first what needs no image to be found wrong.
 
     Raises:
-        MachineError: the decoder is not installed.
         ConfigError: a setting that segmentation cannot run with.
         DataError: see `folder_scenes`.
     """
-    check_installed()
-    mean, std = config.data.mean or mean, config.data.std or std
-    _check(config, mean, std)
-    data = [images_of(config.data, mean, std, test) for test in (False, True)]
-    if config.data.source == "shapes":
-        scenes = [shape_scenes(of_these, config.seed + test) for test, of_these in enumerate(data)]
-    else:
-        scenes = folder_scenes(config.data.root)
-    train, test = map(Images, scenes, data)
-    return train, test
-
-
-def _check(config: EvalConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     segment, window = config.segment, config.data.image_size
-    if config.optim.name != "adamw":
-        raise ConfigError(f"optim.name={config.optim.name}: segmentation has adamw; nearest valid is adamw")
-    for key, values in (("mean", mean), ("std", std)):
+    for key, values in (("mean", data[0].mean), ("std", data[0].std)):
         if len(values) != 3:
             raise ConfigError(f"data.{key}={list(values)}: segmentation needs images of 3 channels, so 3 values")
     if segment.sides[0] < max(window):
@@ -55,21 +41,30 @@ def _check(config: EvalConfig, mean: tuple[float, ...], std: tuple[float, ...]) 
             f"segment.stride={segment.stride}: windows of data.image_size={list(window)} must touch; "
             f"nearest valid is {min(window)}"
         )
+    if config.data.source == "shapes":
+        return [shape_scenes(of_these, config.seed + number) for number, of_these in enumerate(data)]
+    return folder_scenes(config.data.root)
+
+
+class Segmentation(Supervised):
+    """This run trains a `Segmenter`."""
+
+    def losses(self, batch: SceneBatch) -> Tensor:
+        """Return [1], the loss of the classifier and, by its weight, of the auxiliary one."""
+        main, auxiliary = (pixel_loss(logits_BKHW, batch.labels_BHW) for logits_BKHW in self.wrapped(batch.images_BCHW))
+        return (main + self.config.segment.auxiliary_weight * auxiliary)[None]
+
+    def test(self) -> dict[str, float]:
+        """Return mIoU, aAcc and mAcc, see `figures_of`."""
+        return segmentation_figures(self.job, self.model, self.loader.plan.micro_batch_size)
 
 
 def run(job: Job) -> dict[str, float]:
-    """Train all weights; mIoU, aAcc and mAcc of the end, see `figures_of`."""
-    config, model = job.config, build_segmenter(job)
-
-    def losses(module: nn.Module, batch: SceneBatch) -> Tensor:
-        logits_BKHW, auxiliary_BKHW = module(batch.images_BCHW)
-        main, auxiliary = (pixel_loss(logits, batch.labels_BHW) for logits in (logits_BKHW, auxiliary_BKHW))
-        return (main + config.segment.auxiliary_weight * auxiliary)[None]
-
-    optimizer = build_optimizer(model, config.optim)
-    return train(job, Learner(model, losses, optimizer, SceneLoader(job), lambda: segmentation_figures(job, model)))
+    """Train all weights; returns mIoU, aAcc and mAcc of the end."""
+    model = build_segmenter(job)
+    return Segmentation(job, model, build_optimizer(model, job.config.optim), SceneLoader(job)).run()
 
 
 def pixel_loss(logits_BKHW: Tensor, labels_BHW: Tensor) -> Tensor:
-    """Cross-entropy summed over the pixels that have a class, divided by the number of all (mmsegmentation)."""
+    """Return the cross-entropy summed over pixels that have a class, divided by the number of all (mmsegmentation)."""
     return F.cross_entropy(logits_BKHW.float(), labels_BHW.long(), ignore_index=IGNORED, reduction="none").mean()

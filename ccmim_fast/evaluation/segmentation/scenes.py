@@ -15,7 +15,7 @@ from ccmim_fast.data.index.indexed import IndexedSource, open_images
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.source import Source
 from ccmim_fast.data.threads import thread_count
-from ccmim_fast.errors import DataError
+from ccmim_fast.errors import DataError, one_line
 
 IGNORED = 255  # label of pixels that count neither in the loss nor in the figures
 PARTS = ("training", "validation")  # ADE20K's names of the images to train on and to test on
@@ -30,16 +30,13 @@ class Scenes:
         images: of 3 channels.
         class_names: K of them, at most 255.
         labels: id -> [H, W] uint8, 0 .. K - 1 or `IGNORED`; raises DataError naming the file.
-
-    Attributes:
-        labels: as given.
-        index: where images that cannot be decoded are put down; None where there are no files.
     """
 
     def __init__(self, images: Source, class_names: tuple[str, ...], labels: Callable[[int], np.ndarray]):
         self.class_names, self.labels = class_names, labels
         self.sizes_N2, self.excluded_X = images.sizes_N2, images.excluded_X
         self.name, self.decode, self.fingerprint = images.name, images.decode, images.fingerprint
+        # Images that cannot be decoded are put down there; made ones have none.
         self.index = getattr(images, "index", None)
 
     def __len__(self) -> int:
@@ -47,13 +44,10 @@ class Scenes:
 
 
 def folder_scenes(root: str) -> tuple[Scenes, Scenes]:
-    """Those to train on and those to test on, below a folder of ADE20K's layout; label 0 is no class.
+    """Open the scenes to train on and those to test on, below a folder of ADE20K's layout; label 0 is no class.
 
     The classes are those of `objectInfo150.txt`; without it as many as the largest label of the training images says,
-    all of which are read for that.
-
-    Raises:
-        DataError: another layout, no readable image, or an image without its annotation.
+    all of which are read. Raises DataError: another layout, no readable image, or an image without its annotation.
     """
     for kind in ("images", "annotations"):
         for part in PARTS:
@@ -67,55 +61,48 @@ def folder_scenes(root: str) -> tuple[Scenes, Scenes]:
     names = Path(root) / NAMES
     class_names = _names_in(names) if names.is_file() else _numbered(paths[0])
     train, test = (
-        Scenes(found, class_names, Annotations(found, of_these, len(class_names)))
+        Scenes(found, class_names, _labels_of(found, of_these, len(class_names)))
         for found, of_these in zip(images, paths)
     )
     return train, test
 
 
-class Annotations:
-    """id -> labels [H, W] uint8 of the file at `paths[id]`, where 0 is no class and k class k - 1.
+def _labels_of(images: IndexedSource, paths: list[str], classes: int) -> Callable[[int], np.ndarray]:
+    """Return `Scenes.labels` of the files at `paths[id]`, where 0 is no class and k class k - 1."""
 
-    Raises:
-        DataError: a file that is damaged, of another size than its image, or with more labels than classes.
-    """
-
-    def __init__(self, images: IndexedSource, paths: list[str], classes: int):
-        self._images, self._paths, self._classes = images, paths, classes
-
-    def __call__(self, index: int) -> np.ndarray:
-        path, expected = self._paths[index], tuple(self._images.sizes_N2[index].tolist())
+    def labels(index: int) -> np.ndarray:
+        path, expected = paths[index], tuple(images.sizes_N2[index].tolist())
         numbers_HW = _read_annotation(path)
         if numbers_HW.shape != expected:
             sizes = [f"{height} x {width}" for height, width in (numbers_HW.shape, expected)]
-            raise DataError(f"{path}: {sizes[0]} pixels, and its image {self._images.name(index)} has {sizes[1]}")
-        if numbers_HW.max() > self._classes:
-            raise DataError(f"{path}: label {numbers_HW.max()} must be in 0..{self._classes}, the number of classes")
+            raise DataError(f"{path}: {sizes[0]} pixels, and its image {images.name(index)} has {sizes[1]}")
+        if numbers_HW.max() > classes:
+            raise DataError(f"{path}: label {numbers_HW.max()} must be in 0..{classes}, the number of classes")
         return numbers_HW - np.uint8(1)  # 0 wraps around to 255, which is `IGNORED`
+
+    return labels
 
 
 def _annotations_of(images: IndexedSource, root: str, part: str) -> list[str]:
-    """Where the annotation of each image is: the same name, as PNG."""
-    folder = os.path.abspath(Path(root) / "images" / part)
-    beside = os.path.join(os.path.abspath(root), "annotations", part)
+    """Return the path of each image's annotation: the same name, as PNG."""
+    folder, beside = (os.path.join(os.path.abspath(root), kind, part) for kind in ("images", "annotations"))
     paths = []
-    for index in range(len(images)):
-        name = os.path.splitext(os.path.relpath(images.name(index), folder))[0]
-        paths.append(os.path.join(beside, f"{name}.png"))
+    for name in map(images.name, range(len(images))):
+        stem, _ = os.path.splitext(os.path.relpath(name, folder))
+        paths.append(os.path.join(beside, f"{stem}.png"))
         if not os.path.isfile(paths[-1]):
-            raise DataError(f"{paths[-1]}: no such file; it must be there for the image {images.name(index)}")
+            raise DataError(f"{paths[-1]}: no such file; it must be there for the image {name}")
     return paths
 
 
 def _read_annotation(path: str) -> np.ndarray:
-    """The numbers in an 8-bit gray or palette image, [H, W] uint8. Raises DataError naming the file."""
+    """Return the numbers in an 8-bit gray or palette image, [H, W] uint8. Raises DataError naming the file."""
     try:
         with Image.open(path) as image:
             if image.mode in _MODES:
                 return np.array(image)
-    # Pillow's plugins raise whatever damaged data lead them to.
-    except Exception as error:
-        raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from error
+    except Exception as error:  # Pillow's plugins raise whatever damaged data lead them to
+        raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
     raise DataError(f"{path}: an annotation of mode {image.mode}; it must be 8-bit gray or palette")
 
 
@@ -131,7 +118,7 @@ def _names_in(path: Path) -> tuple[str, ...]:
 
 
 def _numbered(paths: list[str]) -> tuple[str, ...]:
-    """Numbers as names, as many as the largest label in these annotations."""
+    """Return numbers as names, as many as the largest label in these annotations."""
     with ThreadPoolExecutor(thread_count(0)) as pool:
         largest = max(pool.map(lambda path: int(_read_annotation(path).max()), paths))
     if largest < 2:
@@ -140,11 +127,7 @@ def _numbered(paths: list[str]) -> tuple[str, ...]:
 
 
 def shape_scenes(data: DataConfig, seed: int) -> Scenes:
-    """Made shapes on a background, which is the first class; no pixel is ignored.
-
-    Raises:
-        ConfigError: a size or a number of classes that is not made.
-    """
+    """Make scenes of shapes on a background, which is the first class; no pixel is ignored. Raises ConfigError."""
     images = ShapesSource(seed, data.samples, data.image_size, data.classes, data.background, data.root or None)
 
     def labels(index: int) -> np.ndarray:

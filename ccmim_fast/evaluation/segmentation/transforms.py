@@ -1,4 +1,4 @@
-"""Images and labels together: resized, cropped, mirrored, distorted in colour, padded (mmsegmentation's for ADE20K).
+"""Images change with their labels: resized, cropped, mirrored, distorted, padded (mmsegmentation's for ADE20K).
 
 `SceneLoader` makes micro-batches of them.
 """
@@ -25,43 +25,31 @@ _TRIES = 11  # crops drawn until one is varied enough; the last is taken as it i
 
 
 class Pair(NamedTuple):
-    """image_CHW: uint8. labels_HW: uint8, `IGNORED` where there is no class."""
+    """This tuple holds an image, uint8, and labels, uint8, `IGNORED` where there is no class."""
 
     image_CHW: Image
     labels_HW: Mask
 
     @property
     def size(self) -> tuple[int, int]:
-        """H, W."""
+        """Return H, W."""
         return tuple(self.labels_HW.shape)
 
     def resized(self, size: tuple[int, int]) -> "Pair":
-        """Bilinear without antialiasing, labels by the nearest, both as cv2 does."""
+        """Resize bilinearly without antialiasing, labels by the nearest, both as cv2 does."""
         options = {"interpolation": InterpolationMode.BILINEAR, "antialias": False}
         return Pair(*(F.resize(one, list(size), **options) for one in self))
 
-    def cut(self, y: int, x: int, height: int, width: int) -> "Pair":
-        return Pair(*(F.crop(one, y, x, height, width) for one in self))
-
-    def mirrored(self) -> "Pair":
-        return Pair(*map(F.horizontal_flip, self))
-
-    def padded(self, size: tuple[int, int], colour: tuple[int, ...]) -> "Pair":
-        """Below and to the right, by one colour that is ignored."""
-        below, beside = (max(0, asked - has) for asked, has in zip(size, self.size))
-        sides = [0, 0, beside, below]
-        return Pair(F.pad(self.image_CHW, sides, fill=list(colour)), F.pad(self.labels_HW, sides, fill=IGNORED))
-
 
 def pair_of(scenes: Scenes, index: int, image_HWC: np.ndarray) -> Pair:
-    """A decoded image with its labels. Raises DataError naming the annotation."""
+    """Join a decoded image and its labels. Raises DataError naming the annotation."""
     image_CHW = torch.from_numpy(np.array(image_HWC)).permute(2, 0, 1).contiguous()
     return Pair(Image(image_CHW), Mask(torch.from_numpy(np.array(scenes.labels(index)))))
 
 
 @dataclass(frozen=True)
 class Augment:
-    """What happens to a pair before it is trained on: [C, *size] and [*size]; all draws are the generator's."""
+    """Make a pair ready to be trained on: [C, *size] and [*size]; all draws are the generator's."""
 
     size: tuple[int, int]  # height, width of the crop, pixels
     sides: tuple[int, int]  # short and long side, see `scaled`
@@ -76,14 +64,18 @@ class Augment:
         pair = pair.resized(scaled(pair.size, (short, long)))
         pair = self._crop(pair, draws)
         if self.flip and draws.random() < 0.5:
-            pair = pair.mirrored()
-        return pair._replace(image_CHW=distort(pair.image_CHW, draws)).padded(self.size, self.colour)
+            pair = Pair(*map(F.horizontal_flip, pair))
+        image_CHW = distort(pair.image_CHW, draws)
+        # Below and to the right, by one colour that is ignored.
+        below, beside = (max(0, asked - has) for asked, has in zip(self.size, pair.size))
+        sides = [0, 0, beside, below]
+        return Pair(F.pad(image_CHW, sides, fill=list(self.colour)), F.pad(pair.labels_HW, sides, fill=IGNORED))
 
     def _crop(self, pair: Pair, draws: np.random.Generator) -> Pair:
         room = [max(0, has - asked) for has, asked in zip(pair.size, self.size)]
         for _ in range(_TRIES):
             y, x = (int(draws.integers(most + 1)) for most in room)
-            crop = pair.cut(y, x, *(min(has, asked) for has, asked in zip(pair.size, self.size)))
+            crop = Pair(*(F.crop(one, y, x, *map(min, pair.size, self.size)) for one in pair))
             counts = torch.bincount(crop.labels_HW.flatten(), minlength=IGNORED)[:IGNORED]
             if 0 < counts.max() <= self.most * counts.sum():
                 break
@@ -91,7 +83,7 @@ class Augment:
 
 
 def scaled(size: tuple[int, int], sides: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of an image made as large as fits into sides (short, long), its aspect kept."""
+    """Return height and width of an image made as large as fits into sides (short, long), its aspect kept."""
     factor = min(side / of_image for side, of_image in zip(sides, sorted(size)))
     height, width = (max(1, int(side * factor + 0.5)) for side in size)
     return height, width
@@ -122,7 +114,7 @@ def distort(image_CHW: Tensor, draws: np.random.Generator) -> Tensor:
 
 
 def saturated(pixels_CHW: Tensor, factor: float) -> Tensor:
-    """HSV's saturation times `factor`, 1 at most: each channel's distance below the largest, which is the value."""
+    """Multiply HSV's saturation by `factor`, to 1 at most: each channel's distance below the largest, the value."""
     value_1HW = pixels_CHW.amax(0, keepdim=True)
     below_CHW = value_1HW - pixels_CHW
     largest_1HW = below_CHW.amax(0, keepdim=True).clamp(min=1e-6)
@@ -137,7 +129,7 @@ class SceneBatch(NamedTuple):
 
 
 class SceneLoader(SampleLoader):
-    """Training micro-batches of one rank; labels that are wrong end the run."""
+    """This loader gives training micro-batches of one rank; labels that are wrong end the run."""
 
     def __init__(self, job: Job):
         super().__init__(job)
