@@ -5,8 +5,8 @@ The runs use the command line, metrics.jsonl and the checkpoints alone, so that 
     PYTHONPATH=.:kernels python tests/bit_equality.py CURVES.json
 
 records the curves of the checkout in which it is called: of an older commit, to compare on another machine with
-`test_bit_equality.py`, or of this one, where a result is meant to change. `tests/assets/curves_ac1f32c.json` is of
-commit ac1f32c.
+`test_bit_equality.py`, or of this one, where a result is meant to change. `tests/assets/curves_ac1f32c.json` holds
+records of commit ac1f32c, one for each maker of processors.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-# The arithmetic that every x86-64 machine has, so that all machines give the same bits.
+# The arithmetic that every x86-64 machine has. MKL still sums otherwise on Intel's processors than on AMD's.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -91,8 +92,18 @@ RUNS = {
 
 def machine() -> dict[str, str]:
     """Return what the last bit of a result may depend on beside this project's code."""
+    makers = re.findall(r"^vendor_id\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "timm", "numpy", "pillow")}
-    return {"machine": platform.machine(), "libc": " ".join(platform.libc_ver()), **versions}
+    kind = {"machine": platform.machine(), "processor": makers[0] if makers else ""}
+    return {**kind, "libc": " ".join(platform.libc_ver()), **versions}
+
+
+def record_for(found: dict[str, Any], records: list[dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+    """Return the record to compare `found` with, and whether it is of this kind of machine: then bits are compared."""
+    for record in records:
+        if record["machine"] == found["machine"]:
+            return record, True
+    return records[0], False
 
 
 def all_curves() -> dict[str, Any]:
@@ -189,7 +200,7 @@ def main(argv: list[str]) -> None:
         return
     found = all_curves()
     runs = ",\n".join(f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in found["runs"].items())
-    Path(argv[0]).write_text(f'{{"machine": {json.dumps(found["machine"])},\n "runs": {{\n{runs}\n}}}}\n')
+    Path(argv[0]).write_text(f'[{{"machine": {json.dumps(found["machine"])},\n "runs": {{\n{runs}\n}}}}]\n')
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every kernel, in every configuration its launcher can choose, compiles for nine GPU generations without spilling."""
+"""Every kernel compiles, without spilling, in every configuration that its launcher can choose."""
 
 import importlib
 import os
@@ -24,10 +24,11 @@ def kernel_names(op: str) -> set[str]:
 
 
 @pytest.mark.slow
-def test_compiles_for_every_generation_without_spills():
+def test_compiles_without_spills():
+    """For the oldest GPU generation and Hopper; the script alone takes minutes for all nine."""
     # A process of its own: in the interpreter kernels are Python functions, which cannot be compiled.
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT / "kernels")}
-    command = [sys.executable, str(ROOT / "benchmarks" / "ops" / "ahead_of_time.py")]
+    command = [sys.executable, str(ROOT / "benchmarks" / "ops" / "ahead_of_time.py"), "--arch", "61", "90"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
