@@ -32,5 +32,5 @@ def launches() -> None:
         for width in WIDTHS:
             launchers.restore_tokens(empty(2, 50, width, dtype=dtype), empty(width), ids(2, 196), empty(197, width))
             grad = empty(2, 197, width, dtype=dtype)
-            launchers.visible_gradient(grad, ids(2, 196), 49)
-            launchers.mask_token_gradient(grad, ids(2, 196), 49)
+            launchers.restore_tokens_visible_gradient(grad, ids(2, 196), 49)
+            launchers.restore_tokens_mask_token_gradient(grad, ids(2, 196), 49)

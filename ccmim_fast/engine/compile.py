@@ -1,18 +1,19 @@
-"""torch.compile of the step, and a warm-up that leaves no trace: it compiles, tries, and gives up in one line."""
+"""The faster forms of a step: compiled, after a warm-up that leaves no trace, and captured as one CUDA graph."""
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine.dry_run import dry_run, synthetic_batch
-from ccmim_fast.engine.step import TrainStep
+from ccmim_fast.engine.step import StepResult, TrainStep
 from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.optim.update import drop_gradients
+from ccmim_fast.optim.update import drop_gradients, set_lr
 
 
 def choose_compile(name: str, device: torch.device, divided: bool = False) -> str:
@@ -63,11 +64,6 @@ def vit_blocks(model: CCMIM) -> list[ViTBlock]:
     return [block for block in (*model.encoder.blocks, *model.decoder.blocks) if isinstance(block, ViTBlock)]
 
 
-def is_compiled(model: CCMIM) -> bool:
-    """Return whether the blocks run compiled."""
-    return any("compute" in vars(block) for block in vit_blocks(model))
-
-
 @contextlib.contextmanager
 def uncompiled(model: CCMIM) -> Iterator[None]:
     """Run the blocks eagerly within, so that hooks of their parts are called."""
@@ -77,13 +73,6 @@ def uncompiled(model: CCMIM) -> Iterator[None]:
     finally:
         for block, compute in compiled.items():
             block.compute = compute
-
-
-def uncompile(step: TrainStep) -> None:
-    """Make `step` run eagerly again."""
-    for block in vit_blocks(step.model):
-        vars(block).pop("compute", None)
-    step.forward = step.losses
 
 
 def warm_up(step: TrainStep, batch: int, accumulate: int, steps: int = 2) -> bool:
@@ -107,7 +96,7 @@ def warm_up(step: TrainStep, batch: int, accumulate: int, steps: int = 2) -> boo
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
-            if step.forward == step.losses and not is_compiled(step.model):
+            if step.forward == step.losses and not any("compute" in vars(block) for block in vit_blocks(step.model)):
                 raise
             _give_up(step, error)
         _take(step, batches, steps)
@@ -117,10 +106,54 @@ def warm_up(step: TrainStep, batch: int, accumulate: int, steps: int = 2) -> boo
 def _give_up(step: TrainStep, error: Exception) -> None:
     reason = " ".join(str(error).split())[:300]
     print(f"train.compile failed, the run goes on without: {type(error).__name__}: {reason}", file=sys.stderr)
-    uncompile(step)
+    for block in vit_blocks(step.model):
+        vars(block).pop("compute", None)
+    step.forward = step.losses
     drop_gradients(step.optimizer)
 
 
 def _take(step: TrainStep, batches: list[Batch], steps: int) -> None:
     for _ in range(steps):
         step(batches, 0.0)
+
+
+class GraphedStep:
+    """A `TrainStep` whose device work is one launch of a CUDA graph. Called like the step it replays.
+
+    Images and what belongs to them are copied into buffers of its own, so a loader may reuse its memory at once.
+    Capture takes place at the first call, after the warm-up has created the optimizer's state and a checkpoint, if any,
+    has filled it: a graph replays addresses.
+
+    Args:
+        step: with a `capturable` optimizer, on CUDA, one process.
+    """
+
+    def __init__(self, step: TrainStep):
+        self.step = step
+        self._batches: list[Batch] = []
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._result: StepResult | None = None
+
+    def __call__(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        """Train as `TrainStep.__call__`; the next call overwrites the result."""
+        if self._graph is None:
+            self._capture(batches)
+        for static, batch in zip(self._batches, batches, strict=True):
+            for name, tensor in _tensors_of(batch).items():
+                getattr(static, name).copy_(tensor, non_blocking=True)
+        set_lr(self.step.optimizer, lr)
+        self._graph.replay()
+        return self._result
+
+    def _capture(self, batches: Sequence[Batch]) -> None:
+        """Record the step on copies of the batches, without running it."""
+        self._batches = [Batch(**{name: tensor.clone() for name, tensor in _tensors_of(b).items()}) for b in batches]
+        drop_gradients(self.step.optimizer)
+        torch.cuda.synchronize(self.step.device)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._result = self.step.run(self._batches)
+
+
+def _tensors_of(batch: Batch) -> dict[str, Tensor]:
+    return {name: value for name, value in batch._asdict().items() if isinstance(value, Tensor)}

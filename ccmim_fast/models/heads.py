@@ -93,17 +93,14 @@ def build_predictor(dim: int, *, sync_bn: bool) -> nn.Sequential:
 
 
 class _Flight:
-    """A collective on its way: the rows of all ranks, later the gradient of the own ones."""
+    """This is a collective on its way: the rows of all ranks, later the gradient of the own ones."""
 
     work: dist.Work
-    rows_NE: Tensor | None
+    gathered_NE: Tensor | None
 
 
-class AsyncAllGather(NamedTuple):
-    """Own rows on their way to all ranks."""
-
-    own_BE: Tensor
-    flight: _Flight
+# The own rows, and the collective that takes them to all ranks.
+AsyncAllGather = tuple[Tensor, _Flight]
 
 
 class _Start(torch.autograd.Function):
@@ -152,7 +149,7 @@ def finish_all_gather(started: AsyncAllGather | None) -> Tensor | None:
 @torch.compiler.disable
 def _start(own_BE: Tensor) -> AsyncAllGather:
     flight = _Flight()
-    return AsyncAllGather(_Start.apply(own_BE, flight), flight)
+    return _Start.apply(own_BE, flight), flight
 
 
 @torch.compiler.disable

@@ -141,8 +141,10 @@ class Bank(ScoreSource):
 
 
 def can_fold(vit: VisionTransformer) -> bool:
-    """Return whether Eq. 4 at the first block is LN(x_i) . v."""
-    return vit.blocks[0].can_fold and isinstance(vit.norm_pre, nn.Identity)
+    """Return whether Eq. 4 at the first block is LN(x_i) . v: a LayerNorm alone before it, and no norm of the keys."""
+    first = vit.blocks[0]
+    plain = isinstance(first.attn.k_norm, nn.Identity) and isinstance(vit.norm_pre, nn.Identity)
+    return plain and isinstance(first.norm1, nn.LayerNorm)
 
 
 def eps_of(vit: VisionTransformer) -> float:

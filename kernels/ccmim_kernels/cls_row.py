@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor
 
-from ccmim_kernels.dispatch import uses_triton
+from ccmim_kernels.dispatch import operator, uses_triton
 
 KINDS = ("logits", "softmax")
 
@@ -68,13 +68,6 @@ def cls_row(
     return row_BL if total_BL is None else total_BL + row_BL
 
 
-@torch.library.custom_op("ccmim::cls_row", mutates_args=())
+@operator("cls_row")
 def _cls_row(q: Tensor, k: Tensor, total: Tensor | None, prefix: int, kind: str, scale: float) -> Tensor:
-    from ccmim_kernels.triton_impl import cls_row as launchers
-
-    return launchers.cls_row(q, k, total, prefix, kind, scale)
-
-
-@_cls_row.register_fake
-def _(q, k, total, prefix, kind, scale):
     return k.new_empty((k.shape[0], k.shape[1] - prefix), dtype=torch.float32)

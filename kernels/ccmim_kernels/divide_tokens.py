@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ccmim_kernels.dispatch import uses_triton, widened
+from ccmim_kernels.dispatch import operator, uses_triton, widened
 from ccmim_kernels.gather_tokens import gather_gradients, gather_tokens
 from ccmim_kernels.sample_partition import Partition, checked_samples, empty_partition, sample_partition
 
@@ -128,7 +128,7 @@ def _check(tokens_BLD, prefix_PD, logits_BL, direction_D, grid, strategy) -> Non
         raise ValueError(f"strategy={strategy} needs either logits or direction, got {given} of them")
 
 
-@torch.library.custom_op("ccmim::divide_tokens", mutates_args=())
+@operator("divide_tokens")
 def _divide_tokens(
     tokens: Tensor,
     prefix: Tensor,
@@ -144,14 +144,6 @@ def _divide_tokens(
     noise: str,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from ccmim_kernels.triton_impl import divide_tokens as launchers
-
-    sampling = (keep, seed, epoch, strategy, noise, temperature)
-    return launchers.divide_tokens(tokens, prefix, ids, logits, direction, eps, with_masked, *sampling)
-
-
-@_divide_tokens.register_fake
-def _(tokens, prefix, ids, logits, direction, eps, with_masked, keep, *_sampling):
     B, L, D = tokens.shape
     P = prefix.shape[0]
     return (

@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor
 
-from ccmim_kernels.dispatch import uses_triton
+from ccmim_kernels.dispatch import operator, uses_triton
 
 
 def restore_tokens_reference(
@@ -54,39 +54,18 @@ def restore_tokens(
     return restore_tokens_reference(visible_BTD, mask_token_D, ids_restore_BL, positions_SD)
 
 
-@torch.library.custom_op("ccmim::restore_tokens", mutates_args=())
+@operator("restore_tokens")
 def _restore_tokens(visible: Tensor, mask_token: Tensor, ids_restore: Tensor, positions: Tensor) -> Tensor:
-    from ccmim_kernels.triton_impl import restore_tokens as launchers
-
-    return launchers.restore_tokens(visible, mask_token, ids_restore, positions)
-
-
-@_restore_tokens.register_fake
-def _(visible, mask_token, ids_restore, positions):
     return visible.new_empty((visible.shape[0], ids_restore.shape[1] + 1, visible.shape[2]))
 
 
-@torch.library.custom_op("ccmim::restore_tokens_visible_gradient", mutates_args=())
+@operator("restore_tokens_visible_gradient")
 def _visible_gradient(grad: Tensor, ids_restore: Tensor, keep: int) -> Tensor:
-    from ccmim_kernels.triton_impl import restore_tokens as launchers
-
-    return launchers.visible_gradient(grad, ids_restore, keep)
-
-
-@_visible_gradient.register_fake
-def _(grad, ids_restore, keep):
     return grad.new_empty((grad.shape[0], keep + 1, grad.shape[2]))
 
 
-@torch.library.custom_op("ccmim::restore_tokens_mask_token_gradient", mutates_args=())
+@operator("restore_tokens_mask_token_gradient")
 def _mask_token_gradient(grad: Tensor, ids_restore: Tensor, keep: int) -> Tensor:
-    from ccmim_kernels.triton_impl import restore_tokens as launchers
-
-    return launchers.mask_token_gradient(grad, ids_restore, keep)
-
-
-@_mask_token_gradient.register_fake
-def _(grad, ids_restore, keep):
     return grad.new_empty(grad.shape[2:], dtype=torch.float32)
 
 

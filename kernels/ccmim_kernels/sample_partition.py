@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ccmim_kernels.dispatch import uses_triton, widened
+from ccmim_kernels.dispatch import operator, uses_triton, widened
 from ccmim_kernels.philox import STREAM_BLOCK, keyed_bits, keyed_gumbel, keyed_uniform, per_sample, to_unit
 
 STRATEGIES = ("random", "block", "importance", "importance_sampling")
@@ -224,7 +224,7 @@ def sample_partition(
     return sample_partition_reference(logits_BL, ids_B, grid=grid, **how)
 
 
-@torch.library.custom_op("ccmim::sample_partition", mutates_args=())
+@operator("sample_partition")
 def _sample_partition(
     logits: Tensor | None,
     ids: Tensor,
@@ -238,14 +238,6 @@ def _sample_partition(
     temperature: float,
     block_min: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from ccmim_kernels.triton_impl import sample_partition as launchers
-
-    sampling = (keep, seed, epoch, strategy, noise, temperature)
-    return launchers.sample_partition(logits, ids, rows, columns, *sampling, block_min)
-
-
-@_sample_partition.register_fake
-def _(logits, ids, rows, columns, keep, *_sampling):
     return empty_partition(ids, rows * columns, keep, torch.bool)
 
 

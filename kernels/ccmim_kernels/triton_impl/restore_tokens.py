@@ -110,7 +110,7 @@ def restore_tokens(visible_BTD: Tensor, mask_token_D: Tensor, ids_restore_BL: Te
     return out_BSD
 
 
-def visible_gradient(grad_BSD: Tensor, ids_restore_BL: Tensor, keep: int) -> Tensor:
+def restore_tokens_visible_gradient(grad_BSD: Tensor, ids_restore_BL: Tensor, keep: int) -> Tensor:
     """Launch the kernel that takes [B, 1 + L, D] to [B, 1 + keep, D]."""
     B, S, D = grad_BSD.shape
     out_BTD = torch.empty(B, keep + 1, D, dtype=grad_BSD.dtype, device=grad_BSD.device)
@@ -121,7 +121,7 @@ def visible_gradient(grad_BSD: Tensor, ids_restore_BL: Tensor, keep: int) -> Ten
     return out_BTD
 
 
-def mask_token_gradient(grad_BSD: Tensor, ids_restore_BL: Tensor, keep: int) -> Tensor:
+def restore_tokens_mask_token_gradient(grad_BSD: Tensor, ids_restore_BL: Tensor, keep: int) -> Tensor:
     """Sum [B, 1 + L, D] over all masked positions to [D] float32, in two passes: no atomics, one order."""
     B, S, D = grad_BSD.shape
     partial_BD = torch.empty(B, D, dtype=torch.float32, device=grad_BSD.device)
