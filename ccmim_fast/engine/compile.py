@@ -33,7 +33,7 @@ def compile_step(step: TrainStep, what: str, mode: str = "default", backend: str
     """Make `step` run compiled, at its next call; eagerly, after one line, where there is no torch.compile.
 
     Args:
-        what: `blocks`: each transformer block as one graph, the same for all blocks of a shape, the rest eager; `step`:
+        what: `blocks`: each transformer block as one graph, shared by blocks of a width and a number of tokens; `step`:
             forward pass and losses as one graph, whose backward pass is compiled with it; `off`.
         mode: of torch.compile; inductor only.
         backend: of torch.compile.
@@ -42,21 +42,16 @@ def compile_step(step: TrainStep, what: str, mode: str = "default", backend: str
     options = {"backend": backend, **({"mode": mode} if backend == "inductor" else {})}
     try:
         if what == "blocks":
-            compile_blocks(step.model, **options)
+            # A graph for each of: visible, masked and decoder's tokens, first and later blocks, whole and query tokens.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+            compute = torch.compile(ViTBlock.compute, fullgraph=True, **options)
+            for block in vit_blocks(step.model):
+                block.compute = compute
         elif what == "step":
             # DDP cuts the graph into buckets itself.
             step.forward = torch.compile(step.losses, fullgraph=step.wrapped is step.model, dynamic=False, **options)
     except Exception as error:  # such as: a Python that torch.compile does not know yet
         _give_up(step, error)
-
-
-def compile_blocks(model: CCMIM, **options: Any) -> None:
-    """Compile the blocks' arithmetic as one graph, which all blocks of a width and a number of tokens share."""
-    # A graph for each of: visible, masked and decoder's tokens, first and later blocks, whole and query tokens.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-    compute = torch.compile(ViTBlock.compute, fullgraph=True, **options)
-    for block in vit_blocks(model):
-        block.compute = compute
 
 
 def vit_blocks(model: CCMIM) -> list[ViTBlock]:

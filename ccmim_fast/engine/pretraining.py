@@ -38,11 +38,7 @@ More = Callable[["Pretraining", Sequence[Batch], StepResult], dict[str, float | 
 
 @explains_out_of_memory
 def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None = None) -> Path:
-    """Pretrain as `config` says; returns the run's folder.
-
-    Raises:
-        CcmimError: a user's error, with its exit code.
-    """
+    """Pretrain as `config` says; returns the run's folder. Raises CcmimError for a user's error."""
     with open_session(config.train.device, config.watch.timeout) as here:
         validate(config, here.world_size)
         check_device(config, here, looks=after_epoch is not None)
@@ -53,21 +49,14 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None
         here.watchdog.start(folder)
         task = Pretraining(config, here, folder, after_epoch, more)
         with closing(Loop(task, config, here, folder)) as loop:
-            profile = _profile(loop)
+            train, model, precision = config.train, task.model, task.precision
+            images = train.batch_size // here.world_size
+            profile = Profile(train.profile, here, folder, loop.meter, model, precision, images=images, note=loop.note)
             if here.is_main:
                 describe_run(folder, config, here.device)
             with recorded(folder, here.is_main, lambda: loop.step >= loop.total_steps):
                 loop.run(profile.watch)
     return folder
-
-
-def _profile(loop: Loop) -> Profile:
-    """Return what measures `train.profile` steps of the run."""
-    train, task = loop.config.train, loop.task
-    images = train.batch_size // loop.here.world_size
-    return Profile(
-        train.profile, loop.here, loop.folder, loop.meter, task.model, task.precision, images=images, note=loop.note
-    )
 
 
 class Pretraining(Task):

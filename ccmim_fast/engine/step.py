@@ -16,8 +16,7 @@ from ccmim_fast.bank.bank import read_maps, update_maps
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.losses.criteria import Losses, Objective
-from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.models.output import Output
+from ccmim_fast.models.ccmim import CCMIM, Output
 from ccmim_fast.models.precision import Precision, onednn_linear
 from ccmim_fast.models.scores import PriorScores
 from ccmim_fast.optim.ema import update_ema_

@@ -1,7 +1,6 @@
-"""All ranks learn of each step if it was skipped and if to stop, a few steps later, so that no host waits for a device.
+"""All ranks learn of each step if it was skipped and if to stop, so many steps later that no host waits for a device.
 
-The order of events is the same on every rank: each submits every step, and reads the answer a fixed number of steps
-later.
+That number is fixed, so the order of events is the same on every rank.
 """
 
 from collections import deque
@@ -17,7 +16,7 @@ _LAG = 2  # steps until a GPU is asked about one; it works a step or two behind 
 
 
 class StepStatus(NamedTuple):
-    """A step of a while ago.
+    """This tuple describes a step of a while ago.
 
     Attributes:
         step: its number, from 1.
@@ -33,10 +32,7 @@ class StepStatus(NamedTuple):
 
 
 class StepMonitor:
-    """Collects what ranks know of their steps.
-
-    Args:
-        here: this process's place.
+    """This class collects what ranks know of their steps.
 
     Attributes:
         bad_in_a_row: number of bad steps at the end of those that `completed` gave.

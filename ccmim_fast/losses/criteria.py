@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.models.output import Output
+from ccmim_fast.models.ccmim import Output
 from ccmim_kernels import hog_target, info_nce, masked_patch_loss, moco_nce
 
 HOG_BINS = 9  # orientations over 180 degrees; MaskFeat

@@ -29,7 +29,7 @@ def cls_row(
     total_BL: Tensor | None = None,
     kernels: str = "auto",
 ) -> Tensor:
-    """Compute the [CLS] row of an attention map, averaged over heads, patches only.
+    """Compute the [CLS] row of an attention map, averaged over heads, patches only, without gradient.
 
     - `kind="logits"`: E_h[q_0 K_{1:}^T * scale], the argument of Eq. 4's softmax.
     - `kind="softmax"`: E_h[softmax(q_0 K^T * scale)]_{1:}, the softmax over all tokens, per head. A row sums to
@@ -44,10 +44,7 @@ def cls_row(
         kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`.
 
     Returns:
-        [B, T - prefix], a new tensor without gradient; float32, or float64 from float64.
-
-    Raises:
-        ValueError: an unknown kind, or shapes that do not fit.
+        [B, T - prefix], a new tensor; float32, or float64 from float64.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")

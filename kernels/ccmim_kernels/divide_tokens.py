@@ -91,14 +91,11 @@ def divide_tokens(
         prefix_PD: [P, D] float, [CLS] first; receives the gradient of the visible set only.
         ids_B: [B] int64 sample ids.
         direction_D: [D] float, no gradient.
-        logits_BL: [B, L] float, no gradient; not together with `direction_D`.
+        logits_BL: [B, L] float, no gradient; an importance strategy needs either this or `direction_D`.
         eps: of the LayerNorm.
         with_masked: gather the masked set too.
         kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`. Triton's is one launch; `block`
             takes one to sample and one for each set.
-
-    Raises:
-        ValueError: an argument out of its range, or both or neither of logits and direction for an importance strategy.
     """
     how = {"keep": keep, "seed": seed, "strategy": strategy, "noise": noise, "temperature": temperature}
     logits_BL, ids_B, epochs_B = checked_samples(logits_BL, ids_B, epoch, *tokens_BLD.shape[:2], **how)

@@ -32,9 +32,6 @@ def gather_tokens(
 
     Returns:
         [B, P + K, D] in the dtype of `tokens_BLD`.
-
-    Raises:
-        ValueError: shapes that do not fit.
     """
     if tokens_BLD.ndim != 3 or ids_BK.ndim != 2 or len(tokens_BLD) != len(ids_BK):
         raise ValueError(f"tokens {list(tokens_BLD.shape)} and ids {list(ids_BK.shape)} must be [B, L, D] and [B, K]")
@@ -52,8 +49,12 @@ def _gather_tokens(tokens: Tensor, ids: Tensor, prefix: Tensor | None) -> Tensor
 
 
 @operator("scatter_tokens")
-def _scatter_tokens(grad: Tensor, ids: Tensor, patches: int) -> Tensor:
-    return grad.new_empty((grad.shape[0], patches, grad.shape[2]))
+def _scatter_tokens(grad: Tensor, ids: Tensor, rows: int, first: int = 0) -> Tensor:
+    """Return [B, rows, D]: row r is row P + j of `grad` [B, P + K, D] where ids[j] = r - first, else zeros.
+
+    With P = first = 1 row 0 is the row 0 of `grad`.
+    """
+    return grad.new_empty((grad.shape[0], rows, grad.shape[2]))
 
 
 def gather_gradients(

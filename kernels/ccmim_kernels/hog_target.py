@@ -87,9 +87,6 @@ def hog_target(
 
     Returns:
         [B, M, F], F = (patch / cell)**2 * C * bins, ordered (cell row, cell column, channel, bin). It has no gradient.
-
-    Raises:
-        ValueError: sizes or dtypes that do not fit.
     """
     B, H, W, _ = images_BHWC.shape
     if patch % cell:

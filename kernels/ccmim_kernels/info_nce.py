@@ -50,7 +50,7 @@ def info_nce(
     tau: float,
     kernels: str = "auto",
 ) -> Tensor:
-    """Compute L_NCE (Eq. 7), the mean over the B local images.
+    """Compute L_NCE (Eq. 7), the mean over the B local images: a scalar, float32 (float64 from float64).
 
     For image i, with cosine similarity s:
     -log( exp(s(hM_i, hV_i) / tau) / ( sum_{j != i} exp(s(hV_i, hV_j) / tau) + sum_j exp(s(hM_i, hV_j) / tau) ) ).
@@ -63,12 +63,6 @@ def info_nce(
         offset: see above.
         tau: temperature.
         kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`.
-
-    Returns:
-        A scalar; float32, or float64 from float64.
-
-    Raises:
-        ValueError: shapes or values that do not fit.
     """
     visible_all_NE = visible_BE if visible_all_NE is None else visible_all_NE
     _check(visible_BE, visible_all_NE, offset, tau)
@@ -91,13 +85,7 @@ def moco_nce(
     Args:
         visible_BE: [B, E] float, hV of the local images; receives a gradient.
         masked_all_NE: [N, E] float, hM of all ranks, no gradient; rows offset .. offset + B - 1 are the local ones.
-        offset, tau, kernels: as in `info_nce`.
-
-    Returns:
-        A scalar; float32, or float64 from float64.
-
-    Raises:
-        ValueError: shapes or values that do not fit.
+        offset, tau, kernels: as in `info_nce`, as is the result.
     """
     _check(visible_BE, masked_all_NE, offset, tau)
     rows = visible_BE, masked_all_NE.detach()

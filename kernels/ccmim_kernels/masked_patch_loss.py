@@ -14,11 +14,7 @@ NORM_PIX_EPS = 1e-6  # MAE
 
 
 def patchify(images_BHWC: Tensor, patch: int) -> Tensor:
-    """Return the patches of images, [B, H, W, C] -> [B, L, patch * patch * C], any dtype.
-
-    Raises:
-        ValueError: H or W is no multiple of `patch`.
-    """
+    """Return the patches of images, [B, H, W, C] -> [B, L, patch * patch * C], any dtype; `patch` divides H and W."""
     B, H, W, C = images_BHWC.shape
     if H % patch or W % patch:
         raise ValueError(f"image {H}x{W} is no multiple of patch={patch}")
@@ -93,9 +89,6 @@ def masked_patch_loss(
 
     Returns:
         A scalar, the mean over B, M and P; float32, or float64 from float64.
-
-    Raises:
-        ValueError: shapes or dtypes that do not fit.
     """
     B, M = ids_masked_BM.shape
     _, H, W, C = images_BHWC.shape

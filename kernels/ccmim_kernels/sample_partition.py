@@ -141,13 +141,10 @@ def checked_samples(
     noise: str,
     temperature: float,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Check the arguments that all dividing ops share; return logits, ids and epochs in one dtype each.
+    """Check the arguments that all dividing ops share.
 
     Returns:
         logits [batch, patches] without gradient as float32 (float64 stays), ids and epochs [batch] as int64.
-
-    Raises:
-        ValueError: an argument that is out of its range, or of another shape.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} must be one of {', '.join(STRATEGIES)}")
@@ -188,6 +185,8 @@ def sample_partition(
 ) -> Partition:
     """Divide each image's patches into `keep` visible and L - keep masked ones (paper, section 3.2 and Table 5).
 
+    Nothing of the result has a gradient.
+
     Every strategy is one key per patch; the largest keys are masked, equal keys by patch index:
 
     - `random`: keys ~ U(0, 1) (MAE).
@@ -206,11 +205,6 @@ def sample_partition(
         seed, epoch: 0 .. 2**32 - 1; the epoch as a number, or as int64 on the device of `ids_B`, one for all or [B].
         kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`; the partition is the same, bit for bit.
 
-    Returns:
-        A `Partition`. Nothing of it has a gradient.
-
-    Raises:
-        ValueError: an argument out of its range; the message names it and its limit.
     """
     scored = strategy.startswith("importance")
     how = {"keep": keep, "seed": seed, "strategy": strategy, "noise": noise, "temperature": temperature}

@@ -29,18 +29,12 @@ _GRADIENT_INTEGERS = ["A", "C", "B", "offset", "excluded", "parts", "length"]
 def similarities(a_ptr, a_row, a_valid, c_ptr, c_row, c_valid, E, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr):
     """Multiply rows of `a` with rows of `c`: fp32 [len(a_row), len(c_row)]; rows not valid count as zero."""
     total = tl.zeros((a_row.shape[0], c_row.shape[0]), dtype=tl.float32)
+    a_ptr += a_row.to(tl.int64)[:, None] * E
+    c_ptr += c_row.to(tl.int64)[None, :] * E
     for start in range(0, E, BLOCK_E):
         lane = start + tl.arange(0, BLOCK_E)
-        a = tl.load(
-            a_ptr + a_row.to(tl.int64)[:, None] * E + lane[None, :],
-            mask=a_valid[:, None] & (lane < E)[None, :],
-            other=0.0,
-        )
-        c = tl.load(
-            c_ptr + c_row.to(tl.int64)[None, :] * E + lane[:, None],
-            mask=c_valid[None, :] & (lane < E)[:, None],
-            other=0.0,
-        )
+        a = tl.load(a_ptr + lane[None, :], mask=a_valid[:, None] & (lane < E)[None, :], other=0.0)
+        c = tl.load(c_ptr + lane[:, None], mask=c_valid[None, :] & (lane < E)[:, None], other=0.0)
         total = tl.dot(a, c, total, input_precision=PRECISION)
     return total
 
