@@ -16,19 +16,12 @@ _LAG = 2  # steps until a GPU is asked about one; it works a step or two behind 
 
 
 class StepStatus(NamedTuple):
-    """This tuple describes a step of a while ago.
+    """This tuple describes a step of a while ago."""
 
-    Attributes:
-        step: its number, from 1.
-        bad: gradients were not finite, so no weight changed.
-        stop: some rank was asked to stop.
-        evidence: what this rank kept of it.
-    """
-
-    step: int
-    bad: bool
-    stop: bool
-    evidence: Any
+    step: int  # its number, from 1
+    bad: bool  # gradients were not finite, so no weight changed
+    stop: bool  # some rank was asked to stop
+    evidence: Any  # what this rank kept of it
 
 
 class StepMonitor:

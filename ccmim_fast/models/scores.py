@@ -20,22 +20,17 @@ from ccmim_kernels import folded_logits
 
 
 class Score(NamedTuple):
-    """Eq. 4 before its softmax: either logits [B, L], or the direction v [D] with logits_i = LN(x_i) . v."""
+    """This is Eq. 4 before its softmax: either logits [B, L], or the direction v [D] with logits_i = LN(x_i) . v."""
 
     logits_BL: Tensor | None
     direction_D: Tensor | None
 
 
 class PriorScores(NamedTuple):
-    """The scores that a bank has of the patches before they are divided.
+    """The scores that a bank has of the patches before they are divided."""
 
-    Attributes:
-        scores_BL: [B, L] as `Output.cls_attention_BL`, 0 where nothing is known.
-        known_BL: [B, L] the share of each score that is known, 0 .. 1; for the rest 0 is assumed.
-    """
-
-    scores_BL: Tensor
-    known_BL: Tensor
+    scores_BL: Tensor  # as `Output.cls_attention_BL`, 0 where nothing is known
+    known_BL: Tensor  # the share of each score that is known, 0 .. 1; for the rest 0 is assumed
 
 
 class ScoreSource:

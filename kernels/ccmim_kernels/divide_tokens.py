@@ -14,19 +14,12 @@ from ccmim_kernels.sample_partition import Partition, checked_samples, empty_par
 
 
 class Divided(NamedTuple):
-    """This class is the result of `divide_tokens`.
+    """This class is the result of `divide_tokens`."""
 
-    Attributes:
-        visible: [B, P + K, D] prefix and visible tokens, in the dtype of the tokens.
-        masked: [B, P + M, D] prefix and masked tokens without gradient, or None.
-        partition: which patches are where.
-        logits: [B, L] the logits of Eq. 4 up to a constant per row, or None (`random`, `block`).
-    """
-
-    visible: Tensor
-    masked: Tensor | None
-    partition: Partition
-    logits: Tensor | None
+    visible: Tensor  # [B, P + K, D] prefix and visible tokens, in the dtype of the tokens
+    masked: Tensor | None  # [B, P + M, D] prefix and masked tokens without gradient, or None
+    partition: Partition  # which patches are where
+    logits: Tensor | None  # [B, L] the logits of Eq. 4 up to a constant per row, or None (`random`, `block`)
 
 
 def folded_logits(tokens_BLD: Tensor, direction_D: Tensor, eps: float) -> Tensor:

@@ -21,20 +21,13 @@ LOG_ASPECT = math.log(1 / 0.3)  # BEiT: aspect ratio log-uniform in 0.3 .. 1 / 0
 
 
 class Partition(NamedTuple):
-    """This class is one split per image, both sets in patch order.
+    """This class is one split per image, both sets in patch order."""
 
-    Attributes:
-        ids_visible_BK, ids_masked_BM: int64 patch indices, ascending.
-        ids_restore_BL: int64; row of patch i in the concatenation of both sets.
-        mask_BL: bool, True where masked.
-        nan_B: bool, True where a score of the image was NaN: NaN then counted as the largest score.
-    """
-
-    ids_visible_BK: Tensor
-    ids_masked_BM: Tensor
-    ids_restore_BL: Tensor
-    mask_BL: Tensor
-    nan_B: Tensor
+    ids_visible_BK: Tensor  # int64 patch indices, ascending
+    ids_masked_BM: Tensor  # int64 patch indices, ascending
+    ids_restore_BL: Tensor  # int64; row of patch i in the concatenation of both sets
+    mask_BL: Tensor  # bool, True where masked
+    nan_B: Tensor  # bool, True where a score of the image was NaN: NaN then counted as the largest score
 
 
 def partition_from_mask(mask_BL: Tensor, keep: int) -> Partition:
