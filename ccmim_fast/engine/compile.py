@@ -1,4 +1,4 @@
-"""The faster forms of a step: compiled, after a warm-up that leaves no trace, and captured as one CUDA graph."""
+"""This file has the faster forms of a step: compiled, after a warm-up without a trace, and captured as a CUDA graph."""
 
 import contextlib
 import sys
