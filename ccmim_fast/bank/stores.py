@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccmim_fast.data.stream.batch import to_device
 from ccmim_fast.errors import ConfigError, MachineError
 
 _IN_FLIGHT = 4  # steps whose maps may be on their way to the host; beyond, the oldest is waited for
@@ -33,11 +32,16 @@ class DeviceStore:
 
     def read(self, rows_P: np.ndarray) -> Tensor:
         """Return a copy of some rows, [P, G, G], on the training device."""
-        return self._maps_NGG.index_select(0, to_device(rows_P, self._device))
+        return self._maps_NGG.index_select(0, self._index(rows_P))
 
     def write(self, rows_P: np.ndarray, maps_PGG: Tensor) -> None:
         """Replace some rows, each one at most once; the maps are on the training device."""
-        self._maps_NGG.index_copy_(0, to_device(rows_P, self._device), maps_PGG)
+        self._maps_NGG.index_copy_(0, self._index(rows_P), maps_PGG)
+
+    def _index(self, rows_P: np.ndarray) -> Tensor:
+        rows = torch.from_numpy(rows_P)
+        # Only pinned memory is copied asynchronously.
+        return rows.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else rows
 
     def prefetch(self, rows_P: np.ndarray) -> None:
         """Announce rows that will be read soon: only a file is slow enough to fetch them beforehand."""
