@@ -12,7 +12,7 @@ LAYERS += ["engine", "report", "evaluation", "export", "doctor", "ablation", "co
 ONE_FILE = {
     "nvidia": "data/stream/dali_loader.py",
     "xformers": "models/block.py",
-    "apex": "optim/apex.py",
+    "apex": "optim/optimizer.py",
     "torchmetrics": "evaluation/detection/precision.py",
     "submitit": "ranks/slurm.py",
     "huggingface_hub": "export/hub.py",

@@ -7,8 +7,7 @@ import torch
 from ccmim_fast.build.model import build_model, build_objective
 from ccmim_fast.config.schema import Config, DataConfig, DecoderConfig, HeadsConfig, ModelConfig, ScoreConfig
 from ccmim_fast.losses.criteria import Losses
-from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.models.output import Output
+from ccmim_fast.models.ccmim import CCMIM, Output
 
 TINY = Config(
     data=DataConfig(image_size=(32, 48)),

@@ -41,6 +41,6 @@ def launches() -> None:
     h_BE, rows_B = empty(4, 256), empty(4)
     for precision in ("tf32x3", "ieee"):
         options = {"offset": 0, "tau": TAU, "precision": precision}
-        launchers.losses(h_BE, h_BE, excluded=2, **options)
+        launchers.info_nce(h_BE, h_BE, h_BE, **options)
         for of_keys in (False, True):
-            launchers.gradient(h_BE, h_BE, rows_B, rows_B, rows_B, of_keys=of_keys, excluded=0, **options)
+            launchers.info_nce_gradient(h_BE, None, h_BE, rows_B, rows_B, rows_B, of_keys=of_keys, **options)

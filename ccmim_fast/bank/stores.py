@@ -80,16 +80,15 @@ class HostStore(DeviceStore):
             self._finish_oldest()
         while any(np.isin(write.rows_P, rows_P).any() for write in self._writes):
             self._finish_oldest()
-        rows = torch.from_numpy(rows_P)
         if self._device.type != "cuda":
-            return self._maps_NGG.index_select(0, rows)
+            return super().read(rows_P)
         pinned_PGG = torch.empty(len(rows_P), *self._maps_NGG.shape[1:], dtype=torch.float16, pin_memory=True)
-        torch.index_select(self._maps_NGG, 0, rows, out=pinned_PGG)
+        torch.index_select(self._maps_NGG, 0, torch.from_numpy(rows_P), out=pinned_PGG)
         return pinned_PGG.to(self._device, non_blocking=True)
 
     def write(self, rows_P: np.ndarray, maps_PGG: Tensor) -> None:
         if maps_PGG.device.type != "cuda":
-            self._maps_NGG.index_copy_(0, torch.from_numpy(rows_P), maps_PGG)
+            super().write(rows_P, maps_PGG)
             return
         pinned_PGG = torch.empty(maps_PGG.shape, dtype=torch.float16, pin_memory=True)
         pinned_PGG.copy_(maps_PGG, non_blocking=True)
@@ -104,7 +103,7 @@ class HostStore(DeviceStore):
 
     def fill(self, maps_NGG: Tensor) -> None:
         self._writes.clear()
-        self._maps_NGG.copy_(maps_NGG)
+        super().fill(maps_NGG)
 
     def _finish_oldest(self) -> None:
         write = self._writes.popleft()

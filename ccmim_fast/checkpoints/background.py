@@ -2,7 +2,7 @@
 
 On CUDA the copy is only enqueued: the order of the stream keeps it before the next step's changes, and the thread waits
 for it. On a CPU it is made before `save` returns. Until it is written it takes as much memory on the host as the state.
-No buffer is kept here: torch keeps pinned memory, and the C library that of a CPU run (engine/host_memory.py), so that
+No buffer is kept here: torch keeps pinned memory, and the C library that of a CPU run (engine/build.py), so that
 the next save finds it mapped already.
 """
 

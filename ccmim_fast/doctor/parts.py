@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ccmim_fast.doctor.trials import try_all
-from ccmim_fast.optim.apex import BUILD
+from ccmim_fast.optim.optimizer import BUILD
 
 _PASCAL = "pip install torch==2.7.1 torchvision==0.22.1"  # the last with code for compute capability 6.x
 

@@ -89,7 +89,7 @@ def apex() -> None:
     """Take one step of its fused AdamW."""
     import torch
 
-    from ccmim_fast.optim.apex import apex_optimizer
+    from ccmim_fast.optim.optimizer import apex_optimizer
 
     weight = torch.nn.Parameter(torch.ones(8, device="cuda"))
     weight.grad = torch.ones_like(weight)

@@ -1,6 +1,6 @@
 """The checkpoints of a run: written from its parts while it goes on, and read back into them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ccmim_fast.ranks.session import Session, backend_timeout, barrier, broadcas
 
 
 class Checkpointer:
-    """Of one run; every rank calls each of its functions, the first rank writes, or all do that share the weights.
+    """This class saves and loads a run. Every rank calls it; the first one writes, or all that share the weights do.
 
     As a context manager it waits for the last save at its end.
 
@@ -46,7 +46,7 @@ class Checkpointer:
         self._saver.__exit__(*of_error)
 
     def save(self, step: int, seen: int, for_good: bool = False) -> None:
-        """The run as it is after `step` optimizer steps and `seen` samples; see `BackgroundSaver.save`."""
+        """Save the run as it is after `step` optimizer steps and `seen` samples; see `BackgroundSaver.save`."""
         self._here.watchdog.enter_phase("saving")
         task, plan, own = self._task, self._plan, self._task.state()
         if self._here.is_main or self._collective is not None:
@@ -83,9 +83,8 @@ class Checkpointer:
         self._check_settings(state)
         progress = self._restore(state, in_place=False)
         self._here.watchdog.enter_phase("loading a checkpoint", progress.step)
-        for problem in self._changes(progress):
-            if self._here.is_main:
-                print(problem, flush=True)
+        if self._here.is_main and (problem := self._other_stream(progress)):
+            print(problem, flush=True)
         # Every place where a step may begin is a multiple of the shards; another batch may have left one that is not.
         shards = self._plan.partitions
         return progress.step, -(-progress.seen // shards) * shards
@@ -152,15 +151,15 @@ class Checkpointer:
         task.restore(state, progress)
         return progress
 
-    def _changes(self, progress: Progress) -> Iterator[str]:
-        """What makes the stream of samples another one than that of the checkpoint."""
+    def _other_stream(self, progress: Progress) -> str:
+        """Say what makes the stream of samples another one than that of the checkpoint; "": nothing."""
         plan = self._plan
         if not progress.seen:  # imported weights: no stream has begun
-            return
+            return ""
         if progress.images != plan.source.fingerprint:
             what = f"the images are not those of the checkpoint ({progress.samples} then, {plan.samples} now)"
         elif progress.shards != plan.partitions:
             what = f"score.shards={plan.partitions} is not the checkpoint's {progress.shards}"
         else:
-            return
-        yield f"{what}: this epoch goes on in another order, in which some may come twice and some not at all"
+            return ""
+        return f"{what}: this epoch goes on in another order, in which some may come twice and some not at all"

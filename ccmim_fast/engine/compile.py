@@ -1,18 +1,18 @@
-"""torch.compile of the step, and a warm-up that leaves no trace: it compiles, tries, and gives up in one line."""
+"""This file has the faster forms of a step: compiled, after a warm-up without a trace, and captured as a CUDA graph."""
 
 import contextlib
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine.dry_run import dry_run, synthetic_batch
-from ccmim_fast.engine.step import TrainStep
+from ccmim_fast.engine.step import StepResult, TrainStep
 from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.optim.update import drop_gradients
+from ccmim_fast.optim.update import drop_gradients, set_lr
 
 
 def choose_compile(name: str, device: torch.device, divided: bool = False) -> str:
@@ -32,7 +32,7 @@ def compile_step(step: TrainStep, what: str, mode: str = "default", backend: str
     """Make `step` run compiled, at its next call; eagerly, after one line, where there is no torch.compile.
 
     Args:
-        what: `blocks`: each transformer block as one graph, the same for all blocks of a shape, the rest eager; `step`:
+        what: `blocks`: each transformer block as one graph, shared by blocks of a width and a number of tokens; `step`:
             forward pass and losses as one graph, whose backward pass is compiled with it; `off`.
         mode: of torch.compile; inductor only.
         backend: of torch.compile.
@@ -41,7 +41,11 @@ def compile_step(step: TrainStep, what: str, mode: str = "default", backend: str
     options = {"backend": backend, **({"mode": mode} if backend == "inductor" else {})}
     try:
         if what == "blocks":
-            compile_blocks(step.model, **options)
+            # A graph for each of: visible, masked and decoder's tokens, first and later blocks, whole and query tokens.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+            compute = torch.compile(ViTBlock.compute, fullgraph=True, **options)
+            for block in vit_blocks(step.model):
+                block.compute = compute
         elif what == "step":
             # DDP cuts the graph into buckets itself.
             step.forward = torch.compile(step.losses, fullgraph=step.wrapped is step.model, dynamic=False, **options)
@@ -49,23 +53,9 @@ def compile_step(step: TrainStep, what: str, mode: str = "default", backend: str
         _give_up(step, error)
 
 
-def compile_blocks(model: CCMIM, **options: Any) -> None:
-    """Compile the blocks' arithmetic as one graph, which all blocks of a width and a number of tokens share."""
-    # A graph for each of: visible, masked and decoder's tokens, first and later blocks, whole and query tokens.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-    compute = torch.compile(ViTBlock.compute, fullgraph=True, **options)
-    for block in vit_blocks(model):
-        block.compute = compute
-
-
 def vit_blocks(model: CCMIM) -> list[ViTBlock]:
     """Return the blocks of encoder and decoder that can be compiled."""
     return [block for block in (*model.encoder.blocks, *model.decoder.blocks) if isinstance(block, ViTBlock)]
-
-
-def is_compiled(model: CCMIM) -> bool:
-    """Return whether the blocks run compiled."""
-    return any("compute" in vars(block) for block in vit_blocks(model))
 
 
 @contextlib.contextmanager
@@ -77,13 +67,6 @@ def uncompiled(model: CCMIM) -> Iterator[None]:
     finally:
         for block, compute in compiled.items():
             block.compute = compute
-
-
-def uncompile(step: TrainStep) -> None:
-    """Make `step` run eagerly again."""
-    for block in vit_blocks(step.model):
-        vars(block).pop("compute", None)
-    step.forward = step.losses
 
 
 def warm_up(step: TrainStep, batch: int, accumulate: int, steps: int = 2) -> bool:
@@ -107,7 +90,7 @@ def warm_up(step: TrainStep, batch: int, accumulate: int, steps: int = 2) -> boo
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
-            if step.forward == step.losses and not is_compiled(step.model):
+            if step.forward == step.losses and not any("compute" in vars(block) for block in vit_blocks(step.model)):
                 raise
             _give_up(step, error)
         _take(step, batches, steps)
@@ -117,10 +100,54 @@ def warm_up(step: TrainStep, batch: int, accumulate: int, steps: int = 2) -> boo
 def _give_up(step: TrainStep, error: Exception) -> None:
     reason = " ".join(str(error).split())[:300]
     print(f"train.compile failed, the run goes on without: {type(error).__name__}: {reason}", file=sys.stderr)
-    uncompile(step)
+    for block in vit_blocks(step.model):
+        vars(block).pop("compute", None)
+    step.forward = step.losses
     drop_gradients(step.optimizer)
 
 
 def _take(step: TrainStep, batches: list[Batch], steps: int) -> None:
     for _ in range(steps):
         step(batches, 0.0)
+
+
+class GraphedStep:
+    """A `TrainStep` whose device work is one launch of a CUDA graph. Called like the step it replays.
+
+    Images and what belongs to them are copied into buffers of its own, so a loader may reuse its memory at once.
+    Capture takes place at the first call, after the warm-up has created the optimizer's state and a checkpoint, if any,
+    has filled it: a graph replays addresses.
+
+    Args:
+        step: with a `capturable` optimizer, on CUDA, one process.
+    """
+
+    def __init__(self, step: TrainStep):
+        self.step = step
+        self._batches: list[Batch] = []
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._result: StepResult | None = None
+
+    def __call__(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        """Train as `TrainStep.__call__`; the next call overwrites the result."""
+        if self._graph is None:
+            self._capture(batches)
+        for static, batch in zip(self._batches, batches, strict=True):
+            for name, tensor in _tensors_of(batch).items():
+                getattr(static, name).copy_(tensor, non_blocking=True)
+        set_lr(self.step.optimizer, lr)
+        self._graph.replay()
+        return self._result
+
+    def _capture(self, batches: Sequence[Batch]) -> None:
+        """Record the step on copies of the batches, without running it."""
+        self._batches = [Batch(**{name: tensor.clone() for name, tensor in _tensors_of(b).items()}) for b in batches]
+        drop_gradients(self.step.optimizer)
+        torch.cuda.synchronize(self.step.device)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._result = self.step.run(self._batches)
+
+
+def _tensors_of(batch: Batch) -> dict[str, Tensor]:
+    return {name: value for name, value in batch._asdict().items() if isinstance(value, Tensor)}

@@ -1,20 +1,29 @@
-"""Figures of a run's health that a loss does not show: collapsed representations, losses that jump."""
+"""This file tells of a run's health: collapsed representations, losses that jump, images that fail or are late."""
 
 # B batch, E embedding dim
 
 import statistics
 from collections import deque
+from collections.abc import Callable
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ccmim_fast.data.build import Loader
+from ccmim_fast.data.throughput import measure_stage_times
+from ccmim_fast.engine.task import Report
+from ccmim_fast.runs.metrics import Metrics
+
 _LEAST = 16  # losses before anything is called a spike
 _KEPT = 64  # of the last ones it is compared with
+WAIT = 0.1  # share of the time waiting for images from which on it is said what they wait for
+_IMAGES = 16  # on which that is measured; a moment
 
 
 def spread(h_BE: Tensor) -> tuple[Tensor, Tensor]:
-    """How far the directions of h are spread; float32 scalars on the device.
+    """Measure how far the directions of h are spread; float32 scalars on the device.
 
     Args:
         h_BE: [B, E], the [CLS] projections of one micro-batch.
@@ -38,22 +47,25 @@ def spread(h_BE: Tensor) -> tuple[Tensor, Tensor]:
     return std, torch.where(singular.sum() > 1e-6 * len(h_BE) ** 0.5, rank, 0).float()
 
 
-def health_of(h_BE: Tensor) -> tuple[float, float, str]:
-    """`spread`, read from the device, and a line for whoever is watching if that is a collapse, else none."""
+def health_of(h_BE: Tensor, report: Report) -> dict[str, float]:
+    """Return `spread` as figures of a record, read from the device; a collapse goes to `report`."""
     std, rank = torch.stack(spread(h_BE)).tolist()
-    words = f"representations collapse: deviation {std:.3f} of 1, {rank:.1f} of {h_BE.shape[1]} dimensions"
-    return std, rank, words if is_collapsed(std, rank, *h_BE.shape) else ""
+    figures = {"h_std": std, "h_rank": rank}
+    if is_collapsed(std, rank, *h_BE.shape):
+        words = f"representations collapse: deviation {std:.3f} of 1, {rank:.1f} of {h_BE.shape[1]} dimensions"
+        report("collapse", words, **figures)
+    return figures
 
 
 def is_collapsed(std: float, rank: float, rows: int, dim: int) -> bool:
-    """Whether representations are nearly one direction, or use 1 % of the dimensions that so many rows could use."""
+    """Tell if representations are nearly one direction, or use 1 % of the dimensions that so many rows could use."""
     if rows < 3:  # one alone has no deviation, two are on a line
         return False
     return std < 0.05 or rank < 1 + 0.01 * (min(rows - 1, dim) - 1)
 
 
 class Spikes:
-    """Tells losses that jump from those that wander.
+    """This class tells losses that jump from those that wander.
 
     Args:
         limit: how many standard deviations above the last losses' median is a spike, one deviation being 1.4826 times
@@ -64,7 +76,7 @@ class Spikes:
         self._limit, self._last = limit, deque(maxlen=_KEPT)
 
     def is_spike(self, loss: float) -> bool:
-        """Whether this loss is one, and remember it. What is not finite is no spike, and not remembered."""
+        """Tell if this loss is one, and remember it. What is not finite is no spike, and not remembered."""
         if loss != loss or abs(loss) == float("inf"):
             return False
         found = self._limit > 0 and len(self._last) >= _LEAST and loss > self._threshold()
@@ -75,3 +87,36 @@ class Spikes:
         median = statistics.median(self._last)
         deviation = 1.4826 * statistics.median(abs(loss - median) for loss in self._last)
         return median + self._limit * max(deviation, 1e-3 * abs(median))
+
+
+class DataReport:
+    """This class tells which images a rank could not show, and what it waits for.
+
+    Args:
+        note: prints a line.
+        metrics: where each is written too; None on all ranks but the first, which do not advise either.
+    """
+
+    def __init__(
+        self, loader: Loader, image_size: tuple[int, int], note: Callable[[str], None], metrics: Metrics | None
+    ):
+        self._loader, self._image_size, self._note, self._metrics = loader, image_size, note, metrics
+        self._told, self._advised = 0, False
+
+    def update(self, step: int, waited: float) -> None:
+        """Tell what is new since the last time; `waited` is the share of the time spent waiting for images."""
+        for sample, reason in islice(self._loader.bad_samples.reasons.items(), self._told, None):
+            self._told += 1
+            self._note(f"step {step}: sample {sample} is left out: {reason}")
+            if self._metrics is not None:
+                self._metrics.write("skipped", step, sample=sample, reason=reason)
+        if waited > WAIT and not self._advised and self._metrics is not None:
+            self._advised = True
+            stages = measure_stage_times(self._loader.plan, self._image_size, _IMAGES)
+            self._note(f"step {step}: {waited:.0%} of the time goes by waiting for images; {stages.advice()}")
+
+    def close(self) -> None:
+        """Sum up."""
+        if count := len(self._loader.bad_samples.reasons):
+            samples = len(self._loader.plan.source)
+            self._note(f"{count} of {samples} samples could not be shown; ccmim data verify looks at all of them")

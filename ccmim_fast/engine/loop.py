@@ -11,8 +11,7 @@ from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.stream.batch import in_groups
 from ccmim_fast.engine.checkpointer import Checkpointer
-from ccmim_fast.engine.data_report import DataReport
-from ccmim_fast.engine.health import Spikes
+from ccmim_fast.engine.health import DataReport, Spikes
 from ccmim_fast.engine.step_monitor import StepMonitor, StepStatus
 from ccmim_fast.engine.task import Result, Task
 from ccmim_fast.errors import NumericsError, StoppedError

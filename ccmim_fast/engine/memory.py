@@ -1,8 +1,9 @@
-"""How many images fit into memory: the largest micro-batch found by trying, and advice after a run that had too many.
+"""This file finds how many images fit into memory, by trying, and advises after a run that had too many.
 
 A step's need grows linearly with its images, so the peaks of two small steps tell how many should fit (fault 17).
 """
 
+import bisect
 import dataclasses
 import functools
 import gc
@@ -28,19 +29,14 @@ _CPU_MESSAGE = re.compile(r"can't allocate memory: you tried to allocate (\d+) b
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:
-    """Return the largest number in SMALLEST .. limit that fits, 0 if none does. `fits` is True up to some number.
+    """Return the largest number in SMALLEST .. limit that fits, 0 if none does; log2(limit) trials.
 
-    Doubles until it no longer fits, then bisects: about 2 log2(limit) trials.
+    Args:
+        fits: True up to some number, False from there on.
     """
-    low, high = 0, SMALLEST
-    while high < limit and fits(high):
-        low, high = high, min(2 * high, limit)
-    if high == limit and fits(high):
-        return high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if middle >= SMALLEST and fits(middle) else (low, middle)
-    return low
+    numbers = range(SMALLEST, limit + 1)
+    fitting = bisect.bisect_left(numbers, True, key=lambda number: not fits(number))
+    return numbers[fitting - 1] if fitting else 0
 
 
 def extrapolated(peak_of: Callable[[int], int], room: int) -> int:

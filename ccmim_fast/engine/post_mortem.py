@@ -1,10 +1,11 @@
-"""What can be looked at after a step that was not finite: which samples, which masks, where in the model it began."""
+"""This file explains a step that was not finite: which samples, which masks, where in the model it began."""
 
 # B batch, L patches
 
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,6 @@ from ccmim_fast.data.stream.batch import make_batch
 from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.data.stream.torch_loader import load_crop
 from ccmim_fast.engine.compile import uncompiled
-from ccmim_fast.errors import CcmimError
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.precision import Precision
 from ccmim_fast.optim.update import own_part
@@ -24,22 +24,11 @@ from ccmim_kernels import partition_from_mask
 
 
 class Evidence(NamedTuple):
-    """What this rank kept of a step, of each micro-batch: ids int64 [B] on the host; epochs int64 [B] and masks bool
-    [B, L] on the device."""
+    """This tuple is what a rank keeps of each micro-batch of a step."""
 
-    ids: list[np.ndarray]
-    epochs: list[Tensor]
-    masks: list[Tensor]
-
-
-def capture(
-    folder: Path, step: int, kept: Evidence, model: CCMIM, plan: Plan, precision: Precision, image_size: tuple[int, int]
-) -> str:
-    """`write_capture`; returns where to look, or why there is nothing: a full disk, an image that is gone."""
-    try:
-        return f"see {write_capture(folder, step, kept, model, plan, precision, image_size)}"
-    except (OSError, RuntimeError, CcmimError) as error:
-        return f"no capture: {' '.join(str(error).split())}"
+    ids: list[np.ndarray]  # [B] int64, on the host
+    epochs: list[Tensor]  # [B] int64, on the device
+    masks: list[Tensor]  # [B, L] bool, on the device
 
 
 def write_capture(
@@ -69,7 +58,7 @@ def write_capture(
 
 
 def figures_of(tensor: Tensor) -> dict[str, float]:
-    """Share of elements that are finite; of those that are, the largest magnitude, mean and standard deviation.
+    """Return the share of elements that are finite; of those the largest magnitude, mean and standard deviation.
 
     Of a tensor that is divided among ranks: of this rank's part.
     """
@@ -87,15 +76,12 @@ def _watched(model: CCMIM) -> Iterator[dict[str, dict[str, float]]]:
     outputs: dict[str, dict[str, float]] = {}
     calls: Counter[str] = Counter()
 
-    def hook(name: str):
-        def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point():
-                calls[name] += 1
-                outputs[f"{name}, call {calls[name]}"] = figures_of(output)
+    def look(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            calls[name] += 1
+            outputs[f"{name}, call {calls[name]}"] = figures_of(output)
 
-        return look
-
-    hooks = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
+    hooks = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules() if name]
     training = model.training
     model.eval()
     try:

@@ -1,7 +1,5 @@
 """Pretraining as a task of the loop: masked image modelling with its score bank, its figures and its evidence."""
 
-# E embedding dim
-
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -21,9 +19,10 @@ from ccmim_fast.engine.dry_run import count_flops
 from ccmim_fast.engine.health import health_of
 from ccmim_fast.engine.loop import Loop
 from ccmim_fast.engine.memory import explains_out_of_memory, with_largest_batch
-from ccmim_fast.engine.post_mortem import Evidence, capture
+from ccmim_fast.engine.post_mortem import Evidence, write_capture
 from ccmim_fast.engine.step import StepResult
 from ccmim_fast.engine.task import Report, Task
+from ccmim_fast.errors import CcmimError
 from ccmim_fast.optim.update import lr_at, scaled_lr
 from ccmim_fast.profile.profiler import Profile, check_room
 from ccmim_fast.ranks.session import Session, main_first, max_over_ranks, mean_over_ranks, open_session
@@ -39,11 +38,7 @@ More = Callable[["Pretraining", Sequence[Batch], StepResult], dict[str, float | 
 
 @explains_out_of_memory
 def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None = None) -> Path:
-    """Pretrain as `config` says; returns the run's folder.
-
-    Raises:
-        CcmimError: a user's error, with its exit code.
-    """
+    """Pretrain as `config` says; returns the run's folder. Raises CcmimError for a user's error."""
     with open_session(config.train.device, config.watch.timeout) as here:
         validate(config, here.world_size)
         check_device(config, here, looks=after_epoch is not None)
@@ -54,7 +49,9 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None
         here.watchdog.start(folder)
         task = Pretraining(config, here, folder, after_epoch, more)
         with closing(Loop(task, config, here, folder)) as loop:
-            profile = _profile(loop)
+            train, model, precision = config.train, task.model, task.precision
+            images = train.batch_size // here.world_size
+            profile = Profile(train.profile, here, folder, loop.meter, model, precision, images=images, note=loop.note)
             if here.is_main:
                 describe_run(folder, config, here.device)
             with recorded(folder, here.is_main, lambda: loop.step >= loop.total_steps):
@@ -62,17 +59,8 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None
     return folder
 
 
-def _profile(loop: Loop) -> Profile:
-    """Return what measures `train.profile` steps of the run."""
-    train, task = loop.config.train, loop.task
-    images = train.batch_size // loop.here.world_size
-    return Profile(
-        train.profile, loop.here, loop.folder, loop.meter, task.model, task.precision, images=images, note=loop.note
-    )
-
-
 class Pretraining(Task):
-    """One run of pretraining on this rank.
+    """One run of pretraining on this rank; its methods are those of `Task`.
 
     Attributes:
         source: the images.
@@ -114,7 +102,6 @@ class Pretraining(Task):
         self._nan_id = torch.full((), -1, device=here.device)
 
     def count_flops(self) -> dict[Any, float]:
-        """See `Task`."""
         return count_flops(self.train_step)
 
     @property
@@ -126,11 +113,9 @@ class Pretraining(Task):
         return " · ".join([*images, device, f"{weights / 1e6:.1f} M parameters"])
 
     def prepare(self, batches: list[Batch], seen: int) -> list[Batch]:
-        """See `Task`."""
         return batches if self.bank is None else self.bank.read(seen, batches)
 
     def train(self, batches: Sequence[Batch], step: int, seen: int) -> StepResult:
-        """See `Task`."""
         config = self.config
         if config.model.drop_path > 0:
             # Stochastic depth draws from the global generator: keyed by step and rank, so that a resumed run repeats.
@@ -150,7 +135,6 @@ class Pretraining(Task):
         return result
 
     def figures(self, result: StepResult, batches: Sequence[Batch], report: Report) -> dict[str, float | None]:
-        """See `Task`."""
         means = mean_over_ranks(torch.stack([*result[:4], result.gradients.norm, *result.gradients.norms_P]))
         # Float64 holds sample ids up to 2**53; one copy from the device for all.
         nan_id = max_over_ranks(self._nan_id.clone()).double()
@@ -159,6 +143,7 @@ class Pretraining(Task):
             self._nan_id.fill_(-1)
             words = f"NaN scores, of sample {int(nan_id)} among others; they count as the largest"
             report("nan_scores", words, sample=int(nan_id))
+        h_BE = result.seen[-1].h_BE
         return {
             "loss": loss,
             "recons": recons,
@@ -166,48 +151,37 @@ class Pretraining(Task):
             "entropy": entropy,
             "grad_norm": norm,
             **{f"grad_norm_{part}": value for part, value in zip(self.train_step.parts, norms)},
-            **_health(result.seen[-1].h_BE, report),
+            **({} if h_BE is None else health_of(h_BE, report)),
             **(self._more(self, batches, result) if self._more else {}),
             "lr": float(self.optimizer.param_groups[0]["lr"]),
         }
 
     def after_epoch(self, epoch: int, loop: Loop) -> None:
-        """See `Task`."""
         if self._after_epoch is not None:
             self.model.eval()
             self._after_epoch(epoch, self)
             self.model.train()
 
     def check(self, steps_left: int) -> None:
-        """See `Task`."""
         check_room(self.config.train.profile, left=steps_left)
 
     def state(self) -> dict[str, Any]:
-        """See `Task`."""
         return {"maps": None if self.bank is None else self.bank.contents()}
 
     def restore(self, state: dict[str, Any], progress: Progress) -> None:
-        """See `Task`. Maps are those of the images; of other images they are left."""
+        # Maps are those of the images; of other images they are left.
         maps_NGG = None if self.bank is None else maps_in(state, self.config.score.grid)
         if maps_NGG is not None and progress.images == self.source.fingerprint:
             self.bank.fill(maps_NGG)
 
     def evidence(self, result: StepResult, batches: Sequence[Batch]) -> Evidence:
-        """See `Task`."""
         # A captured step writes its masks into the same memory again.
         masks = [seen.mask_BL.clone() for seen in result.seen]
         return Evidence([batch.host_ids_B for batch in batches], [batch.epochs_B for batch in batches], masks)
 
     def capture(self, step: int, evidence: Evidence) -> str:
-        """See `Task`."""
-        plan, size = self.loader.plan, self.config.data.image_size
-        return capture(self.folder / "captures", step, evidence, self.model, plan, self.precision, size)
-
-
-def _health(h_BE: torch.Tensor | None, report: Report) -> dict[str, float]:
-    if h_BE is None:
-        return {}
-    std, rank, words = health_of(h_BE)
-    if words:
-        report("collapse", words, h_std=std, h_rank=rank)
-    return {"h_std": std, "h_rank": rank}
+        folder, plan, size = self.folder / "captures", self.loader.plan, self.config.data.image_size
+        try:
+            return f"see {write_capture(folder, step, evidence, self.model, plan, self.precision, size)}"
+        except (OSError, RuntimeError, CcmimError) as error:  # such as: a full disk, an image that is gone
+            return f"no capture: {' '.join(str(error).split())}"

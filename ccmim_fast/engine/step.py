@@ -16,8 +16,7 @@ from ccmim_fast.bank.bank import read_maps, update_maps
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.losses.criteria import Losses, Objective
-from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.models.output import Output
+from ccmim_fast.models.ccmim import CCMIM, Output
 from ccmim_fast.models.precision import Precision, onednn_linear
 from ccmim_fast.models.scores import PriorScores
 from ccmim_fast.optim.ema import update_ema_
@@ -27,42 +26,27 @@ from ccmim_fast.registry import SCORE_SOURCES
 
 
 class Seen(NamedTuple):
-    """The observations of a micro-batch beside its losses; on the device, without gradient.
+    """The observations of a micro-batch beside its losses; on the device, without gradient."""
 
-    Attributes:
-        nan_B: bool, images with NaN scores.
-        mask_BL: bool, masked patches.
-        entropy: of the scores' softmax as a share of log L, mean over images; NaN where nothing is scored.
-        h_BE: hV of Eq. 7 (for `align`: p(hV)), None without a contrastive loss.
-        maps_BGG: of a run with a score bank, the maps after the step, as `Batch.maps_BGG`.
-        logits_BL: log-scores up to a constant per row; None where nothing is scored.
-    """
-
-    nan_B: Tensor
-    mask_BL: Tensor
-    entropy: Tensor
-    h_BE: Tensor | None
-    maps_BGG: Tensor | None
-    logits_BL: Tensor | None
+    nan_B: Tensor  # bool, images with NaN scores
+    mask_BL: Tensor  # bool, masked patches
+    entropy: Tensor  # of the scores' softmax as a share of log L, mean over images; NaN where nothing is scored
+    h_BE: Tensor | None  # hV of Eq. 7 (for `align`: p(hV)), None without a contrastive loss
+    maps_BGG: Tensor | None  # of a run with a score bank, the maps after the step, as `Batch.maps_BGG`
+    logits_BL: Tensor | None  # log-scores up to a constant per row; None where nothing is scored
 
 
 class StepResult(NamedTuple):
-    """The results of a step on this rank; on the device, without gradient, scalars in float32.
+    """The results of a step on this rank; on the device, without gradient, scalars in float32."""
 
-    Attributes:
-        total, recons, contrast, entropy: means over the micro-batches; `contrast` is zero where the run has none.
-        gradients: of the global batch, before clipping; where they are `bad` the step changed no weight.
-        nan_id: int64, the largest id among the samples with a NaN score, -1 without any.
-        seen: of each micro-batch.
-    """
-
+    # Means over the micro-batches; `contrast` is zero where the run has none.
     total: Tensor
     recons: Tensor
     contrast: Tensor
     entropy: Tensor
-    gradients: Gradients
-    nan_id: Tensor
-    seen: tuple[Seen, ...]
+    gradients: Gradients  # of the global batch, before clipping; where they are `bad` the step changed no weight
+    nan_id: Tensor  # int64, the largest id among the samples with a NaN score, -1 without any
+    seen: tuple[Seen, ...]  # of each micro-batch
 
 
 class TrainStep:

@@ -1,7 +1,6 @@
-"""All ranks learn of each step if it was skipped and if to stop, a few steps later, so that no host waits for a device.
+"""All ranks learn of each step if it was skipped and if to stop, so many steps later that no host waits for a device.
 
-The order of events is the same on every rank: each submits every step, and reads the answer a fixed number of steps
-later.
+That number is fixed, so the order of events is the same on every rank.
 """
 
 from collections import deque
@@ -17,26 +16,16 @@ _LAG = 2  # steps until a GPU is asked about one; it works a step or two behind 
 
 
 class StepStatus(NamedTuple):
-    """A step of a while ago.
+    """This tuple describes a step of a while ago."""
 
-    Attributes:
-        step: its number, from 1.
-        bad: gradients were not finite, so no weight changed.
-        stop: some rank was asked to stop.
-        evidence: what this rank kept of it.
-    """
-
-    step: int
-    bad: bool
-    stop: bool
-    evidence: Any
+    step: int  # its number, from 1
+    bad: bool  # gradients were not finite, so no weight changed
+    stop: bool  # some rank was asked to stop
+    evidence: Any  # what this rank kept of it
 
 
 class StepMonitor:
-    """Collects what ranks know of their steps.
-
-    Args:
-        here: this process's place.
+    """This class collects what ranks know of their steps.
 
     Attributes:
         bad_in_a_row: number of bad steps at the end of those that `completed` gave.

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.models.output import Output
+from ccmim_fast.models.ccmim import Output
 from ccmim_kernels import hog_target, info_nce, masked_patch_loss, moco_nce
 
 HOG_BINS = 9  # orientations over 180 degrees; MaskFeat
@@ -103,13 +103,7 @@ class Hog(nn.Module):
     """
 
     def __init__(
-        self,
-        patch: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        *,
-        hog_cell: int,
-        kernels: str = "auto",
+        self, patch: int, mean: tuple[float, ...], std: tuple[float, ...], *, hog_cell: int, kernels: str = "auto"
     ):
         super().__init__()
         if patch % hog_cell:
@@ -121,12 +115,7 @@ class Hog(nn.Module):
 
     def forward(self, pred_BMP: Tensor, images_BHWC: Tensor, ids_masked_BM: Tensor) -> Tensor:
         target_BMP = hog_target(
-            images_BHWC,
-            ids_masked_BM,
-            patch=self.patch,
-            bins=HOG_BINS,
-            cell=self.hog_cell,
-            kernels=self.kernels,
+            images_BHWC, ids_masked_BM, patch=self.patch, bins=HOG_BINS, cell=self.hog_cell, kernels=self.kernels
         )
         return (pred_BMP.float() - target_BMP).square().mean()
 

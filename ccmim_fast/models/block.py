@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Attention
 from timm.models.vision_transformer import Block
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -192,7 +192,7 @@ class ViTBlock(Block):
 
         It holds at the first block: [CLS] is the same for every image there, so q_0 is one vector and the mean over
         heads moves inside. gamma is the LayerNorm's weight; its bias and the key's bias add the same to every patch,
-        which the softmax does not see. `can_fold` must be true.
+        which the softmax does not see. `scores.can_fold` must be true.
         """
         attn = self.attn
         # Always float32: the fold multiplies three tensors, and the result is one vector.
@@ -202,11 +202,6 @@ class ViTBlock(Block):
             width = len(q_D)
             direction_D = q_D @ attn.qkv.weight[width : 2 * width] * (attn.scale / attn.num_heads)
             return direction_D if self.norm1.weight is None else direction_D * self.norm1.weight
-
-    @property
-    def can_fold(self) -> bool:
-        """Tell whether `folded_direction` is Eq. 4: a LayerNorm before the attention, and no norm of the keys."""
-        return isinstance(self.norm1, nn.LayerNorm) and isinstance(self.attn.k_norm, nn.Identity)
 
     def _row(self, q_BQNH: Tensor, k_BTNH: Tensor, kind: str, total_BL: Tensor | None) -> Tensor:
         return cls_row(

@@ -3,12 +3,12 @@
 Without a score source and without heads this is MAE.
 """
 
-# B batch, H height, W width, C channels, L patches, K visible, M masked, P values per patch, E embedding dim,
-# D width (in the decoder its own, and E the encoder's)
+# B batch, N global batch, H height, W width, C channels, L patches, K visible, M masked, P values per patch,
+# E embedding dim, D width (in the decoder its own, and E the encoder's)
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -18,7 +18,6 @@ from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.encoder import initialise, sincos_positions
 from ccmim_fast.models.heads import Heads, finish_all_gather, start_all_gather
-from ccmim_fast.models.output import Output
 from ccmim_fast.models.scores import PriorScores, Score, ScoreSource, eps_of
 from ccmim_fast.models.tokens import (
     embed,
@@ -30,6 +29,30 @@ from ccmim_fast.models.tokens import (
     with_gradient,
 )
 from ccmim_kernels import Divided, Partition, divide_tokens, gather_tokens, restore_tokens
+
+
+class Output(NamedTuple):
+    """The tensors that one forward pass gives.
+
+    Attributes:
+        pred_BMP: [B, M, P] predicted targets of the masked patches, rows in the order of `partition.ids_masked_BM`.
+        partition: which patches are visible and masked.
+        visible_BE: [B, E] hV (for `align`: p(hV)), or None without a contrastive loss.
+        masked_BE: [B, E] hM, no gradient, or None likewise.
+        logits_BL: [B, L] log-scores up to a constant per row, or None where nothing was scored.
+        cls_attention_BL: [B, L] log of [CLS]'s attention to each patch in the pass it was in, over an equal
+            share of it; float32 without gradient; None unless scores come from a bank of them.
+        gathered_NE: [N, E] the rows of all ranks, in rank order, that a contrastive loss compares with: hV for `nce`,
+            hM for `moco`, else None; and None for one rank, and in eval mode, where each is alone.
+    """
+
+    pred_BMP: Tensor
+    partition: Partition
+    visible_BE: Tensor | None
+    masked_BE: Tensor | None
+    logits_BL: Tensor | None
+    cls_attention_BL: Tensor | None = None
+    gathered_NE: Tensor | None = None
 
 
 class CCMIM(nn.Module):

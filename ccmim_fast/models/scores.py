@@ -20,22 +20,17 @@ from ccmim_kernels import folded_logits
 
 
 class Score(NamedTuple):
-    """Eq. 4 before its softmax: either logits [B, L], or the direction v [D] with logits_i = LN(x_i) . v."""
+    """This is Eq. 4 before its softmax: either logits [B, L], or the direction v [D] with logits_i = LN(x_i) . v."""
 
     logits_BL: Tensor | None
     direction_D: Tensor | None
 
 
 class PriorScores(NamedTuple):
-    """The scores that a bank has of the patches before they are divided.
+    """The scores that a bank has of the patches before they are divided."""
 
-    Attributes:
-        scores_BL: [B, L] as `Output.cls_attention_BL`, 0 where nothing is known.
-        known_BL: [B, L] the share of each score that is known, 0 .. 1; for the rest 0 is assumed.
-    """
-
-    scores_BL: Tensor
-    known_BL: Tensor
+    scores_BL: Tensor  # as `Output.cls_attention_BL`, 0 where nothing is known
+    known_BL: Tensor  # the share of each score that is known, 0 .. 1; for the rest 0 is assumed
 
 
 class ScoreSource:
@@ -141,8 +136,10 @@ class Bank(ScoreSource):
 
 
 def can_fold(vit: VisionTransformer) -> bool:
-    """Return whether Eq. 4 at the first block is LN(x_i) . v."""
-    return vit.blocks[0].can_fold and isinstance(vit.norm_pre, nn.Identity)
+    """Return whether Eq. 4 at the first block is LN(x_i) . v: a LayerNorm alone before it, and no norm of the keys."""
+    first = vit.blocks[0]
+    plain = isinstance(first.attn.k_norm, nn.Identity) and isinstance(vit.norm_pre, nn.Identity)
+    return plain and isinstance(first.norm1, nn.LayerNorm)
 
 
 def eps_of(vit: VisionTransformer) -> float:

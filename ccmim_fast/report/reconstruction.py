@@ -9,8 +9,7 @@ from torch import Tensor
 from ccmim_fast.build.model import build_objective
 from ccmim_fast.config.schema import Config
 from ccmim_fast.losses.criteria import Pixels
-from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.models.output import Output
+from ccmim_fast.models.ccmim import CCMIM, Output
 from ccmim_kernels import NORM_PIX_EPS, Partition, patchify, unpatchify
 
 

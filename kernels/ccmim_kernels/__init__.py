@@ -1,7 +1,8 @@
 """This package holds the ops of ccMIM, usable without the trainer.
 
 An op has one file here: its specification in plain PyTorch, its public function, its operator for torch.compile and
-autograd. Its kernels have the file of the same name in `triton_impl/`.
+autograd. Its kernels have the file of the same name in `triton_impl/`. The function checks its arguments: a ValueError
+names what does not fit (a shape, a dtype, a value) and its limit.
 """
 
 from ccmim_kernels.cls_row import cls_row

@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor
 
-from ccmim_kernels.dispatch import uses_triton
+from ccmim_kernels.dispatch import operator, uses_triton
 
 KINDS = ("logits", "softmax")
 
@@ -29,7 +29,7 @@ def cls_row(
     total_BL: Tensor | None = None,
     kernels: str = "auto",
 ) -> Tensor:
-    """Compute the [CLS] row of an attention map, averaged over heads, patches only.
+    """Compute the [CLS] row of an attention map, averaged over heads, patches only, without gradient.
 
     - `kind="logits"`: E_h[q_0 K_{1:}^T * scale], the argument of Eq. 4's softmax.
     - `kind="softmax"`: E_h[softmax(q_0 K^T * scale)]_{1:}, the softmax over all tokens, per head. A row sums to
@@ -44,10 +44,7 @@ def cls_row(
         kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`.
 
     Returns:
-        [B, T - prefix], a new tensor without gradient; float32, or float64 from float64.
-
-    Raises:
-        ValueError: an unknown kind, or shapes that do not fit.
+        [B, T - prefix], a new tensor; float32, or float64 from float64.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
@@ -68,13 +65,6 @@ def cls_row(
     return row_BL if total_BL is None else total_BL + row_BL
 
 
-@torch.library.custom_op("ccmim::cls_row", mutates_args=())
+@operator("cls_row")
 def _cls_row(q: Tensor, k: Tensor, total: Tensor | None, prefix: int, kind: str, scale: float) -> Tensor:
-    from ccmim_kernels.triton_impl import cls_row as launchers
-
-    return launchers.cls_row(q, k, total, prefix, kind, scale)
-
-
-@_cls_row.register_fake
-def _(q, k, total, prefix, kind, scale):
     return k.new_empty((k.shape[0], k.shape[1] - prefix), dtype=torch.float32)

@@ -1,6 +1,7 @@
 """This module decides which implementation of an op runs: by its argument `kernels`, never by what can be imported."""
 
 import importlib.util
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -52,6 +53,27 @@ def _interpreted() -> bool:
     from ccmim_kernels.triton_impl.launch import INTERPRETED
 
     return INTERPRETED
+
+
+def operator(name: str) -> Callable[[Callable], torch.library.CustomOpDef]:
+    """Make the decorated function the operator `ccmim::<name>`, for torch.compile and autograd.
+
+    The function's annotations are the operator's schema; its body is the fake, which returns empty tensors like the
+    result. The work is done by the launcher `name`, in the file of `triton_impl/` with the name of the function's
+    module: imported at the first call, because Triton need not be installed.
+    """
+
+    def registered(fake: Callable) -> torch.library.CustomOpDef:
+        def run(*arguments):
+            launchers = importlib.import_module(fake.__module__.replace(".", ".triton_impl."))
+            return getattr(launchers, name)(*arguments)
+
+        schema = torch.library.infer_schema(fake, mutates_args=())
+        made = torch.library.custom_op(f"ccmim::{name}", run, mutates_args=(), schema=schema)
+        made.register_fake(fake)
+        return made
+
+    return registered
 
 
 def widened(x: Tensor) -> Tensor:

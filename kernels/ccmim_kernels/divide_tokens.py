@@ -8,25 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ccmim_kernels.dispatch import uses_triton, widened
+from ccmim_kernels.dispatch import operator, uses_triton, widened
 from ccmim_kernels.gather_tokens import gather_gradients, gather_tokens
 from ccmim_kernels.sample_partition import Partition, checked_samples, empty_partition, sample_partition
 
 
 class Divided(NamedTuple):
-    """This class is the result of `divide_tokens`.
+    """This class is the result of `divide_tokens`."""
 
-    Attributes:
-        visible: [B, P + K, D] prefix and visible tokens, in the dtype of the tokens.
-        masked: [B, P + M, D] prefix and masked tokens without gradient, or None.
-        partition: which patches are where.
-        logits: [B, L] the logits of Eq. 4 up to a constant per row, or None (`random`, `block`).
-    """
-
-    visible: Tensor
-    masked: Tensor | None
-    partition: Partition
-    logits: Tensor | None
+    visible: Tensor  # [B, P + K, D] prefix and visible tokens, in the dtype of the tokens
+    masked: Tensor | None  # [B, P + M, D] prefix and masked tokens without gradient, or None
+    partition: Partition  # which patches are where
+    logits: Tensor | None  # [B, L] the logits of Eq. 4 up to a constant per row, or None (`random`, `block`)
 
 
 def folded_logits(tokens_BLD: Tensor, direction_D: Tensor, eps: float) -> Tensor:
@@ -91,14 +84,11 @@ def divide_tokens(
         prefix_PD: [P, D] float, [CLS] first; receives the gradient of the visible set only.
         ids_B: [B] int64 sample ids.
         direction_D: [D] float, no gradient.
-        logits_BL: [B, L] float, no gradient; not together with `direction_D`.
+        logits_BL: [B, L] float, no gradient; an importance strategy needs either this or `direction_D`.
         eps: of the LayerNorm.
         with_masked: gather the masked set too.
         kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`. Triton's is one launch; `block`
             takes one to sample and one for each set.
-
-    Raises:
-        ValueError: an argument out of its range, or both or neither of logits and direction for an importance strategy.
     """
     how = {"keep": keep, "seed": seed, "strategy": strategy, "noise": noise, "temperature": temperature}
     logits_BL, ids_B, epochs_B = checked_samples(logits_BL, ids_B, epoch, *tokens_BLD.shape[:2], **how)
@@ -128,7 +118,7 @@ def _check(tokens_BLD, prefix_PD, logits_BL, direction_D, grid, strategy) -> Non
         raise ValueError(f"strategy={strategy} needs either logits or direction, got {given} of them")
 
 
-@torch.library.custom_op("ccmim::divide_tokens", mutates_args=())
+@operator("divide_tokens")
 def _divide_tokens(
     tokens: Tensor,
     prefix: Tensor,
@@ -144,14 +134,6 @@ def _divide_tokens(
     noise: str,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from ccmim_kernels.triton_impl import divide_tokens as launchers
-
-    sampling = (keep, seed, epoch, strategy, noise, temperature)
-    return launchers.divide_tokens(tokens, prefix, ids, logits, direction, eps, with_masked, *sampling)
-
-
-@_divide_tokens.register_fake
-def _(tokens, prefix, ids, logits, direction, eps, with_masked, keep, *_sampling):
     B, L, D = tokens.shape
     P = prefix.shape[0]
     return (

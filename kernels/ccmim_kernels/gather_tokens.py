@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor
 
-from ccmim_kernels.dispatch import uses_triton
+from ccmim_kernels.dispatch import operator, uses_triton
 
 
 def gather_tokens_reference(tokens_BLD: Tensor, ids_BK: Tensor, prefix_PD: Tensor | None) -> Tensor:
@@ -32,9 +32,6 @@ def gather_tokens(
 
     Returns:
         [B, P + K, D] in the dtype of `tokens_BLD`.
-
-    Raises:
-        ValueError: shapes that do not fit.
     """
     if tokens_BLD.ndim != 3 or ids_BK.ndim != 2 or len(tokens_BLD) != len(ids_BK):
         raise ValueError(f"tokens {list(tokens_BLD.shape)} and ids {list(ids_BK.shape)} must be [B, L, D] and [B, K]")
@@ -45,29 +42,19 @@ def gather_tokens(
     return gather_tokens_reference(tokens_BLD, ids_BK, prefix_PD)
 
 
-@torch.library.custom_op("ccmim::gather_tokens", mutates_args=())
+@operator("gather_tokens")
 def _gather_tokens(tokens: Tensor, ids: Tensor, prefix: Tensor | None) -> Tensor:
-    from ccmim_kernels.triton_impl import gather_tokens as launchers
-
-    return launchers.gather_tokens(tokens, ids, prefix)
-
-
-@_gather_tokens.register_fake
-def _(tokens, ids, prefix):
     rows = ids.shape[1] + (0 if prefix is None else prefix.shape[0])
     return tokens.new_empty((tokens.shape[0], rows, tokens.shape[2]))
 
 
-@torch.library.custom_op("ccmim::scatter_tokens", mutates_args=())
-def _scatter_tokens(grad: Tensor, ids: Tensor, patches: int) -> Tensor:
-    from ccmim_kernels.triton_impl import gather_tokens as launchers
+@operator("scatter_tokens")
+def _scatter_tokens(grad: Tensor, ids: Tensor, rows: int, first: int = 0) -> Tensor:
+    """Return [B, rows, D]: row r is row P + j of `grad` [B, P + K, D] where ids[j] = r - first, else zeros.
 
-    return launchers.scatter_tokens(grad, ids, patches)
-
-
-@_scatter_tokens.register_fake
-def _(grad, ids, patches):
-    return grad.new_empty((grad.shape[0], patches, grad.shape[2]))
+    With P = first = 1 row 0 is the row 0 of `grad`.
+    """
+    return grad.new_empty((grad.shape[0], rows, grad.shape[2]))
 
 
 def gather_gradients(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ccmim_kernels.dispatch import uses_triton
+from ccmim_kernels.dispatch import operator, uses_triton
 from ccmim_kernels.masked_patch_loss import patchify
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -87,9 +87,6 @@ def hog_target(
 
     Returns:
         [B, M, F], F = (patch / cell)**2 * C * bins, ordered (cell row, cell column, channel, bin). It has no gradient.
-
-    Raises:
-        ValueError: sizes or dtypes that do not fit.
     """
     B, H, W, _ = images_BHWC.shape
     if patch % cell:
@@ -110,14 +107,7 @@ def hog_target(
     return hog_target_reference(images_BHWC, ids_masked_BM, patch, bins, cell, wide).to(dtype)
 
 
-@torch.library.custom_op("ccmim::hog_target", mutates_args=())
+@operator("hog_target")
 def _hog_target(images: Tensor, ids_masked: Tensor, patch: int, bins: int, cell: int, dtype: torch.dtype) -> Tensor:
-    from ccmim_kernels.triton_impl import hog_target as launchers
-
-    return launchers.hog_target(images, ids_masked, patch, bins, cell, dtype)
-
-
-@_hog_target.register_fake
-def _(images, ids_masked, patch, bins, cell, dtype):
     B, M = ids_masked.shape
     return images.new_empty((B, M, (patch // cell) ** 2 * images.shape[-1] * bins), dtype=dtype)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ccmim_kernels.dispatch import uses_triton, widened
+from ccmim_kernels.dispatch import operator, uses_triton, widened
 
 
 def info_nce_reference(
@@ -50,7 +50,7 @@ def info_nce(
     tau: float,
     kernels: str = "auto",
 ) -> Tensor:
-    """Compute L_NCE (Eq. 7), the mean over the B local images.
+    """Compute L_NCE (Eq. 7), the mean over the B local images: a scalar, float32 (float64 from float64).
 
     For image i, with cosine similarity s:
     -log( exp(s(hM_i, hV_i) / tau) / ( sum_{j != i} exp(s(hV_i, hV_j) / tau) + sum_j exp(s(hM_i, hV_j) / tau) ) ).
@@ -63,12 +63,6 @@ def info_nce(
         offset: see above.
         tau: temperature.
         kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`.
-
-    Returns:
-        A scalar; float32, or float64 from float64.
-
-    Raises:
-        ValueError: shapes or values that do not fit.
     """
     visible_all_NE = visible_BE if visible_all_NE is None else visible_all_NE
     _check(visible_BE, visible_all_NE, offset, tau)
@@ -91,13 +85,7 @@ def moco_nce(
     Args:
         visible_BE: [B, E] float, hV of the local images; receives a gradient.
         masked_all_NE: [N, E] float, hM of all ranks, no gradient; rows offset .. offset + B - 1 are the local ones.
-        offset, tau, kernels: as in `info_nce`.
-
-    Returns:
-        A scalar; float32, or float64 from float64.
-
-    Raises:
-        ValueError: shapes or values that do not fit.
+        offset, tau, kernels: as in `info_nce`, as is the result.
     """
     _check(visible_BE, masked_all_NE, offset, tau)
     rows = visible_BE, masked_all_NE.detach()
@@ -108,25 +96,17 @@ def moco_nce(
         return moco_nce_reference(*(widened(h) for h in rows), offset, tau)
 
 
-@torch.library.custom_op("ccmim::info_nce", mutates_args=())
+@operator("info_nce")
 def _nce(student: Tensor, teacher: Tensor | None, keys: Tensor, offset: int, tau: float) -> tuple[Tensor, Tensor]:
     """Return (loss_B, positive_B): each image's loss, and the similarity of its positive, which has no gradient.
 
     All rows have norm 1 (or 0) and are float32. With a teacher the loss is that of `info_nce`, without that of
     `moco_nce` but for its factor.
     """
-    from ccmim_kernels.triton_impl import info_nce as launchers
-
-    queries, excluded = (student, 0) if teacher is None else (torch.cat([student, teacher]), len(student))
-    return launchers.losses(queries, keys, excluded=excluded, offset=offset, tau=tau)
-
-
-@_nce.register_fake
-def _(student, teacher, keys, offset, tau):
     return student.new_empty(student.shape[0]), student.new_empty(student.shape[0])
 
 
-@torch.library.custom_op("ccmim::info_nce_gradient", mutates_args=())
+@operator("info_nce_gradient")
 def _nce_gradient(
     student: Tensor,
     teacher: Tensor | None,
@@ -139,17 +119,6 @@ def _nce_gradient(
     of_keys: bool,
 ) -> Tensor:
     """Return the gradient of the students, or with `of_keys` of the keys; `grad` is that of each image's loss."""
-    from ccmim_kernels.triton_impl import info_nce as launchers
-
-    rows, others = student, keys
-    if of_keys:
-        rows, others = keys, student if teacher is None else torch.cat([student, teacher])
-    where = {"of_keys": of_keys, "excluded": 0 if teacher is None else len(student), "offset": offset, "tau": tau}
-    return launchers.gradient(rows, others, loss, positive, grad, **where)
-
-
-@_nce_gradient.register_fake
-def _(student, teacher, keys, loss, positive, grad, offset, tau, of_keys):
     return torch.empty_like(keys if of_keys else student, memory_format=torch.contiguous_format)
 
 

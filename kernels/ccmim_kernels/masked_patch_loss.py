@@ -8,17 +8,13 @@ An image is cut into patches in MAE's order: patches row by row, and (row, colum
 import torch
 from torch import Tensor
 
-from ccmim_kernels.dispatch import uses_triton, widened
+from ccmim_kernels.dispatch import operator, uses_triton, widened
 
 NORM_PIX_EPS = 1e-6  # MAE
 
 
 def patchify(images_BHWC: Tensor, patch: int) -> Tensor:
-    """Return the patches of images, [B, H, W, C] -> [B, L, patch * patch * C], any dtype.
-
-    Raises:
-        ValueError: H or W is no multiple of `patch`.
-    """
+    """Return the patches of images, [B, H, W, C] -> [B, L, patch * patch * C], any dtype; `patch` divides H and W."""
     B, H, W, C = images_BHWC.shape
     if H % patch or W % patch:
         raise ValueError(f"image {H}x{W} is no multiple of patch={patch}")
@@ -93,9 +89,6 @@ def masked_patch_loss(
 
     Returns:
         A scalar, the mean over B, M and P; float32, or float64 from float64.
-
-    Raises:
-        ValueError: shapes or dtypes that do not fit.
     """
     B, M = ids_masked_BM.shape
     _, H, W, C = images_BHWC.shape
@@ -116,17 +109,10 @@ def masked_patch_loss(
     return masked_patch_loss_reference(widened(pred_BMP), *inputs)
 
 
-@torch.library.custom_op("ccmim::masked_patch_loss", mutates_args=())
+@operator("masked_patch_loss")
 def _masked_patch_loss(
     pred: Tensor, images: Tensor, ids_masked: Tensor, patch: int, mean: Tensor, std: Tensor, norm_pix: bool
 ) -> tuple[Tensor, Tensor]:
-    from ccmim_kernels.triton_impl import masked_patch_loss as launchers
-
-    return launchers.masked_patch_loss(pred, images, ids_masked, patch, mean, std, norm_pix)
-
-
-@_masked_patch_loss.register_fake
-def _(pred, images, ids_masked, patch, mean, std, norm_pix):
     return pred.new_empty((), dtype=torch.float32), pred.new_empty(pred.shape)
 
 

@@ -5,7 +5,8 @@
 import torch
 from torch import Tensor
 
-from ccmim_kernels.dispatch import uses_triton
+from ccmim_kernels.dispatch import operator, uses_triton
+from ccmim_kernels.gather_tokens import _scatter_tokens
 
 
 def restore_tokens_reference(
@@ -36,9 +37,6 @@ def restore_tokens(
 
     Returns:
         [B, 1 + L, D] in the dtype of `visible_BTD`.
-
-    Raises:
-        ValueError: shapes that do not fit.
     """
     B, L = ids_restore_BL.shape
     if len(visible_BTD) != B or visible_BTD.shape[1] > L:
@@ -54,39 +52,13 @@ def restore_tokens(
     return restore_tokens_reference(visible_BTD, mask_token_D, ids_restore_BL, positions_SD)
 
 
-@torch.library.custom_op("ccmim::restore_tokens", mutates_args=())
+@operator("restore_tokens")
 def _restore_tokens(visible: Tensor, mask_token: Tensor, ids_restore: Tensor, positions: Tensor) -> Tensor:
-    from ccmim_kernels.triton_impl import restore_tokens as launchers
-
-    return launchers.restore_tokens(visible, mask_token, ids_restore, positions)
-
-
-@_restore_tokens.register_fake
-def _(visible, mask_token, ids_restore, positions):
     return visible.new_empty((visible.shape[0], ids_restore.shape[1] + 1, visible.shape[2]))
 
 
-@torch.library.custom_op("ccmim::restore_tokens_visible_gradient", mutates_args=())
-def _visible_gradient(grad: Tensor, ids_restore: Tensor, keep: int) -> Tensor:
-    from ccmim_kernels.triton_impl import restore_tokens as launchers
-
-    return launchers.visible_gradient(grad, ids_restore, keep)
-
-
-@_visible_gradient.register_fake
-def _(grad, ids_restore, keep):
-    return grad.new_empty((grad.shape[0], keep + 1, grad.shape[2]))
-
-
-@torch.library.custom_op("ccmim::restore_tokens_mask_token_gradient", mutates_args=())
+@operator("restore_tokens_mask_token_gradient")
 def _mask_token_gradient(grad: Tensor, ids_restore: Tensor, keep: int) -> Tensor:
-    from ccmim_kernels.triton_impl import restore_tokens as launchers
-
-    return launchers.mask_token_gradient(grad, ids_restore, keep)
-
-
-@_mask_token_gradient.register_fake
-def _(grad, ids_restore, keep):
     return grad.new_empty(grad.shape[2:], dtype=torch.float32)
 
 
@@ -98,7 +70,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     (ids_restore,) = ctx.saved_tensors
-    visible = _visible_gradient(grad, ids_restore, ctx.keep) if ctx.needs_input_grad[0] else None
+    visible = _scatter_tokens(grad, ids_restore, ctx.keep + 1, first=1) if ctx.needs_input_grad[0] else None
     mask_token = None
     if ctx.needs_input_grad[1]:
         mask_token = _mask_token_gradient(grad, ids_restore, ctx.keep).to(ctx.dtype)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ccmim_kernels.dispatch import uses_triton, widened
+from ccmim_kernels.dispatch import operator, uses_triton, widened
 from ccmim_kernels.philox import STREAM_BLOCK, keyed_bits, keyed_gumbel, keyed_uniform, per_sample, to_unit
 
 STRATEGIES = ("random", "block", "importance", "importance_sampling")
@@ -21,20 +21,13 @@ LOG_ASPECT = math.log(1 / 0.3)  # BEiT: aspect ratio log-uniform in 0.3 .. 1 / 0
 
 
 class Partition(NamedTuple):
-    """This class is one split per image, both sets in patch order.
+    """This class is one split per image, both sets in patch order."""
 
-    Attributes:
-        ids_visible_BK, ids_masked_BM: int64 patch indices, ascending.
-        ids_restore_BL: int64; row of patch i in the concatenation of both sets.
-        mask_BL: bool, True where masked.
-        nan_B: bool, True where a score of the image was NaN: NaN then counted as the largest score.
-    """
-
-    ids_visible_BK: Tensor
-    ids_masked_BM: Tensor
-    ids_restore_BL: Tensor
-    mask_BL: Tensor
-    nan_B: Tensor
+    ids_visible_BK: Tensor  # int64 patch indices, ascending
+    ids_masked_BM: Tensor  # int64 patch indices, ascending
+    ids_restore_BL: Tensor  # int64; row of patch i in the concatenation of both sets
+    mask_BL: Tensor  # bool, True where masked
+    nan_B: Tensor  # bool, True where a score of the image was NaN: NaN then counted as the largest score
 
 
 def partition_from_mask(mask_BL: Tensor, keep: int) -> Partition:
@@ -141,13 +134,10 @@ def checked_samples(
     noise: str,
     temperature: float,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Check the arguments that all dividing ops share; return logits, ids and epochs in one dtype each.
+    """Check the arguments that all dividing ops share.
 
     Returns:
         logits [batch, patches] without gradient as float32 (float64 stays), ids and epochs [batch] as int64.
-
-    Raises:
-        ValueError: an argument that is out of its range, or of another shape.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} must be one of {', '.join(STRATEGIES)}")
@@ -188,6 +178,8 @@ def sample_partition(
 ) -> Partition:
     """Divide each image's patches into `keep` visible and L - keep masked ones (paper, section 3.2 and Table 5).
 
+    Nothing of the result has a gradient.
+
     Every strategy is one key per patch; the largest keys are masked, equal keys by patch index:
 
     - `random`: keys ~ U(0, 1) (MAE).
@@ -206,11 +198,6 @@ def sample_partition(
         seed, epoch: 0 .. 2**32 - 1; the epoch as a number, or as int64 on the device of `ids_B`, one for all or [B].
         kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`; the partition is the same, bit for bit.
 
-    Returns:
-        A `Partition`. Nothing of it has a gradient.
-
-    Raises:
-        ValueError: an argument out of its range; the message names it and its limit.
     """
     scored = strategy.startswith("importance")
     how = {"keep": keep, "seed": seed, "strategy": strategy, "noise": noise, "temperature": temperature}
@@ -224,7 +211,7 @@ def sample_partition(
     return sample_partition_reference(logits_BL, ids_B, grid=grid, **how)
 
 
-@torch.library.custom_op("ccmim::sample_partition", mutates_args=())
+@operator("sample_partition")
 def _sample_partition(
     logits: Tensor | None,
     ids: Tensor,
@@ -238,14 +225,6 @@ def _sample_partition(
     temperature: float,
     block_min: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from ccmim_kernels.triton_impl import sample_partition as launchers
-
-    sampling = (keep, seed, epoch, strategy, noise, temperature)
-    return launchers.sample_partition(logits, ids, rows, columns, *sampling, block_min)
-
-
-@_sample_partition.register_fake
-def _(logits, ids, rows, columns, keep, *_sampling):
     return empty_partition(ids, rows * columns, keep, torch.bool)
 
 

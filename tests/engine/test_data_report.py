@@ -12,7 +12,7 @@ from tiny import TINY
 
 from ccmim_fast.data.stream.torch_loader import TorchLoader
 from ccmim_fast.data.throughput import StageTimes
-from ccmim_fast.engine import data_report
+from ccmim_fast.engine import health
 from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.errors import DataError
 
@@ -91,10 +91,10 @@ def test_an_image_that_fails_is_left_out_told_and_counted(tmp_path, photos, show
 
 
 def test_other_ranks_tell_what_failed_and_do_not_advise(monkeypatch):
-    monkeypatch.setattr(data_report, "measure_stage_times", lambda *_: pytest.fail("not for one rank of many"))
+    monkeypatch.setattr(health, "measure_stage_times", lambda *_: pytest.fail("not for one rank of many"))
     loader = SimpleNamespace(bad_samples=SimpleNamespace(reasons={3: "cut"}), plan=SimpleNamespace(source=range(9)))
     said = []
-    report = data_report.DataReport(loader, (32, 32), said.append, metrics=None)
+    report = health.DataReport(loader, (32, 32), said.append, metrics=None)
     report.update(7, waited=0.9)
     report.update(8, waited=0.9)
     report.close()
@@ -119,11 +119,11 @@ def test_advice_comes_once_where_steps_wait(tmp_path, photos, monkeypatch, capsy
             yield batch
 
     monkeypatch.setattr(TorchLoader, "stream", slow)
-    monkeypatch.setattr(data_report, "measure_stage_times", lambda *_: StageTimes(1.0, 9.0, 2.0))
+    monkeypatch.setattr(health, "measure_stage_times", lambda *_: StageTimes(1.0, 9.0, 2.0))
     run(tmp_path / "run", photos, max_steps=3)
     said = capsys.readouterr().out
     assert said.count("of the time goes by waiting for images") == 1
     assert "decode 9.0" in said
-    monkeypatch.setattr(data_report, "WAIT", 1.1)
+    monkeypatch.setattr(health, "WAIT", 1.1)
     run(tmp_path / "quiet", photos, max_steps=3)
     assert "waiting for images" not in capsys.readouterr().out

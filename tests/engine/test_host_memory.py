@@ -7,7 +7,7 @@ import pytest
 
 CHURN = """
 import resource, sys, torch
-from ccmim_fast.engine.host_memory import keep_freed_memory
+from ccmim_fast.engine.build import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 for _ in range(3):

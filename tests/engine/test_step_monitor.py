@@ -266,7 +266,7 @@ def test_a_full_disk_ends_neither_the_records_nor_the_going_back(tmp_path, capsy
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    with not_finite({6, 7, 8}), patch("ccmim_fast.engine.post_mortem.write_capture", full):
+    with not_finite({6, 7, 8}), patch("ccmim_fast.engine.pretraining.write_capture", full):
         fit(config_for(tmp_path))
     assert [record["to"] for record in records(tmp_path, "went_back")] == [4]
     assert "no capture: [Errno 28] No space left on device" in capsys.readouterr().out

@@ -277,9 +277,9 @@ def test_no_buffer_of_logits(device, monkeypatch):
         lambda kernel, programs, *arguments, **_: written.extend(a.numel() for a in arguments if torch.is_tensor(a)),
     )
     student, keys, rows = (torch.zeros(*shape, device=device) for shape in ((2048, 32), (8192, 32), (2048,)))
-    launchers.losses(student.repeat(2, 1), keys, excluded=2048, offset=0, tau=0.2)
-    for a, c, of_keys in ((student, keys, False), (keys, student.repeat(2, 1), True)):
-        launchers.gradient(a, c, rows, rows, rows, of_keys=of_keys, excluded=2048, offset=0, tau=0.2)
+    launchers.info_nce(student, student, keys, offset=0, tau=0.2)
+    for of_keys in (False, True):
+        launchers.info_nce_gradient(student, student, keys, rows, rows, rows, 0, 0.2, of_keys)
     assert len(written) == 4 + 2 * 6
     assert max(written) < 2048 * 2 * 8192 / 16
 

@@ -5,7 +5,7 @@ import torch
 from ops.gold import DTYPES, compare
 
 from ccmim_kernels import restore_tokens, sample_partition
-from ccmim_kernels.restore_tokens import _mask_token_gradient, _restore_tokens, _visible_gradient
+from ccmim_kernels.restore_tokens import _mask_token_gradient, _restore_tokens, _scatter_tokens
 
 
 def test_against_loops():
@@ -92,5 +92,5 @@ def test_opcheck(device):
     mask_token = torch.randn(6, device=device, requires_grad=True)
     torch.library.opcheck(_restore_tokens, (visible, mask_token, ids, positions))
     grad = torch.randn(2, 9, 6, device=device)
-    torch.library.opcheck(_visible_gradient, (grad, ids, 3))
+    torch.library.opcheck(_scatter_tokens, (grad, ids, 4, 1))
     torch.library.opcheck(_mask_token_gradient, (grad, ids, 3))

@@ -18,7 +18,7 @@ from ccmim_fast.evaluation.masks.objects import MaskFolder, has_both, objects_of
 from ccmim_fast.evaluation.masks.result import write
 from ccmim_fast.evaluation.masks.scores import figures_of, score_and_divide
 from ccmim_fast.evaluation.masks.subject import PROG, Subject, read_subject
-from ccmim_fast.models.output import Output
+from ccmim_fast.models.ccmim import Output
 from ccmim_fast.models.scores import PriorScores
 from ccmim_fast.ranks.session import open_session
 from ccmim_fast.report.reconstruction import reconstruct

@@ -18,8 +18,7 @@ from ccmim_fast.data.stream.torch_loader import load_crop
 from ccmim_fast.engine.pretraining import Pretraining
 from ccmim_fast.evaluation.masks.metrics import object_leakage, object_patches, score_auroc
 from ccmim_fast.evaluation.masks.objects import objects_of
-from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.models.output import Output
+from ccmim_fast.models.ccmim import CCMIM, Output
 from ccmim_fast.models.scores import AllBlocks, PriorScores
 
 

@@ -12,8 +12,7 @@ from ccmim_fast.build.model import build_objective
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.evaluation.masks.metrics import object_leakage, score_auroc, score_entropy, top_share
-from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.models.output import Output
+from ccmim_fast.models.ccmim import CCMIM, Output
 from ccmim_fast.models.scores import AllBlocks, PriorScores, eq4_of_blocks
 from ccmim_kernels import sample_partition
 from ccmim_kernels.sample_partition import STRATEGIES

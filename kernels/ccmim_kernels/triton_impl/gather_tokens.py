@@ -69,7 +69,7 @@ def position_of(value, list_ptr, length, CHUNK: tl.constexpr):
     return position
 
 
-@triton.jit(do_not_specialize=["L", "K", "P", "tiles"])
+@triton.jit(do_not_specialize=["L", "K", "P", "first", "tiles"])
 def ccmim_scatter_tokens_kernel(
     grad_ptr,  # [B, P + K, D] float, contiguous
     ids_ptr,  # [B, K] int64
@@ -77,17 +77,21 @@ def ccmim_scatter_tokens_kernel(
     L,
     K,
     P,
+    first,
     tiles,
     D,
     TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write the gradient of a gather densely: each row once, zeros where nothing was taken."""
+    """Write the gradient of a gather densely: each row once, zeros where nothing was taken. Moves B (K + L) D values.
+
+    Row r is row P + j of `grad`, where ids[j] = r - first. With P = first = 1 row 0 is its row 0.
+    """
     program = tl.program_id(0).to(tl.int64)
     image = program // tiles
     row = (program % tiles) * TOKENS + tl.arange(0, TOKENS)
-    position = position_of(row, ids_ptr + image * K, K, 32)
-    taken = ((row < L) & (position >= 0))[:, None]
+    position = position_of(row - first, ids_ptr + image * K, K, 32)
+    taken = ((row < L) & ((position >= 0) | (row < first)))[:, None]
     source = grad_ptr + ((image * (P + K) + P + position) * D)[:, None]
     copy_rows(source, out_ptr + ((image * L + row) * D)[:, None], taken, (row < L)[:, None], D, BLOCK_D)
 
@@ -107,13 +111,13 @@ def gather_tokens(tokens_BLD: Tensor, ids_BK: Tensor, prefix_PD: Tensor | None) 
     return out_BTD
 
 
-def scatter_tokens(grad_BTD: Tensor, ids_BK: Tensor, patches: int) -> Tensor:
-    """Launch the kernel that takes [B, P + K, D] to [B, patches, D], the prefix rows left out."""
+def scatter_tokens(grad_BTD: Tensor, ids_BK: Tensor, rows: int, first: int = 0) -> Tensor:
+    """Launch the kernel that takes [B, P + K, D] to [B, rows, D]."""
     B, T, D = grad_BTD.shape
     K = ids_BK.shape[1]
-    out_BLD = torch.empty(B, patches, D, dtype=grad_BTD.dtype, device=grad_BTD.device)
+    out_BLD = torch.empty(B, rows, D, dtype=grad_BTD.dtype, device=grad_BTD.device)
     tile = tile_for(D)
-    tiles = triton.cdiv(patches, tile["TOKENS"])
+    tiles = triton.cdiv(rows, tile["TOKENS"])
     tensors = (grad_BTD.contiguous(), ids_BK.contiguous(), out_BLD)
-    launch(ccmim_scatter_tokens_kernel, B * tiles, *tensors, patches, K, T - K, tiles, D, **tile)
+    launch(ccmim_scatter_tokens_kernel, B * tiles, *tensors, rows, K, T - K, first, tiles, D, **tile)
     return out_BLD

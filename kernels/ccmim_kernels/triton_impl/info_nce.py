@@ -29,18 +29,12 @@ _GRADIENT_INTEGERS = ["A", "C", "B", "offset", "excluded", "parts", "length"]
 def similarities(a_ptr, a_row, a_valid, c_ptr, c_row, c_valid, E, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr):
     """Multiply rows of `a` with rows of `c`: fp32 [len(a_row), len(c_row)]; rows not valid count as zero."""
     total = tl.zeros((a_row.shape[0], c_row.shape[0]), dtype=tl.float32)
+    a_ptr += a_row.to(tl.int64)[:, None] * E
+    c_ptr += c_row.to(tl.int64)[None, :] * E
     for start in range(0, E, BLOCK_E):
         lane = start + tl.arange(0, BLOCK_E)
-        a = tl.load(
-            a_ptr + a_row.to(tl.int64)[:, None] * E + lane[None, :],
-            mask=a_valid[:, None] & (lane < E)[None, :],
-            other=0.0,
-        )
-        c = tl.load(
-            c_ptr + c_row.to(tl.int64)[None, :] * E + lane[:, None],
-            mask=c_valid[None, :] & (lane < E)[:, None],
-            other=0.0,
-        )
+        a = tl.load(a_ptr + lane[None, :], mask=a_valid[:, None] & (lane < E)[None, :], other=0.0)
+        c = tl.load(c_ptr + lane[:, None], mask=c_valid[None, :] & (lane < E)[:, None], other=0.0)
         total = tl.dot(a, c, total, input_precision=PRECISION)
     return total
 
@@ -173,6 +167,11 @@ def padded(rows: Tensor) -> Tensor:
     return F.pad(rows, (0, missing)) if missing else rows.contiguous()
 
 
+def queries(student_BE: Tensor, teacher_BE: Tensor | None) -> Tensor:
+    """Return the query rows [R, E]."""
+    return student_BE if teacher_BE is None else torch.cat([student_BE, teacher_BE])
+
+
 def split(tiles: int, rows: int, block: int) -> tuple[int, int]:
     """Return (parts, length): `tiles` programs sum over `rows` in parts of `length` rows, a multiple of `block`."""
     blocks = triton.cdiv(rows, block)
@@ -180,22 +179,20 @@ def split(tiles: int, rows: int, block: int) -> tuple[int, int]:
     return triton.cdiv(rows, length), length
 
 
-def losses(
-    queries_RE: Tensor, keys_NE: Tensor, *, excluded: int, offset: int, tau: float, precision: str | None = None
+def info_nce(
+    student_BE: Tensor,
+    teacher_BE: Tensor | None,
+    keys_NE: Tensor,
+    offset: int,
+    tau: float,
+    precision: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (loss_B, positive_B): each image's loss and the similarity of its positive, float32.
-
-    Args:
-        queries_RE: [R, E] float32, normalised; B = R - excluded.
-        keys_NE: [N, E] float32, normalised.
-        excluded: 0 or B.
-        precision: of the products; None: `dot_precision` of the device.
-    """
-    precision = precision or dot_precision(queries_RE.device)
+    """Launch the kernel of the loss; `precision` is that of the products, None: `dot_precision` of the device."""
+    precision = precision or dot_precision(keys_NE.device)
     block_a, block_c, block_e, warps = _LOGSUMEXP_TILES[precision]
-    queries_RE, keys_NE = padded(queries_RE), padded(keys_NE)
-    (rows, width), keys = queries_RE.shape, len(keys_NE)
-    batch = rows - excluded
+    queries_RE, keys_NE = padded(queries(student_BE, teacher_BE)), padded(keys_NE)
+    (rows, width), keys, batch = queries_RE.shape, len(keys_NE), len(student_BE)
+    excluded = rows - batch
     tiles = triton.cdiv(rows, block_a)
     parts, length = split(tiles, keys, block_c)
     positive_B = (queries_RE[excluded:] * keys_NE[offset : offset + batch]).sum(1)
@@ -207,28 +204,23 @@ def losses(
     return lse_SR.view(-1, batch).logsumexp(0), positive_B
 
 
-def gradient(
-    a_AE: Tensor,
-    c_CE: Tensor,
+def info_nce_gradient(
+    student_BE: Tensor,
+    teacher_BE: Tensor | None,
+    keys_NE: Tensor,
     loss_B: Tensor,
     positive_B: Tensor,
     grad_B: Tensor,
-    *,
-    of_keys: bool,
-    excluded: int,
     offset: int,
     tau: float,
+    of_keys: bool,
     precision: str | None = None,
 ) -> Tensor:
-    """Return the gradient [A, E] of sum_i grad_i loss_i for `a`, the queries or (`of_keys`) the keys; `c` is the other.
-
-    Args:
-        loss_B, positive_B: of `losses`.
-        grad_B: [B] float32.
-        excluded, offset, tau, precision: as in `losses`.
-    """
-    precision = precision or dot_precision(a_AE.device)
+    """Launch the kernel of the gradient of sum_i grad_i loss_i; teachers have none, but count in that of the keys."""
+    precision = precision or dot_precision(keys_NE.device)
     block_a, block_c, block_e, block_out, warps = _GRADIENT_TILES[precision]
+    excluded = 0 if teacher_BE is None else len(student_BE)
+    a_AE, c_CE = (keys_NE, queries(student_BE, teacher_BE)) if of_keys else (student_BE, keys_NE)
     embedding = a_AE.shape[1]
     a_AE, c_CE = padded(a_AE), padded(c_CE)
     (rows, width), others = a_AE.shape, len(c_CE)

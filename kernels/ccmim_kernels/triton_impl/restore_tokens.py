@@ -1,4 +1,7 @@
-"""These kernels of `restore_tokens` un-shuffle, fill in the mask token and add positions in one pass, and back."""
+"""These kernels of `restore_tokens` un-shuffle, fill in the mask token and add positions in one pass, and back.
+
+The gradient of the visible tokens is that of a gather, see `scatter_tokens`.
+"""
 
 # B batch, L patches, K visible, T = 1 + K, S = 1 + L, D width
 
@@ -7,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ccmim_kernels.triton_impl.gather_tokens import copy_rows, position_of
 from ccmim_kernels.triton_impl.launch import launch, rows_contiguous, tile_for
 
 
@@ -45,29 +47,6 @@ def ccmim_restore_tokens_kernel(
         position = tl.load(positions_ptr + (row * D)[:, None] + column, mask=inside, other=0.0).to(tl.float32)
         y = tl.where(seen, x.to(tl.float32), filler) + position
         tl.store(target + column, y.to(x.dtype), mask=inside)
-
-
-@triton.jit(do_not_specialize=["L", "K", "tiles"])
-def ccmim_restore_gradient_kernel(
-    grad_ptr,  # [B, S, D] float, contiguous
-    restore_ptr,  # [B, L] int64
-    out_ptr,  # [B, T, D] as grad, out
-    L,
-    K,
-    tiles,
-    D,
-    TOKENS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Take the gradient of one tile of one image's visible tokens. Moves 2 * B * T * D values."""
-    program = tl.program_id(0).to(tl.int64)
-    image = program // tiles
-    row = (program % tiles) * TOKENS + tl.arange(0, TOKENS)
-    patch = position_of(row - 1, restore_ptr + image * L, L, 32)
-    valid = (row <= K)[:, None]
-    # Row 0 is [CLS]: no patch has place -1, so its patch is -1 and its source row 0.
-    source = grad_ptr + ((image * (L + 1) + patch + 1) * D)[:, None]
-    copy_rows(source, out_ptr + ((image * (K + 1) + row) * D)[:, None], valid, valid, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["L", "K", "blocks"])
@@ -110,18 +89,7 @@ def restore_tokens(visible_BTD: Tensor, mask_token_D: Tensor, ids_restore_BL: Te
     return out_BSD
 
 
-def visible_gradient(grad_BSD: Tensor, ids_restore_BL: Tensor, keep: int) -> Tensor:
-    """Launch the kernel that takes [B, 1 + L, D] to [B, 1 + keep, D]."""
-    B, S, D = grad_BSD.shape
-    out_BTD = torch.empty(B, keep + 1, D, dtype=grad_BSD.dtype, device=grad_BSD.device)
-    tile = tile_for(D)
-    tiles = triton.cdiv(keep + 1, tile["TOKENS"])
-    tensors = (grad_BSD.contiguous(), ids_restore_BL.contiguous(), out_BTD)
-    launch(ccmim_restore_gradient_kernel, B * tiles, *tensors, S - 1, keep, tiles, D, **tile)
-    return out_BTD
-
-
-def mask_token_gradient(grad_BSD: Tensor, ids_restore_BL: Tensor, keep: int) -> Tensor:
+def restore_tokens_mask_token_gradient(grad_BSD: Tensor, ids_restore_BL: Tensor, keep: int) -> Tensor:
     """Sum [B, 1 + L, D] over all masked positions to [D] float32, in two passes: no atomics, one order."""
     B, S, D = grad_BSD.shape
     partial_BD = torch.empty(B, D, dtype=torch.float32, device=grad_BSD.device)
