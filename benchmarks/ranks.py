@@ -86,7 +86,7 @@ class Run:
         together = images * accumulate * here.world_size
         self.plan = Plan(FewSizes(), 0, together, accumulate, here.rank, here.world_size)
         self.bank = build_bank(config, self.plan, here, Path())
-        self.watch, self.cursor = StepMonitor(here), 0
+        self.monitor, self.cursor = StepMonitor(here), 0
         self.images_BHWC = random_images(images, config.data.image_size[0], here.device)
         self.boxes_B4 = torch.tensor([0.1, 0.2, 0.7, 0.6], dtype=torch.float64).expand(images, 4)
 
@@ -100,8 +100,8 @@ class Run:
         result = self.step(batches if self.bank is None else self.bank.read(self.cursor, batches), contenders.LR)
         if self.bank is not None:
             self.bank.write([seen.maps_BGG for seen in result.seen])
-        self.watch.saw(0, result, batches, stop=False)
-        list(self.watch.past())
+        self.monitor.submit(0, result.gradients.bad, stop=False)
+        list(self.monitor.completed())
         self.cursor += self.plan.global_batch
         return float(result.total)
 

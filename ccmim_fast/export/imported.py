@@ -8,6 +8,7 @@ import torch
 
 from ccmim_fast.build.model import build_model
 from ccmim_fast.checkpoints import io
+from ccmim_fast.checkpoints.manifest import CHECKPOINTS
 from ccmim_fast.checkpoints.published import TIMM, derived, fill_, read_weights
 from ccmim_fast.checkpoints.run import OpenedRun
 from ccmim_fast.checkpoints.state import Progress, capture
@@ -54,4 +55,4 @@ def import_weights(file: str, arch: str, out: str, settings: Sequence[str]) -> t
     of = config.optim
     optimizer = build_optimizer("adamw", model, lr=of.base_lr, weight_decay=of.weight_decay, betas=of.betas)
     state = capture(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), None, Progress(0, 0, 0, ""), config)
-    return io.save(folder / io.CHECKPOINTS, 0, state, keep=1), new
+    return io.save(folder / CHECKPOINTS, 0, state, keep=1), new
