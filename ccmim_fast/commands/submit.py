@@ -49,7 +49,9 @@ def pretrain_rank(settings: list[str]) -> None:
     """Carry out `ccmim pretrain` as one task of the job, with the command's exit code."""
     become_rank()
     sys.argv = ["ccmim", "pretrain", *settings]  # for the run's record of its command
-    sys.exit(exit_code_of(lambda: pretrain(settings)))
+    # A task that exits, with code 0 too, has no result for submitit: it counts as failed.
+    if code := exit_code_of(lambda: pretrain(settings)):
+        sys.exit(code)
 
 
 def _clock(text: str) -> str:

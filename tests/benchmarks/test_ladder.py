@@ -13,15 +13,15 @@ def ladder(module):
 
 @pytest.mark.slow
 def test_results(ladder, small, tmp_path, monkeypatch):
-    """Of four rungs, as each takes a process; what each saving does is tested in tests/models/test_savings.py."""
-    names = ("naive", "+ fold_input", "+ masked_only", "+ compile")
+    """Of three rungs, as each takes a process; what each saving does is tested in tests/models/test_savings.py."""
+    names = ("naive", "+ fold_input", "+ masked_only")
     few = [rung for rung in ladder.rungs("fp32") if rung.name in names]
     monkeypatch.setattr(ladder, "rungs", lambda precision: few)
     out = tmp_path / "ladder"
     assert ladder.main([*small, "--steps=1", f"--out={out}"]) == 0
     result = json.loads(out.with_suffix(".json").read_text())
     assert [row["name"] for row in result["rows"]] == [rung.name for rung in few]
-    assert len(few) == 4
+    assert len(few) == 3
     naive, *others = result["rows"]
     for row in result["rows"]:
         assert row.keys() == {

@@ -32,7 +32,7 @@ SHOWN, TRAINED = 50, 300  # images
 SMALL = ["--detect.short_sides=[32]", "--detect.width=16", "--detect.proposals=8", "--model.drop_path=0"]
 SMALL += [f"--data.test_samples={SHOWN}", "--train.batch_size=20", "--optim.warmup_steps=10", "--run.test_every=100"]
 LEARNS = [*SMALL, "--detect.proposals=16", "--optim.base_lr=0.05", "--optim.layer_decay=1", "--train.epochs=6"]
-MARGIN = 0.1
+MARGIN = 0.05
 
 
 PRESETS = {

@@ -9,7 +9,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def assert_close_to_gold(ours: Tensor, eager: Tensor, gold: Tensor, what: str) -> None:
-    """Assert max|ours - gold| <= max(2 * max|eager - gold|, eps * max|gold|), eps of our dtype; NaN fails.
+    """Assert max|ours - gold| <= max(2 max|eager - gold|, eps max|gold|); NaN fails.
+
+    eps is of our dtype, and at least four of float32.
 
     Args:
         ours: of the kernel.
@@ -22,7 +24,9 @@ def assert_close_to_gold(ours: Tensor, eager: Tensor, gold: Tensor, what: str) -
     ours_64, eager_64, gold = ours.detach().double().cpu(), eager.detach().double().cpu(), gold.detach().cpu()
     error, allowed_eager = ((x - gold).abs().max().item() for x in (ours_64, eager_64))
     largest = gold.abs().max().item()
-    allowed = max(2 * allowed_eager, torch.finfo(ours.dtype).eps * largest)
+    # Eager may round hardly at all: some processors add the products of a row without rounding in between.
+    rounding = max(torch.finfo(ours.dtype).eps, 4 * torch.finfo(torch.float32).eps)
+    allowed = max(2 * allowed_eager, rounding * largest)
     # Written so that NaN fails.
     assert error <= allowed, f"{what}: error {error:.3e}, eager's {allowed_eager:.3e}, max|gold| {largest:.3e}"
 

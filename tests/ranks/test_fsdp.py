@@ -52,7 +52,7 @@ def test_in_half_precision_too(ranks):
     """The first step is DDP's, whose norm of gradients tells that none is missing; the weights are rounded later on."""
     of_ddp, of_fsdp = ranks[0]["half"]
     torch.testing.assert_close(of_fsdp[0], of_ddp[0], rtol=1e-3, atol=0)
-    torch.testing.assert_close(of_fsdp[:, 1], of_ddp[:, 1], rtol=1e-3, atol=0)
+    torch.testing.assert_close(of_fsdp[:, 1], of_ddp[:, 1], rtol=5e-3, atol=0)
     assert not torch.equal(of_fsdp, of_ddp), "norms are gathered in bfloat16"
 
 
