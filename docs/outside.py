@@ -35,7 +35,7 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
     """Turn links from docs/ to elsewhere, and back, into links within the site."""
     own = page.file.src_uri
-    here = f"docs/{own}" if (ROOT / "docs" / own).is_file() else own
+    here = own if page.file.src_dir == str(ROOT) else f"docs/{own}"
 
     def turned(found):
         mark, words, target = found.groups()

@@ -1,20 +1,18 @@
-"""Writes docs/settings.md from what the settings say of themselves; tests/config/test_settings.py holds it current.
+"""mkdocs hook: the page settings.md of the site is made of what the settings say of themselves.
 
-python docs/settings.py
+`python docs/settings.py` prints it.
 """
 
 import re
-from pathlib import Path
 from typing import get_args, get_origin
+
+from mkdocs.structure.files import File
 
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.keys import REMOVED, RENAMED, Setting, sections, settings, show
 from ccmim_fast.config.schema import Config
 
-PAGE = Path(__file__).with_name("settings.md")
-HEAD = """<!-- Written by docs/settings.py: change the settings in ccmim_fast/config/, then run it. -->
-
-# Settings
+HEAD = """# Settings
 
 A setting is `--section.name=value` on the command line, and `name: value` below `section:` in a file for `--config`.
 The command line counts more than the file, and the file more than the defaults here; a preset in `configs/` is such a
@@ -30,6 +28,12 @@ PARTS = {
 }
 KINDS = {int: "whole number", float: "number", str: "text"}
 MOST = f", {2**31 - 1}]"  # the end of whole numbers that have no end of their own
+
+
+def on_files(files, config):
+    """Add the page."""
+    files.append(File.generated(config, "settings.md", content=page()))
+    return files
 
 
 def page() -> str:
@@ -71,4 +75,4 @@ def takes(one: Setting) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    print(page())

@@ -112,7 +112,7 @@ def _check_mask(config: Config) -> None:
     if needs_both and not CONTRASTS[config.contrast.loss].path:
         others = [name for name, source in SCORE_SOURCES.items() if not source.has_bank]
         must = f"one of {', '.join(others)} with contrast.loss={config.contrast.loss}, which has one pass of two"
-        refuse("score.source", config.score.source, must, others[-1])
+        refuse("score.source", config.score.source, must, others[0])
     masked = patches - int(patches * (1 - ratio))
     if config.mask.strategy == "block" and config.mask.block_min > masked:
         refuse("mask.block_min", config.mask.block_min, f"at most the {masked} patches that are masked", masked)

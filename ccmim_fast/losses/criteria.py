@@ -7,7 +7,8 @@ gradient, uint8 images [B, H, W, C] and masked patches [B, M] int64, and returns
 
 A contrastive loss is a line of `registry.CONTRASTS`. Its criterion is built with settings of the section `contrast` and
 called with hV [B, E] (for Eq. 8 p(hV)), the teacher hM [B, E], which receives no gradient, and the rows of all ranks
-[N, E] in rank order (None: there is one rank); it returns the mean over the local images. All are scalars, float32.
+[N, E] in rank order (None: there is one rank); it returns the mean over the local images, whose mean over ranks is that
+of the global batch, or a loss of this rank's batch as a whole. All are scalars, float32.
 """
 
 # B local batch, N global batch, H height, W width, C channels, M masked, P values per patch, E embedding dim

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from ccmim_fast.config.load import load_config
+from ccmim_fast.registry import SCORE_SOURCES
 
 PROG = "ccmim pretrain"
 
@@ -91,7 +92,7 @@ def test_an_alias_bomb_is_not_printed(load, error_of):
         (["--seed=1\n2"], "seed='1\\n2': expected a whole number"),
         (
             ["--score.source=frist"],
-            "score.source=frist: expected one of first, block, all, bank; nearest valid is first",
+            f"score.source=frist: expected one of {', '.join(SCORE_SOURCES)}; nearest valid is first",
         ),
         (["--train.device=cuda:0"], "train.device=cuda:0: expected one of auto, cpu, cuda; nearest valid is cuda"),
         (["--overwrite=maybe"], "run.overwrite=maybe: expected true or false"),

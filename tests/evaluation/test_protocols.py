@@ -10,6 +10,7 @@ from ccmim_fast.config.load import presets
 from ccmim_fast.evaluation.encoders import IMAGENET, read_encoder
 from ccmim_fast.evaluation.images import Images
 from ccmim_fast.evaluation.protocols import deviations, protocol
+from ccmim_fast.evaluation.registry import EVALUATIONS
 
 OWN = {"ViT-B/16": (768, 16), "ViT-L/16": (1024, 16), "ViT-H/14": (1280, 14)}
 PRESETS = {
@@ -34,7 +35,7 @@ class Counted(SimpleNamespace):
 
 def found(name, weights):
     """Deviations of a run that keeps all of the preset's figures and images."""
-    of = protocol(name.partition("_")[0], name)
+    of = protocol(next(one for one in EVALUATIONS if name.startswith(one)), name)
     *counts, classes = of.images or (2, 2, 2)
     train, test = (Images(Counted(count=count, class_names=range(classes)), None) for count in counts)
     return deviations(of, SimpleNamespace(config=of.config, weights=weights, train=train, test=test))

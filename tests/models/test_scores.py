@@ -9,7 +9,7 @@ from tiny import images, tiny_model
 from ccmim_fast.build.model import build_score_source
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.encoder import build_encoder
-from ccmim_fast.models.scores import AllBlocks, Bank, FirstBlock, OneBlock, can_fold, eq4_of_blocks
+from ccmim_fast.models.scores import AllBlocks, FirstBlock, OneBlock, can_fold, eq4_of_blocks
 from ccmim_fast.models.tokens import prefix_tokens
 from ccmim_fast.profile.meter import flop_counter
 from ccmim_fast.registry import SCORE_SOURCES
@@ -112,12 +112,13 @@ def test_models_that_cannot_be_folded_take_the_general_way():
     assert torch.equal(out.logits_BL, OneBlock(vit, block=0)(vit, x).logits_BL)
 
 
-def test_scores_have_no_gradient(embedded):
+@pytest.mark.parametrize("name", SCORE_SOURCES)
+def test_scores_have_no_gradient(name, embedded):
     vit, x, _ = embedded
     vit.requires_grad_(True)
-    for source in (FirstBlock(vit), OneBlock(vit, block=1), AllBlocks(vit), Bank(vit)):
-        out = source(vit, x.clone().requires_grad_())
-        assert not any(t.requires_grad for t in out if t is not None)
+    _, config = tiny_model(score={"source": name, "block": 1})
+    out = build_score_source(config, vit)(vit, x.clone().requires_grad_())
+    assert not any(t.requires_grad for t in out if t is not None)
 
 
 @pytest.mark.parametrize("name", SCORE_SOURCES)

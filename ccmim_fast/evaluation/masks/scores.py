@@ -8,12 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ccmim_fast.build.model import build_objective
+from ccmim_fast.build.model import build_objective, build_score_source
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.evaluation.masks.metrics import object_leakage, score_auroc, score_entropy, top_share
 from ccmim_fast.models.ccmim import CCMIM, Output
-from ccmim_fast.models.scores import AllBlocks, PriorScores, eq4_of_blocks
+from ccmim_fast.models.scores import AllBlocks, PriorScores, eq4_of_blocks, logits_of
+from ccmim_fast.registry import SCORE_SOURCES
 from ccmim_kernels import sample_partition
 from ccmim_kernels.sample_partition import STRATEGIES
 
@@ -24,7 +25,8 @@ class Scored(NamedTuple):
     """This tuple holds images as a model scores and divides them, on the CPU; the noise is that of epoch 0."""
 
     source: str  # of the scores that the masks are drawn by
-    scores: dict[str, Tensor]  # by source (`all blocks`, `block 0` and so on, `bank`): [B, L], each row sums to 1
+    # By source (`all blocks`, `block 0` and so on, `bank`, others by their labels): [B, L], each row sums to 1.
+    scores: dict[str, Tensor]
     masks: dict[str, Tensor]  # by strategy: [B, L] bool, True where masked
     recons: dict[str, float]  # L_recons (Eq. 9) by strategy; nothing without a decoder
 
@@ -44,7 +46,9 @@ def score_and_divide(
         decodes: whether the model's decoder is trained.
     """
     names = {"first": "block 0", "block": f"block {config.score.block}"} | ({} if prior is None else {"bank": "bank"})
-    source = names.get(config.score.source, "all blocks")
+    named = SCORE_SOURCES[config.score.source]
+    source = names.get(config.score.source, "all blocks" if named.has_bank else named.label)
+    own = build_score_source(config, model.encoder)
     objective, count = build_objective(config, model), len(batch.ids_B)
     scores, masks, losses = defaultdict(list), defaultdict(list), defaultdict(float)
     for start in range(0, count, CHUNK):
@@ -52,6 +56,9 @@ def score_and_divide(
         images_bHWC, ids_b = batch.images_BHWC[chunk], batch.ids_B[chunk]
         prior_b = None if prior is None else PriorScores(*(part[chunk] for part in prior))
         logits = _logits(model, images_bHWC, ids_b, prior_b)
+        if source not in logits:
+            x_bLD = model.embed(images_bHWC)
+            logits[source] = logits_of(own(model.encoder, x_bLD), x_bLD, model.eps)
         for name, logits_bL in logits.items():
             scores[name].append(logits_bL.float().softmax(1).cpu())
         for strategy in STRATEGIES:
