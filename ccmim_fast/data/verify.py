@@ -75,9 +75,9 @@ def verify(
             status_N[sample], reasons_N[sample] = BAD, reason
         columns = {"status": pa.array(status_N), "reason": pa.array(reasons_N, pa.large_string())}
         index = rewrite_index(index, columns)
-        os.unlink(log)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(bad_samples_path(index.path))
+        for path in (log, bad_samples_path(index.path)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
     except OSError as error:
         raise DataError(f"cannot write {log!r}: {error.strerror}; name another place for the index") from error
     return summary(index)

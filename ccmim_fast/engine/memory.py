@@ -29,14 +29,20 @@ _CPU_MESSAGE = re.compile(r"can't allocate memory: you tried to allocate (\d+) b
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:
-    """Return the largest number in SMALLEST .. limit that fits, 0 if none does; log2(limit) trials.
+    """Return the largest number in SMALLEST .. limit that fits, 0 if none does; at most 2 log2(limit) trials.
+
+    The trials begin at the smallest: the first steps load libraries, which need memory of their own.
 
     Args:
         fits: True up to some number, False from there on.
     """
-    numbers = range(SMALLEST, limit + 1)
-    fitting = bisect.bisect_left(numbers, True, key=lambda number: not fits(number))
-    return numbers[fitting - 1] if fitting else 0
+    fitting, trial = 0, SMALLEST
+    while trial <= limit and fits(trial):
+        fitting, trial = trial, 2 * trial
+    if not fitting:
+        return 0
+    between = range(fitting + 1, min(trial, limit + 1))
+    return fitting + bisect.bisect_left(between, True, key=lambda number: not fits(number))
 
 
 def extrapolated(peak_of: Callable[[int], int], room: int) -> int:
@@ -81,6 +87,7 @@ def with_largest_batch(config: Config, here: Session, fits: Callable[[int], bool
 
 def _fits(config: Config, here: Session, batch: int) -> bool:
     """Return if the step, compiled as the run's, can be taken on `batch` images."""
+    gc.collect()  # the step of the trial before refers to itself
     torch.cuda.empty_cache()
     try:
         step = build_step(config, Session(0, 1, here.device))

@@ -44,8 +44,11 @@ def open_both(config: EvalConfig, *data: DataConfig) -> list[Source]:
         sources.append(build_source(replace(of_these, root=root, source=kind), config.seed + len(sources)))
         if sources[-1].labels_N is None:
             raise DataError(f"{root}: its images have no labels; put those of each class into a folder of its own")
-    if other := set(sources[0].class_names) ^ set(sources[1].class_names):
-        raise DataError(f"{roots[1]}: not the classes of {roots[0]}; {min(other)!r:.80} is in one of them alone")
+    names, others = (source.class_names for source in sources)
+    if names != others:
+        differ = set(names) ^ set(others)
+        how = f"{min(differ)!r:.80} is in one of them alone" if differ else "they are in another order"
+        raise DataError(f"{roots[1]}: not the classes of {roots[0]}; {how}")
     return sources
 
 

@@ -185,6 +185,7 @@ def test_finds_every_answer_in_few_trials(limit):
         assert len(tried) == len(set(tried))
         assert len(tried) <= 2 * limit.bit_length()
         assert all(2 <= batch <= limit for batch in tried)
+        assert tried[0] == 2  # while there is room for what the first step loads
 
 
 @pytest.mark.parametrize(("most", "accumulate"), [(1000, 1), (96, 1), (95, 2), (48, 2), (40, 3), (17, 6), (2, 48)])

@@ -55,7 +55,8 @@ def _named_containers(origin: str) -> Listing:
         raise DataError(f"no file {missing[0]!r}" + (f", nor {len(missing) - 1} others" if missing[1:] else ""))
     start = paths[0].find("://") + 3 if is_remote(origin) else 0
     root = paths[0][:start] + posixpath.commonpath([posixpath.dirname(path[start:]) for path in paths])
-    return _of_containers(root, [path[len(root) :].lstrip("/") for path in paths])
+    inside = (lambda path: path.removeprefix(root + "/")) if is_remote(origin) else (lambda p: os.path.relpath(p, root))
+    return _of_containers(root, [inside(path) for path in paths])
 
 
 def _expand_braces(pattern: str) -> list[str]:
