@@ -24,7 +24,7 @@ from ccmim_fast.engine.compile import compile_step
 from ccmim_fast.engine.task import Task
 from ccmim_fast.errors import CheckpointError
 from ccmim_fast.optim.update import own_part
-from ccmim_fast.ranks.fsdp import let_go
+from ccmim_fast.ranks.fsdp import let_go, shard
 from ccmim_fast.ranks.session import Session
 
 STEPS, FEW = 20, 5
@@ -128,7 +128,7 @@ def half_precision(here):
 
     with (
         patch("torch.nn.functional.layer_norm", exact),
-        patch("ccmim_fast.engine.build._gathered_in", lambda precision, device: precision.dtype),
+        patch("ccmim_fast.engine.build.shard", lambda model, here, _: shard(model, here, torch.bfloat16)),
     ):
         return [take(build_step(config_of(parallel, "bf16"), here), here, range(FEW)) for parallel in ("ddp", "fsdp")]
 
