@@ -20,11 +20,12 @@ def _fresh_dynamo():
     counters.clear()
 
 
-def config_for(score=(), contrast=(), model=(), **train):
+def config_for(score=(), contrast=(), model=(), decoder=(), **train):
     return tiny_config(
         score=dict(score),
         contrast=dict(contrast),
         model=dict(model),
+        decoder=dict(decoder),
         optim={"clip_grad": 1.0, "ema_decay": 0.9},
         train={"batch_size": 4, "precision": "fp32", **train},
     )
@@ -64,13 +65,14 @@ def trained(step, call=None, steps=4):
 )
 def test_compiled_equals_eager(source, what, backend, device):
     """Losses and gradient norms over six steps, which all weights have a part in; and a bank's maps."""
-    config = config_for(model={"depth": 2}, score={"source": source})
+    config = config_for(model={"depth": 2}, decoder={"depth": 1}, score={"source": source})
     expected, _ = trained(build_step(config, here(device)), steps=6)
     step = build_step(config, here(device))
     compile_step(step, what, backend=backend)
     found, _ = trained(step, steps=6)
-    # Fused code rounds otherwise, and AdamW's first steps follow the gradient's sign: 1.4e-4 was seen after five.
-    torch.testing.assert_close(found, expected, rtol=5e-4, atol=1e-5)
+    # Fused code rounds otherwise, and AdamW's first steps follow the gradient's sign: 7e-4 was seen after three.
+    torch.testing.assert_close(found[:1], expected[:1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=5e-3, atol=1e-5)
 
 
 # Every source, every contrast and both kinds of kernels, but not all of their combinations: each compiles a step.
