@@ -54,7 +54,7 @@ def test_training_converges_alike(case, device):
     # The loss that is minimised, and its first term; apart the second, where BatchNorm of four rows amplifies rounding.
     torch.testing.assert_close(ours[:, :2], reference[:, :2], rtol=1e-5, atol=0)
     torch.testing.assert_close(ours[:, 2], reference[:, 2], rtol=1e-4, atol=0)
-    assert reference[-4:, 1].mean() < 0.95 * reference[:4, 1].mean()
+    assert reference[-4:, 1].mean() < 0.97 * reference[:4, 1].mean()
 
 
 def test_the_step_runs_every_op_as_a_kernel(device):
