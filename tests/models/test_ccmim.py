@@ -122,7 +122,7 @@ def test_targets(kind, norm_pix):
     pictures = images()
     output = model(pictures, IDS, 0)
     known = {"pixels": 8 * 8 * 3, "hog": 9 * 3}
-    assert output.pred_BMP.shape[-1] == known.get(kind, build_objective(config, model).recons.width)
+    assert output.pred_BMP.shape[-1] == known.get(kind, build_objective(config, model).reconstruction.width)
     assert total_loss(model, output, pictures, config).total.isfinite()
 
 
