@@ -14,8 +14,6 @@ from ccmim_fast.data.index import scan
 from ccmim_fast.data.index.bad_samples import BadSamples, bad_samples_path, read_bad_samples
 from ccmim_fast.data.index.index_file import Index, Listing, Row, rewrite_index, write_index
 from ccmim_fast.data.index.indexed import index_path, open_images
-from ccmim_fast.data.index.origin import _expand_braces, find_origin
-from ccmim_fast.data.index.storage import join
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.errors import DataError
 
@@ -428,19 +426,3 @@ def test_a_header_longer_than_the_first_read_is_found(tmp_path, photograph, monk
     photograph.save(tmp_path / "b.webp")
     monkeypatch.setattr(scan, "HEADER_BYTES", 1000)
     assert open_images(str(tmp_path)).sizes_N2.tolist() == [[300, 400]] * 2
-
-
-@pytest.mark.parametrize(
-    "origin",
-    ["s3://bucket-{0..1}/x.tar", "s3://b/p/{8..10}.tar", "s3://b/p//x.tar", "https://host//a/x.tar", "memory://x.tar"],
-)
-def test_urls_of_containers_stay_what_they_are(origin):
-    """Also where they share the scheme alone, and with an empty part, which is one of a key of S3."""
-    found = find_origin(origin, 3)
-    assert [join(found.root, path) for path in found.containers] == _expand_braces(origin)
-
-
-def test_a_root_with_two_slashes(tmp_path):
-    (tmp_path / "x.tar").write_bytes(b"")
-    found = find_origin(f"/{tmp_path}/x.tar", 3)
-    assert [os.path.realpath(join(found.root, path)) for path in found.containers] == [str(tmp_path / "x.tar")]
