@@ -1,6 +1,7 @@
 """This file has the faster forms of a step: compiled, after a warm-up without a trace, and captured as a CUDA graph."""
 
 import contextlib
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -85,7 +86,8 @@ def warm_up(step: TrainStep, batch: int, accumulate: int, steps: int = 2) -> boo
     with dry_run(step):
         batches = [synthetic_batch(step, batch) for _ in range(accumulate)]
         try:
-            _take(step, batches, steps)
+            with _without_inductors_log():
+                _take(step, batches, steps)
             return True
         except torch.cuda.OutOfMemoryError:
             raise
@@ -95,6 +97,21 @@ def warm_up(step: TrainStep, batch: int, accumulate: int, steps: int = 2) -> boo
             _give_up(step, error)
         _take(step, batches, steps)
         return False
+
+
+@contextlib.contextmanager
+def _without_inductors_log() -> Iterator[None]:
+    """Keep inductor's scheduler from logging a failure, a line per node around it, which its exception tells too."""
+    logger = logging.getLogger("torch._inductor.scheduler")
+
+    def below_critical(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.CRITICAL
+
+    logger.addFilter(below_critical)
+    try:
+        yield
+    finally:
+        logger.removeFilter(below_critical)
 
 
 def _give_up(step: TrainStep, error: Exception) -> None:

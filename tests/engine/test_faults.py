@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from tiny import tiny_config
 from torch._inductor import config as inductor
+from torch._inductor.codegen import cpp
 from torch.utils import tensorboard
 
 from ccmim_fast.data.stream import dali_loader
@@ -156,10 +157,12 @@ def test_fault_24_a_run_on_constant_images_skips_no_step(tmp_path):
         pytest.param("step", "no compiler", marks=pytest.mark.slow),
         ("blocks", "no torch.compile"),
         ("step", "no torch.compile"),
+        ("blocks", "no code for a node"),
     ],
 )
 def test_fault_25_the_run_goes_on_eagerly_after_one_line(tmp_path, monkeypatch, capsys, what, when):
-    """Inductor's C++ compiler is missing, which the first call tells; or torch.compile itself refuses this Python."""
+    """Inductor's C++ compiler is missing, which the first call tells; or it has no code for a node, which it logs at
+    length as well; or torch.compile itself refuses this Python."""
 
     def refuses(*args, **options):
         raise RuntimeError("torch.compile is not supported on\nPython 3.99")
@@ -168,8 +171,11 @@ def test_fault_25_the_run_goes_on_eagerly_after_one_line(tmp_path, monkeypatch, 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     if when == "no torch.compile":
         monkeypatch.setattr(compiled.torch, "compile", refuses)
+    if when == "no code for a node":
+        monkeypatch.setattr(cpp.CppKernel, "load", refuses)
     train = {"epochs": 1, "batch_size": 4, "device": "cpu", "precision": "fp32", "compile": what}
-    with inductor.patch({"cpp.cxx": (None, str(tmp_path / "no-such-compiler"))}):
+    compiler = inductor.cpp.cxx if when == "no code for a node" else (None, str(tmp_path / "no-such-compiler"))
+    with inductor.patch({"cpp.cxx": compiler}):
         fit(config_for(tmp_path, train=train))
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1, told
