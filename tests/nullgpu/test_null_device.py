@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from nullgpu.null_device import end_of, run
+from nullgpu.null_device import BuildError, build, end_of, headers, run
 
 PRODUCTS = {
     "torch.bfloat16 high": "bf16",
@@ -63,3 +63,27 @@ def test_a_replay_that_reads_changed_host_memory_is_noticed(told):
 def test_events_tell_time_in_launches(told):
     assert told["time of five launches in ms"] == pytest.approx(0.005)
     assert told["trace"] == ["event", *["kernel"] * 5, "event"]
+
+
+def test_where_it_cannot_be_built_the_reason_is_told(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(BuildError, match="no gcc on PATH"):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("version", "folders"), [("13.2", ["nccl", "cu13"]), ("12.6", ["nccl", "cuda_runtime", "cublas"])]
+)
+def test_headers_are_those_of_torchs_own_cuda(version, folders, tmp_path):
+    for folder in ("nccl", "cu13", "cuda_runtime", "cublas"):
+        (tmp_path / "nvidia" / folder / "include").mkdir(parents=True)
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "version.py").write_text(f"__version__ = '2.7.1'\ncuda: Optional[str] = '{version}'\n")
+    with pytest.raises(BuildError, match=r"no cuda\.h of CUDA 1[23]"):
+        headers(tmp_path / "torch")
+    for name in ("cuda.h", "cuda_runtime_api.h", "cublas_v2.h", "cublasLt.h", "nccl.h"):
+        (tmp_path / "nvidia" / folders[-1] / "include" / name).touch()
+    assert [path.parent.name for path in headers(tmp_path / "torch")] == folders
+    (tmp_path / "torch" / "version.py").write_text("cuda: Optional[str] = None\n")
+    with pytest.raises(BuildError, match="without CUDA"):
+        headers(tmp_path / "torch")
