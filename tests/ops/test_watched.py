@@ -74,6 +74,19 @@ def total_kernel(
     tl.store(shares_ptr + program, tl.load(total_ptr))
 
 
+@triton.jit
+def last_kernel(
+    source_ptr,  # [N] fp32
+    target_ptr,  # [1] fp32, out
+    N: tl.constexpr,
+):
+    """Program 1 writes the sum that all programs have computed."""
+    x = tl.load(source_ptr + tl.arange(0, N))
+    tl.debug_barrier()
+    if tl.program_id(0) == 1:
+        tl.store(target_ptr, tl.sum(x))
+
+
 def line(text):
     """Return a pattern for the place of the one line of this file that reads so."""
     (number,) = (n for n, read in enumerate(Path(__file__).read_text().splitlines(), 1) if read.strip() == text)
@@ -125,6 +138,11 @@ def test_places(options, message):
         copy(torch.randn(8), torch.empty(8), **options)
 
 
+def test_a_target_that_is_too_short():
+    with pytest.raises(MisuseError, match=r"program 1 writes target_ptr\[7\] of shape \[7\], which is outside the view"):
+        copy(torch.randn(8), torch.empty(7))
+
+
 def test_a_view_ends_where_its_storage_goes_on():
     source, target = torch.randn(4, 2, 3), torch.empty(4, 2, 3)
     with pytest.raises(MisuseError, match=r"reads source_ptr\[24\] of shape \[4, 3\], which is outside the view"):
@@ -165,6 +183,9 @@ def test_order_between_programs():
     row = torch.randn(12)
     with pytest.raises(MisuseError, match=r"program 1 writes target_ptr\[4\] .* program 0 read at"):
         copy(row[4:], row[:8], programs=2, step=4)
+    launch(last_kernel, 2, row[4:], row[:1], N=8, warps=1)
+    with pytest.raises(MisuseError, match=r"program 1 writes target_ptr\[0\] .* program 0 read at"):
+        launch(last_kernel, 2, row[:8], row[:1], N=8, warps=1)
 
 
 def test_chosen_programs():
