@@ -18,9 +18,8 @@ class MisuseError(AssertionError):
 class Memory:
     """This class holds, of each element of a storage, the number of the last access that wrote or read it; 0: none."""
 
-    def __init__(self, tensor: Tensor):
-        elements = tensor.untyped_storage().nbytes() // tensor.element_size()
-        self.element_size = tensor.element_size()
+    def __init__(self, elements: int, element_size: int):
+        self.element_size = element_size
         # Zeros take no memory until they are written to.
         self.written, self.read = np.zeros(elements, np.int64), np.zeros(elements, np.int64)
         self.has_output = False
@@ -86,16 +85,18 @@ class Accesses:
         self.kernel, self.remembers = kernel, remembers
         self.views: list[View] = []
         self.misuse: MisuseError | None = None
-        self._memories: dict[int, Memory] = {}
+        self._memories: dict[int | str, Memory] = {}
         self._done: list[_Done] = []
         self._clock = self._start = self._barrier = self._program = 0
         self._line = ""
 
     def add(self, name: str, tensor: Tensor, is_output: bool) -> None:
-        storage = tensor.untyped_storage().data_ptr()
-        if storage not in self._memories:
-            self._memories[storage] = Memory(tensor)
-        self.views.append(View(name, tensor, is_output, self._memories[storage]))
+        storage, size = tensor.untyped_storage(), tensor.element_size()
+        # Storages without elements all have the same address.
+        key = storage.data_ptr() or name
+        if key not in self._memories:
+            self._memories[key] = Memory(storage.nbytes() // size if self.remembers else 0, size)
+        self.views.append(View(name, tensor, is_output, self._memories[key]))
 
     def begin(self, program: int) -> None:
         self._program = program
