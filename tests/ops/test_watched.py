@@ -139,7 +139,9 @@ def test_places(options, message):
 
 
 def test_a_target_that_is_too_short():
-    with pytest.raises(MisuseError, match=r"program 1 writes target_ptr\[7\] of shape \[7\], which is outside the view"):
+    with pytest.raises(
+        MisuseError, match=r"program 1 writes target_ptr\[7\] of shape \[7\], which is outside the view"
+    ):
         copy(torch.randn(8), torch.empty(7))
 
 
