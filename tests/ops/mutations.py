@@ -4,8 +4,8 @@
 
 A fault is a mark of the test that catches it: `pytest.mark.fault(what, old, new)`, where the text `old` of the op's
 file in `triton_impl/` becomes `new`; `file=` names another file of the package. The package and its tests are copied to
-a temporary folder first; the checkout is not touched. Tests that `make test` leaves out run too. Exit status 1 if a fault survives, or if its text is no longer in
-the file exactly once.
+a temporary folder first; the checkout is not touched. Tests marked slow catch faults too. Exit status 1 if a fault
+survives, or if its text is no longer in the file exactly once.
 """
 
 import argparse
