@@ -122,7 +122,8 @@ class Accesses:
         """Check that one store may write the elements at these offsets."""
         self._line = line
         self._check("writes", view, elements, ~view.contains(elements), "which is outside the view")
-        self._check("writes", view, elements, np.full(len(elements), not view.is_output), "which is no output")
+        undeclared = np.full(len(elements), not view.is_output)
+        self._check("writes", view, elements, undeclared, "which is not declared an output")
         if not self.remembers:
             return
         numbers, place, memory = self._numbers(len(elements)), elements + view.offset, view.memory

@@ -167,7 +167,7 @@ def test_an_offset_that_ends_in_another_tensor_is_outside():
         ({"barrier": False}, rf"reads between_ptr\[7\].* it wrote at {STORED}, with no barrier .* \(at {REVERSED}\)"),
         ({"again": True}, rf"writes between_ptr\[0\].* it read at {REVERSED}, with no barrier in between"),
         ({"write": False}, r"reads between_ptr\[7\] of shape \[8\], which nobody has written"),
-        ({"output": 0}, r"writes between_ptr\[0\] of shape \[8\], which is no output"),
+        ({"output": 0}, r"writes between_ptr\[0\] of shape \[8\], which is not declared an output"),
     ],
 )
 def test_order_within_a_program(options, message):
