@@ -1,9 +1,10 @@
 """A few steps of the smallest model, and what they give: to compare one way to run a step with another."""
 
+import numpy as np
 import torch
 from tiny import images, tiny_config
 
-from ccmim_fast.data.stream.batch import Batch
+from ccmim_fast.data.stream.batch import on_device
 from ccmim_fast.ranks.session import Session
 
 
@@ -24,9 +25,10 @@ def here(device):
 
 def batches(count, device):
     torch.manual_seed(1)
-    ids, epochs = torch.arange(4, device=device), torch.zeros(4, dtype=torch.int64, device=device)
-    whole = torch.tensor([0, 0, 1, 1], dtype=torch.float64, device=device).expand(4, 4)
-    return [Batch(images(4).to(device), ids + 4 * i, epochs + i // 2, boxes_B4=whole) for i in range(count)]
+    ids_B, epochs_B, whole_B4 = np.arange(4), np.zeros(4), np.tile([0.0, 0.0, 1.0, 1.0], (4, 1))
+    return [
+        on_device(images(4).to(device), ids_B + 4 * i, epochs_B + i // 2, None, whole_B4, device) for i in range(count)
+    ]
 
 
 def trained(step, call=None, steps=4):
