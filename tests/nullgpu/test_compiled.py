@@ -29,7 +29,6 @@ INDUCTOR = [
     (75, "fp16", "triton", "step"),
     (80, "bf16", "triton", "blocks"),
 ]
-STRIDE_0 = "the boxes of made batches have stride 0, those of a loader have not: the first real step compiles again"
 
 
 @cache
@@ -60,19 +59,13 @@ def check_traced(group: str, case: Case) -> None:
     assert step["graphs"] == [1, 1, 1]
 
 
-def marked(cases) -> list:
-    """Mark what fails today."""
-    xfail = pytest.mark.xfail(strict=True, reason=STRIDE_0)
-    return [pytest.param(case, marks=xfail if "bank" in case else (), id=" ".join(case)) for case in cases]
-
-
-@pytest.mark.parametrize("case", marked(QUICK))
+@pytest.mark.parametrize("case", QUICK, ids=" ".join)
 def test_the_first_real_step_compiles_nothing(case):
     check_traced("quick", case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", marked(MATRIX))
+@pytest.mark.parametrize("case", MATRIX, ids=" ".join)
 def test_no_first_real_step_compiles_anything(case):
     check_traced("slow", case)
 
@@ -98,7 +91,6 @@ def test_inductor_compiles_for_the_device_once(case):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason=STRIDE_0)
 def test_a_compiled_step_is_captured():
     """A graph cannot be captured while something is compiled."""
     step = compiled(90, "bf16", "triton", "step", "--score.source=bank", "--train.cuda_graph=true")
