@@ -74,7 +74,7 @@ def test_no_first_real_step_compiles_anything(case):
 @pytest.mark.parametrize("case", INDUCTOR, ids=lambda case: " ".join(map(str, case)))
 def test_inductor_compiles_for_the_device_once(case):
     capability, precision, kernels, what = case
-    step = compiled(*case, "--score.source=first")
+    step = compiled(*case)
     assert step["error"] is None
     assert step["compiled"]
     assert step["breaks"] == {}
@@ -86,13 +86,13 @@ def test_inductor_compiles_for_the_device_once(case):
     assert step["to host"] == step["pageable"] == 0
     assert step["shares"][precision] > 0.98
     assert bool(step["kernels"]) == (kernels == "triton")
-    eager = compiled(capability, precision, kernels, "off", "--score.source=first")
+    eager = compiled(capability, precision, kernels, "off")
     assert step["launches"] < eager["launches"]
 
 
 @pytest.mark.slow
 def test_a_compiled_step_is_captured():
     """A graph cannot be captured while something is compiled."""
-    step = compiled(90, "bf16", "triton", "step", "--score.source=bank", "--train.cuda_graph=true")
+    step = compiled(90, "bf16", "triton", "step", "--train.cuda_graph=true")
     assert step["error"] is None
     assert step["launches"] < 10
