@@ -107,6 +107,10 @@ def reverse(source, between, output=1, write=True, barrier=True, again=False):
     launch(neighbour_kernel, 1, source, between, torch.empty_like(source), output, **options, warps=1)
 
 
+# No kernel of ours need read what it wrote: the barrier that is taken away is one of this file.
+@pytest.mark.fault(
+    "a missing barrier", "    if BARRIER:\n        tl.debug_barrier()\n", "", file="../../tests/ops/test_watched.py"
+)
 def test_what_is_right_is_not_told_of():
     source, target = torch.randn(8), torch.empty(8)
     copy(source, target)
