@@ -69,7 +69,8 @@ def check_heads(blocks: Iterable[nn.Module], device: torch.device, dtype: torch.
     Raises:
         ConfigError: it has none for this dtype, number of channels a head, or GPU.
     """
-    asked = {(block.attention, block.attn.head_dim) for block in blocks if isinstance(block, ViTBlock)}
+    blocks = (block for block in blocks if isinstance(block, ViTBlock))
+    asked = dict.fromkeys((block.attention, block.attn.head_dim) for block in blocks)
     for name, channels in asked:
         if name in CUDA_ONLY and not _has_kernel(name, torch.empty(1, 8, 1, channels, device=device, dtype=dtype)):
             kind, (major, minor) = str(dtype).removeprefix("torch."), torch.cuda.get_device_capability(device)
