@@ -18,7 +18,7 @@ from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.engine.compile import GraphedStep, choose_compile, compile_step, warm_up
 from ccmim_fast.engine.step import TrainStep
 from ccmim_fast.errors import ConfigError, DataError
-from ccmim_fast.models.block import check_attention
+from ccmim_fast.models.block import check_attention, check_heads
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.optim.ema import build_ema
@@ -100,12 +100,17 @@ def keep_freed_memory() -> bool:
 
 
 def build_step(config: Config, here: Session) -> TrainStep:
-    """Build the eager step on this rank's device, with initial weights drawn from `config.seed`."""
+    """Build the eager step on this rank's device, with initial weights drawn from `config.seed`.
+
+    Raises:
+        ConfigError: sizes that do not fit each other, or that the attention backend has no kernel for.
+    """
     if here.device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(config.seed)
     model = build_model(config).to(here.device).train()
     precision = choose_precision(config.train.precision, here.device)
+    check_heads([*model.encoder.blocks, *model.decoder.blocks], here.device, precision.dtype or torch.float32)
     ema = build_ema(model, config.optim.ema_decay)
     if is_divided(config, here):
         # The layer norm of a CPU takes weights of its input's type alone; CUDA's autocast turns them into float32.

@@ -7,13 +7,14 @@ The weights and their names stay timm's. This file is the only one that imports 
 
 import contextlib
 import importlib.util
+from collections.abc import Iterable
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
 from timm.models.vision_transformer import Block
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -48,6 +49,48 @@ def check_attention(name: str, device: torch.device) -> None:
         raise ConfigError(f"train.attention={name} needs CUDA, got {device.type}; use attention=sdpa")
     if name == "xformers" and importlib.util.find_spec("xformers") is None:
         raise MachineError("train.attention=xformers: not installed; pip install xformers, or use attention=sdpa")
+
+
+# What the kernels behind a name take, beside CUDA; `check_heads` asks torch, which knows more.
+_LIMITS = {
+    "flash": "half precision, compute capability 8.0 and at most 256 channels a head",
+    "cudnn": "half precision, compute capability 8.0 and a multiple of 8 channels a head up to 128",
+    "efficient": "a multiple of 8 channels a head in half precision, and capability 8.0 for bf16",
+    "xformers": "the same as one of efficient, flash and cudnn, and a build for this torch",
+}
+
+
+def check_heads(blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
+    """Return if the backend of each `ViTBlock` has kernels for its heads, forward and backward.
+
+    Args:
+        dtype: of queries, keys and values.
+
+    Raises:
+        ConfigError: it has none for this dtype, number of channels a head, or GPU.
+    """
+    blocks = (block for block in blocks if isinstance(block, ViTBlock))
+    asked = dict.fromkeys((block.attention, block.attn.head_dim) for block in blocks)
+    for name, channels in asked:
+        if name in CUDA_ONLY and not _has_kernel(name, torch.empty(1, 8, 1, channels, device=device, dtype=dtype)):
+            kind, (major, minor) = str(dtype).removeprefix("torch."), torch.cuda.get_device_capability(device)
+            raise ConfigError(
+                f"train.attention={name}: no kernel for {kind}, {channels} channels a head and compute capability "
+                f"{major}.{minor}; it needs {_LIMITS[name]}; use attention=sdpa"
+            )
+
+
+def _has_kernel(name: str, x_BTNH: Tensor) -> bool:
+    x_BTNH.requires_grad_()
+    if name == "xformers":  # which has no such question
+        try:
+            attention(x_BTNH, x_BTNH, x_BTNH, backend=name).sum().backward()
+            return True
+        except (ImportError, NotImplementedError, RuntimeError, ValueError):
+            return False
+    x_BNTH = x_BTNH.transpose(1, 2)
+    can_use = getattr(torch.backends.cuda, f"can_use_{name}_attention")
+    return can_use(torch.backends.cuda.SDPAParams(x_BNTH, x_BNTH, x_BNTH, None, 0.0, False, False))
 
 
 def attention(q_BQNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor, backend: str = "auto", dropout: float = 0.0) -> Tensor:
