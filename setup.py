@@ -31,7 +31,8 @@ DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5"]  # `make docs`
 
 EXTRAS = {
     # NVIDIA apex is no extra: the package index's `apex` is an unrelated web toolkit; build NVIDIA's from its source.
-    "cuda13": ["nvidia-dali-cuda130>=2.0", "xformers>=0.0.33"],
+    # xformers' wheel is built for CUDA 12, of which it needs the runtime beside that of CUDA 13.
+    "cuda13": ["nvidia-dali-cuda130>=2.0", "xformers>=0.0.33", "nvidia-cuda-runtime-cu12>=12.6"],
     "cuda12": ["nvidia-dali-cuda120>=1.50", "xformers>=0.0.31"],
     # The last releases that carry code for compute capability 6.x (GTX 1080 Ti).
     "pascal": ["torch==2.7.1", "torchvision==0.22.1", "xformers==0.0.31.post1", "nvidia-dali-cuda120>=1.50"],

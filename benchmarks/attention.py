@@ -1,4 +1,4 @@
-"""Time every attention backend at the lengths of our passes; `models/block.py` takes its table from here.
+"""Time every attention backend at the lengths of our passes, which a run does itself for its own alone.
 
     ccmim bench attention [--device cuda] [--batch 16] [--threads 2] [--rounds 7] [--out PREFIX]
 
@@ -57,10 +57,10 @@ def passes(backend: str, qkv: torch.Tensor) -> tuple[Callable[[], object], Calla
 
     def forward() -> None:
         with torch.no_grad():
-            attention(*qkv.unbind(2), backend)
+            attention(*qkv.unbind(2), backend=backend)
 
     def both() -> None:
-        out = attention(*qkv.unbind(2), backend)
+        out = attention(*qkv.unbind(2), backend=backend)
         torch.autograd.grad(out, qkv, out.detach())
 
     return forward, both

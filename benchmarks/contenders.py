@@ -21,6 +21,7 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.data.source import NOTHING_EXCLUDED
 from ccmim_fast.data.stream.batch import on_device
 from ccmim_fast.data.stream.plan import Plan
+from ccmim_fast.engine import choices
 from ccmim_fast.engine.build import build_bank, build_step, check_device, prepare_step
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.ranks.session import Session
@@ -143,8 +144,9 @@ def ours(given: list[str], arch: str, images_BHWC: Tensor, precision: str, savin
     train_step = build_step(config, here)
     if savings_off:
         without(train_step, savings_off)
-    train_step = prepare_step(train_step, count)
     plan = Plan(MadeSizes(), seed=0, global_batch=count)
+    choices.apply(choices.choose(train_step, count, here, samples=config.train.epochs * plan.samples), train_step)
+    train_step = prepare_step(train_step, count)
     # In memory, so that nothing is written on a disk.
     bank = build_bank(config, plan, here, Path())
     boxes_B4 = np.tile([0.1, 0.2, 0.7, 0.6], (count, 1))

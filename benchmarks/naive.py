@@ -31,7 +31,7 @@ SAVINGS = {
 
 def without(step: TrainStep, savings: Collection[str]) -> TrainStep:
     """Take these savings from `step`, in place, before it is compiled."""
-    step.onednn = step.onednn and "onednn_linear" not in savings
+    step.linear = None if "onednn_linear" in savings else step.linear
     without_in_model(step.model, savings)
     return step
 

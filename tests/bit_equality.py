@@ -56,6 +56,7 @@ COMMON = [
     "--train.epochs=4",
     "--train.precision=fp32",
     "--train.device=cpu",
+    "--train.attention=sdpa",
     "--run.log_every=1",
     "--run.save_every=100",
     "--run.tensorboard=false",
@@ -70,7 +71,7 @@ RUNS = {
     "bank-hog-all-at-once": "--target.kind=hog --contrast.loss=align --model.drop_path=0.2 --optim.ema_decay=0.9 "
     "--train.accumulate=2 --optim.clip_grad=1 --data.flip=true --mask.ratio=0.6",
     "bank-recompute": "--train.recompute=true",
-    "bank-bf16": "--train.precision=bf16",
+    "bank-bf16": "--train.precision=bf16 --train.attention=plain",
     "first-nce": "--score.source=first",
     "first-align-hog": "--score.source=first --contrast.loss=align --target.kind=hog --target.hog_cell=4",
     "first-importance-moco": "--score.source=first --mask.strategy=importance --contrast.loss=moco",

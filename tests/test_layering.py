@@ -8,10 +8,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A folder may import itself and what stands before it; errors.py and registry.py are everyone's, cli.py sees all.
 LAYERS = ["config", "data", "models", "bank", "losses", "build", "optim", "checkpoints", "runs", "ranks", "profile"]
-LAYERS += ["engine", "report", "evaluation", "export", "doctor", "ablation", "commands"]
+LAYERS += ["autotune", "engine", "report", "evaluation", "export", "doctor", "ablation", "commands"]
 ONE_FILE = {
     "nvidia": "data/stream/dali_loader.py",
-    "xformers": "models/block.py",
+    "xformers": "models/memory_efficient.py",
     "apex": "optim/optimizer.py",
     "torchmetrics": "evaluation/detection/precision.py",
     "submitit": "ranks/slurm.py",

@@ -1,12 +1,16 @@
 """`ccmim doctor`: what this machine has, whether it works, what runs in its place, and the line that installs it."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ccmim_fast.config.parser import Parser
+
+if TYPE_CHECKING:
+    import torch
 
 _WIDE = 160  # characters of a line where nobody reads it on a terminal
 _HELP = """
@@ -32,8 +36,23 @@ def doctor(argv: list[str]) -> None:
     Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
     precision, compiled = choose_precision("auto", device).name, choose_compile("auto", device)
     print(f"train.device=auto is {device.type}, precision=auto {precision}, compile=auto {compiled}")
+    _print_choices(device)
     for row in rows:
         if row.install:  # not in the table, which would break it: it is there to be copied
             print(f"for {row.name}: {row.install}")
         if row.again:
             print(f"all that {row.name} says: {row.again}")
+
+
+def _print_choices(device: "torch.device") -> None:
+    """Print the newest table of what `auto` came to on this machine, and where all are."""
+    from ccmim_fast.autotune.table import folder, kept_tables
+
+    tables = list(kept_tables(device))
+    if not tables:
+        print("auto of kernels, attention and loader: no run has measured this machine yet (train.autotune)")
+        return
+    where = tables[0].where
+    size = f"{where['model.arch']}, {where['images']} images, {where['precision']}"
+    print(f"auto in the newest of {len(tables)} tables in {folder()} ({size}), milliseconds of a step:")
+    print("\n".join(f"  {line}" for line in tables[0].lines()))

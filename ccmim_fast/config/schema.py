@@ -142,9 +142,12 @@ class TrainConfig:
     precision: u.Precision = setting("auto", "auto: by device, see models/precision.py", "ours")
     device: u.Device = setting("auto", "auto: cuda where it is available", "ours", "free")
     kernels: Literal["auto", "triton", "reference"] = setting(
-        "auto", "auto: Triton on CUDA for the ops measured to win there (none yet), else plain PyTorch", "ours", "free"
+        "auto", "auto: Triton on CUDA, for each op unless plain PyTorch is measured to be faster", "ours", "free"
     )
-    attention: u.Attention = setting("auto", "backend; auto: the best measured, see models/block.py", "ours", "free")
+    attention: u.Attention = setting("auto", "backend; auto: the fastest for each length, measured", "ours", "free")
+    autotune: Literal["cached", "fresh", "off"] = setting(
+        "cached", "how auto decides: measured once for a machine and a shape, anew, or unmeasured", "ours", "free"
+    )
     parallel: Literal["ddp", "fsdp"] = setting("ddp", "whole weights on each rank, or divided (FSDP2)", "ours", "free")
     recompute: bool = setting(False, "activation checkpointing: keep each block's input alone", "ours", "free")
     compile: Literal["auto", "off", "blocks", "step"] = setting(

@@ -26,7 +26,10 @@ class Part(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of the table. `works`: `yes`, `loads` (no CUDA to try more), `not installed`, or `no: ` and the reason."""
+    """A row of the table.
+
+    `works`: `yes` (and by what), `loads` (no CUDA to try more), `not installed`, or `no: ` and the reason.
+    """
 
     name: str
     found: str
@@ -77,6 +80,8 @@ def parts(on_cuda: bool) -> list[Part]:
     """Return what the trainer can use, with trials for CUDA or, as far as they go, for a CPU."""
     old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8)
     xformers = "pip install xformers" + "==0.0.31.post1" * old
+    if (torch.version.cuda or "").startswith("13"):
+        xformers += " nvidia-cuda-runtime-cu12"  # see models/memory_efficient.py
     # On a CPU, too: its pipeline needs no GPU, its package names a CUDA all the same.
     dali = "nvidia-dali-cuda120" if (torch.version.cuda or "").startswith("12") else "nvidia-dali-cuda130"
 
@@ -114,7 +119,7 @@ def examine(asked: Sequence[Part]) -> list[Row]:
         row = Row(part.name, _version(part) if part in works else "", said, part.instead, part.install, again)
         if said == "yes" and part.trial[0] == "imported":
             row = row._replace(works="loads", install="")
-        rows.append(row._replace(instead="", install="") if row.works == "yes" else row)
+        rows.append(row._replace(instead="", install="") if row.works.startswith("yes") else row)
     return rows
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ccmim_fast.errors import one_line
 
+_SAYS = "trial: "  # before what a trial returned, on its standard output
 PATIENCE = 120  # seconds for a trial; torch.compile takes 20 to 60 of them
 
 _ADVICE = "Set TORCHDYNAMO_VERBOSE=1"  # how torch.compile ends each of its errors
@@ -58,14 +59,18 @@ def triton() -> None:
     _agree(*(gather_tokens(tokens_BLD, ids_BK, kernels=kernels) for kernels in ("triton", "reference")))
 
 
-def xformers() -> None:
-    """Compare its attention with two products and a softmax."""
+def xformers() -> str:
+    """Compare its attention and its gradient with two products and a softmax; returns the operators of both passes."""
     import torch
 
     from ccmim_fast.models.block import attention
+    from ccmim_fast.models.memory_efficient import operators
 
-    q, k, v = torch.randn(3, 2, 50, 4, 32, device="cuda", dtype=torch.float16)
-    _agree(*(attention(q, k, v, backend) for backend in ("xformers", "plain")))
+    inputs = torch.randn(3, 2, 50, 4, 32, device="cuda", dtype=torch.float16).requires_grad_()
+    found, expected = (attention(*inputs.unbind(), backend=backend) for backend in ("xformers", "plain"))
+    _agree(found.detach(), expected.detach())
+    _agree(*(torch.autograd.grad(out, inputs, torch.ones_like(out))[0] for out in (found, expected)))
+    return " and ".join(operators(*inputs.detach().unbind()))
 
 
 def dali(device: str) -> None:
@@ -122,7 +127,7 @@ def _agree(found, expected, within: float = 1e-2) -> None:
 
 
 def try_all(trials: Sequence[tuple[str, ...]]) -> list[str]:
-    """Run trials at the same time; returns for each `yes`, or `no: ` and the reason.
+    """Run trials at the same time; returns for each `yes` (and what the trial returned), or `no: ` and the reason.
 
     A trial is the words behind `python -m ccmim_fast.doctor.trials`.
     """
@@ -155,11 +160,13 @@ def _outcome(process: subprocess.Popen, output: Path) -> str:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         return f"no: no answer in {PATIENCE:g} seconds"
-    if code == 0:
-        return "yes"
     if code < 0:
         return f"no: ended by {signal.Signals(-code).name}"
-    return f"no: {_cause(output.read_text(encoding='utf-8', errors='replace')) or f'exit code {code}'}"
+    said = output.read_text(encoding="utf-8", errors="replace")
+    if code == 0:
+        lines = said.splitlines()
+        return ", by ".join(["yes", *(line.removeprefix(_SAYS) for line in lines if line.startswith(_SAYS))])
+    return f"no: {_cause(said) or f'exit code {code}'}"
 
 
 def _cause(said: str) -> str:
@@ -172,4 +179,5 @@ def _cause(said: str) -> str:
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](*sys.argv[2:])
+    if said := globals()[sys.argv[1]](*sys.argv[2:]):
+        print(f"{_SAYS}{said}")

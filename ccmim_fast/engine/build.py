@@ -18,6 +18,7 @@ from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.engine.compile import GraphedStep, choose_compile, compile_step, warm_up
 from ccmim_fast.engine.step import TrainStep
 from ccmim_fast.errors import ConfigError, DataError
+from ccmim_fast.models import memory_efficient
 from ccmim_fast.models.block import check_attention, check_heads
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.precision import choose_precision
@@ -108,6 +109,8 @@ def build_step(config: Config, here: Session) -> TrainStep:
     if here.device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(config.seed)
+    if config.train.attention == "xformers":
+        memory_efficient.load()
     model = build_model(config).to(here.device).train()
     precision = choose_precision(config.train.precision, here.device)
     check_heads([*model.encoder.blocks, *model.decoder.blocks], here.device, precision.dtype or torch.float32)

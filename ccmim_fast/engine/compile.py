@@ -40,7 +40,7 @@ def compile_step(step: TrainStep, what: str, mode: str = "default", backend: str
         mode: of torch.compile; inductor only.
         backend: of torch.compile.
     """
-    step.onednn = step.onednn and what == "off"
+    step.linear = step.linear if what == "off" else None
     options = {"backend": backend, **({"mode": mode} if backend == "inductor" else {})}
     try:
         if what == "blocks":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ccmim_fast.data.stream.batch import Batch, on_device
 from ccmim_fast.engine.step import TrainStep
+from ccmim_fast.models.block import attending_by
 from ccmim_fast.optim.update import drop_gradients, own_part
 from ccmim_fast.profile.meter import flop_counter
 
@@ -61,8 +62,9 @@ def count_flops(step: TrainStep) -> dict[Any, float]:
     """Count the FLOPs per image of an eager forward and backward pass, by operator, as torch's dispatcher sees them.
 
     The pass is over two images; the contrastive loss alone grows with the square of the batch: below 0.1 % of a step.
+    Attention is torch's: its counter takes xformers' heads for tokens.
     """
-    with dry_run(step), flop_counter() as counter:
+    with dry_run(step), attending_by(step.model, "sdpa"), flop_counter() as counter:
         batch = synthetic_batch(step, 2)
         losses, *_ = step.losses(batch.images_BHWC, batch.ids_B, batch.epochs_B, batch.boxes_B4, batch.maps_BGG)
         losses.total.backward()

@@ -2,18 +2,22 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ccmim_fast.autotune.table import FILE as AUTOTUNE
+from ccmim_fast.autotune.table import write_table
 from ccmim_fast.bank.bank import ScoreBank
 from ccmim_fast.checkpoints.state import Progress, maps_in
 from ccmim_fast.config.schema import Config
 from ccmim_fast.config.validate import validate
-from ccmim_fast.data.build import build_loader, build_source
+from ccmim_fast.data.build import Loader, build_loader, build_source
 from ccmim_fast.data.source import excluded_summary
 from ccmim_fast.data.stream.batch import Batch
+from ccmim_fast.engine import choices
 from ccmim_fast.engine.build import build_bank, build_step, check_device, check_images, choose_shards, prepare_step
 from ccmim_fast.engine.dry_run import count_flops
 from ccmim_fast.engine.health import health_of
@@ -54,6 +58,9 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None
             profile = Profile(train.profile, here, folder, loop.meter, model, precision, images=images, note=loop.note)
             if here.is_main:
                 describe_run(folder, config, here.device)
+                write_table(folder / AUTOTUNE, task.chosen)
+                for line in task.chosen.notes():
+                    loop.note(line)
             with recorded(folder, here.is_main, lambda: loop.step >= loop.total_steps):
                 loop.run(profile.watch)
     return folder
@@ -66,6 +73,7 @@ class Pretraining(Task):
         source: the images.
         bank: scores of the images so far, where the run keeps them.
         train_step: the step's parts, uncompiled.
+        chosen: what the settings `auto` came to.
     """
 
     def __init__(
@@ -81,9 +89,27 @@ class Pretraining(Task):
         with main_first(here):  # that indexes the images, if nobody has
             self.source = build_source(config.data, config.seed)
         check_images(self.source, here)
-        self.loader = build_loader(
+        self.loader = self._build_loader(config.data.loader)
+        self.bank: ScoreBank | None = build_bank(config, self.loader.plan, here, folder)
+        self.train_step = step = build_step(config, here)
+        self.model, self.optimizer, self.scaler, self.ema = step.model, step.optimizer, step.scaler, step.ema
+        self.precision = step.precision
+        self._samples = self.loader.plan.samples
+        self.length = config.train.epochs * self._samples
+        asked = min(self.length, config.train.max_steps * config.train.batch_size or self.length)
+        images, resumed = self.loader.plan.micro_batch_size, choices.run_of(config.run)
+        self.chosen = choices.choose(step, images, here, asked, self.source, resumed)
+        choices.apply(self.chosen, step)
+        if loader := self.chosen.chosen().get("loader"):
+            self.loader = self._build_loader(loader)
+        self._step_fn = prepare_step(step, images)
+        self._nan_id = torch.full((), -1, device=here.device)
+
+    def _build_loader(self, name: str) -> Loader:
+        config, here = self.config, self.here
+        return build_loader(
             self.source,
-            config.data,
+            replace(config.data, loader=name),
             config.seed,
             global_batch=config.train.batch_size,
             accumulate=config.train.accumulate,
@@ -92,14 +118,6 @@ class Pretraining(Task):
             device=here.device,
             partitions=choose_shards(config),
         )
-        self.bank: ScoreBank | None = build_bank(config, self.loader.plan, here, folder)
-        self.train_step = step = build_step(config, here)
-        self.model, self.optimizer, self.scaler, self.ema = step.model, step.optimizer, step.scaler, step.ema
-        self.precision = step.precision
-        self._step_fn = prepare_step(step, self.loader.plan.micro_batch_size)
-        self._samples = self.loader.plan.samples
-        self.length = config.train.epochs * self._samples
-        self._nan_id = torch.full((), -1, device=here.device)
 
     def count_flops(self) -> dict[Any, float]:
         return count_flops(self.train_step)

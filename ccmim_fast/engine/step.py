@@ -17,7 +17,7 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.losses.criteria import Losses, Objective
 from ccmim_fast.models.ccmim import CCMIM, Output
-from ccmim_fast.models.precision import Precision, cast_once, onednn_linear
+from ccmim_fast.models.precision import Layers, Precision, cast_once, linear_layers
 from ccmim_fast.models.scores import PriorScores
 from ccmim_fast.optim.ema import update_ema_
 from ccmim_fast.optim.update import Gradients, drop_gradients, guard, set_lr, update
@@ -63,7 +63,7 @@ class TrainStep:
 
     Attributes:
         forward: as `losses`; may be replaced by its compiled self (`engine.compile`).
-        onednn: linear layers by oneDNN, see `models.precision`; not to be compiled.
+        linear: whose products a CPU's linear layers are, see `models.precision`; None: torch's, as compiling needs.
         cast_blocks: blocks whose weights are cast once a step; compiled one by one, each call would cast them again.
         parts: names of the model's parts, and the parameters of each.
     """
@@ -84,7 +84,7 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.scaled)
         self.parts = parts_of(model)
         self._statistics = [buffer for name, buffer in model.named_buffers() if ".running_" in name]
-        self.onednn = self.device.type == "cpu" and not config.train.recompute
+        self.linear: Layers | None = None if self.device.type != "cpu" or config.train.recompute else {}
         self.cast_blocks: list[nn.Module] = []
         self.forward = self.losses
 
@@ -136,7 +136,7 @@ class TrainStep:
         # A cast weight that is kept gives the weight no gradient where a pass without gradients made it, as scores of
         # later blocks do (seen with torch 2.7.1), or FSDP let go of the weight meanwhile (seen with 2.15).
         cache = not (SCORE_SOURCES[self.config.score.source].runs_blocks or self._sharded)
-        with self.precision.autocast(images_BHWC.device, cache), onednn_linear(self.onednn):
+        with self.precision.autocast(images_BHWC.device, cache), linear_layers(self.linear):
             output = self.wrapped(images_BHWC, ids_B, epochs_B, prior=prior)
         if maps_BGG is not None:
             maps_BGG = update_maps(maps_BGG, boxes_B4, output.cls_attention_BL, model.grid, momentum)

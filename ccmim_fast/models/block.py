@@ -1,14 +1,13 @@
 """The transformer block: timm's weights and arithmetic, for some of its tokens alone, with any attention backend.
 
-The weights and their names stay timm's. This file is the only one that imports xformers.
+The weights and their names stay timm's.
 """
 
 # B batch, Q query tokens, T tokens, L patches, N heads, H head dim, D width
 
 import contextlib
 import importlib.util
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from ccmim_fast.errors import ConfigError, MachineError
+from ccmim_fast.models.memory_efficient import memory_efficient
 from ccmim_kernels import cls_row
+from ccmim_kernels.calls import choosable
 
 # `sdpa` leaves the choice to torch; the three behind it are its CUDA kernels, one by one.
 _KERNELS = {
@@ -30,12 +31,8 @@ _KERNELS = {
 CUDA_ONLY = ("xformers", *_KERNELS)
 BACKENDS = ("sdpa", "plain", *CUDA_ONLY)
 
-# The backend that `auto` takes: by device (compute capability, or None for a CPU) and dtype, up to how many tokens.
-# Beyond, and for all that is not listed: `sdpa`. From benchmarks/results/attention-*; no GPU has been measured yet.
-MEASURED_BEST: dict[tuple[tuple[int, int] | None, torch.dtype], tuple[tuple[int, str], ...]] = {
-    # AMD EPYC with AVX-512 and bf16, two threads: the CPU's fused kernel has a slow backward pass.
-    (None, torch.bfloat16): ((401, "plain"),),
-}
+# A backend for each number of tokens, heads, and channels of a head; `auto` for others.
+Backends = tuple[tuple[tuple[int, int, int], str], ...]
 
 
 def check_attention(name: str, device: torch.device) -> None:
@@ -93,26 +90,34 @@ def _has_kernel(name: str, x_BTNH: Tensor) -> bool:
     return can_use(torch.backends.cuda.SDPAParams(x_BNTH, x_BNTH, x_BNTH, None, 0.0, False, False))
 
 
-def attention(q_BQNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor, backend: str = "auto", dropout: float = 0.0) -> Tensor:
+def attention_name(q_BQNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> str:
+    """Return the name of the choice of a backend, which depends on tokens, heads, and channels of a head."""
+    return "attention " + " x ".join(str(size) for size in k_BTNH.shape[1:])
+
+
+@choosable(attention_name, by="backend")
+def attention(
+    q_BQNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor, *, backend: str | Backends = "auto", dropout: float = 0.0
+) -> Tensor:
     """Compute softmax(q k^T / sqrt(H)) v, [B, Q, N, H], in the dtype of the inputs.
 
     Equivalent PyTorch: `F.scaled_dot_product_attention` with tokens and heads swapped before and after.
 
     Args:
         q_BQNH, k_BTNH, v_BTNH: float of one dtype; all receive gradients.
-        backend: `auto`, `sdpa` (torch's choice), `plain` (two products and a softmax, weights in memory), or, on
-            CUDA, `flash`, `cudnn`, `efficient` or `xformers`.
+        backend: `sdpa` (torch's choice), `auto` (the same, where nobody chose), `plain` (two products and a softmax,
+            weights in memory), or, on CUDA, `flash`, `cudnn`, `efficient` or `xformers`; or one for each shape.
         dropout: share of the attention weights that are dropped.
 
     Raises:
         RuntimeError: from torch or xformers, where the backend has no kernel for the device, dtype or shape.
     """
-    if backend == "auto":
-        backend = _measured_best(q_BQNH.device, k_BTNH.shape[1], q_BQNH.dtype)
+    if not isinstance(backend, str):
+        backend = _for_shape(backend, k_BTNH)
     if backend == "plain":
         return _plain(q_BQNH, k_BTNH, v_BTNH, dropout)
     if backend == "xformers":
-        return _memory_efficient()(q_BQNH, k_BTNH, v_BTNH, p=dropout)
+        return memory_efficient(q_BQNH, k_BTNH, v_BTNH, dropout)
     with sdpa_kernel(_KERNELS[backend]) if backend in _KERNELS else contextlib.nullcontext():
         mixed_BNQH = F.scaled_dot_product_attention(
             q_BQNH.transpose(1, 2), k_BTNH.transpose(1, 2), v_BTNH.transpose(1, 2), dropout_p=dropout
@@ -128,19 +133,26 @@ def _plain(q_BQNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor, dropout: float) -> Te
         return (F.dropout(weights_BNQT, dropout) @ v_BNTH).transpose(1, 2)
 
 
-def _measured_best(device: torch.device, tokens: int, dtype: torch.dtype) -> str:
-    architecture = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    for most, backend in MEASURED_BEST.get((architecture, dtype), ()):
-        if tokens <= most:
+def _for_shape(backends: Backends, k_BTNH: Tensor) -> str:
+    _, T, N, H = k_BTNH.shape
+    for shape, backend in backends:
+        if shape == (T, N, H):
             return backend
-    return "sdpa"
+    return "auto"
 
 
-@cache
-def _memory_efficient():
-    from xformers.ops import memory_efficient_attention
-
-    return memory_efficient_attention
+@contextlib.contextmanager
+def attending_by(model: nn.Module, backend: str | Backends) -> Iterator[None]:
+    """Let all `ViTBlock`s of a model take a backend within."""
+    blocks = [module for module in model.modules() if isinstance(module, ViTBlock)]
+    before = [block.attention for block in blocks]
+    try:
+        for block in blocks:
+            block.attention = backend
+        yield
+    finally:
+        for block, own in zip(blocks, before):
+            block.attention = own
 
 
 class ViTBlock(Block):
@@ -149,7 +161,7 @@ class ViTBlock(Block):
     timm's `block_fn=` takes the class; the state dict has timm's names.
 
     Attributes:
-        attention: backend, see `attention`.
+        attention: backend, or one for each shape, see `attention`.
         kernels: implementation of `cls_row`, see `ccmim_kernels.dispatch`.
         recompute: keep the block's input alone for the backward pass and compute the rest again (activation
             checkpointing).
@@ -206,7 +218,13 @@ class ViTBlock(Block):
         if reads_cls:
             total_BL = block._row(q_BQNH, k_BTNH, "softmax", total_BL)
         mixed = attn.norm(
-            attention(q_BQNH, k_BTNH, v_BTNH, block.attention, attn.attn_drop.p if attn.training else 0.0).flatten(2)
+            attention(
+                q_BQNH,
+                k_BTNH,
+                v_BTNH,
+                backend=block.attention,
+                dropout=attn.attn_drop.p if attn.training else 0.0,
+            ).flatten(2)
         )
         gate = getattr(attn, "gate", None)
         if gate is not None:

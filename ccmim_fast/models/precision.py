@@ -1,9 +1,9 @@
-"""The arithmetic of a device: its precision, weights cast to it, and on a CPU oneDNN's products in float32."""
+"""The arithmetic of a device: its precision, weights cast to it, and whose products a CPU takes in float32."""
 
 # R rows, A inputs, D outputs
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from ccmim_fast.errors import ConfigError
+from ccmim_kernels.calls import choosable
 
 _DTYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -131,19 +132,30 @@ def _cast(tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return cast
 
 
-# Multiplications of a product below which oneDNN is no faster (it sets up each call): measured from 2^18 to 2^31.
-LEAST = 2**28
+LINEAR = ("torch", "onednn")
+Layers = Mapping[tuple[int, int], str]  # inputs and outputs of linear layers: who computes their products
 
 
-def onednn_linear(enabled: bool = True) -> contextlib.AbstractContextManager:
-    """Return a context in which large linear layers of float32 on a CPU, outside autocast, are oneDNN's products.
+def linear_layers(chosen: Layers | None) -> contextlib.AbstractContextManager:
+    """Return a context in which linear layers of float32 on a CPU, outside autocast, run as `chosen` says.
 
     Equivalent PyTorch: the code in it, as it is; result and gradients are the same up to rounding. On AMD EPYC (Zen 4,
-    AVX-512), two threads, a step of ViT-B takes 3 to 15 % less time; bf16 products are oneDNN's in any case.
+    AVX-512), two threads, a step of ViT-B takes 3 to 15 % less time by oneDNN than by torch's MKL; bf16 products are
+    oneDNN's in any case.
     Not for code to be compiled, nor to be computed again in the backward pass, which no context reaches; and the
-    gradient has no gradient. Nothing where this torch has no oneDNN.
+    gradient has no gradient. None, or where this torch has no oneDNN: nothing happens.
     """
-    return _OneDnnLinear() if enabled and torch.backends.mkldnn.is_available() else contextlib.nullcontext()
+    if chosen is None or not torch.backends.mkldnn.is_available():
+        return contextlib.nullcontext()
+    return _LinearLayers(chosen)
+
+
+@choosable(lambda input, weight, *_: f"linear {weight.shape[1]} x {weight.shape[0]}", by="backend")
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "torch") -> Tensor:
+    """Compute `F.linear` by torch or, of float32 on a CPU, by oneDNN."""
+    if backend == "onednn" and input.numel():  # oneDNN has no product of no rows
+        return _Linear.apply(input, weight, bias)
+    return F.linear(input, weight, bias)
 
 
 def product(x_RA: Tensor, weight_DA: Tensor, bias_D: Tensor | None = None) -> Tensor:
@@ -151,18 +163,21 @@ def product(x_RA: Tensor, weight_DA: Tensor, bias_D: Tensor | None = None) -> Te
     return torch.ops.mkldnn._linear_pointwise(x_RA, weight_DA, bias_D, "none", [], "")
 
 
-class _OneDnnLinear(TorchFunctionMode):
+class _LinearLayers(TorchFunctionMode):
+    def __init__(self, chosen: Layers):
+        super().__init__()
+        self._chosen = chosen
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.linear and not torch.is_autocast_enabled("cpu"):
-            return _linear(*args, **(kwargs or {}))
+            return self._linear(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    large = input.numel() * weight.shape[0] >= LEAST
-    if large and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in (input, weight)):
-        return _Linear.apply(input, weight, bias)
-    return F.linear(input, weight, bias)
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not all(x.dtype == torch.float32 and x.device.type == "cpu" for x in (input, weight)):
+            return F.linear(input, weight, bias)
+        outputs, inputs = weight.shape
+        return linear(input, weight, bias, backend=self._chosen.get((inputs, outputs), "torch"))
 
 
 class _Linear(torch.autograd.Function):

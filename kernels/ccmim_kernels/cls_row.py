@@ -5,6 +5,7 @@
 import torch
 from torch import Tensor
 
+from ccmim_kernels.calls import choosable
 from ccmim_kernels.dispatch import operator, uses_triton
 
 KINDS = ("logits", "softmax")
@@ -18,6 +19,7 @@ def cls_row_reference(q_BNH: Tensor, k_BTNH: Tensor, prefix: int, kind: str, sca
     return logits_BNT[:, :, prefix:].mean(1)
 
 
+@choosable("cls_row")
 @torch.no_grad()
 def cls_row(
     q_BNH: Tensor,

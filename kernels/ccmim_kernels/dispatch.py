@@ -1,33 +1,32 @@
 """This module decides which implementation of an op runs: by its argument `kernels`, never by what can be imported."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 KERNELS = ("auto", "triton", "reference")
-
-# Ops that `auto` runs as Triton kernels on CUDA: those measured faster there than the reference, eager and compiled, at
-# B = 128 and 1024 (`benchmarks/ops/bench.py`). Empty, because no kernel has run on a GPU yet.
-MEASURED_TO_WIN: frozenset[str] = frozenset()
+Kernels = str | Mapping[str, str]  # one of `KERNELS` for all ops, or for each by its name; `auto` for one without
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-def uses_triton(kernels: str, op: str, device: torch.device, *tensors: Tensor | None) -> bool:
-    """Return True where `op` runs as Triton kernels: for `triton` always, for `auto` on CUDA where the kernels won.
+def uses_triton(kernels: Kernels, op: str, device: torch.device, *tensors: Tensor | None) -> bool:
+    """Return True where `op` runs as Triton kernels: for `triton` always, for `auto` on CUDA where Triton is installed.
 
     Args:
-        kernels: one of `KERNELS`.
-        op: the op's name, as in `MEASURED_TO_WIN`.
+        kernels: one of `KERNELS`, or a choice for each op.
+        op: the op's name.
         device: the device of the op's inputs.
         tensors: its floating-point inputs; float64 has no kernel, there `auto` takes the reference.
 
     Raises:
         ValueError: an unknown choice, or `triton` where no kernel can run.
     """
+    if not isinstance(kernels, str):
+        kernels = kernels.get(op, "auto")
     if kernels not in KERNELS:
         raise ValueError(f"kernels={kernels!r} must be one of {', '.join(KERNELS)}")
     if kernels == "triton":
@@ -36,7 +35,7 @@ def uses_triton(kernels: str, op: str, device: torch.device, *tensors: Tensor | 
             if x is not None and x.dtype not in _DTYPES:
                 raise ValueError(f"kernels=triton takes float32, float16 or bfloat16, got {x.dtype}; use reference")
         return True
-    auto = kernels == "auto" and op in MEASURED_TO_WIN and device.type == "cuda" and _INSTALLED
+    auto = kernels == "auto" and device.type == "cuda" and _INSTALLED
     return auto and all(x is None or x.dtype in _DTYPES for x in tensors)
 
 

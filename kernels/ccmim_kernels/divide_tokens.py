@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ccmim_kernels.calls import choosable
 from ccmim_kernels.dispatch import operator, uses_triton, widened
 from ccmim_kernels.gather_tokens import gather_gradients, gather_tokens
 from ccmim_kernels.sample_partition import Partition, checked_samples, empty_partition, sample_partition
@@ -54,6 +55,7 @@ def divide_tokens_reference(
     return Divided(visible_BTD, masked_BTD, partition, logits_BL)
 
 
+@choosable("divide_tokens")
 def divide_tokens(
     tokens_BLD: Tensor,
     prefix_PD: Tensor,

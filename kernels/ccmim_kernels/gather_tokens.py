@@ -5,6 +5,7 @@
 import torch
 from torch import Tensor
 
+from ccmim_kernels.calls import choosable
 from ccmim_kernels.dispatch import operator, uses_triton
 
 
@@ -17,6 +18,7 @@ def gather_tokens_reference(tokens_BLD: Tensor, ids_BK: Tensor, prefix_PD: Tenso
     return torch.cat([prefix_PD.to(kept_BKD.dtype).expand(B, -1, -1), kept_BKD], dim=1)
 
 
+@choosable("gather_tokens")
 def gather_tokens(
     tokens_BLD: Tensor, ids_BK: Tensor, prefix_PD: Tensor | None = None, *, kernels: str = "auto"
 ) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ccmim_kernels.calls import choosable
 from ccmim_kernels.dispatch import operator, uses_triton
 from ccmim_kernels.masked_patch_loss import patchify
 
@@ -61,6 +62,7 @@ def hog_target_reference(
     return targets_BLF.gather(1, ids_masked_BM[..., None].expand(-1, -1, targets_BLF.shape[-1]))
 
 
+@choosable("hog_target")
 @torch.no_grad()
 def hog_target(
     images_BHWC: Tensor,

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ccmim_kernels.calls import choosable
 from ccmim_kernels.dispatch import operator, uses_triton, widened
 
 
@@ -41,6 +42,7 @@ def _check(rows_BE: Tensor, all_NE: Tensor, offset: int, tau: float) -> None:
         raise ValueError(f"tau={tau} must be greater than 0")
 
 
+@choosable("info_nce")
 def info_nce(
     masked_BE: Tensor,
     visible_BE: Tensor,
@@ -77,6 +79,7 @@ def info_nce(
         return info_nce_reference(*(widened(h) for h in rows), offset, tau)
 
 
+@choosable("info_nce")
 def moco_nce(
     visible_BE: Tensor, masked_all_NE: Tensor, *, offset: int = 0, tau: float, kernels: str = "auto"
 ) -> Tensor:

@@ -8,6 +8,7 @@ An image is cut into patches in MAE's order: patches row by row, and (row, colum
 import torch
 from torch import Tensor
 
+from ccmim_kernels.calls import choosable
 from ccmim_kernels.dispatch import operator, uses_triton, widened
 
 NORM_PIX_EPS = 1e-6  # MAE
@@ -61,6 +62,7 @@ def masked_patch_loss_reference(
     return (pred_BMP - target_BMP).square().mean()
 
 
+@choosable("masked_patch_loss")
 def masked_patch_loss(
     pred_BMP: Tensor,
     images_BHWC: Tensor,

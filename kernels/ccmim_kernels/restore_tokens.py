@@ -5,6 +5,7 @@
 import torch
 from torch import Tensor
 
+from ccmim_kernels.calls import choosable
 from ccmim_kernels.dispatch import operator, uses_triton
 from ccmim_kernels.gather_tokens import _scatter_tokens
 
@@ -21,6 +22,7 @@ def restore_tokens_reference(
     return torch.cat([visible_BTD[:, :1], grid_BLD], dim=1) + positions_SD.to(visible_BTD.dtype)
 
 
+@choosable("restore_tokens")
 def restore_tokens(
     visible_BTD: Tensor, mask_token_D: Tensor, ids_restore_BL: Tensor, positions_SD: Tensor, *, kernels: str = "auto"
 ) -> Tensor:

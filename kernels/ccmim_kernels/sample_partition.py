@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ccmim_kernels.calls import choosable
 from ccmim_kernels.dispatch import operator, uses_triton, widened
 from ccmim_kernels.philox import STREAM_BLOCK, keyed_bits, keyed_gumbel, keyed_uniform, per_sample, to_unit
 
@@ -162,6 +163,7 @@ def checked_samples(
     return logits_BL, ids_B.to(torch.int64), per_sample(epoch, ids_B)
 
 
+@choosable("sample_partition")
 def sample_partition(
     logits_BL: Tensor | None,
     ids_B: Tensor,

@@ -1,4 +1,4 @@
-"""Every backend is the same attention; which one `auto` takes; what is refused."""
+"""Every backend is the same attention; which one runs; what is refused."""
 
 import sys
 
@@ -8,7 +8,7 @@ from ops.gold import DTYPES
 
 from ccmim_fast.errors import MachineError
 from ccmim_fast.models import block as module
-from ccmim_fast.models.block import BACKENDS, CUDA_ONLY, MEASURED_BEST, attention, check_attention
+from ccmim_fast.models.block import BACKENDS, CUDA_ONLY, attention, check_attention
 
 # Backends that have no kernel for a dtype, on any device.
 LACKING = {("flash", torch.float32), ("cudnn", torch.float32)}
@@ -41,47 +41,39 @@ def test_equals_float64(backend, shape, dtype, device):
     out_gradient = torch.randn(B, Q, N, H, device=device).to(dtype)
     gold = gradients(by_hand, [x.double() for x in inputs], out_gradient.double())
     eager = gradients(by_hand, inputs, out_gradient)
-    ours = gradients(lambda q, k, v: attention(q, k, v, backend), inputs, out_gradient)
+    ours = gradients(lambda q, k, v: attention(q, k, v, backend=backend), inputs, out_gradient)
     for name, g, e, o in zip(("out", "q", "k", "v"), gold, eager, ours):
         assert o.dtype == dtype, name
         allowed = max(2 * (e - g).abs().max(), 4 * torch.finfo(dtype).eps * g.abs().max())
         assert (o - g).abs().max() <= allowed, name
 
 
-def test_auto_takes_the_measured_one(monkeypatch):
+def test_a_backend_for_each_shape(monkeypatch):
     taken = []
-    for name in ("_plain", "_memory_efficient"):
+    for name in ("_plain", "memory_efficient"):
         monkeypatch.setattr(module, name, lambda *x, name=name: taken.append(name) or x[0])
-    for tokens, dtype, expected in [
-        (50, torch.bfloat16, ["_plain"]),
-        (401, torch.bfloat16, ["_plain"]),
-        (402, torch.bfloat16, []),
-        (50, torch.float32, []),
-    ]:
+    rows = (((50, 2, 8), "plain"), ((148, 2, 8), "xformers"))
+    for tokens, heads, expected in [(50, 2, ["_plain"]), (148, 2, ["memory_efficient"]), (49, 2, []), (50, 1, [])]:
         taken.clear()
-        q = torch.randn(1, tokens, 1, 8, dtype=dtype)
-        attention(q, q, q, "auto")
-        assert taken == expected, (tokens, dtype)
-
-
-def test_auto_on_a_gpu_goes_by_its_table(monkeypatch):
-    monkeypatch.setattr(module.torch.cuda, "get_device_capability", lambda device: (9, 0))
-    best = lambda tokens: module._measured_best(torch.device("cuda"), tokens, torch.bfloat16)  # noqa: E731
-    assert best(50) == "sdpa"
-    monkeypatch.setitem(MEASURED_BEST, ((9, 0), torch.bfloat16), ((50, "flash"), (197, "cudnn")))
-    assert [best(n) for n in (49, 50, 51, 197, 198)] == ["flash", "flash", "cudnn", "cudnn", "sdpa"]
+        q = torch.randn(1, 3, heads, 8)
+        k = torch.randn(1, tokens, heads, 8)
+        attention(q, k, k, backend=rows)
+        assert taken == expected, (tokens, heads)
+        taken.clear()
+        attention(q, k, k)
+        assert not taken
 
 
 def test_half_precision_stays_under_autocast():
     q = torch.randn(2, 5, 1, 8, dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert attention(q, q, q, "plain").dtype == torch.bfloat16
+        assert attention(q, q, q, backend="plain").dtype == torch.bfloat16
 
 
 def test_dropout_drops():
     q = torch.randn(2, 64, 2, 8)
     for backend in ("plain", "sdpa"):
-        assert not torch.equal(attention(q, q, q, backend, dropout=0.5), attention(q, q, q, backend))
+        assert not torch.equal(attention(q, q, q, backend=backend, dropout=0.5), attention(q, q, q, backend=backend))
 
 
 def test_missing_xformers_is_named(monkeypatch):

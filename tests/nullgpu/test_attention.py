@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from nullgpu.null_device import end_of, run
 
-SCRIPT = Path(__file__).parent / "attend.py"
+SCRIPT = Path(__file__).parent / "refuse_attention.py"
 
 
 @cache

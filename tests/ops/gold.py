@@ -5,13 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ccmim_fast.autotune.check import allowed_error
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def assert_close_to_gold(ours: Tensor, eager: Tensor, gold: Tensor, what: str) -> None:
-    """Assert max|ours - gold| <= max(2 max|eager - gold|, eps max|gold|); NaN fails.
-
-    eps is of our dtype, and at least four of float32.
+    """Assert max|ours - gold| <= max(2 max|eager - gold|, eps max|gold|), see `allowed_error`; NaN fails.
 
     Args:
         ours: of the kernel.
@@ -22,13 +22,10 @@ def assert_close_to_gold(ours: Tensor, eager: Tensor, gold: Tensor, what: str) -
     assert ours.shape == gold.shape, f"{what}: shape {list(ours.shape)}, expected {list(gold.shape)}"
     assert ours.dtype == eager.dtype, f"{what}: {ours.dtype}, eager gives {eager.dtype}"
     ours_64, eager_64, gold = ours.detach().double().cpu(), eager.detach().double().cpu(), gold.detach().cpu()
-    error, allowed_eager = ((x - gold).abs().max().item() for x in (ours_64, eager_64))
-    largest = gold.abs().max().item()
-    # Eager may round hardly at all: some processors add the products of a row without rounding in between.
-    rounding = max(torch.finfo(ours.dtype).eps, 4 * torch.finfo(torch.float32).eps)
-    allowed = max(2 * allowed_eager, rounding * largest)
+    error, error_eager = ((x - gold).abs().max().item() for x in (ours_64, eager_64))
+    allowed, largest = allowed_error(eager_64, gold, ours.dtype), gold.abs().max().item()
     # Written so that NaN fails.
-    assert error <= allowed, f"{what}: error {error:.3e}, eager's {allowed_eager:.3e}, max|gold| {largest:.3e}"
+    assert error <= allowed, f"{what}: error {error:.3e}, eager's {error_eager:.3e}, max|gold| {largest:.3e}"
 
 
 def compare(

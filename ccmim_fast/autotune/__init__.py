@@ -1,0 +1,1 @@
+"""The choice between implementations by a short measurement: each is checked, all are timed, the fastest is taken."""

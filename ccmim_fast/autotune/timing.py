@@ -1,0 +1,71 @@
+"""The timing of implementations: in rounds, in which all take turns, so that a slow moment of the machine hits all."""
+
+import time
+from collections.abc import Callable, Hashable, Mapping
+from statistics import median
+from typing import TypeVar
+
+import torch
+
+from ccmim_fast.autotune.calls import StepCall
+from ccmim_fast.profile.meter import synchronise
+
+ROUNDS, LEAST_ROUNDS = 7, 3
+SAMPLE = 2e-3  # seconds of a sample, at least: a hundred times what reading the clock and waiting for a GPU take
+MARGIN = 0.05  # of the first candidate's time, by which another one's must be less
+MOST = 0.75  # of the rounds, which another one must win: on a machine with other work medians alone are no proof
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Passes:
+    """Forward and backward pass of a call by one implementation; calling it times them."""
+
+    def __init__(self, call: StepCall, candidate: str, device: torch.device):
+        self._call, self._candidate, self._device, self._repeat = call, candidate, device, 1
+        out, _ = call.forward(candidate)
+        self._gradients = [x.detach() for x in out if x.requires_grad]
+        # The first pass compiles, and fills caches: where even the next one is short, it tells how many make a sample.
+        if self() < 10 * SAMPLE * call.count:
+            self._repeat = max(1, round(SAMPLE * call.count / max(self(), 1e-9)))
+
+    def __call__(self) -> float:
+        """Return the seconds that the calls of a step take: those of one, times their number."""
+        synchronise(self._device)
+        start = time.perf_counter()
+        for _ in range(self._repeat):
+            out, leaves = self._call.forward(self._candidate)
+            ends = [x for x in out if x.requires_grad]
+            if ends and leaves:
+                torch.autograd.grad(ends, leaves, self._gradients, allow_unused=True)
+        synchronise(self._device)
+        return (time.perf_counter() - start) / self._repeat * self._call.count
+
+
+def timed(samples: Mapping[Key, Callable[[], float]], until: float) -> dict[Key, list[float]]:
+    """Return what each function returns, called in turns, `LEAST_ROUNDS` to `ROUNDS` times.
+
+    Args:
+        until: moment of `time.perf_counter` after which no round begins; where it comes too early, nothing is returned.
+    """
+    rounds: list[dict[Key, float]] = []
+    while len(rounds) < ROUNDS and time.perf_counter() < until:
+        rounds.append({key: sample() for key, sample in samples.items()})
+    return {key: [one[key] for one in rounds] for key in samples} if len(rounds) >= LEAST_ROUNDS else {}
+
+
+def winner(times: Mapping[str, list[float]]) -> str:
+    """Return the first candidate, or the fastest one where it is faster by `MARGIN` and in `MOST` rounds.
+
+    Args:
+        times: of each round, by candidate.
+    """
+    first, best = next(iter(times)), min(times, key=lambda candidate: median(times[candidate]))
+    won = sum(a < b for a, b in zip(times[best], times[first], strict=True))
+    faster = median(times[best]) < (1 - MARGIN) * median(times[first])
+    return best if faster and won >= MOST * len(times[first]) else first
+
+
+def milliseconds(times: Mapping[str, list[float]]) -> dict[str, float]:
+    """Return the median of each candidate's times, which are in seconds."""
+    return {candidate: round(1e3 * median(found), 4) for candidate, found in times.items()}

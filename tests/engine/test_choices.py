@@ -1,0 +1,192 @@
+"""What `auto` comes to in a run: measured once, kept, recorded, the same on all ranks and after a resume."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from choice_ranks import decide_on_the_first
+from ranks_launcher import run_in_ranks
+from tiny import tiny_config
+
+from ccmim_fast.autotune.decide import Decision
+from ccmim_fast.autotune.table import FILE, Table, read_table
+from ccmim_fast.engine import choices
+from ccmim_fast.engine.build import build_step
+from ccmim_fast.engine.choices import apply, choose, run_of
+from ccmim_fast.engine.dry_run import synthetic_batch
+from ccmim_fast.engine.pretraining import fit
+from ccmim_fast.models import block, precision
+from ccmim_fast.models.precision import product
+from ccmim_fast.ranks.session import Session
+from ccmim_kernels import dispatch
+
+HERE = Session(0, 1, torch.device("cpu"))
+LONG = 10**12  # images
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def never(monkeypatch):
+    def measured(*_):
+        raise AssertionError("measured again")
+
+    return lambda: monkeypatch.setattr(choices, "_measured", measured)
+
+
+def step_for(**train):
+    return build_step(tiny_config(train={"batch_size": 4, "precision": "fp32", **train}), HERE)
+
+
+def test_attention_of_every_length_and_every_linear_layer():
+    """16 x 24 / 8^2 patches: 7 visible tokens, 19 masked, 25 in all; decoder 25. Weights and numbers stay."""
+    step = step_for()
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
+    state = torch.get_rng_state()
+    table = choose(step, 4, HERE, LONG)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], value) for name, value in step.model.state_dict().items())
+    lengths = {name for name in table.decisions if name.startswith("attention")}
+    assert lengths == {"attention 7 x 3 x 16", "attention 19 x 3 x 16", "attention 25 x 3 x 16", "attention 25 x 4 x 8"}
+    assert {"linear 48 x 144", "linear 48 x 192", "linear 192 x 48", "linear 32 x 96"} <= table.decisions.keys()
+    for name, decision in table.decisions.items():
+        both = {"sdpa", "plain"} if name.startswith("attention") else {"torch", "onednn"}
+        assert decision.milliseconds.keys() | decision.dropped.keys() == both, name
+        assert decision.chosen in both
+    assert table.seconds > 0
+    assert step.model.encoder.blocks[0].attention == "auto"
+
+
+def test_half_precision_has_no_linear_layers_to_choose():
+    table = choose(step_for(precision="bf16"), 4, HERE, LONG)
+    assert {name.partition(" ")[0] for name in table.decisions} == {"attention"}
+
+
+@pytest.mark.parametrize("what", ["sdpa", "onednn"])
+def test_a_wrong_candidate_is_dropped_after_one_line(monkeypatch, what):
+    right = F.scaled_dot_product_attention
+    if what == "sdpa":
+        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: right(*a, **k) * 1.001)
+    else:
+        monkeypatch.setattr(precision, "product", lambda *tensors: product(*tensors) * 1.001)
+    table = choose(step_for(), 4, HERE, LONG)
+    asked = [name for name in table.decisions if name.startswith("attention" if what == "sdpa" else "linear")]
+    for name in asked:
+        assert table.decisions[name].chosen == {"sdpa": "plain", "onednn": "torch"}[what]
+        (line,) = (line for line in table.notes() if line.startswith(f"{name}: not {what}: result "))
+        assert "\n" not in line
+    assert len(asked) > 2
+
+
+def test_the_step_runs_as_decided(monkeypatch):
+    step, taken = step_for(), []
+    attended = block._plain
+    monkeypatch.setattr(block, "_plain", lambda q, k, *rest: taken.append(k.shape[1]) or attended(q, k, *rest))
+    monkeypatch.setattr("ccmim_fast.models.precision._Linear.apply", lambda *a: taken.append("onednn") or F.linear(*a))
+    decisions = {"attention 19 x 3 x 16": "plain", "attention 25 x 3 x 16": "sdpa", "linear 32 x 96": "onednn"}
+    apply(Table({}, {name: Decision(chosen, {}, {}) for name, chosen in decisions.items()}), step)
+    step([synthetic_batch(step, 4)], 1e-3)
+    assert set(taken) == {19, "onednn"}
+
+
+def test_a_table_is_measured_once(never):
+    table = choose(step_for(), 4, HERE, LONG)
+    never()
+    assert choose(step_for(), 4, HERE, LONG) == table
+    for other in ((step_for(), 2), (step_for(precision="bf16"), 4), (step_for(autotune="fresh"), 4)):
+        with pytest.raises(AssertionError, match="measured again"):
+            choose(*other, HERE, LONG)
+
+
+def test_a_table_without_times_is_not_kept(monkeypatch, never):
+    """As on a machine with so much other work that time runs out; nor is it told as a measurement."""
+    monkeypatch.setattr(choices, "SECONDS", 0.0)
+    table = choose(step_for(attention="sdpa"), 4, HERE, LONG)
+    assert set(table.chosen().values()) == {"torch"}
+    assert "some of them not measured" in table.notes()[0]
+    never()
+    with pytest.raises(AssertionError, match="measured again"):
+        choose(step_for(attention="sdpa"), 4, HERE, LONG)
+
+
+def test_fresh_keeps_no_table(never):
+    choose(step_for(autotune="fresh"), 4, HERE, 8)
+    never()
+    with pytest.raises(AssertionError, match="measured again"):
+        choose(step_for(), 4, HERE, LONG)
+
+
+def test_off_and_short_runs_measure_nothing(never):
+    never()
+    assert choose(step_for(autotune="off"), 4, HERE, LONG).decisions == {}
+    assert choose(step_for(), 4, HERE, 1000).decisions == {}
+
+
+def test_what_the_settings_decide_is_not_asked():
+    table = choose(step_for(attention="sdpa", recompute=True), 4, HERE, LONG)
+    assert table.decisions == {}
+
+
+def test_every_op_of_a_step_is_seen():
+    """An op whose public function is not `choosable` would never be measured."""
+    asked = set()
+    for target, contrast in (("pixels", "nce"), ("hog", "moco")):
+        config = tiny_config(
+            train={"batch_size": 4}, target={"kind": target, "hog_cell": 4}, contrast={"loss": contrast}
+        )
+        calls, _ = choices._calls(build_step(config, HERE), 2)
+        asked |= {name for name in calls if " " not in name}
+    kernels = {path.stem for path in (Path(dispatch.__file__).parent / "triton_impl").glob("*.py")}
+    assert asked == kernels - {"__init__", "launch", "sample_partition"}  # the last one is a part of divide_tokens
+
+
+def config_of(folder, **sections):
+    return tiny_config(
+        run={"dir": str(folder), "tensorboard": False, "log_every": 1, **sections.pop("run", {})},
+        data={"source": "shapes", "samples": 8, "root": str(folder.parent / "data"), "loader": "torch"},
+        optim={"warmup_epochs": 0.0},
+        train={"device": "cpu", "precision": "bf16", "batch_size": 8, "epochs": 4, "autotune": "fresh"}
+        | sections.pop("train", {}),
+    )
+
+
+def losses(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if record["kind"] == "train"]
+
+
+def test_a_resumed_run_keeps_its_choices(tmp_path, monkeypatch):
+    """Whatever is faster by then: the losses are those of a run that was never stopped, bit for bit."""
+
+    def faster(name):
+        names = ("attention 7 x 3 x 16", "attention 19 x 3 x 16", "attention 25 x 3 x 16", "attention 25 x 4 x 8")
+        monkeypatch.setattr(choices, "_measured", lambda *_: {one: Decision(name, {}, {}) for one in names})
+
+    faster("plain")
+    fit(config_of(tmp_path / "whole"))
+    fit(config_of(tmp_path / "parts", train={"max_steps": 2}, run={"save_every": 1}))
+    faster("sdpa")
+    fit(config_of(tmp_path / "other"))
+    fit(config_of(tmp_path / "parts", run={"save_every": 1, "resume": "auto"}))
+    table = read_table(tmp_path / "parts" / FILE)
+    assert set(table.chosen().values()) == {"plain"}
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole") != losses(tmp_path / "other")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_all_ranks_take_the_choices_of_the_first(tmp_path, parallel):
+    run_in_ranks(decide_on_the_first, 2, tmp_path, parallel)
+
+
+def test_the_run_that_is_gone_on_with(tmp_path):
+    run = tiny_config().run
+    assert run_of(run) is None
+    assert run_of(dataclasses.replace(run, dir="a", resume="auto")).name == "a"
+    checkpoint = tmp_path / "b" / "checkpoints" / "step_00000002"
+    assert run_of(dataclasses.replace(run, dir="a", resume=str(checkpoint))) == tmp_path / "b"
