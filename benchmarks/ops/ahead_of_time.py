@@ -61,7 +61,7 @@ def source_of(launch: Launch) -> ASTSource:
 
 def compile_for(launch: Launch, architecture: int) -> Resources:
     """Compile for one compute capability (61: sm_61)."""
-    options = compiler_options(launch.warps, launch.fp_fusion)
+    options = compiler_options(launch.warps, launch.fp_fusion, launch.registers)
     built = triton.compile(source_of(launch), target=GPUTarget("cuda", architecture, 32), options=options)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -52,9 +52,15 @@ def distinct(batch, patches, kept):
 
 
 @pytest.mark.fault(
+    "the prefix is its first row", "prefix_ptr + row * D, target_ptr", "prefix_ptr + row * 0, target_ptr"
+)
+@pytest.mark.fault(
+    "places of the first ids alone", "for start in range(0, length, CHUNK)", "for start in range(0, 1, CHUNK)"
+)
+@pytest.mark.fault(
     "a scatter leaves the last row out",
-    "taken, (row < L)[:, None], D, BLOCK_D)",
-    "taken, (row < L - 1)[:, None], D, BLOCK_D)",
+    "written = (row < L)[:, None]",
+    "written = (row < L - 1)[:, None]",
 )
 @pytest.mark.fault(
     "gradient of the prefix 1 % off",

@@ -38,7 +38,7 @@ class Launch(NamedTuple):
         arguments: per run-time argument its Triton type; integers that are specialised on carry ":16" where they are a
             multiple of 16 (Triton then vectorises), ":1" where they are 1 (a constant).
         constants: the `tl.constexpr` arguments.
-        warps, fp_fusion: compiler options.
+        warps, fp_fusion, registers: compiler options, see `launch`.
     """
 
     kernel: Any
@@ -46,12 +46,13 @@ class Launch(NamedTuple):
     constants: tuple[tuple[str, Any], ...]
     warps: int
     fp_fusion: bool
+    registers: int
 
 
-def compiler_options(warps: int, fp_fusion: bool) -> dict[str, int | bool]:
+def compiler_options(warps: int, fp_fusion: bool, registers: int = 255) -> dict[str, int | bool]:
     """Return the options of Triton's compiler for a launch."""
-    # All the registers there are: left to itself, ptxas spills some bytes to fit one more program on a multiprocessor.
-    return {"num_warps": warps, "enable_fp_fusion": fp_fusion, "maxnreg": min(255, 65536 // (32 * warps))}
+    # Without a limit ptxas spills some bytes to fit one more program on a multiprocessor.
+    return {"num_warps": warps, "enable_fp_fusion": fp_fusion, "maxnreg": min(registers, 65536 // (32 * warps))}
 
 
 _recorders: list[tuple[list[Launch], bool]] = []
@@ -68,7 +69,15 @@ def recorded(*, run: bool) -> Iterator[list[Launch]]:
         _recorders.pop()
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, warps: int, fp_fusion: bool = False, **constants: Any) -> None:
+def launch(
+    kernel: Any,
+    programs: int,
+    *arguments: Any,
+    warps: int,
+    fp_fusion: bool = False,
+    registers: int = 255,
+    **constants: Any,
+) -> None:
     """Run `programs` instances of a kernel on the device of its first tensor.
 
     Args:
@@ -77,6 +86,7 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int, fp_fusion: b
         arguments: its run-time arguments, tensors first.
         warps: of 32 threads per program.
         fp_fusion: let the compiler contract a * b + c; off, so that results equal PyTorch's bit for bit.
+        registers: of a thread, at most; fewer let more programs run at a time.
         constants: its `tl.constexpr` arguments.
     """
     if programs == 0:
@@ -84,7 +94,7 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int, fp_fusion: b
     if _recorders:
         types = tuple(_type_of(kernel, index, value) for index, value in enumerate(arguments))
         launches, run = _recorders[-1]
-        launches.append(Launch(kernel, types, tuple(sorted(constants.items())), warps, fp_fusion))
+        launches.append(Launch(kernel, types, tuple(sorted(constants.items())), warps, fp_fusion, registers))
         if not run:
             return
     devices = {str(x.device) for x in arguments if isinstance(x, Tensor)}
@@ -92,7 +102,7 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int, fp_fusion: b
         raise ValueError(f"tensors are on {', '.join(sorted(devices))}, expected one device")
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(arguments[0]):
-        kernel[(programs,)](*arguments, **compiler_options(warps, fp_fusion), **constants)
+        kernel[(programs,)](*arguments, **compiler_options(warps, fp_fusion, registers), **constants)
 
 
 def fitting(sizes: tuple[int, ...], length: int, what: str) -> int:
