@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import triton
@@ -30,8 +31,9 @@ _POINTERS = {
 }
 
 
-class Launch(NamedTuple):
-    """This class describes one launch, as far as it decides what is compiled.
+@dataclass(frozen=True)
+class Launch:
+    """This class describes one launch. Two launches are equal if they run the same compiled kernel.
 
     Attributes:
         kernel: the `@triton.jit` function.
@@ -39,6 +41,8 @@ class Launch(NamedTuple):
             multiple of 16 (Triton then vectorises), ":1" where they are 1 (a constant).
         constants: the `tl.constexpr` arguments.
         warps, fp_fusion, registers: compiler options, see `launch`.
+        programs: size of the grid.
+        numbers: the run-time arguments, None for a tensor.
     """
 
     kernel: Any
@@ -47,6 +51,8 @@ class Launch(NamedTuple):
     warps: int
     fp_fusion: bool
     registers: int
+    programs: int = field(compare=False)
+    numbers: tuple[int | float | None, ...] = field(compare=False)
 
 
 def compiler_options(warps: int, fp_fusion: bool, registers: int = 255) -> dict[str, int | bool]:
@@ -92,9 +98,11 @@ def launch(
     if programs == 0:
         return
     if _recorders:
-        types = tuple(_type_of(kernel, index, value) for index, value in enumerate(arguments))
+        types = tuple(type_of(kernel, index, value) for index, value in enumerate(arguments))
+        numbers = tuple(None if isinstance(value, Tensor) else value for value in arguments)
         launches, run = _recorders[-1]
-        launches.append(Launch(kernel, types, tuple(sorted(constants.items())), warps, fp_fusion, registers))
+        compiled = (types, tuple(sorted(constants.items())), warps, fp_fusion, registers)
+        launches.append(Launch(kernel, *compiled, programs, numbers))
         if not run:
             return
     devices = {str(x.device) for x in arguments if isinstance(x, Tensor)}
@@ -127,7 +135,8 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _type_of(kernel: Any, index: int, value: Any) -> str:
+def type_of(kernel: Any, index: int, value: Any) -> str:
+    """Return the Triton type of a run-time argument, as in `Launch.arguments`."""
     if isinstance(value, Tensor):
         return _POINTERS[value.dtype]
     if isinstance(value, float):
