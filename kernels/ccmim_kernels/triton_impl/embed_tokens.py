@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ccmim_kernels.triton_impl.launch import fitting, launch, rows_contiguous
+from ccmim_kernels.triton_impl.launch import MOST_REGISTERS, fitting, launch, rows_contiguous
 
 # Images whose rows a program takes one after another: what it computes of its rows' places serves all of them.
 IMAGES = 4
@@ -91,6 +91,6 @@ def embed_tokens(projected_BLD: Tensor, positions_LD: Tensor, direction_D: Tenso
     groups, tiles = triton.cdiv(B, IMAGES), triton.cdiv(L, tile["TOKENS"])
     tensors = (projected_BLD, positions_LD.contiguous(), direction_D.contiguous(), tokens_BLD, logits_BL)
     numbers = (B, L, groups, float(eps), *projected_BLD.stride()[:2])
-    how = {"warps": 4, "fp_fusion": True, "registers": REGISTERS if aligned and widest == 1024 else 255}
+    how = {"warps": 4, "fp_fusion": True, "registers": REGISTERS if aligned and widest == 1024 else MOST_REGISTERS}
     launch(ccmim_embed_tokens_kernel, groups * tiles, *tensors, *numbers, D=D, IMAGES=IMAGES, **tile, **how)
     return tokens_BLD, logits_BL

@@ -55,9 +55,11 @@ class Launch:
     numbers: tuple[int | float | None, ...] = field(compare=False)
 
 
-def compiler_options(warps: int, fp_fusion: bool, registers: int = 255) -> dict[str, int | bool]:
+MOST_REGISTERS = 255  # of a thread; all there are: left to itself, ptxas spills some bytes to fit one more program
+
+
+def compiler_options(warps: int, fp_fusion: bool, registers: int = MOST_REGISTERS) -> dict[str, int | bool]:
     """Return the options of Triton's compiler for a launch."""
-    # Without a limit ptxas spills some bytes to fit one more program on a multiprocessor.
     return {"num_warps": warps, "enable_fp_fusion": fp_fusion, "maxnreg": min(registers, 65536 // (32 * warps))}
 
 
@@ -81,7 +83,7 @@ def launch(
     *arguments: Any,
     warps: int,
     fp_fusion: bool = False,
-    registers: int = 255,
+    registers: int = MOST_REGISTERS,
     **constants: Any,
 ) -> None:
     """Run `programs` instances of a kernel on the device of its first tensor.
@@ -92,7 +94,7 @@ def launch(
         arguments: its run-time arguments, tensors first.
         warps: of 32 threads per program.
         fp_fusion: let the compiler contract a * b + c; off, so that results equal PyTorch's bit for bit.
-        registers: of a thread, at most; fewer let more programs run at a time.
+        registers: a thread's at most; fewer let more programs fit on a multiprocessor.
         constants: its `tl.constexpr` arguments.
     """
     if programs == 0:
@@ -101,8 +103,8 @@ def launch(
         types = tuple(type_of(kernel, index, value) for index, value in enumerate(arguments))
         numbers = tuple(None if isinstance(value, Tensor) else value for value in arguments)
         launches, run = _recorders[-1]
-        compiled = (types, tuple(sorted(constants.items())), warps, fp_fusion, registers)
-        launches.append(Launch(kernel, *compiled, programs, numbers))
+        options = (tuple(sorted(constants.items())), warps, fp_fusion, registers)
+        launches.append(Launch(kernel, types, *options, programs, numbers))
         if not run:
             return
     devices = {str(x.device) for x in arguments if isinstance(x, Tensor)}
