@@ -47,7 +47,7 @@ def store_logits(
         k = tl.load(source, mask=used & (token < T), other=0.0)
         for start in range(0, T, TOKENS):
             # The next keys are on their way while threads wait for each other to store.
-            source += TOKENS * k_stride_t
+            source += TOKENS * tl.cast(k_stride_t, tl.int64)
             following = tl.load(source, mask=used & (token < T - TOKENS - start), other=0.0)
             logits = tl.sum(k.to(tl.float32) * q, 2)
             target = logits_ptr + (start + step)[:, None] + (head * T)[None, :]
