@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ccmim_fast.engine.step import TrainStep
 from ccmim_fast.models.ccmim import CCMIM, Decoder
-from ccmim_fast.models.scores import AllBlocks, Bank, FirstBlock, OneBlock, Score, eps_of, logits_of
+from ccmim_fast.models.scores import AllBlocks, Bank, FirstBlock, OneBlock
 from ccmim_fast.models.tokens import encode, prefix_tokens, with_prefix
 from ccmim_kernels import Divided, Partition, sample_partition
 
@@ -68,11 +68,13 @@ class NaiveCCMIM(CCMIM):
             return super().embed_and_divide(images_BHWC, *rest)
         return self.divide(self.embed(images_BHWC), *rest)
 
-    def divide(self, x_BLD: Tensor, ids_B: Tensor, epoch, partition: Partition | None = None, prior=None) -> Divided:
+    def divide(
+        self, x_BLD: Tensor, ids_B: Tensor, epoch, partition: Partition | None = None, prior=None, folded_BL=None
+    ) -> Divided:
         if "row_ops" not in self.savings_off or partition is not None:
-            return super().divide(x_BLD, ids_B, epoch, partition, prior)
+            return super().divide(x_BLD, ids_B, epoch, partition, prior, folded_BL)
         prefix_PD = prefix_tokens(self.encoder)
-        logits_BL = logits_of(self.score(x_BLD, prior), x_BLD, eps_of(self.encoder))
+        logits_BL = self.score(x_BLD, prior, folded_BL)
         partition = sample_partition(logits_BL, ids_B, epoch=epoch, kernels=self.kernels, **self.sampling)
         visible_BTD = _gather_with_prefix(x_BLD, partition.ids_visible_BK, prefix_PD)
         masked_BTD = None
@@ -93,11 +95,11 @@ class NaiveAllBlocks(AllBlocks):
     """These scores compute the last block whole."""
 
     @torch.no_grad()
-    def __call__(self, vit, x_BLD: Tensor, prior=None) -> Score:
+    def __call__(self, vit, x_BLD: Tensor, prior=None, folded_BL=None) -> Tensor:
         x_BTD, total_BL = vit.norm_pre(with_prefix(vit, x_BLD)), None
         for block in vit.blocks:
             x_BTD, total_BL = block(x_BTD, reads_cls=True, total_BL=total_BL)
-        return Score(total_BL.log() if self.normalise == "renorm" else total_BL, None)
+        return total_BL.log() if self.normalise == "renorm" else total_BL
 
 
 class NaiveDecoder(Decoder):

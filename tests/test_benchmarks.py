@@ -37,6 +37,10 @@ def test_floors_agree_with_the_design(op, megabytes):
     assert forward.bytes / 1e6 == pytest.approx(megabytes, rel=0.03)
 
 
+def test_embed_tokens_reads_half_precision_and_writes_float32():
+    assert floor("embed_tokens", Size(1024))["forward"].bytes == pytest.approx(1024 * 196 * 768 * 6, rel=0.03)
+
+
 def test_cls_row_reads_k_once():
     assert floor("cls_row", Size(1024))["forward"].bytes == pytest.approx(1024 * 197 * 768 * 2, rel=0.03)
 

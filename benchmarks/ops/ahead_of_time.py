@@ -10,16 +10,14 @@ compile, wants more shared memory than there is, or spills without a reason in `
 import argparse
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import registry
 import triton
+from sass import usage
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -61,17 +59,9 @@ def source_of(launch: Launch) -> ASTSource:
 
 def compile_for(launch: Launch, architecture: int) -> Resources:
     """Compile for one compute capability (61: sm_61)."""
-    options = compiler_options(launch.warps, launch.fp_fusion)
+    options = compiler_options(launch.warps, launch.fp_fusion, launch.registers)
     built = triton.compile(source_of(launch), target=GPUTarget("cuda", architecture, 32), options=options)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    line = next(line for line in usage.splitlines() if "REG:" in line)
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)}
+    found = usage(built.asm["cubin"])
     return Resources(found["REG"], found["STACK"] + found["LOCAL"], built.metadata.shared)
 
 

@@ -9,6 +9,8 @@ import ccmim_kernels
 from ccmim_kernels.triton_impl import cls_row as launchers
 from ccmim_kernels.triton_impl.launch import ROW_SIZES
 
+HEADS = (64, 80, 768, 25, 100, 300)  # widths of heads: multiples of 16 for each of the kernel's tiles, and others
+
 
 def floor(s: Size) -> Passes:
     """The keys are read once."""
@@ -33,7 +35,7 @@ def case(s: Size, device: torch.device) -> Case:
 def launches() -> None:
     for size in ROW_SIZES:
         for dtype in DTYPES:
-            for width in (64, 25):
+            for width in HEADS:
                 for kind in ("logits", "softmax"):
                     q, k = empty(2, 3, width, dtype=dtype), empty(2, size, 3, width, dtype=dtype)
                     launchers.cls_row(q, k, None, 1, kind, 0.125)

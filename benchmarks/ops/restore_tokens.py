@@ -7,7 +7,6 @@ from registry import DTYPES, FULL, HALF, ID, WIDTHS, Case, Passes, Size, empty, 
 
 import ccmim_kernels
 from ccmim_kernels.triton_impl import restore_tokens as launchers
-from ccmim_kernels.triton_impl.gather_tokens import scatter_tokens
 
 
 def floor(s: Size) -> Passes:
@@ -32,6 +31,4 @@ def launches() -> None:
     for dtype in DTYPES:
         for width in WIDTHS:
             launchers.restore_tokens(empty(2, 50, width, dtype=dtype), empty(width), ids(2, 196), empty(197, width))
-            grad = empty(2, 197, width, dtype=dtype)
-            scatter_tokens(grad, ids(2, 196), 50, first=1)
-            launchers.restore_tokens_mask_token_gradient(grad, ids(2, 196), 49)
+            launchers.restore_tokens_gradients(empty(2, 197, width, dtype=dtype), ids(2, 196), 49)

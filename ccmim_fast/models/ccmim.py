@@ -18,7 +18,7 @@ from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.encoder import initialise, sincos_positions
 from ccmim_fast.models.heads import GlobalBatchNorm, Heads, finish_all_gather, start_all_gather
-from ccmim_fast.models.scores import PriorScores, Score, ScoreSource, eps_of
+from ccmim_fast.models.scores import PriorScores, ScoreSource
 from ccmim_fast.models.tokens import (
     embed,
     encode,
@@ -28,7 +28,7 @@ from ccmim_fast.models.tokens import (
     prefix_tokens,
     with_gradient,
 )
-from ccmim_kernels import Divided, Partition, divide_tokens, gather_tokens, restore_tokens
+from ccmim_kernels import Divided, Embedded, Partition, divide_tokens, gather_tokens, restore_tokens
 
 
 class Output(NamedTuple):
@@ -91,7 +91,7 @@ class CCMIM(nn.Module):
         self.register_buffer("mean_C", torch.tensor(mean), persistent=False)
         self.register_buffer("std_C", torch.tensor(std), persistent=False)
         self.patch, self.grid, self.keep = patch_size_of(encoder), grid_of(encoder), sampling["keep"]
-        self.eps, self.alone = eps_of(encoder), False
+        self.alone = False
 
     def leave_ranks(self) -> None:
         """Send nothing to other ranks any more, and wait for none: for a step that this rank tries alone."""
@@ -150,7 +150,7 @@ class CCMIM(nn.Module):
 
     def embed(self, images_BHWC: Tensor) -> Tensor:
         """Embed patches, with positions: uint8 [B, H, W, C] -> [B, L, D]."""
-        return embed(self.encoder, images_BHWC, folded_projection(self.encoder, self.mean_C, self.std_C))
+        return self._embed(images_BHWC, folded_projection(self.encoder, self.mean_C, self.std_C)).tokens
 
     def embed_and_divide(
         self,
@@ -161,19 +161,24 @@ class CCMIM(nn.Module):
         prior: PriorScores | None = None,
     ) -> Divided:
         """Embed and divide; the visible tokens carry the gradient of the patch embedding and of the prefix."""
+        projection, scored = folded_projection(self.encoder, self.mean_C, self.std_C), partition is None
         # The gradient of visible patches alone is that of the folded projection, unless a norm follows it.
         if not isinstance(self.encoder.patch_embed.norm, nn.Identity):
-            return self.divide(self.embed(images_BHWC), ids_B, epoch, partition, prior)
-        projection = folded_projection(self.encoder, self.mean_C, self.std_C)
+            x_BLD, folded_BL = self._embed(images_BHWC, projection, scored)
+            return self.divide(x_BLD, ids_B, epoch, partition, prior, folded_BL)
         with torch.no_grad():
-            x_BLD = embed(self.encoder, images_BHWC, projection)
-            divided = self.divide(x_BLD, ids_B, epoch, partition, prior)
+            x_BLD, folded_BL = self._embed(images_BHWC, projection, scored)
+            divided = self.divide(x_BLD, ids_B, epoch, partition, prior, folded_BL)
         prefix_PD, ids_BK = prefix_tokens(self.encoder), divided.partition.ids_visible_BK
         return divided._replace(visible=with_gradient(divided.visible, projection, prefix_PD, images_BHWC, ids_BK))
 
-    def score(self, x_BLD: Tensor, prior: PriorScores | None = None) -> Score:
-        """Score embedded patches (Eq. 4); no gradient."""
-        return Score(None, None) if self.score_source is None else self.score_source(self.encoder, x_BLD, prior)
+    def _embed(self, images_BHWC: Tensor, projection: tuple[Tensor, Tensor], scored: bool = False) -> Embedded:
+        direction_D = self.score_source.direction(self.encoder) if scored and self.score_source is not None else None
+        return embed(self.encoder, images_BHWC, projection, direction_D, self.kernels)
+
+    def score(self, x_BLD: Tensor, prior: PriorScores | None = None, folded_BL: Tensor | None = None) -> Tensor | None:
+        """Return the logits [B, L] of embedded patches (Eq. 4), without gradient; None where nothing is scored."""
+        return None if self.score_source is None else self.score_source(self.encoder, x_BLD, prior, folded_BL)
 
     def divide(
         self,
@@ -182,6 +187,7 @@ class CCMIM(nn.Module):
         epoch: int | Tensor,
         partition: Partition | None = None,
         prior: PriorScores | None = None,
+        folded_BL: Tensor | None = None,
     ) -> Divided:
         """Score the embedded patches and split them into visible and masked tokens (Eq. 4, section 3.2)."""
         prefix_PD, with_masked = prefix_tokens(self.encoder), self.projector is not None
@@ -193,15 +199,12 @@ class CCMIM(nn.Module):
                     x_BLD.detach(), partition.ids_masked_BM, prefix_PD.detach(), kernels=self.kernels
                 )
             return Divided(visible, masked, partition, None)
-        scores = self.score(x_BLD, prior)
         return divide_tokens(
             x_BLD,
             prefix_PD,
             ids_B,
             epoch=epoch,
-            logits_BL=scores.logits_BL,
-            direction_D=scores.direction_D,
-            eps=self.eps,
+            logits_BL=self.score(x_BLD, prior, folded_BL),
             with_masked=with_masked,
             kernels=self.kernels,
             **self.sampling,

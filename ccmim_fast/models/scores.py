@@ -15,15 +15,8 @@ from torch import Tensor, nn
 
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.block import ViTBlock
-from ccmim_fast.models.tokens import prefix_tokens, with_prefix
+from ccmim_fast.models.tokens import eps_of, prefix_tokens, with_prefix
 from ccmim_kernels import folded_logits
-
-
-class Score(NamedTuple):
-    """This is Eq. 4 before its softmax: either logits [B, L], or the direction v [D] with logits_i = LN(x_i) . v."""
-
-    logits_BL: Tensor | None
-    direction_D: Tensor | None
 
 
 class PriorScores(NamedTuple):
@@ -50,8 +43,24 @@ class ScoreSource:
             kind = type(vit.blocks[0]).__name__
             raise ConfigError(f"score.source: the encoder's {kind} has no attention map; use mask.strategy=random")
 
-    def __call__(self, vit: VisionTransformer, x_BLD: Tensor, prior: PriorScores | None = None) -> Score:
-        """Score embedded patches `x_BLD` (with positions, before the blocks)."""
+    def direction(self, vit: VisionTransformer) -> Tensor | None:
+        """Return v [D] where the source wants logits_i = LN(x_i) . v, which `embed_tokens` computes; else None."""
+        return None
+
+    def __call__(
+        self,
+        vit: VisionTransformer,
+        x_BLD: Tensor,
+        prior: PriorScores | None = None,
+        folded_BL: Tensor | None = None,
+    ) -> Tensor:
+        """Return logits [B, L] of embedded patches: Eq. 4 before its softmax, up to a constant per row.
+
+        Args:
+            x_BLD: with positions, before the blocks.
+            prior: what a bank says of the patches.
+            folded_BL: the logits by `direction`, where they were computed; None: the source computes them itself.
+        """
         raise NotImplementedError
 
 
@@ -65,11 +74,17 @@ class OneBlock(ScoreSource):
         self.block = block
 
     @torch.no_grad()
-    def __call__(self, vit: VisionTransformer, x_BLD: Tensor, prior: PriorScores | None = None) -> Score:
+    def __call__(
+        self,
+        vit: VisionTransformer,
+        x_BLD: Tensor,
+        prior: PriorScores | None = None,
+        folded_BL: Tensor | None = None,
+    ) -> Tensor:
         x_BTD = vit.norm_pre(with_prefix(vit, x_BLD))
         for earlier in vit.blocks[: self.block]:
             x_BTD = earlier(x_BTD)
-        return Score(vit.blocks[self.block].cls_attention(x_BTD, "logits"), None)
+        return vit.blocks[self.block].cls_attention(x_BTD, "logits")
 
 
 class FirstBlock(OneBlock):
@@ -79,10 +94,23 @@ class FirstBlock(OneBlock):
         super().__init__(vit, block=0)
 
     @torch.no_grad()
-    def __call__(self, vit: VisionTransformer, x_BLD: Tensor, prior: PriorScores | None = None) -> Score:
-        if not can_fold(vit):
+    def direction(self, vit: VisionTransformer) -> Tensor | None:
+        return vit.blocks[0].folded_direction(prefix_tokens(vit)[None, :1]) if can_fold(vit) else None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        vit: VisionTransformer,
+        x_BLD: Tensor,
+        prior: PriorScores | None = None,
+        folded_BL: Tensor | None = None,
+    ) -> Tensor:
+        if folded_BL is not None:
+            return folded_BL
+        direction_D = self.direction(vit)
+        if direction_D is None:
             return super().__call__(vit, x_BLD)
-        return Score(None, vit.blocks[0].folded_direction(prefix_tokens(vit)[None, :1]))
+        return folded_logits(x_BLD, direction_D, eps_of(vit))
 
 
 class AllBlocks(ScoreSource):
@@ -97,7 +125,13 @@ class AllBlocks(ScoreSource):
         self.normalise = normalise
 
     @torch.no_grad()
-    def __call__(self, vit: VisionTransformer, x_BLD: Tensor, prior: PriorScores | None = None) -> Score:
+    def __call__(
+        self,
+        vit: VisionTransformer,
+        x_BLD: Tensor,
+        prior: PriorScores | None = None,
+        folded_BL: Tensor | None = None,
+    ) -> Tensor:
         x_BTD, total_BL = vit.norm_pre(with_prefix(vit, x_BLD)), None
         *others, last = vit.blocks
         for block in others:
@@ -105,7 +139,7 @@ class AllBlocks(ScoreSource):
         # Nothing follows the last block's keys.
         total_BL = last.cls_attention(x_BTD, "softmax", total_BL)
         # Up to a constant per row: renormalising subtracts log sum; a second softmax takes the sums as logits.
-        return Score(total_BL.log() if self.normalise == "renorm" else total_BL, None)
+        return total_BL.log() if self.normalise == "renorm" else total_BL
 
 
 class Bank(ScoreSource):
@@ -123,16 +157,25 @@ class Bank(ScoreSource):
         self.read_blocks = blocks or len(vit.blocks)
         self.unseen = FirstBlock(vit) if unseen == "first" else None
 
-    def __call__(self, vit: VisionTransformer, x_BLD: Tensor, prior: PriorScores | None = None) -> Score:
+    def direction(self, vit: VisionTransformer) -> Tensor | None:
+        return None if self.unseen is None else self.unseen.direction(vit)
+
+    def __call__(
+        self,
+        vit: VisionTransformer,
+        x_BLD: Tensor,
+        prior: PriorScores | None = None,
+        folded_BL: Tensor | None = None,
+    ) -> Tensor:
         if prior is None:
             nothing_BL = torch.zeros(x_BLD.shape[:2], device=x_BLD.device)
             prior = PriorScores(nothing_BL, nothing_BL)
         if self.unseen is None:
-            return Score(prior.scores_BL, None)
-        logits_BL = logits_of(self.unseen(vit, x_BLD), x_BLD, eps_of(vit))
+            return prior.scores_BL
+        logits_BL = self.unseen(vit, x_BLD, folded_BL=folded_BL)
         # As shares, so that both are of one kind: log of the softmax, times the patches there are.
         guess_BL = logits_BL.log_softmax(1) + math.log(logits_BL.shape[1])
-        return Score(prior.scores_BL + (1 - prior.known_BL) * guess_BL, None)
+        return prior.scores_BL + (1 - prior.known_BL) * guess_BL
 
 
 def can_fold(vit: VisionTransformer) -> bool:
@@ -140,18 +183,6 @@ def can_fold(vit: VisionTransformer) -> bool:
     first = vit.blocks[0]
     plain = isinstance(first.attn.k_norm, nn.Identity) and isinstance(vit.norm_pre, nn.Identity)
     return plain and isinstance(first.norm1, nn.LayerNorm)
-
-
-def eps_of(vit: VisionTransformer) -> float:
-    """Return the eps of the LayerNorm that Eq. 4 reads the tokens through."""
-    return getattr(vit.blocks[0].norm1, "eps", 1e-6)
-
-
-def logits_of(score: Score, x_BLD: Tensor, eps: float) -> Tensor | None:
-    """Return logits [B, L], computed from the direction where there is one; None where nothing was scored."""
-    if score.direction_D is None:
-        return score.logits_BL
-    return folded_logits(x_BLD.detach(), score.direction_D, eps)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ccmim_fast.models.block import ViTBlock
-from ccmim_kernels import patchify
+from ccmim_kernels import Embedded, embed_tokens, patchify
 
 
 def patch_size_of(vit: VisionTransformer) -> int:
@@ -38,12 +38,30 @@ def folded_projection(vit: VisionTransformer, mean_C: Tensor, std_C: Tensor) -> 
     return weight_DA, bias_D if projection.bias is None else bias_D + projection.bias
 
 
-def embed(vit: VisionTransformer, images_BHWC: Tensor, projection: tuple[Tensor, Tensor]) -> Tensor:
-    """Embed patches, with positions: uint8 [B, H, W, C] -> [B, L, D]; `projection` is from `folded_projection`."""
+def embed(
+    vit: VisionTransformer,
+    images_BHWC: Tensor,
+    projection: tuple[Tensor, Tensor],
+    direction_D: Tensor | None = None,
+    kernels: str = "auto",
+) -> Embedded:
+    """Embed patches, with positions: uint8 [B, H, W, C] -> [B, L, D]; score them too where a direction is given.
+
+    Args:
+        projection: from `folded_projection`.
+        direction_D: from `ScoreSource.direction`.
+        kernels: implementation of `embed_tokens`, see `ccmim_kernels.dispatch`.
+    """
     weight_DA, bias_D = projection
     x_BLD = F.linear(patchify(images_BHWC, patch_size_of(vit)).to(weight_DA.dtype), weight_DA, bias_D)
     x_BLD = vit.patch_embed.norm(x_BLD)
-    return x_BLD + vit.pos_embed[:, -x_BLD.shape[1] :]
+    positions_LD = vit.pos_embed[0, -x_BLD.shape[1] :]
+    return embed_tokens(x_BLD, positions_LD, direction_D, eps=eps_of(vit), kernels=kernels)
+
+
+def eps_of(vit: VisionTransformer) -> float:
+    """Return the eps of the LayerNorm that Eq. 4 reads the tokens through."""
+    return getattr(vit.blocks[0].norm1, "eps", 1e-6)
 
 
 class _VisibleGradient(torch.autograd.Function):
@@ -146,7 +164,7 @@ def tokens_of(vit: VisionTransformer, mean_C: Tensor, std_C: Tensor) -> Callable
     """Return the frozen encoder as a function: uint8 images [B, H, W, C] -> final tokens [B, P + L, D]."""
 
     def run(images_BHWC: Tensor) -> Tensor:
-        x_BLD = embed(vit, images_BHWC, folded_projection(vit, mean_C, std_C))
+        x_BLD, _ = embed(vit, images_BHWC, folded_projection(vit, mean_C, std_C))
         return encode(vit, with_prefix(vit, x_BLD))[0]
 
     return run

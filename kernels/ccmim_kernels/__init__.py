@@ -7,7 +7,8 @@ names what does not fit (a shape, a dtype, a value) and its limit.
 
 from ccmim_kernels.cls_row import cls_row
 from ccmim_kernels.dispatch import check_triton
-from ccmim_kernels.divide_tokens import Divided, divide_tokens, folded_logits
+from ccmim_kernels.divide_tokens import Divided, divide_tokens
+from ccmim_kernels.embed_tokens import Embedded, embed_tokens, folded_logits
 from ccmim_kernels.gather_tokens import gather_tokens
 from ccmim_kernels.hog_target import hog_target
 from ccmim_kernels.info_nce import info_nce, moco_nce
@@ -19,10 +20,12 @@ __all__ = [
     "NORM_PIX_EPS",
     "STRATEGIES",
     "Divided",
+    "Embedded",
     "Partition",
     "check_triton",
     "cls_row",
     "divide_tokens",
+    "embed_tokens",
     "folded_logits",
     "gather_tokens",
     "hog_target",

@@ -51,11 +51,8 @@ def _gather_tokens(tokens: Tensor, ids: Tensor, prefix: Tensor | None) -> Tensor
 
 
 @operator("scatter_tokens")
-def _scatter_tokens(grad: Tensor, ids: Tensor, rows: int, first: int = 0) -> Tensor:
-    """Return [B, rows, D]: row r is row P + j of `grad` [B, P + K, D] where ids[j] = r - first, else zeros.
-
-    With P = first = 1 row 0 is the row 0 of `grad`.
-    """
+def _scatter_tokens(grad: Tensor, ids: Tensor, rows: int) -> Tensor:
+    """Return [B, rows, D]: row r is row P + j of `grad` [B, P + K, D] where ids[j] = r, else zeros."""
     return grad.new_empty((grad.shape[0], rows, grad.shape[2]))
 
 

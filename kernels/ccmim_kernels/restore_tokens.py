@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ccmim_kernels.calls import choosable
 from ccmim_kernels.dispatch import operator, uses_triton
-from ccmim_kernels.gather_tokens import _scatter_tokens
 
 
 def restore_tokens_reference(
@@ -59,9 +58,10 @@ def _restore_tokens(visible: Tensor, mask_token: Tensor, ids_restore: Tensor, po
     return visible.new_empty((visible.shape[0], ids_restore.shape[1] + 1, visible.shape[2]))
 
 
-@operator("restore_tokens_mask_token_gradient")
-def _mask_token_gradient(grad: Tensor, ids_restore: Tensor, keep: int) -> Tensor:
-    return grad.new_empty(grad.shape[2:], dtype=torch.float32)
+@operator("restore_tokens_gradients")
+def _restore_tokens_gradients(grad: Tensor, ids_restore: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    B, _, D = grad.shape
+    return grad.new_empty((B, keep + 1, D)), grad.new_empty((D,), dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
@@ -72,11 +72,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     (ids_restore,) = ctx.saved_tensors
-    visible = _scatter_tokens(grad, ids_restore, ctx.keep + 1, first=1) if ctx.needs_input_grad[0] else None
-    mask_token = None
-    if ctx.needs_input_grad[1]:
-        mask_token = _mask_token_gradient(grad, ids_restore, ctx.keep).to(ctx.dtype)
-    return visible, mask_token, None, None
+    visible, mask_token = _restore_tokens_gradients(grad, ids_restore, ctx.keep)
+    return visible, mask_token.to(ctx.dtype), None, None
 
 
 _restore_tokens.register_autograd(_backward, setup_context=_setup_context)

@@ -65,11 +65,15 @@ def test_the_step_runs_every_op_as_a_kernel(device):
         "ccmim_cls_row_kernel",
         "ccmim_divide_tokens_kernel",
         "ccmim_scatter_tokens_kernel",
+        "ccmim_sample_partition_kernel",
         "ccmim_restore_tokens_kernel",
-        "ccmim_mask_token_gradient_kernel",
+        "ccmim_restore_tokens_gradients_kernel",
         "ccmim_gather_tokens_kernel",
         "ccmim_masked_patch_loss_kernel",
     }
+    with recorded(run=True) as launches:
+        losses_of("triton", device, 1, score={"source": "first"})
+    assert "ccmim_embed_tokens_kernel" in {launch.kernel.__name__ for launch in launches}
     with recorded(run=True) as launches:
         losses_of("reference", device, 1)
     assert not launches
@@ -93,10 +97,10 @@ def test_nan_scores_are_reported_with_the_sample(tmp_path, monkeypatch, capsys, 
     """Sample 5's tokens are NaN in one step; the next logged line names it, once."""
 
     class Poisoned(CCMIM):
-        def divide(self, x_BLD, ids_B, epoch, partition=None, prior=None):
+        def divide(self, x_BLD, ids_B, epoch, *rest):
             if (torch.as_tensor(epoch) == 1).all():
                 x_BLD = torch.where((ids_B == 5)[:, None, None], torch.nan, x_BLD)
-            return super().divide(x_BLD, ids_B, epoch, partition, prior)
+            return super().divide(x_BLD, ids_B, epoch, *rest)
 
     def build(config):
         model = build_model(config)

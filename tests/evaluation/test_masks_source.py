@@ -6,14 +6,14 @@ from tiny import images, tiny_config, tiny_model
 from ccmim_fast import registry
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.evaluation.masks.scores import score_and_divide
-from ccmim_fast.models.scores import Score, ScoreSource
+from ccmim_fast.models.scores import ScoreSource
 
 
 class Rising(ScoreSource):
     """Scores that rise from patch to patch."""
 
-    def __call__(self, vit, x_BLD, prior=None):
-        return Score(torch.arange(float(x_BLD.shape[1])).expand(len(x_BLD), -1), None)
+    def __call__(self, vit, x_BLD, prior=None, folded_BL=None):
+        return torch.arange(float(x_BLD.shape[1])).expand(len(x_BLD), -1)
 
 
 def test_a_source_of_the_registry_draws_its_masks(monkeypatch):

@@ -54,7 +54,7 @@ def test_other_scores_are_those_that_divide(tmp_path):
         shown = next(run.loader.stream(16))
         ids, sizes = shown.ids_B[:COUNT], (32, 48)
         assert shown.epochs_B.tolist() == [1] * 8
-        logits = run.model.score(run.model.embed(shown.images_BHWC)).logits_BL.detach()
+        logits = run.model.score(run.model.embed(shown.images_BHWC)).detach()
         return found, ids, logits, sizes
 
     found, ids, logits, _ = probed(tmp_path, look, score={"source": "all"})

@@ -10,10 +10,9 @@ from ccmim_fast.build.model import build_score_source
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.encoder import build_encoder
 from ccmim_fast.models.scores import AllBlocks, FirstBlock, OneBlock, can_fold, eq4_of_blocks
-from ccmim_fast.models.tokens import prefix_tokens
+from ccmim_fast.models.tokens import embed, folded_projection, prefix_tokens
 from ccmim_fast.profile.meter import flop_counter
 from ccmim_fast.registry import SCORE_SOURCES
-from ccmim_kernels import divide_tokens, folded_logits
 
 
 def eq4_by_loops(block, tokens_TD):
@@ -47,13 +46,18 @@ def embedded():
 def test_first_block_folded_equals_loops(heads):
     model, _ = tiny_model(model={"num_heads": heads})
     vit = model.encoder.requires_grad_(False)
-    x = model.embed(images(2))
+    pictures = images(2)
+    x = model.embed(pictures)
     tokens = torch.cat([prefix_tokens(vit).expand(2, -1, -1), x], dim=1)
     assert can_fold(vit)
-    direction = FirstBlock(vit)(vit, x).direction_D
-    logits = divide_tokens(
-        x, prefix_tokens(vit), torch.arange(2), direction_D=direction, keep=6, grid=(4, 6), seed=0, epoch=0
-    ).logits
+    source = FirstBlock(vit)
+    logits = source(vit, x)
+    # Those that are computed where tokens are embedded are the same, and are not computed again.
+    projection = folded_projection(vit, model.mean_C, model.std_C)
+    embedded = embed(vit, pictures, projection, source.direction(vit))
+    assert torch.equal(embedded.tokens, x)
+    assert torch.equal(embedded.logits, logits)
+    assert source(vit, x, folded_BL=embedded.logits) is embedded.logits
     for b in range(2):
         torch.testing.assert_close(logits[b].softmax(0), eq4_by_loops(vit.blocks[0], tokens[b]))
 
@@ -61,7 +65,7 @@ def test_first_block_folded_equals_loops(heads):
 @pytest.mark.parametrize("block", [0, 1, 2])
 def test_one_block_equals_loops(embedded, block):
     vit, x, tokens = embedded
-    logits = OneBlock(vit, block=block)(vit, x).logits_BL
+    logits = OneBlock(vit, block=block)(vit, x)
     for earlier in vit.blocks[:block]:
         tokens = earlier(tokens)
     for b in range(2):
@@ -73,7 +77,7 @@ def test_all_blocks_in_one_pass_are_those_one_by_one(embedded):
     found = eq4_of_blocks(vit, x)
     assert len(found) == len(vit.blocks)
     for block, logits in enumerate(found):
-        assert torch.equal(logits, OneBlock(vit, block=block)(vit, x).logits_BL)
+        assert torch.equal(logits, OneBlock(vit, block=block)(vit, x))
 
 
 def cls_rows_by_full_attention(vit, tokens):
@@ -93,14 +97,14 @@ def cls_rows_by_full_attention(vit, tokens):
 def test_all_blocks_renormalised(embedded):
     vit, x, tokens = embedded
     mean = sum(cls_rows_by_full_attention(vit, tokens)) / len(vit.blocks)
-    logits = AllBlocks(vit)(vit, x).logits_BL
+    logits = AllBlocks(vit)(vit, x)
     torch.testing.assert_close(logits.softmax(1), mean / mean.sum(1, keepdim=True))
 
 
 def test_all_blocks_softmax_again_as_in_the_authors_code(embedded):
     vit, x, tokens = embedded
     total = sum(cls_rows_by_full_attention(vit, tokens))
-    logits = AllBlocks(vit, normalise="softmax")(vit, x).logits_BL
+    logits = AllBlocks(vit, normalise="softmax")(vit, x)
     torch.testing.assert_close(logits.softmax(1), total.softmax(1))
 
 
@@ -109,7 +113,8 @@ def test_models_that_cannot_be_folded_take_the_general_way():
     assert not can_fold(vit)
     x = torch.randn(2, 4, vit.embed_dim)
     out = FirstBlock(vit)(vit, x)
-    assert torch.equal(out.logits_BL, OneBlock(vit, block=0)(vit, x).logits_BL)
+    assert FirstBlock(vit).direction(vit) is None
+    assert torch.equal(out, OneBlock(vit, block=0)(vit, x))
 
 
 @pytest.mark.parametrize("name", SCORE_SOURCES)
@@ -117,8 +122,10 @@ def test_scores_have_no_gradient(name, embedded):
     vit, x, _ = embedded
     vit.requires_grad_(True)
     _, config = tiny_model(score={"source": name, "block": 1})
-    out = build_score_source(config, vit)(vit, x.clone().requires_grad_())
-    assert not any(t.requires_grad for t in out if t is not None)
+    source = build_score_source(config, vit)
+    assert not source(vit, x.clone().requires_grad_()).requires_grad
+    direction = source.direction(vit)
+    assert direction is None or not direction.requires_grad
 
 
 @pytest.mark.parametrize("name", SCORE_SOURCES)
@@ -128,9 +135,7 @@ def test_every_source_is_registered_with_its_cost(name):
     vit, x = model.encoder, torch.randn(1, 24, 48, dtype=torch.float64)
     source = build_score_source(config, vit)
     with flop_counter() as counter:
-        scored = source(vit, x)
-        if scored.direction_D is not None:
-            folded_logits(x, scored.direction_D, 1e-6)
+        source(vit, x)
     assert source.read_blocks == (3 if SCORE_SOURCES[name].has_bank else 0)
     counted = counter.get_total_flops()
     if SCORE_SOURCES[name].runs_blocks:  # a row of [CLS] against all keys is no product that torch counts

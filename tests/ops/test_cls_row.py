@@ -56,8 +56,11 @@ def test_errors():
 SHAPES = [(2, 197, 1, 12, 64), (3, 16, 5, 3, 7), (1, 2, 1, 1, 1), (1, 1025, 1, 2, 64), (1, 9, 1, 1, 300)]
 
 
-@pytest.mark.fault("softmax over the padding too", 'row = tl.where(valid, row, float("-inf"))', "row = row")
-@pytest.mark.fault("sum over heads, not mean", "total + mean / N", "total + mean")
+@pytest.mark.fault("softmax over the padding too", 'row = tl.where(used, row, float("-inf"))', "row = row")
+@pytest.mark.fault("sum over heads, not mean", "total + tl.sum(mean, 0) / N", "total + tl.sum(mean, 0)")
+@pytest.mark.fault("logits read without a barrier", "is read below.\n    tl.debug_barrier()\n", "is read below.\n")
+@pytest.mark.fault("the first keys for all tokens", "k = following\n", "following = k\n")
+@pytest.mark.fault("the queries of the first heads for all", "place * q_stride_n", "(place - first) * q_stride_n")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["logits", "softmax"])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -108,6 +111,12 @@ def test_kernel_takes_strided_keys(device):
 
 def test_too_many_tokens_is_refused_by_name(device):
     q, k = torch.zeros(1, 1, 1, device=device), torch.zeros(1, 2049, 1, 1, device=device)
+    with pytest.raises(
+        ValueError, match="head_dim=1025 must be at most 1024 for kernels=triton; use kernels=reference"
+    ):
+        cls_row(
+            torch.zeros(1, 1, 1025), torch.zeros(1, 2, 1, 1025), prefix=1, kind="logits", scale=1.0, kernels="triton"
+        )
     with pytest.raises(ValueError, match="tokens=2049 must be at most 2048 for kernels=triton; use kernels=reference"):
         cls_row(q, k, prefix=1, kind="logits", scale=1.0, kernels="triton")
 

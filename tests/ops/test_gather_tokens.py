@@ -52,9 +52,15 @@ def distinct(batch, patches, kept):
 
 
 @pytest.mark.fault(
+    "the prefix is its first row", "prefix_ptr + row * D, target_ptr", "prefix_ptr + row * 0, target_ptr"
+)
+@pytest.mark.fault(
+    "places of the first ids alone", "for start in range(0, length, CHUNK)", "for start in range(0, 1, CHUNK)"
+)
+@pytest.mark.fault(
     "a scatter leaves the last row out",
-    "taken, (row < L)[:, None], D, BLOCK_D)",
-    "taken, (row < L - 1)[:, None], D, BLOCK_D)",
+    "written = (row < L)[:, None]",
+    "written = (row < L - 1)[:, None]",
 )
 @pytest.mark.fault(
     "gradient of the prefix 1 % off",
@@ -64,7 +70,7 @@ def distinct(batch, patches, kept):
 )
 @pytest.mark.fault(
     "a race: every tile of an image writes the prefix, the same values",
-    "    if program % tiles == 0:\n        copy_prefix(",
+    "    if tile == 0:\n        copy_prefix(",
     "    if tiles > 0:\n        copy_prefix(",
 )
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,7 +6,15 @@ import pytest
 import torch
 from ops.watched import watched
 
-from ccmim_kernels import cls_row, divide_tokens, gather_tokens, hog_target, masked_patch_loss, restore_tokens
+from ccmim_kernels import (
+    cls_row,
+    divide_tokens,
+    embed_tokens,
+    gather_tokens,
+    hog_target,
+    masked_patch_loss,
+    restore_tokens,
+)
 from ccmim_kernels.triton_impl import info_nce, sample_partition
 from ccmim_kernels.triton_impl.launch import INTERPRETED
 
@@ -33,9 +41,8 @@ def gathered():
 
 def divided(tokens):
     batch, patches, _ = tokens.shape
-    options = {"keep": 16, "grid": (8, patches // 8), "seed": 0, "epoch": 0, "kernels": "triton"}
-    direction = torch.zeros(D)
-    return divide_tokens(tokens, torch.zeros(1, D), torch.arange(batch), direction_D=direction, **options).visible
+    options = {"keep": 16, "grid": (8, patches // 8), "seed": 0, "epoch": 0, "strategy": "random", "kernels": "triton"}
+    return divide_tokens(tokens, torch.zeros(1, D), torch.arange(batch), **options).visible
 
 
 def divided_by_images():
@@ -44,6 +51,19 @@ def divided_by_images():
 
 def divided_by_rows():
     return divided(space(64, 50_000, D).transpose(0, 1))
+
+
+def embedded(projected):
+    positions = torch.zeros(projected.shape[1], D, dtype=projected.dtype)
+    return embed_tokens(projected, positions, torch.zeros(D), kernels="triton").tokens
+
+
+def embedded_by_images():
+    return embedded(space(60_000, 64, D))
+
+
+def embedded_by_rows():
+    return embedded(space(64, 50_000, D).transpose(0, 1))
 
 
 def restored():
@@ -90,7 +110,17 @@ def contrasted():
 
 
 MOVED = [gathered, divided_by_images, divided_by_rows, restored]
-CASES = [*MOVED, attended_by_images, attended_by_rows, compared, described, sampled, contrasted]
+CASES = [
+    *MOVED,
+    embedded_by_images,
+    embedded_by_rows,
+    attended_by_images,
+    attended_by_rows,
+    compared,
+    described,
+    sampled,
+    contrasted,
+]
 
 
 @pytest.mark.fault(
@@ -100,10 +130,16 @@ CASES = [*MOVED, attended_by_images, attended_by_rows, compared, described, samp
     file="triton_impl/sample_partition.py",
 )
 @pytest.mark.fault(
-    "a token's offset in 32 bits",
-    "token.to(tl.int64) * k_stride_t",
-    "token * k_stride_t",
+    "keys' offset in 32 bits",
+    "image = tl.program_id(0).to(tl.int64)",
+    "image = tl.program_id(0)",
     file="triton_impl/cls_row.py",
+)
+@pytest.mark.fault(
+    "a group of images' offset in 32 bits",
+    "first = group.to(tl.int64) * IMAGES",
+    "first = group * IMAGES",
+    file="triton_impl/embed_tokens.py",
 )
 @pytest.mark.parametrize("case", CASES)
 def test_the_last_program_stays_within_its_views(case, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 from ops.gold import DTYPES, compare
 
 from ccmim_kernels import restore_tokens, sample_partition
-from ccmim_kernels.restore_tokens import _mask_token_gradient, _restore_tokens, _scatter_tokens
+from ccmim_kernels.restore_tokens import _restore_tokens, _restore_tokens_gradients
 
 
 def test_against_loops():
@@ -41,8 +41,16 @@ def test_errors():
         restore_tokens(torch.zeros(2, 3, 4), torch.zeros(4), ids, torch.zeros(6, 4))
 
 
-# (B, grid, K, D): MAE's decoder, odd, the smallest, nothing masked but one, widths past a tile of columns.
-SHAPES = [(2, (14, 14), 49, 512), (3, (3, 5), 7, 7), (1, (1, 2), 1, 1), (2, (5, 8), 39, 32), (1, (3, 30), 2, 2048)]
+# (B, grid, K, D): MAE's decoder, odd, the smallest, nothing masked but one, widths past a tile of columns, more images
+# than a program takes.
+SHAPES = [
+    (2, (14, 14), 49, 512),
+    (3, (3, 5), 7, 7),
+    (1, (1, 2), 1, 1),
+    (2, (5, 8), 39, 32),
+    (1, (3, 30), 2, 2048),
+    (9, (2, 3), 2, 16),
+]
 
 
 def restore_ids(batch, grid, keep, device):
@@ -51,13 +59,16 @@ def restore_ids(batch, grid, keep, device):
 
 
 @pytest.mark.fault(
-    "mask token's gradient takes a visible row", "mask=(place >= K)[:, None]", "mask=(place >= K - 1)[:, None]"
+    "mask token's gradient takes a visible row",
+    "total += tl.where(seen, 0.0,",
+    "total += tl.where((place < K - 1)[:, None], 0.0,",
 )
 @pytest.mark.fault(
     "positions off by one row",
-    "position = tl.load(positions_ptr + (row * D)[:, None]",
-    "position = tl.load(positions_ptr + (tl.maximum(row - 1, 0) * D)[:, None]",
+    "position = tl.load(positions_ptr + offset",
+    "position = tl.load(positions_ptr + tl.maximum(offset - D, column)",
 )
+@pytest.mark.fault("the next image's rows of the last one", "restore_ptr += L\n", "restore_ptr += 0\n")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernel_and_its_gradients(shape, dtype, device):
@@ -82,8 +93,8 @@ def test_kernel_takes_strided_tokens(device):
 
 def test_mask_token_gradient_is_the_same_every_time(device):
     grad, ids = torch.randn(8, 197, 64, device=device), restore_ids(8, (14, 14), 49, device)
-    first = _mask_token_gradient(grad, ids, 49)
-    assert all(torch.equal(_mask_token_gradient(grad, ids, 49), first) for _ in range(3))
+    _, first = _restore_tokens_gradients(grad, ids, 49)
+    assert all(torch.equal(_restore_tokens_gradients(grad, ids, 49)[1], first) for _ in range(3))
 
 
 def test_opcheck(device):
@@ -92,5 +103,4 @@ def test_opcheck(device):
     mask_token = torch.randn(6, device=device, requires_grad=True)
     torch.library.opcheck(_restore_tokens, (visible, mask_token, ids, positions))
     grad = torch.randn(2, 9, 6, device=device)
-    torch.library.opcheck(_scatter_tokens, (grad, ids, 4, 1))
-    torch.library.opcheck(_mask_token_gradient, (grad, ids, 3))
+    torch.library.opcheck(_restore_tokens_gradients, (grad, ids, 3))

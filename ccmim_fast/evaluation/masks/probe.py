@@ -88,4 +88,4 @@ def probe_scores(run: Pretraining, epoch: int, count: int) -> ScoreProbe:
 
 
 def _all_blocks(model: CCMIM, images_BHWC: Tensor) -> Tensor:
-    return AllBlocks(model.encoder)(model.encoder, model.embed(images_BHWC)).logits_BL
+    return AllBlocks(model.encoder)(model.encoder, model.embed(images_BHWC))

@@ -13,7 +13,7 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.evaluation.masks.metrics import object_leakage, score_auroc, score_entropy, top_share
 from ccmim_fast.models.ccmim import CCMIM, Output
-from ccmim_fast.models.scores import AllBlocks, PriorScores, eq4_of_blocks, logits_of
+from ccmim_fast.models.scores import AllBlocks, PriorScores, eq4_of_blocks
 from ccmim_fast.registry import SCORE_SOURCES
 from ccmim_kernels import sample_partition
 from ccmim_kernels.sample_partition import STRATEGIES
@@ -57,8 +57,7 @@ def score_and_divide(
         prior_b = None if prior is None else PriorScores(*(part[chunk] for part in prior))
         logits = _logits(model, images_bHWC, ids_b, prior_b)
         if source not in logits:
-            x_bLD = model.embed(images_bHWC)
-            logits[source] = logits_of(own(model.encoder, x_bLD), x_bLD, model.eps)
+            logits[source] = own(model.encoder, model.embed(images_bHWC))
         for name, logits_bL in logits.items():
             scores[name].append(logits_bL.float().softmax(1).cpu())
         for strategy in STRATEGIES:
@@ -75,7 +74,7 @@ def score_and_divide(
 def _logits(model: CCMIM, images_bHWC: Tensor, ids_b: Tensor, prior: PriorScores | None) -> dict[str, Tensor]:
     """Return log s [b, L] by source, each up to a constant per row."""
     x_bLD = model.embed(images_bHWC)
-    found = {"all blocks": AllBlocks(model.encoder)(model.encoder, x_bLD).logits_BL}
+    found = {"all blocks": AllBlocks(model.encoder)(model.encoder, x_bLD)}
     found |= {f"block {i}": one for i, one in enumerate(eq4_of_blocks(model.encoder, x_bLD))}
     if prior is not None:
         found["bank"] = model.divide(x_bLD, ids_b, 0, prior=prior).logits

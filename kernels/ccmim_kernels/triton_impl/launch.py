@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import triton
@@ -30,15 +31,18 @@ _POINTERS = {
 }
 
 
-class Launch(NamedTuple):
-    """This class describes one launch, as far as it decides what is compiled.
+@dataclass(frozen=True)
+class Launch:
+    """This class describes one launch. Two launches are equal if they run the same compiled kernel.
 
     Attributes:
         kernel: the `@triton.jit` function.
         arguments: per run-time argument its Triton type; integers that are specialised on carry ":16" where they are a
             multiple of 16 (Triton then vectorises), ":1" where they are 1 (a constant).
         constants: the `tl.constexpr` arguments.
-        warps, fp_fusion: compiler options.
+        warps, fp_fusion, registers: compiler options, see `launch`.
+        programs: size of the grid.
+        numbers: the run-time arguments, None for a tensor.
     """
 
     kernel: Any
@@ -46,12 +50,17 @@ class Launch(NamedTuple):
     constants: tuple[tuple[str, Any], ...]
     warps: int
     fp_fusion: bool
+    registers: int
+    programs: int = field(compare=False)
+    numbers: tuple[int | float | None, ...] = field(compare=False)
 
 
-def compiler_options(warps: int, fp_fusion: bool) -> dict[str, int | bool]:
+MOST_REGISTERS = 255  # of a thread; all there are: left to itself, ptxas spills some bytes to fit one more program
+
+
+def compiler_options(warps: int, fp_fusion: bool, registers: int = MOST_REGISTERS) -> dict[str, int | bool]:
     """Return the options of Triton's compiler for a launch."""
-    # All the registers there are: left to itself, ptxas spills some bytes to fit one more program on a multiprocessor.
-    return {"num_warps": warps, "enable_fp_fusion": fp_fusion, "maxnreg": min(255, 65536 // (32 * warps))}
+    return {"num_warps": warps, "enable_fp_fusion": fp_fusion, "maxnreg": min(registers, 65536 // (32 * warps))}
 
 
 _recorders: list[tuple[list[Launch], bool]] = []
@@ -68,7 +77,15 @@ def recorded(*, run: bool) -> Iterator[list[Launch]]:
         _recorders.pop()
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, warps: int, fp_fusion: bool = False, **constants: Any) -> None:
+def launch(
+    kernel: Any,
+    programs: int,
+    *arguments: Any,
+    warps: int,
+    fp_fusion: bool = False,
+    registers: int = MOST_REGISTERS,
+    **constants: Any,
+) -> None:
     """Run `programs` instances of a kernel on the device of its first tensor.
 
     Args:
@@ -77,14 +94,17 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int, fp_fusion: b
         arguments: its run-time arguments, tensors first.
         warps: of 32 threads per program.
         fp_fusion: let the compiler contract a * b + c; off, so that results equal PyTorch's bit for bit.
+        registers: a thread's at most; fewer let more programs fit on a multiprocessor.
         constants: its `tl.constexpr` arguments.
     """
     if programs == 0:
         return
     if _recorders:
-        types = tuple(_type_of(kernel, index, value) for index, value in enumerate(arguments))
+        types = tuple(type_of(kernel, index, value) for index, value in enumerate(arguments))
+        numbers = tuple(None if isinstance(value, Tensor) else value for value in arguments)
         launches, run = _recorders[-1]
-        launches.append(Launch(kernel, types, tuple(sorted(constants.items())), warps, fp_fusion))
+        options = (tuple(sorted(constants.items())), warps, fp_fusion, registers)
+        launches.append(Launch(kernel, types, *options, programs, numbers))
         if not run:
             return
     devices = {str(x.device) for x in arguments if isinstance(x, Tensor)}
@@ -92,7 +112,7 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int, fp_fusion: b
         raise ValueError(f"tensors are on {', '.join(sorted(devices))}, expected one device")
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(arguments[0]):
-        kernel[(programs,)](*arguments, **compiler_options(warps, fp_fusion), **constants)
+        kernel[(programs,)](*arguments, **compiler_options(warps, fp_fusion, registers), **constants)
 
 
 def fitting(sizes: tuple[int, ...], length: int, what: str) -> int:
@@ -117,7 +137,8 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _type_of(kernel: Any, index: int, value: Any) -> str:
+def type_of(kernel: Any, index: int, value: Any) -> str:
+    """Return the Triton type of a run-time argument, as in `Launch.arguments`."""
     if isinstance(value, Tensor):
         return _POINTERS[value.dtype]
     if isinstance(value, float):

@@ -1,7 +1,4 @@
-"""These kernels of `restore_tokens` un-shuffle, fill in the mask token and add positions in one pass, and back.
-
-The gradient of the visible tokens is that of a gather, see `scatter_tokens`.
-"""
+"""These kernels of `restore_tokens` un-shuffle, fill in the mask token and add positions in one pass, and back."""
 
 # B batch, L patches, K visible, T = 1 + K, S = 1 + L, D width
 
@@ -12,48 +9,62 @@ from torch import Tensor
 
 from ccmim_kernels.triton_impl.launch import launch, rows_contiguous, tile_for
 
+# Images whose rows a program fills one after another, with one reading of their positions.
+IMAGES = 8
 
-@triton.jit(do_not_specialize=["L", "K", "tiles"])
+
+@triton.jit(do_not_specialize=["B", "L", "K", "tiles", "blocks"])
 def ccmim_restore_tokens_kernel(
     visible_ptr,  # [B, T, D] float, rows contiguous
     mask_token_ptr,  # [D] float
     restore_ptr,  # [B, L] int64
     positions_ptr,  # [S, D] float
     out_ptr,  # [B, S, D] as visible, out
+    B,
     L,
     K,
     tiles,
+    blocks,
     D,
     stride_b,
     stride_t,
+    IMAGES: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Fill one tile of rows of one grid. Replaces: expand, two cats, gather, add. Moves B * (T + S) * D values."""
-    program = tl.program_id(0).to(tl.int64)
-    image = program // tiles
-    row = (program % tiles) * TOKENS + tl.arange(0, TOKENS)
-    valid = row <= L
-    place = tl.load(restore_ptr + image * L + row - 1, mask=valid & (row > 0), other=-1)
-    # [CLS] has place -1 and is row 0 of the visible tokens.
-    seen = (valid & (place < K))[:, None]
-    source = visible_ptr + (image * stride_b + (place + 1) * stride_t)[:, None]
-    target = out_ptr + ((image * (L + 1) + row) * D)[:, None]
-    for start in range(0, D, BLOCK_D):
-        column = (start + tl.arange(0, BLOCK_D))[None, :]
-        inside = valid[:, None] & (column < D)
-        x = tl.load(source + column, mask=seen & (column < D), other=0.0)
-        filler = tl.load(mask_token_ptr + column, mask=column < D, other=0.0).to(tl.float32)
-        position = tl.load(positions_ptr + (row * D)[:, None] + column, mask=inside, other=0.0).to(tl.float32)
+    """Fill one tile of rows and columns of a few grids. Replaces: expand, two cats, gather, add.
+
+    Moves B * (T + S) * D values. Positions come from the L2 cache, once for IMAGES grids.
+    """
+    group, tile = tl.program_id(0) // (tiles * blocks), tl.program_id(0) % (tiles * blocks)
+    row = (tile // blocks) * TOKENS + tl.arange(0, TOKENS)
+    column = ((tile % blocks) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    inside = (row <= L)[:, None] & (column < D)
+    offset = (row * D)[:, None] + column
+    position = tl.load(positions_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    filler = tl.load(mask_token_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    first = group.to(tl.int64) * IMAGES
+    visible_ptr += first * stride_b
+    restore_ptr += first * L - 1
+    out_ptr += first * (L + 1) * D
+    for _ in range(tl.minimum(IMAGES, B - group * IMAGES)):
+        # [CLS] has place -1 and is row 0 of the visible tokens.
+        place = tl.load(restore_ptr + row, mask=(row > 0) & (row <= L), other=-1)
+        seen = (place < K)[:, None]
+        x = tl.load(visible_ptr + ((place + 1) * stride_t)[:, None] + column, mask=seen & inside, other=0.0)
         y = tl.where(seen, x.to(tl.float32), filler) + position
-        tl.store(target + column, y.to(x.dtype), mask=inside)
+        tl.store(out_ptr + offset, y.to(x.dtype), mask=inside)
+        visible_ptr += stride_b
+        restore_ptr += L
+        out_ptr += (L + 1) * D
 
 
 @triton.jit(do_not_specialize=["L", "K", "blocks"])
-def ccmim_mask_token_gradient_kernel(
+def ccmim_restore_tokens_gradients_kernel(
     grad_ptr,  # [B, S, D] float, contiguous
     restore_ptr,  # [B, L] int64
-    out_ptr,  # [B, D] fp32, out: per image, the sum over its masked rows
+    visible_ptr,  # [B, T, D] as grad, out
+    mask_token_ptr,  # [B, D] fp32, out: per image, the sum over its masked rows
     L,
     K,
     blocks,
@@ -61,18 +72,24 @@ def ccmim_mask_token_gradient_kernel(
     TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sum one image's rows of the mask token's gradient, over some columns. Reads B * M * D values."""
-    program = tl.program_id(0).to(tl.int64)
-    image = program // blocks
-    column = (program % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, L, TOKENS):
-        patch = start + tl.arange(0, TOKENS)
-        place = tl.load(restore_ptr + image * L + patch, mask=patch < L, other=-1)
-        source = grad_ptr + ((image * (L + 1) + 1 + patch) * D)[:, None]
-        x = tl.load(source + column[None, :], mask=(place >= K)[:, None] & (column < D)[None, :], other=0.0)
-        total += tl.sum(x.to(tl.float32), 0)
-    tl.store(out_ptr + image * D + column, total, mask=column < D)
+    """Read some columns of one image's gradient once: visible rows are copied to their places, masked ones summed.
+
+    Every row of the visible tokens is one patch's, so each is written once. Moves B * (S + T) * D values.
+    """
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    column = ((tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    grad_ptr += image * (L + 1) * D
+    visible_ptr += image * (K + 1) * D
+    total = tl.zeros([TOKENS, BLOCK_D], tl.float32)
+    for start in range(0, L + 1, TOKENS):
+        row = start + tl.arange(0, TOKENS)
+        inside = (row <= L)[:, None] & (column < D)
+        x = tl.load(grad_ptr + (row * D)[:, None] + column, mask=inside, other=0.0)
+        place = tl.load(restore_ptr + image * L + row - 1, mask=(row > 0) & (row <= L), other=-1)
+        seen = (place < K)[:, None]
+        tl.store(visible_ptr + ((place + 1) * D)[:, None] + column, x, mask=seen & inside)
+        total += tl.where(seen, 0.0, x.to(tl.float32))
+    tl.store(mask_token_ptr + image * D + column, tl.sum(total, 0)[None, :], mask=column < D)
 
 
 def restore_tokens(visible_BTD: Tensor, mask_token_D: Tensor, ids_restore_BL: Tensor, positions_SD: Tensor) -> Tensor:
@@ -82,19 +99,21 @@ def restore_tokens(visible_BTD: Tensor, mask_token_D: Tensor, ids_restore_BL: Te
     visible_BTD = rows_contiguous(visible_BTD)
     out_BSD = torch.empty(B, L + 1, D, dtype=visible_BTD.dtype, device=visible_BTD.device)
     tile = tile_for(D)
-    tiles = triton.cdiv(L + 1, tile["TOKENS"])
+    tiles, blocks = triton.cdiv(L + 1, tile["TOKENS"]), triton.cdiv(D, tile["BLOCK_D"])
+    programs = triton.cdiv(B, IMAGES) * tiles * blocks
     tensors = (visible_BTD, *(x.contiguous() for x in (mask_token_D, ids_restore_BL, positions_SD)), out_BSD)
-    strides = visible_BTD.stride()[:2]
-    launch(ccmim_restore_tokens_kernel, B * tiles, *tensors, L, T - 1, tiles, D, *strides, **tile)
+    numbers = (B, L, T - 1, tiles, blocks, D, *visible_BTD.stride()[:2])
+    launch(ccmim_restore_tokens_kernel, programs, *tensors, *numbers, IMAGES=IMAGES, **tile)
     return out_BSD
 
 
-def restore_tokens_mask_token_gradient(grad_BSD: Tensor, ids_restore_BL: Tensor, keep: int) -> Tensor:
-    """Sum [B, 1 + L, D] over all masked positions to [D] float32, in two passes: no atomics, one order."""
+def restore_tokens_gradients(grad_BSD: Tensor, ids_restore_BL: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Launch the kernel of both gradients: [B, 1 + K, D], and [D] float32 by a second sum, without atomics."""
     B, S, D = grad_BSD.shape
+    visible_BTD = torch.empty(B, keep + 1, D, dtype=grad_BSD.dtype, device=grad_BSD.device)
     partial_BD = torch.empty(B, D, dtype=torch.float32, device=grad_BSD.device)
     tile = tile_for(D)
     blocks = triton.cdiv(D, tile["BLOCK_D"])
-    tensors = (grad_BSD.contiguous(), ids_restore_BL.contiguous(), partial_BD)
-    launch(ccmim_mask_token_gradient_kernel, B * blocks, *tensors, S - 1, keep, blocks, D, **tile)
-    return partial_BD.sum(0)
+    tensors = (grad_BSD.contiguous(), ids_restore_BL.contiguous(), visible_BTD, partial_BD)
+    launch(ccmim_restore_tokens_gradients_kernel, B * blocks, *tensors, S - 1, keep, blocks, D, **tile)
+    return visible_BTD, partial_BD.sum(0)

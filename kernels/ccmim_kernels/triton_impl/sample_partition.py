@@ -1,4 +1,4 @@
-"""This kernel of `sample_partition` makes keys, selects and divides in one launch; `divide_tokens` shares its parts.
+"""This kernel of `sample_partition` makes keys, selects and divides in one launch.
 
 The K-th largest key is found by bisection of its bits (32 counts over the row, no sort), ranks by a prefix sum.
 """
