@@ -5,7 +5,7 @@ import sys
 
 from memory import stated, step_memory
 from nullgpu.counters import tell, without_cudnn
-from nullgpu.ranks import rank_0_of
+from nullgpu.first_rank import rank_0_of
 
 if __name__ == "__main__":
     without_cudnn()
