@@ -20,6 +20,9 @@ def rank_0_of(gpus: int) -> Iterator[Session]:
         yield Session(0, 1, device)
         return
     told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(gpus), "LOCAL_WORLD_SIZE": str(min(gpus, NODE))}
+    # Groups of ranks are those of a node. From 129 ranks on torch would wait for ids of other roots.
+    told["NULLCUDA_SPLIT"] = told["LOCAL_WORLD_SIZE"]
+    told["TORCH_NCCL_RANKS_PER_ROOT"] = str(gpus)
     os.environ.update(told)
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=gpus, device_id=device)
     try:
