@@ -53,7 +53,10 @@ def more_runs(folder: Path) -> dict[str, list[str]]:
 
 def evaluation(folder: Path, kind: str) -> list[str]:
     """Return an evaluation of the run: one step where it trains."""
-    images = ("--data.source=shapes", f"--data.root={folder / 'shapes'}", "--data.samples=16", "--data.test_samples=8")
+    # Logistic regression wants five images of a class.
+    count = 48 if kind == "logreg" else 16
+    images = ("--data.source=shapes", f"--data.root={folder / 'shapes'}")
+    images += (f"--data.samples={count}", "--data.test_samples=8")
     trains = kind not in ("knn", "logreg")
     steps = ("--train.max_steps=1", "--train.batch_size=4") if trains else ()
     dense = ("--data.image_size=[64,64]",) if kind in ("detection", "segmentation") else ()

@@ -4,15 +4,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from cluster import VITS, Vit, traffic
+from cluster import VITS, Traffic, Vit, divided_traffic, traffic
 from nullgpu.null_device import end_of, run
 
 SCRIPT = Path(__file__).parent / "take_rank_steps.py"
 IMAGES, CELLS = 4, 16  # images of a rank's micro-batch; cells of a side of a map
 TINY = Vit("vit_tiny_patch16_224", 192, 12)
-DDP_LOGS = list(
-    range(2, 12)
-)  # steps in which the logger of torch's DDP waits for the device, and each 100th after them
+DDP_LOGS = list(range(2, 12))  # in these steps the logger of torch's DDP waits for the device, and in the 101st
 EAGER = ("--train.device=cuda", "--train.compile=off", "--train.kernels=reference", f"--score.grid={CELLS}")
 
 
@@ -28,58 +26,62 @@ QUICK = {
     "DDP, 8, micro-batches": case(8, 12, TINY, accumulate=4),
     "FSDP, 8": case(8, 3, TINY, FSDP),
     "FSDP, 512": case(512, 3, TINY, FSDP),
+    "FSDP, 8, micro-batches": case(8, 3, TINY, FSDP, accumulate=4),
 }
 LARGE = {
     "DDP, 512, ViT-B": case(512, 12, VITS["ViT-B/16"]),
-    "DDP, 8, 101 steps": case(8, 102, TINY, "--model.depth=1"),
     "FSDP, 8, ViT-H": case(8, 3, VITS["ViT-H/14"], FSDP),
     "FSDP, 512, ViT-H": case(512, 3, VITS["ViT-H/14"], FSDP),
 }
-DDP_CASES = {name: (TINY, int(name.split(",")[1]), 4 if "micro" in name else 1) for name in QUICK if "DDP" in name}
+LONG = {"DDP, 8, 102 steps": case(8, 102, TINY)}
 
 
 @cache
-def outcomes(quick: bool):
-    """The outcomes of the quick or of the large cases: one process for all."""
-    return run(SCRIPT, memory_gb=140, timeout=1200, given=QUICK if quick else LARGE)
+def outcomes(group: str):
+    """The outcomes of a group of cases: one process for all."""
+    cases = {"quick": QUICK, "large": LARGE, "long": LONG}[group]
+    return run(SCRIPT, memory_gb=140, timeout=1200, given=cases)
 
 
-def outcome(name: str) -> dict:
-    result = outcomes(name in QUICK)
+def outcome(group: str, name: str) -> dict:
+    result = outcomes(group)
     assert name in result.told, end_of(result)
     return result.told[name]
 
 
-def check_ddp(name: str, vit: Vit, gpus: int, accumulate: int) -> None:
+def on_paper(name: str, found: dict) -> list[Traffic]:
+    """Return what benchmarks/cluster.py says of a case."""
+    gpus = int(name.split(",")[1])
+    vit = next((vit for model, vit in VITS.items() if model.startswith(name[-5:])), TINY)
+    how = {"accumulate": 4 if "micro" in name else 1, "cells": CELLS}
+    if name.startswith("FSDP"):
+        return divided_traffic(vit, IMAGES, gpus, **how)
+    return traffic(found["parameters"], vit.width, IMAGES, gpus, **how)
+
+
+def check(group: str, name: str) -> None:
     """Hold the bytes of each collective against the formula, and the calls that do not depend on DDP's buckets."""
-    found = outcome(name)
-    paper = traffic(found["parameters"], vit.width, IMAGES, gpus, accumulate=accumulate, cells=CELLS)
-    expected = {op: sum(one.size for one in paper if one.op == op) for op in {one.op for one in paper}}
-    assert {op: size for op, (_, size) in found["sent"].items()} == expected
-    for op in ("all_gather", "reduce_scatter"):
-        assert found["sent"][op][0] == sum(one.calls for one in paper if one.op == op)
+    found = outcome(group, name)
+    paper = on_paper(name, found)
+    sizes = {op: sum(one.size for one in paper if one.op == op) for op in {one.op for one in paper}}
+    assert {op: size for op, (_, size) in found["sent"].items()} == sizes
+    for op in sizes:
+        calls = [one.calls for one in paper if one.op == op]
+        assert None in calls or found["sent"][op][0] == sum(calls), op
+    assert found["waits in"] == (DDP_LOGS if name.startswith("DDP") else [])
 
 
-@pytest.mark.parametrize("name", DDP_CASES)
-def test_ddp_sends_what_the_formula_says(name):
-    check_ddp(name, *DDP_CASES[name])
+@pytest.mark.parametrize("name", QUICK)
+def test_a_rank_sends_what_the_formula_says_and_does_not_wait(name):
+    check("quick", name)
 
 
 @pytest.mark.slow
-def test_ddp_sends_what_the_formula_says_of_vit_b():
-    check_ddp("DDP, 512, ViT-B", VITS["ViT-B/16"], 512, 1)
-
-
-@pytest.mark.parametrize("name", DDP_CASES)
-def test_no_host_waits_after_the_first_steps_of_ddp(name):
-    assert outcome(name)["waits in"] == DDP_LOGS
+@pytest.mark.parametrize("name", LARGE)
+def test_a_rank_of_a_large_model(name):
+    check("large", name)
 
 
 @pytest.mark.slow
 def test_ddp_waits_once_in_100_steps():
-    assert outcome("DDP, 8, 101 steps")["waits in"] == [*DDP_LOGS, 101]
-
-
-@pytest.mark.parametrize("name", ["FSDP, 8", "FSDP, 512"])
-def test_no_host_waits_with_fsdp(name):
-    assert outcome(name)["waits in"] == []
+    assert outcome("long", "DDP, 8, 102 steps")["waits in"] == [*DDP_LOGS, 101]
