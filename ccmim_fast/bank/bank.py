@@ -81,9 +81,10 @@ class ScoreBank:
             maps_ABGG = torch.where(shown, maps_ABGG, before_ABGG)
         maps_ASBGG = maps_ABGG[:, None]
         if self._group is not None:
-            parts = [torch.empty_like(maps_ABGG) for _ in self._replicas]
-            dist.all_gather(parts, maps_ABGG, group=self._group)
-            maps_ASBGG = torch.stack(parts, dim=1)
+            # One message: torch sends a list of tensors by as many broadcasts (2.15, NCCL).
+            gathered_SABGG = maps_ABGG.new_empty(len(self._replicas), *maps_ABGG.shape)
+            dist.all_gather_into_tensor(gathered_SABGG, maps_ABGG, group=self._group)
+            maps_ASBGG = gathered_SABGG.transpose(0, 1)
         rows, maps = self._rows_ASB.reshape(-1), maps_ASBGG.flatten(0, 2)
         # A sample that comes twice in a step, where two epochs meet, keeps the later map.
         last = np.sort(len(rows) - 1 - np.unique(rows[::-1], return_index=True)[1])

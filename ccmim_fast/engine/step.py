@@ -147,9 +147,10 @@ class TrainStep:
         return losses, Seen(partition.nan_B, partition.mask_BL, _entropy(output), h_BE, maps_BGG, logits_BL)
 
     def _gradients_summed_over_ranks(self, last: bool):
-        """Gradients are reduced with the last micro-batch only."""
+        """Gradients are reduced with the last micro-batch only, and weights that FSDP gathered are kept until then."""
         if self._sharded:
             self.model.set_requires_gradient_sync(last)
+            self.model.set_reshard_after_backward(last)
         elif isinstance(self.wrapped, DistributedDataParallel) and not last:
             return self.wrapped.no_sync()
         return contextlib.nullcontext()

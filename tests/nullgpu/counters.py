@@ -94,11 +94,14 @@ def traced() -> Iterator[list[list[str]]]:
 @contextlib.contextmanager
 def bools_are(value: bool) -> Iterator[None]:
     """Let every bool that the host reads from the device be `value` within: no kernel has computed one."""
+    before = os.environ.get("NULLCUDA_BOOL")
     os.environ["NULLCUDA_BOOL"] = str(int(value))
     try:
         yield
     finally:
         del os.environ["NULLCUDA_BOOL"]
+        if before is not None:
+            os.environ["NULLCUDA_BOOL"] = before
 
 
 def memory() -> dict[str, int]:

@@ -26,8 +26,8 @@ ROOT = HERE.parents[1]
 SOURCES = sorted((HERE / "device").glob("*.c"))
 LIBRARY = "libcuda.so.1"
 # Libraries of torch that call CUDA. A function that one of them needs and the C files lack gets an empty body.
-CALLERS = ("torch_cuda", "torch_cuda_linalg", "c10_cuda", "torch_python", "caffe2_nvrtc", "torch_nvshmem")
-OURS = re.compile(r"(cuda[A-Z]|cu[A-Z]|__cuda|cublas|nccl|cusolver)\w+$")
+CALLERS = ("torch_cpu", "torch_cuda", "torch_cuda_linalg", "c10_cuda", "torch_python", "caffe2_nvrtc", "torch_nvshmem")
+OURS = re.compile(r"(cuda[A-Z]|cu[A-Z]|__cuda|cublas|nccl|cusolver|cupti)\w+$")
 
 
 class BuildError(Exception):

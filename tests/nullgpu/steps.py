@@ -18,7 +18,7 @@ from ccmim_fast.data.source import NOTHING_EXCLUDED
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.data.stream.torch_loader import TorchLoader
-from ccmim_fast.engine.build import build_bank, build_step, check_device, prepare_step
+from ccmim_fast.engine.build import build_bank, build_step, check_device, choose_shards, prepare_step
 from ccmim_fast.engine.compile import GraphedStep
 from ccmim_fast.engine.step import StepResult, TrainStep
 from ccmim_fast.ranks.session import Session
@@ -62,25 +62,27 @@ class Run(NamedTuple):
         return result
 
 
-def build_run(settings: Sequence[str]) -> Run:
-    """Build a run by its command line, warmed up as a run is; no step is taken yet."""
-    config, here = load_config([*settings], "test"), Session(0, 1, torch.device("cuda"))
+def build_run(settings: Sequence[str], here: Session | None = None) -> Run:
+    """Build a run by its command line, warmed up as a run is; no step is taken yet. `here`: None is one process."""
+    config, here = load_config([*settings], "test"), here or Session(0, 1, torch.device("cuda"))
     check_device(config, here)
     # torch asks whether a learning rate on the device is positive.
     with bools_are(True):
         step = build_step(config, here)
-    plan, batches = _loaded(config, here.device)
+    plan, batches = _loaded(config, here)
     with tempfile.TemporaryDirectory() as folder:
         bank = build_bank(config, plan, here, Path(folder))
     return Run(step, prepare_step(step, plan.micro_batch_size), batches, bank)
 
 
-def _loaded(config: Config, device: torch.device) -> tuple[Plan, list[Batch]]:
-    """Return the plan of a run over noise, and the batches of its first step."""
+def _loaded(config: Config, here: Session) -> tuple[Plan, list[Batch]]:
+    """Return the plan of a rank's run over noise, and the batches of its first step."""
     train, images = config.train, Noise(2 * config.train.batch_size, config.data.channels)
-    plan = Plan(images, seed=0, global_batch=train.batch_size, flip=True, accumulate=train.accumulate)
+    size = {"global_batch": train.batch_size, "accumulate": train.accumulate}
+    ranks = {"rank": here.rank, "world_size": here.world_size, "partitions": choose_shards(config)}
+    plan = Plan(images, seed=0, flip=True, **size, **ranks)
     bad_samples = BadSamples(None, len(images), 0, "error", 0.0)
-    stream = TorchLoader(plan, bad_samples, config.data.image_size, 1, device).stream(0)
+    stream = TorchLoader(plan, bad_samples, config.data.image_size, 1, here.device).stream(0)
     batches = list(islice(stream, train.accumulate))
     stream.close()
     return plan, batches

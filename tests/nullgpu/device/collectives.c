@@ -1,6 +1,6 @@
 // NCCL: this process believes to be a rank of many, and that the others have what it has. Small messages arrive as such.
-// The amount of a collective is what torch's counters call its size: the tensor that is summed or scattered, or the rank's
-// part that is gathered, in bytes.
+// The amount of a collective is what torch's counters call its size: the tensor that is summed or scattered, or the
+// rank's part that is gathered, in bytes.
 #include "null.h"
 
 // nccl.h wants the C++ header, of which the C header above has all it needs.
@@ -10,7 +10,12 @@
 #include <string.h>
 
 static const size_t ARRIVES = 1 << 20;  // bytes; longer messages are only counted
-static int world, rank;
+struct ncclComm {
+  int ranks, rank;
+};
+// What this rank has broadcast in the open group of calls: torch gathers into a list by a broadcast of each rank.
+static const void *mine;
+static size_t mine_bytes;
 
 static size_t bytes_of(ncclDataType_t type) {
   switch (type) {
@@ -39,21 +44,26 @@ API ncclResult_t ncclGetUniqueId(ncclUniqueId *id) {
   memset(id, 7, sizeof *id);
   return ncclSuccess;
 }
-API ncclResult_t ncclCommInitRank(ncclComm_t *out, int ranks, ncclUniqueId id, int own) {
-  world = ranks;
-  rank = own;
-  *out = calloc(1, 64);
+static ncclComm_t communicator_of(int ranks, int rank) {
+  ncclComm_t made = calloc(1, sizeof *made);
+  made->ranks = ranks;
+  made->rank = rank;
+  return made;
+}
+API ncclResult_t ncclCommInitRank(ncclComm_t *out, int ranks, ncclUniqueId id, int rank) {
+  *out = communicator_of(ranks, rank);
   return ncclSuccess;
 }
-API ncclResult_t ncclCommInitRankConfig(ncclComm_t *out, int ranks, ncclUniqueId id, int own, ncclConfig_t *config) {
-  return ncclCommInitRank(out, ranks, id, own);
+API ncclResult_t ncclCommInitRankConfig(ncclComm_t *out, int ranks, ncclUniqueId id, int rank, ncclConfig_t *config) {
+  return ncclCommInitRank(out, ranks, id, rank);
 }
-API ncclResult_t ncclCommInitRankScalable(ncclComm_t *out, int ranks, int own, int ids, ncclUniqueId *id,
+API ncclResult_t ncclCommInitRankScalable(ncclComm_t *out, int ranks, int rank, int ids, ncclUniqueId *id,
                                           ncclConfig_t *config) {
-  return ncclCommInitRank(out, ranks, *id, own);
+  return ncclCommInitRank(out, ranks, *id, rank);
 }
+// How many ranks chose this color only they could tell.
 API ncclResult_t ncclCommSplit(ncclComm_t from, int color, int key, ncclComm_t *out, ncclConfig_t *config) {
-  *out = calloc(1, 64);
+  *out = color == NCCL_SPLIT_NOCOLOR ? NULL : communicator_of(setting("NULLCUDA_SPLIT", from->ranks), key);
   return ncclSuccess;
 }
 API ncclResult_t ncclCommGetAsyncError(ncclComm_t communicator, ncclResult_t *error) {
@@ -61,11 +71,11 @@ API ncclResult_t ncclCommGetAsyncError(ncclComm_t communicator, ncclResult_t *er
   return ncclSuccess;
 }
 API ncclResult_t ncclCommCount(const ncclComm_t communicator, int *ranks) {
-  *ranks = world;
+  *ranks = communicator->ranks;
   return ncclSuccess;
 }
 API ncclResult_t ncclCommUserRank(const ncclComm_t communicator, int *own) {
-  *own = rank;
+  *own = communicator->rank;
   return ncclSuccess;
 }
 API const char *ncclGetErrorString(ncclResult_t error) { return "error of the null device"; }
@@ -78,18 +88,28 @@ API ncclResult_t ncclAllReduce(const void *from, void *to, size_t elements, nccl
 }
 API ncclResult_t ncclBroadcast(const void *from, void *to, size_t elements, ncclDataType_t type, int root,
                                ncclComm_t communicator, cudaStream_t stream) {
-  if (root == rank) arrive(to, from, elements * bytes_of(type));
-  return sent("broadcast", elements * bytes_of(type), stream);
+  size_t bytes = elements * bytes_of(type);
+  if (root == communicator->rank) mine = from, mine_bytes = bytes;
+  if (mine_bytes == bytes) arrive(to, mine, bytes);
+  return sent("broadcast", bytes, stream);
+}
+API ncclResult_t ncclGroupStart(void) {
+  mine = NULL;
+  return ncclSuccess;
+}
+API ncclResult_t ncclGroupEnd(void) {
+  mine = NULL;
+  return ncclSuccess;
 }
 API ncclResult_t ncclAllGather(const void *from, void *to, size_t elements, ncclDataType_t type, ncclComm_t communicator,
                                cudaStream_t stream) {
   size_t bytes = elements * bytes_of(type);
-  for (int other = 0; other < world; other++) arrive((char *)to + other * bytes, from, bytes);
+  for (int other = 0; other < communicator->ranks; other++) arrive((char *)to + other * bytes, from, bytes);
   return sent("all_gather", bytes, stream);
 }
 API ncclResult_t ncclReduceScatter(const void *from, void *to, size_t elements, ncclDataType_t type, ncclRedOp_t op,
                                    ncclComm_t communicator, cudaStream_t stream) {
-  return sent("reduce_scatter", elements * bytes_of(type) * world, stream);
+  return sent("reduce_scatter", elements * bytes_of(type) * communicator->ranks, stream);
 }
 API ncclResult_t ncclReduce(const void *from, void *to, size_t elements, ncclDataType_t type, ncclRedOp_t op, int root,
                             ncclComm_t communicator, cudaStream_t stream) {
