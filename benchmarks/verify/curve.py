@@ -2,7 +2,7 @@
 
     python benchmarks/verify/curve.py [--steps 48] [--folder runs/verify-gpu/curve]
 
-Every draw is keyed, so two devices see the same images, masks and weights, and only rounding is theirs. How far rounding
+Every draw is keyed: two devices see the same images, masks and weights, and only rounding is theirs. How far rounding
 alone leads is measured: a third training is the CPU's with another order of summation (no vector instructions, one
 thread). The GPU passes if at every step it is at most `MARGIN` times as far from the CPU. Each training is float32,
 without TF32. Exit status 1: a curve is further away, or not finite.

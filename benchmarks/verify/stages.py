@@ -1,4 +1,4 @@
-"""The parts of `make verify-gpu`, in their order: what each asks, the command that answers, and how long it may take."""
+"""The stages of `make verify-gpu` in order: what each asks, the command that answers, and how long it may take."""
 
 import sys
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ SMALL = (
     "(same_partition or equals_reference or gradients or test_kernel or gold) and not 2048"  # of every op, in seconds
 )
 OURS = ("ccmim-bank", "ccmim-first", "mae-2", "mae-8", "transformers", "lightly")
+BRIEF = ("--width=384", "--rounds=2", "--no-tests", "--out={out}")
 NARROW = ("--arch=vit_tiny_patch16_224", "--image-size=64", "--model.depth=2", "--train.compile=off")
 CANNOT = 3  # exit status of a script that cannot answer on this machine
 
@@ -91,8 +92,7 @@ STAGES = (
         "how far is each kernel from its floor, and from PyTorch?",
         bench("ops", "--batch=128", "1024", "--width=768", "--rounds=20", "--out={out}"),
         5,
-        dry=(PYTHON, "-m", "ccmim_fast.cli", "bench", "ops", "--device=cpu", "--kernels=reference", "--batch=2")
-        + ("--width=384", "--rounds=2", "--no-tests", "--op=gather_tokens", "--out={out}"),
+        dry=bench("ops", "--device=cpu", "--kernels=reference", "--op=gather_tokens", "--batch=2", *BRIEF),
     ),
     Stage(
         "throughput",
