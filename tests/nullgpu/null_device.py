@@ -25,10 +25,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SOURCES = sorted((HERE / "device").glob("*.c"))
 LIBRARY = "libcuda.so.1"
-# Libraries of torch that call CUDA. A function that one of them needs and the C files do not define gets an empty body.
+# Libraries of torch that call CUDA. A function that one of them needs and the C files lack gets an empty body.
 CALLERS = ("torch_cuda", "torch_cuda_linalg", "c10_cuda", "torch_python", "caffe2_nvrtc", "torch_nvshmem")
 OURS = re.compile(r"(cuda[A-Z]|cu[A-Z]|__cuda|cublas|nccl|cusolver)\w+$")
-DEFINED = re.compile(r"^API [^=;(]*?(\w+)\(", re.MULTILINE)
 
 
 class BuildError(Exception):
@@ -50,13 +49,15 @@ def build() -> Path:
     Raises:
         BuildError: a compiler, the headers or a torch with CUDA is missing here.
     """
+    if not sys.platform.startswith("linux"):
+        raise BuildError(f"it is for Linux, and this is {sys.platform}")
     for tool in ("gcc", "nm"):
         if shutil.which(tool) is None:
             raise BuildError(f"no {tool} on PATH")
     torch = _package("torch")
-    headers = _headers(torch.parent / "nvidia")
+    headers = _headers(torch)
     digest = hashlib.sha256((torch / "version.py").read_bytes())
-    for source in (Path(__file__), *SOURCES, *(HERE / "device").rglob("*.h")):
+    for source in (Path(__file__), *SOURCES, *filter(Path.is_file, (HERE / "device").rglob("*"))):
         digest.update(source.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"null-device-{os.getuid()}-{digest.hexdigest()[:16]}"
     if not (folder / LIBRARY).exists():
@@ -74,6 +75,7 @@ def run(
     capability: int = 90,
     memory_gb: float = 80,
     timeout: float = 600,
+    given: Any = None,
     **environment: str,
 ) -> Result:
     """Run code (a string), a script (a path) or the interpreter's arguments (a list) in a process with a null device.
@@ -84,6 +86,7 @@ def run(
         capability: ten times the compute capability: 61, 75, 80, 90, 100.
         memory_gb: in units of 1e9 bytes.
         timeout: seconds; whoever is over it is killed, and `subprocess.TimeoutExpired` raised.
+        given: what the process reads on its standard input, as JSON.
         environment: more variables of the process.
     """
     try:
@@ -96,6 +99,7 @@ def run(
         variables = _environment(folder, capability, memory_gb) | {"NULL_DEVICE_TELLS": str(told)} | environment
         ended = subprocess.run(
             [sys.executable, *command, *arguments],
+            input=json.dumps(given),
             env=variables,
             cwd=ROOT,
             capture_output=True,
@@ -133,21 +137,24 @@ def _package(name: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _headers(nvidia: Path) -> list[Path]:
-    """Return the folders of the CUDA headers: one of CUDA 13's wheels; one per library of those of CUDA 12."""
-    found = []
+def _headers(torch: Path) -> list[Path]:
+    """Return the folders of the headers of torch's own CUDA; another CUDA's may stand beside them."""
+    version = re.search(r"^cuda\b.*= '(\d+)", (torch / "version.py").read_text(), re.MULTILINE)
+    if version is None:
+        raise BuildError("torch was built without CUDA")
+    nvidia, major = torch.parent / "nvidia", int(version[1])
+    found = [nvidia / "nccl" / "include"]
+    found += [nvidia / name / "include" for name in ([f"cu{major}"] if major >= 13 else ["cuda_runtime", "cublas"])]
     for name in ("cuda.h", "cuda_runtime_api.h", "cublas_v2.h", "cublasLt.h", "nccl.h"):
-        headers = sorted(nvidia.glob(f"*/include/{name}"))
-        if not headers:
-            raise BuildError(f"no {name} in the wheels beside torch: it is built without CUDA, or with another CUDA")
-        found.append(headers[-1].parent)
-    return list(dict.fromkeys(found))
+        if not any((folder / name).exists() for folder in found):
+            raise BuildError(f"no {name} of CUDA {major} in the wheels beside torch")
+    return found
 
 
 def _compile(folder: Path, torch: Path, headers: list[Path]) -> None:
     rest = folder / "rest.c"
     rest.write_text(_empty_bodies(torch))
-    # The headers ask for crt/host_defines.h, which the wheels of CUDA 13 do not have: ours is looked up last.
+    # The headers include some that the wheels lack: ours stand in for those, and are looked up last.
     includes = [f"-I{path}" for path in (HERE / "device", *headers)] + [f"-idirafter{HERE / 'device' / 'stand_in'}"]
     flags = ["-O1", "-shared", "-fPIC", "-fvisibility=hidden", f"-Wl,-soname,{LIBRARY}", "-o", str(folder / LIBRARY)]
     command = ["gcc", *flags, *includes, *map(str, SOURCES), str(rest), "-ldl", "-lpthread"]
@@ -157,19 +164,19 @@ def _compile(folder: Path, torch: Path, headers: list[Path]) -> None:
 
 
 def _empty_bodies(torch: Path) -> str:
-    """Return C for all functions of CUDA that torch and Triton look up and the device lacks: counted, they succeed."""
+    """Return C for all functions of CUDA that torch and Triton look up: counted, they succeed.
+
+    They are weak: the device's own take their place.
+    """
     wanted: set[str] = set()
     for name in CALLERS:
         library = torch / "lib" / f"lib{name}.so"
         if library.exists():
             listed = subprocess.check_output(["nm", "-D", "--undefined-only", library], text=True)
             wanted |= {line.split()[-1].partition("@")[0] for line in listed.splitlines()}
-    if not any(name.startswith("cuda") for name in wanted):
-        raise BuildError("torch was built without CUDA")
     for driver in torch.parent.glob("triton/backends/nvidia/driver.c"):
         wanted |= set(re.findall(r"\b(cu[A-Z]\w+)\s*\(", driver.read_text()))
-    have = {name for source in SOURCES for name in DEFINED.findall(source.read_text())}
-    rest = sorted(name for name in wanted - have if OURS.match(name) and not name.startswith("cuFile"))
+    wanted = {name for name in wanted if OURS.match(name) and not name.startswith("cuFile")}
+    head = 'void count(const char *, const char *, double);\n#define API __attribute__((weak, visibility("default")))\n'
     body = 'API long {0}(void) {{ count("empty", "{0}", 0); return 0; }}\n'
-    head = '#define API __attribute__((visibility("default")))\nvoid count(const char *, const char *, double);\n'
-    return head + "".join(body.format(name) for name in rest)
+    return head + "".join(body.format(name) for name in sorted(wanted))
