@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from nullgpu import null_device
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "verify"
 sys.path.insert(0, str(FOLDER))
 
-curve, traffic, record, run, stages = map(importlib.import_module, ("curve", "traffic", "record", "run", "stages"))
+MODULES = ("curve", "peaks", "record", "run", "stages", "traffic")
+curve, peaks, record, run, stages, traffic = map(importlib.import_module, MODULES)
 
 
 def python(code: str) -> tuple[str, ...]:
@@ -132,3 +134,23 @@ def test_every_stage_has_a_name_of_its_own_and_all_fit_into_the_promised_minutes
     names = [stage.name for stage in stages.STAGES]
     assert len(set(names)) == len(names)
     assert sum(stage.limit for stage in stages.STAGES) < 50
+
+
+def test_a_peak_is_held_on_one_gpu_and_shown_of_many():
+    assert peaks.verdict(10.4, 10.0, 1).endswith("1.040 x the header's 10 GB: passed")
+    assert peaks.verdict(10.6, 10.0, 1).endswith("FAILED")
+    assert peaks.verdict(9.4, 10.0, 1).endswith("FAILED")
+    assert "FAILED" not in peaks.verdict(5.0, 10.0, 8)
+
+
+@pytest.mark.slow
+def test_a_dry_run_starts_every_stage(tmp_path):
+    """On a device that computes nothing; what needs a tool of the CUDA toolkit is collected."""
+    target = [str(FOLDER / "run.py"), "--dry-run", f"--folder={tmp_path}"]
+    result = null_device.run(target, timeout=1200, NULLCUDA_BOOL="1", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    outcomes = json.loads((tmp_path / "outcomes.json").read_text())["outcomes"]
+    printed = {name: (tmp_path / f"{name}.txt").read_text()[-1000:] for name in outcomes}
+    ended = {name: outcome[1] for name, outcome in outcomes.items()}
+    assert ended == {stage.name: "passed" for stage in stages.STAGES} | {"traffic": "not run"}, printed
+    assert result.code == 0, null_device.end_of(result)
+    assert "No figure here means anything" in (tmp_path / "report.md").read_text()
