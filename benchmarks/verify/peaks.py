@@ -2,8 +2,8 @@
 
     python benchmarks/verify/peaks.py [--only-run]
 
-A preset for one GPU is held within `WITHIN`. Of one for many, one GPU's share is measured alone, without the buckets of a
-group, and only shown. What does not fit is left out with a line. Exit status 1: a peak is further off.
+A preset for one GPU is held within `WITHIN`. Of one for many, one GPU's share is measured alone, without a group's
+buckets, and only shown. What does not fit is left out with a line. Exit status 1: a peak is further off.
 """
 
 import argparse
