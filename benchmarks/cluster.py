@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
-from arithmetic import RATE, VITS, E, Vit, block_parameters, lines, parameters, parts
+from arithmetic import DECODER_WIDTH, RATE, VITS, E, Vit, lines, parameters, parts
+from divided import GRADIENT, WEIGHT, block_shapes, filled, gathered_bytes, summed_bytes
 
 NODE = 8  # GPUs
 NVLINK = 450e9  # bytes/s and GPU in one direction: H100 data sheet, 900 GB/s for both
 NETWORK = 50e9  # bytes/s and GPU in one direction: 400 Gbit/s, one adapter for each GPU
-GRADIENT = 4  # bytes: float32
-WEIGHT, EXACT = 2, 4  # bytes that FSDP gathers of each: bf16; float32 in the first block and outside blocks
 BUCKET = 25 * 2**20  # bytes of gradients that DDP sums at a time: torch's default
 LARGE = ("ViT-B/16", "ViT-L/16", "ViT-H/14")
 HOW = ("ddp", "fsdp")
@@ -58,7 +57,35 @@ def traffic(
         width: D.
         cells: of a score bank whose ranks all keep the same maps, G; 0: none.
     """
-    found = [Traffic("gradients", "all_reduce", None, GRADIENT * count), Traffic("flags", "all_reduce", 1, 8)]
+    found = [Traffic("gradients", "all_reduce", None, GRADIENT * count)]
+    return found + _traffic_of_images(width, images, gpus, accumulate, cells, contrast)
+
+
+def divided_traffic(
+    vit: Vit,
+    images: int,
+    gpus: int,
+    *,
+    source: str = "bank",
+    decoder_blocks: int = 2,
+    accumulate: int = 1,
+    cells: int = 0,
+) -> list[Traffic]:
+    """Return the traffic of one optimizer step with FSDP2, whose products are in bf16; arguments as of `traffic`."""
+    contrast, units = source != "none", vit.depth + decoder_blocks + 1  # the last one holds what is in no block
+    found = [
+        Traffic("weights", "all_gather", units, gathered_bytes(vit, gpus, source, decoder_blocks) / gpus),
+        Traffic("gradients", "reduce_scatter", units, summed_bytes(vit, gpus, source, decoder_blocks)),
+        Traffic("norms", "all_reduce", 1, 4 * (2 + contrast)),
+    ]
+    return found + _traffic_of_images(vit.width, images, gpus, accumulate, cells, contrast)
+
+
+def _traffic_of_images(
+    width: int, images: int, gpus: int, accumulate: int, cells: int, contrast: bool
+) -> list[Traffic]:
+    """Return what is sent besides weights and gradients."""
+    found = [Traffic("flags", "all_reduce", 1, 8)]
     if contrast:
         row_bytes = accumulate * images * E * 4
         # Mean and variance of two layers: in both passes forward, in one of them backward.
@@ -182,16 +209,10 @@ def _weights(vit: Vit, source: str, decoder_blocks: int, gpus: int, how: str) ->
         return all_gather(size / gpus, gpus) + units * ring_latency(gpus)
 
     units = vit.depth + decoder_blocks + 1  # the last one holds what is in no block
-    in_decoder = WEIGHT * decoder_blocks * block_parameters(512)
-    before_it = gathered_bytes(vit, source, decoder_blocks) - in_decoder
+    in_decoder = WEIGHT * decoder_blocks * filled(block_shapes(DECODER_WIDTH), gpus)
+    before_it = gathered_bytes(vit, gpus, source, decoder_blocks) - in_decoder
     encoder, decoder = seconds(before_it, vit.depth + 1), seconds(in_decoder, decoder_blocks)
-    return encoder, decoder, seconds(GRADIENT * count, units)
-
-
-def gathered_bytes(vit: Vit, source: str = "bank", decoder_blocks: int = 2) -> float:
-    """Return the bytes of all weights as FSDP gathers them, once a step; ranks/fsdp.py keeps some in float32."""
-    half = (vit.depth - 1) * block_parameters(vit.width) + decoder_blocks * block_parameters(512)
-    return WEIGHT * half + EXACT * (parameters(vit, source, decoder_blocks) - half)
+    return encoder, decoder, seconds(summed_bytes(vit, gpus, source, decoder_blocks), units)
 
 
 def weight_bytes(vit: Vit, gpus: int, how: str, source: str = "bank", decoder_blocks: int = 2) -> float:
@@ -199,7 +220,8 @@ def weight_bytes(vit: Vit, gpus: int, how: str, source: str = "bank", decoder_bl
     count = parameters(vit, source, decoder_blocks)
     if how == "ddp":
         return 2 * (gpus - 1) / gpus * GRADIENT * count
-    return (gpus - 1) / gpus * (gathered_bytes(vit, source, decoder_blocks) + GRADIENT * count)
+    both = gathered_bytes(vit, gpus, source, decoder_blocks) + summed_bytes(vit, gpus, source, decoder_blocks)
+    return (gpus - 1) / gpus * both
 
 
 def volume_table(gpus: int = 1024) -> str:

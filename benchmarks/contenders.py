@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from naive import SAVINGS, without
 from torch import Tensor
 
 from ccmim_fast.config.load import load_config
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.source import NOTHING_EXCLUDED
-from ccmim_fast.data.stream.batch import Batch, to_device
+from ccmim_fast.data.stream.batch import on_device
 from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.engine.build import build_bank, build_step, check_device, prepare_step
 from ccmim_fast.errors import ConfigError
@@ -148,14 +147,13 @@ def ours(given: list[str], arch: str, images_BHWC: Tensor, precision: str, savin
     plan = Plan(MadeSizes(), seed=0, global_batch=count)
     # In memory, so that nothing is written on a disk.
     bank = build_bank(config, plan, here, Path())
-    boxes_B4 = torch.tensor([0.1, 0.2, 0.7, 0.6], dtype=torch.float64, device=device).expand(count, 4)
+    boxes_B4 = np.tile([0.1, 0.2, 0.7, 0.6], (count, 1))
     cursor = 0
 
     def step() -> Tensor:
         nonlocal cursor
-        host_ids_B = plan.step_ids(cursor, range(1)).reshape(-1)  # other samples, so other masks
-        ids_B = to_device(host_ids_B, device)
-        batches = [Batch(images_BHWC, ids_B, torch.zeros_like(ids_B), None, boxes_B4, host_ids_B)]
+        ids_B = plan.step_ids(cursor, range(1)).reshape(-1)  # other samples, so other masks
+        batches = [on_device(images_BHWC, ids_B, np.zeros_like(ids_B), None, boxes_B4, device)]
         result = train_step(batches if bank is None else bank.read(cursor, batches), LR)
         if bank is not None:
             bank.write([seen.maps_BGG for seen in result.seen])

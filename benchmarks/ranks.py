@@ -20,7 +20,7 @@ from measure import random_images
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ccmim_fast.config.schema import Config
-from ccmim_fast.data.stream.batch import Batch
+from ccmim_fast.data.stream.batch import on_device
 from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.engine.build import build_bank, build_step
 from ccmim_fast.engine.step import TrainStep
@@ -88,15 +88,15 @@ class Run:
         self.bank = build_bank(config, self.plan, here, Path())
         self.monitor, self.cursor = StepMonitor(here), 0
         self.images_BHWC = random_images(images, config.data.image_size[0], here.device)
-        self.boxes_B4 = torch.tensor([0.1, 0.2, 0.7, 0.6], dtype=torch.float64).expand(images, 4)
+        self.boxes_B4 = np.tile([0.1, 0.2, 0.7, 0.6], (images, 1))
 
     def __call__(self) -> float:
         """Take one step; return its loss."""
         own = range(self.plan.rank, self.plan.rank + 1)
         batches = []
         for ids_B in self.plan.step_ids(self.cursor, own)[:, 0]:
-            ids = torch.from_numpy(ids_B)
-            batches.append(Batch(self.images_BHWC, ids, torch.zeros_like(ids), None, self.boxes_B4, ids_B))
+            epochs_B = np.zeros_like(ids_B)
+            batches.append(on_device(self.images_BHWC, ids_B, epochs_B, None, self.boxes_B4, self.step.device))
         result = self.step(batches if self.bank is None else self.bank.read(self.cursor, batches), contenders.LR)
         if self.bank is not None:
             self.bank.write([seen.maps_BGG for seen in result.seen])

@@ -35,3 +35,5 @@ def doctor(argv: list[str]) -> None:
     for row in rows:
         if row.install:  # not in the table, which would break it: it is there to be copied
             print(f"for {row.name}: {row.install}")
+        if row.again:
+            print(f"all that {row.name} says: {row.again}")

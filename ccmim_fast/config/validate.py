@@ -31,7 +31,7 @@ def validate(config: Config, world_size: int = 1) -> None:
         rule(config)
     if config.train.device == "cpu" and config.train.precision == "fp16":
         refuse("train.precision", "fp16", "fp32, bf16 or auto on a CPU", "bf16")
-    _check_batch(config, world_size)
+    check_batch(config, world_size)
 
 
 def check_order(config: Any, *keys: str) -> None:
@@ -118,14 +118,21 @@ def _check_mask(config: Config) -> None:
         refuse("mask.block_min", config.mask.block_min, f"at most the {masked} patches that are masked", masked)
 
 
-def _check_batch(config: Config, world_size: int) -> None:
+def check_batch(config: Config, world_size: int) -> None:
+    """Refuse a batch that its ranks and micro-batches cannot divide, or parts of it that are too small."""
     train, batch = config.train, config.train.batch_size
     parts = train.accumulate * world_size
     split = f"train.accumulate={train.accumulate} x world size {world_size}"
     if batch % parts:
         refuse("train.batch_size", batch, f"a multiple of {split}", nearest_multiple(batch, parts))
+    contrast = CONTRASTS[config.contrast.loss]
+    if contrast.path and not contrast.negatives and batch // parts < 2:
+        must = (
+            f"2 images per rank and micro-batch at least, which contrast.loss={config.contrast.loss} looks at ({split})"
+        )
+        refuse("train.batch_size", batch, must, 2 * parts)
     rows = batch // train.accumulate if config.heads.sync_bn else batch // parts
-    if CONTRASTS[config.contrast.loss].path and rows < 2:
+    if contrast.path and rows < 2:
         must = f"2 images per micro-batch at least, for the heads' BatchNorm ({split})"
         refuse("train.batch_size", batch, must, 2 * parts)
 

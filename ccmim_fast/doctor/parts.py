@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ccmim_fast.doctor.trials import try_all
+from ccmim_fast.doctor.trials import command_of, try_all
 from ccmim_fast.optim.optimizer import BUILD
 
 _PASCAL = "pip install torch==2.7.1 torchvision==0.22.1"  # the last with code for compute capability 6.x
@@ -33,6 +33,7 @@ class Row(NamedTuple):
     works: str
     instead: str = ""
     install: str = ""
+    again: str = ""  # the command that repeats a trial which failed, and prints all that it says
 
 
 def gpus() -> list[Row]:
@@ -57,7 +58,8 @@ def _gpu(index: int, listed: list[tuple[str, str]]) -> Row:
     (works,) = try_all([("cuda", str(index))])
     if works == "yes":
         return Row(f"cuda:{index}", what, works)
-    return Row(f"cuda:{index}", what, works, "the CPU: train.device=cpu", _PASCAL if major < 7 else "")
+    again = command_of(("cuda", str(index)))
+    return Row(f"cuda:{index}", what, works, "the CPU: train.device=cpu", _PASCAL if major < 7 else "", again)
 
 
 def _nvidia_smi() -> list[tuple[str, str]]:
@@ -108,7 +110,8 @@ def examine(asked: Sequence[Part]) -> list[Row]:
     rows = []
     for part in asked:
         said = works.get(part, "not installed")
-        row = Row(part.name, _version(part) if part in works else "", said, part.instead, part.install)
+        again = command_of(part.trial) if said.startswith("no: ") else ""
+        row = Row(part.name, _version(part) if part in works else "", said, part.instead, part.install, again)
         if said == "yes" and part.trial[0] == "imported":
             row = row._replace(works="loads", install="")
         rows.append(row._replace(instead="", install="") if row.works == "yes" else row)

@@ -16,7 +16,11 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+from ccmim_fast.errors import one_line
+
 PATIENCE = 120  # seconds for a trial; torch.compile takes 20 to 60 of them
+
+_ADVICE = "Set TORCHDYNAMO_VERBOSE=1"  # how torch.compile ends each of its errors
 
 
 def imported(module: str) -> None:
@@ -128,6 +132,11 @@ def try_all(trials: Sequence[tuple[str, ...]]) -> list[str]:
         return [_outcome(process, output) for process, output in zip(running, outputs)]
 
 
+def command_of(trial: Sequence[str]) -> str:
+    """Return the command that repeats a trial and prints all that it says."""
+    return " ".join(["python -m", __name__, *trial])
+
+
 def _start(trial: tuple[str, ...], output: Path) -> subprocess.Popen:
     folder = str(output.parent)
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder}
@@ -150,8 +159,16 @@ def _outcome(process: subprocess.Popen, output: Path) -> str:
         return "yes"
     if code < 0:
         return f"no: ended by {signal.Signals(-code).name}"
-    lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return f"no: {lines[-1].strip()[:200] if lines else f'exit code {code}'}"
+    return f"no: {_cause(output.read_text(encoding='utf-8', errors='replace')) or f'exit code {code}'}"
+
+
+def _cause(said: str) -> str:
+    """Return on one line what a failed trial says last: its error, whose message may have several lines."""
+    lines = [line for line in said.splitlines() if line.strip() and not line.startswith(_ADVICE)]
+    # The frames of a traceback are indented, and an error that quotes another ends with that one's.
+    in_frames = [number for number, line in enumerate(lines) if line.startswith(" ")]
+    of_error = lines[in_frames[-1] + 1 :] if in_frames and "Traceback (most recent call last):" in lines else []
+    return one_line("\n".join(of_error or lines[-1:]))
 
 
 if __name__ == "__main__":

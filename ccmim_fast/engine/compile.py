@@ -13,7 +13,9 @@ from ccmim_fast.engine.dry_run import dry_run, synthetic_batch
 from ccmim_fast.engine.step import StepResult, TrainStep
 from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.models.precision import with_cast_weights
 from ccmim_fast.optim.update import drop_gradients, set_lr
+from ccmim_fast.ranks.fsdp import is_sharded
 
 
 def choose_compile(name: str, device: torch.device, divided: bool = False) -> str:
@@ -44,9 +46,12 @@ def compile_step(step: TrainStep, what: str, mode: str = "default", backend: str
         if what == "blocks":
             # A graph for each of: visible, masked and decoder's tokens, first and later blocks, whole and query tokens.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-            compute = torch.compile(ViTBlock.compute, fullgraph=True, **options)
-            for block in vit_blocks(step.model):
+            compute = with_cast_weights(torch.compile(ViTBlock.compute, fullgraph=True, **options))
+            blocks = vit_blocks(step.model)
+            for block in blocks:
                 block.compute = compute
+            # FSDP gathers them in the type of the products, and lets go of them.
+            step.cast_blocks = [] if is_sharded(step.model) else blocks
         elif what == "step":
             # DDP cuts the graph into buckets itself.
             step.forward = torch.compile(step.losses, fullgraph=step.wrapped is step.model, dynamic=False, **options)
@@ -119,7 +124,7 @@ def _give_up(step: TrainStep, error: Exception) -> None:
     print(f"train.compile failed, the run goes on without: {type(error).__name__}: {reason}", file=sys.stderr)
     for block in vit_blocks(step.model):
         vars(block).pop("compute", None)
-    step.forward = step.losses
+    step.forward, step.cast_blocks = step.losses, []
     drop_gradients(step.optimizer)
 
 

@@ -4,27 +4,29 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ccmim_fast.data.stream.batch import Batch
+from ccmim_fast.data.stream.batch import Batch, on_device
 from ccmim_fast.engine.step import TrainStep
 from ccmim_fast.optim.update import drop_gradients, own_part
 from ccmim_fast.profile.meter import flop_counter
 
 
 def synthetic_batch(step: TrainStep, batch: int) -> Batch:
-    """Make `batch` random images of the run's size on the step's device, with empty maps where the step takes some."""
-    data, device = step.config.data, step.device
+    """Make `batch` random images of the run's size on the step's device, with empty maps where the step takes some.
+
+    All that a step takes of it is laid out in memory as a loader's is.
+    """
+    data, device, cells = step.config.data, step.device, step.config.score.grid
     images_BHWC = torch.randint(0, 256, (batch, *data.image_size, data.channels), dtype=torch.uint8, device=device)
-    ids_B = torch.arange(batch, device=device)
-    made = Batch(images_BHWC, ids_B, torch.zeros_like(ids_B))
+    ids_B, whole_B4 = np.arange(batch), np.tile([0.0, 0.0, 1.0, 1.0], (batch, 1))
+    made = on_device(images_BHWC, ids_B, np.zeros_like(ids_B), None, whole_B4, device)
     if not step.model.banked:
         return made
-    cells = step.config.score.grid
-    whole_B4 = torch.tensor([0, 0, 1, 1], dtype=torch.float64, device=device).expand(batch, 4)
-    maps_BGG = torch.zeros(batch, cells, cells, dtype=torch.float16, device=device)
-    return made._replace(boxes_B4=whole_B4, maps_BGG=maps_BGG)
+    maps_ABGG = torch.zeros(1, batch, cells, cells, dtype=torch.float16, device=device)  # of all micro-batches, as read
+    return made._replace(maps_BGG=maps_ABGG[0])
 
 
 @contextlib.contextmanager

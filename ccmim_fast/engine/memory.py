@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ccmim_fast.config.schema import Config
+from ccmim_fast.config.validate import check_batch
 from ccmim_fast.engine.build import build_step, has_bank
 from ccmim_fast.engine.compile import choose_compile, compile_step, warm_up
 from ccmim_fast.engine.dry_run import synthetic_batch
@@ -63,16 +64,23 @@ def extrapolated(peak_of: Callable[[int], int], room: int) -> int:
 def with_largest_batch(config: Config, here: Session, fits: Callable[[int], bool] | None = None) -> Config:
     """Return `config` with the smallest `train.accumulate` whose micro-batch fits every rank; prints what was found.
 
+    Each rank tries alone, since one whose memory is full would leave the others waiting in a collective; all ranks
+    agree on the outcome before the next trial.
+
     Args:
         fits: tells if a micro-batch of so many images can be trained on; default: try it.
 
     Raises:
         MachineError: not even two images fit.
+        ConfigError: the images of a rank cannot be divided into micro-batches that fit.
     """
+    fits = fits or (lambda batch: _fits(config, here, batch))
+
+    def fit_all(batch: int) -> bool:
+        return not max_over_ranks(torch.tensor(float(not fits(batch)), device=here.device))
+
     per_rank = config.train.batch_size // here.world_size
-    found = largest(fits or (lambda batch: _fits(config, here, batch)), per_rank)
-    # The smallest over ranks.
-    found = -int(max_over_ranks(torch.tensor(-found, device=here.device)))
+    found = largest(fit_all, per_rank)
     if found < SMALLEST:
         raise MachineError(f"train.find_batch: {SMALLEST} images do not fit {here.device}; try train.recompute=true")
     accumulate = _accumulation(per_rank, found) or per_rank
@@ -82,17 +90,24 @@ def with_largest_batch(config: Config, here: Session, fits: Callable[[int], bool
             f"train.accumulate={accumulate}, {per_rank // accumulate} images each",
             flush=True,
         )
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=accumulate))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=accumulate))
+    check_batch(config, here.world_size)
+    return config
 
 
 def _fits(config: Config, here: Session, batch: int) -> bool:
-    """Return if the step, compiled as the run's, can be taken on `batch` images."""
+    """Return if the step, compiled as the run's, can be taken on `batch` images; nothing is sent to other ranks."""
     gc.collect()  # the step of the trial before refers to itself
     torch.cuda.empty_cache()
     try:
         step = build_step(config, Session(0, 1, here.device))
+        step.model.leave_ranks()
+        # DDP keeps all gradients once more, to send them.
+        weights = sum(p.numel() for p in step.model.parameters() if p.requires_grad) if here.world_size > 1 else 0
+        buckets = torch.empty(weights, device=here.device)
         compile_step(step, choose_compile(config.train.compile, here.device), config.train.compile_mode)
         warm_up(step, batch, accumulate=1)
+        del buckets
     except torch.cuda.OutOfMemoryError:
         return False
     return True

@@ -17,7 +17,7 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.losses.criteria import Losses, Objective
 from ccmim_fast.models.ccmim import CCMIM, Output
-from ccmim_fast.models.precision import Precision, onednn_linear
+from ccmim_fast.models.precision import Precision, cast_once, onednn_linear
 from ccmim_fast.models.scores import PriorScores
 from ccmim_fast.optim.ema import update_ema_
 from ccmim_fast.optim.update import Gradients, drop_gradients, guard, set_lr, update
@@ -64,6 +64,7 @@ class TrainStep:
     Attributes:
         forward: as `losses`; may be replaced by its compiled self (`engine.compile`).
         onednn: linear layers by oneDNN, see `models.precision`; not to be compiled.
+        cast_blocks: blocks whose weights are cast once a step; compiled one by one, each call would cast them again.
         parts: names of the model's parts, and the parameters of each.
     """
 
@@ -84,6 +85,7 @@ class TrainStep:
         self.parts = parts_of(model)
         self._statistics = [buffer for name, buffer in model.named_buffers() if ".running_" in name]
         self.onednn = self.device.type == "cpu" and not config.train.recompute
+        self.cast_blocks: list[nn.Module] = []
         self.forward = self.losses
 
     @property
@@ -97,9 +99,17 @@ class TrainStep:
 
     def run(self, batches: Sequence[Batch]) -> StepResult:
         """Take the step at the optimizer's present rate; all that it reads and writes is on the device."""
+        before = [buffer.clone() for buffer in self._statistics]
+        with cast_once(self.cast_blocks, self.precision.dtype):
+            sums, nan_id, seen = self._passes(batches)
+        gradients = self._update(before)
+        return StepResult(*(sums / len(batches)), gradients, nan_id, tuple(seen))
+
+    def _passes(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor, list[Seen]]:
+        """Pass all micro-batches forward and backward; returns sums of their losses, `nan_id` and what was seen."""
         sums = torch.zeros(4, device=self.device)
         nan_id = torch.full((), -1, device=self.device)
-        before, seen = [buffer.clone() for buffer in self._statistics], []
+        seen = []
         for index, batch in enumerate(batches):
             with self._gradients_summed_over_ranks(last=index == len(batches) - 1):
                 losses, of_batch = self.forward(
@@ -110,8 +120,7 @@ class TrainStep:
             sums += torch.stack([losses.total, losses.recons, contrast, of_batch.entropy]).detach()
             nan_id = torch.maximum(nan_id, torch.where(of_batch.nan_B, batch.ids_B, -1).max())
             seen.append(of_batch)
-        gradients = self._update(before)
-        return StepResult(*(sums / len(batches)), gradients, nan_id, tuple(seen))
+        return sums, nan_id, seen
 
     def losses(
         self,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.encoder import initialise, sincos_positions
-from ccmim_fast.models.heads import Heads, finish_all_gather, start_all_gather
+from ccmim_fast.models.heads import GlobalBatchNorm, Heads, finish_all_gather, start_all_gather
 from ccmim_fast.models.scores import PriorScores, Score, ScoreSource, eps_of
 from ccmim_fast.models.tokens import (
     embed,
@@ -91,7 +91,14 @@ class CCMIM(nn.Module):
         self.register_buffer("mean_C", torch.tensor(mean), persistent=False)
         self.register_buffer("std_C", torch.tensor(std), persistent=False)
         self.patch, self.grid, self.keep = patch_size_of(encoder), grid_of(encoder), sampling["keep"]
-        self.eps = eps_of(encoder)
+        self.eps, self.alone = eps_of(encoder), False
+
+    def leave_ranks(self) -> None:
+        """Send nothing to other ranks any more, and wait for none: for a step that this rank tries alone."""
+        self.alone = True
+        for module in self.modules():
+            if isinstance(module, GlobalBatchNorm):
+                module.sync = False
 
     @property
     def banked(self) -> bool:
@@ -122,10 +129,10 @@ class CCMIM(nn.Module):
             visible_BE = self.projector(encoded_BTD[:, 0])
             # What the other ranks need is sent as soon as it is known, and travels while the rest is computed.
             if self.negatives == "visible" and self.training:
-                gathering = start_all_gather(visible_BE)
+                gathering = start_all_gather(visible_BE, self.alone)
             masked_BE, masked_BM = self.encode_masked(divided.masked)
             if self.negatives == "masked" and self.training:
-                gathering = start_all_gather(masked_BE)
+                gathering = start_all_gather(masked_BE, self.alone)
             if self.banked:
                 attention_BL = torch.cat([visible_BK, masked_BM], dim=1).gather(1, divided.partition.ids_restore_BL)
         if self.predictor is not None:

@@ -98,8 +98,8 @@ class _Flight:
     gathered_NE: Tensor | None
 
 
-# The own rows, and the collective that takes them to all ranks.
-AsyncAllGather = tuple[Tensor, _Flight]
+# The own rows, and the collective that takes them to all ranks; or rows as of all ranks, and None.
+AsyncAllGather = tuple[Tensor, _Flight | None]
 
 
 class _Start(torch.autograd.Function):
@@ -132,16 +132,22 @@ class _Finish(torch.autograd.Function):
         return grad_BE, None
 
 
-def start_all_gather(own_BE: Tensor) -> AsyncAllGather | None:
-    """Begin to give these rows to all ranks; every rank must call it, with equally many. None: there is one rank."""
+def start_all_gather(own_BE: Tensor, alone: bool = False) -> AsyncAllGather | None:
+    """Begin to give these rows to all ranks; every rank must call it, with equally many. None: there is one rank.
+
+    Args:
+        alone: send nothing, and take copies of the own rows for those of other ranks, which need as much memory.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
-    return _start(own_BE)
+    return (own_BE.repeat(dist.get_world_size(), 1), None) if alone else _start(own_BE)
 
 
 def finish_all_gather(started: AsyncAllGather | None) -> Tensor | None:
     """Return the rows of all ranks [N, E], in rank order; a row's gradient is summed over ranks, where it came from."""
-    return None if started is None else _finish(started)
+    if started is None:
+        return None
+    return started[0] if started[1] is None else _finish(started)
 
 
 # A compiled step is cut here: within one graph, the compiler's schedule would say when a collective begins and ends.

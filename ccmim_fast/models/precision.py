@@ -1,13 +1,14 @@
-"""The arithmetic of a device: its precision, and on a CPU in float32 oneDNN's products where torch takes MKL's."""
+"""The arithmetic of a device: its precision, weights cast to it, and on a CPU oneDNN's products in float32."""
 
 # R rows, A inputs, D outputs
 
 import contextlib
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
@@ -59,6 +60,75 @@ def _auto(device: torch.device) -> str:
         major, _ = torch.cuda.get_device_capability(device)
         return "fp32" if major < 7 else "fp16" if major < 8 else "bf16"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+class CastWeights:
+    """The weights and biases of a module's linear layers, cast as autocast casts them, but once for all their uses.
+
+    A context: the layers have the cast ones within, and their own outside. Gradients reach the layers' own.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype):
+        layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+        # An assignment to the attribute would refuse a tensor that is no parameter.
+        self._own = [(layer._parameters, *item) for layer in layers for item in layer.named_parameters(recurse=False)]
+        with torch.enable_grad():  # a pass without gradients may be the first to use them
+            self._cast = _Cast.apply(dtype, *(weight for *_, weight in self._own))
+
+    def __enter__(self) -> None:
+        for (parameters, name, _), cast in zip(self._own, self._cast):
+            parameters[name] = cast
+
+    def __exit__(self, *_: object) -> None:
+        for parameters, name, weight in self._own:
+            parameters[name] = weight
+
+
+def with_cast_weights(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `compute(module, ...)`, run with the module's cast weights where it has any, see `cast_once`."""
+
+    def run(module: nn.Module, *rest: Any) -> Any:
+        with vars(module).get("cast_weights", contextlib.nullcontext()):
+            return compute(module, *rest)
+
+    return run
+
+
+@contextlib.contextmanager
+def cast_once(modules: Iterable[nn.Module], dtype: torch.dtype | None) -> Iterator[None]:
+    """Keep cast weights of these modules within, for `with_cast_weights`; nothing for None."""
+    modules = [] if dtype is None else list(modules)
+    for module in modules:
+        module.cast_weights = CastWeights(module, dtype)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.cast_weights
+
+
+class _Cast(torch.autograd.Function):
+    """Tensors in another dtype, all by one kernel of a GPU; and so their gradients back."""
+
+    @staticmethod
+    def forward(ctx, dtype, *tensors):
+        ctx.set_materialize_grads(False)
+        ctx.dtype = tensors[0].dtype
+        return tuple(_cast(tensors, dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        cast = iter(_cast([grad for grad in grads if grad is not None], ctx.dtype))
+        return None, *(None if grad is None else next(cast) for grad in grads)
+
+
+def _cast(tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    tensors = list(tensors)
+    cast = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    if cast:
+        torch._foreach_copy_(cast, tensors)
+    return cast
 
 
 # Multiplications of a product below which oneDNN is no faster (it sets up each call): measured from 2^18 to 2^31.

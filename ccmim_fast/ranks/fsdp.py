@@ -3,12 +3,19 @@
 Each block of encoder and decoder is a unit, the rest of the model another. What is gathered stays until the backward
 pass is done with it: a step runs the encoder up to three times (scores, visible, masked) and back, and a copy in half
 precision is 2 bytes of the 16 that a weight has in float32 with gradient and moments, 1.3 GB for ViT-H.
+
+torch divides the first axis and fills it up to a multiple of the ranks: positions [1, 197, 768] would be gathered as
+512 times their size by 512 ranks. So an axis is chosen that the ranks divide, and what is not trained stays whole.
 """
+
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import Shard
 
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.ranks.session import Session
@@ -16,6 +23,8 @@ from ccmim_fast.ranks.session import Session
 
 def shard(model: CCMIM, here: Session, dtype: torch.dtype | None) -> None:
     """Divide the weights of `model`, equal on all ranks, in place; every rank calls it.
+
+    A parameter that is not trained, such as fixed positions, stays whole on each rank and is sent by none.
 
     Args:
         dtype: of the step's products; blocks are gathered in it, half the bytes of float32. Weights, their gradients'
@@ -25,12 +34,27 @@ def shard(model: CCMIM, here: Session, dtype: torch.dtype | None) -> None:
     mesh = init_device_mesh(here.device.type, (here.world_size,))
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    divide = partial(
+        fully_shard,
+        mesh=mesh,
+        reshard_after_forward=False,
+        shard_placement_fn=lambda parameter: Shard(divided_axis(parameter.shape, here.world_size)),
+        ignored_params={parameter for parameter in model.parameters() if not parameter.requires_grad},
+    )
     for block in [*model.encoder.blocks, *model.decoder.blocks]:
         policy = exact if block is model.encoder.blocks[0] else half
-        fully_shard(block, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+        divide(block, mp_policy=policy)
         for method in ("cls_attention", "folded_direction"):
             register_fsdp_forward_method(block, method)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=exact)
+    divide(model, mp_policy=exact)
+    # Before the first block of the last pass torch sees the last block of the pass before, which is done with by then,
+    # and would gather it once more. The whole model is not divided yet.
+    model.encoder.blocks[0].set_modules_to_backward_prefetch([model])
+
+
+def divided_axis(shape: Sequence[int], ranks: int) -> int:
+    """Return the first axis that `ranks` divide evenly, else 0: torch fills up no other."""
+    return next((axis for axis, size in enumerate(shape) if size % ranks == 0), 0)
 
 
 def let_go(model: nn.Module) -> None:

@@ -3,6 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
+from arithmetic import config_of
+from divided import block_shapes, filled, other_shapes
+
+from ccmim_fast.build.model import build_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 
@@ -65,6 +70,27 @@ def test_fsdp_gathers_once_a_step(cluster):
     assert step.backward.communication == pytest.approx(rows + sums)
     assert cluster.weight_bytes(vit, 8, "fsdp") == pytest.approx(7 / 8 * (encoder + 2 * 2 * small + 4 * count))
     assert cluster.weight_bytes(vit, 8, "ddp") == pytest.approx(7 / 8 * 8 * count)
+
+
+@pytest.mark.parametrize("name", ["ViT-B/16", "ViT-H/14"])
+def test_many_ranks_divide_the_weights_with_little_to_fill(cluster, name):
+    vit = cluster.VITS[name]
+    config = config_of(vit, "bank", 2)
+    with torch.device("meta"):
+        model = build_model(config)
+    shapes = vit.depth * block_shapes(vit.width) + 2 * block_shapes(512) + other_shapes(vit, "bank")
+    assert sorted(shapes) == sorted(tuple(p.shape) for p in model.parameters() if p.requires_grad)
+    count = cluster.parameters(vit, "bank", 2)
+    assert filled(shapes, 8) == pytest.approx(count, rel=1e-6)
+    assert count < filled(shapes, 512) < 1.07 * count
+
+
+def test_traffic_of_divided_weights(cluster):
+    """As counted of ViT-B on a null device that believes to be the first of 512."""
+    found = cluster.divided_traffic(cluster.VITS["ViT-B/16"], 4, 512)
+    sizes = {op: sum(t.size for t in found if t.op == op) for op in ("all_gather", "reduce_scatter", "all_reduce")}
+    assert sizes == {"all_gather": 433_354, "reduce_scatter": 399_110_144, "all_reduce": 24_588 + 8}
+    assert sum(t.calls for t in found if t.op == "all_gather") == 16
 
 
 @pytest.mark.parametrize("name", ["volume", "windows", "efficiency"])

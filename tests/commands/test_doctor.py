@@ -14,6 +14,11 @@ from ccmim_fast.doctor.parts import Part, Row, examine, gpus, parts
 
 MODULES = {
     "sound_library": "",
+    # As torch.compile tells an error of another process: the cause, within a message, before advice.
+    "uncompiled_library": """
+class InductorError(Exception): pass
+cause = "Traceback (most recent call last):\\n  File x\\nRuntimeError: Failed to find C compiler"
+raise InductorError(f"An error in a subprocess:\\n\\n{cause}\\n\\nSet TORCHDYNAMO_VERBOSE=1 for the full stack\\n")""",
     "broken_library": "raise ImportError('libfoo.so.7: cannot open\\nshared object file')",
     "crashing_library": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
     "exiting_library": "import os; os._exit(3)",
@@ -38,13 +43,20 @@ def part(module, trial=None):
 
 
 def test_present_missing_and_broken(libraries):
-    asked = [part(name) for name in ("sound_library", "no_such_library", *list(MODULES)[1:4])]
+    asked = [part(name) for name in ("sound_library", "no_such_library", *list(MODULES)[2:5])]
     sound, missing, broken, crashing, exiting = examine(asked)
     assert sound == Row("sound_library", pytest.__version__, "loads", "another", "")
     assert missing == Row("no_such_library", "", "not installed", "another", "pip install it")
-    assert broken[2:] == ("no: shared object file", "another", "pip install it")
+    cause = "no: ImportError: libfoo.so.7: cannot open shared object file"
+    again = "python -m ccmim_fast.doctor.trials imported broken_library"
+    assert broken[2:] == (cause, "another", "pip install it", again)
     assert crashing.works == "no: ended by SIGSEGV"
     assert exiting.works == "no: exit code 3"
+
+
+def test_the_cause_of_a_failed_compilation(libraries):
+    (row,) = examine([part("uncompiled_library")])
+    assert row.works == "no: RuntimeError: Failed to find C compiler"
 
 
 def test_what_works_needs_nothing_else():
@@ -136,7 +148,11 @@ def test_a_gpu_is_tried(tmp_path, monkeypatch, capability, works, install):
 
 
 def test_the_table(monkeypatch, capsys):
-    rows = [Row("one", "1.0", "yes"), Row("two", "", "not installed", "three [x]", "pip install 'two[cuda13]'")]
+    rows = [
+        Row("one", "1.0", "yes"),
+        Row("four", "", "no: 4", again="python -m four"),
+        Row("two", "", "not installed", "three [x]", "pip install 'two[cuda13]'"),
+    ]
     monkeypatch.setattr(module, "examine", lambda asked: rows)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
@@ -146,6 +162,8 @@ def test_the_table(monkeypatch, capsys):
     assert "three [x]" in out
     assert "\nfor two: pip install 'two[cuda13]'\n" in out
     assert "for one" not in out
+    assert "\nall that four says: python -m four\n" in out
+    assert "says" not in out.replace("all that four says", "")
 
 
 def test_it_takes_no_options(capsys):

@@ -183,6 +183,8 @@ def test_architectures():
         (4, {"batch_size": 8, "accumulate": 2}, 0),
         (4, {"batch_size": 12, "accumulate": 2}, 16),
         (4, {"batch_size": 1}, 4),
+        (2, {"batch_size": 2, "loss": "align"}, 4),
+        (2, {"batch_size": 4, "loss": "align"}, 0),
         (3, {"batch_size": 1024}, 1023),
         (1, {"batch_size": 4, "accumulate": 4}, 8),
         (1, {"batch_size": 4, "accumulate": 4, "loss": "none", "source": "all"}, 0),

@@ -2,55 +2,20 @@
 
 import pytest
 import torch
-from tiny import images, tiny_config
+from few_steps import batches, config_for, here, trained
 from torch._dynamo.utils import counters
 
-from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine import compile as compiled
 from ccmim_fast.engine.build import build_step, check_device, prepare_step
 from ccmim_fast.engine.compile import choose_compile, compile_step, warm_up
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.block import CUDA_ONLY
-from ccmim_fast.ranks.session import Session
 
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo():
     torch._dynamo.reset()
     counters.clear()
-
-
-def config_for(score=(), contrast=(), model=(), decoder=(), **train):
-    return tiny_config(
-        score=dict(score),
-        contrast=dict(contrast),
-        model=dict(model),
-        decoder=dict(decoder),
-        optim={"clip_grad": 1.0, "ema_decay": 0.9},
-        train={"batch_size": 4, "precision": "fp32", **train},
-    )
-
-
-def here(device):
-    return Session(0, 1, device)
-
-
-def batches(count, device):
-    torch.manual_seed(1)
-    ids, epochs = torch.arange(4, device=device), torch.zeros(4, dtype=torch.int64, device=device)
-    whole = torch.tensor([0, 0, 1, 1], dtype=torch.float64, device=device).expand(4, 4)
-    return [Batch(images(4).to(device), ids + 4 * i, epochs + i // 2, boxes_B4=whole) for i in range(count)]
-
-
-def trained(step, call=None, steps=4):
-    """Results of some steps in two epochs, and the weights after them. Each step's maps are the next one's."""
-    results, cells = [], step.config.score.grid
-    maps = torch.zeros(4, cells, cells, dtype=torch.float16, device=step.device)
-    for batch in batches(steps, step.device):
-        result = (call or step)([batch._replace(maps_BGG=maps) if step.model.banked else batch], lr=1e-3)
-        maps = result.seen[0].maps_BGG.clone() if step.model.banked else maps
-        results.append([*(float(x) for x in result[:4]), float(result.gradients.norm), float(maps.double().sum())])
-    return torch.tensor(results), {k: v.clone() for k, v in step.model.state_dict().items()}
 
 
 # Of inductor's code, which takes a minute to make, one of each: a loop over blocks and a whole step with a bank.

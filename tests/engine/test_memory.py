@@ -13,7 +13,7 @@ from tiny import TINY, tiny_config
 from ccmim_fast.engine.memory import extrapolated, largest, with_largest_batch
 from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.engine.step import TrainStep
-from ccmim_fast.errors import MachineError
+from ccmim_fast.errors import ConfigError, MachineError
 from ccmim_fast.ranks.session import Session
 from ccmim_fast.runs.state import read_state
 
@@ -201,6 +201,13 @@ def test_accumulates_as_little_as_fits(most, accumulate, capsys):
 def test_no_micro_batch_fits():
     with pytest.raises(MachineError, match=r"2 images do not fit cpu; try train\.recompute=true"):
         with_largest_batch(TINY, CPU, lambda batch: False)
+
+
+def test_images_that_cannot_be_divided_into_what_fits():
+    """One image each would be left, of which the heads' BatchNorm has no statistics."""
+    config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, batch_size=3))
+    with pytest.raises(ConfigError, match=r"train\.batch_size=3: must be 2 images per micro-batch at least"):
+        with_largest_batch(config, CPU, lambda batch: batch <= 2)
 
 
 @pytest.mark.gpu

@@ -26,8 +26,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "stochastic depth": ("--model.drop_path=0.1",),
     "one channel": ("--data.channels=1", "--data.mean=[0.5]", "--data.std=[0.2]"),
     "pixels as they are": ("--target.norm_pix=false",),
-    "LARS": ("--optim.name=lars",),
-    **{f"attention {name}": (f"--train.attention={name}",) for name in ("plain", "sdpa", "efficient")},
+    **{f"attention {name}": (f"--train.attention={name}",) for name in ("plain", "sdpa", "efficient", "flash")},
 }
 
 

@@ -55,7 +55,7 @@ def build() -> Path:
         if shutil.which(tool) is None:
             raise BuildError(f"no {tool} on PATH")
     torch = _package("torch")
-    headers = _headers(torch)
+    includes = headers(torch)
     digest = hashlib.sha256((torch / "version.py").read_bytes())
     for source in (Path(__file__), *SOURCES, *filter(Path.is_file, (HERE / "device").rglob("*"))):
         digest.update(source.read_bytes())
@@ -64,9 +64,27 @@ def build() -> Path:
         folder.mkdir(mode=0o700, exist_ok=True)
         # Several test processes may build at once: each in a folder of its own, and the last one's library stays.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            _compile(Path(scratch), torch, headers)
+            _compile(Path(scratch), torch, includes)
             os.replace(Path(scratch) / LIBRARY, folder / LIBRARY)
     return folder
+
+
+def headers(torch: Path) -> list[Path]:
+    """Return the folders of the headers of torch's own CUDA, by torch's folder; another CUDA's may stand beside them.
+
+    Raises:
+        BuildError: there are none.
+    """
+    version = re.search(r"^cuda\b.*= '(\d+)", (torch / "version.py").read_text(), re.MULTILINE)
+    if version is None:
+        raise BuildError("torch was built without CUDA")
+    nvidia, major = torch.parent / "nvidia", int(version[1])
+    found = [nvidia / "nccl" / "include"]
+    found += [nvidia / name / "include" for name in ([f"cu{major}"] if major >= 13 else ["cuda_runtime", "cublas"])]
+    for name in ("cuda.h", "cuda_runtime_api.h", "cublas_v2.h", "cublasLt.h", "nccl.h"):
+        if not any((folder / name).exists() for folder in found):
+            raise BuildError(f"no {name} of CUDA {major} in the wheels beside torch")
+    return found
 
 
 def run(
@@ -135,20 +153,6 @@ def _package(name: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise BuildError(f"{name} is not installed")
     return Path(spec.submodule_search_locations[0])
-
-
-def _headers(torch: Path) -> list[Path]:
-    """Return the folders of the headers of torch's own CUDA; another CUDA's may stand beside them."""
-    version = re.search(r"^cuda\b.*= '(\d+)", (torch / "version.py").read_text(), re.MULTILINE)
-    if version is None:
-        raise BuildError("torch was built without CUDA")
-    nvidia, major = torch.parent / "nvidia", int(version[1])
-    found = [nvidia / "nccl" / "include"]
-    found += [nvidia / name / "include" for name in ([f"cu{major}"] if major >= 13 else ["cuda_runtime", "cublas"])]
-    for name in ("cuda.h", "cuda_runtime_api.h", "cublas_v2.h", "cublasLt.h", "nccl.h"):
-        if not any((folder / name).exists() for folder in found):
-            raise BuildError(f"no {name} of CUDA {major} in the wheels beside torch")
-    return found
 
 
 def _compile(folder: Path, torch: Path, headers: list[Path]) -> None:

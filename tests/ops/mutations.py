@@ -4,8 +4,8 @@
 
 A fault is a mark of the test that catches it: `pytest.mark.fault(what, old, new)`, where the text `old` of the op's
 file in `triton_impl/` becomes `new`; `file=` names another file of the package. The package and its tests are copied to
-a temporary folder first; the checkout is not touched. Exit status 1 if a fault survives, or if its text is no longer in
-the file exactly once.
+a temporary folder first; the checkout is not touched. Tests marked slow catch faults too. Exit status 1 if a fault
+survives, or if its text is no longer in the file exactly once.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class Fault(NamedTuple):
         path = copy / self.file
         sound = path.read_text()
         path.write_text(sound.replace(self.old, self.new))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", self.test]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", self.test]
         paths = {"PYTHONPATH": f"{copy}{os.pathsep}{copy / 'kernels'}", "PYTHONDONTWRITEBYTECODE": "1"}
         done = subprocess.run(command, cwd=copy, env={**os.environ, **paths}, capture_output=True, check=False)
         path.write_text(sound)

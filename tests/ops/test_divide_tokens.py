@@ -107,6 +107,12 @@ def given(shape, dtype, device):
     "x = tl.where(inside[None, :], x - mean_new[:, None], 0.0)",
     "x = x - mean_new[:, None]",
 )
+@pytest.mark.fault(
+    "scores read without a barrier",
+    "tl.store(logits_ptr + row, logits, mask=row < L)\n    tl.debug_barrier()",
+    "tl.store(logits_ptr + row, logits, mask=row < L)",
+)
+@pytest.mark.fault("places read without a barrier", "is read below.\n    tl.debug_barrier()\n", "is read below.\n")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernel_scores_like_gold(shape, dtype, device):

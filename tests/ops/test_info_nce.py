@@ -174,6 +174,16 @@ def normal(*shape, device):
     return F.normalize(torch.randn(*shape, device=device), dim=-1)
 
 
+@pytest.mark.fault(
+    "similarities read beyond the last row",
+    "tl.load(positive_ptr + image, mask=row < R, other=0.0)",
+    "tl.load(positive_ptr + image)",
+)
+@pytest.mark.fault(
+    "a column of the padding left unwritten",
+    "tl.store(out_ptr + place, total, mask=(a_row < A)[:, None] & (column < E)[None, :])",
+    "tl.store(out_ptr + place, total, mask=(a_row < A)[:, None] & (column < E - 1)[None, :])",
+)
 @pytest.mark.parametrize("with_teacher", [True, False])
 def test_each_images_gradient_by_its_own_weight(with_teacher, device):
     """The mean gives every image the same weight, the operator takes any."""

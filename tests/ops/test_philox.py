@@ -66,7 +66,16 @@ def test_gumbel_moments():
 
 
 @triton.jit(do_not_specialize=["seed", "stream", "epoch"])
-def noise_kernel(words_ptr, gumbel_ptr, uniform_ptr, ids_ptr, seed, stream, epoch, L: tl.constexpr):
+def noise_kernel(
+    words_ptr,  # [4, L] int64, out
+    gumbel_ptr,  # [L] fp32, out
+    uniform_ptr,  # [L] fp32, out
+    ids_ptr,  # [1] int64
+    seed,
+    stream,
+    epoch,
+    L: tl.constexpr,
+):
     patch = tl.arange(0, L)
     sample = tl.load(ids_ptr)
     words = draw_bits(seed, stream, epoch, sample, patch)

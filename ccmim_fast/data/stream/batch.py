@@ -36,7 +36,23 @@ def make_batch(images_BHWC: Tensor, samples: MicroBatch, source: Source, device:
     boxes_B4 = samples.boxes_B4 / np.tile(source.sizes_N2[ids_B].astype(np.float64), 2)
     boxes_B4[samples.flips_B, 1] += boxes_B4[samples.flips_B, 3]
     boxes_B4[samples.flips_B, 3] *= -1
-    columns = [ids_B, samples.epochs_B] + ([] if source.labels_N is None else [source.labels_N[ids_B]])
+    labels_B = None if source.labels_N is None else source.labels_N[ids_B]
+    return on_device(images_BHWC, ids_B, samples.epochs_B, labels_B, boxes_B4, device)
+
+
+def on_device(
+    images_BHWC: Tensor,
+    ids_B: np.ndarray,
+    epochs_B: np.ndarray,
+    labels_B: np.ndarray | None,
+    boxes_B4: np.ndarray,
+    device: torch.device,
+) -> Batch:
+    """Make a batch of images that are on the device and of what belongs to them, which is copied there.
+
+    Every batch that a compiled step takes is made here: one with other strides would compile another step.
+    """
+    columns = [ids_B, epochs_B] + ([] if labels_B is None else [labels_B])
     ids, epochs, *labels = to_device(np.stack(columns).astype(np.int64), device).unbind()
     return Batch(images_BHWC, ids, epochs, labels[0] if labels else None, to_device(boxes_B4, device), ids_B)
 

@@ -26,7 +26,7 @@ API size_t null_pinned(void) { return pinned; }
 API void null_reset_peak(void) { peak = used; }
 
 static void *map(size_t bytes, enum owner owner) {
-  bytes = (bytes + PAGE) & ~(PAGE - 1);
+  bytes = bytes ? (bytes + PAGE - 1) & ~(PAGE - 1) : PAGE;
   void *at = NULL;
   pthread_mutex_lock(&lock);
   if (owner != DEVICE || used + bytes <= total_memory()) {
@@ -84,6 +84,8 @@ API cudaError_t cudaFreeAsync(void *at, cudaStream_t stream) {
   return cudaSuccess;
 }
 API cudaError_t cudaHostAlloc(void **at, size_t bytes, unsigned flags) {
+  cudaError_t error = forbidden_in_capture("cudaHostAlloc");
+  if (error) return error;
   *at = map(bytes, PINNED);
   count("memory", "pinned", bytes);
   return *at ? cudaSuccess : refuse(cudaErrorMemoryAllocation, "cudaHostAlloc");

@@ -16,7 +16,7 @@ static const char *type_name(cudaDataType type, cublasComputeType_t compute) {
   if (type == CUDA_R_64F) return "fp64";
   if (type != CUDA_R_32F) return "other";
   int tf32 = compute == CUBLAS_COMPUTE_32F_FAST_TF32 || (compute == CUBLAS_COMPUTE_32F && math == CUBLAS_TF32_TENSOR_OP_MATH);
-  return tf32 ? "tf32" : "fp32";
+  return tf32 && capability() >= 80 ? "tf32" : "fp32";
 }
 static cublasStatus_t product(const char *function, cudaDataType type, cublasComputeType_t compute, long m, long n, long k,
                               long batch) {
