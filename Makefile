@@ -4,6 +4,8 @@
 # make test-all    those, and then the slow ones (make test-slow)
 # make test-gpu    the tests marked `gpu`, with $(PYTHON) and its own torch: nothing is installed
 # make sanitize-gpu  memcheck and racecheck of the small kernel tests (compute-sanitizer is part of the CUDA toolkit)
+# make verify-gpu  the GPU path on this machine's GPU, with $(PYTHON) and what it has: 25 minutes a call, goes on where it
+#                  was, writes one report (docs/verify.md)
 # make bench       sets up, installs the peers, and writes benchmarks/results/: throughput, ladder, attention, bank, scaling, data, ops; CPU, 40 minutes
 # make bench-gpu   the same on the GPU, with $(PYTHON) and what it has; BENCH=ops ARGS="--op info_nce": one of them
 # make docs        builds the pages of docs/ into site/, strictly
@@ -28,7 +30,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 AT_HAND := PYTHONPATH=.:kernels $(PYTHON)
 
-.PHONY: demo test test-slow test-all test-gpu sanitize-gpu bench bench-gpu docs lint format clean
+.PHONY: demo test test-slow test-all test-gpu verify-gpu sanitize-gpu bench bench-gpu docs lint format clean
 
 demo: $(STAMP)
 	$(BIN)/ccmim demo --overwrite
@@ -52,6 +54,9 @@ sanitize-gpu:
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=.:kernels compute-sanitizer --tool $$tool --error-exitcode 9 \
 		$(PYTHON) -m pytest tests/ops -x -m "not slow" -k $(SMALL) || exit 1; \
 	done
+
+verify-gpu:
+	$(AT_HAND) -m ccmim_fast.cli bench verify $(ARGS)
 
 # Every line is to take less than nine minutes on two cores: steps of 6 to 14 seconds in fp32, 3 to 8 in bf16.
 LONG := mae-8 ccmim-first ccmim-bank ccmim-all transformers lightly naive

@@ -1,6 +1,7 @@
 """Our loaders beside torchvision's: images per second from files and from tars, and what our own Python costs.
 
     ccmim bench data [--root FOLDER] [--images 480] [--batch 64] [--image-size 224] [--threads 2] [--rounds 5]
+                   [--device cpu]
 
 Without `--root`, photographs of 500 x 375 pixels are cut from scikit-image's and written as JPEG. Loaders take turns,
 each round in a process of its own that may use `--threads` cores; ratios are taken round by round. What is read lies in
@@ -30,6 +31,7 @@ from ccmim_fast.data.build import build_loader
 from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.data.made.photos import photo_path
 from ccmim_fast.data.shard import write_shards
+from ccmim_fast.profile.meter import synchronise
 
 PEER = "torchvision"
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
@@ -58,6 +60,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     made.add_argument("--image-size", type=int, default=224, help="pixels a side of the crops")
     made.add_argument("--threads", type=int, default=2, help="cores of each process, and workers of each loader")
     made.add_argument("--rounds", type=int, default=5)
+    made.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="of the batches; cuda: DALI decodes there"
+    )
     made.add_argument("--out", type=Path, help="path of the results, without a suffix")
     made.add_argument("--one", help=argparse.SUPPRESS)
     made.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -95,7 +100,7 @@ def our_loader(kind: str, folder: str, options: argparse.Namespace):
     side = options.image_size
     data = DataConfig(loader=kind, image_size=(side, side), workers=options.threads, max_bad=1.0)
     source = open_images(str(options.work / folder), path=index_of(options.work, folder))
-    return build_loader(source, data, 0, options.batch)
+    return build_loader(source, data, 0, options.batch, device=options.device)
 
 
 def index_of(work: Path, folder: str) -> str:
@@ -114,7 +119,8 @@ def torchvision_batches(options: argparse.Namespace) -> Iterator:
         images, options.batch, shuffle=True, drop_last=True, num_workers=options.threads, persistent_workers=True
     )
     while True:
-        yield from loader
+        for images_BCHW, _ in loader:
+            yield images_BCHW.to(options.device)
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
@@ -125,9 +131,11 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     steps = max(1, options.images // options.batch)
     for _ in itertools.islice(stream, 3):
         pass
+    synchronise(torch.device(options.device))
     start, cpu = time.perf_counter(), time.process_time()
     for _ in itertools.islice(stream, steps):
         pass
+    synchronise(torch.device(options.device))
     elapsed, used = time.perf_counter() - start, time.process_time() - cpu
     images = steps * options.batch
     return {"images_per_second": images / elapsed, "cpu_ms": 1e3 * used / images}
@@ -136,7 +144,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
 def in_a_process(name: str, options: argparse.Namespace) -> dict[str, float]:
     root = Path(__file__).resolve().parents[1]
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
-    kept = ["batch", "image_size", "images", "threads"]
+    kept = ["batch", "device", "image_size", "images", "threads"]
     command = [sys.executable, __file__, "--one", name, "--work", str(options.work)]
     command += [f"--{key.replace('_', '-')}={getattr(options, key)}" for key in kept]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
@@ -247,7 +255,7 @@ def main(arguments: list[str]) -> int:
         options.work = Path(work)
         prepare(options)
         rows = run(options)
-    options.device, options.precision = "cpu", "uint8"
+    options.precision = "uint8"
     found = summary(rows)
     result = {"environment": pages.environment("data", arguments, options), "rows": rows, "summary": found}
     images = "an ImageFolder tree" if options.root else f"{SIZE[0]} x {SIZE[1]} photographs, JPEG quality {QUALITY}"

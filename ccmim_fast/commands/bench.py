@@ -16,6 +16,7 @@ SCRIPTS = {
     "bank": ("bank.py", "what the score bank costs a step"),
     "soak": ("soak.py", "runs that are killed and disturbed, and go on"),
     "scaling": ("scaling.py", "what ranks send each other"),
+    "verify": ("verify/run.py", "everything of the GPU path on this GPU, in one report"),
     "ops": ("ops/bench.py", "the ops of ccmim_kernels, beside their floors"),
 }
 

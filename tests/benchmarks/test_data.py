@@ -9,7 +9,7 @@ import pytest
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
     options = argparse.Namespace(work=tmp_path_factory.mktemp("work"), root=None, images=12, batch=4, image_size=32)
-    options.threads = 1
+    options.threads, options.device = 1, "cpu"
     data.prepare(options)
     return options
 
@@ -19,7 +19,7 @@ def test_every_contender_gives_batches(options, name):
     stream = data.batches(name, options)
     for _ in range(4):
         batch = next(stream)
-        images = batch[0] if name in (data.PEER, data.READING, data.PYTHON) else batch.images_BHWC
+        images = batch if name == data.PEER else batch[0] if name in (data.READING, data.PYTHON) else batch.images_BHWC
         assert len(images) == 4
     stream.close()
 
