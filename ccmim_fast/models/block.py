@@ -83,7 +83,7 @@ def _has_kernel(name: str, x_BTNH: Tensor) -> bool:
         try:
             attention(x_BTNH, x_BTNH, x_BTNH, backend=name).sum().backward()
             return True
-        except (ImportError, NotImplementedError, RuntimeError, ValueError):
+        except Exception:  # the library's own: KeyError for float64
             return False
     x_BNTH = x_BTNH.transpose(1, 2)
     can_use = getattr(torch.backends.cuda, f"can_use_{name}_attention")
