@@ -156,7 +156,7 @@ def test_other_errors_are_what_they_were(tmp_path, monkeypatch):
 @pytest.mark.gpu
 def test_on_a_gpu_of_little_memory(tmp_path, monkeypatch):
     """What is named fits."""
-    device, limit = torch.device("cuda"), 2**31
+    device, limit = torch.device("cuda", 0), 2**31  # a limit of memory wants the number of its device
     total = torch.cuda.get_device_properties(device).total_memory
     config = config_for(tmp_path, device="cuda", batch_size=2**13)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, samples=2**13))
@@ -212,7 +212,7 @@ def test_images_that_cannot_be_divided_into_what_fits():
 
 @pytest.mark.gpu
 def test_search_on_a_gpu_of_little_memory():
-    device = torch.device("cuda")
+    device = torch.device("cuda", 0)
     config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, batch_size=2**14, compile="off"))
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(2**30 / total, device)
