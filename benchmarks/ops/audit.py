@@ -100,14 +100,14 @@ def launch_of(row: dict[str, Any]) -> Launch:
     types = (x if t else type_of(kernel, i, x) for i, (x, t) in enumerate(zip(row["arguments"], tensors)))
     numbers = (None if t else x for x, t in zip(row["arguments"], tensors))
     constants = tuple(sorted(row["constants"].items()))
-    options = (row["warps"], row["fp_fusion"], row["programs"])
+    options = (row["warps"], row["fp_fusion"], row["registers"], row["programs"])
     return Launch(kernel, tuple(types), constants, *options, tuple(numbers))
 
 
 def audit(row: dict[str, Any], architecture: int, dump: Path | None = None) -> Audited:
     """Compile a launch for an architecture (80: sm_80), and follow its warps."""
     launch = launch_of(row)
-    options = compiler_options(launch.warps, launch.fp_fusion)
+    options = compiler_options(launch.warps, launch.fp_fusion, launch.registers)
     built = triton.compile(source_of(launch), target=GPUTarget("cuda", architecture, 32), options=options)
     if dump:
         (dump / f"{row['kernel']}.sm_{architecture}.cubin").write_bytes(built.asm["cubin"])

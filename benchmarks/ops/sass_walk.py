@@ -5,8 +5,8 @@ program number, thread number, the numbers the kernel was given, and what the co
 was loaded, floating-point numbers) is unknown, and so is what is made of it. Loops of our kernels depend on known
 numbers; a loop that does not is an error, no guess. Two rules hold where a forward jump depends on data:
 
-    - around a call: taken (a call is the slow path of a division or a square root, for subnormal numbers);
-    - otherwise: not taken, so that both sides of a divergent warp are counted.
+    - around a few instructions with a call: taken (the slow path of a division or a root, for subnormal numbers);
+    - otherwise: not taken, so that both sides of a divergent warp are counted. Around a loop it is an error.
 """
 
 import itertools
@@ -34,6 +34,7 @@ _COMPARE = {
 }
 _TIES = {"AND": operator.and_, "OR": operator.or_, "XOR": operator.xor}
 _PREDICATE = re.compile(r"!?U?P(\d|T)$")
+_SLOW_PATH = 16  # instructions around a call, seen in compiled kernels: at most 10
 _LONGEST = 2_000_000  # instructions; more is a loop that the walk does not leave
 
 
@@ -206,6 +207,10 @@ def _smaller(w: Warp, x: Instruction, a: int, b: int, least: bool) -> int:
     return (min if least else max)(a, b, key=key)
 
 
+def _smaller_sum(w: Warp, x: Instruction, a: int, b: int, c: int, least: bool) -> int:
+    return _smaller(w, x, a + b & _MASK, c, least)
+
+
 def _to_float(w: Warp, x: Instruction, a: int) -> int | None:
     if "F64" in x.name:
         return None
@@ -228,6 +233,7 @@ _COMPUTED: dict[str, Callable[..., int | None]] = {
     **dict.fromkeys(("PRMT", "UPRMT"), _permute),
     **dict.fromkeys(("SGXT", "USGXT"), _extend),
     **dict.fromkeys(("IMNMX", "VIMNMX", "UIMNMX"), _smaller),
+    "VIADDMNMX": _smaller_sum,
     **dict.fromkeys(("MOV", "UMOV", "R2UR", "S2R", "S2UR"), lambda w, x, a, *_: a),
     **dict.fromkeys(("SEL", "USEL"), lambda w, x, a, b, which: a if which else b),
     "IABS": lambda w, x, a: abs(signed(a)),
@@ -275,11 +281,22 @@ def _clear(w: Warp, x: Instruction) -> bool:
     return True
 
 
-def _multiply_wide(w: Warp, x: Instruction, target: str, sources: list[str]) -> bool:
-    a, b = (w.read(source) for source in sources[:2])
-    if None in (a, b) or sources[2] not in ("RZ", "URZ"):
+def _half_constant(w: Warp, x: Instruction) -> bool:
+    """Treat HFMA2 of zeros, a constant in two halves: HFMA2.MMA R3, -RZ, RZ, 1.875, 0 is 1.0 in float32."""
+    target, a, b, *halves = x.operands
+    if (a, b) != ("-RZ", "RZ"):
         return False
-    product = a * b if ".U32" in x.name else signed(a) * signed(b)
+    high, low = (int.from_bytes(struct.pack("<e", float(half)), "little") for half in halves)
+    w.write(target, high << 16 | low)
+    return True
+
+
+def _multiply_wide(w: Warp, x: Instruction, target: str, sources: list[str]) -> bool:
+    a, b, low = (w.read(source) for source in sources)
+    high = w.read_next(sources[2])
+    if None in (a, b, low, high):
+        return False
+    product = (a * b if ".U32" in x.name else signed(a) * signed(b)) + (high << 32 | low)
     w.write_words(target, [product, product >> 32])
     return True
 
@@ -306,6 +323,7 @@ _PERFORMED: dict[str, Callable[[Warp, Instruction], bool]] = {
     **dict.fromkeys(("PLOP3", "UPLOP3"), _combine),
     **dict.fromkeys(("LDC", "ULDC"), _load_argument),
     "CS2R": _clear,
+    "HFMA2": _half_constant,
 }
 
 
@@ -354,4 +372,7 @@ def _guess(code: list[Instruction], at: int, place: dict[int, int]) -> bool:
         return False
     if to <= at:
         raise RuntimeError(f"the loop at {x.target:#x} depends on data, or on what the walk cannot compute: {x}")
-    return any(y.kind == "CALL" for y in code[at + 1 : to])
+    skipped = code[at + 1 : to]
+    if any(y.kind == "BRA" and y.target <= y.address for y in skipped):
+        raise RuntimeError(f"whether the loop behind {x.address:#x} is run depends on what the walk cannot compute")
+    return len(skipped) <= _SLOW_PATH and any(y.kind == "CALL" for y in skipped)

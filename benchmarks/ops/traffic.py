@@ -97,6 +97,7 @@ def measure(op: str, batch: int) -> list[dict[str, Any]]:
             "constants": dict(launch.constants),
             "warps": launch.warps,
             "fp_fusion": launch.fp_fusion,
+            "registers": launch.registers,
             "programs": launch.programs,
         }
         rows.append(row | {"moved": round(moved), "distinct": round(distinct)})

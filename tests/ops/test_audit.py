@@ -70,6 +70,12 @@ def test_a_loop_that_depends_on_data_is_no_guess():
         counts(text, (None, 4))
 
 
+def test_a_loop_that_data_skips_is_no_guess():
+    text = NESTED.replace("MOV R4, RZ", "@P5 BRA 0xe0")
+    with pytest.raises(RuntimeError, match="whether the loop behind 0x30 is run depends"):
+        counts(text, (None, 4))
+
+
 @pytest.mark.parametrize(("number", "divisor"), [(7, 3), (1000, 37), (37887, 37), (5, 5), (4, 5)])
 def test_integer_division_is_followed(number, divisor):
     """Of `divisor`, as compiled: a reciprocal in float32, and a correction."""
@@ -82,7 +88,7 @@ def test_integer_division_is_followed(number, divisor):
         /*0050*/ F2I.FTZ.U32.TRUNC.NTZ R3, R2 ;
         /*0060*/ IMAD.MOV R5, RZ, RZ, -R3 ;
         /*0070*/ IMAD R5, R5, R7, RZ ;
-        /*0080*/ MOV R2, RZ ;
+        /*0080*/ HFMA2.MMA R2, -RZ, RZ, 0, 0 ;
         /*0090*/ IMAD.HI.U32 R3, R3, R5, R2 ;
         /*00a0*/ IMAD.HI.U32 R3, R3, R0, RZ ;
         /*00b0*/ IMAD.MOV R5, RZ, RZ, -R3 ;

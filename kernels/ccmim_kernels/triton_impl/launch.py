@@ -40,7 +40,7 @@ class Launch:
         arguments: per run-time argument its Triton type; integers that are specialised on carry ":16" where they are a
             multiple of 16 (Triton then vectorises), ":1" where they are 1 (a constant).
         constants: the `tl.constexpr` arguments.
-        warps, fp_fusion: compiler options.
+        warps, fp_fusion, registers: compiler options, see `launch`.
         programs: size of the grid.
         numbers: the run-time arguments, None for a tensor.
     """
@@ -50,6 +50,7 @@ class Launch:
     constants: tuple[tuple[str, Any], ...]
     warps: int
     fp_fusion: bool
+    registers: int
     programs: int = field(compare=False)
     numbers: tuple[int | float | None, ...] = field(compare=False)
 
@@ -102,7 +103,8 @@ def launch(
         types = tuple(type_of(kernel, index, value) for index, value in enumerate(arguments))
         numbers = tuple(None if isinstance(value, Tensor) else value for value in arguments)
         launches, run = _recorders[-1]
-        launches.append(Launch(kernel, types, tuple(sorted(constants.items())), warps, fp_fusion, programs, numbers))
+        options = (tuple(sorted(constants.items())), warps, fp_fusion, registers)
+        launches.append(Launch(kernel, types, *options, programs, numbers))
         if not run:
             return
     devices = {str(x.device) for x in arguments if isinstance(x, Tensor)}
