@@ -77,6 +77,7 @@ class Warp:
         self.special = {"SR_TID.X": thread, "SR_CTAID.X": program, "SRZ": 0}
         self.special |= dict.fromkeys(("SR_TID.Y", "SR_TID.Z", "SR_CTAID.Y", "SR_CTAID.Z", "SR_CgaCtaId"), 0)
         self.values: dict[str, Value] = {}
+        self.unknown: dict[str, tuple[Instruction, str]] = {}  # by register: what made it so, and from what
 
     def read(self, operand: str) -> Value:
         """Return an operand as an unsigned 32-bit number, or a predicate."""
@@ -115,11 +116,21 @@ class Warp:
 
     def forget(self, x: Instruction) -> None:
         """Mark all that an instruction writes as unknown."""
-        predicates, target, _ = _parted(x)
+        predicates, target, sources = _parted(x)
+        source = next((o for o in (x.predicate, *sources) if o and self.read(o) is None), "")
+        self.unknown |= dict.fromkeys((*predicates, *filter(None, [target])), (x, source.strip("!-~|")))
         for predicate in predicates:
             self.write(predicate, None)
         if target:
             self.write_words(target, [None] * _written(x))
+
+    def explain(self, operand: str) -> str:
+        """Say what an unknown operand was made of, back to what could not be computed."""
+        steps = []
+        while operand in self.unknown and len(steps) < 12:
+            x, operand = self.unknown[operand]
+            steps.append(f"{x.address:#x} {x.name} {', '.join(x.operands)}")
+        return " <- ".join(steps)
 
     def write_words(self, target: str, words: Sequence[Value]) -> None:
         """Write registers side by side, the first of them `target`."""
@@ -153,8 +164,8 @@ def _written(x: Instruction) -> int:
     return 2 if pairs or any(mark in x.name for mark in wide) else 1
 
 
-def _add(w: Warp, x: Instruction, a: int, b: int, c: int = 0) -> int:
-    return a + b + c
+def _add(w: Warp, x: Instruction, *terms: int) -> int:
+    return sum(terms)  # with .X the last are carries
 
 
 def _shift(w: Warp, x: Instruction, low: int, count: int, high: int) -> int | None:
@@ -171,13 +182,13 @@ def _lea(w: Warp, x: Instruction, a: int, b: int, c: int, d: int | None = None) 
     return (a << c) + b if ".HI" not in x.name else ((c << 32 | a) >> 32 - d) + b
 
 
-def _multiply(w: Warp, x: Instruction, a: int, b: int, c: int) -> int | None:
+def _multiply(w: Warp, x: Instruction, a: int, b: int, c: int, carry: int = 0) -> int | None:
     if ".HI" in x.name:
         # The third operand is a pair of registers.
         high = w.read_next(x.operands[-1])
         product = a * b if ".U32" in x.name else signed(a) * signed(b)
         return None if high is None else product + (high << 32 | c) >> 32
-    return a * b + c
+    return a * b + c + carry
 
 
 def _logic(w: Warp, x: Instruction, a: int, b: int, c: int, table: int, _=None) -> int:
@@ -246,12 +257,14 @@ _COMPUTED: dict[str, Callable[..., int | None]] = {
 def _compare(w: Warp, x: Instruction) -> bool:
     first, second, a, b, tie = x.operands[:5]
     parts = x.name.split(".")
-    a, b, tie = w.read(a), w.read(b), w.read(tie)
-    if None in (a, b, tie) or "EX" in parts:
+    a, b, tie, low = w.read(a), w.read(b), w.read(tie), w.read(x.operands[-1])
+    if None in (a, b, tie, low):
         return False
     a, b = (a, b) if "U32" in parts else (signed(a), signed(b))
     combine = next(_TIES[part] for part in parts if part in _TIES)
-    holds = next(_COMPARE[part] for part in parts if part in _COMPARE)(a, b)
+    compare = next(_COMPARE[part] for part in parts if part in _COMPARE)
+    # EX: of the high words, after the low words were compared.
+    holds = low if "EX" in parts and a == b else compare(a, b)
     w.write(first, combine(holds, tie))
     w.write(second, combine(not holds, tie))
     return True
@@ -291,6 +304,25 @@ def _half_constant(w: Warp, x: Instruction) -> bool:
     return True
 
 
+def _pack_predicates(w: Warp, x: Instruction) -> bool:
+    target, _, _, mask = x.operands
+    wanted = [index for index in range(7) if int(mask, 16) >> index & 1]
+    values = [w.read(f"P{index}") for index in wanted]
+    if None in values:
+        return False
+    w.write(target, sum(1 << index for index, value in zip(wanted, values) if value))
+    return True
+
+
+def _unpack_predicates(w: Warp, x: Instruction) -> bool:
+    _, source, mask = x.operands
+    value = w.read(source)
+    for index in range(7):
+        if int(mask, 16) >> index & 1:
+            w.write(f"P{index}", None if value is None else bool(value >> index & 1))
+    return True
+
+
 def _multiply_wide(w: Warp, x: Instruction, target: str, sources: list[str]) -> bool:
     a, b, low = (w.read(source) for source in sources)
     high = w.read_next(sources[2])
@@ -303,7 +335,7 @@ def _multiply_wide(w: Warp, x: Instruction, target: str, sources: list[str]) -> 
 
 def _compute(w: Warp, x: Instruction) -> bool:
     function, (predicates, target, sources) = _COMPUTED.get(x.kind), _parted(x)
-    if function is None or not (target or predicates) or ".X" in x.name:
+    if function is None or not (target or predicates):
         return False
     if ".WIDE" in x.name:
         return _multiply_wide(w, x, target, sources)
@@ -313,9 +345,15 @@ def _compute(w: Warp, x: Instruction) -> bool:
         return False
     w.write(target, result)
     for predicate in predicates:
-        # The predicate of LOP3 is a test, that of others a carry.
-        w.write(predicate, result & _MASK != 0 if "LOP3" in x.kind else None)
+        w.write(predicate, _test_or_carry(x, sources, result))
     return True
+
+
+def _test_or_carry(x: Instruction, sources: list[str], result: int) -> bool | None:
+    """Return what LOP3 writes to a predicate, whether a bit is set, or IADD3, the carry."""
+    if "LOP3" in x.kind:
+        return result & _MASK != 0
+    return None if "IADD3" not in x.kind or any(source[0] in "-~" for source in sources) else result > _MASK
 
 
 _PERFORMED: dict[str, Callable[[Warp, Instruction], bool]] = {
@@ -324,6 +362,8 @@ _PERFORMED: dict[str, Callable[[Warp, Instruction], bool]] = {
     **dict.fromkeys(("LDC", "ULDC"), _load_argument),
     "CS2R": _clear,
     "HFMA2": _half_constant,
+    "P2R": _pack_predicates,
+    "R2P": _unpack_predicates,
 }
 
 
@@ -352,7 +392,7 @@ def path(program: Program, bank: dict[int, int], index: int, thread: int) -> Cou
             conditions = [holds, *(w.read(o) for o in x.operands if _PREDICATE.fullmatch(o))]
             taken = False if False in conditions else None if None in conditions else True
             if taken is None:
-                taken = _guess(code, at, place)
+                taken = _guess(w, code, at, place)
             if taken:
                 if x.kind == "CALL":
                     calls.append(at + 1)
@@ -364,15 +404,14 @@ def path(program: Program, bank: dict[int, int], index: int, thread: int) -> Cou
     raise RuntimeError(f"program {index} issues more than {_LONGEST} instructions")
 
 
-def _guess(code: list[Instruction], at: int, place: dict[int, int]) -> bool:
+def _guess(w: Warp, code: list[Instruction], at: int, place: dict[int, int]) -> bool:
     """Say whether a jump that depends on data is taken, by the rules above."""
     x = code[at]
     to = place[x.target]
     if x.kind == "CALL":
         return False
-    if to <= at:
-        raise RuntimeError(f"the loop at {x.target:#x} depends on data, or on what the walk cannot compute: {x}")
     skipped = code[at + 1 : to]
-    if any(y.kind == "BRA" and y.target <= y.address for y in skipped):
-        raise RuntimeError(f"whether the loop behind {x.address:#x} is run depends on what the walk cannot compute")
+    if to <= at or any(y.kind == "BRA" and y.target <= y.address for y in skipped):
+        operand = next(o for o in (x.predicate, *x.operands) if o and w.read(o) is None)
+        raise RuntimeError(f"a loop depends on data at {x.address:#x}, or on: {w.explain(operand.strip('!'))}")
     return len(skipped) <= _SLOW_PATH and any(y.kind == "CALL" for y in skipped)
