@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks" / "ops"))
-sass, walk = (importlib.import_module(name) for name in ("sass", "sass_walk"))
+ptx, sass, walk = (importlib.import_module(name) for name in ("ptx_walk", "sass", "sass_walk"))
 
 # Two loops: the outer one counts in steps of 4 to an argument, the inner one runs as often as the outer one has run.
 NESTED = """
@@ -122,6 +122,37 @@ def test_counters_of_64_bits_are_followed(last):
     """
     _, issued = counts(text, (None, last % 2**32))
     assert issued[4] == 3
+
+
+PTX = """
+.visible .entry kernel(
+    .param .u64 kernel_param_0, .param .u32 kernel_param_1 )
+    ld.param.b32 \t%r1, [kernel_param_1];
+    mov.u32 %r5, %ctaid.x;
+    rem.s32 %r6, %r5, 3;
+    mov.b32 %r2, 0;
+$L__BB0_1:
+    @%p3 ld.global.v4.b32 { %r8, %r9, %r10, %r11 }, [ %rd1 + 0 ];
+    add.s32 %r2, %r2, 4;
+    setp.lt.s32 %p1, %r2, %r1;
+    @%p1 bra $L__BB0_1;
+    setp.eq.s32 %p2, %r6, 2;
+    @%p2 bra $L__BB0_2;
+    st.global.b16 [ %rd2 + 0 ], { %rs1 };
+$L__BB0_2:
+    ret;
+"""
+
+
+@pytest.mark.parametrize(("last", "index", "rounds", "stores"), [(4, 0, 1, 1), (9, 4, 3, 1), (9, 5, 3, 0)])
+def test_ptx_is_followed(last, index, rounds, stores):
+    program = ptx.Program(PTX)
+    issued = ptx.path(program, ("*bf16", "i32", "i32:1"), (None, last, 1), index, 0)
+    done = {access: issued[place] for place, access in enumerate(program.accesses()) if access[0]}
+    assert done == {("load", 16): rounds, ("store", 2): stores}
+    assert issued.total() == 7 + 4 * rounds + stores
+    with pytest.raises(RuntimeError, match="a loop depends on data"):
+        ptx.path(program, ("*bf16", "*i32", "i32:1"), (None, None, 1), index, 0)
 
 
 def test_arguments_lie_as_a_compiler_lays_them():
