@@ -221,7 +221,9 @@ def _test_or_carry(x: Instruction, sources: list[str], result: int) -> bool | No
     """Return what LOP3 writes to a predicate, whether a bit is set, or IADD3, the carry."""
     if "LOP3" in x.kind:
         return result & MASK != 0
-    return None if "IADD3" not in x.kind or any(source[0] in "-~" for source in sources) else result > MASK
+    # What a negated register carries is not computed; a negative number is just large.
+    negated = any(source[0] in "-~" and not source[1].isdigit() for source in sources)
+    return None if "IADD3" not in x.kind or negated else result > MASK
 
 
 _PERFORMED: dict[str, Callable[[Warp, Instruction], bool]] = {

@@ -113,8 +113,11 @@ def test_counters_of_64_bits_are_followed(last):
         /*0010*/ MOV R2, {(last - 3) % 2**32:#x} ;
         /*0020*/ MOV R3, {(last - 3) >> 32:#x} ;
         /*0030*/ LDC R4, c[0x0][0x218] ;
-        /*0040*/ IADD3 R2, P0, R2, 0x1, RZ ;
-        /*0050*/ IMAD.X R3, RZ, RZ, R3, P0 ;
+        /*0040*/ IADD3 R2, P0, R2, 0x2, RZ ;
+        /*0048*/ IMAD.X R3, RZ, RZ, R3, P0 ;
+        /*0050*/ IADD3 R2, P0, R2, -0x1, RZ ;
+        /*0058*/ IMAD.X R3, RZ, RZ, R3, P0 ;
+        /*005c*/ IADD3 R3, R3, -0x1, RZ ;
         /*0060*/ ISETP.NE.U32.AND P0, PT, R2, R4, PT ;
         /*0070*/ ISETP.NE.AND.EX P0, PT, R3, {last >> 32:#x}, PT, P0 ;
         /*0080*/ @P0 BRA 0x40 ;
