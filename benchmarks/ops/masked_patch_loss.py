@@ -46,9 +46,9 @@ def case(s: Size, device: torch.device) -> Case:
 
 
 def launches() -> None:
-    # Rows of 48 bytes, of 42 (not a multiple of 16), and of a single one.
+    # Rows of 48 bytes, of 42 (not a multiple of 16), of a single one, and a patch of four warps.
     for dtype in DTYPES:
-        for patch, C in ((16, 3), (14, 3), (1, 1)):
+        for patch, C in ((16, 3), (14, 3), (1, 1), (32, 3)):
             pred, images = empty(2, 3, patch**2 * C, dtype=dtype), empty(2, 2 * patch, 2 * patch, C, dtype=torch.uint8)
             for norm_pix in (True, False):
                 launchers.masked_patch_loss(pred, images, ids(2, 3), patch, empty(C), empty(C), norm_pix)

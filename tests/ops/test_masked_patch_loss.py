@@ -99,10 +99,13 @@ def compare_loss(inputs, **options):
         pred = inputs["pred_BMP"].clone().requires_grad_()
         masked_patch_loss(**inputs | {"pred_BMP": pred}, kernels=kernels, **options).backward()
         grads.append(pred.grad)
-    torch.testing.assert_close(*grads, rtol=4 * 2**-8, atol=0)
+    # A prediction may be within a rounding error of its target, of at most 3 standard deviations.
+    rounding = 2 / inputs["pred_BMP"].numel() * 4 * torch.finfo(torch.float32).eps * 3
+    torch.testing.assert_close(*grads, rtol=4 * 2**-8, atol=rounding)
 
 
-@pytest.mark.fault("biased variance", "(length - 1).to(tl.float32)", "length.to(tl.float32)")
+@pytest.mark.fault("channels rotated", "step % CHANNELS == q", "(step + 1) % CHANNELS == q")
+@pytest.mark.fault("biased variance", "/ (LENGTH - 1)", "/ LENGTH")
 @pytest.mark.parametrize("norm_pix", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -114,6 +117,8 @@ def compare_loss(inputs, **options):
         (2, (10, 35), 5, 4, 13),
         (4, (32, 32), 32, 3, 1),
         (5, (8, 8), 2, 3, 16),
+        (1, (48, 48), 48, 3, 1),  # a patch of several warps
+        (1, (15, 20), 5, 7, 11),
     ],
 )
 def test_kernel_against_gold(batch, size, patch, channels, masked, dtype, norm_pix, device):
@@ -121,6 +126,7 @@ def test_kernel_against_gold(batch, size, patch, channels, masked, dtype, norm_p
     compare_loss(inputs, patch=patch, norm_pix=norm_pix)
 
 
+@pytest.mark.fault("mean of large numbers", "u * a + b - first", "u * a + b")
 @pytest.mark.parametrize("value", [0, 77, 255])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("patch", [5, 16])
@@ -219,6 +225,12 @@ def test_kernel_refuses_float64(device):
         wide = inputs | {name: inputs[name].double()}
         with pytest.raises(ValueError, match=r"kernels=triton takes float32, float16 or bfloat16, got torch\.float64"):
             masked_patch_loss(**wide, patch=2, kernels="triton")
+
+
+def test_kernel_refuses_large_patches(device):
+    inputs = kernel_inputs(1, (75, 75), 75, 3, 1, torch.float32, device)
+    with pytest.raises(ValueError, match=r"patch \* patch \* channels=16875 must be at most 16384 for kernels=triton"):
+        masked_patch_loss(**inputs, patch=75, kernels="triton")
 
 
 def test_patchify_order_and_inverse():

@@ -1,8 +1,13 @@
-"""This kernel of `hog_target` computes gradients, votes and histograms of the masked patches alone, in one launch."""
+"""This kernel of `hog_target` computes gradients, votes and histograms of the masked patches alone, in one launch.
 
-# B batch, H height, W width, C channels, L patches, M masked, Q bins, X pixels of a cell, R histograms of a program
+A lane has four pixels of each row of a cell, all their channels, and walks down the rows: it loads each row once, and
+keeps of the two before it what the Sobel filters need. Four pixels are C words of four bytes.
+"""
+
+# B batch, H height, W width, C channels, M masked, Q bins, S lanes, N cells of a program, V bytes of a word
 
 import functools
+import math
 
 import torch
 import triton
@@ -12,131 +17,216 @@ from torch import Tensor
 from ccmim_kernels.hog_target import EPS, boundaries
 from ccmim_kernels.triton_impl.launch import fitting, launch
 
-# Histograms of a program, at most: neighbours in memory (channels, then cells side by side), so that a warp's loads of
-# 8 pixels of each touch one line or two, and sums over 64 pixels need no shared memory. Not measured yet.
-_ROWS = 4
-_THREAD = 8  # pixels of histograms a thread; not measured yet
-# Pixels of a cell (8, 16, 32 a side) and bins: the smallest of these that suffices.
-_CELL_SIZES, _BIN_SIZES = (64, 256, 1024), (16, 64)
-_INTEGERS = ["height", "width", "channels", "masked", "patch", "cell", "bins", "tiles"]
+_LANES = 32  # a program is one warp: nothing is exchanged but the sums of a cell's lanes
+_CELLS = (4, 8, 16, 32, 64, 128)  # pixels per side of a cell, rounded up
+# Channels * bins, rounded up: a lane adds them up in as many registers.
+_FEATURES = (16, 32, 64, 128)
 _EPS = tl.constexpr(EPS)
 
 
 @triton.jit
-def load_pixel(image_ptr, row, column, inside):
-    """Load [X, R] int32 at offset `row` + `column`; zero where not `inside`."""
-    return tl.load(image_ptr + (row + column), mask=inside, other=0).to(tl.int32)
+def load_word(row_ptr, inside, x, width, WORD: tl.constexpr, CHANNELS: tl.constexpr):
+    """Load word WORD [S] of the lanes' pixels, which are words 0 to C - 1; none beyond the image."""
+    if WORD < 0:
+        inside = inside & (x > 0)
+    if WORD >= CHANNELS:
+        inside = inside & (x + 4 < width)
+    return tl.load((row_ptr + 4 * WORD).to(tl.pointer_type(tl.uint32), bitcast=True), mask=inside, other=0)
 
 
 @triton.jit
-def sobel(image_ptr, y, x, channel, height, width, channels, inside):
-    """Return the gradients (along x, along y) [X, R] int32, borders reflected: row -1 is row 1, row H is row H - 2."""
-    line = width * channels
-    above = tl.where(y == 0, 1, y - 1) * line
-    below = tl.where(y == height - 1, height - 2, y + 1) * line
-    left = tl.where(x == 0, 1, x - 1) * channels + channel
-    right = tl.where(x == width - 1, width - 2, x + 1) * channels + channel
-    here_y, here_x = y * line, x * channels + channel
-    above_left = load_pixel(image_ptr, above, left, inside)
-    above_right = load_pixel(image_ptr, above, right, inside)
-    below_left = load_pixel(image_ptr, below, left, inside)
-    below_right = load_pixel(image_ptr, below, right, inside)
-    dx = load_pixel(image_ptr, here_y, right, inside) - load_pixel(image_ptr, here_y, left, inside)
-    dy = load_pixel(image_ptr, below, here_x, inside) - load_pixel(image_ptr, above, here_x, inside)
-    falling, rising = below_right - above_left, below_left - above_right
-    return falling - rising + 2 * dx, falling + rising + 2 * dy
+def load_bytes(row_ptr, inside, x, width, BYTE: tl.constexpr, CHANNELS: tl.constexpr):
+    """Load bytes BYTE to BYTE + 3 [V, S] int32 of the lanes' pixels, made of one or two aligned words."""
+    WORD: tl.constexpr = BYTE // 4
+    SHIFT: tl.constexpr = BYTE % 4 * 8
+    word = load_word(row_ptr, inside, x, width, WORD, CHANNELS)
+    if SHIFT > 0:
+        word = (word >> SHIFT) | (load_word(row_ptr, inside, x, width, WORD + 1, CHANNELS) << (32 - SHIFT))
+    return (word[None, :] >> (8 * tl.arange(0, 4))[:, None] & 255).to(tl.int32)
 
 
 @triton.jit
-def votes(dx, dy, boundaries_ptr, bins, bin_index):
-    """Sum the lengths of gradients [X, R] by the bin of their angle: [len(bin_index), R] fp32."""
-    rest = tl.sqrt_rn((dx * dx + dy * dy).to(tl.float32))
-    flipped = (dy < 0) | ((dy == 0) & (dx < 0))
-    dx, dy = tl.where(flipped, -dx, dx).to(tl.float32), tl.where(flipped, -dy, dy).to(tl.float32)
-    histogram = tl.zeros((bin_index.shape[0], dx.shape[1]), tl.float32)
-    for q in range(bins):
-        # Votes that no bin before this one has taken are its own if they lie before the angle it ends at.
-        cos, sin = tl.load(boundaries_ptr + 2 * q), tl.load(boundaries_ptr + 2 * q + 1)
-        taken = (cos * dy - sin * dx < 0) | (q == bins - 1)
-        total = tl.sum(tl.where(taken, rest, 0.0), 0)
-        rest = tl.where(taken, 0.0, rest)
-        histogram = tl.where((bin_index == q)[:, None], total[None, :], histogram)
+def row_filters(
+    image_ptr,
+    y,
+    x,
+    inside,
+    height,
+    width,
+    WORD: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Filter word WORD of the lanes' pixels along row `y`: right - left, left + 2 * here + right, each [V, S] int32.
+
+    Borders are reflected: row -1 is row 1, row H is row H - 2, and so for columns.
+    """
+    y = tl.where(y < 0, 1, y)
+    y = tl.where(y >= height, 2 * (height - 1) - y, y)
+    row_ptr = image_ptr + (y * width + x) * CHANNELS
+    byte = (4 * WORD + tl.arange(0, 4))[:, None]
+    pixel = byte // CHANNELS
+    if ALIGNED:
+        left = load_bytes(row_ptr, inside, x, width, 4 * WORD - CHANNELS, CHANNELS)
+        here = load_bytes(row_ptr, inside, x, width, 4 * WORD, CHANNELS)
+        right = load_bytes(row_ptr, inside, x, width, 4 * WORD + CHANNELS, CHANNELS)
+        last = (pixel == 3) & (x + 4 == width)[None, :]
+    else:
+        byte_ptr, column = row_ptr[None, :] + byte, x[None, :] + pixel
+        loaded = inside[None, :] & (column < width)
+        last = column == width - 1
+        left = tl.load(byte_ptr - CHANNELS, mask=loaded & (column > 0), other=0).to(tl.int32)
+        here = tl.load(byte_ptr, mask=loaded, other=0).to(tl.int32)
+        right = tl.load(byte_ptr + CHANNELS, mask=loaded & (column < width - 1), other=0).to(tl.int32)
+    beyond = right
+    right = tl.where(last, left, right)
+    left = tl.where((pixel == 0) & (x == 0)[None, :], beyond, left)
+    return right - left, left + 2 * here + right
+
+
+@triton.jit
+def take(x, BYTE: tl.constexpr):
+    """Return x[BYTE] [S] of x [V, S] int32; a register, no instruction."""
+    return tl.sum(tl.where((tl.arange(0, 4) == BYTE)[:, None], x, 0), 0)
+
+
+@triton.jit
+def add_votes(
+    histogram, dx, dy, counted, cotangent_ptr, BYTE: tl.constexpr, BINS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """Add the lengths of gradients [S] to the bins of their angles: `histogram` is [C * Q, S] fp32."""
+    FIRST: tl.constexpr = BYTE % CHANNELS * BINS
+    dx, dy = dx.to(tl.float32), dy.to(tl.float32)
+    length = tl.sqrt(dx * dx + dy * dy)
+    # A line has two directions; that of 0 to 180 degrees is taken: dy > 0, or dy = 0 and dx > 0.
+    sign = (dy * 4096 + dx).to(tl.int32, bitcast=True) & -(2**31)
+    dx = (dx.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    dy = tl.abs(dy)
+    row = tl.arange(0, histogram.shape[0])[:, None]
+    reached = counted
+    for q in tl.static_range(BINS):
+        voting = reached
+        if q < BINS - 1:
+            # Beyond one angle is beyond all before it.
+            reached = reached & (dx <= tl.load(cotangent_ptr + q) * dy)
+            voting = voting & (reached == 0)
+        mine = (row == FIRST + q) & voting[None, :]
+        histogram = tl.where(mine, histogram + length[None, :], histogram)
     return histogram
 
 
-@triton.jit(do_not_specialize=_INTEGERS)
+@triton.jit(do_not_specialize=["height", "width", "masked", "tiles"])
 def ccmim_hog_target_kernel(
     images_ptr,  # [B, H, W, C] uint8
     ids_ptr,  # [B, M] int64
-    boundaries_ptr,  # [Q, 2] fp32: (cos, sin) of the angle a bin ends at; the last is not looked at
+    cotangent_ptr,  # [Q] fp32: of the angles that part the bins; the last is not looked at
     out_ptr,  # [B, M, F] fp32, fp16 or bf16, out; F is (cell row, cell column, C, Q)
     height,
     width,
-    channels,
     masked,
-    patch,
-    cell,
-    bins,
     tiles,
-    ROWS: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
+    PATCH: tl.constexpr,
+    CELL: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BINS: tl.constexpr,
+    LANES: tl.constexpr,
+    CELL_LANES: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """Compute ROWS of one image's M * (patch / cell)**2 * C histograms.
+    """Compute the histograms of some cells of one image's masked patches.
 
     Replaces: padding, two Sobel filters over the whole image, atan2, one-hot votes (Q numbers a pixel), sums,
-    normalising, patchify, gather. Moves a masked patch's pixels and their border once (the other seven readings are
-    served by the cache), and F numbers a patch out.
+    normalising, patchify, gather. Moves a masked patch's pixels and their border once, and F numbers a patch out; a
+    word comes from the L1 cache up to three times. Its instructions take longer than its bytes: see `REASONS` in
+    benchmarks/ops/audit.py.
     """
+    SIDE: tl.constexpr = PATCH // CELL
+    CELLS: tl.constexpr = LANES // CELL_LANES
     program = tl.program_id(0).to(tl.int64)
     image = program // tiles
-    row = (program % tiles).to(tl.int32) * ROWS + tl.arange(0, ROWS)
-    side = patch // cell
-    histograms = side * side * channels
-    m = row // histograms
-    valid = m < masked
-    index = tl.load(ids_ptr + image * masked + m, mask=valid, other=0).to(tl.int32)
-    channel = row % channels
-    place = row % histograms // channels
-    columns = width // patch
-    top = index // columns * patch + place // side * cell
-    left = index % columns * patch + place % side * cell
-    pixel = tl.arange(0, BLOCK_X)
-    inside = (pixel < cell * cell)[:, None] & valid[None, :]
-    y = top[None, :] + (pixel // cell)[:, None]
-    x = left[None, :] + (pixel % cell)[:, None]
-    image_ptr = images_ptr + image * height * width * channels
-    dx, dy = sobel(image_ptr, y, x, channel[None, :], height, width, channels, inside)
-
-    bin_index = tl.arange(0, BLOCK_Q)
-    histogram = votes(dx, dy, boundaries_ptr, bins, bin_index)
-    length = tl.maximum(tl.sqrt_rn(tl.sum(histogram * histogram, 0)), _EPS)
-    histogram = tl.div_rn(histogram, length[None, :])
-    offset = (image * masked * histograms + row)[None, :] * bins + bin_index[:, None]
-    stored = valid[None, :] & (bin_index < bins)[:, None]
+    first = (program % tiles).to(tl.int32) * CELLS
+    lane = tl.arange(0, LANES)
+    cell, part = first + lane // CELL_LANES, lane % CELL_LANES * 4
+    m, place = cell // (SIDE * SIDE), cell % (SIDE * SIDE)
+    inside = (m < masked) & (part < CELL)
+    index = tl.load(ids_ptr + image * masked + m, mask=inside, other=0).to(tl.int32)
+    columns = width // PATCH
+    top = index // columns * PATCH + place // SIDE * CELL
+    x = index % columns * PATCH + place % SIDE * CELL + part
+    image_ptr = images_ptr + image * height * width * CHANNELS
+    histogram = tl.zeros([BLOCK_F, LANES], tl.float32)
+    for word in tl.static_range(CHANNELS):
+        difference_0, smooth_0 = row_filters(image_ptr, top - 1, x, inside, height, width, word, CHANNELS, ALIGNED)
+        difference_1, smooth_1 = row_filters(image_ptr, top, x, inside, height, width, word, CHANNELS, ALIGNED)
+        for row in range(CELL):
+            difference_2, smooth_2 = row_filters(
+                image_ptr, top + row + 1, x, inside, height, width, word, CHANNELS, ALIGNED
+            )
+            dx, dy = difference_0 + 2 * difference_1 + difference_2, smooth_2 - smooth_0
+            for byte in tl.static_range(4):
+                counted = part + (4 * word + byte) // CHANNELS < CELL
+                x_byte, y_byte = take(dx, byte), take(dy, byte)
+                histogram = add_votes(
+                    histogram, x_byte, y_byte, counted, cotangent_ptr, 4 * word + byte, BINS, CHANNELS
+                )
+            difference_0, smooth_0 = difference_1, smooth_1
+            difference_1, smooth_1 = difference_2, smooth_2
+    # Each lane of a cell gets the cell's histograms, so that normalising them exchanges nothing.
+    by_cell = tl.reshape(histogram, [BLOCK_F, CELLS, CELL_LANES])
+    by_cell = tl.broadcast_to(tl.sum(by_cell, 2)[:, :, None], [BLOCK_F, CELLS, CELL_LANES])
+    histogram = tl.reshape(by_cell, [BLOCK_F, LANES])
+    feature = tl.arange(0, BLOCK_F)[:, None]
+    for channel in tl.static_range(CHANNELS):
+        mine = feature // BINS == channel
+        length = tl.sqrt_rn(tl.sum(tl.where(mine, histogram * histogram, 0.0), 0))
+        histogram = tl.where(mine, histogram * tl.div_rn(1.0, tl.maximum(length, _EPS))[None, :], histogram)
+    stored = ((part == 0) & (m < masked))[None, :] & (feature < CHANNELS * BINS)
+    offset = (image * masked * (SIDE * SIDE) + cell)[None, :] * (CHANNELS * BINS) + feature
     tl.store(out_ptr + offset, histogram.to(out_ptr.dtype.element_ty), mask=stored)
 
 
 @functools.cache
-def boundaries_on(device: torch.device, bins: int) -> Tensor:
-    """Return `boundaries` and (0, 0) on a device, [Q, 2] float32; kept, for a copy would wait for the device."""
-    return torch.tensor([*boundaries(bins), (0.0, 0.0)], dtype=torch.float32, device=device)
+def cotangents(device: torch.device, bins: int) -> Tensor:
+    """Return the cotangents of the angles that part the bins, and a zero, [Q] float32; kept, for a copy would wait.
+
+    A gradient (dx, dy) is beyond an angle where dx <= cotangent * dy. Of a float32 and its neighbours that one is
+    taken whose products, rounded, order all gradients of uint8 pixels as the boundaries themselves do.
+    """
+    dy = torch.arange(1, 1021, dtype=torch.float64)
+    found = []
+    for cos, sin in boundaries(bins):
+        exact = torch.tensor(cos / sin, dtype=torch.float32)
+        candidates = [exact, *(torch.nextafter(exact, torch.tensor(x)) for x in (-math.inf, math.inf))]
+        near = (dy * cos / sin).floor() + torch.arange(-1, 3)[:, None]
+        beyond = cos * dy - sin * near >= 0
+        fit = [c for c in candidates if torch.equal(beyond, near.float() <= c * dy.float())]
+        found.append((fit or candidates)[0].item())
+    return torch.tensor([*found, 0.0], dtype=torch.float32, device=device)
 
 
 def hog_target(
     images_BHWC: Tensor, ids_masked_BM: Tensor, patch: int, bins: int, cell: int, dtype: torch.dtype
 ) -> Tensor:
-    """Launch the kernel; return [B, M, F] in `dtype`. Cells have at most 1024 pixels, histograms at most 64 bins."""
+    """Launch the kernel; return [B, M, F] in `dtype`. Cells have at most 128 x 128 pixels, C * Q is at most 128."""
     B, M = ids_masked_BM.shape
     _, H, W, C = images_BHWC.shape
-    size = fitting(_CELL_SIZES, cell * cell, "cell * cell")
-    rows = min(_ROWS, 2048 // size)
-    histograms = (patch // cell) ** 2 * C
-    tiles = triton.cdiv(M * histograms, rows)
-    out_BMF = torch.empty((B, M, histograms * bins), dtype=dtype, device=images_BHWC.device)
-    limits = boundaries_on(images_BHWC.device, bins)
-    tensors = (images_BHWC.contiguous(), ids_masked_BM.contiguous(), limits, out_BMF)
-    block = {"ROWS": rows, "BLOCK_X": size, "BLOCK_Q": fitting(_BIN_SIZES, bins, "bins")}
-    warps = size * rows // (32 * _THREAD)
-    launch(ccmim_hog_target_kernel, B * tiles, *tensors, H, W, C, M, patch, cell, bins, tiles, **block, warps=warps)
+    cell_lanes = fitting(_CELLS, cell, "cell") // 4
+    images_BHWC = images_BHWC.contiguous()
+    cells = (patch // cell) ** 2
+    tiles = triton.cdiv(M * cells * cell_lanes, _LANES)
+    out_BMF = torch.empty((B, M, cells * C * bins), dtype=dtype, device=images_BHWC.device)
+    tensors = (images_BHWC, ids_masked_BM.contiguous(), cotangents(images_BHWC.device, bins), out_BMF)
+    options = {
+        "PATCH": patch,
+        "CELL": cell,
+        "CHANNELS": C,
+        "BINS": bins,
+        "LANES": _LANES,
+        "CELL_LANES": cell_lanes,
+        "BLOCK_F": fitting(_FEATURES, C * bins, "channels * bins"),
+        # Words of four bytes; the last pixels of a cell of another size would share one with the next cell.
+        "ALIGNED": cell % 4 == 0 and images_BHWC.data_ptr() % 4 == 0,
+    }
+    launch(ccmim_hog_target_kernel, B * tiles, *tensors, H, W, M, tiles, **options, warps=1, fp_fusion=True)
     return out_BMF
