@@ -87,7 +87,7 @@ def rows_of(climbed: list[Rung], found: dict[str, list[Figures] | str]) -> list[
             continue
         naive, before = naive or own, before or own
         loss, first = own[-1].losses[-1], naive[-1].losses[-1]
-        difference = abs(loss / first - 1)
+        difference = abs(loss - first) / (abs(first) or 1)  # zero: on a device that computes nothing
         rows.append(
             {
                 "name": rung.name,
