@@ -5,6 +5,7 @@ attention left out; of a compiled step those of each fused kernel, as inductor c
 """
 
 import logging
+import re
 import sys
 from collections import Counter
 from typing import Any
@@ -47,8 +48,10 @@ def fused_bytes() -> int:
 def _is_product(node: BaseSchedulerNode) -> bool:
     if not isinstance(node, ExternKernelSchedulerNode):
         return False
+    # aten.mm.default, or extern_kernels.mm
     called = str(getattr(node.node, "op_overload", None) or node.node.python_kernel_name)
-    return kind_of_op("aten::" + called.replace("aten.", "").partition(".")[2]) in ("matmul", "attention")
+    name = re.sub(r"^(aten|extern_kernels)\.", "", called).partition(".")[0]
+    return kind_of_op(f"aten::{name}") in ("matmul", "attention")
 
 
 def count(images: int, settings: list[str]) -> dict[str, Any]:
