@@ -64,7 +64,7 @@ def save(folder: Path, here: dict[str, str], done: dict[str, Outcome]) -> None:
 def tidy(printed: str) -> str:
     """Return the last lines of what a stage printed, without colours, and without the paths of this machine."""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", printed).replace("```", "'''")
-    for path, name in ((str(ROOT), "."), (sys.prefix, "<python>"), (str(Path.home()), "~")):
+    for path, name in ((sys.prefix, "<python>"), (str(ROOT), "."), (str(Path.home()), "~")):
         text = text.replace(path, name)
     return "\n".join(line.rstrip()[:200] for line in text.strip().splitlines()[-MOST_LINES:])
 

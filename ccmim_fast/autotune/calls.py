@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ccmim_kernels.calls import Call, observed
+from ccmim_kernels.dispatch import Call, observed
 
 
 class StepCall(NamedTuple):

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ccmim_fast.errors import ConfigError, MachineError
 from ccmim_fast.models.memory_efficient import memory_efficient
 from ccmim_kernels import cls_row
-from ccmim_kernels.calls import choosable
+from ccmim_kernels.dispatch import choosable
 
 # `sdpa` leaves the choice to torch; the three behind it are its CUDA kernels, one by one.
 _KERNELS = {

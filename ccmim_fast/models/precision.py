@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from ccmim_fast.errors import ConfigError
-from ccmim_kernels.calls import choosable
+from ccmim_kernels.dispatch import choosable
 
 _DTYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -56,6 +56,8 @@ def embed(
     x_BLD = F.linear(patchify(images_BHWC, patch_size_of(vit)).to(weight_DA.dtype), weight_DA, bias_D)
     x_BLD = vit.patch_embed.norm(x_BLD)
     positions_LD = vit.pos_embed[0, -x_BLD.shape[1] :]
+    if direction_D is None:
+        return Embedded(x_BLD + positions_LD, None)
     return embed_tokens(x_BLD, positions_LD, direction_D, eps=eps_of(vit), kernels=kernels)
 
 

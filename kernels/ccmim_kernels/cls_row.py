@@ -5,8 +5,7 @@
 import torch
 from torch import Tensor
 
-from ccmim_kernels.calls import choosable
-from ccmim_kernels.dispatch import operator, uses_triton
+from ccmim_kernels.dispatch import choosable, operator, uses_triton
 
 KINDS = ("logits", "softmax")
 

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ccmim_kernels.calls import choosable
-from ccmim_kernels.dispatch import operator, uses_triton
+from ccmim_kernels.dispatch import choosable, operator, uses_triton
 from ccmim_kernels.gather_tokens import gather_gradients, gather_tokens_reference
 from ccmim_kernels.sample_partition import Partition, sample_partition
 

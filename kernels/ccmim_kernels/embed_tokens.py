@@ -8,15 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ccmim_kernels.calls import choosable
-from ccmim_kernels.dispatch import operator, uses_triton, widened
+from ccmim_kernels.dispatch import choosable, operator, uses_triton, widened
 
 
 class Embedded(NamedTuple):
     """This class is the result of `embed_tokens`."""
 
     tokens: Tensor  # [B, L, D] embedded patches
-    logits: Tensor | None  # [B, L] of Eq. 4 at the first block, up to a constant per row; None: not asked for
+    logits: Tensor | None  # [B, L] of Eq. 4 at the first block, up to a constant per row; None: of tokens not scored
 
 
 def folded_logits(tokens_BLD: Tensor, direction_D: Tensor, eps: float) -> Tensor:
@@ -27,13 +26,9 @@ def folded_logits(tokens_BLD: Tensor, direction_D: Tensor, eps: float) -> Tensor
         return F.layer_norm(tokens_BLD.to(dtype), tokens_BLD.shape[-1:], eps=eps) @ direction_D.to(dtype)
 
 
-def embed_tokens_reference(
-    projected_BLD: Tensor, positions_LD: Tensor, direction_D: Tensor | None, eps: float
-) -> Embedded:
+def embed_tokens_reference(projected_BLD: Tensor, positions_LD: Tensor, direction_D: Tensor, eps: float) -> Embedded:
     """Specify `embed_tokens` in plain PyTorch."""
     tokens_BLD = projected_BLD + positions_LD
-    if direction_D is None:
-        return Embedded(tokens_BLD, None)
     with torch.no_grad():
         return Embedded(tokens_BLD, folded_logits(tokens_BLD, direction_D, eps))
 
@@ -42,12 +37,12 @@ def embed_tokens_reference(
 def embed_tokens(
     projected_BLD: Tensor,
     positions_LD: Tensor,
-    direction_D: Tensor | None = None,
+    direction_D: Tensor,
     *,
     eps: float = 1e-6,
     kernels: str = "auto",
 ) -> Embedded:
-    """Add positions to projected patches; score the tokens by Eq. 4 at the first block, if a direction is given.
+    """Add positions to projected patches, and score the tokens by Eq. 4 at the first block.
 
     There [CLS] is the same for every image, so that logits_i = LN(x_i) . v, with v = gamma * W_K^T q_0 / (heads *
     sqrt(head_dim)) and LN without weight and bias; terms equal for all patches are left out, softmax does not see them.
@@ -55,7 +50,7 @@ def embed_tokens(
     Args:
         projected_BLD: [B, L, D] float, what the patch embedding's product gives; receives a gradient.
         positions_LD: [L, D] float; receives a gradient (the sum over the batch).
-        direction_D: [D] float, v, without gradient; None: tokens alone, by plain PyTorch.
+        direction_D: [D] float, v, without gradient.
         eps: of the LayerNorm.
         kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`.
 
@@ -65,8 +60,6 @@ def embed_tokens(
     _, patches, D = projected_BLD.shape
     if tuple(positions_LD.shape) != (patches, D):
         raise ValueError(f"positions are {list(positions_LD.shape)}, expected [{patches}, {D}]")
-    if direction_D is None:
-        return embed_tokens_reference(projected_BLD, positions_LD, None, eps)
     if tuple(direction_D.shape) != (D,):
         raise ValueError(f"direction is {list(direction_D.shape)}, expected [{D}]")
     direction_D = widened(direction_D.detach())

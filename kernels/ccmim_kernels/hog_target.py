@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ccmim_kernels.calls import choosable
-from ccmim_kernels.dispatch import operator, uses_triton
+from ccmim_kernels.dispatch import choosable, operator, uses_triton
 from ccmim_kernels.masked_patch_loss import patchify
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

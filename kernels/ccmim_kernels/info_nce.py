@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ccmim_kernels.calls import choosable
-from ccmim_kernels.dispatch import operator, uses_triton, widened
+from ccmim_kernels.dispatch import choosable, operator, uses_triton, widened
 
 
 def info_nce_reference(

@@ -8,8 +8,7 @@ An image is cut into patches in MAE's order: patches row by row, and (row, colum
 import torch
 from torch import Tensor
 
-from ccmim_kernels.calls import choosable
-from ccmim_kernels.dispatch import operator, uses_triton, widened
+from ccmim_kernels.dispatch import choosable, operator, uses_triton, widened
 
 NORM_PIX_EPS = 1e-6  # MAE
 

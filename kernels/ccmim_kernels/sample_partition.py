@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ccmim_kernels.calls import choosable
-from ccmim_kernels.dispatch import operator, uses_triton, widened
+from ccmim_kernels.dispatch import choosable, operator, uses_triton, widened
 from ccmim_kernels.philox import STREAM_BLOCK, keyed_bits, keyed_gumbel, keyed_uniform, per_sample, to_unit
 
 STRATEGIES = ("random", "block", "importance", "importance_sampling")

@@ -9,7 +9,7 @@ from ccmim_fast.autotune import decide
 from ccmim_fast.autotune.calls import calls_of
 from ccmim_fast.autotune.decide import Question, fastest_that_agree, first_that_run
 from ccmim_fast.autotune.timing import LEAST_ROUNDS, ROUNDS, timed, winner
-from ccmim_kernels.calls import choosable
+from ccmim_kernels.dispatch import choosable
 
 CPU = torch.device("cpu")
 

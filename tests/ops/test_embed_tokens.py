@@ -30,16 +30,9 @@ def test_gradient():
     assert not embed_tokens(projected, positions, direction).logits.requires_grad
 
 
-def test_without_a_direction_nothing_is_scored():
-    projected, positions = torch.randn(2, 3, 4), torch.randn(3, 4)
-    out = embed_tokens(projected, positions)
-    assert out.logits is None
-    assert torch.equal(out.tokens, projected + positions)
-
-
 def test_errors():
     with pytest.raises(ValueError, match=r"positions are \[4, 8\], expected \[3, 8\]"):
-        embed_tokens(torch.zeros(2, 3, 8), torch.zeros(4, 8))
+        embed_tokens(torch.zeros(2, 3, 8), torch.zeros(4, 8), torch.zeros(8))
     with pytest.raises(ValueError, match=r"direction is \[5\], expected \[8\]"):
         embed_tokens(torch.zeros(2, 3, 8), torch.zeros(3, 8), torch.zeros(5))
 
