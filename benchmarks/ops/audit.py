@@ -4,9 +4,9 @@
 
 Three things come together: the launches that a public call of an op and its gradient make, with the bytes they ask for
 (`traffic.py`, in Triton's interpreter); their machine code (`sass.py`); and the instructions a warp issues on its way
-through that code (`sass_walk.py`). What is printed is a bound, no measurement: a kernel cannot be faster than its
-instructions can be issued, nor than its bytes can be moved. Exit status 1 where the first takes longer than the second
-without a reason in `REASONS`, or where a kernel spills.
+through that code (`sass_walk.py`; for sm_61 through PTX, `ptx_walk.py`). What is printed is a bound, no measurement: a
+kernel cannot be faster than its instructions can be issued, nor than its bytes can be moved. Exit status 1 where the
+first takes longer than the second without a reason in `REASONS`, or where a kernel spills.
 """
 
 import argparse
@@ -19,11 +19,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ptx_walk
 import registry
+import sass_walk
 import triton
 from ahead_of_time import source_of
-from sass import Program, disassemble, loops, resident
-from sass_walk import argument_bank, path
+from sass import Program, disassemble, loops, resident, usage
 from triton.backends.compiler import GPUTarget
 
 from ccmim_kernels.triton_impl.launch import Launch, compiler_options, type_of
@@ -45,14 +46,21 @@ class Gpu(NamedTuple):
         return self.multiprocessors * 4 * self.clock
 
 
-# NVIDIA's data sheets (multiprocessors, boost clock). H200: 4.3 TB/s of its 4.8 are what large copies reach. A100
-# 80 GB: all 2.0 TB/s of its data sheet, the strict choice, since less bandwidth leaves more time for instructions.
-GPUS = {90: Gpu("H200", 132, 1.98e9, 4.3e12), 80: Gpu("A100 80 GB", 108, 1.41e9, 2.0e12)}
+# NVIDIA's data sheets (multiprocessors, boost clock). H200: 4.3 TB/s of its 4.8 are what large copies reach. Of the
+# others all of the data sheet's, the strict choice, since less bandwidth leaves more time for instructions. sm_61 has
+# counts of PTX instructions.
+GPUS = {
+    90: Gpu("H200", 132, 1.98e9, 4.3e12),
+    80: Gpu("A100 80 GB", 108, 1.41e9, 2.0e12),
+    61: Gpu("GTX 1080 Ti", 28, 1.582e9, 0.484e12),
+}
 
 # Kernels whose instructions may take longer than their bytes, and why.
 REASONS: dict[str, str] = {
     "ccmim_logsumexp_kernel": "matrix products of 1024 x 1024 x 256 on 2 MB: bound by products, not by bytes",
     "ccmim_gradient_kernel": "matrix products of 1024 x 1024 x 256 on 3 MB: bound by products, not by bytes",
+    "ccmim_hog_target_kernel": "40 of its 57 instructions a value vote: 8 comparisons, 9 sums; a histogram in shared "
+    "memory would take fewer, which Triton cannot express",
     "ccmim_sample_partition_kernel": "4 MB in all, a few microseconds: 32 rounds of bisection, in registers",
 }
 
@@ -112,25 +120,28 @@ def audit(row: dict[str, Any], architecture: int, dump: Path | None = None) -> A
     if dump:
         (dump / f"{row['kernel']}.sm_{architecture}.cubin").write_bytes(built.asm["cubin"])
         (dump / f"{row['kernel']}.sm_{architecture}.ttgir").write_text(built.asm["ttgir"])
-    program = disassemble(built.asm["cubin"], built.metadata.shared)
-    bank = argument_bank(architecture, launch.arguments, launch.numbers)
     # The first, the last and some programs between: the last ones of an image may have less to do.
     programs = sorted({launch.programs * part // 8 for part in range(8)} | {launch.programs - 1})
-    walks = [path(program, bank, index, 32 * warp) for index in programs for warp in range(launch.warps)]
+    places = [(index, 32 * warp) for index in programs for warp in range(launch.warps)]
+    if architecture < 70:
+        found = usage(built.asm["cubin"])
+        program = Program([], found["REG"], found["STACK"] + found["LOCAL"], built.metadata.shared)
+        listing = ptx_walk.Program(built.asm["ptx"])
+        walks = [ptx_walk.path(listing, launch.arguments, launch.numbers, *place) for place in places]
+        accesses = listing.accesses()
+    else:
+        program = disassemble(built.asm["cubin"], built.metadata.shared)
+        bank = sass_walk.argument_bank(architecture, launch.arguments, launch.numbers)
+        walks = [sass_walk.path(program, bank, *place) for place in places]
+        accesses = [(x.access, x.width) for x in program.code]
     issued = sum(walks, Counter())
-    loads, stores = (memory(program, issued, kind, len(walks)) for kind in ("LDG", "STG"))
+    memory = {"load": Counter(), "store": Counter(), "": Counter()}
+    for index, times in issued.items():
+        kind, width = accesses[index]
+        memory[kind][width] += times / len(walks)
     barriers = [sum(x.kind == "BAR" for x in program.code[a : b + 1]) for a, b in loops(program.code)]
     fits = resident(architecture, launch.warps, program.registers, program.shared)
-    return Audited(row, program, issued.total() / len(walks), loads, stores, barriers, *fits)
-
-
-def memory(program: Program, issued: Counter, kind: str, walks: int) -> Counter:
-    """Count accesses of a warp to global memory by their width in bytes; `LDGSTS` (straight to shared memory) too."""
-    found = Counter()
-    for index, times in issued.items():
-        if program.code[index].kind in ((kind, "LDGSTS") if kind == "LDG" else (kind,)):
-            found[program.code[index].width] += times / walks
-    return found
+    return Audited(row, program, issued.total() / len(walks), memory["load"], memory["store"], barriers, *fits)
 
 
 def widths(found: Counter) -> str:

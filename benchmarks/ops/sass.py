@@ -38,6 +38,11 @@ class Instruction(NamedTuple):
         return next((int(x, 16) for x in self.operands if x.startswith("0x")), None)
 
     @property
+    def access(self) -> str:
+        """Say how the instruction accesses global memory: "load" (also straight into shared memory), "store" or ""."""
+        return {"LDG": "load", "LDGSTS": "load", "STG": "store"}.get(self.kind, "")
+
+    @property
     def width(self) -> int:
         """Return the bytes a thread loads or stores."""
         for suffix, width in ((".128", 16), (".64", 8), (".U16", 2), (".S16", 2), (".U8", 1), (".S8", 1)):

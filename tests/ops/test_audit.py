@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks" / "ops"))
-sass, walk = (importlib.import_module(name) for name in ("sass", "sass_walk"))
+ptx, sass, walk = (importlib.import_module(name) for name in ("ptx_walk", "sass", "sass_walk"))
 
 # Two loops: the outer one counts in steps of 4 to an argument, the inner one runs as often as the outer one has run.
 NESTED = """
@@ -66,13 +66,13 @@ def test_loops_are_run_as_often_as_the_arguments_say(last, rounds):
 
 def test_a_loop_that_depends_on_data_is_no_guess():
     text = NESTED.replace("LDC R1, c[0x0][0x218]", "LDG.E R1, desc[UR4][R6.64]")
-    with pytest.raises(RuntimeError, match="the loop at 0x30 depends on data"):
+    with pytest.raises(RuntimeError, match=r"depends on data at 0xd0, or on: 0xc0 ISETP.* <- 0x0 LDG\.E R1"):
         counts(text, (None, 4))
 
 
 def test_a_loop_that_data_skips_is_no_guess():
     text = NESTED.replace("MOV R4, RZ", "@P5 BRA 0xe0")
-    with pytest.raises(RuntimeError, match="whether the loop behind 0x30 is run depends"):
+    with pytest.raises(RuntimeError, match="a loop depends on data at 0x30"):
         counts(text, (None, 4))
 
 
@@ -104,6 +104,58 @@ def test_integer_division_is_followed(number, divisor):
     """
     _, issued = counts(text, (None, 0))
     assert issued[17] == number // divisor + 1
+
+
+@pytest.mark.parametrize("last", [3, 2**32 + 2])
+def test_counters_of_64_bits_are_followed(last):
+    text = f"""
+        /*0000*/ CS2R R2, SRZ ;
+        /*0010*/ MOV R2, {(last - 3) % 2**32:#x} ;
+        /*0020*/ MOV R3, {(last - 3) >> 32:#x} ;
+        /*0030*/ LDC R4, c[0x0][0x218] ;
+        /*0040*/ IADD3 R2, P0, R2, 0x2, RZ ;
+        /*0048*/ IMAD.X R3, RZ, RZ, R3, P0 ;
+        /*0050*/ IADD3 R2, P0, R2, -0x1, RZ ;
+        /*0058*/ IMAD.X R3, RZ, RZ, R3, P0 ;
+        /*005c*/ IADD3 R3, R3, -0x1, RZ ;
+        /*0060*/ ISETP.NE.U32.AND P0, PT, R2, R4, PT ;
+        /*0070*/ ISETP.NE.AND.EX P0, PT, R3, {last >> 32:#x}, PT, P0 ;
+        /*0080*/ @P0 BRA 0x40 ;
+        /*0090*/ EXIT ;
+    """
+    _, issued = counts(text, (None, last % 2**32))
+    assert issued[4] == 3
+
+
+PTX = """
+.visible .entry kernel(
+    .param .u64 kernel_param_0, .param .u32 kernel_param_1 )
+    ld.param.b32 \t%r1, [kernel_param_1];
+    mov.u32 %r5, %ctaid.x;
+    rem.s32 %r6, %r5, 3;
+    mov.b32 %r2, 0;
+$L__BB0_1:
+    @%p3 ld.global.v4.b32 { %r8, %r9, %r10, %r11 }, [ %rd1 + 0 ];
+    add.s32 %r2, %r2, 4;
+    setp.lt.s32 %p1, %r2, %r1;
+    @%p1 bra $L__BB0_1;
+    setp.eq.s32 %p2, %r6, 2;
+    @%p2 bra $L__BB0_2;
+    st.global.b16 [ %rd2 + 0 ], { %rs1 };
+$L__BB0_2:
+    ret;
+"""
+
+
+@pytest.mark.parametrize(("last", "index", "rounds", "stores"), [(4, 0, 1, 1), (9, 4, 3, 1), (9, 5, 3, 0)])
+def test_ptx_is_followed(last, index, rounds, stores):
+    program = ptx.Program(PTX)
+    issued = ptx.path(program, ("*bf16", "i32", "i32:1"), (None, last, 1), index, 0)
+    done = {access: issued[place] for place, access in enumerate(program.accesses()) if access[0]}
+    assert done == {("load", 16): rounds, ("store", 2): stores}
+    assert issued.total() == 7 + 4 * rounds + stores
+    with pytest.raises(RuntimeError, match="a loop depends on data"):
+        ptx.path(program, ("*bf16", "*i32", "i32:1"), (None, None, 1), index, 0)
 
 
 def test_arguments_lie_as_a_compiler_lays_them():
