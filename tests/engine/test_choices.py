@@ -136,10 +136,9 @@ def test_what_the_settings_decide_is_not_asked():
 def test_every_op_of_a_step_is_seen():
     """An op whose public function is not `choosable` would never be measured."""
     asked = set()
-    for target, contrast in (("pixels", "nce"), ("hog", "moco")):
-        config = tiny_config(
-            train={"batch_size": 4}, target={"kind": target, "hog_cell": 4}, contrast={"loss": contrast}
-        )
+    for target, contrast, source in (("pixels", "nce", "all"), ("hog", "moco", "first")):
+        kinds = {"target": {"kind": target, "hog_cell": 4}, "contrast": {"loss": contrast}, "score": {"source": source}}
+        config = tiny_config(train={"batch_size": 4}, **kinds)
         calls, _ = choices._calls(build_step(config, HERE), 2)
         asked |= {name for name in calls if " " not in name}
     kernels = {path.stem for path in (Path(dispatch.__file__).parent / "triton_impl").glob("*.py")}

@@ -48,9 +48,11 @@ def given(shape, dtype, device):
 
 
 @pytest.mark.fault(
-    "columns past the end counted", "x = tl.where(column < D, x - mean[None, :, None], 0.0)", "x -= mean"
+    "columns past the end counted", "x = tl.where(column < D, x - mean[:, None], 0.0)", "x -= mean[:, None]"
 )
-@pytest.mark.fault("variance times the width", "tl.sum(tl.sum(x * x, 0), 1) / D", "tl.sum(tl.sum(x * x, 0), 1)")
+@pytest.mark.fault(
+    "variance times the width", "sum_of_token(x * x, PIECES, TOKENS) / D", "sum_of_token(x * x, PIECES, TOKENS)"
+)
 @pytest.mark.fault("the next image's tokens over the last one's", "tokens_ptr += L * D\n", "tokens_ptr += 0\n")
 @pytest.mark.fault(
     "position of the row before", "positions_ptr + offset", "positions_ptr + tl.maximum(offset - D, column)"

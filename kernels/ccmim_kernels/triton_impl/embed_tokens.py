@@ -7,15 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ccmim_kernels.triton_impl.launch import MOST_REGISTERS, fitting, launch, rows_contiguous
+from ccmim_kernels.triton_impl.launch import fitting, launch, rows_contiguous
 
 # Images whose rows a program takes one after another: what it computes of its rows' places serves all of them.
 IMAGES = 4
 
-# Registers of a thread, up to 1,024 values a token: 24 warps are then resident on a multiprocessor, which together ask
-# for 36 kB and more at a time (the bandwidth of an H100 times its latency is 26 kB). 64 spill; without a limit ptxas
-# takes 86, 20 warps.
-REGISTERS = 80
+
+@triton.jit
+def sum_of_token(x, PIECES: tl.constexpr, TOKENS: tl.constexpr):
+    """Sum the pieces of each token."""
+    return tl.sum(tl.sum(x.reshape([PIECES, TOKENS, x.shape[1]]), 0), 1)
 
 
 @triton.jit(do_not_specialize=["B", "L", "groups"])
@@ -43,14 +44,15 @@ def ccmim_embed_tokens_kernel(
     Moves B * L * D values in and as many out. Positions and direction come from the caches: programs that run at a time
     take the same rows of different images.
 
-    A tile is [PIECES, TOKENS, LANES * VECTOR]: of each piece of its row a thread has VECTOR neighbours, 16 bytes of a
-    token. The width is a constant, by which the compiler drops pieces past the end of a row.
+    A tile is [PIECES * TOKENS, LANES * VECTOR], each row a piece of a token: of each piece of its token a thread has
+    VECTOR neighbours, 16 bytes. The width is a constant, by which the compiler drops pieces past the end of a token.
     """
     tile, group = tl.program_id(0) // groups, tl.program_id(0) % groups
     token = tile * TOKENS + tl.arange(0, TOKENS)
-    row = token[None, :, None]
-    lane = tl.max_contiguous(tl.arange(0, LANES * VECTOR), VECTOR)
-    column = (tl.arange(0, PIECES) * (LANES * VECTOR))[:, None, None] + lane[None, None, :]
+    piece = tl.arange(0, PIECES * TOKENS)[:, None]
+    row = tile * TOKENS + piece % TOKENS
+    lane = tl.max_contiguous(tl.arange(0, LANES * VECTOR), VECTOR)[None, :]
+    column = piece // TOKENS * (LANES * VECTOR) + lane
     inside = (row < L) & (column < D)
     offset = row * D + column
     first = group.to(tl.int64) * IMAGES
@@ -65,12 +67,13 @@ def ccmim_embed_tokens_kernel(
         # Scores are those of the token as it is stored.
         x = x.to(tl.float32)
         # Exactly rounded: where the sum is exact the mean is, and LN of equal values is zero.
-        mean = tl.div_rn(tl.sum(tl.sum(x, 0), 1), D * 1.0)
-        x = tl.where(column < D, x - mean[None, :, None], 0.0)
+        mean = tl.div_rn(sum_of_token(x, PIECES, TOKENS), D * 1.0)
+        mean = tl.broadcast_to(mean[None, :], [PIECES, TOKENS]).reshape([PIECES * TOKENS])
+        x = tl.where(column < D, x - mean[:, None], 0.0)
         # An address for each row, though all are the same: else the tile would change its threads to meet `direction`.
         direction = tl.load(direction_ptr + row * 0 + column, mask=inside, other=0.0)
-        variance = tl.sum(tl.sum(x * x, 0), 1) / D
-        product = tl.sum(tl.sum(x * direction, 0), 1)
+        variance = sum_of_token(x * x, PIECES, TOKENS) / D
+        product = sum_of_token(x * direction, PIECES, TOKENS)
         tl.store(logits_ptr + token, tl.div_rn(product, tl.sqrt_rn(variance + eps)), mask=token < L)
         projected_ptr += stride_b
         tokens_ptr += L * D
@@ -84,13 +87,13 @@ def embed_tokens(projected_BLD: Tensor, positions_LD: Tensor, direction_D: Tenso
     dtype = torch.promote_types(projected_BLD.dtype, positions_LD.dtype)
     tokens_BLD = torch.empty(B, L, D, dtype=dtype, device=projected_BLD.device)
     logits_BL = torch.empty(B, L, dtype=torch.float32, device=projected_BLD.device)
+    fitting((2048,), D, "width")
     # Rows that are no multiple of 16 values are read value by value.
-    aligned, widest = D % 16 == 0, fitting((1024, 2048), D, "width")
-    vector = 16 // dtype.itemsize if aligned else 1
-    tile = {"TOKENS": 4, "LANES": 32, "VECTOR": vector, "PIECES": triton.next_power_of_2(triton.cdiv(D, 32 * vector))}
+    vector = 16 // dtype.itemsize if D % 16 == 0 else 1
+    pieces = triton.next_power_of_2(triton.cdiv(D, 32 * vector))
+    tile = {"D": D, "IMAGES": IMAGES, "TOKENS": 4, "PIECES": pieces, "LANES": 32, "VECTOR": vector}
     groups, tiles = triton.cdiv(B, IMAGES), triton.cdiv(L, tile["TOKENS"])
     tensors = (projected_BLD, positions_LD.contiguous(), direction_D.contiguous(), tokens_BLD, logits_BL)
     numbers = (B, L, groups, float(eps), *projected_BLD.stride()[:2])
-    how = {"warps": 4, "fp_fusion": True, "registers": REGISTERS if aligned and widest == 1024 else MOST_REGISTERS}
-    launch(ccmim_embed_tokens_kernel, groups * tiles, *tensors, *numbers, D=D, IMAGES=IMAGES, **tile, **how)
+    launch(ccmim_embed_tokens_kernel, groups * tiles, *tensors, *numbers, **tile, warps=4, fp_fusion=True)
     return tokens_BLD, logits_BL
