@@ -26,5 +26,7 @@ def case(s: Size, device: torch.device) -> Case:
 
 def launches() -> None:
     # MaskFeat's cells in each dtype, large cells and many bins, and cells whose rows are no whole words.
-    for dtype, cell, bins, C in (*((dtype, 8, 9, 3) for dtype in DTYPES), (DTYPES[0], 32, 18, 3), (DTYPES[0], 7, 9, 1)):
-        launchers.hog_target(empty(2, cell, cell, C, dtype=torch.uint8), ids(2, 1), cell, bins, cell, dtype)
+    maskfeat = (16, 8, 9, 3)
+    others = ((32, 32, 18, 3), (7, 7, 9, 1))
+    for dtype, (patch, cell, bins, C) in (*((dtype, maskfeat) for dtype in DTYPES), *((DTYPES[0], x) for x in others)):
+        launchers.hog_target(empty(2, patch, patch, C, dtype=torch.uint8), ids(2, 1), patch, bins, cell, dtype)

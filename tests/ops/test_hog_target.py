@@ -126,6 +126,7 @@ def some_ids(batch, size, patch, masked):
         (1, (32, 16), 16, 16, 2, 64, 2),
         (1, (6, 4), 2, 1, 3, 1, 5),
         (2, (2, 2), 2, 2, 3, 9, 1),
+        (2, (8, 12), 4, 4, 1, 4, 5),  # small, with rows of whole words
     ],
 )
 def test_kernel_against_gold(batch, size, patch, cell, channels, bins, masked, dtype, device):
