@@ -82,9 +82,10 @@ class ScoreBank:
         maps_ASBGG = maps_ABGG[:, None]
         if self._group is not None:
             # One message: torch sends a list of tensors by as many broadcasts (2.15, NCCL).
-            gathered_SABGG = maps_ABGG.new_empty(len(self._replicas), *maps_ABGG.shape)
-            dist.all_gather_into_tensor(gathered_SABGG, maps_ABGG, group=self._group)
-            maps_ASBGG = gathered_SABGG.transpose(0, 1)
+            # The parts stand one behind the other in the first dimension, the only layout that gloo takes too.
+            gathered = maps_ABGG.new_empty(len(self._replicas) * len(maps_ABGG), *maps_ABGG.shape[1:])
+            dist.all_gather_into_tensor(gathered, maps_ABGG, group=self._group)
+            maps_ASBGG = gathered.unflatten(0, (len(self._replicas), len(maps_ABGG))).transpose(0, 1)
         rows, maps = self._rows_ASB.reshape(-1), maps_ASBGG.flatten(0, 2)
         # A sample that comes twice in a step, where two epochs meet, keeps the later map.
         last = np.sort(len(rows) - 1 - np.unique(rows[::-1], return_index=True)[1])
