@@ -179,7 +179,7 @@ def test_the_command_finds_the_script(capfd, tmp_path, monkeypatch):
         ccmim(["bench", "throughput", "--only", "nobody"])
     assert ended.value.code == 2
     lines = capfd.readouterr().err.splitlines()
-    words = ["throughput, ladder, attention, data, bank, soak, scaling, ops", "'nothing'", "nobody"]
+    words = ["throughput, ladder, attention, data, bank, soak, scaling, verify, ops", "'nothing'", "nobody"]
     assert [word in line for word, line in zip(words, lines)] == [True] * 3
     monkeypatch.setattr("ccmim_fast.commands.bench.__file__", str(tmp_path / "ccmim_fast" / "commands" / "bench.py"))
     assert ccmim(["bench", "ops"]) == 6
