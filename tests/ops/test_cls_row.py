@@ -56,7 +56,10 @@ def test_errors():
 SHAPES = [(2, 197, 1, 12, 64), (3, 16, 5, 3, 7), (1, 2, 1, 1, 1), (1, 1025, 1, 2, 64), (1, 9, 1, 1, 300)]
 
 
-@pytest.mark.fault("softmax over the padding too", 'row = tl.where(used, row, float("-inf"))', "row = row")
+@pytest.mark.fault(
+    "softmax over the padding too", 'row = tl.where((token < T)[None, :], row, float("-inf"))', "row = row"
+)
+@pytest.mark.fault("heads past the last counted", "mean += tl.where(used, row, 0.0)", "mean += row")
 @pytest.mark.fault("sum over heads, not mean", "total + tl.sum(mean, 0) / N", "total + tl.sum(mean, 0)")
 @pytest.mark.fault("logits read without a barrier", "is read below.\n    tl.debug_barrier()\n", "is read below.\n")
 @pytest.mark.fault("the first keys for all tokens", "k = following\n", "following = k\n")

@@ -13,7 +13,7 @@ from ccmim_kernels.triton_impl.launch import MOST_REGISTERS, ROW_SIZES, fitting,
 HEAD_SIZES = (64, 128, 1024)
 
 # Registers of a thread, keys of 2 bytes: 32 warps are then resident on a multiprocessor. Without a limit ptxas takes 80
-# to 90; with keys of 4 bytes 64 spill.
+# to 90; with keys of 4 bytes, or the widest heads, 64 spill.
 REGISTERS = 64
 
 
@@ -98,10 +98,10 @@ def ccmim_cls_row_kernel(
         used = (head < N) & (token < T)[None, :]
         row = tl.load(logits_ptr + head * T + token[None, :], mask=used, other=0.0)
         if softmax != 0:
-            row = tl.where(used, row, float("-inf"))
-            row = tl.exp(row - tl.maximum(tl.max(row, 1), -1e38)[:, None])
-            row = row / tl.maximum(tl.sum(row, 1), 1e-38)[:, None]
-        mean += row
+            row = tl.where((token < T)[None, :], row, float("-inf"))
+            row = tl.exp(row - tl.max(row, 1)[:, None])
+            row = row / tl.sum(row, 1)[:, None]
+        mean += tl.where(used, row, 0.0)
     patch = token - prefix
     place = image * (T - prefix) + patch
     total = tl.load(total_ptr + place, mask=(patch >= 0) & (token < T * has_total), other=0.0)
@@ -122,7 +122,8 @@ def cls_row(q_BNH: Tensor, k_BTNH: Tensor, total_BL: Tensor | None, prefix: int,
     heads, aligned = max(1, 256 // head), H % 16 == 0
     tokens = (4096 if aligned else 1024) // (heads * head)
     tile = {"TOKENS": tokens, "HEADS": heads, "BLOCK_H": head, "BLOCK_T": size, "ROWS": max(1, 2048 // size)}
-    registers = REGISTERS if aligned and k_BTNH.dtype.itemsize == 2 else MOST_REGISTERS
+    limited = aligned and head < HEAD_SIZES[-1] and k_BTNH.dtype.itemsize == 2
+    registers = REGISTERS if limited else MOST_REGISTERS
     how = {"warps": 8, "fp_fusion": True, "registers": registers}
     launch(ccmim_cls_row_kernel, B, *tensors, T, N, prefix, *flags, float(scale), H, *strides, **tile, **how)
     return out_BL
