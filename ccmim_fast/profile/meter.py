@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,18 +20,25 @@ _LARGE_BYTES = 2**28
 # FLOPs from shapes. torch 2.15 counts attention by itself; some older ones that we support know CUDA's operators only.
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-_ON_CPU = {
+_FORMULAS = {
     torch.ops.mkldnn._linear_pointwise: lambda x_RA, w_DA, *_, **__: 2 * x_RA[0] * x_RA[1] * w_DA[0],
     _ATTENTION: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
     _ATTENTION_BACKWARD: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
+    # What xformers calls: [B, T, N, H], of which torch 2.15 takes the tokens for heads.
+    torch.ops.aten._efficient_attention_forward: lambda *shapes, **_: sdpa_flop_count(*_by_head(shapes[:3])),
+    torch.ops.aten._efficient_attention_backward: lambda *shapes, **_: sdpa_backward_flop_count(*_by_head(shapes[:4])),
 }
 
 Item = TypeVar("Item")
 
 
+def _by_head(shapes: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
+    return [(batch, heads, tokens, width) for batch, tokens, heads, width in shapes]
+
+
 def flop_counter() -> FlopCounterMode:
-    """Return a context that counts the arithmetic in its body, CPU attention included: `.get_total_flops()`."""
-    return FlopCounterMode(display=False, custom_mapping=_ON_CPU)
+    """Return a context that counts the arithmetic in its body, attention of all kinds: `.get_total_flops()`."""
+    return FlopCounterMode(display=False, custom_mapping=_FORMULAS)
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype | None) -> float:

@@ -65,13 +65,11 @@ def evaluation(folder: Path, kind: str) -> list[str]:
     return ["eval", kind, f"{folder / TRAINED}", "--train.device=cuda", *images, *steps, *dense, *windows, *few]
 
 
-def benchmarks() -> dict[str, list[str]]:
-    """Return the benchmarks that have a GPU's side, as small as they go."""
-    size = ("--device=cuda", "--arch=vit_tiny_patch16_224", "--batch=8", "--rounds=1")
-    eager = "--train.compile=off"
-    return {
-        "throughput": [*size, "--seconds=0.001", "--only", "ccmim-first", eager],
-        "ladder": [*size, "--steps=1", "--model.depth=2", "--decoder.depth=1"],  # its last rung is compiled
-        "bank": [*size, eager],
-        "attention": ["--device=cuda", "--batch=4", "--shapes=1", "--rounds=1"],
-    }
+# As small as benchmarks of steps go.
+_SMALL = ("--device=cuda", "--arch=vit_tiny_patch16_224", "--batch=8", "--rounds=1")
+LADDER = (*_SMALL, "--steps=1", "--model.depth=2", "--decoder.depth=1")
+BENCHMARKS = {
+    "throughput": (*_SMALL, "--seconds=0.001", "--only", "ccmim-first", "--train.compile=off"),
+    "bank": (*_SMALL, "--train.compile=off"),
+    "attention": ("--device=cuda", "--batch=4", "--shapes=1", "--rounds=1"),
+}

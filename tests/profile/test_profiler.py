@@ -80,6 +80,21 @@ def test_arithmetic_is_what_torch_counts(table):
     assert table["flops_per_step"]["matmul"] == pytest.approx(counter.get_total_flops() - attention, rel=1e-4)
 
 
+@pytest.mark.parametrize("asking", [1, 37])
+def test_attention_of_xformers_is_counted_by_head(asking):
+    """Products of the forward pass: 2 of [T, H] x [H, S] for each of N heads; backward it is 2.5 times that."""
+    q_BTNH, kv_BSNH = (torch.empty(2, tokens, 3, 16, device="meta") for tokens in (asking, 37))
+    aten, no_masks = torch.ops.aten, (None,) * 5
+    with flop_counter() as forward:
+        result = aten._efficient_attention_forward(q_BTNH, kv_BSNH, kv_BSNH, *no_masks, 0.0, 0, True)
+    out_BTNH, sums, *random = result[:4]
+    saved = (None, out_BTNH, None, None, asking, 37, sums, 0.0, *random)
+    with flop_counter() as backward:
+        aten._efficient_attention_backward(out_BTNH, q_BTNH, kv_BSNH, kv_BSNH, *saved, 0, False)
+    assert forward.get_total_flops() == 2 * 2 * 3 * (2 * asking * 37 * 16)
+    assert backward.get_total_flops() == 2.5 * forward.get_total_flops()
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_kernels_tell(tmp_path):
     fit(config_for(tmp_path / "run", profile=STEPS, device="cuda", precision="auto"))
