@@ -78,6 +78,14 @@ def _indexes_elsewhere(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _freed_memory_is_returned():
+    """A training process keeps what it frees; one that runs a thousand tests would grow to many times what it uses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ccmim_fast.engine.build.keep_freed_memory", lambda: False)
+        yield
+
+
 @pytest.fixture
 def full(monkeypatch) -> set[int]:
     """Steps whose checkpoints find the disk full."""

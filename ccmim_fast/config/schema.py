@@ -151,7 +151,7 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = setting("ddp", "whole weights on each rank, or divided (FSDP2)", "ours", "free")
     recompute: bool = setting(False, "activation checkpointing: keep each block's input alone", "ours", "free")
     compile: Literal["auto", "off", "blocks", "step"] = setting(
-        "auto", "torch.compile of what; auto: step on CUDA from compute capability 7.0 on, else off", "ours", "free"
+        "auto", "torch.compile of what; auto: step on CUDA from 7.0 on, unless eager is faster", "ours", "free"
     )
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = setting(
         "default", "mode of torch.compile", "torch", "free"

@@ -161,13 +161,16 @@ def build_bank(config: Config, plan: Plan, here: Session, folder: Path) -> Score
     return ScoreBank(plan, opened, here.device, backend_timeout(config.watch.timeout))
 
 
-def prepare_step(step: TrainStep, micro_batch: int) -> TrainStep | GraphedStep:
+def prepare_step(step: TrainStep, micro_batch: int, known: str = "") -> TrainStep | GraphedStep:
     """Compile and warm up as `train.compile` and `train.cuda_graph` say; the result is called like the step.
 
     A checkpoint must be loaded into the step after this.
+
+    Args:
+        known: what `train.compile=auto` comes to, where that was measured before.
     """
     train = step.config.train
-    what = choose_compile(train.compile, step.device, divided=is_sharded(step.model))
+    what = known or choose_compile(train.compile, step.device, divided=is_sharded(step.model))
     compile_step(step, what, train.compile_mode)
     if train.cuda_graph:
         # A graph is captured with warm caches and the optimizer's state in its place; three steps, on a stream of their

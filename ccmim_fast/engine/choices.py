@@ -1,11 +1,13 @@
 """What the settings `auto` come to in a run: measured on its own step, or as the run, or this machine, decided before.
 
 A question is asked for each op (its kernels), each shape of attention (its backend), each shape of a CPU's linear
-layers (whose products), and for the loader. The candidates on CUDA begin with ours: Triton's kernels, xformers.
+layers (whose products), for the loader, and for torch.compile. The candidates on CUDA begin with ours: Triton's
+kernels, xformers.
 """
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -15,23 +17,28 @@ from ccmim_fast.autotune.calls import StepCall, calls_of
 from ccmim_fast.autotune.decide import Decision, Question, fastest_that_agree, first_that_run
 from ccmim_fast.autotune.loaders import fastest_loader
 from ccmim_fast.autotune.table import FILE, Table, machine, path_of, read_table, write_table
+from ccmim_fast.autotune.timing import milliseconds, timed, winner
 from ccmim_fast.checkpoints.manifest import CHECKPOINTS
 from ccmim_fast.config.keys import flatten, settings
 from ccmim_fast.config.schema import Config, RunConfig
 from ccmim_fast.data.build import suitable_loaders
 from ccmim_fast.data.source import Source
+from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.data.threads import thread_count
-from ccmim_fast.engine.compile import choose_compile
+from ccmim_fast.engine.compile import choose_compile, compiled_as, eager, make_eager
 from ccmim_fast.engine.dry_run import dry_run, synthetic_batch
 from ccmim_fast.engine.step import TrainStep
 from ccmim_fast.models.block import attending_by
 from ccmim_fast.models.encoder import configure_blocks
 from ccmim_fast.models.precision import LINEAR
+from ccmim_fast.profile.meter import synchronise
 from ccmim_fast.ranks.fsdp import let_go
 from ccmim_fast.ranks.session import Session, broadcast
 
 LEAST_FLOPS = 1e13  # of a whole run; the demo's 2.4e13 take two cores eight minutes, of which measuring takes seconds
 SECONDS = 14.0  # after which no round of a measurement begins
+_FORM_SECONDS = 4.0  # the same for whole steps, which are timed after that
+_FORM_ERROR = 0.02  # of the losses: products of 16 bits in another order, and now and then another patch is masked
 _CHECKED = 2  # images that implementations are compared on; the heads' BatchNorm needs two rows
 _FORWARD = 0.5  # seconds, about, of the forward pass that is measured on a CPU: as many images as it takes
 # Beside the settings that decide the shape of a weight: what decides the shapes of calls, or which calls there are.
@@ -102,13 +109,60 @@ def apply(table: Table, step: TrainStep) -> None:
             by_shape[kind][tuple(int(size) for size in sizes.split(" x "))] = candidate
         else:
             kernels[name] = candidate
-    kernels.pop("loader", None)
+    for other in ("loader", "compile"):
+        kernels.pop(other, None)
     if kernels:
         _set_kernels(step, kernels)
     if by_shape["attention"]:
         configure_blocks(step.model.modules(), attention=tuple(by_shape["attention"].items()))
     if step.linear is not None:
         step.linear = by_shape["linear"] if "onednn" in by_shape["linear"].values() else None
+
+
+def choose_form(table: Table, step: TrainStep, micro_batch: int, here: Session) -> Table:
+    """Hold a step that `auto` compiled against the eager one, on made images, and let the faster one run.
+
+    Where a table was read, it has the answer. Ranks that wait for each other are not timed: the compiled step stays.
+
+    Returns:
+        The table with the decision, which is kept as the others are.
+    """
+    train, compiled = step.config.train, compiled_as(step)
+    open_ = train.compile == "auto" and compiled != "off" and not train.cuda_graph
+    if not open_ or here.world_size > 1 or not table.seconds or "compile" in table.decisions:
+        return table
+    start = time.perf_counter()
+    with dry_run(step):
+        decision = _form(step, compiled, [synthetic_batch(step, micro_batch)], start + _FORM_SECONDS)
+    if decision.chosen == "off":
+        make_eager(step)
+    seconds = round(table.seconds + time.perf_counter() - start, 3)
+    table = table._replace(decisions={**table.decisions, "compile": decision}, seconds=seconds)
+    if train.autotune == "cached" and table.complete:
+        write_table(path_of(table.where), table)
+    return table
+
+
+def _form(step: TrainStep, compiled: str, batches: list[Batch], until: float) -> Decision:
+    def seconds(form: AbstractContextManager) -> float:
+        with form:
+            synchronise(step.device)
+            start = time.perf_counter()
+            step(batches, 0.0)
+            synchronise(step.device)
+            return time.perf_counter() - start
+
+    try:
+        with eager(step):
+            expected = step(batches, 0.0).total.item()
+    except torch.cuda.OutOfMemoryError:
+        return Decision(compiled, {}, {"off": "out of memory"})
+    found = step(batches, 0.0).total.item()
+    # Written so that NaN fails.
+    if not abs(found - expected) <= _FORM_ERROR * abs(expected):
+        return Decision("off", {}, {compiled: f"the loss is {found:.6g}, of the eager step {expected:.6g}"})
+    times = timed({compiled: lambda: seconds(nullcontext()), "off": lambda: seconds(eager(step))}, until)
+    return Decision(winner(times) if all(times.values()) else compiled, milliseconds(times), {})
 
 
 def _set_kernels(step: TrainStep, kernels: str | Mapping[str, str]) -> None:

@@ -21,7 +21,8 @@ from ccmim_fast.ranks.fsdp import is_sharded
 def choose_compile(name: str, device: torch.device, divided: bool = False) -> str:
     """Return `off`, `blocks` or `step`; `auto` is `step` on CUDA from compute capability 7.0 on, which inductor needs.
 
-    Blocks whose weights are `divided` among ranks are gathered between them: there it is `blocks`.
+    Blocks whose weights are `divided` among ranks are gathered between them: there it is `blocks`. A run of one process
+    then holds the compiled step against the eager one (`choices.choose_form`).
 
     On a CPU compiling gains nothing for these shapes: ViT-B's encoder 20.6 img/s against 19.0, after 37 s.
     """
@@ -64,6 +65,33 @@ def vit_blocks(model: CCMIM) -> list[ViTBlock]:
     return [block for block in (*model.encoder.blocks, *model.decoder.blocks) if isinstance(block, ViTBlock)]
 
 
+def compiled_as(step: TrainStep) -> str:
+    """Return what of the step is compiled: `step`, `blocks`, or `off`."""
+    if step.forward != step.losses:
+        return "step"
+    return "blocks" if any("compute" in vars(block) for block in vit_blocks(step.model)) else "off"
+
+
+def make_eager(step: TrainStep) -> None:
+    """Make a compiled step eager, for good."""
+    for block in vit_blocks(step.model):
+        vars(block).pop("compute", None)
+    step.forward, step.cast_blocks = step.losses, []
+    drop_gradients(step.optimizer)
+
+
+@contextlib.contextmanager
+def eager(step: TrainStep) -> Iterator[None]:
+    """Run a compiled step eagerly within."""
+    forward, cast_blocks = step.forward, step.cast_blocks
+    step.forward, step.cast_blocks = step.losses, []
+    try:
+        with uncompiled(step.model):
+            yield
+    finally:
+        step.forward, step.cast_blocks = forward, cast_blocks
+
+
 @contextlib.contextmanager
 def uncompiled(model: CCMIM) -> Iterator[None]:
     """Run the blocks eagerly within, so that hooks of their parts are called."""
@@ -97,7 +125,7 @@ def warm_up(step: TrainStep, batch: int, accumulate: int, steps: int = 2) -> boo
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
-            if step.forward == step.losses and not any("compute" in vars(block) for block in vit_blocks(step.model)):
+            if compiled_as(step) == "off":
                 raise
             _give_up(step, error)
         _take(step, batches, steps)
@@ -122,10 +150,7 @@ def _without_inductors_log() -> Iterator[None]:
 def _give_up(step: TrainStep, error: Exception) -> None:
     reason = " ".join(str(error).split())[:300]
     print(f"train.compile failed, the run goes on without: {type(error).__name__}: {reason}", file=sys.stderr)
-    for block in vit_blocks(step.model):
-        vars(block).pop("compute", None)
-    step.forward, step.cast_blocks = step.losses, []
-    drop_gradients(step.optimizer)
+    make_eager(step)
 
 
 def _take(step: TrainStep, batches: list[Batch], steps: int) -> None:

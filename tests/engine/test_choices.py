@@ -14,8 +14,9 @@ from tiny import tiny_config
 from ccmim_fast.autotune.decide import Decision
 from ccmim_fast.autotune.table import FILE, Table, read_table
 from ccmim_fast.engine import choices
-from ccmim_fast.engine.build import build_step
-from ccmim_fast.engine.choices import apply, choose, run_of
+from ccmim_fast.engine.build import build_step, prepare_step
+from ccmim_fast.engine.choices import apply, choose, choose_form, run_of
+from ccmim_fast.engine.compile import compile_step, compiled_as, warm_up
 from ccmim_fast.engine.dry_run import synthetic_batch
 from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.models import block, precision
@@ -189,3 +190,80 @@ def test_the_run_that_is_gone_on_with(tmp_path):
     assert run_of(dataclasses.replace(run, dir="a", resume="auto")).name == "a"
     checkpoint = tmp_path / "b" / "checkpoints" / "step_00000002"
     assert run_of(dataclasses.replace(run, dir="a", resume=str(checkpoint))) == tmp_path / "b"
+
+
+def compiled(what: str):
+    """Return a step that is compiled as `auto` would on CUDA, and a table that was measured."""
+    step = step_for()
+    compile_step(step, what, backend="eager")
+    warm_up(step, 4, 1)
+    return step, Table({"device": "here"}, {"attention 7 x 3 x 16": Decision("sdpa", {"sdpa": 1.0}, {})}, 1.0)
+
+
+def takes(monkeypatch, **seconds: float):
+    """Let each form of the step take as many seconds; it is carried out all the same."""
+
+    def timed(samples, until):
+        return {name: [seconds.get(name, 1.0) for _ in range(4) if sample() > 0] for name, sample in samples.items()}
+
+    monkeypatch.setattr(choices, "timed", timed)
+
+
+@pytest.mark.parametrize("what", ["step", "blocks"])
+@pytest.mark.parametrize("faster", ["compiled", "off"])
+def test_the_faster_form_of_the_step_stays(monkeypatch, what, faster):
+    step, table = compiled(what)
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
+    takes(monkeypatch, off=1.2 if faster == "compiled" else 0.8)
+    chosen = choose_form(table, step, 4, HERE)
+    assert compiled_as(step) == chosen.decisions["compile"].chosen == (what if faster == "compiled" else "off")
+    assert chosen.decisions["compile"].milliseconds.keys() == {what, "off"}
+    assert chosen.decisions.keys() == table.decisions.keys() | {"compile"}
+    assert chosen.seconds > table.seconds
+    assert all(torch.equal(before[name], value) for name, value in step.model.state_dict().items())
+    kept = read_table(choices.path_of(table.where), table.where)
+    assert kept == chosen
+    # The next run does not ask again, and compiles nothing where that was slower.
+    monkeypatch.setattr(choices, "_form", None)
+    assert choose_form(kept, step, 4, HERE) is kept
+    again = step_for()
+    prepare_step(again, 4, "off")
+    apply(kept, again)
+    assert compiled_as(again) == "off"
+
+
+def test_a_compiled_step_with_another_loss_is_dropped(monkeypatch):
+    step, table = compiled("step")
+    forward = step.forward
+
+    def wrong(*batch):
+        losses, seen = forward(*batch)
+        return losses._replace(total=losses.total * 1.1), seen
+
+    step.forward = wrong
+    takes(monkeypatch)
+    chosen = choose_form(table, step, 4, HERE)
+    assert compiled_as(step) == chosen.decisions["compile"].chosen == "off"
+    assert "compile: not step: the loss is " in chosen.notes()[1]
+
+
+def test_an_eager_step_without_room_leaves_the_compiled_one(monkeypatch):
+    step, table = compiled("step")
+
+    def losses(*batch):
+        raise torch.cuda.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(step, "losses", losses)
+    chosen = choose_form(table, step, 4, HERE)
+    assert chosen.decisions["compile"] == Decision("step", {}, {"off": "out of memory"})
+
+
+@pytest.mark.parametrize("why", ["said", "ranks", "graph", "not measured", "not compiled"])
+def test_forms_that_are_no_question(monkeypatch, why):
+    step, table = compiled("step" if why != "not compiled" else "off")
+    monkeypatch.setattr(choices, "_form", None)
+    train = {"said": {"compile": "step"}, "graph": {"cuda_graph": True}}.get(why, {})
+    step.config = dataclasses.replace(step.config, train=dataclasses.replace(step.config.train, **train))
+    table = table._replace(seconds=0.0) if why == "not measured" else table
+    here = Session(0, 2, HERE.device) if why == "ranks" else HERE
+    assert choose_form(table, step, 4, here) is table
