@@ -258,6 +258,15 @@ def test_an_eager_step_without_room_leaves_the_compiled_one(monkeypatch):
     assert chosen.decisions["compile"] == Decision("step", {}, {"off": "out of memory"})
 
 
+def test_without_time_the_compiled_step_stays_and_nothing_is_kept(monkeypatch):
+    step, table = compiled("blocks")
+    monkeypatch.setattr(choices, "_FORM_SECONDS", 0.0)
+    chosen = choose_form(table, step, 4, HERE)
+    assert compiled_as(step) == "blocks"
+    assert chosen.decisions["compile"] == Decision("blocks", {}, {})
+    assert not choices.path_of(table.where).exists()
+
+
 @pytest.mark.parametrize("why", ["said", "ranks", "graph", "not measured", "not compiled"])
 def test_forms_that_are_no_question(monkeypatch, why):
     step, table = compiled("step" if why != "not compiled" else "off")

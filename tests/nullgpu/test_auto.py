@@ -89,3 +89,44 @@ for compile_ in ("off", "step"):
     assert result.code == 0, end_of(result)
     taken = {how: result.told[how]["attention 25 x 4 x 8"] for how in ("off", "step")}
     assert taken == {"off": "xformers" if HAS_XFORMERS else "efficient", "step": "efficient"}
+
+
+def test_a_measurement_goes_through_on_a_gpu(tmp_path):
+    """Its times mean nothing here, but all candidates are made, compared, timed; and both forms of the step."""
+    script = """
+import torch
+from nullgpu.counters import bools_are, tell, without_cudnn
+without_cudnn()
+from ccmim_fast.engine import choices
+from ccmim_fast.engine.build import build_step
+from ccmim_fast.engine.compile import compile_step, compiled_as, warm_up
+from ccmim_fast.ranks.session import Session
+from tiny import tiny_config
+choices._computes = lambda device: True
+choices.SECONDS, choices._FORM_SECONDS = 120.0, 60.0
+here = Session(0, 1, torch.device("cuda"))
+config = tiny_config(train={"batch_size": 4, "precision": "bf16", "autotune": "fresh"})
+with bools_are(True):
+    step = build_step(config, here)
+table = choices.choose(step, 4, here, 10**9)
+choices.apply(table, step)
+compile_step(step, "step", backend="eager")
+warm_up(step, 4, 1)
+table = choices.choose_form(table, step, 4, here)
+tell("decisions", {name: decision._asdict() for name, decision in table.decisions.items()})
+tell("compiled", compiled_as(step))
+"""
+    result = run(script)
+    assert result.code == 0, end_of(result)
+    decisions = result.told["decisions"]
+    form = decisions.pop("compile")
+    assert form["milliseconds"].keys() == {"step", "off"}
+    assert result.told["compiled"] == form["chosen"]
+    # What a kernel that does nothing leaves in memory that is not zero differs from the reference; others are timed.
+    timed = {name for name, decision in decisions.items() if len(decision["milliseconds"]) > 1}
+    assert len(timed) >= 8
+    attention = [decision for name, decision in decisions.items() if name.startswith("attention ")]
+    assert len(attention) == 4
+    for decision in attention:
+        assert {"flash", "efficient", "sdpa"} <= decision["milliseconds"].keys()
+        assert all(why.startswith("RuntimeError: cuDNN") for why in decision["dropped"].values())
