@@ -145,8 +145,10 @@ def ours(given: list[str], arch: str, images_BHWC: Tensor, precision: str, savin
     if savings_off:
         without(train_step, savings_off)
     plan = Plan(MadeSizes(), seed=0, global_batch=count)
-    choices.apply(choices.choose(train_step, count, here, samples=config.train.epochs * plan.samples), train_step)
-    train_step = prepare_step(train_step, count)
+    chosen = choices.choose(train_step, count, here, samples=config.train.epochs * plan.samples)
+    choices.apply(chosen, train_step)
+    prepared = prepare_step(train_step, count, chosen.chosen().get("compile", ""))
+    choices.choose_form(chosen, train_step, count, here)
     # In memory, so that nothing is written on a disk.
     bank = build_bank(config, plan, here, Path())
     boxes_B4 = np.tile([0.1, 0.2, 0.7, 0.6], (count, 1))
@@ -156,7 +158,7 @@ def ours(given: list[str], arch: str, images_BHWC: Tensor, precision: str, savin
         nonlocal cursor
         ids_B = plan.step_ids(cursor, range(1)).reshape(-1)  # other samples, so other masks
         batches = [on_device(images_BHWC, ids_B, np.zeros_like(ids_B), None, boxes_B4, device)]
-        result = train_step(batches if bank is None else bank.read(cursor, batches), LR)
+        result = prepared(batches if bank is None else bank.read(cursor, batches), LR)
         if bank is not None:
             bank.write([seen.maps_BGG for seen in result.seen])
         cursor += count

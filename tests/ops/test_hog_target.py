@@ -117,13 +117,13 @@ def some_ids(batch, size, patch, masked):
     [
         (1, (224, 224), 16, 8, 3, 9, 13),  # ViT-B/16, MaskFeat
         (2, (24, 40), 8, 8, 3, 4, 15),
-        (3, (32, 64), 32, 8, 3, 9, 1),
+        (1, (32, 64), 32, 8, 3, 9, 1),
         # Triton's interpreter adds a cell's votes one after the other: with many bins these sums are short.
-        (1, (64, 32), 32, 32, 3, 40, 2),
+        (1, (64, 32), 32, 32, 3, 40, 1),
         (1, (27, 54), 27, 27, 1, 60, 2),
         (2, (10, 15), 5, 5, 4, 12, 5),
         (2, (12, 20), 4, 2, 1, 17, 7),
-        (1, (32, 16), 16, 16, 2, 64, 2),
+        (1, (32, 16), 16, 16, 2, 64, 1),
         (1, (6, 4), 2, 1, 3, 1, 5),
         (2, (2, 2), 2, 2, 3, 9, 1),
         (2, (8, 12), 4, 4, 1, 4, 5),  # small, with rows of whole words
@@ -170,9 +170,9 @@ def test_kernel_on_gradients_on_a_boundary(bins, device):
 @pytest.mark.fault("HOG: the last column of a cell left out", "// CHANNELS < CELL", "// CHANNELS < CELL - 1")
 def test_kernel_sums_every_pixel_of_a_cell(device):
     """One bright pixel stands at every place in turn, the corners of the image among them."""
-    images = torch.zeros(64, 8, 8, 1, dtype=torch.uint8, device=device)
-    images.view(64, 64).fill_diagonal_(200)
-    ids = torch.arange(4, device=device).expand(64, 4)
+    images = torch.zeros(32, 8, 4, 1, dtype=torch.uint8, device=device)
+    images.view(32, 32).fill_diagonal_(200)
+    ids = torch.arange(2, device=device).expand(32, 2)
     compare_hog(images, ids, patch=4, cell=4, bins=9)
 
 
