@@ -1,10 +1,11 @@
 """This kernel of `masked_patch_loss` computes the loss and its gradient in one pass over the data.
 
 A warp holds a whole patch in registers, so each pixel is loaded and converted once. Entry p of a patch, in the order of
-memory, is value i of lane s in chunk k: p = (k * LANES + s) * VALUES + i.
+memory, is value i of lane s in chunk k: p = (k * LANES + s) * VALUES + i. Tensors have the axes k and
+j = s * VALUES + i: of three axes, Triton before 3.9 lets the lanes of a warp lie along the wrong one.
 """
 
-# B batch, H height, W width, C channels, M masked, P patch * patch * C, K chunks, S lanes, I values of a lane
+# B batch, H height, W width, C channels, M masked, P patch * patch * C, K chunks, J lanes * values of a lane
 
 import torch
 import triton
@@ -31,28 +32,34 @@ def channel_scales(
     LANES: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """Return a and b [K, S, I] fp32, by which a * u + b normalises the byte u of each entry by its channel.
+    """Return a and b [K, J] fp32, by which a * u + b normalises the byte u of each entry by its channel.
 
     The channel of an entry is (s * VALUES + k * LANES * VALUES + i) % C. The last two terms are known when the kernel
     is compiled, so a lane holds C values and not one for each of its entries.
     """
     lane = tl.arange(0, LANES) * VALUES
-    step = (tl.arange(0, CHUNKS) * (LANES * VALUES))[:, None, None] + tl.arange(0, VALUES)[None, None, :]
-    a = tl.zeros([CHUNKS, LANES, VALUES], tl.float32)
-    b = tl.zeros([CHUNKS, LANES, VALUES], tl.float32)
+    step = (tl.arange(0, CHUNKS) * (LANES * VALUES))[:, None] + (tl.arange(0, LANES * VALUES) & (VALUES - 1))[None, :]
+    a = tl.zeros([CHUNKS, LANES * VALUES], tl.float32)
+    b = tl.zeros([CHUNKS, LANES * VALUES], tl.float32)
     for q in tl.static_range(CHANNELS):
         channel = (lane + q) % CHANNELS
         std = tl.load(std_ptr + channel)
         mine = step % CHANNELS == q
-        a = tl.where(mine, tl.div_rn(1.0, 255 * std)[None, :, None], a)
-        b = tl.where(mine, tl.div_rn(-tl.load(mean_ptr + channel), std)[None, :, None], b)
+        a = tl.where(mine, of_lanes(tl.div_rn(1.0, 255 * std), VALUES)[None, :], a)
+        b = tl.where(mine, of_lanes(tl.div_rn(-tl.load(mean_ptr + channel), std), VALUES)[None, :], b)
     return a, b
 
 
 @triton.jit
+def of_lanes(x, VALUES: tl.constexpr):
+    """Give each of a lane's VALUES the lane's number: [S] becomes [J]."""
+    return tl.reshape(tl.broadcast_to(x[:, None], [x.shape[0], VALUES]), [x.shape[0] * VALUES])
+
+
+@triton.jit
 def total_of(x):
-    """Sum [K, S, I] over all axes, those within a lane first."""
-    return tl.sum(tl.sum(tl.sum(x, 2), 0), 0)
+    """Sum [K, J] over both axes, that within a lane first."""
+    return tl.sum(tl.sum(x, 0), 0)
 
 
 @triton.jit
@@ -94,22 +101,22 @@ def ccmim_masked_patch_loss_kernel(
     program = tl.program_id(0).to(tl.int64)
     image = program // tiles
     start = (program % tiles).to(tl.int32) * PATCHES
-    lane = tl.arange(0, CHUNKS)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
-    p = lane * VALUES + tl.arange(0, VALUES)[None, None, :]
+    p = (tl.arange(0, CHUNKS) * (LANES * VALUES))[:, None] + tl.arange(0, LANES * VALUES)[None, :]
     inside = p < LENGTH
     row_bytes = columns * RUN
-    pixel = p // RUN * row_bytes + p % RUN
+    # A lane loads as many pixels as values of the prediction.
+    pixel = tl.max_contiguous(p // RUN * row_bytes + p % RUN, [1, VALUES])
     images_ptr += image * rows * PATCH * row_bytes
     a, b = channel_scales(mean_ptr, std_ptr, CHANNELS, CHUNKS, LANES, VALUES)
     a_first = tl.div_rn(1.0, 255 * tl.load(std_ptr))
     b_first = tl.div_rn(-tl.load(mean_ptr), tl.load(std_ptr))
-    total = tl.zeros([LANES], tl.float32)
+    total = 0.0
     for m in range(start, tl.minimum(start + PATCHES, masked)):
         index = tl.load(ids_ptr + image * masked + m).to(tl.int32)
         patch_ptr = images_ptr + (index // columns * PATCH * row_bytes + index % columns * RUN)
-        entry = (image * masked + m) * LENGTH + p
-        pred = tl.load(pred_ptr + entry, mask=inside, other=0.0).to(tl.float32)
+        entry = (image * masked + m) * LENGTH
         u = tl.load(patch_ptr + pixel, mask=inside, other=0).to(tl.float32)
+        pred = tl.load(pred_ptr + entry + p, mask=inside, other=0.0).to(tl.float32)
         if NORM_PIX:
             # Relative to the first pixel a constant patch is exactly zero, whatever the sums round to.
             first = tl.load(patch_ptr).to(tl.float32) * a_first + b_first
@@ -119,9 +126,9 @@ def ccmim_masked_patch_loss_kernel(
         else:
             target = u * a + b
         residual = tl.where(inside, pred - target, 0.0)
-        tl.store(residual_ptr + entry, residual.to(residual_ptr.dtype.element_ty), mask=inside)
-        total += tl.sum(tl.sum(residual * residual, 2), 0)
-    tl.store(partial_ptr + program, tl.sum(total, 0))
+        tl.store(residual_ptr + entry + p, residual.to(residual_ptr.dtype.element_ty), mask=inside)
+        total += total_of(residual * residual)
+    tl.store(partial_ptr + program, total)
 
 
 def masked_patch_loss(
@@ -143,8 +150,10 @@ def masked_patch_loss(
     tensors = (pred_BMP, images_BHWC.contiguous(), ids_BM.contiguous(), *scales, residual_BMP, partial)
     sizes = (M, H // patch, W // patch, tiles)
     shape = {"CHUNKS": tile // (lanes * values), "LANES": lanes, "VALUES": values}
-    # 24 values a lane need no more than lets 32 programs, all there may be, fit on a multiprocessor.
-    registers = 64 if values == 8 and warps == 1 and patch * C % values == 0 else MOST_REGISTERS
+    # 24 values a lane need no more than lets 32 programs, all there may be, fit on a multiprocessor. Without norm_pix
+    # most need fewer, and the others would spill.
+    limited = norm_pix and values == 8 and warps == 1 and patch * C % values == 0
+    registers = 64 if limited else MOST_REGISTERS
     options = {"PATCH": patch, "CHANNELS": C, "NORM_PIX": norm_pix, "PATCHES": _PATCHES, **shape}
     compiled = {"warps": warps, "fp_fusion": True, "registers": registers}
     launch(ccmim_masked_patch_loss_kernel, B * tiles, *tensors, *sizes, **options, **compiled)
