@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
-from timm.optim import param_groups_layer_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
 from ccmim_fast.config.evaluation import EvalOptimConfig
@@ -49,11 +49,19 @@ def run(job: Job) -> dict[str, float]:
     return Classifier(job, vit, inputs, build_optimizer(vit, config.optim), AugmentedLoader(job)).run()
 
 
-def build_optimizer(vit: nn.Module, optim: EvalOptimConfig) -> torch.optim.Optimizer:
-    """Build AdamW whose rate falls by `layer_decay` from block to block downwards; no decay of vectors and tokens."""
+def build_optimizer(vit: nn.Module, optim: EvalOptimConfig, *new: nn.Module) -> torch.optim.Optimizer:
+    """Build AdamW whose rate falls by `layer_decay` from block to block downwards; no decay of vectors and tokens.
+
+    The head of `vit` has the whole rate; so have the modules `new`, which stand in its place.
+    """
     groups = param_groups_layer_decay(
         vit, optim.weight_decay, no_weight_decay_list=vit.no_weight_decay(), layer_decay=optim.layer_decay
     )
+    for group in groups if new else ():
+        # timm gives the last layer there is, a block here, the whole rate.
+        group["lr_scale"] *= optim.layer_decay
+    for part in new:
+        groups += param_groups_weight_decay(part, optim.weight_decay)
     return torch.optim.AdamW(groups, lr=optim.base_lr, betas=optim.betas)
 
 

@@ -4,10 +4,8 @@
 
 from typing import Literal
 
-import torch
 from timm.layers import LayerNorm2d
 from timm.models.vision_transformer import VisionTransformer
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -18,7 +16,6 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
-from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.evaluation.detection.backbone import LEVELS, Backbone, strides
 
 _RATIOS = (0.5, 1.0, 2.0)  # height to width of the anchors
@@ -107,17 +104,3 @@ def detect(model: MaskRCNN, images: list[Tensor], sizes: list[tuple[int, int]]) 
     proposals, _ = model.rpn(shown, maps)
     found, _ = model.roi_heads(maps, proposals, shown.image_sizes)
     return model.transform.postprocess(found, shown.image_sizes, sizes)
-
-
-def build_optimizer(model: MaskRCNN, optim: EvalOptimConfig) -> torch.optim.Optimizer:
-    """Build AdamW. Pyramid and heads have the whole rate, the last block `layer_decay` of it, and so on downwards."""
-    vit = model.backbone.vit
-    groups = param_groups_layer_decay(
-        vit, optim.weight_decay, no_weight_decay_list=vit.no_weight_decay(), layer_decay=optim.layer_decay
-    )
-    for group in groups:
-        # timm gives the last layer there is, a block here, the whole rate.
-        group["lr_scale"] *= optim.layer_decay
-    for new in (model.backbone.pyramid, model.rpn, model.roi_heads):
-        groups += param_groups_weight_decay(new, optim.weight_decay)
-    return torch.optim.AdamW(groups, lr=optim.base_lr, betas=optim.betas)

@@ -13,10 +13,11 @@ from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.detection.backbone import use_windows_
 from ccmim_fast.evaluation.detection.batches import MicroBatchOfObjects, ObjectLoader, share_to_test
 from ccmim_fast.evaluation.detection.coco import CocoSource
-from ccmim_fast.evaluation.detection.detector import build_detector, build_optimizer, detect
+from ccmim_fast.evaluation.detection.detector import build_detector, detect
 from ccmim_fast.evaluation.detection.instances import Instances, InstanceSource, ShapesInstances
 from ccmim_fast.evaluation.detection.precision import average_precision
 from ccmim_fast.evaluation.encoders import QUARTERS, build_encoder, out_indices
+from ccmim_fast.evaluation.finetune import build_optimizer
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.supervised import Supervised
 
@@ -59,7 +60,8 @@ class Detection(Supervised):
 def run(job: Job) -> dict[str, float]:
     """Train all weights; returns average precisions of boxes and masks at the end."""
     model = detector_of(job)
-    return Detection(job, model, build_optimizer(model, job.config.optim), ObjectLoader(job)).run()
+    new = (model.backbone.pyramid, model.rpn, model.roi_heads)
+    return Detection(job, model, build_optimizer(model.backbone.vit, job.config.optim, *new), ObjectLoader(job)).run()
 
 
 def detector_of(job: Job) -> nn.Module:

@@ -91,16 +91,9 @@ class Segmenter(nn.Module):
     def _at_pixels(logits_BKhw: Tensor, images_BCHW: Tensor) -> Tensor:
         return F.interpolate(logits_BKhw, images_BCHW.shape[-2:], mode="bilinear", align_corners=False)
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
-        """Tell timm's `param_groups_layer_decay` what is embedding and what blocks; all else is new above them."""
-        return {
-            "stem": r"^vit\.(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre)",
-            "blocks": [(r"^vit\.blocks\.(\d+)", None)],
-        }
-
-    def no_weight_decay(self) -> set[str]:
-        """Return the names of parameters that are no weights, besides vectors."""
-        return {f"vit.{name}" for name in self.vit.no_weight_decay()}
+    def new_parts(self) -> list[nn.Module]:
+        """Return what is trained from scratch: all but the encoder."""
+        return [part for part in self.children() if part is not self.vit]
 
 
 def _classifier(width: int, classes: int, dropout: float, init_std: float) -> nn.Sequential:

@@ -62,7 +62,8 @@ class Segmentation(Supervised):
 def run(job: Job) -> dict[str, float]:
     """Train all weights; returns mIoU, aAcc and mAcc of the end."""
     model = build_segmenter(job)
-    return Segmentation(job, model, build_optimizer(model, job.config.optim), SceneLoader(job)).run()
+    optimizer = build_optimizer(model.vit, job.config.optim, *model.new_parts())
+    return Segmentation(job, model, optimizer, SceneLoader(job)).run()
 
 
 def pixel_loss(logits_BKHW: Tensor, labels_BHW: Tensor) -> Tensor:
