@@ -39,7 +39,6 @@ class Classifier(Supervised):
         self._inputs, self._heads = inputs, heads
 
     def losses(self, batch: Batch | tuple[Tensor, Tensor]) -> Tensor:
-        """See `Supervised`."""
         images, targets = (batch.images_BHWC, batch.labels_B) if isinstance(batch, Batch) else batch
         logits_RBC = self._logits(self.wrapped, images)
         return torch.stack([F.cross_entropy(of_head.float(), targets) for of_head in logits_RBC])

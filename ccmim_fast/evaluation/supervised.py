@@ -75,7 +75,6 @@ class Supervised(Task):
             return self.report_test(loop)
 
     def train(self, batches: Sequence[Any], step: int, seen: int) -> SupervisedResult:
-        """See `Task`."""
         set_lr(self.optimizer, self._rate(seen))
         # Stochastic depth draws from the global generator: keyed by step and rank, so that a resumed run repeats.
         seed_generators(self.config.seed, step, self.here.rank)
@@ -142,7 +141,6 @@ class Supervised(Task):
         return figures
 
     def state(self) -> dict[str, Any]:
-        """See `Task`."""
         return {"encoder": self._encoder}
 
     def restore(self, state: dict[str, Any], progress: Progress) -> None:

@@ -101,11 +101,9 @@ class ObjectLoader(SampleLoader):
         self._transform = ForTraining(job.config, job.weights.mean)
 
     def read(self, index: int) -> tuple[np.ndarray, Instances]:
-        """See `SampleLoader`."""
         return self.plan.source.decode(index), self.plan.source.instances(index)
 
     def make(self, read: tuple[np.ndarray, Instances], index: int, epoch: int) -> Sample:
-        """See `SampleLoader`."""
         seed_generators(self.config.seed, epoch, index)
         return self._transform(*read)
 

@@ -75,15 +75,12 @@ class CocoSource:
         return len(self._names)
 
     def name(self, index: int) -> str:
-        """See `Source`."""
         return str(self._folder / self._names[index])
 
     def read(self, index: int) -> bytes:
-        """See `Source`."""
         return _read(Path(self.name(index)))
 
     def decode(self, index: int) -> np.ndarray:
-        """See `Source`."""
         try:
             image_HWC = decode(self.read(index), self.channels)
         except DataError as error:
@@ -94,7 +91,6 @@ class CocoSource:
         return image_HWC
 
     def instances(self, index: int) -> Instances:
-        """See `InstanceSource`."""
         objects = json.loads(self._objects[self._ends[index] : self._ends[index + 1]].tobytes())
         height, width = (int(side) for side in self.sizes_N2[index])
         masks_NHW = np.zeros((len(objects), height, width), dtype=bool)

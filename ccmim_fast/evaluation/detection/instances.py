@@ -31,7 +31,6 @@ class ShapesInstances(ShapesSource):
     """Images made by code, whose one object is known to the pixel; an `InstanceSource`."""
 
     def instances(self, index: int) -> Instances:
-        """See `InstanceSource`."""
         y0, x0, y1, x1 = self.box(index)
         mask_HW = np.array(self.mask(index))  # the cache is read-only, which torch does not like
         return Instances(

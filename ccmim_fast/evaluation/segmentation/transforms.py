@@ -138,10 +138,8 @@ class SceneLoader(SampleLoader):
         self._augment = Augment(data.image_size, segment.sides, segment.ratio, segment.most, data.flip, colour)
 
     def make(self, read: np.ndarray, index: int, epoch: int) -> Pair:
-        """See `SampleLoader`."""
         draws = np.random.default_rng((self.config.seed, epoch, index))
         return self._augment(pair_of(self.plan.source, index, read), draws)
 
     def collate(self, samples: list[Pair]) -> SceneBatch:
-        """See `SampleLoader`."""
         return SceneBatch(*map(torch.stack, zip(*samples)))
