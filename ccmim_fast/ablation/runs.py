@@ -75,11 +75,11 @@ def measure_run(run: Run, folder: Path, threads: int, test: str) -> dict[str, An
     options = [*run.options, f"--seed={run.seed}", f"--run.dir={folder}", "--run.tensorboard=false", "--overwrite"]
     config = load_config(options, "ccmim ablate")
 
-    def measure(epoch: int, trainer: Pretraining) -> dict[str, float | None]:
+    def measure(epoch: int, trainer: Pretraining) -> dict[str, float]:
         if not epoch:
             return {}
         # The scores that the next epoch would divide by.
-        figures = probe_scores(trainer, epoch, PROBED)._asdict()
+        figures = probe_scores(trainer, epoch, PROBED)
         if epoch == config.train.epochs and (held_out := held_out_of(trainer.source, config, test)) is not None:
             figures |= measure_features(trainer.model, config, held_out)
         return figures

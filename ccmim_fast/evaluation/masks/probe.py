@@ -3,7 +3,6 @@
 # B images, H height, W width, L patches
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,20 +48,14 @@ def probe(
     return figures, output, scores_BL
 
 
-class ScoreProbe(NamedTuple):
-    """This tuple has the figures of one moment; those about objects are None where nobody knows them."""
-
-    recons: float  # L_recons (Eq. 9) under the run's own masks
-    auroc: float | None = None  # of the scores that the run divides by, against object patches; 0.5 where it has none
-    auroc_all: float | None = None  # of the scores from all blocks of the same encoder
-    leakage: float | None = None  # share of object patches left visible, relative to random masking
-
-
 @torch.no_grad()
-def probe_scores(run: Pretraining, epoch: int, count: int) -> ScoreProbe:
+def probe_scores(run: Pretraining, epoch: int, count: int) -> dict[str, float]:
     """Divide the first `count` samples of an epoch as the run would, with that epoch's crops and noise.
 
     The model is to be in eval mode. Nothing of the run changes: a bank is read, not written.
+
+    Returns figures under the run's own masks: `recons` (Eq. 9) and, where objects are known, `auroc` (of the scores
+    that the run divides by; 0.5 where it has none), `auroc_all` (of the scores of all blocks), and `leakage`.
     """
     model, plan, size = run.model, run.loader.plan, run.config.data.image_size
     places_P = epoch * plan.samples + np.arange(min(count, plan.samples))
@@ -74,17 +67,14 @@ def probe_scores(run: Pretraining, epoch: int, count: int) -> ScoreProbe:
     if run.bank is not None:
         prior = PriorScores(*read_maps(run.bank.maps_of(shown.ids_B), batch.boxes_B4, model.grid))
     output = model(batch.images_BHWC, batch.ids_B, batch.epochs_B, prior=prior)
-    recons = float(run.train_step.objective.recons(output, batch.images_BHWC))
-    if not isinstance(run.source, ShapesSource):
-        return ScoreProbe(recons)
-    object_BL = objects_of(run.source, shown, size, model.patch)
-    logits_BL = output.logits_BL if output.logits_BL is not None else torch.zeros(object_BL.shape)
-    return ScoreProbe(
-        recons,
-        auroc=score_auroc(logits_BL.cpu(), object_BL),
-        auroc_all=score_auroc(_all_blocks(model, batch.images_BHWC).cpu(), object_BL),
-        leakage=object_leakage(output.partition.mask_BL.cpu(), object_BL),
-    )
+    figures = {"recons": float(run.train_step.objective.recons(output, batch.images_BHWC))}
+    if isinstance(run.source, ShapesSource):
+        object_BL = objects_of(run.source, shown, size, model.patch)
+        logits_BL = output.logits_BL if output.logits_BL is not None else torch.zeros(object_BL.shape)
+        figures["auroc"] = score_auroc(logits_BL.cpu(), object_BL)
+        figures["auroc_all"] = score_auroc(_all_blocks(model, batch.images_BHWC).cpu(), object_BL)
+        figures["leakage"] = object_leakage(output.partition.mask_BL.cpu(), object_BL)
+    return figures
 
 
 def _all_blocks(model: CCMIM, images_BHWC: Tensor) -> Tensor:
