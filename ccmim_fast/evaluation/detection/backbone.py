@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
+from timm.models.swin_transformer import window_partition, window_reverse
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
@@ -94,11 +95,8 @@ class Windowed(nn.Module):
     def forward(self, x_BLD: Tensor, **options: Any) -> Tensor:
         (rows, columns), side = self.grid, self.side
         x_BRCD = F.pad(x_BLD.unflatten(1, self.grid), (0, 0, 0, -columns % side, 0, -rows % side))
-        over, along = x_BRCD.shape[1] // side, x_BRCD.shape[2] // side
-        windows = x_BRCD.unflatten(2, (along, side)).unflatten(1, (over, side)).transpose(2, 3)
-        windows = self.attention(windows.reshape(-1, side * side, x_BLD.shape[-1]), **options)
-        windows = windows.reshape(-1, over, along, side, side, x_BLD.shape[-1]).transpose(2, 3)
-        return windows.flatten(3, 4).flatten(1, 2)[:, :rows, :columns].flatten(1, 2)
+        windows = self.attention(window_partition(x_BRCD, (side, side)).flatten(1, 2), **options)
+        return window_reverse(windows, (side, side), *x_BRCD.shape[1:3])[:, :rows, :columns].flatten(1, 2)
 
 
 def use_windows_(vit: VisionTransformer, side: int, whole: tuple[int, ...]) -> None:
