@@ -14,16 +14,6 @@ from ccmim_fast.evaluation.job import Job
 _AUXILIARY = 2  # which of the four scales the second classifier looks at
 
 
-def build_decoder(width: int, dim: int) -> nn.Module:
-    """Four maps [B, width, h, w], each half as high and wide as the one before -> [B, dim, h, w] of the first's size.
-
-    Its forward takes a list of six of which it leaves out the first two (an image's own and its half resolution).
-    """
-    from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
-
-    return UPerNetDecoder(encoder_channels=[0, 0, *4 * [width]], encoder_depth=5, decoder_channels=dim)
-
-
 class Neck(nn.Module):
     """Four maps [B, D, h, w] -> [B, D, 4 h, 4 w], [B, D, 2 h, 2 w], [B, D, h, w] and [B, D, h / 2, w / 2] (BEiT).
 
@@ -64,9 +54,13 @@ class Segmenter(nn.Module):
         dropout: float,
         init_std: float,
     ):
+        from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+
         super().__init__()
         width, self.vit, self.out_indices = vit.embed_dim, vit, keep_blocks_(vit, OUTPUTS)
-        self.neck, self.decoder = Neck(width), build_decoder(width, decoder_dim)
+        self.neck = Neck(width)
+        # Takes six maps, and leaves out the first two: an image's own resolution and half of it.
+        self.decoder = UPerNetDecoder([0, 0, *4 * [width]], encoder_depth=5, decoder_channels=decoder_dim)
         self.auxiliary = nn.Sequential(
             nn.Conv2d(width, auxiliary_dim, 3, padding=1, bias=False), nn.BatchNorm2d(auxiliary_dim), nn.ReLU()
         )
