@@ -5,7 +5,6 @@ torchvision's transforms draw from torch's global generator.
 
 # N objects, C channels, H height, W width
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ from torchvision.transforms import v2
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.evaluation.detection.instances import Instances
 from ccmim_fast.evaluation.job import Job
-from ccmim_fast.evaluation.loader import SampleLoader, samples_to_test
+from ccmim_fast.evaluation.loader import SampleLoader
 from ccmim_fast.evaluation.supervised import seed_generators
 
 
@@ -86,15 +85,11 @@ def resized_to_test(config: EvalConfig, image_HWC: np.ndarray) -> Tensor:
     return resize(torch.from_numpy(np.array(image_HWC)).permute(2, 0, 1)).contiguous()
 
 
-class MicroBatchOfObjects(NamedTuple):
-    """torchvision's detectors train on this: images [C, H, W] in 0..1, of any sizes, and a target for each."""
-
-    images: list[Tensor]
-    targets: list[dict[str, Tensor]]
+Targets = list[dict[str, Tensor]]  # of each image, see `Sample`
 
 
 class ObjectLoader(SampleLoader):
-    """This loader gives training batches of one rank."""
+    """This loader gives training batches of one rank: images [C, H, W] in 0..1, of any sizes, and their targets."""
 
     def __init__(self, job: Job):
         super().__init__(job)
@@ -111,16 +106,8 @@ class ObjectLoader(SampleLoader):
         """Leave the images as they are, of any sizes."""
         return samples
 
-    def place(self, batch: list[Sample], number: int) -> MicroBatchOfObjects:
+    def place(self, batch: list[Sample], number: int) -> tuple[list[Tensor], Targets]:
         """See `SampleLoader`; images become shares of 1."""
         device = self.here.device
-        return MicroBatchOfObjects(
-            [sample.image_CHW.to(device, non_blocking=True) / 255 for sample in batch],
-            [{k: v.to(device, non_blocking=True) for k, v in sample.target.items()} for sample in batch],
-        )
-
-
-def share_to_test(job: Job) -> Iterator[list[tuple[Tensor, Instances]]]:
-    """Yield this rank's images to test on, see `samples_to_test`: as they are shown, and the originals' objects."""
-    config, source = job.config, job.test.source
-    return samples_to_test(job, lambda i: (resized_to_test(config, source.decode(i)), source.instances(i)))
+        images = [sample.image_CHW.to(device, non_blocking=True) / 255 for sample in batch]
+        return images, [{k: v.to(device, non_blocking=True) for k, v in sample.target.items()} for sample in batch]

@@ -38,22 +38,19 @@ def average_precision(pairs: Iterable[tuple[dict[str, Tensor], Instances]]) -> d
         sync_on_compute=False,
     )
     for found, objects in pairs:
-        metric.update([{name: value.cpu() for name, value in found.items()}], [_truth(objects)])
+        truth = {
+            "boxes": torch.from_numpy(objects.boxes_N4),
+            "labels": torch.from_numpy(objects.labels_N) + 1,
+            "masks": torch.from_numpy(objects.masks_NHW),
+            "iscrowd": torch.from_numpy(objects.crowd_N).long(),
+        }
+        metric.update([{name: value.cpu() for name, value in found.items()}], [truth])
     if dist.is_initialized():
         _gather_(metric)
         if dist.get_rank() > 0:
             return broadcast(None)
     values = metric.compute()
     return broadcast({name: float(values[key]) for name, key in FIGURES.items()})
-
-
-def _truth(objects: Instances) -> dict[str, Tensor]:
-    return {
-        "boxes": torch.from_numpy(objects.boxes_N4),
-        "labels": torch.from_numpy(objects.labels_N) + 1,
-        "masks": torch.from_numpy(objects.masks_NHW),
-        "iscrowd": torch.from_numpy(objects.crowd_N).long(),
-    }
 
 
 def _gather_(metric) -> None:

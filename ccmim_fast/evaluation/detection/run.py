@@ -11,7 +11,7 @@ from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.detection.backbone import use_windows_
-from ccmim_fast.evaluation.detection.batches import MicroBatchOfObjects, ObjectLoader, share_to_test
+from ccmim_fast.evaluation.detection.batches import ObjectLoader, Targets, resized_to_test
 from ccmim_fast.evaluation.detection.coco import CocoSource
 from ccmim_fast.evaluation.detection.detector import build_detector, detect
 from ccmim_fast.evaluation.detection.instances import Instances, InstanceSource, ShapesInstances
@@ -19,6 +19,7 @@ from ccmim_fast.evaluation.detection.precision import average_precision
 from ccmim_fast.evaluation.encoders import QUARTERS, build_encoder, out_indices
 from ccmim_fast.evaluation.finetune import build_optimizer
 from ccmim_fast.evaluation.job import Job
+from ccmim_fast.evaluation.loader import samples_to_test
 from ccmim_fast.evaluation.supervised import Supervised
 
 _SURE = 0.5  # of a pixel of a mask; torchvision's and Detectron's
@@ -48,9 +49,9 @@ def open_images(config: EvalConfig, *data: DataConfig) -> list[InstanceSource]:
 class Detection(Supervised):
     """This run trains a detector."""
 
-    def losses(self, batch: MicroBatchOfObjects) -> Tensor:
+    def losses(self, batch: tuple[list[Tensor], Targets]) -> Tensor:
         """Return [1], the sum of the losses of proposals, classes, boxes and masks, of weight 1 each (Mask R-CNN)."""
-        return sum(self.wrapped(batch.images, batch.targets).values()).float()[None]
+        return sum(self.wrapped(*batch).values()).float()[None]
 
     def test(self) -> dict[str, float]:
         """Return average precisions of boxes and masks."""
@@ -107,7 +108,8 @@ def _check(job: Job, vit: nn.Module) -> None:
 @torch.no_grad()
 def found_in_share(model: nn.Module, job: Job) -> Iterator[tuple[dict[str, Tensor], Instances]]:
     """Yield what the detector finds in each image of this rank's share, and what there is; masks are [N, H, W] bool."""
-    for shown in share_to_test(job):
+    config, source = job.config, job.test.source
+    for shown in samples_to_test(job, lambda i: (resized_to_test(config, source.decode(i)), source.instances(i))):
         images = [image_CHW.to(job.here.device, non_blocking=True) / 255 for image_CHW, _ in shown]
         sizes = [objects.masks_NHW.shape[1:] for _, objects in shown]
         for found, (_, objects) in zip(detect(model, images, sizes), shown):
