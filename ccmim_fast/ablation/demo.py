@@ -4,13 +4,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ccmim_fast.ablation.milestones import QUARTERS, fit_and_measure
 from ccmim_fast.build.model import build_model
 from ccmim_fast.config.schema import Config
+from ccmim_fast.data.made.shapes import ShapesSource
+from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.engine.pretraining import Pretraining
-from ccmim_fast.evaluation.frozen.held_out import HELD_OUT, HeldOut, make_held_out, measure_features
+from ccmim_fast.evaluation.frozen.held_out import make_held_out, measure_features
 from ccmim_fast.evaluation.masks.probe import probe
 from ccmim_fast.registry import SCORE_SOURCES
 from ccmim_fast.report.html import write_report
@@ -25,13 +28,12 @@ PICTURES = 6  # held-out images that are drawn
 def run_demo(config: Config) -> tuple[dict[str, dict[str, float]], Path]:
     """Train both methods on made images; write summary.json and report.html into `run.dir`.
 
-    Returns:
-        The figures of each method by name, and the path of report.html.
+    Returns the figures of each method by name, and the path of report.html.
     """
     folder = open_run_folder(config)
     torch.manual_seed(config.seed)
     held_out = make_held_out(config)
-    methods = {"untrained": measure_features(build_model(config).eval(), config, held_out.source)}
+    methods = {"untrained": measure_features(build_model(config).eval(), config, held_out)}
     # MAE: random masks, no contrastive half.
     mae = replace(config, mask=replace(config.mask, strategy="random"), contrast=replace(config.contrast, loss="none"))
     for name, method in (("mae", mae), ("ccmim", config)):
@@ -46,7 +48,7 @@ def run_demo(config: Config) -> tuple[dict[str, dict[str, float]], Path]:
         "images": f"{data.samples} made images of {height} x {width} pixels, {data.classes} classes",
         "budget": f"{config.train.epochs} epochs each",
         "scores": SCORE_SOURCES[config.score.source].label,
-        "held out": f"{HELD_OUT} images from another seed",
+        "held out": f"{len(held_out)} images from another seed",
     }
     summary = {"methods": methods, "chance": 1 / data.classes, "setting": setting}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -55,26 +57,28 @@ def run_demo(config: Config) -> tuple[dict[str, dict[str, float]], Path]:
     return methods, folder / "report.html"
 
 
-def train_and_measure(config: Config, held_out: HeldOut) -> dict[str, float]:
+def train_and_measure(config: Config, held_out: ShapesSource) -> dict[str, float]:
     """Pretrain one method, and write a few pictures of each milestone into its folder.
 
     Returns its figures at the start, early (after a quarter of the epochs) and at the end.
     """
+    [shown] = evaluation_batches(held_out, config.data.image_size, len(held_out), torch.device("cpu"))
+    objects_BHW = torch.from_numpy(np.stack([held_out.mask(i) for i in range(len(held_out))]))
 
     def measure(epoch: int, trainer: Pretraining) -> dict[str, float]:
         model = trainer.model
-        images_BHWC = held_out.images_BHWC.to(model.mean_C.device)
-        figures, output, scores_BL = probe(model, config, images_BHWC, held_out.objects_BHW)
+        images_BHWC = shown.images_BHWC.to(model.mean_C.device)
+        figures, output, scores_BL = probe(model, config, images_BHWC, objects_BHW)
         drawn_BHWC = reconstruct(model, config, images_BHWC, output)
         Snapshot(
             epoch,
-            held_out.images_BHWC[:PICTURES].numpy(),
+            shown.images_BHWC[:PICTURES].numpy(),
             scores_BL[:PICTURES].numpy(),
             output.partition.mask_BL[:PICTURES].cpu().numpy(),
             None if drawn_BHWC is None else drawn_BHWC[:PICTURES],
         ).save(Path(config.run.dir) / "snapshots" / f"epoch_{epoch:04d}.npz")
         if epoch == config.train.epochs:
-            figures |= measure_features(model, config, held_out.source)
+            figures |= measure_features(model, config, held_out)
         return figures
 
     milestones, rate = fit_and_measure(config, measure)

@@ -116,7 +116,7 @@ def held_out_of(train: Source, config: Config, test: str) -> Source | None:
         DataError: images without labels, or of other classes than those trained on.
     """
     if config.data.source == "shapes":
-        return make_held_out(config).source
+        return make_held_out(config)
     if not test:
         return None
     found = build_source(replace(config.data, root=test, index=""), config.seed)

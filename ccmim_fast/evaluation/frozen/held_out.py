@@ -1,12 +1,6 @@
 """Frozen features are measured on held-out images, which no run trains on."""
 
-# B batch, H height, W width, C channels
-
 from dataclasses import replace
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.build import build_source
@@ -23,21 +17,9 @@ HELD_OUT = 1000  # images that no run trains on
 NEIGHBOURS = 20  # of kNN, or all images where they are fewer
 
 
-class HeldOut(NamedTuple):
-    """This set holds images of the training set's kind, drawn from another seed."""
-
-    source: ShapesSource
-    images_BHWC: Tensor
-    objects_BHW: Tensor
-
-
-def make_held_out(config: Config) -> HeldOut:
-    data = replace(config.data, samples=HELD_OUT)
-    source = build_source(data, config.seed + 1)
-    batches = evaluation_batches(source, data.image_size, HELD_OUT, torch.device("cpu"))
-    images_BHWC = torch.cat([batch.images_BHWC for batch in batches])
-    objects_BHW = torch.stack([torch.from_numpy(source.mask(i).copy()) for i in range(HELD_OUT)])
-    return HeldOut(source, images_BHWC, objects_BHW)
+def make_held_out(config: Config) -> ShapesSource:
+    """Make images of the training set's kind, drawn from another seed."""
+    return build_source(replace(config.data, samples=HELD_OUT), config.seed + 1)
 
 
 def measure_features(model: CCMIM, config: Config, held_out: Source) -> dict[str, float]:
