@@ -17,9 +17,8 @@ def fit_and_measure(
 ) -> tuple[list[tuple[int, float, dict[str, Any]]], float]:
     """Pretrain, and call `measure(epoch, trainer)` at each milestone.
 
-    Returns:
-        (epoch, seconds of training so far, figures) of each milestone, from epoch 0 on, where measuring takes none of
-        the seconds; and the median of the images per second.
+    Returns (epoch, seconds of training so far, figures) of each milestone, from epoch 0 on, where measuring takes none
+    of the seconds; and the median of the images per second.
     """
     wanted = {round(config.train.epochs * quarter / QUARTERS) for quarter in range(QUARTERS + 1)}
     found = []

@@ -39,8 +39,7 @@ def run_ablation(
         runs: folder of the runs; one that was finished there is not repeated.
         out, command: path of the table, without its ending, and the command line that it shows.
 
-    Raises:
-        ConfigError: an unknown variant, a wrong setting, or no folder `test`.
+    Raises ConfigError: an unknown variant, a wrong setting, or no folder `test`.
     """
     ablation = ABLATIONS[name]
     base = load_config(list(settings), f"ccmim ablate {name}")

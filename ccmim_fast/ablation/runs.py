@@ -43,8 +43,7 @@ def run_all(runs: Sequence[Run], folder: Path, jobs: int, test: str = "") -> lis
     Args:
         test: folder of labelled images that features are tested on; `shapes` make their own.
 
-    Raises:
-        ConfigError: a run in `folder` was made with other options.
+    Raises ConfigError: a run in `folder` was made with other options.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     found = {run: figures for run in runs if (figures := finished(run, folder / run.folder_name, test)) is not None}
@@ -66,10 +65,9 @@ def run_all(runs: Sequence[Run], folder: Path, jobs: int, test: str = "") -> lis
 def measure_run(run: Run, folder: Path, threads: int, test: str) -> dict[str, Any]:
     """Pretrain, and measure at the end and at some moments before.
 
-    Returns:
-        variant, seed, epochs; `looks`: one dict per moment (epoch, auroc, auroc_all, leakage, recons, and the seconds
-        trained so far); the last look's figures again, knn, logreg, images_per_second (median). What the images do
-        not tell, objects or labels, is None or missing.
+    Returns variant, seed, epochs; `looks`: one dict per moment (epoch, auroc, auroc_all, leakage, recons, and the
+    seconds trained so far); the last look's figures again, knn, logreg, images_per_second (median). What the images do
+    not tell, objects or labels, is None or missing.
     """
     torch.set_num_threads(threads)
     options = [*run.options, f"--seed={run.seed}", f"--run.dir={folder}", "--run.tensorboard=false", "--overwrite"]
@@ -95,8 +93,7 @@ def measure_run(run: Run, folder: Path, threads: int, test: str) -> dict[str, An
 def finished(run: Run, folder: Path, test: str) -> dict[str, Any] | None:
     """Return the figures of a run that is done; None where it is not.
 
-    Raises:
-        ConfigError: the run was made with other options.
+    Raises ConfigError: the run was made with other options.
     """
     summary = folder / SUMMARY
     if not summary.exists():
@@ -112,8 +109,7 @@ def finished(run: Run, folder: Path, test: str) -> dict[str, Any] | None:
 def held_out_of(train: Source, config: Config, test: str) -> Source | None:
     """Return the images that features are tested on; None: there are none.
 
-    Raises:
-        DataError: images without labels, or of other classes than those trained on.
+    Raises DataError: images without labels, or of other classes than those trained on.
     """
     if config.data.source == "shapes":
         return make_held_out(config)

@@ -40,8 +40,7 @@ def read_metrics(path: Path) -> list[dict]:
     A line that is not JSON is left out: a killed run leaves half a line, and a resumed one may write on behind it.
     A step that comes again (training went back to a checkpoint) replaces all lines from it on.
 
-    Returns:
-        [] where the file is missing.
+    Returns [] where the file is missing.
     """
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
@@ -73,8 +72,7 @@ def curve_svg(runs: Sequence[tuple[str, list[dict]]], key: str, label: str, uid:
         label: what the plot shows, for readers who cannot see it; plain text.
         uid: prefix of every id in the drawing, unique in its page.
 
-    Returns:
-        an <svg> element with no outside reference, or None where no run has the quantity.
+    Returns an <svg> element with no outside reference, or None where no run has the quantity.
     """
     series = [(i, name, *_points(rows, key)) for i, (name, rows) in enumerate(runs)]
     series = [(i, name, epochs, values) for i, name, epochs, values in series if values.any()]

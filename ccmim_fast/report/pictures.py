@@ -59,8 +59,7 @@ def heatmap(scores_L: np.ndarray, grid: tuple[int, int], size: tuple[int, int]) 
         grid: patch rows, patch columns; their product is L.
         size: height and width of the picture, pixels.
 
-    Returns:
-        uint8 [height, width, 3].
+    Returns uint8 [height, width, 3].
     """
     low, high = scores_L.min(), scores_L.max()
     unit_L = (scores_L - low) / (high - low) if high > low else np.zeros(scores_L.shape)

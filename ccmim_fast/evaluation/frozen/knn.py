@@ -47,9 +47,8 @@ def knn_accuracies(
         test_ND: likewise, all of them, on the same device.
         train_labels_N, test_labels_N: int64, >= 0.
 
-    Raises:
-        ValueError: a k outside 1..N (of all ranks), a temperature that is not positive, no test image, or features with
-            NaN.
+    Raises ValueError: a k outside 1..N (of all ranks), a temperature that is not positive, no test image, or features
+    with NaN.
     """
     largest = int(train_labels_N.max()) if len(train_labels_N) else 0
     counts_R2 = gather_ranks(torch.tensor([len(train_ND), largest], device=train_ND.device))

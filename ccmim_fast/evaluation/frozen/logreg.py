@@ -34,9 +34,8 @@ def logreg_accuracy(
     Args:
         train_ND, test_ND: float, on the CPU. train_labels_N, test_labels_N: int64.
 
-    Raises:
-        ValueError: features that are not finite, a C that is not positive, one class only, or no class with five
-            training images.
+    Raises ValueError: features that are not finite, a C that is not positive, one class only, or no class with five
+    training images.
     """
     # A second, which those who only look at masks need not wait.
     from sklearn.linear_model import LogisticRegression
