@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ccmim_fast.ablation.milestones import QUARTERS, fit_and_measure
+from ccmim_fast.ablation.runs import QUARTERS, fit_and_measure
 from ccmim_fast.build.model import build_model
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.made.shapes import ShapesSource
@@ -18,8 +18,8 @@ from ccmim_fast.evaluation.masks.probe import probe
 from ccmim_fast.registry import SCORE_SOURCES
 from ccmim_fast.report.html import write_report
 from ccmim_fast.report.pictures import Snapshot
-from ccmim_fast.report.reconstruction import reconstruct
 from ccmim_fast.report.runs import RunView
+from ccmim_fast.report.snapshots import reconstruct
 from ccmim_fast.runs.folder import open_run_folder
 
 PICTURES = 6  # held-out images that are drawn

@@ -3,7 +3,9 @@
 import json
 import multiprocessing
 import os
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +13,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ccmim_fast.ablation.milestones import fit_and_measure
 from ccmim_fast.config.load import load_config
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.build import build_source
 from ccmim_fast.data.source import Source
-from ccmim_fast.engine.pretraining import Pretraining
+from ccmim_fast.engine.pretraining import Pretraining, fit
 from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.frozen.held_out import make_held_out, measure_features
 from ccmim_fast.evaluation.masks.probe import probe_scores
+from ccmim_fast.report.curves import read_metrics
 
 PROBED = 1000  # training images whose scores and masks are looked at
+QUARTERS = 4  # of the epochs, after each of which a run is measured
 SUMMARY = "summary.json"  # in the folder of a run that is done
 
 
@@ -119,3 +122,28 @@ def held_out_of(train: Source, config: Config, test: str) -> Source | None:
     if train.labels_N is None or found.labels_N is None or tuple(found.class_names) != tuple(train.class_names):
         raise DataError(f"--test={test}: must have the classes of data.root={config.data.root}, a folder each")
     return found
+
+
+def fit_and_measure(
+    config: Config, measure: Callable[[int, Pretraining], dict[str, Any]]
+) -> tuple[list[tuple[int, float, dict[str, Any]]], float]:
+    """Pretrain, and call `measure(epoch, trainer)` at each milestone.
+
+    Returns (epoch, seconds of training so far, figures) of each milestone, from epoch 0 on, where measuring takes none
+    of the seconds; and the median of the images per second.
+    """
+    wanted = {round(config.train.epochs * quarter / QUARTERS) for quarter in range(QUARTERS + 1)}
+    found = []
+    started, measuring = time.perf_counter(), 0.0
+
+    def after_epoch(epoch: int, trainer: Pretraining) -> None:
+        nonlocal measuring
+        if epoch in wanted:
+            begun = time.perf_counter()
+            found.append((epoch, begun - started - measuring, measure(epoch, trainer)))
+            measuring += time.perf_counter() - begun
+
+    folder = fit(config, after_epoch=after_epoch)
+    rates = [line["images_per_second"] for line in read_metrics(folder / "metrics.jsonl")]
+    # The first line counts FLOPs as it goes, which is slow.
+    return found, statistics.median(rates[1:] or rates)

@@ -27,7 +27,7 @@ class Evaluation(NamedTuple):
     run: str
     figures: tuple[str, ...]  # settings, or beginnings of settings, that are the protocol's; others say how and where
     sources: tuple[str, ...] = _IMAGES  # values of `data.source` that `open_images` reads
-    open_images: str = "images:open_both"
+    open_images: str = "job:open_both"
     guessed: bool = True  # a guess among the classes is right once in as many, so that chance is known
     needs: tuple[str, ...] = ()  # packages of the extra of the evaluation's name
     optimizers: tuple[str, ...] = ("lars", "sgd", "adamw")  # values of `optim.name` that it has

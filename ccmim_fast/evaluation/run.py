@@ -13,8 +13,7 @@ from ccmim_fast.config.keys import flatten, nearest
 from ccmim_fast.config.load import make_config
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.encoders import read_encoder
-from ccmim_fast.evaluation.images import Images
-from ccmim_fast.evaluation.job import Job
+from ccmim_fast.evaluation.job import Images, Job
 from ccmim_fast.evaluation.protocols import FOLDER, Protocol, deviations, protocol, write_result
 from ccmim_fast.evaluation.registry import EVALUATIONS, PACKAGE, check_installed
 from ccmim_fast.ranks.session import main_first, open_session

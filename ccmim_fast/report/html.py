@@ -15,9 +15,19 @@ from ccmim_fast.config.load import to_yaml
 from ccmim_fast.config.schema import Config
 
 from .curves import curve_svg, line_style
-from .evaluations import Evaluation, read_evaluations
 from .pictures import columns_of, picture_uri, snapshot_grid
-from .runs import Comparison, Remarks, RunView, against, compare, differences, flatten, merge_equal
+from .runs import (
+    Comparison,
+    Evaluation,
+    Remarks,
+    RunView,
+    against,
+    compare,
+    differences,
+    flatten,
+    merge_equal,
+    read_evaluations,
+)
 from .snapshots import Snapshots
 
 METHODS = {"untrained": "Untrained", "mae": "MAE", "ccmim": "ccMIM"}  # any other name is shown as it is

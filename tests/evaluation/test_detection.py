@@ -21,7 +21,7 @@ from ccmim_fast.evaluation.detection import run
 from ccmim_fast.evaluation.detection.batches import ObjectLoader
 from ccmim_fast.evaluation.detection.instances import ShapesInstances
 from ccmim_fast.evaluation.detection.precision import average_precision
-from ccmim_fast.evaluation.images import Images
+from ccmim_fast.evaluation.job import Images
 from ccmim_fast.evaluation.loader import samples_to_test
 from ccmim_fast.evaluation.protocols import protocol
 from ccmim_fast.ranks.session import Session

@@ -11,8 +11,7 @@ from torch import Tensor
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.errors import DataError, NumericsError
-from ccmim_fast.evaluation.images import Images
-from ccmim_fast.evaluation.job import Job
+from ccmim_fast.evaluation.job import Images, Job
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.ranks.session import gather_ranks
 

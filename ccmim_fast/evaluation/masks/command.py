@@ -13,16 +13,14 @@ from ccmim_fast.checkpoints.manifest import CHECKPOINTS, checkpoints
 from ccmim_fast.config.keys import show
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.errors import CheckpointError, ConfigError, DataError
-from ccmim_fast.evaluation.masks.moment import Moment
 from ccmim_fast.evaluation.masks.objects import MaskFolder, has_both, objects_of
-from ccmim_fast.evaluation.masks.result import write
+from ccmim_fast.evaluation.masks.result import Moment, write
 from ccmim_fast.evaluation.masks.scores import figures_of, score_and_divide
 from ccmim_fast.evaluation.masks.subject import PROG, Subject, read_subject
 from ccmim_fast.models.ccmim import Output
 from ccmim_fast.models.scores import PriorScores
 from ccmim_fast.ranks.session import open_session
-from ccmim_fast.report.reconstruction import reconstruct
-from ccmim_fast.report.snapshots import FewImages, few_images, prior_scores, spread
+from ccmim_fast.report.snapshots import FewImages, few_images, prior_scores, reconstruct, spread
 from ccmim_fast.runs.folder import check_apart, describe_run, open_run_folder
 from ccmim_kernels import Partition, partition_from_mask
 
