@@ -154,15 +154,21 @@ def maps_of(vit: VisionTransformer, blocks: tuple[int, ...], pixels_BCHW: Tensor
     return [maps[block] for block in blocks]
 
 
-class Encoder(nn.Module):
-    """This module turns uint8 images [B, H, W, C] into final tokens [B, T, D], prefix first; it normalises them."""
+class Tokens(nn.Module):
+    """This module turns images [B, C, H, W] in 0..1 into final tokens [B, T, D], prefix first; it normalises them."""
 
     def __init__(self, vit: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
         self.vit, self.prefix, self.width = vit, vit.num_prefix_tokens, vit.num_features
-        self.register_buffer("mean_C", torch.tensor(mean), persistent=False)
-        self.register_buffer("std_C", torch.tensor(std), persistent=False)
+        self.register_buffer("mean_C11", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std_C11", torch.tensor(std)[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.vit.forward_features((images - self.mean_C11) / self.std_C11)
+
+
+class Encoder(Tokens):
+    """This module does the same with uint8 images [B, H, W, C]."""
 
     def forward(self, images_BHWC: Tensor) -> Tensor:
-        pixels_BCHW = ((images_BHWC / 255 - self.mean_C) / self.std_C).permute(0, 3, 1, 2)
-        return self.vit.forward_features(pixels_BCHW)
+        return super().forward(images_BHWC.permute(0, 3, 1, 2) / 255)

@@ -1,6 +1,6 @@
 """The encoder becomes a graph without Python: ONNX, or a file of torch.export."""
 
-# B batch, C channels, H height, W width, T tokens (prefix tokens first), D width
+# B batch, C channels, H height, W width
 
 import contextlib
 import importlib.util
@@ -11,11 +11,11 @@ import warnings
 from pathlib import Path
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from ccmim_fast.checkpoints.run import OpenedRun
 from ccmim_fast.errors import MachineError
+from ccmim_fast.evaluation.encoders import Tokens
 from ccmim_fast.export.about import about
 
 OPSET = 20  # of ONNX; the first with Gelu as an operator
@@ -23,19 +23,6 @@ _ONNX_NEEDS = ("onnx", "onnxscript")
 _ANY_BATCH = {"images": {0: torch.export.Dim("batch")}}
 # Protocol buffers, of which an ONNX file is one, end at 2^31 bytes; what is larger has its weights in a file beside it.
 _ONE_FILE = 1.9e9
-
-
-class Tokens(nn.Module):
-    """This module turns float32 images [B, C, H, W] in 0..1 into final tokens [B, T, D]; it normalises the images."""
-
-    def __init__(self, encoder: VisionTransformer, mean: tuple[float, ...], std: tuple[float, ...]):
-        super().__init__()
-        self.encoder = encoder
-        self.register_buffer("mean_C11", torch.tensor(mean)[:, None, None])
-        self.register_buffer("std_C11", torch.tensor(std)[:, None, None])
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.encoder.forward_features((images - self.mean_C11) / self.std_C11)
 
 
 def export_onnx(run: OpenedRun, out: Path) -> list[Path]:
