@@ -1,5 +1,6 @@
 """An exported file tells of its run: sizes, method, settings, commit, but no folder of the machine."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -28,13 +29,11 @@ def timm_arguments(config: Config) -> dict[str, Any]:
     return fixed | {"global_pool": "token"} | {key: value for key, value in sizes.items() if value}
 
 
-def environment(folder: Path) -> dict[str, Any]:
-    """Read what the run noted of its machine; empty where it noted nothing."""
-    try:
-        found = json.loads((folder / "environment.json").read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def commit_of(folder: Path) -> str:
+    """Return the commit that the run noted; `unknown` where it noted none."""
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError, RecursionError):
+        return str(json.loads((folder / "environment.json").read_text())["commit"])
+    return "unknown"
 
 
 def about(run: OpenedRun) -> dict[str, str]:
@@ -52,6 +51,6 @@ def about(run: OpenedRun) -> dict[str, str]:
         "std": json.dumps(list(data.std)),
         "step": str(run.step),
         "averaged_weights": str(run.averaged).lower(),
-        "ccmim_fast_commit": environment(run.folder).get("commit", "unknown"),
+        "ccmim_fast_commit": commit_of(run.folder),
         "settings": to_yaml(public(run.config)),
     }

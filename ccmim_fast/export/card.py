@@ -13,7 +13,7 @@ from ccmim_fast.config.keys import show
 from ccmim_fast.config.load import difference
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.export.about import environment, method, public
+from ccmim_fast.export.about import commit_of, method, public
 from ccmim_fast.export.graphs import OPSET
 from ccmim_fast.export.targets import TARGETS
 from ccmim_fast.models.tokens import patch_size_of
@@ -29,7 +29,6 @@ def write_card(
     config = run.config
     height, width = config.data.image_size
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined)
-    commit = environment(run.folder).get("commit")
     text = templates.get_template("card.md").render(
         target=target,
         library=TARGETS[target].library,
@@ -38,7 +37,7 @@ def write_card(
         ratio=f"{config.mask.ratio:.0%}",
         by_score=config.mask.strategy.startswith("importance"),
         contrast=config.contrast.loss != "none",
-        commit=commit if commit != "unknown" else None,
+        commit=commit_of(run.folder),
         facts=_facts(target, run),
         name=name,
         folder=out.name,  # not its path: where it lies on this machine is nobody's business
