@@ -6,7 +6,6 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -19,14 +18,7 @@ from ccmim_fast.data.stream.permutation import epoch_order
 from ccmim_fast.data.threads import map_ahead, thread_count
 from ccmim_fast.errors import ConfigError, DataError
 
-
-class _Sample(NamedTuple):
-    """A sample of a tar has these members and header."""
-
-    data: bytes
-    suffix: str  # of the image's name
-    label: int  # -1: none
-    header: Header
+_Sample = tuple[bytes, str, int, Header]  # encoded image, suffix of its name, label (-1: none), header
 
 
 def write_shards(
@@ -106,7 +98,7 @@ def _load(source: IndexedSource, side: int, quality: int, index: int) -> _Sample
             with Image.open(io.BytesIO(data)) as image:
                 suffix = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(image.format, f".{image.format.lower()}")
         label = -1 if source.labels_N is None else int(source.labels_N[index])
-        return _Sample(data, suffix, label, read_header(data, source.channels))
+        return data, suffix, label, read_header(data, source.channels)
     # OSError: the image cannot be written as JPEG, for example because a side is too long.
     except (DataError, OSError) as error:
         return str(error)
