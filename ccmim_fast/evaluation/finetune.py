@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.classification import Classifier
-from ccmim_fast.evaluation.encoders import build_encoder
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.loader import SampleLoader
 from ccmim_fast.evaluation.supervised import seed_generators
@@ -31,14 +30,8 @@ def run(job: Job) -> dict[str, float]:
     if mixes and batch // parts % 2:
         near = (batch // parts + 1) * parts
         raise ConfigError(f"train.batch_size={batch}: mixup needs pairs; nearest valid is {near}")
-    vit = build_encoder(
-        job.weights,
-        config.data.image_size,
-        config.model.num_heads,
-        num_classes=job.test.classes,
-        pool=config.model.pool,
-        drop_path=config.model.drop_path,
-    ).to(here.device)
+    model = config.model
+    vit = job.build_encoder(num_classes=job.test.classes, pool=model.pool, drop_path=model.drop_path).to(here.device)
     nn.init.trunc_normal_(vit.head.weight, std=config.head.init_std)
     mean_C, std_C = (torch.tensor(values, device=here.device) for values in (job.weights.mean, job.weights.std))
 

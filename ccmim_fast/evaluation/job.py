@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch import nn
 
 from ccmim_fast.checkpoints.published import Weights
 from ccmim_fast.config.evaluation import EvalConfig
@@ -87,10 +89,13 @@ class Job(NamedTuple):
     train: Images
     test: Images
 
+    def build_encoder(self, **options: Any) -> nn.Module:
+        """Build timm's module for the settings' images, on the CPU; for the options see `encoders.build_encoder`."""
+        return build_encoder(self.weights, self.config.data.image_size, self.config.model.num_heads, **options)
+
     def frozen_encoder(self, pool: str = "avg") -> Encoder:
         """Return the encoder, on the device, without gradient. Raises ConfigError if it has no [CLS] for `pool`."""
-        vit = build_encoder(self.weights, self.config.data.image_size, self.config.model.num_heads)
-        encoder = Encoder(vit, self.weights.mean, self.weights.std).to(self.here.device)
+        encoder = Encoder(self.build_encoder(), self.weights.mean, self.weights.std).to(self.here.device)
         if pool == "cls" and not encoder.prefix:
             raise ConfigError(f"model.pool=cls: {self.weights.arch} has no [CLS] token; nearest valid is avg")
         return encoder.eval().requires_grad_(False)

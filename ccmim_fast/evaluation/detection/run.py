@@ -16,7 +16,7 @@ from ccmim_fast.evaluation.detection.coco import CocoSource
 from ccmim_fast.evaluation.detection.detector import build_detector, detect
 from ccmim_fast.evaluation.detection.instances import Instances, InstanceSource, ShapesInstances
 from ccmim_fast.evaluation.detection.precision import average_precision
-from ccmim_fast.evaluation.encoders import QUARTERS, build_encoder, out_indices
+from ccmim_fast.evaluation.encoders import QUARTERS, out_indices
 from ccmim_fast.evaluation.finetune import build_optimizer
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.loader import samples_to_test
@@ -71,8 +71,7 @@ def detector_of(job: Job) -> nn.Module:
     Raises ConfigError: settings that do not go together, or an encoder that is no plain vision transformer.
     """
     config, section, size = job.config, job.config.detect, job.config.data.image_size
-    options = {"drop_path": config.model.drop_path, "any_size": True, "plain": True}
-    vit = build_encoder(job.weights, size, config.model.num_heads, **options)
+    vit = job.build_encoder(drop_path=config.model.drop_path, any_size=True, plain=True)
     _check(job, vit)
     if section.window:
         use_windows_(vit, section.window, out_indices(len(vit.blocks), QUARTERS))

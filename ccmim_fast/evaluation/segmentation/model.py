@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.evaluation.encoders import OUTPUTS, build_encoder, keep_blocks_, maps_of
+from ccmim_fast.evaluation.encoders import OUTPUTS, keep_blocks_, maps_of
 from ccmim_fast.evaluation.job import Job
 
 _AUXILIARY = 2  # which of the four scales the second classifier looks at
@@ -103,8 +103,7 @@ def build_segmenter(job: Job) -> nn.Module:
     Raises ConfigError: an architecture, a size or a batch that it cannot be built or trained with.
     """
     config, segment = job.config, job.config.segment
-    options = {"drop_path": config.model.drop_path, "plain": True}
-    vit = build_encoder(job.weights, config.data.image_size, config.model.num_heads, **options)
+    vit = job.build_encoder(drop_path=config.model.drop_path, plain=True)
     size, patch, batch = config.data.image_size, vit.patch_embed.patch_size, config.train.batch_size
     near = [max(2, round(side / of_patch)) * of_patch for side, of_patch in zip(size, patch)]
     if list(size) != near:
