@@ -26,10 +26,7 @@ PICTURES = 6  # held-out images that are drawn
 
 
 def run_demo(config: Config) -> tuple[dict[str, dict[str, float]], Path]:
-    """Train both methods on made images; write summary.json and report.html into `run.dir`.
-
-    Returns the figures of each method by name, and the path of report.html.
-    """
+    """Train both methods; write summary.json and report.html. Returns the figures by method, and the report's path."""
     folder = open_run_folder(config)
     torch.manual_seed(config.seed)
     held_out = make_held_out(config)
@@ -58,10 +55,7 @@ def run_demo(config: Config) -> tuple[dict[str, dict[str, float]], Path]:
 
 
 def train_and_measure(config: Config, held_out: ShapesSource) -> dict[str, float]:
-    """Pretrain one method, and write a few pictures of each milestone into its folder.
-
-    Returns its figures at the start, early (after a quarter of the epochs) and at the end.
-    """
+    """Pretrain, draw each milestone; returns the figures of the start, of a quarter of the epochs and of the end."""
     [shown] = evaluation_batches(held_out, config.data.image_size, len(held_out), torch.device("cpu"))
     objects_BHW = torch.from_numpy(np.stack([held_out.mask(i) for i in range(len(held_out))]))
 

@@ -94,10 +94,7 @@ def measure_run(run: Run, folder: Path, threads: int, test: str) -> dict[str, An
 
 
 def finished(run: Run, folder: Path, test: str) -> dict[str, Any] | None:
-    """Return the figures of a run that is done; None where it is not.
-
-    Raises ConfigError: the run was made with other options.
-    """
+    """Return the figures of a run that is done, else None. Raises ConfigError: it was made with other options."""
     summary = folder / SUMMARY
     if not summary.exists():
         return None
@@ -110,10 +107,7 @@ def finished(run: Run, folder: Path, test: str) -> dict[str, Any] | None:
 
 
 def held_out_of(train: Source, config: Config, test: str) -> Source | None:
-    """Return the images that features are tested on; None: there are none.
-
-    Raises DataError: images without labels, or of other classes than those trained on.
-    """
+    """Return the images to test features on, or None. Raises DataError: they have no labels, or other classes."""
     if config.data.source == "shapes":
         return make_held_out(config)
     if not test:

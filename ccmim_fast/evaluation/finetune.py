@@ -84,10 +84,7 @@ class AugmentedLoader(SampleLoader):
             )
 
     def make(self, read: np.ndarray, index: int, epoch: int) -> tuple[Tensor, int]:
-        """Return a normalised image [C, H, W] and its label.
-
-        timm draws from the global generators of `random`, NumPy and torch, so they are set.
-        """
+        """Return a normalised image [C, H, W] and its label; timm draws from the global generators, so they are set."""
         image = Image.fromarray(read)
         for attempt in itertools.count():
             seed_generators(self.config.seed, epoch, index, attempt)

@@ -26,10 +26,7 @@ _ONE_FILE = 1.9e9
 
 
 def export_onnx(run: OpenedRun, out: Path) -> list[Path]:
-    """Write `images` -> `tokens` of any batch, see `Tokens`; the metadata says what the file is.
-
-    Raises MachineError: onnx or onnxscript is not installed.
-    """
+    """Write `images` -> `tokens` of any batch, see `Tokens`. Raises MachineError: onnx or onnxscript is missing."""
     missing = [name for name in _ONNX_NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise MachineError(f"ccmim export onnx: needs {', '.join(missing)}: pip install 'ccmim_fast[export]'")

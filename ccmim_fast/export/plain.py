@@ -53,10 +53,7 @@ def export_safetensors(run: OpenedRun, out: Path) -> list[Path]:
 
 
 def write_weights(weights: dict[str, Tensor], about: dict[str, str], out: Path) -> Path:
-    """Write the file `out`, or model.safetensors in the folder `out`, which is there.
-
-    Raises CheckpointError: it cannot be written.
-    """
+    """Write the file `out`, or model.safetensors in the folder `out`. Raises CheckpointError: not written."""
     file = out / WEIGHTS if out.is_dir() else out
     try:
         save_file({name: value.contiguous() for name, value in weights.items()}, file, metadata=about)

@@ -117,10 +117,7 @@ def snapshot_grid(snapshot: Snapshot) -> bytes:
 
 
 def picture_uri(png: bytes) -> str:
-    """Return a PNG as the `src` of an <img>; as WebP where it is large.
-
-    Four photographs of 224 pixels, with scores, take 277 KB as PNG and 87 KB as WebP.
-    """
+    """Return a PNG as the `src` of an <img>; as WebP (87 KB of 277, of four photographs) where it is large."""
     kind, data = "png", png
     if len(png) > PNG_BYTES:
         buffer = io.BytesIO()

@@ -106,10 +106,7 @@ def prior_scores(run: OpenedRun, few: FewImages) -> PriorScores | None:
 
 @lru_cache(maxsize=1)  # runs of one data set, one after the other, open it once
 def few_images(data: DataConfig, seed: int, count: int) -> FewImages:
-    """Decode at most `count` images, spread over the source that `data` names.
-
-    Raises DataError: there is none, or none of those chosen decodes.
-    """
+    """Decode at most `count` images, spread over the source that `data` names. Raises DataError: none decodes."""
     source = build_source(data, seed)
     places_B = np.unique(np.linspace(0, usable_count(source) - 1, count).round().astype(np.int64))
     ids_B = usable_ids(source, places_B)

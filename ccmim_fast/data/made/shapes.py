@@ -107,10 +107,7 @@ def build(data: DataConfig, seed: int) -> ShapesSource:
 def _paint_object(
     parameters: _Parameters, shape: str, image_size: tuple[int, int]
 ) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
-    """Paint the object in the smallest window that holds it.
-
-    Returns the window's rows and columns, the colour [h, w, 3] times the coverage, 0 .. 255, and the coverage [h, w].
-    """
+    """Return the object's window (rows, columns), colour [h, w, 3] times coverage, 0 .. 255, and coverage [h, w]."""
     height, width = image_size
     radius = min(image_size) * (1 + parameters.radius / 2) / 4  # a diameter of 1/2 to 3/4 of the shorter side
     y = radius + parameters.y * (height - 2 * radius)

@@ -66,10 +66,7 @@ def run(job: Job) -> dict[str, float]:
 
 
 def detector_of(job: Job) -> nn.Module:
-    """Return the detector of a job, on its device.
-
-    Raises ConfigError: settings that do not go together, or an encoder that is no plain vision transformer.
-    """
+    """Return the detector of a job, on its device. Raises ConfigError: an encoder or settings that do not fit."""
     config, section, size = job.config, job.config.detect, job.config.data.image_size
     vit = job.build_encoder(drop_path=config.model.drop_path, any_size=True, plain=True)
     _check(job, vit)

@@ -82,11 +82,7 @@ def _logits(model: CCMIM, images_bHWC: Tensor, ids_b: Tensor, prior: PriorScores
 
 
 def figures_of(scored: Scored, object_BL: Tensor | None) -> dict[str, float]:
-    """Return the figures of the scores that the masks are drawn by, and of each strategy.
-
-    Args:
-        object_BL: bool, patches that show the object, see `score_auroc`; None where that is not known.
-    """
+    """Return the figures of the scores that the masks are drawn by, and of each strategy; `object_BL` as in `write`."""
     figures = of_scores(scored.scores[scored.source], object_BL)
     if object_BL is not None:
         figures |= {f"leakage, {name}": object_leakage(mask_BL, object_BL) for name, mask_BL in scored.masks.items()}

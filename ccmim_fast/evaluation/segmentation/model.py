@@ -98,10 +98,7 @@ def _classifier(width: int, classes: int, dropout: float, init_std: float) -> nn
 
 
 def build_segmenter(job: Job) -> nn.Module:
-    """Build a `Segmenter`, its BatchNorms synchronised where ranks train on GPUs.
-
-    Raises ConfigError: an architecture, a size or a batch that it cannot be built or trained with.
-    """
+    """Build a `Segmenter`; on many GPUs its BatchNorms are synchronised. Raises ConfigError: settings do not fit."""
     config, segment = job.config, job.config.segment
     vit = job.build_encoder(drop_path=config.model.drop_path, plain=True)
     size, patch, batch = config.data.image_size, vit.patch_embed.patch_size, config.train.batch_size
