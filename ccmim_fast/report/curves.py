@@ -37,10 +37,9 @@ STYLE = {
 def read_metrics(path: Path) -> list[dict]:
     """Read the training lines of a metrics.jsonl; their steps rise.
 
-    A line that is not JSON is left out: a killed run leaves half a line, and a resumed one may write on behind it.
-    A step that comes again (training went back to a checkpoint) replaces all lines from it on.
-
-    Returns [] where the file is missing.
+    A line that is not JSON is left out: a killed run leaves half a line, and a resumed one may write on behind it. A
+    step that comes again (training went back to a checkpoint) replaces all lines from it on. Returns [] where the file
+    is missing.
     """
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():

@@ -29,9 +29,8 @@ def score_auroc(scores_BL: Tensor, object_BL: Tensor) -> float:
 
     Of one image it is the share of (object, background) pairs in which the object patch scores higher, a tie counting
     one half: 1 = every object patch above every other patch, 0.5 = no relation. It is computed from ranks
-    (Mann-Whitney). Images with no object patch, or with nothing else, are left out.
-
-    Raises ValueError: NaN in the scores, or no image with both kinds of patches.
+    (Mann-Whitney). Images with no object patch, or with nothing else, are left out. Raises ValueError: NaN in the
+    scores, or no image with both kinds of patches.
     """
     if scores_BL.isnan().any():
         raise ValueError("scores hold NaN")
@@ -52,9 +51,7 @@ def object_leakage(mask_BL: Tensor, object_BL: Tensor) -> float:
     """Return the share of all object patches that stay visible, relative to the share of all patches that do.
 
     1 = as many as random masking leaves, 0 = every object patch hidden, 1 / (1 - ratio) = every one visible. Masks are
-    bool, True where masked.
-
-    Raises ValueError: no patch is visible, or none shows an object.
+    bool, True where masked. Raises ValueError: no patch is visible, or none shows an object.
     """
     if mask_BL.all() or not object_BL.any():
         which = "a visible patch" if mask_BL.all() else "an object patch"

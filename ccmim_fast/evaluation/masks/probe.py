@@ -52,10 +52,9 @@ def probe(
 def probe_scores(run: Pretraining, epoch: int, count: int) -> dict[str, float]:
     """Divide the first `count` samples of an epoch as the run would, with that epoch's crops and noise.
 
-    The model is to be in eval mode. Nothing of the run changes: a bank is read, not written.
-
-    Returns figures under the run's own masks: `recons` (Eq. 9) and, where objects are known, `auroc` (of the scores
-    that the run divides by; 0.5 where it has none), `auroc_all` (of the scores of all blocks), and `leakage`.
+    The model is to be in eval mode. Nothing of the run changes: a bank is read, not written. Returns figures under the
+    run's own masks: `recons` (Eq. 9) and, where objects are known, `auroc` (of the scores that the run divides by; 0.5
+    where it has none), `auroc_all` (of the scores of all blocks), and `leakage`.
     """
     model, plan, size = run.model, run.loader.plan, run.config.data.image_size
     places_P = epoch * plan.samples + np.arange(min(count, plan.samples))
