@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ccmim_fast.ablation.runs import QUARTERS, fit_and_measure
+from ccmim_fast.ablation.runs import QUARTERS, fit_and_measure, make_held_out, measure_features
 from ccmim_fast.build.model import build_model
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.engine.pretraining import Pretraining
-from ccmim_fast.evaluation.frozen.held_out import make_held_out, measure_features
 from ccmim_fast.evaluation.masks.probe import probe
 from ccmim_fast.registry import SCORE_SOURCES
 from ccmim_fast.report.html import write_report

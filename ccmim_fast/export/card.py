@@ -13,8 +13,8 @@ from ccmim_fast.config.keys import show
 from ccmim_fast.config.load import difference
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.export.about import commit_of, method, public
 from ccmim_fast.export.graphs import OPSET
+from ccmim_fast.export.plain import commit_of, method, public
 from ccmim_fast.export.targets import TARGETS
 from ccmim_fast.models.tokens import patch_size_of
 from ccmim_fast.report.curves import read_metrics

@@ -16,7 +16,7 @@ from torch import Tensor
 from ccmim_fast.checkpoints.run import OpenedRun
 from ccmim_fast.errors import MachineError
 from ccmim_fast.evaluation.encoders import Tokens
-from ccmim_fast.export.about import about
+from ccmim_fast.export.plain import about
 
 OPSET = 20  # of ONNX; the first with Gelu as an operator
 _ONNX_NEEDS = ("onnx", "onnxscript")

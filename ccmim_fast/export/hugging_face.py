@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from ccmim_fast.checkpoints.convert import to_flat
 from ccmim_fast.checkpoints.run import OpenedRun
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.export.about import about
-from ccmim_fast.export.plain import write_json, write_weights
+from ccmim_fast.export.plain import about, write_json, write_weights
 from ccmim_fast.models.tokens import patch_size_of
 
 _BICUBIC = 3  # Pillow's number, which preprocessor_config.json holds

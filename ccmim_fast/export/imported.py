@@ -14,8 +14,7 @@ from ccmim_fast.checkpoints.run import OpenedRun
 from ccmim_fast.checkpoints.state import Progress, capture
 from ccmim_fast.config.load import load_config
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.export.about import about
-from ccmim_fast.export.plain import write_weights
+from ccmim_fast.export.plain import about, write_weights
 from ccmim_fast.optim.optimizer import build_optimizer
 from ccmim_fast.runs.folder import describe_run, open_run_folder
 
