@@ -3,6 +3,7 @@
 # B batch, H height, W width, C channels, T tokens (prefix tokens first), D width, N images, S of one rank's share
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.ranks.session import gather_ranks
 
 _BATCH = 256  # images encoded at once by a rank
+_EXACT = nullcontext()  # in place of autocast: float32
 
 
 def pooled(tokens_BTD: Tensor, prefix: int, pool: Literal["avg", "cls"]) -> Tensor:
@@ -24,13 +26,17 @@ def pooled(tokens_BTD: Tensor, prefix: int, pool: Literal["avg", "cls"]) -> Tens
 
 
 def extract(
-    encode: Callable[[Tensor], Tensor], batches: Iterable[Batch], prefix: int = 1, pool: Literal["avg", "cls"] = "avg"
+    encode: Callable[[Tensor], Tensor],
+    batches: Iterable[Batch],
+    prefix: int = 1,
+    pool: Literal["avg", "cls"] = "avg",
+    autocast: AbstractContextManager = _EXACT,
 ) -> tuple[Tensor, Tensor | None]:
     """Encode every image and pool its tokens to one vector.
 
     Args:
         encode: uint8 images [B, H, W, C] -> the normalised final tokens [B, T, D] of any float dtype, prefix tokens
-            (CLS, registers) first. It is called under `inference_mode`; evaluation mode and precision are its caller's.
+            (CLS, registers) first. It is called under `inference_mode` and `autocast`, and is in evaluation mode.
         prefix: number of prefix tokens.
         pool: see `pooled`.
 
@@ -45,7 +51,7 @@ def extract(
         raise ValueError(f"pool={pool!r} with prefix={prefix}: pool must be 'avg', or 'cls' with prefix >= 1")
     features, labels = [], []
     for batch in batches:
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast:
             tokens_BTD = encode(batch.images_BHWC).float()
             features.append(pooled(tokens_BTD, prefix, pool).cpu())
         labels.append(batch.labels_B)
@@ -61,14 +67,9 @@ def extract(
 
 def features(job: Job, images: Images) -> tuple[Tensor, Tensor]:
     """Return features [S, D] float32 and labels [S] of this rank's share, every `world_size`-th image, on the CPU."""
-    encoder = job.frozen_encoder(job.config.model.pool)
-    precision = choose_precision(job.config.train.precision, job.here.device)
-
-    def encode(images_BHWC: Tensor) -> Tensor:
-        with precision.autocast(job.here.device):
-            return encoder(images_BHWC)
-
-    return extract(encode, job.batches(images, _BATCH), encoder.prefix, job.config.model.pool)
+    pool, device = job.config.model.pool, job.here.device
+    encoder, precision = job.frozen_encoder(pool), choose_precision(job.config.train.precision, device)
+    return extract(encoder, job.batches(images, _BATCH), encoder.prefix, pool, precision.autocast(device))
 
 
 def features_of_all_ranks(job: Job, images: Images) -> tuple[Tensor, Tensor]:
