@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ccmim_fast.data.index.decode import Header, read_header
 from ccmim_fast.data.index.index_file import BESIDE, Index, Listing, Row, write_index
@@ -77,13 +77,10 @@ def write_shards(
 
 def shrink(image_HWC: np.ndarray, side: int, quality: int) -> bytes:
     """Encode [H, W, 1] or [H, W, 3] uint8 as JPEG with a shorter side of `side` pixels; equal channels become one."""
-    height, width = image_HWC.shape[:2]
-    scale = side / min(height, width)
     gray = (image_HWC[..., :1] == image_HWC[..., 1:]).all()
     image = Image.fromarray(image_HWC[..., 0] if gray else image_HWC)
     buffer = io.BytesIO()
-    size = max(side, round(width * scale)), max(side, round(height * scale))
-    image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
+    ImageOps.cover(image, (side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
