@@ -99,9 +99,9 @@ class ShapesSource(GeneratedSource):
         return dark + share_HW[..., None] * (light - dark)
 
 
-def build(data: DataConfig, seed: int) -> ShapesSource:
-    """Build the source of `data.source=shapes`."""
-    return ShapesSource(seed, data.samples, data.image_size, data.classes, data.background, data.root or None)
+def build(data: DataConfig, seed: int, of: type[ShapesSource] = ShapesSource) -> ShapesSource:
+    """Build the source of `data.source=shapes`, or one derived from it."""
+    return of(seed, data.samples, data.image_size, data.classes, data.background, data.root or None)
 
 
 def _paint_object(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.schema import DataConfig
+from ccmim_fast.data.made.shapes import build
 from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.detection.backbone import use_windows_
 from ccmim_fast.evaluation.detection.batches import ObjectLoader, Targets, resized_to_test
@@ -36,10 +37,7 @@ def open_images(config: EvalConfig, *data: DataConfig) -> list[InstanceSource]:
     if len(mean) != 3 or len(std) != 3:
         raise ConfigError(f"data.mean={mean}, data.std={std}: detection has RGB, three values of each")
     if config.data.source == "shapes":
-        return [
-            ShapesInstances(config.seed + number, of.samples, of.image_size, of.classes, of.background, root or None)
-            for number, of in enumerate(data)
-        ]
+        return [build(of_these, config.seed + number, ShapesInstances) for number, of_these in enumerate(data)]
     train, test = CocoSource(root, "train2017", train=True), CocoSource(root, "val2017", train=False)
     if train.class_names != test.class_names:
         raise DataError(f"{root}: train2017 and val2017 are of other categories, or in another order of their ids")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.index.indexed import IndexedSource, open_images
-from ccmim_fast.data.made.shapes import ShapesSource
+from ccmim_fast.data.made.shapes import build
 from ccmim_fast.data.source import Source
 from ccmim_fast.data.threads import thread_count
 from ccmim_fast.errors import DataError, one_line
@@ -128,7 +128,7 @@ def _numbered(paths: list[str]) -> tuple[str, ...]:
 
 def shape_scenes(data: DataConfig, seed: int) -> Scenes:
     """Make scenes of shapes on a background, which is the first class; no pixel is ignored. Raises ConfigError."""
-    images = ShapesSource(seed, data.samples, data.image_size, data.classes, data.background, data.root or None)
+    images = build(data, seed)
 
     def labels(index: int) -> np.ndarray:
         return np.where(images.mask(index), np.uint8(1 + images.labels_N[index]), np.uint8(0))
