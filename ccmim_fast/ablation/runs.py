@@ -51,10 +51,7 @@ class Run(NamedTuple):
 def run_all(runs: Sequence[Run], folder: Path, jobs: int, test: str = "") -> list[dict[str, Any]]:
     """Return the figures of each run, in their order; `jobs` at a time, each in a process with its share of the cores.
 
-    Args:
-        test: folder of labelled images that features are tested on; `shapes` make their own.
-
-    Raises ConfigError: a run in `folder` was made with other options.
+    For `test` see `held_out_of`. Raises ConfigError: a run in `folder` was made with other options.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     found = {run: figures for run in runs if (figures := finished(run, folder / run.folder_name, test)) is not None}
@@ -115,7 +112,10 @@ def finished(run: Run, folder: Path, test: str) -> dict[str, Any] | None:
 
 
 def held_out_of(train: Source, config: Config, test: str) -> Source | None:
-    """Return the images to test features on, or None. Raises DataError: they have no labels, or other classes."""
+    """Return the images that features are tested on: of the folder `test`, or more shapes; None: there are none.
+
+    Raises DataError: images without labels, or of other classes than those trained on.
+    """
     if config.data.source == "shapes":
         return make_held_out(config)
     if not test:

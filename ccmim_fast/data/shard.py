@@ -36,15 +36,10 @@ def write_shards(
 
     The samples are in an order drawn by `seed`, so that neighbours are of all classes. Each sample has two members, the
     image and, with classes, the label as `.cls`. Bytes are copied without decoding, unless the image is made smaller.
-    Return the index, and (id, reason) of the samples that the source excludes or that cannot be read.
+    The arguments are those of `ccmim data shard --help`.
 
-    Args:
-        side: the shorter side of larger images becomes `side` pixels; 0: no image is changed.
-        quality: of the JPEG files that the smaller images are written as.
-        shard_bytes: length of a shard after which the next one begins.
-        workers: threads; 0: one per core.
-
-    Raises ConfigError for `side` if images are not gray or RGB, DataError if the folder is not empty or not writable.
+    Return the index, and (id, reason) of the samples that the source excludes or that cannot be read. Raises
+    ConfigError for `side` if images are not gray or RGB, DataError if the folder is not empty or not writable.
     """
     if side and source.channels not in (1, 3):
         raise ConfigError(f"--side={side}: images of {source.channels} channels are not resized; leave it out")

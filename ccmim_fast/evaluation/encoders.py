@@ -26,11 +26,8 @@ _HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")  # timm's names of wh
 def read_encoder(checkpoint: str, arch: str = "", num_heads: int = 0) -> Weights:
     """Read the encoder of a checkpoint (see `read_weights`): its tensors under timm's names, empty for initial weights.
 
-    For `arch` and `num_heads` see `with_arch`; a run tells its architecture itself.
-
-    Raises:
-        CheckpointError: missing, damaged, or without an encoder.
-        ConfigError: a name that timm does not know, or one that must be told.
+    For `arch` and `num_heads` see `with_arch`; a run tells its architecture itself. Raises CheckpointError: missing,
+    damaged, or without an encoder; ConfigError: a name that timm does not know, or one that must be told.
     """
     found = read_weights(checkpoint)
     if not Path(checkpoint).is_dir():

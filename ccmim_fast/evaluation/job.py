@@ -37,9 +37,7 @@ class Images(NamedTuple):
 def open_both(config: EvalConfig, *data: DataConfig) -> list[Source]:
     """Open the training images and the test images.
 
-    Raises:
-        DataError: no readable image, no labels, or other classes in one set than in the other.
-        ConfigError: nobody says where the test images are.
+    Raises DataError: no readable image, no labels, or classes differ; ConfigError: nobody says where test images are.
     """
     mean, std = data[0].mean, data[0].std
     if len(mean) != len(std):

@@ -45,16 +45,10 @@ def embed_folder(
     device: str = "auto",
     precision: str = "fp32",
 ) -> Embedded:
-    """Write the features of images, in the order of their index; images are shown whole, resized to the run's size.
+    """Write the features of images, in the order of their index, to the file `out`.
 
-    Args:
-        run: a run's folder, or one of its checkpoints.
-        folder: images, see `open_images`.
-        out: FILE.npy: float32 [N, D], and the name and class of each row in FILE.jsonl beside it; FILE.arrow: columns
-            `name`, `label` (where the images have classes) and `features`.
-        pool, batch, workers, device, precision: as of `ccmim embed --help`.
-
-    Raises CcmimError: a checkpoint, image, device or file that cannot be used.
+    The arguments are those of `ccmim embed --help`. Raises CcmimError: a checkpoint, image, device or file that cannot
+    be used.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise MachineError("--device=cuda: there is no CUDA device; use --device=cpu")

@@ -47,15 +47,12 @@ def export_run(target: str, run: str, out: Path, results: Sequence[str] = (), hu
 
     Args:
         target: one of `TARGETS`.
-        run: a run's folder, or one of its checkpoints.
         out: a new folder, in which a model card stands beside the weights, or a file of the target's suffix.
         results: paths of result.json of evaluations, for the card.
         hub_name: OWNER/NAME on the Hugging Face hub, which the card's code loads from; "": `out`.
 
-    Raises:
-        ConfigError: `out` is not empty; a result is none.
-        CheckpointError: `run` has no checkpoint that loads.
-        MachineError: `out` cannot be written.
+    Raises ConfigError: `out` is not empty, a result is none; CheckpointError: `run`, a run's folder or one of its
+    checkpoints, does not load; MachineError: `out` cannot be written.
     """
     from ccmim_fast.checkpoints.run import open_run
     from ccmim_fast.export.card import read_result, write_card

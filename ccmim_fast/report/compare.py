@@ -16,13 +16,8 @@ def compare_runs(
 ) -> tuple[int, list[str]]:
     """Write one offline HTML page that compares runs with the first of them; nothing in a run changes.
 
-    Args:
-        title: "": the runs' names.
-        images, moments: images and checkpoints drawn of a run that kept no pictures; no `moments`: no pictures.
-        data: root of the images to draw; "": the run's own.
-
-    Returns the number of runs, and a line for each part that cannot be shown. Raises ConfigError: a folder holds no
-    run, or `out` is a folder.
+    The arguments are those of `ccmim report --help`. Returns the number of runs, and a line for each part that cannot
+    be shown. Raises ConfigError: a folder holds no run, or `out` is a folder.
     """
     folders = [_run(path) for path in {path.resolve(): path for path in runs}.values()]
     if out.is_dir():

@@ -49,17 +49,12 @@ class FewImages(NamedTuple):
 
 
 def take_snapshots(folder: Path, images: int, moments: int, root: str = "") -> Snapshots:
-    """Draw a few images by the checkpoints that the run in `folder` kept, on the CPU, whatever the run used.
+    """Draw `images` images by `moments` checkpoints that the run in `folder` kept, on the CPU, whatever the run used.
 
-    The images are spread over the run's data and the same at every checkpoint, and so is the noise of their masks (that
-    of epoch 0): what changes is the model. A score bank is read as it was saved; of other images it knows nothing, and
-    they are divided as at a first visit. Weights are averaged where the run has averages. Nothing in `folder` changes,
-    so the run may be going on.
-
-    Args:
-        images: how many; an image that does not decode is left out.
-        moments: checkpoints, spread from the oldest to the newest.
-        root: take images from here, where the run's own are not at hand.
+    The images are spread over the run's data (or those at `root`) and the same at every checkpoint, and so is the noise
+    of their masks (that of epoch 0): what changes is the model. A score bank is read as it was saved; of other images
+    it knows nothing, and they are divided as at a first visit. Weights are averaged where the run has averages. An
+    image that does not decode is left out. Nothing in `folder` changes, so the run may be going on.
     """
     snapshots, remarks = [], []
     for path in spread(checkpoints(folder / CHECKPOINTS), moments):

@@ -32,11 +32,8 @@ _Parameters = namedtuple("_Parameters", "radius y x rotation red green blue text
 class ShapesSource(GeneratedSource):
     """This source draws one of `classes` shapes; see `GeneratedSource`. The cache takes 16 KB an image at 64 x 64.
 
-    Args:
-        classes: 2 .. 6 of disc, square, triangle, ring, cross, star.
-        background: `plain`, a gradient between two tones, or `textured`, 1/f noise between them.
-
-    Raises ConfigError for images that are too small.
+    `background`: `plain`, a gradient between two tones, or `textured`, 1/f noise between them. Raises ConfigError for
+    images that are too small.
     """
 
     noun = "shape"

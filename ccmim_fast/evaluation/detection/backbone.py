@@ -81,11 +81,8 @@ class Pyramid(nn.Module):
 class Windowed(nn.Module):
     """This attention, [B, L, D] -> [B, L, D], stays within each square window (ViTDet): cheap at thousands of patches.
 
-    Windows that hang over the grid are filled up with zeros, which are attended to (ViTDet).
-
-    Args:
-        grid: rows and columns of the patches.
-        side: of a window, patches.
+    `grid` is rows and columns of the patches, `side` that of a window in patches. Windows that hang over the grid are
+    filled up with zeros, which are attended to (ViTDet).
     """
 
     def __init__(self, attention: nn.Module, grid: tuple[int, int], side: int):

@@ -29,9 +29,7 @@ _SURE = 0.5  # of a pixel of a mask; torchvision's and Detectron's
 def open_images(config: EvalConfig, *data: DataConfig) -> list[InstanceSource]:
     """Open the images to train on and those to test on.
 
-    Raises:
-        DataError: a file is missing or damaged, or the two have other classes.
-        ConfigError: an encoder that takes no RGB.
+    Raises DataError: a file is missing or damaged, or classes differ; ConfigError: an encoder that takes no RGB.
     """
     mean, std, root = list(data[0].mean), list(data[0].std), config.data.root
     if len(mean) != 3 or len(std) != 3:

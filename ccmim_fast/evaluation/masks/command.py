@@ -30,13 +30,7 @@ def show_masks(
 ) -> None:
     """Draw (masks.png) and measure (result.json, result.md) scores and masks, and print the figures.
 
-    Args:
-        checkpoint: a run's folder, one of its checkpoints, a file of weights, or timm:NAME.
-        images: a folder in place of the run's own images; "": those.
-        settings: options in place of the run's own.
-        drawn: images drawn, of the `measure` that are measured.
-        moments: checkpoints of the run, side by side.
-        masks: folder of the objects' masks, named as the images.
+    The arguments are those of `ccmim eval masks --help`; `settings` are options in place of the run's own.
     """
     first, *others = _places(checkpoint, moments)
     subject = read_subject(first, settings, images)

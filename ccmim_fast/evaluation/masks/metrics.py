@@ -9,13 +9,9 @@ from torch import Tensor
 
 
 def object_patches(masks_BHW: Tensor, patch: int) -> Tensor:
-    """Turn pixel masks into patch masks [B, L] bool: a patch is object where at least half of its pixels are.
+    """Turn masks (bool, True on the object) into patch masks [B, L]: a patch is object where at least half of it is.
 
-    Args:
-        masks_BHW: bool, True on the object.
-        patch: side in pixels.
-
-    Raises ValueError: `patch` does not divide both sides.
+    Raises ValueError: `patch`, its side in pixels, does not divide both sides.
     """
     B, H, W = masks_BHW.shape
     if patch < 1 or H % patch or W % patch:

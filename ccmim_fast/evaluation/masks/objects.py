@@ -52,9 +52,7 @@ def has_both(object_BL: Tensor) -> bool:
 class MaskFolder:
     """This folder has object masks in PNG files, each under the name of its image; a pixel that is not 0 is object.
 
-    Args:
-        folder: holds `a/b.png` for the image `a/b.jpg` of `root`, or else `b.png`.
-        root: where the images are.
+    The mask of `root`/a/b.jpg is `folder`/a/b.png, or else `folder`/b.png.
     """
 
     def __init__(self, folder: Path, root: str, source: Source):

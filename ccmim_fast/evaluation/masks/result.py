@@ -105,8 +105,7 @@ def moments_png(moments: Sequence[Moment]) -> bytes:
 def write(folder: Path, moments: Sequence[Moment], object_BL: Tensor | None, device: torch.device) -> str:
     """Write pictures and tables of the last moment, and of all where there are several; returns what to print.
 
-    Args:
-        object_BL: bool, patches of the images that show the object; None where that is not known.
+    `object_BL` are the patches that show the object, bool; None where that is not known.
     """
     last = moments[-1]
     pictures = {STRATEGIES_FILE: strategies_png(last)}

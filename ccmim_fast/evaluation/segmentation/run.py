@@ -22,9 +22,7 @@ from ccmim_fast.evaluation.supervised import Supervised
 def open_images(config: EvalConfig, *data: DataConfig) -> Sequence[Scenes]:
     """Open the scenes to train on and those to test on; first what needs no image to be found wrong.
 
-    Raises:
-        ConfigError: a setting that segmentation cannot run with.
-        DataError: see `folder_scenes`.
+    Raises ConfigError: a setting that segmentation cannot run with; DataError: see `folder_scenes`.
     """
     segment, window = config.segment, config.data.image_size
     for key, values in (("mean", data[0].mean), ("std", data[0].std)):
