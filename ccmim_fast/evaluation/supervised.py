@@ -36,10 +36,8 @@ class SupervisedResult(NamedTuple):
 class Supervised(Task):
     """A protocol that trains is run by this task; a subclass has `losses` and `test`.
 
-    Args:
-        model: its weights are trained and saved.
-        optimizer: groups may have `lr_scale`.
-        loader: of the images to train on; its stream has `train.accumulate` micro-batches a step, on the device.
+    The weights of `model` are trained and saved, the groups of `optimizer` may have `lr_scale`, and the stream of
+    `loader` has `train.accumulate` micro-batches a step, on the device.
     """
 
     def __init__(self, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Loader):

@@ -128,14 +128,10 @@ def reconstruct(model: CCMIM, config: Config, images_BHWC: Tensor, output: Outpu
 
 
 def paste_prediction(target: Pixels, images_BHWC: Tensor, pred_BMP: Tensor, partition: Partition) -> Tensor:
-    """Replace the masked patches of images by predicted pixels; returns [B, H, W, C] uint8.
+    """Replace the masked patches of images (uint8) by pixel predictions, in the order of `partition.ids_masked_BM`.
 
     With `target.norm_pix` the prediction knows neither mean nor variance of a patch; both are taken from the patch
-    itself, so what the picture shows of them was not reconstructed.
-
-    Args:
-        images_BHWC: uint8.
-        pred_BMP: pixel predictions, rows in the order of `partition.ids_masked_BM`.
+    itself, so what the picture shows of them was not reconstructed. Returns [B, H, W, C] uint8.
     """
     H, W = images_BHWC.shape[1:3]
     mean_P, std_P = (value_C.float().repeat(target.patch**2) for value_C in (target.mean_C, target.std_C))

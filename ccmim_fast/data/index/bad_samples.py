@@ -34,11 +34,9 @@ def read_bad_samples(index: Index) -> dict[int, str]:
 class BadSamples:
     """This class records the samples of one run that failed; many threads may use it.
 
-    Args:
-        index: the index beside which bad samples are recorded for the next run; None: nowhere.
-        total, excluded: number of samples, and of those that were known to be unusable before.
-        on_error: `skip` or `error`.
-        max_bad: share of `total` that may be bad; DataError if more are.
+    They are recorded for the next run beside `index`, if there is one. Of `total` samples, `excluded` were known to be
+    unusable before, and a share of `max_bad` may be; DataError if more are, or, with `on_error` = `error`, at the
+    first.
     """
 
     def __init__(self, index: Index | None, total: int, excluded: int, on_error: str, max_bad: float):

@@ -25,13 +25,9 @@ def strides(patch: int) -> tuple[int, ...]:
 class Backbone(nn.Module):
     """Images [B, C, H, W] -> maps {"0", "1", "2", "3", "pool": [B, `out_channels`, h, w]} in float32.
 
-    Float32, whatever the precision: torchvision gives anchors the dtype of the maps.
-
-    Args:
-        vit: any size of images that is a multiple of four patches.
-        kind: `fpn`, a feature pyramid network over four blocks' outputs (BEiT, CAE), or `simple`, over the last
-            block's (ViTDet).
-        channels: of each map.
+    Float32, whatever the precision: torchvision gives anchors the dtype of the maps. `vit` takes any size of images
+    that is a multiple of four patches. `kind`: `fpn`, a feature pyramid network over four blocks' outputs (BEiT, CAE),
+    or `simple`, over the last block's (ViTDet).
     """
 
     def __init__(self, vit: VisionTransformer, kind: Literal["fpn", "simple"], channels: int):

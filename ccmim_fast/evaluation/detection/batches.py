@@ -33,11 +33,8 @@ class ForTraining:
 
     `short_side`: the shorter side is one of `detect.short_sides`, the longer one `detect.long_side` at most (as for
     ResNets since Detectron). `jitter`: the image is fitted into `data.image_size` times a share of `detect.jitter`,
-    then cropped or padded to it (large-scale jitter; Ghiasi et al., 2021); boxes are drawn anew around what is left.
-
-    Args:
-        config: `detect`, `data.image_size` and `data.flip`.
-        mean: 0 .. 1 per channel, which pads.
+    then cropped or padded with `mean` (0 .. 1 per channel) to it (large-scale jitter; Ghiasi et al., 2021); boxes are
+    drawn anew around what is left.
     """
 
     def __init__(self, config: EvalConfig, mean: tuple[float, ...]):

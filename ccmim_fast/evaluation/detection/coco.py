@@ -34,12 +34,8 @@ _LEAST_SIDE = 1  # pixels; an image whose boxes are all as narrow is not trained
 class CocoSource:
     """One of COCO's two parts; an `InstanceSource`.
 
-    Args:
-        root: folder of the layout above.
-        part: `train2017` or `val2017`.
-        train: exclude images without an object to train on.
-
-    Raises DataError: a file that is missing, damaged, or speaks of what is not there.
+    `root` is a folder of the layout above, `part` is `train2017` or `val2017`. With `train`, images without an object
+    to train on are excluded. Raises DataError: a file that is missing, damaged, or speaks of what is not there.
     """
 
     channels = 3

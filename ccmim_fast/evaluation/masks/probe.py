@@ -27,11 +27,8 @@ def probe(
 ) -> tuple[dict[str, float], Output, Tensor]:
     """Run the model on all images at once, in eval mode, with the masks of epoch 0: the same noise at every call.
 
-    A score bank knows nothing of held-out images: it is taken to hold the scores of all blocks, which it records.
-
-    Args:
-        images_BHWC: uint8, on the model's device.
-        objects_BHW: bool, True on the object, on the CPU.
+    A score bank knows nothing of held-out images: it is taken to hold the scores of all blocks, which it records. The
+    images are uint8 on the model's device; objects are bool, True on the object, on the CPU.
 
     Returns figures: `auroc` (of the scores of all blocks), `leakage` (of the model's own masks), `recons` (Eq. 9); the
     model's output; and the scores of all blocks [B, L].

@@ -37,13 +37,9 @@ def score_and_divide(
 ) -> Scored:
     """Score the images by every source, and divide them by every strategy; no step is taken.
 
-    The masks are drawn by the source that the settings name; by all blocks for a bank that knows nothing.
-
-    Args:
-        model: in evaluation mode.
-        batch: on the model's device.
-        prior: what the run's bank says of the images, if it does.
-        decodes: whether the model's decoder is trained.
+    The masks are drawn by the source that the settings name; by all blocks for a bank that knows nothing. The model is
+    in evaluation mode, the batch on its device; `prior` is what the run's bank says of the images, if it does;
+    `decodes` tells whether the model's decoder is trained.
     """
     names = {"first": "block 0", "block": f"block {config.score.block}"} | ({} if prior is None else {"bank": "bank"})
     named = SCORE_SOURCES[config.score.source]

@@ -48,12 +48,9 @@ def slide(
 ) -> Tensor:
     """Return the mean of all windows' logits at each pixel, [K, H, W], float32 at least.
 
-    Windows are `stride` pixels apart; the last ones of rows and columns end with the image (mmsegmentation).
-
-    Args:
-        predict: [N, C, h, w] -> logits [N, K, h, w]; N is `at_once` at most.
-        image_CHW: as large as a window, h, w, at least.
-        stride: pixels, no more than a window's sides.
+    Windows (h, w) are `stride` pixels apart, no more than their sides; the last ones of rows and columns end with the
+    image (mmsegmentation), which is as large as a window at least. `predict` turns [N, C, h, w] into logits [N, K, h,
+    w]; N is `at_once` at most.
     """
     (h, w), (H, W) = window, image_CHW.shape[1:]
     tops, lefts = ([*range(0, side - of, stride), side - of] for side, of in ((H, h), (W, w)))

@@ -33,13 +33,9 @@ class Neck(nn.Module):
 class Segmenter(nn.Module):
     """uint8 images [B, 3, H, W] of the size the ViT was built for -> logits [B, K, H, W].
 
-    In training mode a pair of them, the second from the auxiliary classifier. Images are normalised here.
-
-    Args:
-        vit: its final norms, pooling and head are taken away.
-        mean, std: of the encoder's images, per channel on a 0..1 scale.
-        dropout: of whole channels, before the classifiers.
-        init_std: of the classifiers' weights.
+    In training mode a pair of them, the second from the auxiliary classifier. Images are normalised here, by `mean` and
+    `std` per channel on a 0..1 scale. The final norms, pooling and head of `vit` are taken away. `dropout` is of whole
+    channels, before the classifiers, whose weights begin with a deviation of `init_std`.
     """
 
     def __init__(
