@@ -1,19 +1,25 @@
 """The demo: ccMIM and MAE pretrained with the same budget, measured against each other and an untrained network."""
 
+# B images, H height, W width, C channels, L patches
+
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ccmim_fast.ablation.runs import QUARTERS, fit_and_measure, make_held_out, measure_features
-from ccmim_fast.build.model import build_model
+from ccmim_fast.build.model import build_model, build_objective
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.engine.pretraining import Pretraining
-from ccmim_fast.evaluation.masks.probe import probe
+from ccmim_fast.evaluation.masks.metrics import object_leakage, object_patches, score_auroc
+from ccmim_fast.models.ccmim import CCMIM, Output
+from ccmim_fast.models.scores import AllBlocks, PriorScores
 from ccmim_fast.registry import SCORE_SOURCES
 from ccmim_fast.report.html import write_report
 from ccmim_fast.report.pictures import Snapshot
@@ -79,3 +85,27 @@ def train_and_measure(config: Config, held_out: ShapesSource) -> dict[str, float
     moments = {"_start": 0, "_early": round(config.train.epochs / QUARTERS), "": config.train.epochs}
     figures = {f"{key}{name}": value for name, epoch in moments.items() for key, value in by_epoch[epoch].items()}
     return figures | {"images_per_second": rate}
+
+
+@torch.no_grad()
+def probe(
+    model: CCMIM, config: Config, images_BHWC: Tensor, objects_BHW: Tensor
+) -> tuple[dict[str, float], Output, Tensor]:
+    """Run the model on all images at once, in eval mode, with the masks of epoch 0: the same noise at every call.
+
+    A score bank knows nothing of held-out images: it is taken to hold the scores of all blocks, which it records. The
+    images are uint8 on the model's device; objects are bool, True on the object, on the CPU.
+
+    Returns figures: `auroc` (of the scores of all blocks), `leakage` (of the model's own masks), `recons` (Eq. 9); the
+    model's output; and the scores of all blocks [B, L].
+    """
+    logits_BL = AllBlocks(model.encoder)(model.encoder, model.embed(images_BHWC))
+    prior = PriorScores(logits_BL.log_softmax(1) + math.log(logits_BL.shape[1]), torch.ones_like(logits_BL))
+    output = model(images_BHWC, torch.arange(len(images_BHWC), device=images_BHWC.device), 0, prior=prior)
+    scores_BL, object_BL = logits_BL.softmax(1).cpu(), object_patches(objects_BHW, model.patch)
+    figures = {
+        "auroc": score_auroc(scores_BL, object_BL),
+        "leakage": object_leakage(output.partition.mask_BL.cpu(), object_BL),
+        "recons": float(build_objective(config, model).recons(output, images_BHWC)),
+    }
+    return figures, output, scores_BL

@@ -1,5 +1,7 @@
 """The runs of an ablation: each variant with each seed, in a folder of its own, measured alike; done ones are kept."""
 
+# P places in an epoch, B images, H height, W width, C channels, L patches
+
 import json
 import multiprocessing
 import os
@@ -11,21 +13,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
+from ccmim_fast.bank.bank import read_maps
 from ccmim_fast.config.load import load_config
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.build import build_source
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.source import Source
-from ccmim_fast.data.stream.torch_loader import evaluation_batches
+from ccmim_fast.data.stream.batch import make_batch
+from ccmim_fast.data.stream.torch_loader import evaluation_batches, load_crop
 from ccmim_fast.engine.pretraining import Pretraining, fit
 from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.frozen.features import extract
 from ccmim_fast.evaluation.frozen.knn import knn_accuracies
 from ccmim_fast.evaluation.frozen.logreg import logreg_accuracy
-from ccmim_fast.evaluation.masks.probe import probe_scores
+from ccmim_fast.evaluation.masks.metrics import object_leakage, score_auroc
+from ccmim_fast.evaluation.masks.objects import objects_of
 from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.models.scores import AllBlocks, PriorScores
 from ccmim_fast.models.tokens import tokens_of
 from ccmim_fast.report.curves import read_metrics
 
@@ -167,3 +174,32 @@ def measure_features(model: CCMIM, config: Config, held_out: Source) -> dict[str
         parts += extract(encode, batches, model.encoder.num_prefix_tokens)
     k = min(NEIGHBOURS, len(parts[0]))
     return {"knn": knn_accuracies(*parts, [k])[k], "logreg": logreg_accuracy(*parts)[0]}
+
+
+@torch.no_grad()
+def probe_scores(run: Pretraining, epoch: int, count: int) -> dict[str, float]:
+    """Divide the first `count` samples of an epoch as the run would, with that epoch's crops and noise.
+
+    The model is to be in eval mode. Nothing of the run changes: a bank is read, not written. Returns figures under the
+    run's own masks: `recons` (Eq. 9) and, where objects are known, `auroc` (of the scores that the run divides by; 0.5
+    where it has none), `auroc_all` (of the scores of all blocks), and `leakage`.
+    """
+    model, plan, size = run.model, run.loader.plan, run.config.data.image_size
+    places_P = epoch * plan.samples + np.arange(min(count, plan.samples))
+    own_P = np.isin(places_P % plan.samples % plan.partitions, plan.own_partitions)
+    shown = plan.micro_batch(*plan.ids_at(places_P[own_P]))
+    images_BHWC = torch.from_numpy(np.stack([load_crop(run.source, one, size) for one in shown.samples()]))
+    batch = make_batch(images_BHWC.to(run.here.device), shown, run.source, run.here.device)
+    prior = None
+    if run.bank is not None:
+        prior = PriorScores(*read_maps(run.bank.maps_of(shown.ids_B), batch.boxes_B4, model.grid))
+    output = model(batch.images_BHWC, batch.ids_B, batch.epochs_B, prior=prior)
+    figures = {"recons": float(run.train_step.objective.recons(output, batch.images_BHWC))}
+    if isinstance(run.source, ShapesSource):
+        object_BL = objects_of(run.source, shown, size, model.patch)
+        logits_BL = output.logits_BL if output.logits_BL is not None else torch.zeros(object_BL.shape)
+        figures["auroc"] = score_auroc(logits_BL.cpu(), object_BL)
+        all_BL = AllBlocks(model.encoder)(model.encoder, model.embed(batch.images_BHWC))
+        figures["auroc_all"] = score_auroc(all_BL.cpu(), object_BL)
+        figures["leakage"] = object_leakage(output.partition.mask_BL.cpu(), object_BL)
+    return figures

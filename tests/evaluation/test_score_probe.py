@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from tiny import tiny_config
 
+from ccmim_fast.ablation.runs import probe_scores
 from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.evaluation.masks.metrics import object_patches, score_auroc
-from ccmim_fast.evaluation.masks.probe import probe_scores
 
 COUNT = 12
 
