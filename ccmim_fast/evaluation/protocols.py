@@ -30,10 +30,7 @@ class Protocol(NamedTuple):
 
 
 def protocol(evaluation: str, preset: str = "") -> Protocol:
-    """Return the protocol of an evaluation's own preset, or of another one of it.
-
-    Raises ConfigError: a preset of another evaluation.
-    """
+    """Return the protocol of a preset; empty: the evaluation's own. Raises ConfigError: another evaluation's preset."""
     name = preset or evaluation
     if name not in presets(FOLDER) or not name.startswith(evaluation):
         known = ", ".join(other for other in presets(FOLDER) if other.startswith(evaluation))

@@ -46,10 +46,7 @@ def evaluate(name: str, checkpoint: str, settings: Mapping[str, str]) -> str:
 
 
 def protocol_of(name: str, settings: Mapping[str, str]) -> tuple[Protocol, dict[str, str]]:
-    """Return the protocol to compare with, and the settings with its preset among them.
-
-    An evaluation by a file of settings is compared with the evaluation's first protocol.
-    """
+    """Return the protocol to compare with (of a file of settings: the first), and the settings with its preset."""
     asked = settings.get("config", name)
     is_file = os.sep in asked or asked.endswith((".yaml", ".yml"))
     return protocol(name, "" if is_file else asked), {"config": name, **settings}

@@ -53,10 +53,7 @@ def export_vit(run: OpenedRun, out: Path) -> list[Path]:
 
 
 def export_vitmae(run: OpenedRun, out: Path) -> list[Path]:
-    """Write encoder and decoder as a ViTMAEForPreTraining into `out`; its loss is our L_recons on the same mask.
-
-    Raises ConfigError: the architecture, the images or the target are none of ViTMAE's.
-    """
+    """Write a ViTMAEForPreTraining; its loss is our L_recons on the same mask. Raises ConfigError as `export_vit`."""
     vit, config = run.model.encoder, run.config
     _refuse("hf-vitmae", [*obstacles(vit), *_obstacles_of_mae(run)])
     flat = to_flat({name: value for name, value in run.model.state_dict().items() if name.startswith("decoder.")})

@@ -73,10 +73,7 @@ def differences(comparison: Comparison) -> Comparison:
 
 
 def against(table: dict[str, str], name: str, comparison: Comparison) -> Comparison:
-    """Put `table` before the others as a column of that name; keep the rows in which another one differs.
-
-    A key that `table` lacks is left out: it is of another version.
-    """
+    """Put `table` first, as a column `name`; keep the rows of its keys in which another one differs."""
     rows = [(key, [table[key], *values]) for key, values in comparison.rows if key in table]
     return differences(Comparison([name, *comparison.names], rows))
 

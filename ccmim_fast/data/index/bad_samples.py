@@ -54,10 +54,7 @@ class BadSamples:
         return cls(index, len(source), 0 if index is None else len(source.excluded_X), on_error, max_bad)
 
     def add(self, sample: int, reason: str, lasting: bool = True) -> None:
-        """Record that a sample failed; for the next run too if the cause is `lasting`.
-
-        Raises DataError if `on_error` is `error`, or if more than the allowed share has failed.
-        """
+        """Record that a sample failed, for the next run too if `lasting`. Raises DataError if that ends this one."""
         if self._on_error == "error":
             raise DataError(f"{reason}; data.on_error=skip goes on without it")
         with self._lock:
