@@ -8,8 +8,15 @@ from torch import nn
 from torchvision.models.detection.image_list import ImageList
 
 from ccmim_fast.config.evaluation import EvalOptimConfig
-from ccmim_fast.evaluation.detection.backbone import LEVELS, Backbone, Windowed, strides, use_windows_
-from ccmim_fast.evaluation.detection.detector import build_detector, detect
+from ccmim_fast.evaluation.detection.detector import (
+    LEVELS,
+    Backbone,
+    Windowed,
+    build_detector,
+    detect,
+    strides,
+    use_windows_,
+)
 from ccmim_fast.evaluation.encoders import OUTPUTS, QUARTERS, out_indices
 from ccmim_fast.evaluation.finetune import build_optimizer
 

@@ -10,9 +10,8 @@ from torch import nn
 from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.evaluation.encoders import OUTPUTS, out_indices
 from ccmim_fast.evaluation.finetune import build_optimizer
-from ccmim_fast.evaluation.segmentation.metrics import confusion, figures_of, slide
 from ccmim_fast.evaluation.segmentation.model import Neck, Segmenter
-from ccmim_fast.evaluation.segmentation.run import pixel_loss
+from ccmim_fast.evaluation.segmentation.run import confusion, figures_of, pixel_loss, slide
 from ccmim_fast.evaluation.segmentation.scenes import IGNORED
 
 # What stands before the patches' tokens, and what pools all of them.

@@ -11,10 +11,9 @@ from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.made.shapes import build
 from ccmim_fast.errors import ConfigError, DataError
-from ccmim_fast.evaluation.detection.backbone import use_windows_
 from ccmim_fast.evaluation.detection.batches import ObjectLoader, Targets, resized_to_test
 from ccmim_fast.evaluation.detection.coco import CocoSource
-from ccmim_fast.evaluation.detection.detector import build_detector, detect
+from ccmim_fast.evaluation.detection.detector import build_detector, detect, use_windows_
 from ccmim_fast.evaluation.detection.instances import Instances, InstanceSource, ShapesInstances
 from ccmim_fast.evaluation.detection.precision import average_precision
 from ccmim_fast.evaluation.encoders import QUARTERS, out_indices
