@@ -80,6 +80,6 @@ def build_loader(
     """
     own = {name: getattr(data, name) for name in ("crop_scale", "crop_ratio", "flip", "window")}
     plan = Plan(source, seed, global_batch, **own, **division)
-    bad_samples = BadSamples.of(source, data.on_error, data.max_bad)
+    bad_samples = BadSamples(source, data.on_error, data.max_bad)
     name = next(iter(suitable_loaders(source))) if data.loader == "auto" else data.loader
     return load(LOADERS[name])(plan, bad_samples, data.image_size, data.workers, torch.device(device))

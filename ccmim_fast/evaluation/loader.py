@@ -30,7 +30,7 @@ class SampleLoader:
         self.config, self.here = job.config, job.here
         parts = (train.batch_size, train.accumulate, job.here.rank, job.here.world_size)
         self.plan = Plan(source, job.config.seed, *parts, repeats=repeats)
-        self.bad_samples = BadSamples.of(source, data.on_error, data.max_bad)
+        self.bad_samples = BadSamples(source, data.on_error, data.max_bad)
 
     def read(self, index: int) -> Any:
         """Return an image, and what is known of it; raises DataError where that cannot be had."""
