@@ -106,7 +106,7 @@ def prepared(
         _WholeBatches(make, collate),
         batch_size=None,
         sampler=batches,
-        collate_fn=_unchanged,
+        collate_fn=lambda batch: batch,
         num_workers=workers,
         prefetch_factor=_AHEAD if workers else None,
         pin_memory=device.type == "cuda",
@@ -128,7 +128,3 @@ class _WholeBatches(Dataset):
             return self._collate([self._make(key) for key in keys])
         except CcmimError as error:
             return error
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch

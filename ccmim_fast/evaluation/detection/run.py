@@ -64,7 +64,17 @@ def detector_of(job: Job) -> nn.Module:
     """Return the detector of a job, on its device. Raises ConfigError: an encoder or settings that do not fit."""
     config, section, size = job.config, job.config.detect, job.config.data.image_size
     vit = job.build_encoder(drop_path=config.model.drop_path, any_size=True, plain=True)
-    _check(job, vit)
+    patch, jitter = vit.patch_embed.patch_size[0], section.resize == "jitter"
+    if patch % 4:
+        raise ConfigError(f"{job.weights.name}: patches of {patch} pixels; the pyramid needs a multiple of 4")
+    if jitter and (size[0] != size[1] or size[0] % (4 * patch)):
+        near = max(1, round(size[0] / (4 * patch))) * 4 * patch
+        raise ConfigError(
+            f"data.image_size={list(size)}: detect.resize=jitter needs a square of a multiple of four patches; "
+            f"nearest valid is [{near}, {near}]"
+        )
+    if section.window and not jitter:
+        raise ConfigError(f"detect.window={section.window}: needs images of one size; use detect.resize=jitter")
     if section.window:
         use_windows_(vit, section.window, out_indices(len(vit.blocks), QUARTERS))
     model = build_detector(
@@ -76,24 +86,9 @@ def detector_of(job: Job) -> nn.Module:
         mean=job.weights.mean,
         std=job.weights.std,
         # With jitter all images are of one size, those to test on padded to it: windows fit a grid that is known.
-        pad_to=size[0] if section.resize == "jitter" else 4 * vit.patch_embed.patch_size[0],
+        pad_to=size[0] if jitter else 4 * patch,
     )
     return model.to(job.here.device)
-
-
-def _check(job: Job, vit: nn.Module) -> None:
-    config, size = job.config, job.config.data.image_size
-    patch = vit.patch_embed.patch_size[0]
-    if patch % 4:
-        raise ConfigError(f"{job.weights.name}: patches of {patch} pixels; the pyramid needs a multiple of 4")
-    if config.detect.resize == "jitter" and (size[0] != size[1] or size[0] % (4 * patch)):
-        near = max(1, round(size[0] / (4 * patch))) * 4 * patch
-        raise ConfigError(
-            f"data.image_size={list(size)}: detect.resize=jitter needs a square of a multiple of four patches; "
-            f"nearest valid is [{near}, {near}]"
-        )
-    if config.detect.window and config.detect.resize != "jitter":
-        raise ConfigError(f"detect.window={config.detect.window}: needs images of one size; use detect.resize=jitter")
 
 
 @torch.no_grad()
