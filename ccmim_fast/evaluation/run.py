@@ -42,18 +42,6 @@ def evaluate(name: str, checkpoint: str, settings: Mapping[str, str]) -> str:
     if not config.run.dir:
         config = replace(config, run=replace(config.run, dir=evaluation_folder(checkpoint, name)))
     check_apart(config.run.dir, checkpoint)
-    return _run(name, of, config, checkpoint)
-
-
-def protocol_of(name: str, settings: Mapping[str, str]) -> tuple[Protocol, dict[str, str]]:
-    """Return the protocol to compare with (of a file of settings: the first), and the settings with its preset."""
-    asked = settings.get("config", name)
-    is_file = os.sep in asked or asked.endswith((".yaml", ".yml"))
-    return protocol(name, "" if is_file else asked), {"config": name, **settings}
-
-
-def _run(name: str, of: Protocol, config: EvalConfig, checkpoint: str) -> str:
-    row = EVALUATIONS[name]
     with open_session(config.train.device, config.watch.timeout) as here:
         # In the order in which a mistake is cheapest to find: weights' header, libraries, images, folder.
         with main_first(here):  # that downloads weights and indexes images, if nobody has
@@ -70,6 +58,13 @@ def _run(name: str, of: Protocol, config: EvalConfig, checkpoint: str) -> str:
             torch.manual_seed(config.seed)  # of new heads
             figures = load(f"{PACKAGE}.{row.run}")(job)
             return write_result(folder, _result(name, of, job, figures), of) if here.is_main else ""
+
+
+def protocol_of(name: str, settings: Mapping[str, str]) -> tuple[Protocol, dict[str, str]]:
+    """Return the protocol to compare with (of a file of settings: the first), and the settings with its preset."""
+    asked = settings.get("config", name)
+    is_file = os.sep in asked or asked.endswith((".yaml", ".yml"))
+    return protocol(name, "" if is_file else asked), {"config": name, **settings}
 
 
 def _result(name: str, of: Protocol, job: Job, figures: dict[str, float]) -> dict[str, Any]:

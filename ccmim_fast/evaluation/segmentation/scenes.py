@@ -85,11 +85,10 @@ def _labels_of(images: IndexedSource, paths: list[str], classes: int) -> Callabl
 
 def _annotations_of(images: IndexedSource, root: str, part: str) -> list[str]:
     """Return the path of each image's annotation: the same name, as PNG."""
-    folder, beside = (os.path.join(os.path.abspath(root), kind, part) for kind in ("images", "annotations"))
+    folder, beside = (Path(os.path.abspath(root), kind, part) for kind in ("images", "annotations"))
     paths = []
     for name in map(images.name, range(len(images))):
-        stem, _ = os.path.splitext(os.path.relpath(name, folder))
-        paths.append(os.path.join(beside, f"{stem}.png"))
+        paths.append(str(beside / Path(name).relative_to(folder).with_suffix(".png")))
         if not os.path.isfile(paths[-1]):
             raise DataError(f"{paths[-1]}: no such file; it must be there for the image {name}")
     return paths
