@@ -17,14 +17,9 @@ from ccmim_fast.registry import IMAGE_SOURCES, LOADERS, load
 class Loader:
     """A loader yields the training micro-batches of one rank.
 
-    Args:
-        plan: which samples this rank loads, in which order, with which crops.
-        bad_samples: the account of samples that fail.
-        image_size: height and width of the crops, pixels.
-        workers: threads; 0: this rank's share of the cores.
-        device: where the batches go.
-
-    Raises ConfigError if the loader cannot read such images, MachineError if a library is missing.
+    `plan` says which samples this rank loads, in which order, with which crops of `image_size`, height and width in
+    pixels. `workers` are threads; 0: this rank's share of the cores. The batches go to `device`. Raises ConfigError if
+    the loader cannot read such images, MachineError if a library is missing.
     """
 
     def __init__(

@@ -91,14 +91,10 @@ def prepared(
 ) -> Iterator[Any]:
     """Yield what `collate` makes of the samples of each batch, in order.
 
-    Args:
-        make: key -> sample.
-        batches: of keys; asked for no further ahead than one a process.
-        collate: runs where the samples are made.
-        workers: processes; 1: this one prepares; 0: see `thread_count`.
-        device: where the batches will go; for "cuda" they are in pinned memory.
-
-    Raises CcmimError: a sample's own, with its message alone, when its batch has its turn.
+    `make` turns a key into a sample; it and `collate` run in `workers` processes (1: in this one; 0: see
+    `thread_count`). The next batch of keys is asked for no further ahead than one a process. On their way to a `device`
+    "cuda" batches are in pinned memory. Raises CcmimError: a sample's own, with its message alone, when its batch has
+    its turn.
     """
     workers = thread_count(workers)
     workers = 0 if workers == 1 else workers

@@ -25,12 +25,9 @@ from ccmim_fast.runs.state import recorded
 def evaluate(name: str, checkpoint: str, settings: Mapping[str, str]) -> str:
     """Measure a checkpoint; under torchrun on many processes. Writes result.json and result.md into the run's folder.
 
-    Args:
-        name: one of `EVALUATIONS`.
-        checkpoint: see `read_weights`.
-        settings: keys of `EvalConfig`, and `config` (a preset or a file), each with the text of its value.
-
-    Returns the figures and the deviations from the protocol, to be printed. Raises CcmimError: a user's error.
+    `name` is one of `EVALUATIONS`; for `checkpoint` see `read_weights`; `settings` are keys of `EvalConfig`, and
+    `config` (a preset or a file), each with the text of its value. Returns the figures and the deviations from the
+    protocol, to be printed. Raises CcmimError: a user's error.
     """
     of, settings = protocol_of(name, settings)
     config = make_config(settings, EvalConfig, validate_evaluation, FOLDER)

@@ -2,13 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ccmim_fast.errors import ConfigError, MachineError
 from ccmim_fast.registry import load
-
-if TYPE_CHECKING:
-    from ccmim_fast.checkpoints.run import OpenedRun
 
 
 class Target(NamedTuple):
@@ -24,7 +21,7 @@ class Target(NamedTuple):
     library: str  # name on the hub of the library that loads it; card.md has the code that does
 
     @property
-    def write(self) -> Callable[["OpenedRun", Path], list[Path]]:
+    def write(self) -> Callable[..., list[Path]]:
         return load(f"ccmim_fast.export.{self.place}")
 
 

@@ -97,10 +97,9 @@ def write_report(
     """Write a self-contained HTML page that compares runs: numbers, curves, pictures, settings.
 
     The page makes no request and runs no script (its own policy forbids both); all text is escaped. Parts that a run
-    folder lacks are left out, and what is damaged is named.
+    folder lacks are left out, and what is damaged is named. A run's place decides its colour.
 
     Args:
-        runs: in the order shown; its place decides a run's colour.
         summary: {"methods": {name: {measure: number or None}}, "chance": share of 1, "setting": {key: value}}, all
             optional; measures are the keys of COLUMNS and each with `_early`. A missing one is a dash.
         standing: how each run stands, a row a run.

@@ -20,11 +20,8 @@ def average_precision(pairs: Iterable[tuple[dict[str, Tensor], Instances]]) -> d
     """Return the figures, shares of 1, over the images of all ranks; the same on each.
 
     Of boxes and of masks: the mean over thresholds of overlap from 0.5 to 0.95 in steps of 0.05 (AP), and at 0.5 and
-    0.75; the mean over the classes that there are; at most 100 objects an image.
-
-    Args:
-        pairs: of each image of this rank what was found: boxes [N, 4], scores [N], labels [N] from 1 on, masks
-            [N, H, W] bool; and what there is.
+    0.75; the mean over the classes that there are; at most 100 objects an image. `pairs` are, of each image of this
+    rank, what was found (boxes [N, 4], scores [N], labels [N] from 1 on, masks [N, H, W] bool) and what there is.
     """
     from torchmetrics.detection import MeanAveragePrecision
 
