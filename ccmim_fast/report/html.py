@@ -15,7 +15,7 @@ from ccmim_fast.config.load import to_yaml
 from ccmim_fast.config.schema import Config
 
 from .curves import curve_svg, line_style
-from .pictures import columns_of, picture_uri, snapshot_grid
+from .pictures import Snapshot, columns_of, picture_uri, snapshot_grid
 from .runs import (
     Comparison,
     Evaluation,
@@ -28,7 +28,6 @@ from .runs import (
     merge_equal,
     read_evaluations,
 )
-from .snapshots import Snapshots
 
 METHODS = {"untrained": "Untrained", "mae": "MAE", "ccmim": "ccMIM"}  # any other name is shown as it is
 CURVES = {
@@ -44,7 +43,6 @@ CURVES = {
     "h_std": "Spread of the [CLS] projections",
     "h_rank": "Effective rank of the [CLS] projections",
 }
-NONE = Snapshots([], [])
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=True,
@@ -92,7 +90,8 @@ def write_report(
     runs: Sequence[RunView],
     summary: dict[str, Any],
     standing: Comparison | None = None,
-    snapshots: Sequence[Snapshots] = (),
+    snapshots: Sequence[list[Snapshot]] = (),
+    more_remarks: Sequence[str] = (),
 ) -> None:
     """Write a self-contained HTML page that compares runs: numbers, curves, pictures, settings.
 
@@ -114,7 +113,7 @@ def write_report(
     # All runs differ in their folder.
     configs = configs._replace(rows=[row for row in configs.rows if row[0] != "run.dir"])
     methods = {METHODS.get(name, name): measures for name, measures in (summary.get("methods") or {}).items()}
-    shown = [own or more.taken for own, more in zip_longest(all_of(RunView.snapshots, []), snapshots, fillvalue=NONE)]
+    shown = [own or more for own, more in zip_longest(all_of(RunView.snapshots, []), snapshots, fillvalue=[])]
     evaluated = [read_evaluations(run, remarks) for run in runs]
     lines = [(name, run.metrics()) for name, run in zip(names, runs)]
     drawn = [(label, curve_svg(lines, key, label, uid=f"curve-{key}")) for key, label in CURVES.items()]
@@ -135,7 +134,7 @@ def write_report(
         differences=differences(configs),
         defaults=against(flatten(yaml.safe_load(to_yaml(Config()))), "default", configs),
         environment=merge_equal(compare(names, all_of(RunView.environment, {}))),
-        remarks=[*remarks, *(line for more in snapshots for line in more.remarks)],
+        remarks=[*remarks, *more_remarks],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     # Names of files may be bytes that are no text.

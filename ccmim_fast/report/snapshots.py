@@ -32,13 +32,6 @@ from ccmim_kernels import NORM_PIX_EPS, Partition, patchify, unpatchify
 from .pictures import Snapshot
 
 
-class Snapshots(NamedTuple):
-    """This tuple holds snapshots by epoch, and a line for each checkpoint that gave none."""
-
-    taken: list[Snapshot]
-    remarks: list[str]
-
-
 class FewImages(NamedTuple):
     """This tuple holds a few images of a source, each its largest central crop of the shape that the model sees."""
 
@@ -48,13 +41,15 @@ class FewImages(NamedTuple):
     source: Source
 
 
-def take_snapshots(folder: Path, images: int, moments: int, root: str = "") -> Snapshots:
+def take_snapshots(folder: Path, images: int, moments: int, root: str = "") -> tuple[list[Snapshot], list[str]]:
     """Draw `images` images by `moments` checkpoints that the run in `folder` kept, on the CPU, whatever the run used.
 
     The images are spread over the run's data (or those at `root`) and the same at every checkpoint, and so is the noise
     of their masks (that of epoch 0): what changes is the model. A score bank is read as it was saved; of other images
     it knows nothing, and they are divided as at a first visit. Weights are averaged where the run has averages. An
     image that does not decode is left out. Nothing in `folder` changes, so the run may be going on.
+
+    Returns the snapshots by epoch, and a line for each checkpoint that gave none.
     """
     snapshots, remarks = [], []
     for path in spread(checkpoints(folder / CHECKPOINTS), moments):
@@ -65,7 +60,7 @@ def take_snapshots(folder: Path, images: int, moments: int, root: str = "") -> S
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             reason = one_line(f"{type(error).__name__}: {error}")
             remarks.append(f"{path}: is no checkpoint of this version: {reason}")
-    return Snapshots(snapshots, list(dict.fromkeys(remarks)))
+    return snapshots, list(dict.fromkeys(remarks))
 
 
 def spread(paths: Sequence[Path], count: int) -> list[Path]:
