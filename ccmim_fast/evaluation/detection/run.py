@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.made.shapes import build
+from ccmim_fast.data.source import Source
 from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.detection.batches import ObjectLoader, Targets, resized_to_test
-from ccmim_fast.evaluation.detection.coco import CocoSource
 from ccmim_fast.evaluation.detection.detector import build_detector, detect, use_windows_
-from ccmim_fast.evaluation.detection.instances import Instances, InstanceSource, ShapesInstances
+from ccmim_fast.evaluation.detection.instances import CocoSource, Instances, ShapesInstances
 from ccmim_fast.evaluation.detection.precision import average_precision
 from ccmim_fast.evaluation.encoders import QUARTERS, out_indices
 from ccmim_fast.evaluation.finetune import build_optimizer
@@ -25,7 +25,7 @@ from ccmim_fast.evaluation.supervised import Supervised
 _SURE = 0.5  # of a pixel of a mask; torchvision's and Detectron's
 
 
-def open_images(config: EvalConfig, *data: DataConfig) -> list[InstanceSource]:
+def open_images(config: EvalConfig, *data: DataConfig) -> list[Source]:
     """Open the images to train on and those to test on.
 
     Raises DataError: a file is missing or damaged, or classes differ; ConfigError: an encoder that takes no RGB.
