@@ -17,7 +17,7 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.engine.pretraining import Pretraining
-from ccmim_fast.evaluation.masks.metrics import object_leakage, object_patches, score_auroc
+from ccmim_fast.evaluation.masks.objects import object_leakage, object_patches, score_auroc
 from ccmim_fast.models.ccmim import CCMIM, Output
 from ccmim_fast.models.scores import AllBlocks, PriorScores
 from ccmim_fast.registry import SCORE_SOURCES

@@ -29,8 +29,7 @@ from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.frozen.features import extract
 from ccmim_fast.evaluation.frozen.knn import knn_accuracies
 from ccmim_fast.evaluation.frozen.logreg import logreg_accuracy
-from ccmim_fast.evaluation.masks.metrics import object_leakage, score_auroc
-from ccmim_fast.evaluation.masks.objects import objects_of
+from ccmim_fast.evaluation.masks.objects import object_leakage, objects_of, score_auroc
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.scores import AllBlocks, PriorScores
 from ccmim_fast.models.tokens import tokens_of

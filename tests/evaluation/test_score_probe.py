@@ -6,7 +6,7 @@ from tiny import tiny_config
 
 from ccmim_fast.ablation.runs import probe_scores
 from ccmim_fast.engine.pretraining import fit
-from ccmim_fast.evaluation.masks.metrics import object_patches, score_auroc
+from ccmim_fast.evaluation.masks.objects import object_patches, score_auroc
 
 COUNT = 12
 
