@@ -18,7 +18,6 @@ from .curves import curve_svg, line_style
 from .pictures import Snapshot, columns_of, picture_uri, snapshot_grid
 from .runs import (
     Comparison,
-    Evaluation,
     Remarks,
     RunView,
     against,
@@ -115,6 +114,7 @@ def write_report(
     methods = {METHODS.get(name, name): measures for name, measures in (summary.get("methods") or {}).items()}
     shown = [own or more for own, more in zip_longest(all_of(RunView.snapshots, []), snapshots, fillvalue=[])]
     evaluated = [read_evaluations(run, remarks) for run in runs]
+    figures = [{f"{one.name}: {key}": value for one in of for key, value in one.figures.items()} for of in evaluated]
     lines = [(name, run.metrics()) for name, run in zip(names, runs)]
     drawn = [(label, curve_svg(lines, key, label, uid=f"curve-{key}")) for key, label in CURVES.items()]
     page = TEMPLATES.get_template("page.html").render(
@@ -129,7 +129,7 @@ def write_report(
         # Markup: matplotlib escapes its text, and `curve_svg` the names.
         curves=[(label, Markup(svg)) for label, svg in drawn if svg is not None],
         galleries=[(name, of_run) for name, of_run in zip(names, shown) if of_run],
-        figures=compare(names, [_figures(of_run) for of_run in evaluated]),
+        figures=compare(names, figures),
         evaluations=list(zip(names, evaluated)),
         differences=differences(configs),
         defaults=against(flatten(yaml.safe_load(to_yaml(Config()))), "default", configs),
@@ -139,11 +139,6 @@ def write_report(
     path.parent.mkdir(parents=True, exist_ok=True)
     # Names of files may be bytes that are no text.
     path.write_text(page, encoding="utf-8", errors="replace")
-
-
-def _figures(evaluations: Sequence[Evaluation]) -> dict[str, str]:
-    """Name the figures of one run by their evaluation."""
-    return {f"{one.name}: {key}": value for one in evaluations for key, value in one.figures.items()}
 
 
 def _abstract(methods: dict[str, dict[str, float | None]], chance: float | None) -> list[str]:

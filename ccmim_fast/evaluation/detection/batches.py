@@ -99,9 +99,7 @@ class ObjectLoader(SampleLoader):
         seed_generators(self.config.seed, epoch, index)
         return self._transform(*read)
 
-    def collate(self, samples: list[Sample]) -> list[Sample]:
-        """Leave the images as they are, of any sizes."""
-        return samples
+    collate = staticmethod(list)  # of images of any sizes
 
     def place(self, batch: list[Sample], number: int) -> tuple[list[Tensor], Targets]:
         """See `SampleLoader`; images become shares of 1."""

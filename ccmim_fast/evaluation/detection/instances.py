@@ -59,7 +59,7 @@ class ShapesInstances(ShapesSource):
 
 
 class CocoSource:
-    """One of COCO's two parts.
+    """One of COCO's two parts; as much of a `Source` as evaluations ask for.
 
     `root` is a folder of the layout above, `part` is `train2017` or `val2017`. With `train`, images without an object
     to train on are excluded. Raises DataError: a file that is missing, damaged, or speaks of what is not there.
@@ -100,12 +100,9 @@ class CocoSource:
     def name(self, index: int) -> str:
         return str(self._folder / self._names[index])
 
-    def read(self, index: int) -> bytes:
-        return _read(Path(self.name(index)))
-
     def decode(self, index: int) -> np.ndarray:
         try:
-            image_HWC = decode(self.read(index), self.channels)
+            image_HWC = decode(_read(Path(self.name(index))), self.channels)
         except DataError as error:
             raise DataError(f"{self.name(index)}: {error}") from None
         if image_HWC.shape[:2] != tuple(self.sizes_N2[index]):

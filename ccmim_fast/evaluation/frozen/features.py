@@ -32,13 +32,11 @@ def extract(
     pool: Literal["avg", "cls"] = "avg",
     autocast: AbstractContextManager = _EXACT,
 ) -> tuple[Tensor, Tensor | None]:
-    """Encode every image and pool its tokens to one vector.
+    """Encode every image and pool its tokens to one vector, see `pooled`.
 
     Args:
-        encode: uint8 images [B, H, W, C] -> the normalised final tokens [B, T, D] of any float dtype, prefix tokens
-            (CLS, registers) first. It is called under `inference_mode` and `autocast`, and is in evaluation mode.
-        prefix: number of prefix tokens.
-        pool: see `pooled`.
+        encode: uint8 images [B, H, W, C] -> the normalised final tokens [B, T, D] of any float dtype, first `prefix`
+            tokens (CLS, registers). It is called under `inference_mode` and `autocast`, and is in evaluation mode.
 
     Returns features [N, D] float32 and labels [N] int64, on the CPU and usable under autograd; None without labels.
 
