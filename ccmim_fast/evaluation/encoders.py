@@ -71,9 +71,8 @@ def build_encoder(
         any_size: images may have any multiple of the patch as sides; positions are resampled again for each batch.
         plain: of a VisionTransformer alone, as are all weights of a checkpoint.
 
-    Raises:
-        CheckpointError: names or shapes that do not fit the architecture.
-        ConfigError: an architecture that takes no images of this size, or is no VisionTransformer.
+    Raises CheckpointError: names or shapes that do not fit the architecture; ConfigError: an architecture that takes no
+    images of this size, or is no VisionTransformer.
     """
     options = {"img_size": image_size, "num_classes": num_classes, "in_chans": len(weights.mean)}
     if weights.tensors:

@@ -42,11 +42,9 @@ TARGETS = {
 def export_run(target: str, run: str, out: Path, results: Sequence[str] = (), hub_name: str = "") -> list[Path]:
     """Write a run's newest checkpoint, averaged weights where it has them, for another library; return the files.
 
-    Args:
-        target: one of `TARGETS`.
-        out: a new folder, in which a model card stands beside the weights, or a file of the target's suffix.
-        results: paths of result.json of evaluations, for the card.
-        hub_name: OWNER/NAME on the Hugging Face hub, which the card's code loads from; "": `out`.
+    `target` is one of `TARGETS`, `out` a new folder, in which a model card stands beside the weights, or a file of the
+    target's suffix. The card shows `results`, result.json of evaluations, and loads from `hub_name`, OWNER/NAME on the
+    Hugging Face hub; "": from `out`.
 
     Raises ConfigError: `out` is not empty, a result is none; CheckpointError: `run`, a run's folder or one of its
     checkpoints, does not load; MachineError: `out` cannot be written.

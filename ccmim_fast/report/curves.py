@@ -64,12 +64,9 @@ def curve_svg(runs: Sequence[tuple[str, list[dict]]], key: str, label: str, uid:
     """Plot one quantity of several runs against the epoch.
 
     A run without the quantity is left out, and so is one where it is zero throughout: a term that is switched off.
-
-    Args:
-        runs: (name, training lines) of each run; its place decides its colour, see `line_style`.
-        key: field of the training lines.
-        label: what the plot shows, for readers who cannot see it; plain text.
-        uid: prefix of every id in the drawing, unique in its page.
+    `runs` are names and training lines of which `key` is a field; a run's place decides its colour, see `line_style`.
+    `label` says what the plot shows, for readers who cannot see it. `uid`, unique in its page, begins every id in the
+    drawing.
 
     Returns an <svg> element with no outside reference, or None where no run has the quantity.
     """

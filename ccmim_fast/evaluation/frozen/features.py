@@ -34,16 +34,12 @@ def extract(
 ) -> tuple[Tensor, Tensor | None]:
     """Encode every image and pool its tokens to one vector, see `pooled`.
 
-    Args:
-        encode: uint8 images [B, H, W, C] -> the normalised final tokens [B, T, D] of any float dtype, first `prefix`
-            tokens (CLS, registers). It is called under `inference_mode` and `autocast`, and is in evaluation mode.
+    `encode` turns uint8 images [B, H, W, C] into the normalised final tokens [B, T, D] of any float dtype, first
+    `prefix` tokens (CLS, registers). It is called under `inference_mode` and `autocast`, and is in evaluation mode.
 
     Returns features [N, D] float32 and labels [N] int64, on the CPU and usable under autograd; None without labels.
-
-    Raises:
-        ValueError: `pool` is neither name, or is `cls` with no prefix token.
-        DataError: no batch at all.
-        NumericsError: a feature that is not finite.
+    Raises ValueError: `pool` is neither name, or is `cls` with no prefix token; DataError: no batch at all;
+    NumericsError: a feature that is not finite.
     """
     if pool not in ("avg", "cls") or (pool == "cls" and prefix < 1):
         raise ValueError(f"pool={pool!r} with prefix={prefix}: pool must be 'avg', or 'cls' with prefix >= 1")

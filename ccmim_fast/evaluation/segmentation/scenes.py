@@ -24,12 +24,10 @@ _MODES = ("L", "P")  # Pillow's names of 8-bit gray and palette
 
 
 class Scenes:
-    """Images of a source with labels of their pixels; as much of a `Source` as plans ask for.
+    """Images of a source, of 3 channels, with labels of their pixels; as much of a `Source` as plans ask for.
 
-    Args:
-        images: of 3 channels.
-        class_names: K of them, at most 255.
-        labels: id -> [H, W] uint8, 0 .. K - 1 or `IGNORED`; raises DataError naming the file.
+    `labels` gives those of an id, [H, W] uint8, 0 .. K - 1 or `IGNORED`, of K `class_names`, at most 255; it raises
+    DataError naming the file.
     """
 
     def __init__(self, images: Source, class_names: tuple[str, ...], labels: Callable[[int], np.ndarray]):
