@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.evaluation.classification import Classifier
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.loader import SampleLoader
-from ccmim_fast.evaluation.supervised import seed_generators
+from ccmim_fast.evaluation.supervised import Classifier, seed_generators
 
 _ATTEMPTS = 10
 

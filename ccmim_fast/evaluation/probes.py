@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.data.build import build_loader
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.evaluation.classification import Classifier
 from ccmim_fast.evaluation.frozen.features import pooled
 from ccmim_fast.evaluation.job import Job
+from ccmim_fast.evaluation.supervised import Classifier
 
 Groups = Sequence[tuple[Iterator[nn.Parameter], float]]
 
