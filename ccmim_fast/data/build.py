@@ -61,8 +61,7 @@ def build_source(data: DataConfig, seed: int) -> Source:
 
 def suitable_loaders(source: Source) -> dict[str, type[Loader]]:
     """Return the loaders that are installed and gain from such images, by name."""
-    loaders = {name: load(path) for name, path in LOADERS.items()}
-    return {name: loader for name, loader in loaders.items() if loader.suits(source)}
+    return {name: loader for name, path in LOADERS.items() if (loader := load(path)).suits(source)}
 
 
 def build_loader(

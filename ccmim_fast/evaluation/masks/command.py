@@ -32,7 +32,13 @@ def show_masks(
 
     The arguments are those of `ccmim eval masks --help`; `settings` are options in place of the run's own.
     """
-    first, *others = _places(checkpoint, moments)
+    first, *others = [checkpoint]
+    if moments > 1:  # of the run, the oldest first
+        found = checkpoints(Path(checkpoint) / CHECKPOINTS)
+        if not found:
+            words = f"needs the folder of a run with checkpoints, got {show(checkpoint)}"
+            raise ConfigError(f"--moments={moments}: {words}")
+        first, *others = map(str, spread(found, moments))
     subject = read_subject(first, settings, images)
     check_apart(subject.config.run.dir, checkpoint)
     few = few_images(subject.config.data, subject.config.seed, measure)
@@ -46,16 +52,6 @@ def show_masks(
         later = (read_subject(place, settings, images) for place in others)
         measured = [_measure(one, few, object_BL, drawn, here.device) for one in chain(subjects, later)]
         print(write(folder, measured, object_BL, here.device))
-
-
-def _places(checkpoint: str, moments: int) -> list[str]:
-    """Return what to read: `checkpoint`, or for several moments as many checkpoints of the run in it, oldest first."""
-    if moments < 2:
-        return [checkpoint]
-    found = checkpoints(Path(checkpoint) / CHECKPOINTS)
-    if not found:
-        raise ConfigError(f"--moments={moments}: needs the folder of a run with checkpoints, got {show(checkpoint)}")
-    return [str(path) for path in spread(found, moments)]
 
 
 def _objects(subject: Subject, few: FewImages, folder: Path | None) -> Tensor | None:

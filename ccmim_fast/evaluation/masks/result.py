@@ -103,10 +103,7 @@ def moments_png(moments: Sequence[Moment]) -> bytes:
 
 
 def write(folder: Path, moments: Sequence[Moment], object_BL: Tensor | None, device: torch.device) -> str:
-    """Write pictures and tables of the last moment, and of all where there are several; returns what to print.
-
-    `object_BL` are the patches that show the object, bool; None where that is not known.
-    """
+    """Write pictures and tables of all moments (`object_BL`: patches of objects, if known); returns what to print."""
     last = moments[-1]
     pictures = {STRATEGIES_FILE: strategies_png(last)}
     if len(moments) > 1:

@@ -15,10 +15,7 @@ _AUXILIARY = 2  # which of the four scales the second classifier looks at
 
 
 class Neck(nn.Module):
-    """Four maps [B, D, h, w] -> [B, D, 4 h, 4 w], [B, D, 2 h, 2 w], [B, D, h, w] and [B, D, h / 2, w / 2] (BEiT).
-
-    At patches of 16 pixels those are strides of 4, 8, 16 and 32, at patches of 4 of 1, 2, 4 and 8.
-    """
+    """Four maps [B, D, h, w] -> [B, D, 4 h, 4 w], [B, D, 2 h, 2 w], [B, D, h, w] and [B, D, h / 2, w / 2] (BEiT)."""
 
     def __init__(self, width: int):
         super().__init__()

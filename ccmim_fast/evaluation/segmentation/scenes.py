@@ -105,10 +105,7 @@ def _read_annotation(path: str) -> np.ndarray:
 
 def _names_in(path: Path) -> tuple[str, ...]:
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:] if line.strip()]
-    try:
-        in_order = [int(row[0]) for row in rows] == list(range(1, len(rows) + 1))
-    except ValueError:
-        in_order = False
+    in_order = [row[0].strip() for row in rows] == [str(number) for number in range(1, len(rows) + 1)]
     if not in_order or not 2 <= len(rows) <= IGNORED:
         raise DataError(f"{path}: must number 2 to {IGNORED} classes from 1 on, a line each below a heading")
     return tuple(row[-1].strip() for row in rows)
