@@ -1,7 +1,4 @@
-"""Images with their objects become what the detector takes: augmented to train on, resized to test on.
-
-torchvision's transforms draw from torch's global generator.
-"""
+"""Images with their objects become what the detector takes: augmented to train on, resized to test on."""
 
 # N objects, C channels, H height, W width
 
@@ -96,7 +93,7 @@ class ObjectLoader(SampleLoader):
         return self.plan.source.decode(index), self.plan.source.instances(index)
 
     def make(self, read: tuple[np.ndarray, Instances], index: int, epoch: int) -> Sample:
-        seed_generators(self.config.seed, epoch, index)
+        seed_generators(self.config.seed, epoch, index)  # torchvision's transforms draw from torch's
         return self._transform(*read)
 
     collate = staticmethod(list)  # of images of any sizes

@@ -183,15 +183,12 @@ def _by_image(annotations: list, images: list, categories: list, file: Path) -> 
     labels = {category["id"]: label for label, category in enumerate(categories)}
     found = defaultdict(list, {image["id"]: [] for image in images})
     for one in annotations:
-        number = one["id"]
-        if one["image_id"] not in found:
-            raise DataError(f"{file}: annotation {number} is of image {one['image_id']}, which is none of its images")
-        if one["category_id"] not in labels:
-            raise DataError(
-                f"{file}: annotation {number} is of category {one['category_id']}, which is none of its own"
-            )
+        number, image, category = one["id"], one["image_id"], one["category_id"]
+        if image not in found:
+            raise DataError(f"{file}: annotation {number} is of image {image}, which is none of its images")
+        if category not in labels:
+            raise DataError(f"{file}: annotation {number} is of category {category}, which is none of its own")
         if len(one["bbox"]) != 4 or not all(isinstance(side, int | float) for side in one["bbox"]):
             raise DataError(f"{file}: annotation {number}: bbox={one['bbox']} must be x, y, width, height")
-        label, crowd = labels[one["category_id"]], bool(one["iscrowd"])
-        found[one["image_id"]].append((number, label, one["bbox"], crowd, one["segmentation"]))
+        found[image].append((number, labels[category], one["bbox"], bool(one["iscrowd"]), one["segmentation"]))
     return [found[image["id"]] for image in images]

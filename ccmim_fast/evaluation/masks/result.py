@@ -36,10 +36,7 @@ what the highest 25 % of the patches have together; 0.25 where all are alike."""
 
 
 class Moment(NamedTuple):
-    """This tuple holds scores, masks and figures of all images that were measured, and some images to be drawn.
-
-    `reconstruction_DHWC` is from what the run's own strategy leaves visible; None where no pixels are predicted.
-    """
+    """This tuple holds scores, masks and figures of all images that were measured, and some images to be drawn."""
 
     name: str  # the checkpoint, for people
     config: Config
@@ -51,7 +48,7 @@ class Moment(NamedTuple):
     rows: list[int]  # which of the images are drawn
     images_DHWC: np.ndarray  # uint8
     object_DL: np.ndarray | None  # bool, patches that show the object; None where that is not known
-    reconstruction_DHWC: np.ndarray | None  # uint8
+    reconstruction_DHWC: np.ndarray | None  # uint8, from what the run's own strategy leaves visible; None: no pixels
 
     def score_maps(self) -> Column:
         """Return a column of the scores that the masks are drawn by, the object outlined."""

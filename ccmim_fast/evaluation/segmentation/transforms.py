@@ -1,7 +1,4 @@
-"""Images change with their labels: resized, cropped, mirrored, distorted, padded (mmsegmentation's for ADE20K).
-
-`SceneLoader` makes micro-batches of them.
-"""
+"""Images change with their labels: resized, cropped, mirrored, distorted, padded (mmsegmentation's for ADE20K)."""
 
 # H height, W width, C channels; images [C, H, W] uint8
 
