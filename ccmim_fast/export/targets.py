@@ -1,6 +1,6 @@
 """A run's weights are written for other libraries in these forms."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +19,6 @@ class Target(NamedTuple):
     suffix: str  # of a file that may stand alone; "": always a folder
     help: str  # one line
     library: str  # name on the hub of the library that loads it; card.md has the code that does
-
-    @property
-    def write(self) -> Callable[..., list[Path]]:
-        return load(f"ccmim_fast.export.{self.place}")
 
 
 TARGETS = {
@@ -59,7 +55,7 @@ def export_run(target: str, run: str, out: Path, results: Sequence[str] = (), hu
         (out.parent if is_file else out).mkdir(parents=True, exist_ok=True)
         if not is_file and any(out.iterdir()):
             raise ConfigError(f"ccmim export: {str(out)!r:.200} is not empty; name a new folder")
-        written = TARGETS[target].write(opened, out)
+        written = load(f"ccmim_fast.export.{TARGETS[target].place}")(opened, out)
         return written if is_file else [*written, write_card(target, opened, out, hub_name, evaluation)]
     except OSError as error:
         raise MachineError(f"{error.filename or out}: not written: {error.strerror or error}") from None

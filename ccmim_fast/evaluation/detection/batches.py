@@ -2,8 +2,6 @@
 
 # N objects, C channels, H height, W width
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,12 +15,8 @@ from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.loader import SampleLoader
 from ccmim_fast.evaluation.supervised import seed_generators
 
-
-class Sample(NamedTuple):
-    """This tuple holds an image, uint8 [C, H, W], and torchvision's target: boxes, labels from 1 on, masks."""
-
-    image_CHW: Tensor
-    target: dict[str, Tensor]
+# An image, uint8 [C, H, W], and torchvision's target: boxes, labels from 1 on, masks.
+Sample = tuple[Tensor, dict[str, Tensor]]
 
 
 class ForTraining:
@@ -65,7 +59,7 @@ class ForTraining:
         else:
             shown_N = (boxes_N4[:, 2:] > boxes_N4[:, :2]).all(1)
         target = {"boxes": boxes_N4[shown_N], "labels": labels_N[shown_N], "masks": masks_NHW[shown_N].byte()}
-        return Sample(image_CHW.contiguous(), target)
+        return image_CHW.contiguous(), target
 
 
 def resized_to_test(config: EvalConfig, image_HWC: np.ndarray) -> Tensor:
@@ -101,5 +95,5 @@ class ObjectLoader(SampleLoader):
     def place(self, batch: list[Sample], number: int) -> tuple[list[Tensor], Targets]:
         """See `SampleLoader`; images become shares of 1."""
         device = self.here.device
-        images = [sample.image_CHW.to(device, non_blocking=True) / 255 for sample in batch]
-        return images, [{k: v.to(device, non_blocking=True) for k, v in sample.target.items()} for sample in batch]
+        images = [image_CHW.to(device, non_blocking=True) / 255 for image_CHW, _ in batch]
+        return images, [{k: v.to(device, non_blocking=True) for k, v in target.items()} for _, target in batch]

@@ -24,11 +24,9 @@ HEADINGS = {
     "importance": "importance",
     "importance_sampling": "importance\nsampling",
 }
-OUTLINE = "White: patches of the object."
 NORM_PIX = (
     "Mean and contrast of each reconstructed patch are the true ones: the model predicts neither (target.norm_pix)."
 )
-STRATEGIES_FILE, MOMENTS_FILE = "masks.png", "moments.png"
 MEANING = """auroc: in how many pairs of an object patch and another one the object's has the higher score; 0.5 where
 scores know nothing of objects. leakage: object patches left visible, relative to random masking, which is 1. recons:
 L_recons under these masks. entropy: of the scores, as a share of log L; 1 where all patches are alike. top quarter:
@@ -82,7 +80,7 @@ def strategies_png(moment: Moment) -> bytes:
     """Draw a row an image: the image, its scores, what each strategy leaves visible, the reconstruction."""
     columns = [Column("image", "", moment.images_DHWC), moment.score_maps()]
     columns += [moment.visible(strategy, heading, f"leakage, {strategy}") for strategy, heading in HEADINGS.items()]
-    notes = [] if moment.object_DL is None else [OUTLINE]
+    notes = [] if moment.object_DL is None else ["White: patches of the object."]
     if moment.reconstruction_DHWC is not None:
         columns.append(moment.reconstruction())
         notes += [NORM_PIX] * moment.config.target.norm_pix
@@ -102,9 +100,9 @@ def moments_png(moments: Sequence[Moment]) -> bytes:
 def write(folder: Path, moments: Sequence[Moment], object_BL: Tensor | None, device: torch.device) -> str:
     """Write pictures and tables of all moments (`object_BL`: patches of objects, if known); returns what to print."""
     last = moments[-1]
-    pictures = {STRATEGIES_FILE: strategies_png(last)}
+    pictures = {"masks.png": strategies_png(last)}
     if len(moments) > 1:
-        pictures[MOMENTS_FILE] = moments_png(moments)
+        pictures["moments.png"] = moments_png(moments)
     for name, png in pictures.items():
         (folder / name).write_bytes(png)
     remarks, by_scores = [], last.config.mask.strategy.startswith("importance")
