@@ -75,8 +75,8 @@ EVALUATIONS = {
 }
 
 
-def check_installed(name: str) -> None:
-    """Raise MachineError with the command that installs what an evaluation lacks."""
-    missing = [one for one in EVALUATIONS[name].needs if importlib.util.find_spec(one.replace("-", "_")) is None]
+def check_installed(command: str, packages: tuple[str, ...], extra: str) -> None:
+    """Raise MachineError with the command that installs, by our `extra`, the packages that a command lacks."""
+    missing = [one for one in packages if importlib.util.find_spec(one.replace("-", "_")) is None]
     if missing:
-        raise MachineError(f"ccmim eval {name}: needs {', '.join(missing)}: pip install 'ccmim_fast[{name}]'")
+        raise MachineError(f"ccmim {command}: needs {', '.join(missing)}: pip install 'ccmim_fast[{extra}]'")

@@ -3,7 +3,6 @@
 # B batch, C channels, H height, W width
 
 import contextlib
-import importlib.util
 import io
 import json
 import logging
@@ -14,12 +13,11 @@ import torch
 from torch import Tensor
 
 from ccmim_fast.checkpoints.run import OpenedRun
-from ccmim_fast.errors import MachineError
 from ccmim_fast.evaluation.encoders import Tokens
+from ccmim_fast.evaluation.registry import check_installed
 from ccmim_fast.export.plain import about
 
 OPSET = 20  # of ONNX; the first with Gelu as an operator
-_ONNX_NEEDS = ("onnx", "onnxscript")
 _ANY_BATCH = {"images": {0: torch.export.Dim("batch")}}
 # Protocol buffers, of which an ONNX file is one, end at 2^31 bytes; what is larger has its weights in a file beside it.
 _ONE_FILE = 1.9e9
@@ -27,9 +25,7 @@ _ONE_FILE = 1.9e9
 
 def export_onnx(run: OpenedRun, out: Path) -> list[Path]:
     """Write `images` -> `tokens` of any batch, see `Tokens`. Raises MachineError: onnx or onnxscript is missing."""
-    missing = [name for name in _ONNX_NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MachineError(f"ccmim export onnx: needs {', '.join(missing)}: pip install 'ccmim_fast[export]'")
+    check_installed("export onnx", ("onnx", "onnxscript"), "export")
     file = out / "model.onnx" if out.is_dir() else out
     with _quiet():
         program = torch.onnx.export(

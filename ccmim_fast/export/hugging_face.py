@@ -55,7 +55,14 @@ def export_vit(run: OpenedRun, out: Path) -> list[Path]:
 def export_vitmae(run: OpenedRun, out: Path) -> list[Path]:
     """Write a ViTMAEForPreTraining; its loss is our L_recons on the same mask. Raises ConfigError as `export_vit`."""
     vit, config = run.model.encoder, run.config
-    _refuse("hf-vitmae", [*obstacles(vit), *_obstacles_of_mae(run)])
+    height, width = config.data.image_size
+    found = {
+        f"images that are not square (data.image_size=[{height}, {width}])": height != width,
+        f"a target other than pixels (target.kind={config.target.kind})": config.target.kind != "pixels",
+        "another eps in the decoder's norms": vit.norm.eps != run.model.decoder.norm.eps,
+        "queries, keys and values without bias": vit.blocks[0].attn.qkv.bias is None,
+    }
+    _refuse("hf-vitmae", [*obstacles(vit), *(words for words, there in found.items() if there)])
     flat = to_flat({name: value for name, value in run.model.state_dict().items() if name.startswith("decoder.")})
     blocks = {name.removeprefix("decoder_"): flat.pop(name) for name in list(flat) if name.startswith("decoder_blocks")}
     weights = _renamed(_expressed(vit), "vit.")
@@ -97,18 +104,6 @@ def obstacles(vit: VisionTransformer) -> list[str]:
 def _shown(names: set[str]) -> str:
     """Return the names, those of all blocks as one."""
     return ", ".join(sorted({re.sub(r"blocks\.\d+", "blocks.*", name) for name in names}))
-
-
-def _obstacles_of_mae(run: OpenedRun) -> list[str]:
-    config, vit = run.config, run.model.encoder
-    height, width = config.data.image_size
-    found = {
-        f"images that are not square (data.image_size=[{height}, {width}])": height != width,
-        f"a target other than pixels (target.kind={config.target.kind})": config.target.kind != "pixels",
-        "another eps in the decoder's norms": vit.norm.eps != run.model.decoder.norm.eps,
-        "queries, keys and values without bias": vit.blocks[0].attn.qkv.bias is None,
-    }
-    return [words for words, there in found.items() if there]
 
 
 def _renamed(timm_weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -58,11 +58,8 @@ def folder_scenes(root: str) -> tuple[Scenes, Scenes]:
     paths = [_annotations_of(found, root, part) for found, part in zip(images, PARTS)]
     names = Path(root) / NAMES
     class_names = _names_in(names) if names.is_file() else _numbered(paths[0])
-    train, test = (
-        Scenes(found, class_names, _labels_of(found, of_these, len(class_names)))
-        for found, of_these in zip(images, paths)
-    )
-    return train, test
+    labels = [_labels_of(found, of_these, len(class_names)) for found, of_these in zip(images, paths)]
+    return tuple(Scenes(found, class_names, of_these) for found, of_these in zip(images, labels))
 
 
 def _labels_of(images: IndexedSource, paths: list[str], classes: int) -> Callable[[int], np.ndarray]:
