@@ -69,13 +69,10 @@ def train_and_measure(config: Config, held_out: ShapesSource) -> dict[str, float
         images_BHWC = shown.images_BHWC.to(model.mean_C.device)
         figures, output, scores_BL = probe(model, config, images_BHWC, objects_BHW)
         drawn_BHWC = reconstruct(model, config, images_BHWC, output)
-        Snapshot(
-            epoch,
-            shown.images_BHWC[:PICTURES].numpy(),
-            scores_BL[:PICTURES].numpy(),
-            output.partition.mask_BL[:PICTURES].cpu().numpy(),
-            None if drawn_BHWC is None else drawn_BHWC[:PICTURES],
-        ).save(Path(config.run.dir) / "snapshots" / f"epoch_{epoch:04d}.npz")
+        seen = (shown.images_BHWC, scores_BL, output.partition.mask_BL.cpu())
+        some = [part[:PICTURES].numpy() for part in seen]
+        snapshot = Snapshot(epoch, *some, None if drawn_BHWC is None else drawn_BHWC[:PICTURES])
+        snapshot.save(Path(config.run.dir) / "snapshots" / f"epoch_{epoch:04d}.npz")
         if epoch == config.train.epochs:
             figures |= measure_features(model, config, held_out)
         return figures

@@ -54,7 +54,7 @@ def write_card(
     return path
 
 
-def _facts(target: str, run: OpenedRun) -> list[tuple[str, Any]]:
+def _facts(target: str, run: OpenedRun) -> dict[str, Any]:
     vit, config = run.model.encoder, run.config
     height, width = config.data.image_size
     facts = {
@@ -66,9 +66,7 @@ def _facts(target: str, run: OpenedRun) -> list[tuple[str, Any]]:
         "images of an epoch": f"{run.samples:,}",
         "weights": "moving average" if run.averaged else "of the last step",
     }
-    if target == "onnx":
-        facts["ONNX opset"] = OPSET
-    return list(facts.items())
+    return facts | {"ONNX opset": OPSET} if target == "onnx" else facts
 
 
 def read_result(path: str) -> list[tuple[str, str]]:

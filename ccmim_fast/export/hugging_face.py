@@ -159,11 +159,9 @@ def _write(run: OpenedRun, out: Path, settings: dict[str, Any], weights: dict[st
         "image_mean": list(run.config.data.mean),
         "image_std": list(run.config.data.std),
     }
-    return [
-        write_weights(weights, about(run), out),
-        write_json(out / "config.json", settings),
-        write_json(out / "preprocessor_config.json", preparation),
-    ]
+    contents = {"config.json": settings, "preprocessor_config.json": preparation}
+    written = [write_json(out / name, content) for name, content in contents.items()]
+    return [write_weights(weights, about(run), out), *written]
 
 
 def _expressed(vit: VisionTransformer) -> dict[str, Tensor]:

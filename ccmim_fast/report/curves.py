@@ -85,10 +85,8 @@ def curve_svg(runs: Sequence[tuple[str, list[dict]]], key: str, label: str, uid:
         axes.grid(axis="y", linewidth=0.6)
         axes.tick_params(length=0)
         axes.margins(x=0.02)
-        buffer = io.StringIO()
-        figure.savefig(
-            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        )
+        buffer, unsaid = io.StringIO(), dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=unsaid)
     return _inline(buffer.getvalue(), f"{label}: {', '.join(name for _, name, _, _ in series)}", uid)
 
 

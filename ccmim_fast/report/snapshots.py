@@ -77,13 +77,9 @@ def _snapshot(run: OpenedRun, count: int, root: str) -> Snapshot:
     few = few_images(data, config.seed, count)
     images_BHWC = few.batch.images_BHWC
     output = model(images_BHWC, few.batch.ids_B, 0, prior=prior_scores(run, few))
-    return Snapshot(
-        run.epoch,
-        images_BHWC.numpy(),
-        None if output.logits_BL is None else output.logits_BL.float().softmax(1).numpy(),
-        output.partition.mask_BL.numpy(),
-        reconstruct(model, config, images_BHWC, output),
-    )
+    scores_BL = None if output.logits_BL is None else output.logits_BL.float().softmax(1).numpy()
+    drawn_BHWC = reconstruct(model, config, images_BHWC, output)
+    return Snapshot(run.epoch, images_BHWC.numpy(), scores_BL, output.partition.mask_BL.numpy(), drawn_BHWC)
 
 
 def prior_scores(run: OpenedRun, few: FewImages) -> PriorScores | None:

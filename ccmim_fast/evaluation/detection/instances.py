@@ -50,12 +50,8 @@ class ShapesInstances(ShapesSource):
     def instances(self, index: int) -> Instances:
         y0, x0, y1, x1 = self.box(index)
         mask_HW = np.array(self.mask(index))  # the cache is read-only, which torch does not like
-        return Instances(
-            np.array([[x0, y0, x1, y1]], dtype=np.float32),
-            self.labels_N[index : index + 1],
-            mask_HW[None],
-            np.zeros(1, dtype=bool),
-        )
+        box_14 = np.array([[x0, y0, x1, y1]], dtype=np.float32)
+        return Instances(box_14, self.labels_N[index : index + 1], mask_HW[None], np.zeros(1, dtype=bool))
 
 
 class CocoSource:
