@@ -197,7 +197,7 @@ def test_draws_are_of_seed_epoch_and_image(cache, workers):
     ids = [next(plan).ids_B.tolist() for _ in range(8)]
     shown = {}
     for of_ids, batch in zip(ids, whole):
-        for index, image in zip(of_ids, batch.images):
+        for index, image in zip(of_ids, batch[0]):
             shown.setdefault(index, []).append(image)
     assert all(len(images) == 2 for images in shown.values())  # two epochs
     assert not all(torch.equal(*images) for images in shown.values() if images[0].shape == images[1].shape)
