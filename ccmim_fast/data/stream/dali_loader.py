@@ -73,9 +73,7 @@ class DaliLoader(Loader):
             in_flight.append(again.popleft() if again else next(loaded))
             return in_flight[-1].inputs(flip)
 
-        load, batches = self._loading(self.plan.source.read), self.plan.micro_batches(cursor)
-        with closing(prefetch(load, batches, self._threads, _FILES_PER_TASK)) as pairs:
-            loaded = starmap(_Encoded, pairs)
+        with closing(self.encoded(cursor)) as loaded:
             pipeline = self._build(feed)
             while True:
                 try:
@@ -104,6 +102,13 @@ class DaliLoader(Loader):
             out_BHWC[i] = resized_HWC[:, ::-1] if samples.flips_B[i] else resized_HWC
 
         list(self._pool.map(resize_one, range(len(out_BHWC))))
+
+    def encoded(self, cursor: int) -> Iterator["_Encoded"]:
+        """Yield micro-batches from sample number `cursor` on, read and not decoded."""
+        load = self._loading(self.plan.source.read)
+        batches = self.plan.micro_batches(cursor)
+        with closing(prefetch(load, batches, self._threads, _FILES_PER_TASK)) as loaded:
+            yield from starmap(_Encoded, loaded)
 
     def _loading(self, read: Callable[[int], bytes]) -> Callable[[MicroBatch], tuple[MicroBatch, np.ndarray]]:
         """Return a function that gives the bytes which `read` gives of a sample or of its fallback, as an array."""
