@@ -43,17 +43,13 @@ def average_precision(pairs: Iterable[tuple[dict[str, Tensor], Instances]]) -> d
         }
         metric.update([{name: value.cpu() for name, value in found.items()}], [truth])
     if dist.is_initialized():
-        _gather_(metric)
-        if dist.get_rank() > 0:
+        # The first rank is given what the others have.
+        state, is_first = metric.metric_state, dist.get_rank() == 0
+        shares = [None] * dist.get_world_size() if is_first else None
+        dist.gather_object(state, shares)
+        if not is_first:
             return broadcast(None)
+        for name in state:
+            setattr(metric, name, [row for share in shares for row in share[name]])
     values = metric.compute()
     return broadcast({name: float(values[key]) for name, key in FIGURES.items()})
-
-
-def _gather_(metric) -> None:
-    """Give the first rank what the others have."""
-    state = metric.metric_state
-    shares = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(state, shares)
-    for name in state if shares else ():
-        setattr(metric, name, [row for share in shares for row in share[name]])
