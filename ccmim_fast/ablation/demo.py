@@ -1,37 +1,41 @@
 """The demo: ccMIM and MAE pretrained with the same budget, measured against each other and an untrained network."""
 
+# B images, H height, W width, C channels, L patches
+
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from ccmim_fast.ablation.milestones import QUARTERS, fit_and_measure
-from ccmim_fast.build.model import build_model
+from ccmim_fast.ablation.runs import QUARTERS, fit_and_measure, make_held_out, measure_features
+from ccmim_fast.build.model import build_model, build_objective
 from ccmim_fast.config.schema import Config
+from ccmim_fast.data.made.shapes import ShapesSource
+from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.engine.pretraining import Pretraining
-from ccmim_fast.evaluation.frozen.held_out import HELD_OUT, HeldOut, make_held_out, measure_features
-from ccmim_fast.evaluation.masks.probe import probe
+from ccmim_fast.evaluation.masks.objects import object_leakage, object_patches, score_auroc
+from ccmim_fast.models.ccmim import CCMIM, Output
+from ccmim_fast.models.scores import AllBlocks, PriorScores
 from ccmim_fast.registry import SCORE_SOURCES
 from ccmim_fast.report.html import write_report
 from ccmim_fast.report.pictures import Snapshot
-from ccmim_fast.report.reconstruction import reconstruct
 from ccmim_fast.report.runs import RunView
+from ccmim_fast.report.snapshots import reconstruct
 from ccmim_fast.runs.folder import open_run_folder
 
 PICTURES = 6  # held-out images that are drawn
 
 
 def run_demo(config: Config) -> tuple[dict[str, dict[str, float]], Path]:
-    """Train both methods on made images; write summary.json and report.html into `run.dir`.
-
-    Returns:
-        The figures of each method by name, and the path of report.html.
-    """
+    """Train both methods; write summary.json and report.html. Returns the figures by method, and the report's path."""
     folder = open_run_folder(config)
     torch.manual_seed(config.seed)
     held_out = make_held_out(config)
-    methods = {"untrained": measure_features(build_model(config).eval(), config, held_out.source)}
+    methods = {"untrained": measure_features(build_model(config).eval(), config, held_out)}
     # MAE: random masks, no contrastive half.
     mae = replace(config, mask=replace(config.mask, strategy="random"), contrast=replace(config.contrast, loss="none"))
     for name, method in (("mae", mae), ("ccmim", config)):
@@ -46,7 +50,7 @@ def run_demo(config: Config) -> tuple[dict[str, dict[str, float]], Path]:
         "images": f"{data.samples} made images of {height} x {width} pixels, {data.classes} classes",
         "budget": f"{config.train.epochs} epochs each",
         "scores": SCORE_SOURCES[config.score.source].label,
-        "held out": f"{HELD_OUT} images from another seed",
+        "held out": f"{len(held_out)} images from another seed",
     }
     summary = {"methods": methods, "chance": 1 / data.classes, "setting": setting}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -55,26 +59,22 @@ def run_demo(config: Config) -> tuple[dict[str, dict[str, float]], Path]:
     return methods, folder / "report.html"
 
 
-def train_and_measure(config: Config, held_out: HeldOut) -> dict[str, float]:
-    """Pretrain one method, and write a few pictures of each milestone into its folder.
-
-    Returns its figures at the start, early (after a quarter of the epochs) and at the end.
-    """
+def train_and_measure(config: Config, held_out: ShapesSource) -> dict[str, float]:
+    """Pretrain, draw each milestone; returns the figures of the start, of a quarter of the epochs and of the end."""
+    [shown] = evaluation_batches(held_out, config.data.image_size, len(held_out), torch.device("cpu"))
+    objects_BHW = torch.from_numpy(np.stack([held_out.mask(i) for i in range(len(held_out))]))
 
     def measure(epoch: int, trainer: Pretraining) -> dict[str, float]:
         model = trainer.model
-        images_BHWC = held_out.images_BHWC.to(model.mean_C.device)
-        figures, output, scores_BL = probe(model, config, images_BHWC, held_out.objects_BHW)
+        images_BHWC = shown.images_BHWC.to(model.mean_C.device)
+        figures, output, scores_BL = probe(model, config, images_BHWC, objects_BHW)
         drawn_BHWC = reconstruct(model, config, images_BHWC, output)
-        Snapshot(
-            epoch,
-            held_out.images_BHWC[:PICTURES].numpy(),
-            scores_BL[:PICTURES].numpy(),
-            output.partition.mask_BL[:PICTURES].cpu().numpy(),
-            None if drawn_BHWC is None else drawn_BHWC[:PICTURES],
-        ).save(Path(config.run.dir) / "snapshots" / f"epoch_{epoch:04d}.npz")
+        seen = (shown.images_BHWC, scores_BL, output.partition.mask_BL.cpu())
+        some = [part[:PICTURES].numpy() for part in seen]
+        snapshot = Snapshot(epoch, *some, None if drawn_BHWC is None else drawn_BHWC[:PICTURES])
+        snapshot.save(Path(config.run.dir) / "snapshots" / f"epoch_{epoch:04d}.npz")
         if epoch == config.train.epochs:
-            figures |= measure_features(model, config, held_out.source)
+            figures |= measure_features(model, config, held_out)
         return figures
 
     milestones, rate = fit_and_measure(config, measure)
@@ -82,3 +82,27 @@ def train_and_measure(config: Config, held_out: HeldOut) -> dict[str, float]:
     moments = {"_start": 0, "_early": round(config.train.epochs / QUARTERS), "": config.train.epochs}
     figures = {f"{key}{name}": value for name, epoch in moments.items() for key, value in by_epoch[epoch].items()}
     return figures | {"images_per_second": rate}
+
+
+@torch.no_grad()
+def probe(
+    model: CCMIM, config: Config, images_BHWC: Tensor, objects_BHW: Tensor
+) -> tuple[dict[str, float], Output, Tensor]:
+    """Run the model on all images at once, in eval mode, with the masks of epoch 0: the same noise at every call.
+
+    A score bank knows nothing of held-out images: it is taken to hold the scores of all blocks, which it records. The
+    images are uint8 on the model's device; objects are bool, True on the object, on the CPU.
+
+    Returns figures: `auroc` (of the scores of all blocks), `leakage` (of the model's own masks), `recons` (Eq. 9); the
+    model's output; and the scores of all blocks [B, L].
+    """
+    logits_BL = AllBlocks(model.encoder)(model.encoder, model.embed(images_BHWC))
+    prior = PriorScores(logits_BL.log_softmax(1) + math.log(logits_BL.shape[1]), torch.ones_like(logits_BL))
+    output = model(images_BHWC, torch.arange(len(images_BHWC), device=images_BHWC.device), 0, prior=prior)
+    scores_BL, object_BL = logits_BL.softmax(1).cpu(), object_patches(objects_BHW, model.patch)
+    figures = {
+        "auroc": score_auroc(scores_BL, object_BL),
+        "leakage": object_leakage(output.partition.mask_BL.cpu(), object_BL),
+        "recons": float(build_objective(config, model).recons(output, images_BHWC)),
+    }
+    return figures, output, scores_BL

@@ -30,17 +30,9 @@ def run_ablation(
 ) -> Path:
     """Train every variant with every seed, and write `out`.md, .json and .png; returns the first.
 
-    Args:
-        name: one of `ABLATIONS`.
-        settings: options of `ccmim pretrain`, for all variants alike.
-        seeds, jobs: runs of each variant, and runs at a time.
-        only: names of variants; empty: all.
-        test: folder of labelled images that features are tested on; "": made images, or none.
-        runs: folder of the runs; one that was finished there is not repeated.
-        out, command: path of the table, without its ending, and the command line that it shows.
-
-    Raises:
-        ConfigError: an unknown variant, a wrong setting, or no folder `test`.
+    `name` is one of `ABLATIONS`, `settings` are options of `ccmim pretrain`, `command` is the line that the table
+    shows; the other arguments are those of `ccmim ablate --help`. Raises ConfigError: an unknown variant, a wrong
+    setting, or no folder `test`.
     """
     ablation = ABLATIONS[name]
     base = load_config(list(settings), f"ccmim ablate {name}")

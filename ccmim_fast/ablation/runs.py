@@ -1,27 +1,44 @@
 """The runs of an ablation: each variant with each seed, in a folder of its own, measured alike; done ones are kept."""
 
+# P places in an epoch, B images, H height, W width, C channels, L patches
+
 import json
 import multiprocessing
 import os
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from ccmim_fast.ablation.milestones import fit_and_measure
+from ccmim_fast.bank.bank import read_maps
 from ccmim_fast.config.load import load_config
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.build import build_source
+from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.source import Source
-from ccmim_fast.engine.pretraining import Pretraining
+from ccmim_fast.data.stream.batch import make_batch
+from ccmim_fast.data.stream.torch_loader import evaluation_batches, load_crop
+from ccmim_fast.engine.pretraining import Pretraining, fit
 from ccmim_fast.errors import ConfigError, DataError
-from ccmim_fast.evaluation.frozen.held_out import make_held_out, measure_features
-from ccmim_fast.evaluation.masks.probe import probe_scores
+from ccmim_fast.evaluation.frozen.features import extract
+from ccmim_fast.evaluation.frozen.knn import knn_accuracies
+from ccmim_fast.evaluation.frozen.logreg import logreg_accuracy
+from ccmim_fast.evaluation.masks.objects import object_leakage, objects_of, score_auroc
+from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.models.scores import AllBlocks, PriorScores
+from ccmim_fast.models.tokens import tokens_of
+from ccmim_fast.report.curves import read_metrics
 
 PROBED = 1000  # training images whose scores and masks are looked at
+HELD_OUT = 1000  # images that no run trains on
+NEIGHBOURS = 20  # of kNN, or all images where they are fewer
+QUARTERS = 4  # of the epochs, after each of which a run is measured
 SUMMARY = "summary.json"  # in the folder of a run that is done
 
 
@@ -40,11 +57,7 @@ class Run(NamedTuple):
 def run_all(runs: Sequence[Run], folder: Path, jobs: int, test: str = "") -> list[dict[str, Any]]:
     """Return the figures of each run, in their order; `jobs` at a time, each in a process with its share of the cores.
 
-    Args:
-        test: folder of labelled images that features are tested on; `shapes` make their own.
-
-    Raises:
-        ConfigError: a run in `folder` was made with other options.
+    For `test` see `held_out_of`. Raises ConfigError: a run in `folder` was made with other options.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     found = {run: figures for run in runs if (figures := finished(run, folder / run.folder_name, test)) is not None}
@@ -66,20 +79,19 @@ def run_all(runs: Sequence[Run], folder: Path, jobs: int, test: str = "") -> lis
 def measure_run(run: Run, folder: Path, threads: int, test: str) -> dict[str, Any]:
     """Pretrain, and measure at the end and at some moments before.
 
-    Returns:
-        variant, seed, epochs; `looks`: one dict per moment (epoch, auroc, auroc_all, leakage, recons, and the seconds
-        trained so far); the last look's figures again, knn, logreg, images_per_second (median). What the images do
-        not tell, objects or labels, is None or missing.
+    Returns variant, seed, epochs; `looks`: one dict per moment (epoch, auroc, auroc_all, leakage, recons, and the
+    seconds trained so far); the last look's figures again, knn, logreg, images_per_second (median). What the images do
+    not tell, objects or labels, is None or missing.
     """
     torch.set_num_threads(threads)
     options = [*run.options, f"--seed={run.seed}", f"--run.dir={folder}", "--run.tensorboard=false", "--overwrite"]
     config = load_config(options, "ccmim ablate")
 
-    def measure(epoch: int, trainer: Pretraining) -> dict[str, float | None]:
+    def measure(epoch: int, trainer: Pretraining) -> dict[str, float]:
         if not epoch:
             return {}
         # The scores that the next epoch would divide by.
-        figures = probe_scores(trainer, epoch, PROBED)._asdict()
+        figures = probe_scores(trainer, epoch, PROBED)
         if epoch == config.train.epochs and (held_out := held_out_of(trainer.source, config, test)) is not None:
             figures |= measure_features(trainer.model, config, held_out)
         return figures
@@ -93,11 +105,7 @@ def measure_run(run: Run, folder: Path, threads: int, test: str) -> dict[str, An
 
 
 def finished(run: Run, folder: Path, test: str) -> dict[str, Any] | None:
-    """Return the figures of a run that is done; None where it is not.
-
-    Raises:
-        ConfigError: the run was made with other options.
-    """
+    """Return the figures of a run that is done, else None. Raises ConfigError: it was made with other options."""
     summary = folder / SUMMARY
     if not summary.exists():
         return None
@@ -110,16 +118,87 @@ def finished(run: Run, folder: Path, test: str) -> dict[str, Any] | None:
 
 
 def held_out_of(train: Source, config: Config, test: str) -> Source | None:
-    """Return the images that features are tested on; None: there are none.
+    """Return the images that features are tested on: of the folder `test`, or more shapes; None: there are none.
 
-    Raises:
-        DataError: images without labels, or of other classes than those trained on.
+    Raises DataError: images without labels, or of other classes than those trained on.
     """
     if config.data.source == "shapes":
-        return make_held_out(config).source
+        return make_held_out(config)
     if not test:
         return None
     found = build_source(replace(config.data, root=test, index=""), config.seed)
     if train.labels_N is None or found.labels_N is None or tuple(found.class_names) != tuple(train.class_names):
         raise DataError(f"--test={test}: must have the classes of data.root={config.data.root}, a folder each")
     return found
+
+
+def fit_and_measure(
+    config: Config, measure: Callable[[int, Pretraining], dict[str, Any]]
+) -> tuple[list[tuple[int, float, dict[str, Any]]], float]:
+    """Pretrain, and call `measure(epoch, trainer)` at each milestone.
+
+    Returns (epoch, seconds of training so far, figures) of each milestone, from epoch 0 on, where measuring takes none
+    of the seconds; and the median of the images per second.
+    """
+    wanted = {round(config.train.epochs * quarter / QUARTERS) for quarter in range(QUARTERS + 1)}
+    found = []
+    started, measuring = time.perf_counter(), 0.0
+
+    def after_epoch(epoch: int, trainer: Pretraining) -> None:
+        nonlocal measuring
+        if epoch in wanted:
+            begun = time.perf_counter()
+            found.append((epoch, begun - started - measuring, measure(epoch, trainer)))
+            measuring += time.perf_counter() - begun
+
+    folder = fit(config, after_epoch=after_epoch)
+    rates = [line["images_per_second"] for line in read_metrics(folder / "metrics.jsonl")]
+    # The first line counts FLOPs as it goes, which is slow.
+    return found, statistics.median(rates[1:] or rates)
+
+
+def make_held_out(config: Config) -> ShapesSource:
+    """Make images of the training set's kind, drawn from another seed."""
+    return build_source(replace(config.data, samples=HELD_OUT), config.seed + 1)
+
+
+def measure_features(model: CCMIM, config: Config, held_out: Source) -> dict[str, float]:
+    """Measure kNN and logistic regression of frozen, average-pooled features, fitted on the training images.
+
+    Both sets must have labels, of the same classes.
+    """
+    encode, parts = tokens_of(model.encoder, model.mean_C, model.std_C), []
+    for source in (build_source(config.data, config.seed), held_out):
+        batches = evaluation_batches(source, config.data.image_size, config.train.batch_size, model.mean_C.device)
+        parts += extract(encode, batches, model.encoder.num_prefix_tokens)
+    k = min(NEIGHBOURS, len(parts[0]))
+    return {"knn": knn_accuracies(*parts, [k])[k], "logreg": logreg_accuracy(*parts)[0]}
+
+
+@torch.no_grad()
+def probe_scores(run: Pretraining, epoch: int, count: int) -> dict[str, float]:
+    """Divide the first `count` samples of an epoch as the run would, with that epoch's crops and noise.
+
+    The model is to be in eval mode. Nothing of the run changes: a bank is read, not written. Returns figures under the
+    run's own masks: `recons` (Eq. 9) and, where objects are known, `auroc` (of the scores that the run divides by; 0.5
+    where it has none), `auroc_all` (of the scores of all blocks), and `leakage`.
+    """
+    model, plan, size = run.model, run.loader.plan, run.config.data.image_size
+    places_P = epoch * plan.samples + np.arange(min(count, plan.samples))
+    own_P = np.isin(places_P % plan.samples % plan.partitions, plan.own_partitions)
+    shown = plan.micro_batch(*plan.ids_at(places_P[own_P]))
+    images_BHWC = torch.from_numpy(np.stack([load_crop(run.source, one, size) for one in shown.samples()]))
+    batch = make_batch(images_BHWC.to(run.here.device), shown, run.source, run.here.device)
+    prior = None
+    if run.bank is not None:
+        prior = PriorScores(*read_maps(run.bank.maps_of(shown.ids_B), batch.boxes_B4, model.grid))
+    output = model(batch.images_BHWC, batch.ids_B, batch.epochs_B, prior=prior)
+    figures = {"recons": float(run.train_step.objective.recons(output, batch.images_BHWC))}
+    if isinstance(run.source, ShapesSource):
+        object_BL = objects_of(run.source, shown, size, model.patch)
+        logits_BL = output.logits_BL if output.logits_BL is not None else torch.zeros(object_BL.shape)
+        figures["auroc"] = score_auroc(logits_BL.cpu(), object_BL)
+        all_BL = AllBlocks(model.encoder)(model.encoder, model.embed(batch.images_BHWC))
+        figures["auroc_all"] = score_auroc(all_BL.cpu(), object_BL)
+        figures["leakage"] = object_leakage(output.partition.mask_BL.cpu(), object_BL)
+    return figures

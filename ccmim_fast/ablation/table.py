@@ -28,10 +28,8 @@ WORTH = "what the features are worth, ± 1 sd"
 
 def over_seeds(figures: Sequence[dict[str, Any]]) -> Variants:
     """Return the runs of each variant, in the order in which variants first come."""
-    found: Variants = {}
-    for one in figures:
-        found.setdefault(one["variant"], []).append(one)
-    return found
+    names = dict.fromkeys(run["variant"] for run in figures)
+    return {name: [run for run in figures if run["variant"] == name] for name in names}
 
 
 def known(figures: Sequence[dict[str, Any]], keys: Iterable[str]) -> list[str]:

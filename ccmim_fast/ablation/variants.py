@@ -24,7 +24,14 @@ class Ablation(NamedTuple):
 def score_variants(base: Config) -> Variants:
     """Vary the source of the scores, of which the paper says Eq. 4 alone, and the bank's settings, one at a time."""
     found = {**MAE, "random": ["--mask.strategy=random"], "first": ["--score.source=first"]}
-    for block in range(1, base.model.depth or _depth(base.model.arch)):
+    if not (depth := base.model.depth):
+        # Seconds to import, which `ccmim ablate --help` need not wait for.
+        import timm
+        import torch
+
+        with torch.device("meta"):
+            depth = len(timm.create_model(base.model.arch).blocks)
+    for block in range(1, depth):
         found[f"block {block}"] = ["--score.source=block", f"--score.block={block}"]
     found |= {"all": ["--score.source=all"], "all, temperature 2": ["--score.source=all", "--score.temperature=2"]}
     found["bank"] = ["--score.source=bank"]
@@ -39,15 +46,6 @@ def score_variants(base: Config) -> Variants:
         for value in values:
             found[f"bank, {key} {value}"] = [*found["bank"], f"--score.{key}={value}"]
     return found
-
-
-def _depth(arch: str) -> int:
-    # Seconds to import, which `ccmim ablate --help` need not wait for.
-    import timm
-    import torch
-
-    with torch.device("meta"):
-        return len(timm.create_model(arch).blocks)
 
 
 def strategy_variants(base: Config) -> Variants:

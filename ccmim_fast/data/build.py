@@ -17,14 +17,9 @@ from ccmim_fast.registry import IMAGE_SOURCES, LOADERS, load
 class Loader:
     """A loader yields the training micro-batches of one rank.
 
-    Args:
-        plan: which samples this rank loads, in which order, with which crops.
-        bad_samples: the account of samples that fail.
-        image_size: height and width of the crops, pixels.
-        workers: threads; 0: this rank's share of the cores.
-        device: where the batches go.
-
-    Raises ConfigError if the loader cannot read such images, MachineError if a library is missing.
+    `plan` says which samples this rank loads, in which order, with which crops of `image_size`, height and width in
+    pixels. `workers` are threads; 0: this rank's share of the cores. The batches go to `device`. Raises ConfigError if
+    the loader cannot read such images, MachineError if a library is missing.
     """
 
     def __init__(
@@ -66,8 +61,7 @@ def build_source(data: DataConfig, seed: int) -> Source:
 
 def suitable_loaders(source: Source) -> dict[str, type[Loader]]:
     """Return the loaders that are installed and gain from such images, by name."""
-    loaders = {name: load(path) for name, path in LOADERS.items()}
-    return {name: loader for name, loader in loaders.items() if loader.suits(source)}
+    return {name: loader for name, path in LOADERS.items() if (loader := load(path)).suits(source)}
 
 
 def build_loader(
@@ -80,6 +74,6 @@ def build_loader(
     """
     own = {name: getattr(data, name) for name in ("crop_scale", "crop_ratio", "flip", "window")}
     plan = Plan(source, seed, global_batch, **own, **division)
-    bad_samples = BadSamples.of(source, data.on_error, data.max_bad)
+    bad_samples = BadSamples(source, data.on_error, data.max_bad)
     name = next(iter(suitable_loaders(source))) if data.loader == "auto" else data.loader
     return load(LOADERS[name])(plan, bad_samples, data.image_size, data.workers, torch.device(device))

@@ -6,10 +6,9 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ccmim_fast.data.index.decode import Header, read_header
 from ccmim_fast.data.index.index_file import BESIDE, Index, Listing, Row, write_index
@@ -19,14 +18,7 @@ from ccmim_fast.data.stream.permutation import epoch_order
 from ccmim_fast.data.threads import map_ahead, thread_count
 from ccmim_fast.errors import ConfigError, DataError
 
-
-class _Sample(NamedTuple):
-    """A sample of a tar has these members and header."""
-
-    data: bytes
-    suffix: str  # of the image's name
-    label: int  # -1: none
-    header: Header
+_Sample = tuple[bytes, str, int, Header]  # encoded image, suffix of its name, label (-1: none), header
 
 
 def write_shards(
@@ -44,15 +36,10 @@ def write_shards(
 
     The samples are in an order drawn by `seed`, so that neighbours are of all classes. Each sample has two members, the
     image and, with classes, the label as `.cls`. Bytes are copied without decoding, unless the image is made smaller.
-    Return the index, and (id, reason) of the samples that the source excludes or that cannot be read.
+    The arguments are those of `ccmim data shard --help`.
 
-    Args:
-        side: the shorter side of larger images becomes `side` pixels; 0: no image is changed.
-        quality: of the JPEG files that the smaller images are written as.
-        shard_bytes: length of a shard after which the next one begins.
-        workers: threads; 0: one per core.
-
-    Raises ConfigError for `side` if images are not gray or RGB, DataError if the folder is not empty or not writable.
+    Return the index, and (id, reason) of the samples that the source excludes or that cannot be read. Raises
+    ConfigError for `side` if images are not gray or RGB, DataError if the folder is not empty or not writable.
     """
     if side and source.channels not in (1, 3):
         raise ConfigError(f"--side={side}: images of {source.channels} channels are not resized; leave it out")
@@ -85,13 +72,10 @@ def write_shards(
 
 def shrink(image_HWC: np.ndarray, side: int, quality: int) -> bytes:
     """Encode [H, W, 1] or [H, W, 3] uint8 as JPEG with a shorter side of `side` pixels; equal channels become one."""
-    height, width = image_HWC.shape[:2]
-    scale = side / min(height, width)
     gray = (image_HWC[..., :1] == image_HWC[..., 1:]).all()
     image = Image.fromarray(image_HWC[..., 0] if gray else image_HWC)
     buffer = io.BytesIO()
-    size = max(side, round(width * scale)), max(side, round(height * scale))
-    image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
+    ImageOps.cover(image, (side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
@@ -106,7 +90,7 @@ def _load(source: IndexedSource, side: int, quality: int, index: int) -> _Sample
             with Image.open(io.BytesIO(data)) as image:
                 suffix = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(image.format, f".{image.format.lower()}")
         label = -1 if source.labels_N is None else int(source.labels_N[index])
-        return _Sample(data, suffix, label, read_header(data, source.channels))
+        return data, suffix, label, read_header(data, source.channels)
     # OSError: the image cannot be written as JPEG, for example because a side is too long.
     except (DataError, OSError) as error:
         return str(error)

@@ -22,10 +22,7 @@ class Stats(NamedTuple):
 
 
 def measure_stats(source: Source, images: int, workers: int = 0) -> Stats:
-    """Measure `images` images drawn by a fixed key, or all; those that cannot be decoded do not count.
-
-    Raises DataError if no image can be decoded.
-    """
+    """Measure `images` images drawn by a fixed key, or all, as far as they decode. Raises DataError: none does."""
     count, threads = min(images, usable_count(source)), thread_count(workers)
     ids = usable_ids(source, epoch_order(0, 0, usable_count(source), np.arange(count))).tolist()
 

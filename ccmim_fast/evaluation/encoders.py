@@ -26,11 +26,8 @@ _HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")  # timm's names of wh
 def read_encoder(checkpoint: str, arch: str = "", num_heads: int = 0) -> Weights:
     """Read the encoder of a checkpoint (see `read_weights`): its tensors under timm's names, empty for initial weights.
 
-    For `arch` and `num_heads` see `with_arch`; a run tells its architecture itself.
-
-    Raises:
-        CheckpointError: missing, damaged, or without an encoder.
-        ConfigError: a name that timm does not know, or one that must be told.
+    For `arch` and `num_heads` see `with_arch`; a run tells its architecture itself. Raises CheckpointError: missing,
+    damaged, or without an encoder; ConfigError: a name that timm does not know, or one that must be told.
     """
     found = read_weights(checkpoint)
     if not Path(checkpoint).is_dir():
@@ -74,9 +71,8 @@ def build_encoder(
         any_size: images may have any multiple of the patch as sides; positions are resampled again for each batch.
         plain: of a VisionTransformer alone, as are all weights of a checkpoint.
 
-    Raises:
-        CheckpointError: names or shapes that do not fit the architecture.
-        ConfigError: an architecture that takes no images of this size, or is no VisionTransformer.
+    Raises CheckpointError: names or shapes that do not fit the architecture; ConfigError: an architecture that takes no
+    images of this size, or is no VisionTransformer.
     """
     options = {"img_size": image_size, "num_classes": num_classes, "in_chans": len(weights.mean)}
     if weights.tensors:
@@ -154,15 +150,21 @@ def maps_of(vit: VisionTransformer, blocks: tuple[int, ...], pixels_BCHW: Tensor
     return [maps[block] for block in blocks]
 
 
-class Encoder(nn.Module):
-    """This module turns uint8 images [B, H, W, C] into final tokens [B, T, D], prefix first; it normalises them."""
+class Tokens(nn.Module):
+    """This module turns images [B, C, H, W] in 0..1 into final tokens [B, T, D], prefix first; it normalises them."""
 
     def __init__(self, vit: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
         self.vit, self.prefix, self.width = vit, vit.num_prefix_tokens, vit.num_features
-        self.register_buffer("mean_C", torch.tensor(mean), persistent=False)
-        self.register_buffer("std_C", torch.tensor(std), persistent=False)
+        self.register_buffer("mean_C11", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std_C11", torch.tensor(std)[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.vit.forward_features((images - self.mean_C11) / self.std_C11)
+
+
+class Encoder(Tokens):
+    """This module does the same with uint8 images [B, H, W, C]."""
 
     def forward(self, images_BHWC: Tensor) -> Tensor:
-        pixels_BCHW = ((images_BHWC / 255 - self.mean_C) / self.std_C).permute(0, 3, 1, 2)
-        return self.vit.forward_features(pixels_BCHW)
+        return super().forward(images_BHWC.permute(0, 3, 1, 2) / 255)

@@ -8,16 +8,14 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
-from timm.optim import param_groups_layer_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
 from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.evaluation.classification import Classifier
-from ccmim_fast.evaluation.encoders import build_encoder
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.loader import SampleLoader
-from ccmim_fast.evaluation.supervised import seed_generators
+from ccmim_fast.evaluation.supervised import Classifier, seed_generators
 
 _ATTEMPTS = 10
 
@@ -31,14 +29,8 @@ def run(job: Job) -> dict[str, float]:
     if mixes and batch // parts % 2:
         near = (batch // parts + 1) * parts
         raise ConfigError(f"train.batch_size={batch}: mixup needs pairs; nearest valid is {near}")
-    vit = build_encoder(
-        job.weights,
-        config.data.image_size,
-        config.model.num_heads,
-        num_classes=job.test.classes,
-        pool=config.model.pool,
-        drop_path=config.model.drop_path,
-    ).to(here.device)
+    model = config.model
+    vit = job.build_encoder(num_classes=job.test.classes, pool=model.pool, drop_path=model.drop_path).to(here.device)
     nn.init.trunc_normal_(vit.head.weight, std=config.head.init_std)
     mean_C, std_C = (torch.tensor(values, device=here.device) for values in (job.weights.mean, job.weights.std))
 
@@ -49,11 +41,19 @@ def run(job: Job) -> dict[str, float]:
     return Classifier(job, vit, inputs, build_optimizer(vit, config.optim), AugmentedLoader(job)).run()
 
 
-def build_optimizer(vit: nn.Module, optim: EvalOptimConfig) -> torch.optim.Optimizer:
-    """Build AdamW whose rate falls by `layer_decay` from block to block downwards; no decay of vectors and tokens."""
+def build_optimizer(vit: nn.Module, optim: EvalOptimConfig, *new: nn.Module) -> torch.optim.Optimizer:
+    """Build AdamW whose rate falls by `layer_decay` from block to block downwards; no decay of vectors and tokens.
+
+    The head of `vit` has the whole rate; so have the modules `new`, which stand in its place.
+    """
     groups = param_groups_layer_decay(
         vit, optim.weight_decay, no_weight_decay_list=vit.no_weight_decay(), layer_decay=optim.layer_decay
     )
+    for group in groups if new else ():
+        # timm gives the last layer there is, a block here, the whole rate.
+        group["lr_scale"] *= optim.layer_decay
+    for part in new:
+        groups += param_groups_weight_decay(part, optim.weight_decay)
     return torch.optim.AdamW(groups, lr=optim.base_lr, betas=optim.betas)
 
 
@@ -83,10 +83,7 @@ class AugmentedLoader(SampleLoader):
             )
 
     def make(self, read: np.ndarray, index: int, epoch: int) -> tuple[Tensor, int]:
-        """Return a normalised image [C, H, W] and its label.
-
-        timm draws from the global generators of `random`, NumPy and torch, so they are set.
-        """
+        """Return a normalised image [C, H, W] and its label; timm draws from the global generators, so they are set."""
         image = Image.fromarray(read)
         for attempt in itertools.count():
             seed_generators(self.config.seed, epoch, index, attempt)

@@ -30,7 +30,7 @@ class SampleLoader:
         self.config, self.here = job.config, job.here
         parts = (train.batch_size, train.accumulate, job.here.rank, job.here.world_size)
         self.plan = Plan(source, job.config.seed, *parts, repeats=repeats)
-        self.bad_samples = BadSamples.of(source, data.on_error, data.max_bad)
+        self.bad_samples = BadSamples(source, data.on_error, data.max_bad)
 
     def read(self, index: int) -> Any:
         """Return an image, and what is known of it; raises DataError where that cannot be had."""
@@ -91,14 +91,10 @@ def prepared(
 ) -> Iterator[Any]:
     """Yield what `collate` makes of the samples of each batch, in order.
 
-    Args:
-        make: key -> sample.
-        batches: of keys; asked for no further ahead than one a process.
-        collate: runs where the samples are made.
-        workers: processes; 1: this one prepares; 0: see `thread_count`.
-        device: where the batches will go; for "cuda" they are in pinned memory.
-
-    Raises CcmimError: a sample's own, with its message alone, when its batch has its turn.
+    `make` turns a key into a sample; it and `collate` run in `workers` processes (1: in this one; 0: see
+    `thread_count`). The next batch of keys is asked for no further ahead than one a process. On their way to a `device`
+    "cuda" batches are in pinned memory. Raises CcmimError: a sample's own, with its message alone, when its batch has
+    its turn.
     """
     workers = thread_count(workers)
     workers = 0 if workers == 1 else workers
@@ -106,7 +102,7 @@ def prepared(
         _WholeBatches(make, collate),
         batch_size=None,
         sampler=batches,
-        collate_fn=_unchanged,
+        collate_fn=lambda batch: batch,
         num_workers=workers,
         prefetch_factor=_AHEAD if workers else None,
         pin_memory=device.type == "cuda",
@@ -128,7 +124,3 @@ class _WholeBatches(Dataset):
             return self._collate([self._make(key) for key in keys])
         except CcmimError as error:
             return error
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.data.build import build_loader
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.evaluation.classification import Classifier
 from ccmim_fast.evaluation.frozen.features import pooled
 from ccmim_fast.evaluation.job import Job
+from ccmim_fast.evaluation.supervised import Classifier
 
 Groups = Sequence[tuple[Iterator[nn.Parameter], float]]
 
@@ -104,16 +104,8 @@ def build_head_optimizer(optim: EvalOptimConfig, groups: Groups) -> torch.optim.
 def _train(
     job: Job, head: nn.Module, inputs: Callable[[Tensor], Tensor], groups: Groups, names: tuple[str, ...]
 ) -> dict[str, float]:
-    config, here = job.config, job.here
+    config, here, (source, data) = job.config, job.here, job.train
     head.to(here.device)
-    loader = build_loader(
-        job.train.source,
-        job.train.data,
-        config.seed,
-        global_batch=config.train.batch_size,
-        accumulate=config.train.accumulate,
-        rank=here.rank,
-        world_size=here.world_size,
-        device=here.device,
-    )
+    division = {"accumulate": config.train.accumulate, "rank": here.rank, "world_size": here.world_size}
+    loader = build_loader(source, data, config.seed, config.train.batch_size, here.device, **division)
     return Classifier(job, head, inputs, build_head_optimizer(config.optim, groups), loader, names).run()

@@ -30,25 +30,20 @@ class Protocol(NamedTuple):
 
 
 def protocol(evaluation: str, preset: str = "") -> Protocol:
-    """Return the protocol of an evaluation's own preset, or of another one of it.
-
-    Raises ConfigError: a preset of another evaluation.
-    """
+    """Return the protocol of a preset; empty: the evaluation's own. Raises ConfigError: another evaluation's preset."""
     name = preset or evaluation
     if name not in presets(FOLDER) or not name.startswith(evaluation):
         known = ", ".join(other for other in presets(FOLDER) if other.startswith(evaluation))
         raise ConfigError(f"--config={show(name)}: no preset of ccmim eval {evaluation}; one of {known}, or a file")
     text = presets(FOLDER)[name].read_text()
-    source = re.search(r"^# Source: (.*(?:\n#   .*)*)", text, re.MULTILINE)
-    images = re.search(r"^# Images: .*?(\d+) to train on, (\d+) to test on, (\d+) classes", text, re.MULTILINE)
-    if source is None or (images is None and "\n# Images:" in text):
+    head = dict(re.findall(r"^# (Source|Images|Encoder): (.*(?:\n#   .*)*)", text, re.MULTILINE))
+    images = re.search(r"(\d+) to train on, (\d+) to test on, (\d+) classes", head.get("Images", ""))
+    if "Source" not in head or ("Images" in head and images is None):
         needs = "# Source: ..., and # Images: SET, N to train on, N to test on, N classes"
         raise ConfigError(f"{presets(FOLDER)[name]}: its head must have comments {needs}")
-    encoder = re.search(r"^# Encoder: (.*)", text, re.MULTILINE)
     config = from_yaml(text, f"{name}.yaml", EvalConfig, lambda _: None)
     counts = tuple(map(int, images.groups())) if images else None
-    words = source[1].replace("\n#   ", " ")
-    return Protocol(name, evaluation, config, words, counts, encoder[1] if encoder else "")
+    return Protocol(name, evaluation, config, head["Source"].replace("\n#   ", " "), counts, head.get("Encoder", ""))
 
 
 def deviations(of: Protocol, job: Job) -> list[str]:

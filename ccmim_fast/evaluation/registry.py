@@ -27,7 +27,7 @@ class Evaluation(NamedTuple):
     run: str
     figures: tuple[str, ...]  # settings, or beginnings of settings, that are the protocol's; others say how and where
     sources: tuple[str, ...] = _IMAGES  # values of `data.source` that `open_images` reads
-    open_images: str = "images:open_both"
+    open_images: str = "job:open_both"
     guessed: bool = True  # a guess among the classes is right once in as many, so that chance is known
     needs: tuple[str, ...] = ()  # packages of the extra of the evaluation's name
     optimizers: tuple[str, ...] = ("lars", "sgd", "adamw")  # values of `optim.name` that it has
@@ -75,8 +75,8 @@ EVALUATIONS = {
 }
 
 
-def check_installed(name: str) -> None:
-    """Raise MachineError with the command that installs what an evaluation lacks."""
-    missing = [one for one in EVALUATIONS[name].needs if importlib.util.find_spec(one.replace("-", "_")) is None]
+def check_installed(command: str, packages: tuple[str, ...], extra: str) -> None:
+    """Raise MachineError with the command that installs, by our `extra`, the packages that a command lacks."""
+    missing = [one for one in packages if importlib.util.find_spec(one.replace("-", "_")) is None]
     if missing:
-        raise MachineError(f"ccmim eval {name}: needs {', '.join(missing)}: pip install 'ccmim_fast[{name}]'")
+        raise MachineError(f"ccmim {command}: needs {', '.join(missing)}: pip install 'ccmim_fast[{extra}]'")

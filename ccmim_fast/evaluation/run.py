@@ -13,8 +13,7 @@ from ccmim_fast.config.keys import flatten, nearest
 from ccmim_fast.config.load import make_config
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.encoders import read_encoder
-from ccmim_fast.evaluation.images import Images
-from ccmim_fast.evaluation.job import Job
+from ccmim_fast.evaluation.job import Images, Job
 from ccmim_fast.evaluation.protocols import FOLDER, Protocol, deviations, protocol, write_result
 from ccmim_fast.evaluation.registry import EVALUATIONS, PACKAGE, check_installed
 from ccmim_fast.ranks.session import main_first, open_session
@@ -26,12 +25,9 @@ from ccmim_fast.runs.state import recorded
 def evaluate(name: str, checkpoint: str, settings: Mapping[str, str]) -> str:
     """Measure a checkpoint; under torchrun on many processes. Writes result.json and result.md into the run's folder.
 
-    Args:
-        name: one of `EVALUATIONS`.
-        checkpoint: see `read_weights`.
-        settings: keys of `EvalConfig`, and `config` (a preset or a file), each with the text of its value.
-
-    Returns the figures and the deviations from the protocol, to be printed. Raises CcmimError: a user's error.
+    `name` is one of `EVALUATIONS`; for `checkpoint` see `read_weights`; `settings` are keys of `EvalConfig`, and
+    `config` (a preset or a file), each with the text of its value. Returns the figures and the deviations from the
+    protocol, to be printed. Raises CcmimError: a user's error.
     """
     of, settings = protocol_of(name, settings)
     config = make_config(settings, EvalConfig, validate_evaluation, FOLDER)
@@ -43,27 +39,12 @@ def evaluate(name: str, checkpoint: str, settings: Mapping[str, str]) -> str:
     if not config.run.dir:
         config = replace(config, run=replace(config.run, dir=evaluation_folder(checkpoint, name)))
     check_apart(config.run.dir, checkpoint)
-    return _run(name, of, config, checkpoint)
-
-
-def protocol_of(name: str, settings: Mapping[str, str]) -> tuple[Protocol, dict[str, str]]:
-    """Return the protocol to compare with, and the settings with its preset among them.
-
-    An evaluation by a file of settings is compared with the evaluation's first protocol.
-    """
-    asked = settings.get("config", name)
-    is_file = os.sep in asked or asked.endswith((".yaml", ".yml"))
-    return protocol(name, "" if is_file else asked), {"config": name, **settings}
-
-
-def _run(name: str, of: Protocol, config: EvalConfig, checkpoint: str) -> str:
-    row = EVALUATIONS[name]
     with open_session(config.train.device, config.watch.timeout) as here:
         # In the order in which a mistake is cheapest to find: weights' header, libraries, images, folder.
         with main_first(here):  # that downloads weights and indexes images, if nobody has
             weights = read_encoder(checkpoint, config.model.arch, config.model.num_heads)
             mean, std = config.data.mean or weights.mean, config.data.std or weights.std
-            check_installed(name)
+            check_installed(f"eval {name}", row.needs, name)
             data = [images_of(config.data, mean, std, test) for test in (False, True)]
             train, test = map(Images, load(f"{PACKAGE}.{row.open_images}")(config, *data), data)
         folder = open_run_folder(config) if here.is_main else Path(config.run.dir)
@@ -74,6 +55,13 @@ def _run(name: str, of: Protocol, config: EvalConfig, checkpoint: str) -> str:
             torch.manual_seed(config.seed)  # of new heads
             figures = load(f"{PACKAGE}.{row.run}")(job)
             return write_result(folder, _result(name, of, job, figures), of) if here.is_main else ""
+
+
+def protocol_of(name: str, settings: Mapping[str, str]) -> tuple[Protocol, dict[str, str]]:
+    """Return the protocol to compare with (of a file of settings: the first), and the settings with its preset."""
+    asked = settings.get("config", name)
+    is_file = os.sep in asked or asked.endswith((".yaml", ".yml"))
+    return protocol(name, "" if is_file else asked), {"config": name, **settings}
 
 
 def _result(name: str, of: Protocol, job: Job, figures: dict[str, float]) -> dict[str, Any]:

@@ -1,22 +1,25 @@
-"""Training with labels is a task of the loop; an evaluation that trains is a subclass of `Supervised`."""
+"""Training with labels is a task of the loop: a subclass of `Supervised` for each evaluation, one for classifiers."""
 
-# R losses of a micro-batch
+# B batch, H height, W width, C classes, R losses of a micro-batch, or heads
 
 import contextlib
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ccmim_fast.checkpoints.published import Weights
 from ccmim_fast.checkpoints.state import Progress
 from ccmim_fast.data.build import Loader
+from ccmim_fast.data.source import usable_count
+from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine.loop import Loop
 from ccmim_fast.engine.task import Report, Task
 from ccmim_fast.errors import ConfigError
@@ -36,10 +39,8 @@ class SupervisedResult(NamedTuple):
 class Supervised(Task):
     """A protocol that trains is run by this task; a subclass has `losses` and `test`.
 
-    Args:
-        model: its weights are trained and saved.
-        optimizer: groups may have `lr_scale`.
-        loader: of the images to train on; its stream has `train.accumulate` micro-batches a step, on the device.
+    The weights of `model` are trained and saved, the groups of `optimizer` may have `lr_scale`, and the stream of
+    `loader` has `train.accumulate` micro-batches a step, on the device.
     """
 
     def __init__(self, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Loader):
@@ -75,7 +76,6 @@ class Supervised(Task):
             return self.report_test(loop)
 
     def train(self, batches: Sequence[Any], step: int, seen: int) -> SupervisedResult:
-        """See `Task`."""
         set_lr(self.optimizer, self._rate(seen))
         # Stochastic depth draws from the global generator: keyed by step and rank, so that a resumed run repeats.
         seed_generators(self.config.seed, step, self.here.rank)
@@ -142,7 +142,6 @@ class Supervised(Task):
         return figures
 
     def state(self) -> dict[str, Any]:
-        """See `Task`."""
         return {"encoder": self._encoder}
 
     def restore(self, state: dict[str, Any], progress: Progress) -> None:
@@ -168,3 +167,50 @@ def seed_generators(*key: int) -> None:
     random.seed(high << 32 | low)
     torch.manual_seed(high << 32 | low)
     np.random.seed(high)  # noqa: NPY002  (timm's)
+
+
+class Classifier(Supervised):
+    """This run trains a classifier.
+
+    Args:
+        model: inputs -> logits [B, C], or [R, B, C] of heads that share no trained weights.
+        inputs: images of a batch, uint8 [B, H, W, channels] or prepared, -> what `model` takes; no gradient in it.
+        loader: its micro-batches are (images, targets), or a `Batch` with labels; targets are [B] or shares [B, C].
+        heads: names of the R heads.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        model: nn.Module,
+        inputs: Callable[[Tensor], Tensor],
+        optimizer: torch.optim.Optimizer,
+        loader: Loader,
+        heads: tuple[str, ...] = ("accuracy",),
+    ):
+        super().__init__(job, model, optimizer, loader)
+        self._inputs, self._heads = inputs, heads
+
+    def losses(self, batch: Batch | tuple[Tensor, Tensor]) -> Tensor:
+        images, targets = (batch.images_BHWC, batch.labels_B) if isinstance(batch, Batch) else batch
+        logits_RBC = self._logits(self.wrapped, images)
+        return torch.stack([F.cross_entropy(of_head.float(), targets) for of_head in logits_RBC])
+
+    def test(self) -> dict[str, float]:
+        """Return the share of images named right, of each head, and with five guesses where there are more classes."""
+        images, here = self.job.test, self.here
+        guesses = (1, 5) if images.classes > 5 else (1,)
+        right = torch.zeros(len(guesses), len(self._heads), device=here.device)
+        for batch in self.job.batches(images, self.loader.plan.micro_batch_size):
+            here.watchdog.enter_phase("evaluating the model")
+            named = self._logits(self.model, batch.images_BHWC).topk(guesses[-1], dim=-1).indices
+            hits = named == batch.labels_B[:, None]
+            right += torch.stack([hits[..., :n].any(-1).sum(1) for n in guesses])
+        if dist.is_initialized():
+            dist.all_reduce(right)
+        names = [f"{head}{suffix}" for suffix in ("", ", five guesses")[: len(guesses)] for head in self._heads]
+        return dict(zip(names, (right / usable_count(images.source)).flatten().tolist()))
+
+    def _logits(self, model: nn.Module, images: Tensor) -> Tensor:
+        logits = model(self._inputs(images))
+        return logits if logits.ndim == 3 else logits[None]

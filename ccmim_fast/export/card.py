@@ -13,8 +13,8 @@ from ccmim_fast.config.keys import show
 from ccmim_fast.config.load import difference
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.export.about import environment, method, public
 from ccmim_fast.export.graphs import OPSET
+from ccmim_fast.export.plain import commit_of, method, public
 from ccmim_fast.export.targets import TARGETS
 from ccmim_fast.models.tokens import patch_size_of
 from ccmim_fast.report.curves import read_metrics
@@ -29,7 +29,6 @@ def write_card(
     config = run.config
     height, width = config.data.image_size
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined)
-    commit = environment(run.folder).get("commit")
     text = templates.get_template("card.md").render(
         target=target,
         library=TARGETS[target].library,
@@ -38,7 +37,7 @@ def write_card(
         ratio=f"{config.mask.ratio:.0%}",
         by_score=config.mask.strategy.startswith("importance"),
         contrast=config.contrast.loss != "none",
-        commit=commit if commit != "unknown" else None,
+        commit=commit_of(run.folder),
         facts=_facts(target, run),
         name=name,
         folder=out.name,  # not its path: where it lies on this machine is nobody's business
@@ -55,7 +54,7 @@ def write_card(
     return path
 
 
-def _facts(target: str, run: OpenedRun) -> list[tuple[str, Any]]:
+def _facts(target: str, run: OpenedRun) -> dict[str, Any]:
     vit, config = run.model.encoder, run.config
     height, width = config.data.image_size
     facts = {
@@ -67,9 +66,7 @@ def _facts(target: str, run: OpenedRun) -> list[tuple[str, Any]]:
         "images of an epoch": f"{run.samples:,}",
         "weights": "moving average" if run.averaged else "of the last step",
     }
-    if target == "onnx":
-        facts["ONNX opset"] = OPSET
-    return list(facts.items())
+    return facts | {"ONNX opset": OPSET} if target == "onnx" else facts
 
 
 def read_result(path: str) -> list[tuple[str, str]]:

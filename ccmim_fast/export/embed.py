@@ -4,7 +4,7 @@
 
 import contextlib
 import json
-import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -45,16 +45,10 @@ def embed_folder(
     device: str = "auto",
     precision: str = "fp32",
 ) -> Embedded:
-    """Write the features of images, in the order of their index; images are shown whole, resized to the run's size.
+    """Write the features of images, in the order of their index, to the file `out`.
 
-    Args:
-        run: a run's folder, or one of its checkpoints.
-        folder: images, see `open_images`.
-        out: FILE.npy: float32 [N, D], and the name and class of each row in FILE.jsonl beside it; FILE.arrow: columns
-            `name`, `label` (where the images have classes) and `features`.
-        pool, batch, workers, device, precision: as of `ccmim embed --help`.
-
-    Raises CcmimError: a checkpoint, image, device or file that cannot be used.
+    The arguments are those of `ccmim embed --help`. Raises CcmimError: a checkpoint, image, device or file that cannot
+    be used.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise MachineError("--device=cuda: there is no CUDA device; use --device=cpu")
@@ -62,18 +56,13 @@ def embed_folder(
     opened = open_run(run)
     model, config = opened.model.to(at), opened.config.data
     source = open_images(folder, config.channels, quiet=False)
-    plain, kind = tokens_of(model.encoder, model.mean_C, model.std_C), choose_precision(precision, at)
-
-    def encode(images_BHWC: torch.Tensor) -> torch.Tensor:
-        with kind.autocast(at):
-            return plain(images_BHWC)
-
+    encode, autocast = tokens_of(model.encoder, model.mean_C, model.std_C), choose_precision(precision, at).autocast(at)
     count, width = usable_count(source), model.encoder.embed_dim
 
     def rows(report: Callable[[int, int], None]) -> Rows:
         done = 0
         for images in evaluation_batches(source, config.image_size, batch, at, workers):
-            features_BD, labels_B = extract(encode, [images], model.encoder.num_prefix_tokens, pool)
+            features_BD, labels_B = extract(encode, [images], model.encoder.num_prefix_tokens, pool, autocast)
             names = [source.name(number).encode(errors="replace").decode() for number in images.host_ids_B.tolist()]
             yield {"name": names} | ({} if labels_B is None else {"label": labels_B.tolist()}), features_BD.numpy()
             done += len(names)
@@ -90,18 +79,12 @@ def embed_folder(
 @contextlib.contextmanager
 def _written(out: Path) -> Iterator[Path]:
     """Yield a hidden folder for the parts, which take their places beside each other when all are whole."""
-    hidden = out.with_name(f".{out.name}-{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        hidden.mkdir()
-        try:
-            yield hidden
-            for part in hidden.iterdir():
-                os.replace(part, out.with_suffix(part.suffix))
-        finally:
-            for part in hidden.iterdir():
-                part.unlink()
-            hidden.rmdir()
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as hidden:
+            yield Path(hidden)
+            for part in Path(hidden).iterdir():
+                part.replace(out.with_suffix(part.suffix))
     except OSError as error:
         raise MachineError(f"{error.filename or out}: not written: {error.strerror or error}") from None
 

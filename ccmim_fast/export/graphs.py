@@ -1,9 +1,8 @@
 """The encoder becomes a graph without Python: ONNX, or a file of torch.export."""
 
-# B batch, C channels, H height, W width, T tokens (prefix tokens first), D width
+# B batch, C channels, H height, W width
 
 import contextlib
-import importlib.util
 import io
 import json
 import logging
@@ -11,41 +10,22 @@ import warnings
 from pathlib import Path
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from ccmim_fast.checkpoints.run import OpenedRun
-from ccmim_fast.errors import MachineError
-from ccmim_fast.export.about import about
+from ccmim_fast.evaluation.encoders import Tokens
+from ccmim_fast.evaluation.registry import check_installed
+from ccmim_fast.export.plain import about
 
 OPSET = 20  # of ONNX; the first with Gelu as an operator
-_ONNX_NEEDS = ("onnx", "onnxscript")
 _ANY_BATCH = {"images": {0: torch.export.Dim("batch")}}
 # Protocol buffers, of which an ONNX file is one, end at 2^31 bytes; what is larger has its weights in a file beside it.
 _ONE_FILE = 1.9e9
 
 
-class Tokens(nn.Module):
-    """This module turns float32 images [B, C, H, W] in 0..1 into final tokens [B, T, D]; it normalises the images."""
-
-    def __init__(self, encoder: VisionTransformer, mean: tuple[float, ...], std: tuple[float, ...]):
-        super().__init__()
-        self.encoder = encoder
-        self.register_buffer("mean_C11", torch.tensor(mean)[:, None, None])
-        self.register_buffer("std_C11", torch.tensor(std)[:, None, None])
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.encoder.forward_features((images - self.mean_C11) / self.std_C11)
-
-
 def export_onnx(run: OpenedRun, out: Path) -> list[Path]:
-    """Write `images` -> `tokens` of any batch, see `Tokens`; the metadata says what the file is.
-
-    Raises MachineError: onnx or onnxscript is not installed.
-    """
-    missing = [name for name in _ONNX_NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MachineError(f"ccmim export onnx: needs {', '.join(missing)}: pip install 'ccmim_fast[export]'")
+    """Write `images` -> `tokens` of any batch, see `Tokens`. Raises MachineError: onnx or onnxscript is missing."""
+    check_installed("export onnx", ("onnx", "onnxscript"), "export")
     file = out / "model.onnx" if out.is_dir() else out
     with _quiet():
         program = torch.onnx.export(

@@ -21,10 +21,7 @@ def to_upload(folder: Path) -> list[tuple[str, int]]:
 
 
 def push(folder: Path, name: str, private: bool) -> str:
-    """Upload `folder` as the model OWNER/NAME, made if it is not there; returns its address.
-
-    Raises MachineError: not logged in, no right, no network.
-    """
+    """Upload `folder` as the model OWNER/NAME; returns its address. Raises MachineError: no login, right or network."""
     hub = HfApi()
     try:
         hub.create_repo(name, private=private, exist_ok=True)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from ccmim_fast.checkpoints.convert import to_flat
 from ccmim_fast.checkpoints.run import OpenedRun
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.export.about import about
-from ccmim_fast.export.plain import write_json, write_weights
+from ccmim_fast.export.plain import about, write_json, write_weights
 from ccmim_fast.models.tokens import patch_size_of
 
 _BICUBIC = 3  # Pillow's number, which preprocessor_config.json holds
@@ -54,12 +53,16 @@ def export_vit(run: OpenedRun, out: Path) -> list[Path]:
 
 
 def export_vitmae(run: OpenedRun, out: Path) -> list[Path]:
-    """Write encoder and decoder as a ViTMAEForPreTraining into `out`; its loss is our L_recons on the same mask.
-
-    Raises ConfigError: the architecture, the images or the target are none of ViTMAE's.
-    """
+    """Write a ViTMAEForPreTraining; its loss is our L_recons on the same mask. Raises ConfigError as `export_vit`."""
     vit, config = run.model.encoder, run.config
-    _refuse("hf-vitmae", [*obstacles(vit), *_obstacles_of_mae(run)])
+    height, width = config.data.image_size
+    found = {
+        f"images that are not square (data.image_size=[{height}, {width}])": height != width,
+        f"a target other than pixels (target.kind={config.target.kind})": config.target.kind != "pixels",
+        "another eps in the decoder's norms": vit.norm.eps != run.model.decoder.norm.eps,
+        "queries, keys and values without bias": vit.blocks[0].attn.qkv.bias is None,
+    }
+    _refuse("hf-vitmae", [*obstacles(vit), *(words for words, there in found.items() if there)])
     flat = to_flat({name: value for name, value in run.model.state_dict().items() if name.startswith("decoder.")})
     blocks = {name.removeprefix("decoder_"): flat.pop(name) for name in list(flat) if name.startswith("decoder_blocks")}
     weights = _renamed(_expressed(vit), "vit.")
@@ -101,18 +104,6 @@ def obstacles(vit: VisionTransformer) -> list[str]:
 def _shown(names: set[str]) -> str:
     """Return the names, those of all blocks as one."""
     return ", ".join(sorted({re.sub(r"blocks\.\d+", "blocks.*", name) for name in names}))
-
-
-def _obstacles_of_mae(run: OpenedRun) -> list[str]:
-    config, vit = run.config, run.model.encoder
-    height, width = config.data.image_size
-    found = {
-        f"images that are not square (data.image_size=[{height}, {width}])": height != width,
-        f"a target other than pixels (target.kind={config.target.kind})": config.target.kind != "pixels",
-        "another eps in the decoder's norms": vit.norm.eps != run.model.decoder.norm.eps,
-        "queries, keys and values without bias": vit.blocks[0].attn.qkv.bias is None,
-    }
-    return [words for words, there in found.items() if there]
 
 
 def _renamed(timm_weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -168,11 +159,9 @@ def _write(run: OpenedRun, out: Path, settings: dict[str, Any], weights: dict[st
         "image_mean": list(run.config.data.mean),
         "image_std": list(run.config.data.std),
     }
-    return [
-        write_weights(weights, about(run), out),
-        write_json(out / "config.json", settings),
-        write_json(out / "preprocessor_config.json", preparation),
-    ]
+    contents = {"config.json": settings, "preprocessor_config.json": preparation}
+    written = [write_json(out / name, content) for name, content in contents.items()]
+    return [write_weights(weights, about(run), out), *written]
 
 
 def _expressed(vit: VisionTransformer) -> dict[str, Tensor]:

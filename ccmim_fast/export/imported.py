@@ -14,8 +14,7 @@ from ccmim_fast.checkpoints.run import OpenedRun
 from ccmim_fast.checkpoints.state import Progress, capture
 from ccmim_fast.config.load import load_config
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.export.about import about
-from ccmim_fast.export.plain import write_weights
+from ccmim_fast.export.plain import about, write_weights
 from ccmim_fast.optim.optimizer import build_optimizer
 from ccmim_fast.runs.folder import describe_run, open_run_folder
 
@@ -23,16 +22,8 @@ from ccmim_fast.runs.folder import describe_run, open_run_folder
 def import_weights(file: str, arch: str, out: str, settings: Sequence[str]) -> tuple[Path, list[str]]:
     """Make a checkpoint of published weights; return its path, and the parts that `file` lacks, which start anew.
 
-    Args:
-        file: MAE's or the authors' ccMIM .pth; timm's .pth or .safetensors of an encoder; our own .safetensors; or
-            timm:ARCH.TAG, which timm downloads.
-        arch: timm's name of the architecture; "": `file` tells it.
-        out: a new run folder, or a .safetensors in our names.
-        settings: options of `ccmim pretrain`; sizes are read off the weights.
-
-    Raises:
-        ConfigError: no architecture is known, or a setting is wrong.
-        CheckpointError: a weight is missing, unexpected or of another shape.
+    The arguments are those of `ccmim import --help`; `settings` are options of `ccmim pretrain`. Raises ConfigError: no
+    architecture is known, or a setting is wrong; CheckpointError: a weight is missing, unexpected or of another shape.
     """
     found = read_weights(file)
     if arch and not file.startswith(TIMM):

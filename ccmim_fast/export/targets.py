@@ -1,14 +1,11 @@
 """A run's weights are written for other libraries in these forms."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ccmim_fast.errors import ConfigError, MachineError
 from ccmim_fast.registry import load
-
-if TYPE_CHECKING:
-    from ccmim_fast.checkpoints.run import OpenedRun
 
 
 class Target(NamedTuple):
@@ -22,10 +19,6 @@ class Target(NamedTuple):
     suffix: str  # of a file that may stand alone; "": always a folder
     help: str  # one line
     library: str  # name on the hub of the library that loads it; card.md has the code that does
-
-    @property
-    def write(self) -> Callable[["OpenedRun", Path], list[Path]]:
-        return load(f"ccmim_fast.export.{self.place}")
 
 
 TARGETS = {
@@ -45,17 +38,12 @@ TARGETS = {
 def export_run(target: str, run: str, out: Path, results: Sequence[str] = (), hub_name: str = "") -> list[Path]:
     """Write a run's newest checkpoint, averaged weights where it has them, for another library; return the files.
 
-    Args:
-        target: one of `TARGETS`.
-        run: a run's folder, or one of its checkpoints.
-        out: a new folder, in which a model card stands beside the weights, or a file of the target's suffix.
-        results: paths of result.json of evaluations, for the card.
-        hub_name: OWNER/NAME on the Hugging Face hub, which the card's code loads from; "": `out`.
+    `target` is one of `TARGETS`, `out` a new folder, in which a model card stands beside the weights, or a file of the
+    target's suffix. The card shows `results`, result.json of evaluations, and loads from `hub_name`, OWNER/NAME on the
+    Hugging Face hub; "": from `out`.
 
-    Raises:
-        ConfigError: `out` is not empty; a result is none.
-        CheckpointError: `run` has no checkpoint that loads.
-        MachineError: `out` cannot be written.
+    Raises ConfigError: `out` is not empty, a result is none; CheckpointError: `run`, a run's folder or one of its
+    checkpoints, does not load; MachineError: `out` cannot be written.
     """
     from ccmim_fast.checkpoints.run import open_run
     from ccmim_fast.export.card import read_result, write_card
@@ -67,7 +55,7 @@ def export_run(target: str, run: str, out: Path, results: Sequence[str] = (), hu
         (out.parent if is_file else out).mkdir(parents=True, exist_ok=True)
         if not is_file and any(out.iterdir()):
             raise ConfigError(f"ccmim export: {str(out)!r:.200} is not empty; name a new folder")
-        written = TARGETS[target].write(opened, out)
+        written = load(f"ccmim_fast.export.{TARGETS[target].place}")(opened, out)
         return written if is_file else [*written, write_card(target, opened, out, hub_name, evaluation)]
     except OSError as error:
         raise MachineError(f"{error.filename or out}: not written: {error.strerror or error}") from None

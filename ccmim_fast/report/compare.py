@@ -16,16 +16,8 @@ def compare_runs(
 ) -> tuple[int, list[str]]:
     """Write one offline HTML page that compares runs with the first of them; nothing in a run changes.
 
-    Args:
-        title: "": the runs' names.
-        images, moments: images and checkpoints drawn of a run that kept no pictures; no `moments`: no pictures.
-        data: root of the images to draw; "": the run's own.
-
-    Returns:
-        The number of runs, and a line for each part that cannot be shown.
-
-    Raises:
-        ConfigError: a folder holds no run, or `out` is a folder.
+    The arguments are those of `ccmim report --help`. Returns the number of runs, and a line for each part that cannot
+    be shown. Raises ConfigError: a folder holds no run, or `out` is a folder.
     """
     folders = [_run(path) for path in {path.resolve(): path for path in runs}.values()]
     if out.is_dir():
@@ -36,16 +28,18 @@ def compare_runs(
     from ccmim_fast.report.snapshots import take_snapshots
 
     names = names_of(folders)
-    rows, snapshots = [], []
+    rows, snapshots, remarks = [], [], []
     for name, folder in zip(names, folders):
         row = describe(folder, folder.parent)
         rows.append((name, [*row.cells[1:], row.error or ("" if any(row.cells[3:7]) else "no metrics yet")]))
         has_pictures = any((folder / "snapshots").glob("epoch_*.npz"))
-        snapshots.append(take_snapshots(folder, images, 0 if has_pictures or not images else moments, data))
+        taken, told = take_snapshots(folder, images, 0 if has_pictures or not images else moments, data)
+        snapshots.append(taken)
+        remarks += told
     title = title or ("Run " if len(names) == 1 else "Runs ") + ", ".join(names)
     standing = Comparison([*COLUMNS[1:], "remark"], rows)
-    write_report(out, title, [RunView(*run) for run in zip(names, folders)], {}, standing, snapshots)
-    return len(folders), [remark for of_run in snapshots for remark in of_run.remarks]
+    write_report(out, title, [RunView(*run) for run in zip(names, folders)], {}, standing, snapshots, remarks)
+    return len(folders), remarks
 
 
 def _run(folder: Path) -> Path:

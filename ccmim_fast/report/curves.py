@@ -37,11 +37,9 @@ STYLE = {
 def read_metrics(path: Path) -> list[dict]:
     """Read the training lines of a metrics.jsonl; their steps rise.
 
-    A line that is not JSON is left out: a killed run leaves half a line, and a resumed one may write on behind it.
-    A step that comes again (training went back to a checkpoint) replaces all lines from it on.
-
-    Returns:
-        [] where the file is missing.
+    A line that is not JSON is left out: a killed run leaves half a line, and a resumed one may write on behind it. A
+    step that comes again (training went back to a checkpoint) replaces all lines from it on. Returns [] where the file
+    is missing.
     """
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
@@ -66,15 +64,11 @@ def curve_svg(runs: Sequence[tuple[str, list[dict]]], key: str, label: str, uid:
     """Plot one quantity of several runs against the epoch.
 
     A run without the quantity is left out, and so is one where it is zero throughout: a term that is switched off.
+    `runs` are names and training lines of which `key` is a field; a run's place decides its colour, see `line_style`.
+    `label` says what the plot shows, for readers who cannot see it. `uid`, unique in its page, begins every id in the
+    drawing.
 
-    Args:
-        runs: (name, training lines) of each run; its place decides its colour, see `line_style`.
-        key: field of the training lines.
-        label: what the plot shows, for readers who cannot see it; plain text.
-        uid: prefix of every id in the drawing, unique in its page.
-
-    Returns:
-        an <svg> element with no outside reference, or None where no run has the quantity.
+    Returns an <svg> element with no outside reference, or None where no run has the quantity.
     """
     series = [(i, name, *_points(rows, key)) for i, (name, rows) in enumerate(runs)]
     series = [(i, name, epochs, values) for i, name, epochs, values in series if values.any()]
@@ -91,10 +85,8 @@ def curve_svg(runs: Sequence[tuple[str, list[dict]]], key: str, label: str, uid:
         axes.grid(axis="y", linewidth=0.6)
         axes.tick_params(length=0)
         axes.margins(x=0.02)
-        buffer = io.StringIO()
-        figure.savefig(
-            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        )
+        buffer, unsaid = io.StringIO(), dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=unsaid)
     return _inline(buffer.getvalue(), f"{label}: {', '.join(name for _, name, _, _ in series)}", uid)
 
 

@@ -15,10 +15,18 @@ from ccmim_fast.config.load import to_yaml
 from ccmim_fast.config.schema import Config
 
 from .curves import curve_svg, line_style
-from .evaluations import Evaluation, read_evaluations
-from .pictures import columns_of, picture_uri, snapshot_grid
-from .runs import Comparison, Remarks, RunView, against, compare, differences, flatten, merge_equal
-from .snapshots import Snapshots
+from .pictures import Snapshot, columns_of, picture_uri, snapshot_grid
+from .runs import (
+    Comparison,
+    Remarks,
+    RunView,
+    against,
+    compare,
+    differences,
+    flatten,
+    merge_equal,
+    read_evaluations,
+)
 
 METHODS = {"untrained": "Untrained", "mae": "MAE", "ccmim": "ccMIM"}  # any other name is shown as it is
 CURVES = {
@@ -34,7 +42,6 @@ CURVES = {
     "h_std": "Spread of the [CLS] projections",
     "h_rank": "Effective rank of the [CLS] projections",
 }
-NONE = Snapshots([], [])
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=True,
@@ -82,15 +89,15 @@ def write_report(
     runs: Sequence[RunView],
     summary: dict[str, Any],
     standing: Comparison | None = None,
-    snapshots: Sequence[Snapshots] = (),
+    snapshots: Sequence[list[Snapshot]] = (),
+    more_remarks: Sequence[str] = (),
 ) -> None:
     """Write a self-contained HTML page that compares runs: numbers, curves, pictures, settings.
 
     The page makes no request and runs no script (its own policy forbids both); all text is escaped. Parts that a run
-    folder lacks are left out, and what is damaged is named.
+    folder lacks are left out, and what is damaged is named. A run's place decides its colour.
 
     Args:
-        runs: in the order shown; its place decides a run's colour.
         summary: {"methods": {name: {measure: number or None}}, "chance": share of 1, "setting": {key: value}}, all
             optional; measures are the keys of COLUMNS and each with `_early`. A missing one is a dash.
         standing: how each run stands, a row a run.
@@ -105,8 +112,9 @@ def write_report(
     # All runs differ in their folder.
     configs = configs._replace(rows=[row for row in configs.rows if row[0] != "run.dir"])
     methods = {METHODS.get(name, name): measures for name, measures in (summary.get("methods") or {}).items()}
-    shown = [own or more.taken for own, more in zip_longest(all_of(RunView.snapshots, []), snapshots, fillvalue=NONE)]
+    shown = [own or more for own, more in zip_longest(all_of(RunView.snapshots, []), snapshots, fillvalue=[])]
     evaluated = [read_evaluations(run, remarks) for run in runs]
+    figures = [{f"{one.name}: {key}": value for one in of for key, value in one.figures.items()} for of in evaluated]
     lines = [(name, run.metrics()) for name, run in zip(names, runs)]
     drawn = [(label, curve_svg(lines, key, label, uid=f"curve-{key}")) for key, label in CURVES.items()]
     page = TEMPLATES.get_template("page.html").render(
@@ -121,21 +129,16 @@ def write_report(
         # Markup: matplotlib escapes its text, and `curve_svg` the names.
         curves=[(label, Markup(svg)) for label, svg in drawn if svg is not None],
         galleries=[(name, of_run) for name, of_run in zip(names, shown) if of_run],
-        figures=compare(names, [_figures(of_run) for of_run in evaluated]),
+        figures=compare(names, figures),
         evaluations=list(zip(names, evaluated)),
         differences=differences(configs),
         defaults=against(flatten(yaml.safe_load(to_yaml(Config()))), "default", configs),
         environment=merge_equal(compare(names, all_of(RunView.environment, {}))),
-        remarks=[*remarks, *(line for more in snapshots for line in more.remarks)],
+        remarks=[*remarks, *more_remarks],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     # Names of files may be bytes that are no text.
     path.write_text(page, encoding="utf-8", errors="replace")
-
-
-def _figures(evaluations: Sequence[Evaluation]) -> dict[str, str]:
-    """Name the figures of one run by their evaluation."""
-    return {f"{one.name}: {key}": value for one in evaluations for key, value in one.figures.items()}
 
 
 def _abstract(methods: dict[str, dict[str, float | None]], chance: float | None) -> list[str]:

@@ -54,13 +54,7 @@ class Snapshot(NamedTuple):
 def heatmap(scores_L: np.ndarray, grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
     """Draw the scores of one image in matplotlib's magma: black is the image's lowest score, pale its highest.
 
-    Args:
-        scores_L: float. Equal scores give black throughout.
-        grid: patch rows, patch columns; their product is L.
-        size: height and width of the picture, pixels.
-
-    Returns:
-        uint8 [height, width, 3].
+    Equal scores give black throughout. `grid` is patch rows and columns, whose product is L; returns uint8 [*size, 3].
     """
     low, high = scores_L.min(), scores_L.max()
     unit_L = (scores_L - low) / (high - low) if high > low else np.zeros(scores_L.shape)
@@ -70,12 +64,7 @@ def heatmap(scores_L: np.ndarray, grid: tuple[int, int], size: tuple[int, int]) 
 
 
 def visible_set(image_HWC: np.ndarray, mask_L: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Return a copy of a uint8 image, its masked patches flat gray.
-
-    Args:
-        mask_L: bool, True where masked.
-        grid: patch rows and columns, each a divisor of the image's height and width.
-    """
+    """Return a copy of a uint8 image, its masked patches (True; `grid` rows and columns of them) flat gray."""
     H, W = image_HWC.shape[:2]
     mask_HW = np.kron(mask_L.reshape(grid), np.ones((H // grid[0], W // grid[1]), dtype=bool))
     return np.where(mask_HW[..., None], np.uint8(GRAY), image_HWC)
@@ -118,10 +107,7 @@ def snapshot_grid(snapshot: Snapshot) -> bytes:
 
 
 def picture_uri(png: bytes) -> str:
-    """Return a PNG as the `src` of an <img>; as WebP where it is large.
-
-    Four photographs of 224 pixels, with scores, take 277 KB as PNG and 87 KB as WebP.
-    """
+    """Return a PNG as the `src` of an <img>; as WebP (87 KB of 277, of four photographs) where it is large."""
     kind, data = "png", png
     if len(png) > PNG_BYTES:
         buffer = io.BytesIO()

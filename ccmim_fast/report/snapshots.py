@@ -1,6 +1,6 @@
 """Snapshots of a run are taken after the fact: its checkpoints score, mask and reconstruct a few of its images."""
 
-# B images, H height, W width, C channels
+# B batch, H height, W width, C channels, L patches, M masked, P patch * patch * C
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,28 +11,25 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ccmim_fast.bank.bank import read_maps
+from ccmim_fast.build.model import build_objective
 from ccmim_fast.checkpoints.manifest import CHECKPOINTS, checkpoints
 from ccmim_fast.checkpoints.run import OpenedRun, open_run
-from ccmim_fast.config.schema import DataConfig
+from ccmim_fast.config.schema import Config, DataConfig
 from ccmim_fast.data.build import build_source
 from ccmim_fast.data.source import Source, usable_count, usable_ids
 from ccmim_fast.data.stream.batch import Batch, make_batch
 from ccmim_fast.data.stream.plan import MicroBatch
 from ccmim_fast.data.stream.torch_loader import central_boxes, load_crop
 from ccmim_fast.errors import CcmimError, DataError, one_line
+from ccmim_fast.losses.criteria import Pixels
+from ccmim_fast.models.ccmim import CCMIM, Output
 from ccmim_fast.models.scores import PriorScores
+from ccmim_kernels import NORM_PIX_EPS, Partition, patchify, unpatchify
 
 from .pictures import Snapshot
-from .reconstruction import reconstruct
-
-
-class Snapshots(NamedTuple):
-    """This tuple holds snapshots by epoch, and a line for each checkpoint that gave none."""
-
-    taken: list[Snapshot]
-    remarks: list[str]
 
 
 class FewImages(NamedTuple):
@@ -44,18 +41,15 @@ class FewImages(NamedTuple):
     source: Source
 
 
-def take_snapshots(folder: Path, images: int, moments: int, root: str = "") -> Snapshots:
-    """Draw a few images by the checkpoints that the run in `folder` kept, on the CPU, whatever the run used.
+def take_snapshots(folder: Path, images: int, moments: int, root: str = "") -> tuple[list[Snapshot], list[str]]:
+    """Draw `images` images by `moments` checkpoints that the run in `folder` kept, on the CPU, whatever the run used.
 
-    The images are spread over the run's data and the same at every checkpoint, and so is the noise of their masks (that
-    of epoch 0): what changes is the model. A score bank is read as it was saved; of other images it knows nothing, and
-    they are divided as at a first visit. Weights are averaged where the run has averages. Nothing in `folder` changes,
-    so the run may be going on.
+    The images are spread over the run's data (or those at `root`) and the same at every checkpoint, and so is the noise
+    of their masks (that of epoch 0): what changes is the model. A score bank is read as it was saved; of other images
+    it knows nothing, and they are divided as at a first visit. Weights are averaged where the run has averages. An
+    image that does not decode is left out. Nothing in `folder` changes, so the run may be going on.
 
-    Args:
-        images: how many; an image that does not decode is left out.
-        moments: checkpoints, spread from the oldest to the newest.
-        root: take images from here, where the run's own are not at hand.
+    Returns the snapshots by epoch, and a line for each checkpoint that gave none.
     """
     snapshots, remarks = [], []
     for path in spread(checkpoints(folder / CHECKPOINTS), moments):
@@ -66,7 +60,7 @@ def take_snapshots(folder: Path, images: int, moments: int, root: str = "") -> S
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             reason = one_line(f"{type(error).__name__}: {error}")
             remarks.append(f"{path}: is no checkpoint of this version: {reason}")
-    return Snapshots(snapshots, list(dict.fromkeys(remarks)))
+    return snapshots, list(dict.fromkeys(remarks))
 
 
 def spread(paths: Sequence[Path], count: int) -> list[Path]:
@@ -83,13 +77,9 @@ def _snapshot(run: OpenedRun, count: int, root: str) -> Snapshot:
     few = few_images(data, config.seed, count)
     images_BHWC = few.batch.images_BHWC
     output = model(images_BHWC, few.batch.ids_B, 0, prior=prior_scores(run, few))
-    return Snapshot(
-        run.epoch,
-        images_BHWC.numpy(),
-        None if output.logits_BL is None else output.logits_BL.float().softmax(1).numpy(),
-        output.partition.mask_BL.numpy(),
-        reconstruct(model, config, images_BHWC, output),
-    )
+    scores_BL = None if output.logits_BL is None else output.logits_BL.float().softmax(1).numpy()
+    drawn_BHWC = reconstruct(model, config, images_BHWC, output)
+    return Snapshot(run.epoch, images_BHWC.numpy(), scores_BL, output.partition.mask_BL.numpy(), drawn_BHWC)
 
 
 def prior_scores(run: OpenedRun, few: FewImages) -> PriorScores | None:
@@ -102,11 +92,7 @@ def prior_scores(run: OpenedRun, few: FewImages) -> PriorScores | None:
 
 @lru_cache(maxsize=1)  # runs of one data set, one after the other, open it once
 def few_images(data: DataConfig, seed: int, count: int) -> FewImages:
-    """Decode at most `count` images, spread over the source that `data` names.
-
-    Raises:
-        DataError: there is none, or none of those chosen decodes.
-    """
+    """Decode at most `count` images, spread over the source that `data` names. Raises DataError: none decodes."""
     source = build_source(data, seed)
     places_B = np.unique(np.linspace(0, usable_count(source) - 1, count).round().astype(np.int64))
     ids_B = usable_ids(source, places_B)
@@ -122,3 +108,31 @@ def few_images(data: DataConfig, seed: int, count: int) -> FewImages:
     shown = MicroBatch(*(part_B[kept] for part_B in shown))
     batch = make_batch(torch.from_numpy(np.stack(images)), shown, source, torch.device("cpu"))
     return FewImages(batch, shown, places_B[kept], source)
+
+
+def reconstruct(model: CCMIM, config: Config, images_BHWC: Tensor, output: Output) -> np.ndarray | None:
+    """Return the images with their masked patches as the model predicts them; None where it predicts no pixels."""
+    target = build_objective(config, model).reconstruction
+    if not isinstance(target, Pixels):
+        return None
+    return paste_prediction(target, images_BHWC, output.pred_BMP, output.partition).cpu().numpy()
+
+
+def paste_prediction(target: Pixels, images_BHWC: Tensor, pred_BMP: Tensor, partition: Partition) -> Tensor:
+    """Replace the masked patches of images (uint8) by pixel predictions, in the order of `partition.ids_masked_BM`.
+
+    With `target.norm_pix` the prediction knows neither mean nor variance of a patch; both are taken from the patch
+    itself, so what the picture shows of them was not reconstructed. Returns [B, H, W, C] uint8.
+    """
+    H, W = images_BHWC.shape[1:3]
+    mean_P, std_P = (value_C.float().repeat(target.patch**2) for value_C in (target.mean_C, target.std_C))
+    patches_BLP = (patchify(images_BHWC, target.patch).float() / 255 - mean_P) / std_P
+    index_BMP = partition.ids_masked_BM[..., None].expand(-1, -1, patches_BLP.shape[-1])
+    pixels_BMP = pred_BMP.float()
+    if target.norm_pix:
+        true_BMP = patches_BLP.gather(1, index_BMP)
+        spread_BM1 = (true_BMP.var(-1, keepdim=True) + NORM_PIX_EPS).sqrt()
+        pixels_BMP = pixels_BMP * spread_BM1 + true_BMP.mean(-1, keepdim=True)
+    patches_BLP = patches_BLP.scatter(1, index_BMP, pixels_BMP)
+    images = unpatchify((patches_BLP * std_P + mean_P) * 255, target.patch, H, W)
+    return images.round().clamp(0, 255).to(torch.uint8)

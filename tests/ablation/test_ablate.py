@@ -42,7 +42,7 @@ def figures(variant, seed, auroc, rate=100.0, epochs=8):
 def few_images(monkeypatch):
     """Fewer than a thousand to look at."""
     monkeypatch.setattr(runs_module, "PROBED", 24)
-    monkeypatch.setattr("ccmim_fast.evaluation.frozen.held_out.HELD_OUT", 24)
+    monkeypatch.setattr("ccmim_fast.ablation.runs.HELD_OUT", 24)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ SETTINGS = [
 
 @pytest.mark.slow
 def test_small_demo(tmp_path, monkeypatch):
-    monkeypatch.setattr("ccmim_fast.evaluation.frozen.held_out.HELD_OUT", 60)
+    monkeypatch.setattr("ccmim_fast.ablation.runs.HELD_OUT", 60)
     monkeypatch.setattr(demo, "PICTURES", 2)
     settings = [f"--run.dir={tmp_path / 'demo'}", f"--data.root={tmp_path / 'cache'}", *SETTINGS]
     assert main(["demo", *settings]) == 0

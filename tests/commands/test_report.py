@@ -90,9 +90,8 @@ def test_pictures_follow_the_weights_and_not_the_noise(ended, tmp_path):
 
     for run in ended:
         before = sorted(run.rglob("*"))
-        taken = take_snapshots(run, images=3, moments=3)
-        assert taken.remarks == []
-        first, _, last = taken.taken
+        (first, _, last), remarks = take_snapshots(run, images=3, moments=3)
+        assert remarks == []
         assert (first.images_BHWC == last.images_BHWC).all()
         assert (first.reconstruction_BHWC != last.reconstruction_BHWC).any()
         visible = ~last.mask_BL
@@ -114,7 +113,7 @@ def test_a_bank_is_read_as_it_was_saved(ended):
     maps_BGG = checkpoints.load(path)["maps"][[0, 11]]
     whole_B4 = torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2, dtype=torch.float64)
     scores_BL, share_BL = read_maps(maps_BGG, whole_B4, (4, 6))
-    seen = take_snapshots(ended[0], images=2, moments=1).taken[0].scores_BL
+    seen = take_snapshots(ended[0], images=2, moments=1)[0][0].scores_BL
     for scores_L, share_L, seen_L in zip(scores_BL, share_BL, torch.from_numpy(seen)):
         known = share_L == 1
         assert known.sum() > 2

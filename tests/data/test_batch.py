@@ -33,7 +33,7 @@ class Ramps:
 
 def test_boxes_say_where_the_pixels_come_from():
     plan = Plan(Ramps(), seed=1, global_batch=32, flip=True)
-    loader = TorchLoader(plan, BadSamples(None, 32, 0, "error", 0.0), (48, 64), 1, torch.device("cpu"))
+    loader = TorchLoader(plan, BadSamples(plan.source, "error", 0.0), (48, 64), 1, torch.device("cpu"))
     batch = next(loader.stream(0))
     assert batch.boxes_B4.dtype == torch.float64
     mirrored = batch.boxes_B4[:, 3] < 0
@@ -49,7 +49,7 @@ def test_boxes_say_where_the_pixels_come_from():
 
 def test_ids_are_on_the_host_too():
     plan = Plan(Ramps(), seed=1, global_batch=8)
-    loader = TorchLoader(plan, BadSamples(None, 32, 0, "error", 0.0), (48, 64), 1, torch.device("cpu"))
+    loader = TorchLoader(plan, BadSamples(plan.source, "error", 0.0), (48, 64), 1, torch.device("cpu"))
     batch = next(loader.stream(0))
     assert batch.host_ids_B.tolist() == batch.ids_B.tolist() == plan.step_ids(0, range(1)).reshape(-1).tolist()
 

@@ -143,7 +143,7 @@ def test_palettes_with_alpha_do_not_warn(kinds_folder, recwarn):
 def test_dali_gives_pillows_pixels(kinds_folder, channels):
     source = open_images(str(kinds_folder), channels)
     plan = Plan(source, seed=1, global_batch=len(source), crop_scale=(0.1, 0.6), flip=True)
-    arguments = plan, BadSamples(None, len(source), 0, "error", 0.0), (96, 80), 2, torch.device("cpu")
+    arguments = plan, BadSamples(source, "error", 0.0), (96, 80), 2, torch.device("cpu")
     streams = TorchLoader(*arguments).stream(0), DaliLoader(*arguments).stream(0)
     expected, found = map(next, streams)
     for stream in streams:

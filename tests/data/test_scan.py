@@ -37,7 +37,7 @@ def notes(source):
 
 
 def record(source, number, reason="spoiled"):
-    BadSamples(source.index, len(source), 0, "skip", 1.0).add(number, reason)
+    BadSamples(source, "skip", 1.0).add(number, reason)
 
 
 def touch_later(path):

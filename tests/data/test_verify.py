@@ -110,7 +110,7 @@ def test_bad_samples_of_a_run_are_decoded_and_their_records_removed(folder):
     verify(source.index, processes=1)
     source = open_images(str(folder))
     good, gone = ids_of(source, "06.jpg", "08.jpg")
-    bad_samples = BadSamples(source.index, len(source), 2, "skip", 1.0)
+    bad_samples = BadSamples(source, "skip", 1.0)
     bad_samples.add(good, f"cannot read {source.name(good)!r}: Stale file handle")
     bad_samples.add(gone, f"cannot read {source.name(gone)!r}: No such file or directory")
     (folder / "class0/08.jpg").unlink()

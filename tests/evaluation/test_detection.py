@@ -18,10 +18,11 @@ from ccmim_fast.config.evaluation import DetectConfig, EvalConfig, EvalDataConfi
 from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.errors import DataError
 from ccmim_fast.evaluation.detection import run
-from ccmim_fast.evaluation.detection.batches import ObjectLoader, share_to_test
+from ccmim_fast.evaluation.detection.batches import ObjectLoader
 from ccmim_fast.evaluation.detection.instances import ShapesInstances
 from ccmim_fast.evaluation.detection.precision import average_precision
-from ccmim_fast.evaluation.images import Images
+from ccmim_fast.evaluation.job import Images
+from ccmim_fast.evaluation.loader import samples_to_test
 from ccmim_fast.evaluation.protocols import protocol
 from ccmim_fast.ranks.session import Session
 
@@ -173,7 +174,8 @@ def test_who_finds_everything_where_it_lies_in_the_original_is_right(coco, monke
 def test_a_bad_image_is_told_as_it_is(coco, workers):
     """Without the traceback of the process that met it; what comes before it is tested on."""
     Image.new("RGB", (30, 20)).save(coco / "val2017" / "2.png")
-    shares = share_to_test(job_of(coco, workers, source="coco"))
+    job = job_of(coco, workers, source="coco")
+    shares = samples_to_test(job, job.test.source.decode)
     assert len(next(shares)) == 2
     with pytest.raises(DataError, match=r"\A\S+2\.png: 20 x 30 pixels; its annotations are of 48 x 48\Z"):
         next(shares)
@@ -188,14 +190,14 @@ def test_draws_are_of_seed_epoch_and_image(cache, workers):
     later = ObjectLoader(job_of(cache, workers)).stream(4)
     for expected in whole[2:]:
         got = next(later)
-        for one, other in zip(expected.images, got.images):
+        for one, other in zip(expected[0], got[0]):
             assert torch.equal(one, other)
-        torch.testing.assert_close(got.targets, expected.targets, rtol=0, atol=0)
+        torch.testing.assert_close(got[1], expected[1], rtol=0, atol=0)
     plan = Plan(job.train.source, 0, 4, 2, 0, 1).micro_batches(0)
     ids = [next(plan).ids_B.tolist() for _ in range(8)]
     shown = {}
     for of_ids, batch in zip(ids, whole):
-        for index, image in zip(of_ids, batch.images):
+        for index, image in zip(of_ids, batch[0]):
             shown.setdefault(index, []).append(image)
     assert all(len(images) == 2 for images in shown.values())  # two epochs
     assert not all(torch.equal(*images) for images in shown.values() if images[0].shape == images[1].shape)

@@ -9,7 +9,7 @@ from made_coco import SIZES, runs, write_coco
 from PIL import Image
 
 from ccmim_fast.errors import DataError
-from ccmim_fast.evaluation.detection.coco import CocoSource, mask_of
+from ccmim_fast.evaluation.detection.instances import CocoSource, mask_of
 
 pytest.importorskip("faster_coco_eval")
 

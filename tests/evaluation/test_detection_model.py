@@ -8,9 +8,17 @@ from torch import nn
 from torchvision.models.detection.image_list import ImageList
 
 from ccmim_fast.config.evaluation import EvalOptimConfig
-from ccmim_fast.evaluation.detection.backbone import LEVELS, Backbone, Windowed, strides, use_windows_
-from ccmim_fast.evaluation.detection.detector import build_detector, build_optimizer, detect
+from ccmim_fast.evaluation.detection.detector import (
+    LEVELS,
+    Backbone,
+    Windowed,
+    build_detector,
+    detect,
+    strides,
+    use_windows_,
+)
 from ccmim_fast.evaluation.encoders import OUTPUTS, QUARTERS, out_indices
+from ccmim_fast.evaluation.finetune import build_optimizer
 
 KINDS = ("fpn", "simple")
 
@@ -144,7 +152,8 @@ def test_what_is_found_is_in_the_coordinates_of_the_original():
 def test_rates_fall_from_the_pyramid_downwards(kind):
     """Every weight is in one group: 1 for what is new, decay^(depth - i) for block i, decay^(depth + 1) below."""
     model = detector(kind, depth=3)
-    optimizer = build_optimizer(model, EvalOptimConfig(weight_decay=0.05, layer_decay=0.75))
+    optim = EvalOptimConfig(weight_decay=0.05, layer_decay=0.75)
+    optimizer = build_optimizer(model.backbone.vit, optim, model.backbone.pyramid, model.rpn, model.roi_heads)
     listed = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(listed) == sorted(id(parameter) for parameter in model.parameters())
     found = {id(p): (g.get("lr_scale", 1.0), g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}

@@ -62,7 +62,7 @@ def test_sides_are_those_of_the_recipe():
     assert sides == {(40, 50), (80, 100), (120, 150)}  # the longer side, 150, is just allowed
     assert mirrored == {True, False}
     long = ForTraining(config(short_sides=(40, 80, 120), long_side=75, flip=False), MEAN)
-    assert {tuple(long(*made()).image_CHW.shape[1:]) for _ in range(20)} == {(40, 50), (60, 75)}
+    assert {tuple(long(*made())[0].shape[1:]) for _ in range(20)} == {(40, 50), (60, 75)}
 
 
 def test_jitter_gives_one_size_padded_with_the_mean():
@@ -82,7 +82,7 @@ def test_boxes_are_drawn_around_what_a_crop_leaves():
     narrow = 0
     for seed in range(60):
         torch.manual_seed(seed)
-        target = transform(image_HWC, objects).target
+        target = transform(image_HWC, objects)[1]
         for box, mask_HW in zip(target["boxes"], target["masks"]):
             assert torch.equal(box, masks_to_boxes(mask_HW[None])[0] + torch.tensor([0, 0, 1, 1]))
             narrow += bool(box[2] - box[0] < 20)
@@ -90,13 +90,13 @@ def test_boxes_are_drawn_around_what_a_crop_leaves():
 
 
 def test_crowds_and_what_is_cut_off_are_left_out():
-    target = ForTraining(RECIPES["short_side"], MEAN)(*made(crowd=(True, False))).target
+    target = ForTraining(RECIPES["short_side"], MEAN)(*made(crowd=(True, False)))[1]
     assert target["labels"].tolist() == [2]
     transform = ForTraining(config((32, 32), resize="jitter", jitter=(4.0, 4.0)), MEAN)
     counts = set()
     for seed in range(30):
         torch.manual_seed(seed)
-        target = transform(*made(boxes=((0, 0, 6, 6), (90, 70, 96, 76)))).target
+        target = transform(*made(boxes=((0, 0, 6, 6), (90, 70, 96, 76))))[1]
         assert target["boxes"].shape[1:] == (4,)
         assert len(target["boxes"]) == len(target["labels"]) == len(target["masks"])
         counts.add(len(target["boxes"]))

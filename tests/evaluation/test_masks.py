@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from ccmim_fast.evaluation.masks.metrics import object_leakage, object_patches, score_auroc, score_entropy, top_share
+from ccmim_fast.evaluation.masks.objects import object_leakage, object_patches, score_auroc
+from ccmim_fast.evaluation.masks.scores import score_entropy, top_share
 
 
 def auroc_by_pairs(scores, objects):

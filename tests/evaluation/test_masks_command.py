@@ -21,8 +21,7 @@ from ccmim_fast.data.build import build_source
 from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.evaluation.masks import scores
-from ccmim_fast.evaluation.masks.metrics import object_patches
-from ccmim_fast.evaluation.masks.objects import MaskFolder
+from ccmim_fast.evaluation.masks.objects import MaskFolder, object_patches
 from ccmim_fast.runs.folder import evaluation_folder
 
 SIZE, GRID, SAMPLES = (32, 48), (4, 6), 24

@@ -10,8 +10,7 @@ from tiny import tiny_config
 from ccmim_fast.cli import main
 from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.evaluation.masks import objects
-from ccmim_fast.evaluation.masks.metrics import object_leakage, object_patches, score_auroc
-from ccmim_fast.evaluation.masks.objects import object_figures
+from ccmim_fast.evaluation.masks.objects import object_figures, object_leakage, object_patches, score_auroc
 
 SETTINGS = ["--data.samples=16", "--data.image_size=[32,32]", "--model.arch=vit_tiny_patch16_224", "--score.source=all"]
 SETTINGS += ["--model.patch_size=8", "--model.embed_dim=48", "--model.depth=2", "--model.num_heads=3"]

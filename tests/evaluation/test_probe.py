@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import images, tiny_model, total_loss
 
-from ccmim_fast.evaluation.masks.metrics import object_leakage, object_patches
-from ccmim_fast.evaluation.masks.probe import probe
+from ccmim_fast.ablation.demo import probe
+from ccmim_fast.evaluation.masks.objects import object_leakage, object_patches
 
 
 def test_figures_are_those_of_the_models_own_masks():

@@ -8,7 +8,7 @@ import torch
 from ccmim_fast.checkpoints.published import Weights
 from ccmim_fast.config.load import presets
 from ccmim_fast.evaluation.encoders import IMAGENET, read_encoder
-from ccmim_fast.evaluation.images import Images
+from ccmim_fast.evaluation.job import Images
 from ccmim_fast.evaluation.protocols import deviations, protocol
 from ccmim_fast.evaluation.registry import EVALUATIONS
 

@@ -18,7 +18,7 @@ from ccmim_fast.config.load import from_yaml, presets
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.errors import DataError
-from ccmim_fast.evaluation import images
+from ccmim_fast.evaluation import job
 from ccmim_fast.evaluation.encoders import build_encoder, read_encoder
 from ccmim_fast.evaluation.masks.subject import read_subject
 from ccmim_fast.evaluation.protocols import protocol
@@ -231,7 +231,7 @@ def test_sets_with_other_classes_are_refused(others, words, monkeypatch):
     """Tables name their classes themselves: in another order the same label is another class."""
     classes = iter([("cat", "dog"), others])
     found = lambda data, seed: SimpleNamespace(labels_N=[0], class_names=next(classes))  # noqa: E731
-    monkeypatch.setattr(images, "build_source", found)
+    monkeypatch.setattr(job, "build_source", found)
     config = from_yaml("data: {root: a, test: b}", "", EvalConfig, lambda _: None)
     with pytest.raises(DataError, match=words):
-        images.open_both(config, DataConfig(), DataConfig())
+        job.open_both(config, DataConfig(), DataConfig())

@@ -10,9 +10,8 @@ from torch import nn
 from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.evaluation.encoders import OUTPUTS, out_indices
 from ccmim_fast.evaluation.finetune import build_optimizer
-from ccmim_fast.evaluation.segmentation.metrics import confusion, figures_of, slide
 from ccmim_fast.evaluation.segmentation.model import Neck, Segmenter
-from ccmim_fast.evaluation.segmentation.run import pixel_loss
+from ccmim_fast.evaluation.segmentation.run import confusion, figures_of, pixel_loss, slide
 from ccmim_fast.evaluation.segmentation.scenes import IGNORED
 
 # What stands before the patches' tokens, and what pools all of them.
@@ -84,10 +83,10 @@ def test_images_are_normalised_as_for_the_encoder():
 def test_every_parameter_is_in_one_group_and_learns(kind):
     """Blocks' rates fall by the layer decay, all that is new has the full rate; each parameter gets a gradient."""
     model = segmenter(kind=kind)
-    optimizer = build_optimizer(model, EvalOptimConfig(weight_decay=0.05, layer_decay=0.65))
+    optimizer = build_optimizer(model.vit, EvalOptimConfig(weight_decay=0.05, layer_decay=0.65), *model.new_parts())
     grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     assert len(grouped) == len(set(map(id, grouped))) == len(list(model.parameters()))
-    found = {id(p): (g["lr_scale"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    found = {id(p): (g.get("lr_scale", 1.0), g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     labels_BHW = torch.randint(0, 5, (2, 32, 32))
     sum(pixel_loss(one, labels_BHW) for one in model(torch.randint(0, 256, (2, 3, 32, 32)))).backward()
     for name, parameter in model.named_parameters():

@@ -11,7 +11,7 @@ from ccmim_fast.checkpoints import io
 from ccmim_fast.checkpoints.convert import to_flat, to_timm
 from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.cli import main
-from ccmim_fast.export.about import method
+from ccmim_fast.export.plain import method
 
 ARCH = "vit_tiny_patch16_224"
 SQUARE = {"image_size": (32, 32)}

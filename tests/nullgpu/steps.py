@@ -81,7 +81,7 @@ def _loaded(config: Config, here: Session) -> tuple[Plan, list[Batch]]:
     size = {"global_batch": train.batch_size, "accumulate": train.accumulate}
     ranks = {"rank": here.rank, "world_size": here.world_size, "partitions": choose_shards(config)}
     plan = Plan(images, seed=0, flip=True, **size, **ranks)
-    bad_samples = BadSamples(None, len(images), 0, "error", 0.0)
+    bad_samples = BadSamples(images, "error", 0.0)
     stream = TorchLoader(plan, bad_samples, config.data.image_size, 1, here.device).stream(0)
     batches = list(islice(stream, train.accumulate))
     stream.close()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ccmim_fast.losses.criteria import Pixels
-from ccmim_fast.report.reconstruction import paste_prediction
+from ccmim_fast.report.snapshots import paste_prediction
 from ccmim_kernels import masked_target, sample_partition
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

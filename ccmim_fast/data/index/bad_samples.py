@@ -34,32 +34,22 @@ def read_bad_samples(index: Index) -> dict[int, str]:
 class BadSamples:
     """This class records the samples of one run that failed; many threads may use it.
 
-    Args:
-        index: the index beside which bad samples are recorded for the next run; None: nowhere.
-        total, excluded: number of samples, and of those that were known to be unusable before.
-        on_error: `skip` or `error`.
-        max_bad: share of `total` that may be bad; DataError if more are.
+    They are recorded for the next run beside the source's index, if it has one. A share of `max_bad` of the samples may
+    be unusable; DataError if more are, or, with `on_error` = `error`, at the first.
     """
 
-    def __init__(self, index: Index | None, total: int, excluded: int, on_error: str, max_bad: float):
-        self._index, self._total, self._excluded = index, total, excluded
+    def __init__(self, source: Source, on_error: str, max_bad: float):
+        self._index, self._total = getattr(source, "index", None), len(source)
+        # A source without an index excludes samples that are of no use, such as images without an object, not bad ones.
+        self._excluded = 0 if self._index is None else len(source.excluded_X)
         self._on_error, self._max_bad, self._lock = on_error, max_bad, threading.Lock()
         self.reasons: dict[int, str] = {}  # by sample id, in the order in which the samples failed
-        self.known = read_bad_samples(index) if index is not None else {}  # reasons of earlier runs, by sample id
+        # Reasons of earlier runs, by sample id.
+        self.known = {} if self._index is None else read_bad_samples(self._index)
         self._check()
 
-    @classmethod
-    def of(cls, source: Source, on_error: str, max_bad: float) -> "BadSamples":
-        """Open the account of a source, recorded beside its index if it has one."""
-        index = getattr(source, "index", None)
-        # A source without an index excludes samples that are of no use, such as images without an object, not bad ones.
-        return cls(index, len(source), 0 if index is None else len(source.excluded_X), on_error, max_bad)
-
     def add(self, sample: int, reason: str, lasting: bool = True) -> None:
-        """Record that a sample failed; for the next run too if the cause is `lasting`.
-
-        Raises DataError if `on_error` is `error`, or if more than the allowed share has failed.
-        """
+        """Record that a sample failed, for the next run too if `lasting`. Raises DataError if that ends this one."""
         if self._on_error == "error":
             raise DataError(f"{reason}; data.on_error=skip goes on without it")
         with self._lock:

@@ -79,13 +79,9 @@ def open_images(
 ) -> IndexedSource:
     """Open the images that `origin` names; index them if there is no index yet, or if files came or went.
 
-    Args:
-        origin: see `scan.build_index`.
-        path: the index file; empty: beside the tars if there is one, else in the user's cache folder.
-        quiet: show no progress bar.
-        rescan: look at every file, for changes that left the folder as it was; shards with their index are not scanned.
-
-    Raises DataError as `build_index` does.
+    `path` is the index file; empty: beside the tars if there is one, else in the user's cache folder. `quiet`: show no
+    progress bar. `rescan`: look at every file, for changes that left the folder as it was; shards with their index are
+    not scanned. For `origin` and the errors see `scan.build_index`.
     """
     origin = origin if is_remote(origin) or not origin else os.path.abspath(origin)
     if path and os.path.isfile(path):

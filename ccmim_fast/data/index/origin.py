@@ -17,10 +17,7 @@ _LISTS = (".txt", ".lst", ".tsv")
 
 
 def find_origin(origin: str, channels: int) -> Listing:
-    """List what `origin`, an absolute path or a URL, names: files, or containers without their samples.
-
-    Raises DataError if it does not exist or cannot be listed.
-    """
+    """List what an absolute path or a URL names: files, or containers without their samples. Raises DataError."""
     if origin.endswith(_CONTAINERS) and not os.path.isdir(origin):
         return _named_containers(origin)
     if is_remote(origin):

@@ -149,10 +149,7 @@ def _folder_classes(rows: Iterable[Row]) -> tuple[tuple[str, ...], list[int]]:
 def _with_headers(
     rows: list[Row], storage: Storage, channels: int, previous: Index | None, report: Callable[[int, int], None]
 ) -> Iterator[Row]:
-    """Yield the rows in order, each with what its header says or the reason why it cannot be used.
-
-    The row of a file that did not change since is taken from the previous index.
-    """
+    """Yield the rows in order, each with its header or why it has none; of unchanged files, as `previous` has them."""
     bad, ids = {}, {}
     if previous is not None:
         bad = read_bad_samples(previous)

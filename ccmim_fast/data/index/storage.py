@@ -29,10 +29,7 @@ def join(root: str, path: str) -> str:
 
 
 def file_system(url: str) -> Any:
-    """Return fsspec's file system of a URL.
-
-    Raises MachineError if a package that the protocol needs is missing, DataError if there is no such protocol.
-    """
+    """Return fsspec's file system of a URL. Raises MachineError: a package is missing; DataError: no such protocol."""
     try:
         import fsspec
 

@@ -19,15 +19,9 @@ PURPOSE_LABEL, PURPOSE_PARAMETERS, PURPOSE_NOISE = range(3)
 class GeneratedSource:
     """This base generates RGB images; it is a `Source`. Image i is a function of i and the arguments only.
 
-    A subclass has a `noun` for messages, and `generate`.
-
-    Args:
-        seed: 0 .. 2**32 - 1.
-        image_size: height and width, pixels.
-        class_names: one per label.
-        fingerprint: holds every parameter that the images depend on, and the version of the code.
-        cache_dir: folder for the images, generated once; None: each is generated at each call.
-        fields: NumPy's (name, dtype, shape) of what `generate` returns after the image.
+    A subclass has a `noun` for messages, and `generate`; its `fingerprint` holds every parameter that the images depend
+    on, and the version of the code. Images are generated once, into the folder `cache_dir`, or at each call if that is
+    None. `fields` are NumPy's (name, dtype, shape) of what `generate` returns after the image.
     """
 
     channels = 3

@@ -16,8 +16,6 @@ from ccmim_fast.errors import ConfigError
 _VERSION = 2  # of the pictures: raise it when the same parameters give another picture, or old caches stay in use
 _SUBPIXELS = 3  # S; 10 grey levels along an edge
 _SMALLEST = 8  # pixels per side; the object is half of that
-_CLASSES = ("disc", "square", "triangle", "ring", "cross", "star")
-_BACKGROUNDS = ("plain", "textured")
 _PALETTES = np.array(  # two tones each: sky, sand, meadow, slate
     [
         [[70, 130, 200], [205, 225, 245]],
@@ -34,11 +32,8 @@ _Parameters = namedtuple("_Parameters", "radius y x rotation red green blue text
 class ShapesSource(GeneratedSource):
     """This source draws one of `classes` shapes; see `GeneratedSource`. The cache takes 16 KB an image at 64 x 64.
 
-    Args:
-        classes: 2 .. 6 of disc, square, triangle, ring, cross, star.
-        background: `plain`, a gradient between two tones, or `textured`, 1/f noise between them.
-
-    Raises ConfigError for a parameter out of its range.
+    `background`: `plain`, a gradient between two tones, or `textured`, 1/f noise between them. Raises ConfigError for
+    images that are too small.
     """
 
     noun = "shape"
@@ -52,19 +47,13 @@ class ShapesSource(GeneratedSource):
         background: str = "plain",
         cache_dir: str | None = None,
     ):
-        if samples < 1:
-            raise ConfigError(f"data.samples={samples} must be at least 1")
         if min(image_size) < _SMALLEST:
             raise ConfigError(f"data.image_size={image_size} must be at least {_SMALLEST} each for data.source=shapes")
-        if not 2 <= classes <= len(_CLASSES):
-            raise ConfigError(f"data.classes={classes} must be in 2..{len(_CLASSES)}")
-        if background not in _BACKGROUNDS:
-            raise ConfigError(f"data.background={background!r} must be one of {', '.join(_BACKGROUNDS)}")
         self._background = background
         size = f"{image_size[0]}x{image_size[1]}"
         fingerprint = f"shapes-v{_VERSION}-seed{seed}-n{samples}-{size}-k{classes}-{background}"
         fields = [("mask", np.bool_, image_size)]
-        super().__init__(seed, samples, image_size, _CLASSES[:classes], fingerprint, cache_dir, fields)
+        super().__init__(seed, samples, image_size, tuple(_SHAPES)[:classes], fingerprint, cache_dir, fields)
 
     def mask(self, index: int) -> np.ndarray:
         """Return the pixels that the object covers at least in part, [H, W] bool; the others show the background."""
@@ -75,10 +64,6 @@ class ShapesSource(GeneratedSource):
         mask_HW = self.mask(index)
         rows, columns = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
         return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
-
-    def background(self, index: int) -> np.ndarray:
-        """Return the image without its object, [H, W, 3] uint8."""
-        return np.rint(self._draw_background(index, self._parameters(index))).astype(np.uint8)
 
     def generate(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Draw the image [H, W, 3] uint8 and the mask [H, W] bool."""
@@ -111,19 +96,15 @@ class ShapesSource(GeneratedSource):
         return dark + share_HW[..., None] * (light - dark)
 
 
-def build(data: DataConfig, seed: int) -> ShapesSource:
-    """Build the source of `data.source=shapes`."""
-    return ShapesSource(seed, data.samples, data.image_size, data.classes, data.background, data.root or None)
+def build(data: DataConfig, seed: int, of: type[ShapesSource] = ShapesSource) -> ShapesSource:
+    """Build the source of `data.source=shapes`, or one derived from it."""
+    return of(seed, data.samples, data.image_size, data.classes, data.background, data.root or None)
 
 
 def _paint_object(
     parameters: _Parameters, shape: str, image_size: tuple[int, int]
 ) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
-    """Paint the object in the smallest window that holds it.
-
-    Returns:
-        The window's rows and columns; the colour [h, w, 3] times the coverage, 0 .. 255; the coverage [h, w] in 0 .. 1.
-    """
+    """Return the object's window (rows, columns), colour [h, w, 3] times coverage, 0 .. 255, and coverage [h, w]."""
     height, width = image_size
     radius = min(image_size) * (1 + parameters.radius / 2) / 4  # a diameter of 1/2 to 3/4 of the shorter side
     y = radius + parameters.y * (height - 2 * radius)
@@ -135,7 +116,7 @@ def _paint_object(
     angle = np.pi / 6 * (parameters.rotation - 0.5)  # 15 degrees to either side: a square is no diamond
     cos, sin = np.cos(angle), np.sin(angle)
     u, v = cos * u + sin * v, cos * v - sin * u
-    inside = _inside(shape, u, v)
+    inside = _SHAPES[shape](u, v)
     cover_hw = _mean_subpixels(inside)
     second_hw = _mean_subpixels(inside & _texture(parameters, u, v))
     first_colour = 255 * np.array([parameters.red, parameters.green, parameters.blue])
@@ -144,24 +125,24 @@ def _paint_object(
     return (rows, columns), paint_hw3, cover_hw
 
 
-def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Tell which points lie in the shape; every shape touches the unit circle from within."""
-    if shape == "disc":
-        return u**2 + v**2 < 1
-    if shape == "square":
-        return np.maximum(abs(u), abs(v)) < np.sqrt(0.5)
-    if shape == "triangle":
-        return np.maximum(v, np.sqrt(0.75) * abs(u) - 0.5 * v) < 0.5
-    if shape == "ring":
-        return (u**2 + v**2 < 1) & (u**2 + v**2 > 0.5**2)
-    if shape == "cross":
-        half = 0.3  # half of an arm's width; the length follows from the unit circle
-        return (np.minimum(abs(u), abs(v)) < half) & (np.maximum(abs(u), abs(v)) < np.sqrt(1 - half**2))
-    # A star of five points: folded onto the half of one point, it lies on one side of a line from tip to notch.
+def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    # Five points: folded onto the half of one point, the star lies on one side of a line from tip to notch.
     angle = abs((np.arctan2(v, u) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
     along, across = np.hypot(u, v) * np.cos(angle), np.hypot(u, v) * np.sin(angle)
     notch = 0.45 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
     return (1 - along) * notch[1] > across * (1 - notch[0])
+
+
+# Which points (u, v) lie in the shape; every shape touches the unit circle from within.
+_SHAPES = {
+    "disc": lambda u, v: u**2 + v**2 < 1,
+    "square": lambda u, v: np.maximum(abs(u), abs(v)) < np.sqrt(0.5),
+    "triangle": lambda u, v: np.maximum(v, np.sqrt(0.75) * abs(u) - 0.5 * v) < 0.5,
+    "ring": lambda u, v: (u**2 + v**2 < 1) & (u**2 + v**2 > 0.5**2),
+    # Arms are 0.6 wide; their length follows from the unit circle.
+    "cross": lambda u, v: (np.minimum(abs(u), abs(v)) < 0.3) & (np.maximum(abs(u), abs(v)) < np.sqrt(1 - 0.3**2)),
+    "star": _star,
+}
 
 
 def _texture(parameters: _Parameters, u: np.ndarray, v: np.ndarray) -> np.ndarray:

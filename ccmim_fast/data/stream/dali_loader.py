@@ -13,13 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from itertools import starmap
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ccmim_fast.data.build import Loader
-from ccmim_fast.data.index.bad_samples import BadSamples
 from ccmim_fast.data.index.indexed import IndexedSource
 from ccmim_fast.data.source import Source, encode_pnm
 from ccmim_fast.data.stream.batch import Batch, make_batch
@@ -46,9 +45,7 @@ class DaliLoader(Loader):
     `workers` counts threads, both of Python to read files and of DALI to decode. `device` "cuda" is the current device.
     """
 
-    def __init__(
-        self, plan: Plan, bad_samples: BadSamples, image_size: tuple[int, int], workers: int, device: torch.device
-    ):
+    def __init__(self, plan: Plan, *others: Any):
         if (channels := plan.source.channels) not in (1, 3):
             raise ConfigError(f"data.loader=dali reads 1 or 3 channels, not {channels}; set data.loader=torch")
         try:
@@ -58,7 +55,7 @@ class DaliLoader(Loader):
                 f"data.loader=dali needs DALI ({error}); pip install nvidia-dali-cuda130, or set data.loader=torch"
             ) from error
         self._copy = dali_torch.feed_ndarray
-        super().__init__(plan, bad_samples, image_size, workers, device)
+        super().__init__(plan, *others)
         self._pool = ThreadPoolExecutor(self._threads)  # on a CPU torch resizes, eight times as fast as DALI there
 
     @staticmethod

@@ -24,11 +24,8 @@ def epoch_order(
     Over all positions it is a permutation. With a window, blocks of `BLOCK` neighbouring samples are permuted, and then
     all samples of each `window` successive positions: a reader stays in one region for a while.
 
-    Args:
-        seed, epoch, partition: 0 .. 2**32 - 1; each has its own order.
-        samples: N >= 1, at most 2**62.
-        positions_P: int64, 0 .. samples - 1.
-        window: samples shuffled among each other, at least `BLOCK`; 0: all.
+    Each seed, epoch and partition, 0 .. 2**32 - 1, has its own order. There are 1 .. 2**62 samples, and a position is
+    an int64 below. A window has at least `BLOCK` samples; 0: all.
     """
     key = (seed, epoch, partition)
     if not window:

@@ -58,10 +58,7 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan describes the micro-batches of one rank; every loader carries out the same plan.
-
-    Raises ConfigError or DataError as `check_batch` and `check_partitions` do.
-    """
+    """A plan describes one rank's micro-batches, for every loader. Raises as `check_batch` and `check_partitions`."""
 
     source: Source = field(repr=False)
     seed: int

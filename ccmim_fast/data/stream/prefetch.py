@@ -24,10 +24,9 @@ def prefetch(
 ) -> Iterator[tuple[MicroBatch, list[Result]]]:
     """Yield each micro-batch with what `load` returns for its B samples, in order.
 
-    Args:
-        load: takes a micro-batch of one sample; returns the sample that it has loaded, this one or its fallback, and
-            the result. An exception is raised when the micro-batch is due; tasks that have not begun are dropped then.
-        samples_per_task: more than one where loading a sample takes microseconds.
+    `load` takes a micro-batch of one sample; it returns the sample that it has loaded, this one or its fallback, and
+    the result. Its exception is raised when the micro-batch is due; tasks that have not begun are dropped then. There
+    is more than one sample per task where loading a sample takes microseconds.
     """
 
     def submit(batch: MicroBatch) -> list[Future]:

@@ -39,12 +39,9 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Yield every usable image once, in the order of the ids, without augmentation; the last batch may be smaller.
 
-    Args:
-        central: crop the largest central part that has the aspect of `image_size`, with sides scaled by this factor:
-            0.875 equals a resize of the shorter side to 256 and a central crop of 224. 0: the whole image.
-        part: (k, n): yield the images k, k + n, k + 2 n, ... only.
-
-    Raises DataError naming an image that cannot be decoded.
+    `central`: crop the largest central part that has the aspect of `image_size`, with sides scaled by this factor:
+    0.875 equals a resize of the shorter side to 256 and a central crop of 224. 0: the whole image. `part` (k, n): yield
+    the images k, k + n, k + 2 n, ... only. Raises DataError naming an image that cannot be decoded.
     """
     first, step = part
 

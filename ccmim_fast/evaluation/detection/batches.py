@@ -1,12 +1,6 @@
-"""Images with their objects become what the detector takes: augmented to train on, resized to test on.
-
-torchvision's transforms draw from torch's global generator.
-"""
+"""Images with their objects become what the detector takes: augmented to train on, resized to test on."""
 
 # N objects, C channels, H height, W width
-
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,15 +12,11 @@ from torchvision.transforms import v2
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.evaluation.detection.instances import Instances
 from ccmim_fast.evaluation.job import Job
-from ccmim_fast.evaluation.loader import SampleLoader, samples_to_test
+from ccmim_fast.evaluation.loader import SampleLoader
 from ccmim_fast.evaluation.supervised import seed_generators
 
-
-class Sample(NamedTuple):
-    """This tuple holds an image, uint8 [C, H, W], and torchvision's target: boxes, labels from 1 on, masks."""
-
-    image_CHW: Tensor
-    target: dict[str, Tensor]
+# An image, uint8 [C, H, W], and torchvision's target: boxes, labels from 1 on, masks.
+Sample = tuple[Tensor, dict[str, Tensor]]
 
 
 class ForTraining:
@@ -34,11 +24,8 @@ class ForTraining:
 
     `short_side`: the shorter side is one of `detect.short_sides`, the longer one `detect.long_side` at most (as for
     ResNets since Detectron). `jitter`: the image is fitted into `data.image_size` times a share of `detect.jitter`,
-    then cropped or padded to it (large-scale jitter; Ghiasi et al., 2021); boxes are drawn anew around what is left.
-
-    Args:
-        config: `detect`, `data.image_size` and `data.flip`.
-        mean: 0 .. 1 per channel, which pads.
+    then cropped or padded with `mean` (0 .. 1 per channel) to it (large-scale jitter; Ghiasi et al., 2021); boxes are
+    drawn anew around what is left.
     """
 
     def __init__(self, config: EvalConfig, mean: tuple[float, ...]):
@@ -72,7 +59,7 @@ class ForTraining:
         else:
             shown_N = (boxes_N4[:, 2:] > boxes_N4[:, :2]).all(1)
         target = {"boxes": boxes_N4[shown_N], "labels": labels_N[shown_N], "masks": masks_NHW[shown_N].byte()}
-        return Sample(image_CHW.contiguous(), target)
+        return image_CHW.contiguous(), target
 
 
 def resized_to_test(config: EvalConfig, image_HWC: np.ndarray) -> Tensor:
@@ -86,43 +73,27 @@ def resized_to_test(config: EvalConfig, image_HWC: np.ndarray) -> Tensor:
     return resize(torch.from_numpy(np.array(image_HWC)).permute(2, 0, 1)).contiguous()
 
 
-class MicroBatchOfObjects(NamedTuple):
-    """torchvision's detectors train on this: images [C, H, W] in 0..1, of any sizes, and a target for each."""
-
-    images: list[Tensor]
-    targets: list[dict[str, Tensor]]
+Targets = list[dict[str, Tensor]]  # of each image, see `Sample`
 
 
 class ObjectLoader(SampleLoader):
-    """This loader gives training batches of one rank."""
+    """This loader gives training batches of one rank: images [C, H, W] in 0..1, of any sizes, and their targets."""
 
     def __init__(self, job: Job):
         super().__init__(job)
         self._transform = ForTraining(job.config, job.weights.mean)
 
     def read(self, index: int) -> tuple[np.ndarray, Instances]:
-        """See `SampleLoader`."""
         return self.plan.source.decode(index), self.plan.source.instances(index)
 
     def make(self, read: tuple[np.ndarray, Instances], index: int, epoch: int) -> Sample:
-        """See `SampleLoader`."""
-        seed_generators(self.config.seed, epoch, index)
+        seed_generators(self.config.seed, epoch, index)  # torchvision's transforms draw from torch's
         return self._transform(*read)
 
-    def collate(self, samples: list[Sample]) -> list[Sample]:
-        """Leave the images as they are, of any sizes."""
-        return samples
+    collate = staticmethod(list)  # of images of any sizes
 
-    def place(self, batch: list[Sample], number: int) -> MicroBatchOfObjects:
+    def place(self, batch: list[Sample], number: int) -> tuple[list[Tensor], Targets]:
         """See `SampleLoader`; images become shares of 1."""
         device = self.here.device
-        return MicroBatchOfObjects(
-            [sample.image_CHW.to(device, non_blocking=True) / 255 for sample in batch],
-            [{k: v.to(device, non_blocking=True) for k, v in sample.target.items()} for sample in batch],
-        )
-
-
-def share_to_test(job: Job) -> Iterator[list[tuple[Tensor, Instances]]]:
-    """Yield this rank's images to test on, see `samples_to_test`: as they are shown, and the originals' objects."""
-    config, source = job.config, job.test.source
-    return samples_to_test(job, lambda i: (resized_to_test(config, source.decode(i)), source.instances(i)))
+        images = [image_CHW.to(device, non_blocking=True) / 255 for image_CHW, _ in batch]
+        return images, [{k: v.to(device, non_blocking=True) for k, v in target.items()} for _, target in batch]

@@ -20,11 +20,8 @@ def average_precision(pairs: Iterable[tuple[dict[str, Tensor], Instances]]) -> d
     """Return the figures, shares of 1, over the images of all ranks; the same on each.
 
     Of boxes and of masks: the mean over thresholds of overlap from 0.5 to 0.95 in steps of 0.05 (AP), and at 0.5 and
-    0.75; the mean over the classes that there are; at most 100 objects an image.
-
-    Args:
-        pairs: of each image of this rank what was found: boxes [N, 4], scores [N], labels [N] from 1 on, masks
-            [N, H, W] bool; and what there is.
+    0.75; the mean over the classes that there are; at most 100 objects an image. `pairs` are, of each image of this
+    rank, what was found (boxes [N, 4], scores [N], labels [N] from 1 on, masks [N, H, W] bool) and what there is.
     """
     from torchmetrics.detection import MeanAveragePrecision
 
@@ -38,28 +35,21 @@ def average_precision(pairs: Iterable[tuple[dict[str, Tensor], Instances]]) -> d
         sync_on_compute=False,
     )
     for found, objects in pairs:
-        metric.update([{name: value.cpu() for name, value in found.items()}], [_truth(objects)])
+        truth = {
+            "boxes": torch.from_numpy(objects.boxes_N4),
+            "labels": torch.from_numpy(objects.labels_N) + 1,
+            "masks": torch.from_numpy(objects.masks_NHW),
+            "iscrowd": torch.from_numpy(objects.crowd_N).long(),
+        }
+        metric.update([{name: value.cpu() for name, value in found.items()}], [truth])
     if dist.is_initialized():
-        _gather_(metric)
-        if dist.get_rank() > 0:
+        # The first rank is given what the others have.
+        state, is_first = metric.metric_state, dist.get_rank() == 0
+        shares = [None] * dist.get_world_size() if is_first else None
+        dist.gather_object(state, shares)
+        if not is_first:
             return broadcast(None)
+        for name in state:
+            setattr(metric, name, [row for share in shares for row in share[name]])
     values = metric.compute()
     return broadcast({name: float(values[key]) for name, key in FIGURES.items()})
-
-
-def _truth(objects: Instances) -> dict[str, Tensor]:
-    return {
-        "boxes": torch.from_numpy(objects.boxes_N4),
-        "labels": torch.from_numpy(objects.labels_N) + 1,
-        "masks": torch.from_numpy(objects.masks_NHW),
-        "iscrowd": torch.from_numpy(objects.crowd_N).long(),
-    }
-
-
-def _gather_(metric) -> None:
-    """Give the first rank what the others have."""
-    state = metric.metric_state
-    shares = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(state, shares)
-    for name in state if shares else ():
-        setattr(metric, name, [row for share in shares for row in share[name]])

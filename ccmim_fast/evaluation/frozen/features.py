@@ -3,6 +3,7 @@
 # B batch, H height, W width, C channels, T tokens (prefix tokens first), D width, N images, S of one rank's share
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -11,12 +12,12 @@ from torch import Tensor
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.errors import DataError, NumericsError
-from ccmim_fast.evaluation.images import Images
-from ccmim_fast.evaluation.job import Job
+from ccmim_fast.evaluation.job import Images, Job
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.ranks.session import gather_ranks
 
 _BATCH = 256  # images encoded at once by a rank
+_EXACT = nullcontext()  # in place of autocast: float32
 
 
 def pooled(tokens_BTD: Tensor, prefix: int, pool: Literal["avg", "cls"]) -> Tensor:
@@ -25,28 +26,26 @@ def pooled(tokens_BTD: Tensor, prefix: int, pool: Literal["avg", "cls"]) -> Tens
 
 
 def extract(
-    encode: Callable[[Tensor], Tensor], batches: Iterable[Batch], prefix: int = 1, pool: Literal["avg", "cls"] = "avg"
+    encode: Callable[[Tensor], Tensor],
+    batches: Iterable[Batch],
+    prefix: int = 1,
+    pool: Literal["avg", "cls"] = "avg",
+    autocast: AbstractContextManager = _EXACT,
 ) -> tuple[Tensor, Tensor | None]:
-    """Encode every image and pool its tokens to one vector.
+    """Encode every image and pool its tokens to one vector, see `pooled`.
 
-    Args:
-        encode: uint8 images [B, H, W, C] -> the normalised final tokens [B, T, D] of any float dtype, prefix tokens
-            (CLS, registers) first. It is called under `inference_mode`; evaluation mode and precision are its caller's.
-        prefix: number of prefix tokens.
-        pool: see `pooled`.
+    `encode` turns uint8 images [B, H, W, C] into the normalised final tokens [B, T, D] of any float dtype, first
+    `prefix` tokens (CLS, registers). It is called under `inference_mode` and `autocast`, and is in evaluation mode.
 
     Returns features [N, D] float32 and labels [N] int64, on the CPU and usable under autograd; None without labels.
-
-    Raises:
-        ValueError: `pool` is neither name, or is `cls` with no prefix token.
-        DataError: no batch at all.
-        NumericsError: a feature that is not finite.
+    Raises ValueError: `pool` is neither name, or is `cls` with no prefix token; DataError: no batch at all;
+    NumericsError: a feature that is not finite.
     """
     if pool not in ("avg", "cls") or (pool == "cls" and prefix < 1):
         raise ValueError(f"pool={pool!r} with prefix={prefix}: pool must be 'avg', or 'cls' with prefix >= 1")
     features, labels = [], []
     for batch in batches:
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast:
             tokens_BTD = encode(batch.images_BHWC).float()
             features.append(pooled(tokens_BTD, prefix, pool).cpu())
         labels.append(batch.labels_B)
@@ -62,14 +61,9 @@ def extract(
 
 def features(job: Job, images: Images) -> tuple[Tensor, Tensor]:
     """Return features [S, D] float32 and labels [S] of this rank's share, every `world_size`-th image, on the CPU."""
-    encoder = job.frozen_encoder(job.config.model.pool)
-    precision = choose_precision(job.config.train.precision, job.here.device)
-
-    def encode(images_BHWC: Tensor) -> Tensor:
-        with precision.autocast(job.here.device):
-            return encoder(images_BHWC)
-
-    return extract(encode, job.batches(images, _BATCH), encoder.prefix, job.config.model.pool)
+    pool, device = job.config.model.pool, job.here.device
+    encoder, precision = job.frozen_encoder(pool), choose_precision(job.config.train.precision, device)
+    return extract(encoder, job.batches(images, _BATCH), encoder.prefix, pool, precision.autocast(device))
 
 
 def features_of_all_ranks(job: Job, images: Images) -> tuple[Tensor, Tensor]:

@@ -42,14 +42,9 @@ def knn_accuracies(
     to the lower class index. Equivalent to comparing all test images with all training images at once. Where there are
     many ranks, all must ask: each looks through its own training images, and the neighbours of all are compared.
 
-    Args:
-        train_ND: float32 or float64, need not be normalised; of many ranks, this one's share.
-        test_ND: likewise, all of them, on the same device.
-        train_labels_N, test_labels_N: int64, >= 0.
-
-    Raises:
-        ValueError: a k outside 1..N (of all ranks), a temperature that is not positive, no test image, or features with
-            NaN.
+    Features are float32 or float64 on one device, need not be normalised, and are this rank's share of the training
+    images and all of the test images. Labels are int64, >= 0. Raises ValueError: a k outside 1..N (of all ranks), a
+    temperature that is not positive, no test image, or features with NaN.
     """
     largest = int(train_labels_N.max()) if len(train_labels_N) else 0
     counts_R2 = gather_ranks(torch.tensor([len(train_ND), largest], device=train_ND.device))

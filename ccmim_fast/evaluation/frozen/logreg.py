@@ -31,12 +31,8 @@ def logreg_accuracy(
     equal ones go to the smaller C, the stronger penalty); the fit is then repeated on all of them. Mean and standard
     deviation come from the images fitted. The test images take no part in any of it. Deterministic.
 
-    Args:
-        train_ND, test_ND: float, on the CPU. train_labels_N, test_labels_N: int64.
-
-    Raises:
-        ValueError: features that are not finite, a C that is not positive, one class only, or no class with five
-            training images.
+    Features are float, on the CPU, labels int64. Raises ValueError: features that are not finite, a C that is not
+    positive, one class only, or no class with five training images.
     """
     # A second, which those who only look at masks need not wait.
     from sklearn.linear_model import LogisticRegression

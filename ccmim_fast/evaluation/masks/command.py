@@ -13,16 +13,14 @@ from ccmim_fast.checkpoints.manifest import CHECKPOINTS, checkpoints
 from ccmim_fast.config.keys import show
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.errors import CheckpointError, ConfigError, DataError
-from ccmim_fast.evaluation.masks.moment import Moment
 from ccmim_fast.evaluation.masks.objects import MaskFolder, has_both, objects_of
-from ccmim_fast.evaluation.masks.result import write
+from ccmim_fast.evaluation.masks.result import Moment, write
 from ccmim_fast.evaluation.masks.scores import figures_of, score_and_divide
 from ccmim_fast.evaluation.masks.subject import PROG, Subject, read_subject
 from ccmim_fast.models.ccmim import Output
 from ccmim_fast.models.scores import PriorScores
 from ccmim_fast.ranks.session import open_session
-from ccmim_fast.report.reconstruction import reconstruct
-from ccmim_fast.report.snapshots import FewImages, few_images, prior_scores, spread
+from ccmim_fast.report.snapshots import FewImages, few_images, prior_scores, reconstruct, spread
 from ccmim_fast.runs.folder import check_apart, describe_run, open_run_folder
 from ccmim_kernels import Partition, partition_from_mask
 
@@ -32,15 +30,15 @@ def show_masks(
 ) -> None:
     """Draw (masks.png) and measure (result.json, result.md) scores and masks, and print the figures.
 
-    Args:
-        checkpoint: a run's folder, one of its checkpoints, a file of weights, or timm:NAME.
-        images: a folder in place of the run's own images; "": those.
-        settings: options in place of the run's own.
-        drawn: images drawn, of the `measure` that are measured.
-        moments: checkpoints of the run, side by side.
-        masks: folder of the objects' masks, named as the images.
+    The arguments are those of `ccmim eval masks --help`; `settings` are options in place of the run's own.
     """
-    first, *others = _places(checkpoint, moments)
+    first, *others = [checkpoint]
+    if moments > 1:  # of the run, the oldest first
+        found = checkpoints(Path(checkpoint) / CHECKPOINTS)
+        if not found:
+            words = f"needs the folder of a run with checkpoints, got {show(checkpoint)}"
+            raise ConfigError(f"--moments={moments}: {words}")
+        first, *others = map(str, spread(found, moments))
     subject = read_subject(first, settings, images)
     check_apart(subject.config.run.dir, checkpoint)
     few = few_images(subject.config.data, subject.config.seed, measure)
@@ -54,16 +52,6 @@ def show_masks(
         later = (read_subject(place, settings, images) for place in others)
         measured = [_measure(one, few, object_BL, drawn, here.device) for one in chain(subjects, later)]
         print(write(folder, measured, object_BL, here.device))
-
-
-def _places(checkpoint: str, moments: int) -> list[str]:
-    """Return what to read: `checkpoint`, or for several moments as many checkpoints of the run in it, oldest first."""
-    if moments < 2:
-        return [checkpoint]
-    found = checkpoints(Path(checkpoint) / CHECKPOINTS)
-    if not found:
-        raise ConfigError(f"--moments={moments}: needs the folder of a run with checkpoints, got {show(checkpoint)}")
-    return [str(path) for path in spread(found, moments)]
 
 
 def _objects(subject: Subject, few: FewImages, folder: Path | None) -> Tensor | None:

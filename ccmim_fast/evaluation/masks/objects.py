@@ -1,6 +1,6 @@
 """Scores and masks are compared with the objects in images, where their place is known."""
 
-# B images, H height, W width, L patches
+# B images, H height, W width, L patches (row by row), P patch side
 
 import os
 from collections.abc import Sequence
@@ -19,7 +19,6 @@ from ccmim_fast.data.stream.torch_loader import crop_and_resize
 from ccmim_fast.engine.pretraining import Pretraining
 from ccmim_fast.engine.step import StepResult
 from ccmim_fast.errors import DataError, one_line
-from ccmim_fast.evaluation.masks.metrics import object_leakage, object_patches, score_auroc
 
 PROBED = 256  # images of a step at most: 26 ms of a core at 64 pixels a side, 143 ms at 224 (AMD EPYC)
 
@@ -52,9 +51,7 @@ def has_both(object_BL: Tensor) -> bool:
 class MaskFolder:
     """This folder has object masks in PNG files, each under the name of its image; a pixel that is not 0 is object.
 
-    Args:
-        folder: holds `a/b.png` for the image `a/b.jpg` of `root`, or else `b.png`.
-        root: where the images are.
+    The mask of `root`/a/b.jpg is `folder`/a/b.png, or else `folder`/b.png.
     """
 
     def __init__(self, folder: Path, root: str, source: Source):
@@ -91,3 +88,51 @@ def objects_of(
         mask_HW1 = 255 * objects.mask(one.ids_B.item()).astype(np.uint8)[..., None]
         crops.append(crop_and_resize(mask_HW1, one.boxes_B4[0], one.flips_B.item(), image_size)[..., 0] > 127)
     return object_patches(torch.from_numpy(np.stack(crops)), patch)
+
+
+def object_patches(masks_BHW: Tensor, patch: int) -> Tensor:
+    """Turn masks (bool, True on the object) into patch masks [B, L]: a patch is object where at least half of it is.
+
+    Raises ValueError: `patch`, its side in pixels, does not divide both sides.
+    """
+    B, H, W = masks_BHW.shape
+    if patch < 1 or H % patch or W % patch:
+        raise ValueError(f"patch={patch} must divide the image's {H} x {W} pixels")
+    blocks_BhPwP = masks_BHW.view(B, H // patch, patch, W // patch, patch)
+    return (2 * blocks_BhPwP.sum(dim=(2, 4)) >= patch**2).flatten(1)
+
+
+def score_auroc(scores_BL: Tensor, object_BL: Tensor) -> float:
+    """Return the mean over images of the AUROC of patch scores, of any scale, against object patches (bool).
+
+    Of one image it is the share of (object, background) pairs in which the object patch scores higher, a tie counting
+    one half: 1 = every object patch above every other patch, 0.5 = no relation. It is computed from ranks
+    (Mann-Whitney). Images with no object patch, or with nothing else, are left out. Raises ValueError: NaN in the
+    scores, or no image with both kinds of patches.
+    """
+    if scores_BL.isnan().any():
+        raise ValueError("scores hold NaN")
+    objects_B, others_B = object_BL.sum(dim=1), (~object_BL).sum(dim=1)
+    usable_B = (objects_B > 0) & (others_B > 0)
+    if not usable_B.any():
+        raise ValueError(f"none of {len(scores_BL)} images has both object and background patches")
+    scores_BL = scores_BL.contiguous()
+    sorted_BL = scores_BL.sort(dim=1).values
+    below_BL, not_above_BL = (torch.searchsorted(sorted_BL, scores_BL, right=right) for right in (False, True))
+    # The rank, from 1, of a tied group is the mean of its places.
+    rank_sum_B = ((below_BL + not_above_BL + 1).double() / 2 * object_BL).sum(dim=1)
+    auroc_B = (rank_sum_B - objects_B * (objects_B + 1) / 2) / (objects_B * others_B)
+    return float(auroc_B[usable_B].mean())
+
+
+def object_leakage(mask_BL: Tensor, object_BL: Tensor) -> float:
+    """Return the share of all object patches that stay visible, relative to the share of all patches that do.
+
+    1 = as many as random masking leaves, 0 = every object patch hidden, 1 / (1 - ratio) = every one visible. Masks are
+    bool, True where masked. Raises ValueError: no patch is visible, or none shows an object.
+    """
+    if mask_BL.all() or not object_BL.any():
+        which = "a visible patch" if mask_BL.all() else "an object patch"
+        raise ValueError(f"none of {len(object_BL)} images has {which}")
+    visible_BL = ~mask_BL
+    return float(visible_BL[object_BL].double().mean() / visible_BL.double().mean())

@@ -2,6 +2,7 @@
 
 # B images, b of one chunk, H height, W width, C channels, L patches, D width
 
+import math
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from ccmim_fast.build.model import build_objective, build_score_source
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.stream.batch import Batch
-from ccmim_fast.evaluation.masks.metrics import object_leakage, score_auroc, score_entropy, top_share
+from ccmim_fast.evaluation.masks.objects import object_leakage, score_auroc
 from ccmim_fast.models.ccmim import CCMIM, Output
 from ccmim_fast.models.scores import AllBlocks, PriorScores, eq4_of_blocks
 from ccmim_fast.registry import SCORE_SOURCES
@@ -37,13 +38,9 @@ def score_and_divide(
 ) -> Scored:
     """Score the images by every source, and divide them by every strategy; no step is taken.
 
-    The masks are drawn by the source that the settings name; by all blocks for a bank that knows nothing.
-
-    Args:
-        model: in evaluation mode.
-        batch: on the model's device.
-        prior: what the run's bank says of the images, if it does.
-        decodes: whether the model's decoder is trained.
+    The masks are drawn by the source that the settings name; by all blocks for a bank that knows nothing. The model is
+    in evaluation mode, the batch on its device; `prior` is what the run's bank says of the images, if it does;
+    `decodes` tells whether the model's decoder is trained.
     """
     names = {"first": "block 0", "block": f"block {config.score.block}"} | ({} if prior is None else {"bank": "bank"})
     named = SCORE_SOURCES[config.score.source]
@@ -82,11 +79,7 @@ def _logits(model: CCMIM, images_bHWC: Tensor, ids_b: Tensor, prior: PriorScores
 
 
 def figures_of(scored: Scored, object_BL: Tensor | None) -> dict[str, float]:
-    """Return the figures of the scores that the masks are drawn by, and of each strategy.
-
-    Args:
-        object_BL: bool, patches that show the object, see `score_auroc`; None where that is not known.
-    """
+    """Return the figures of the scores that the masks are drawn by, and of each strategy; `object_BL` as in `write`."""
     figures = of_scores(scored.scores[scored.source], object_BL)
     if object_BL is not None:
         figures |= {f"leakage, {name}": object_leakage(mask_BL, object_BL) for name, mask_BL in scored.masks.items()}
@@ -97,3 +90,17 @@ def of_scores(scores_BL: Tensor, object_BL: Tensor | None) -> dict[str, float]:
     """Return AUROC where the objects are known, entropy as a share of log L, share of the top quarter."""
     auroc = {} if object_BL is None else {"auroc": score_auroc(scores_BL, object_BL)}
     return auroc | {"entropy": score_entropy(scores_BL), "top quarter": top_share(scores_BL)}
+
+
+def score_entropy(scores_BL: Tensor) -> float:
+    """Return the mean entropy of scores that sum to 1, as a share of log L: 1 = all patches alike, 0 = all on one."""
+    return float(torch.special.entr(scores_BL.double()).sum(1).mean()) / math.log(scores_BL.shape[1])
+
+
+def top_share(scores_BL: Tensor, share: float = 0.25) -> float:
+    """Return the mean sum of the scores of each image's highest patches; `share` itself where all are alike.
+
+    Scores of an image sum to 1; the share of its patches is rounded down, but one at least.
+    """
+    count = max(1, int(scores_BL.shape[1] * share))
+    return float(scores_BL.double().topk(count, dim=1).values.sum(1).mean())

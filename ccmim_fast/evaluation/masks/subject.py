@@ -39,17 +39,11 @@ class Subject(NamedTuple):
 
 
 def read_subject(place: str, settings: list[str], images: str = "") -> Subject:
-    """Read the model at a place; no code in a file is run.
+    """Read the model at a place, see `read_weights`; no code in a file is run.
 
-    Args:
-        place: what `read_weights` reads.
-        settings: options of the user, in place of the run's own.
-        images: a folder in place of the run's own images.
-
-    Raises:
-        CheckpointError: missing, damaged, or of another model.
-        ConfigError: a setting that is wrong or changes nothing here, an architecture that must be told, or attention
-            that cannot be read.
+    The user's options `settings` and folder `images` take the place of the run's own. Raises CheckpointError: missing,
+    damaged, or of another model; ConfigError: a setting that is wrong or changes nothing here, an architecture that
+    must be told, or attention that cannot be read.
     """
     if Path(place).is_dir():
         run = open_run(place)

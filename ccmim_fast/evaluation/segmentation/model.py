@@ -8,27 +8,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.evaluation.encoders import OUTPUTS, build_encoder, keep_blocks_, maps_of
+from ccmim_fast.evaluation.encoders import OUTPUTS, keep_blocks_, maps_of
 from ccmim_fast.evaluation.job import Job
 
 _AUXILIARY = 2  # which of the four scales the second classifier looks at
 
 
-def build_decoder(width: int, dim: int) -> nn.Module:
-    """Four maps [B, width, h, w], each half as high and wide as the one before -> [B, dim, h, w] of the first's size.
-
-    Its forward takes a list of six of which it leaves out the first two (an image's own and its half resolution).
-    """
-    from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
-
-    return UPerNetDecoder(encoder_channels=[0, 0, *4 * [width]], encoder_depth=5, decoder_channels=dim)
-
-
 class Neck(nn.Module):
-    """Four maps [B, D, h, w] -> [B, D, 4 h, 4 w], [B, D, 2 h, 2 w], [B, D, h, w] and [B, D, h / 2, w / 2] (BEiT).
-
-    At patches of 16 pixels those are strides of 4, 8, 16 and 32, at patches of 4 of 1, 2, 4 and 8.
-    """
+    """Four maps [B, D, h, w] -> [B, D, 4 h, 4 w], [B, D, 2 h, 2 w], [B, D, h, w] and [B, D, h / 2, w / 2] (BEiT)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -43,13 +30,9 @@ class Neck(nn.Module):
 class Segmenter(nn.Module):
     """uint8 images [B, 3, H, W] of the size the ViT was built for -> logits [B, K, H, W].
 
-    In training mode a pair of them, the second from the auxiliary classifier. Images are normalised here.
-
-    Args:
-        vit: its final norms, pooling and head are taken away.
-        mean, std: of the encoder's images, per channel on a 0..1 scale.
-        dropout: of whole channels, before the classifiers.
-        init_std: of the classifiers' weights.
+    In training mode a pair of them, the second from the auxiliary classifier. Images are normalised here, by `mean` and
+    `std` per channel on a 0..1 scale. The final norms, pooling and head of `vit` are taken away. `dropout` is of whole
+    channels, before the classifiers, whose weights begin with a deviation of `init_std`.
     """
 
     def __init__(
@@ -64,9 +47,13 @@ class Segmenter(nn.Module):
         dropout: float,
         init_std: float,
     ):
+        from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+
         super().__init__()
         width, self.vit, self.out_indices = vit.embed_dim, vit, keep_blocks_(vit, OUTPUTS)
-        self.neck, self.decoder = Neck(width), build_decoder(width, decoder_dim)
+        self.neck = Neck(width)
+        # Takes six maps, and leaves out the first two: an image's own resolution and half of it.
+        self.decoder = UPerNetDecoder([0, 0, *4 * [width]], encoder_depth=5, decoder_channels=decoder_dim)
         self.auxiliary = nn.Sequential(
             nn.Conv2d(width, auxiliary_dim, 3, padding=1, bias=False), nn.BatchNorm2d(auxiliary_dim), nn.ReLU()
         )
@@ -91,16 +78,9 @@ class Segmenter(nn.Module):
     def _at_pixels(logits_BKhw: Tensor, images_BCHW: Tensor) -> Tensor:
         return F.interpolate(logits_BKhw, images_BCHW.shape[-2:], mode="bilinear", align_corners=False)
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
-        """Tell timm's `param_groups_layer_decay` what is embedding and what blocks; all else is new above them."""
-        return {
-            "stem": r"^vit\.(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre)",
-            "blocks": [(r"^vit\.blocks\.(\d+)", None)],
-        }
-
-    def no_weight_decay(self) -> set[str]:
-        """Return the names of parameters that are no weights, besides vectors."""
-        return {f"vit.{name}" for name in self.vit.no_weight_decay()}
+    def new_parts(self) -> list[nn.Module]:
+        """Return what is trained from scratch: all but the encoder."""
+        return [part for part in self.children() if part is not self.vit]
 
 
 def _classifier(width: int, classes: int, dropout: float, init_std: float) -> nn.Sequential:
@@ -111,13 +91,9 @@ def _classifier(width: int, classes: int, dropout: float, init_std: float) -> nn
 
 
 def build_segmenter(job: Job) -> nn.Module:
-    """Build a `Segmenter`, its BatchNorms synchronised where ranks train on GPUs.
-
-    Raises ConfigError: an architecture, a size or a batch that it cannot be built or trained with.
-    """
+    """Build a `Segmenter`; on many GPUs its BatchNorms are synchronised. Raises ConfigError: settings do not fit."""
     config, segment = job.config, job.config.segment
-    options = {"drop_path": config.model.drop_path, "plain": True}
-    vit = build_encoder(job.weights, config.data.image_size, config.model.num_heads, **options)
+    vit = job.build_encoder(drop_path=config.model.drop_path, plain=True)
     size, patch, batch = config.data.image_size, vit.patch_embed.patch_size, config.train.batch_size
     near = [max(2, round(side / of_patch)) * of_patch for side, of_patch in zip(size, patch)]
     if list(size) != near:

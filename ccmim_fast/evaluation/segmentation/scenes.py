@@ -12,7 +12,7 @@ from PIL import Image
 
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.index.indexed import IndexedSource, open_images
-from ccmim_fast.data.made.shapes import ShapesSource
+from ccmim_fast.data.made.shapes import build
 from ccmim_fast.data.source import Source
 from ccmim_fast.data.threads import thread_count
 from ccmim_fast.errors import DataError, one_line
@@ -24,12 +24,10 @@ _MODES = ("L", "P")  # Pillow's names of 8-bit gray and palette
 
 
 class Scenes:
-    """Images of a source with labels of their pixels; as much of a `Source` as plans ask for.
+    """Images of a source, of 3 channels, with labels of their pixels; as much of a `Source` as plans ask for.
 
-    Args:
-        images: of 3 channels.
-        class_names: K of them, at most 255.
-        labels: id -> [H, W] uint8, 0 .. K - 1 or `IGNORED`; raises DataError naming the file.
+    `labels` gives those of an id, [H, W] uint8, 0 .. K - 1 or `IGNORED`, of K `class_names`, at most 255; it raises
+    DataError naming the file.
     """
 
     def __init__(self, images: Source, class_names: tuple[str, ...], labels: Callable[[int], np.ndarray]):
@@ -60,11 +58,8 @@ def folder_scenes(root: str) -> tuple[Scenes, Scenes]:
     paths = [_annotations_of(found, root, part) for found, part in zip(images, PARTS)]
     names = Path(root) / NAMES
     class_names = _names_in(names) if names.is_file() else _numbered(paths[0])
-    train, test = (
-        Scenes(found, class_names, _labels_of(found, of_these, len(class_names)))
-        for found, of_these in zip(images, paths)
-    )
-    return train, test
+    labels = [_labels_of(found, of_these, len(class_names)) for found, of_these in zip(images, paths)]
+    return tuple(Scenes(found, class_names, of_these) for found, of_these in zip(images, labels))
 
 
 def _labels_of(images: IndexedSource, paths: list[str], classes: int) -> Callable[[int], np.ndarray]:
@@ -85,11 +80,10 @@ def _labels_of(images: IndexedSource, paths: list[str], classes: int) -> Callabl
 
 def _annotations_of(images: IndexedSource, root: str, part: str) -> list[str]:
     """Return the path of each image's annotation: the same name, as PNG."""
-    folder, beside = (os.path.join(os.path.abspath(root), kind, part) for kind in ("images", "annotations"))
+    folder, beside = (Path(os.path.abspath(root), kind, part) for kind in ("images", "annotations"))
     paths = []
     for name in map(images.name, range(len(images))):
-        stem, _ = os.path.splitext(os.path.relpath(name, folder))
-        paths.append(os.path.join(beside, f"{stem}.png"))
+        paths.append(str(beside / Path(name).relative_to(folder).with_suffix(".png")))
         if not os.path.isfile(paths[-1]):
             raise DataError(f"{paths[-1]}: no such file; it must be there for the image {name}")
     return paths
@@ -108,10 +102,7 @@ def _read_annotation(path: str) -> np.ndarray:
 
 def _names_in(path: Path) -> tuple[str, ...]:
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:] if line.strip()]
-    try:
-        in_order = [int(row[0]) for row in rows] == list(range(1, len(rows) + 1))
-    except ValueError:
-        in_order = False
+    in_order = [row[0].strip() for row in rows] == [str(number) for number in range(1, len(rows) + 1)]
     if not in_order or not 2 <= len(rows) <= IGNORED:
         raise DataError(f"{path}: must number 2 to {IGNORED} classes from 1 on, a line each below a heading")
     return tuple(row[-1].strip() for row in rows)
@@ -128,7 +119,7 @@ def _numbered(paths: list[str]) -> tuple[str, ...]:
 
 def shape_scenes(data: DataConfig, seed: int) -> Scenes:
     """Make scenes of shapes on a background, which is the first class; no pixel is ignored. Raises ConfigError."""
-    images = ShapesSource(seed, data.samples, data.image_size, data.classes, data.background, data.root or None)
+    images = build(data, seed)
 
     def labels(index: int) -> np.ndarray:
         return np.where(images.mask(index), np.uint8(1 + images.labels_N[index]), np.uint8(0))

@@ -1,7 +1,4 @@
-"""Images change with their labels: resized, cropped, mirrored, distorted, padded (mmsegmentation's for ADE20K).
-
-`SceneLoader` makes micro-batches of them.
-"""
+"""Images change with their labels: resized, cropped, mirrored, distorted, padded (mmsegmentation's for ADE20K)."""
 
 # H height, W width, C channels; images [C, H, W] uint8
 
@@ -138,10 +135,8 @@ class SceneLoader(SampleLoader):
         self._augment = Augment(data.image_size, segment.sides, segment.ratio, segment.most, data.flip, colour)
 
     def make(self, read: np.ndarray, index: int, epoch: int) -> Pair:
-        """See `SampleLoader`."""
         draws = np.random.default_rng((self.config.seed, epoch, index))
         return self._augment(pair_of(self.plan.source, index, read), draws)
 
     def collate(self, samples: list[Pair]) -> SceneBatch:
-        """See `SampleLoader`."""
         return SceneBatch(*map(torch.stack, zip(*samples)))
