@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ccmim_fast.bank.stores import DeviceStore
 from ccmim_fast.data.source import usable_count, usable_positions
 from ccmim_fast.data.stream.batch import Batch, to_device
 from ccmim_fast.data.stream.plan import Plan
@@ -30,6 +29,42 @@ _CHUNK = 65536  # maps in one message to the first rank
 def own_maps(plan: Plan) -> int:
     """Return how many maps this rank keeps: one for each sample of its partitions."""
     return -(-usable_count(plan.source) // plan.partitions) * len(plan.own_partitions)
+
+
+class DeviceStore:
+    """N maps of G x G scores, float16, in the training device's own memory; the other stores have the same methods.
+
+    Args:
+        maps_NGG: all maps at first; the store writes to this tensor.
+        device: the training device.
+    """
+
+    def __init__(self, maps_NGG: Tensor, device: torch.device):
+        self._maps_NGG, self._device = maps_NGG, device
+
+    def read(self, rows_P: np.ndarray) -> Tensor:
+        """Return a copy of some rows, [P, G, G], on the training device."""
+        return self._maps_NGG.index_select(0, self._index(rows_P))
+
+    def write(self, rows_P: np.ndarray, maps_PGG: Tensor) -> None:
+        """Replace some rows, each one at most once; the maps are on the training device."""
+        self._maps_NGG.index_copy_(0, self._index(rows_P), maps_PGG)
+
+    def _index(self, rows_P: np.ndarray) -> Tensor:
+        rows = torch.from_numpy(rows_P)
+        # Only pinned memory is copied asynchronously.
+        return rows.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else rows
+
+    def prefetch(self, rows_P: np.ndarray) -> None:
+        """Announce rows that will be read soon: only a file is slow enough to fetch them beforehand."""
+
+    def contents(self) -> Tensor:
+        """Return all maps [N, G, G] on the host, as of now; the caller does not write to them."""
+        return self._maps_NGG.cpu()
+
+    def fill(self, maps_NGG: Tensor) -> None:
+        """Replace all maps by maps on the host."""
+        self._maps_NGG.copy_(maps_NGG)
 
 
 class ScoreBank:
