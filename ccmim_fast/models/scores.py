@@ -47,6 +47,11 @@ class ScoreSource:
         """Return v [D] where the source wants logits_i = LN(x_i) . v, which `embed_tokens` computes; else None."""
         return None
 
+    def logits(self, vit: VisionTransformer, x_BLD: Tensor) -> Tensor:
+        """Compute what the call returns from the embedded patches alone."""
+        raise NotImplementedError
+
+    @torch.no_grad()
     def __call__(
         self,
         vit: VisionTransformer,
@@ -61,7 +66,7 @@ class ScoreSource:
             prior: what a bank says of the patches.
             folded_BL: the logits by `direction`, where they were computed; None: the source computes them itself.
         """
-        raise NotImplementedError
+        return self.logits(vit, x_BLD) if folded_BL is None else folded_BL
 
 
 class OneBlock(ScoreSource):
@@ -73,14 +78,7 @@ class OneBlock(ScoreSource):
             raise ConfigError(f"score.block={block} must be in 0..{len(vit.blocks) - 1}")
         self.block = block
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        vit: VisionTransformer,
-        x_BLD: Tensor,
-        prior: PriorScores | None = None,
-        folded_BL: Tensor | None = None,
-    ) -> Tensor:
+    def logits(self, vit: VisionTransformer, x_BLD: Tensor) -> Tensor:
         x_BTD = vit.norm_pre(with_prefix(vit, x_BLD))
         for earlier in vit.blocks[: self.block]:
             x_BTD = earlier(x_BTD)
@@ -97,19 +95,10 @@ class FirstBlock(OneBlock):
     def direction(self, vit: VisionTransformer) -> Tensor | None:
         return vit.blocks[0].folded_direction(prefix_tokens(vit)[None, :1]) if can_fold(vit) else None
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        vit: VisionTransformer,
-        x_BLD: Tensor,
-        prior: PriorScores | None = None,
-        folded_BL: Tensor | None = None,
-    ) -> Tensor:
-        if folded_BL is not None:
-            return folded_BL
+    def logits(self, vit: VisionTransformer, x_BLD: Tensor) -> Tensor:
         direction_D = self.direction(vit)
         if direction_D is None:
-            return super().__call__(vit, x_BLD)
+            return super().logits(vit, x_BLD)
         return folded_logits(x_BLD, direction_D, eps_of(vit))
 
 
@@ -124,14 +113,7 @@ class AllBlocks(ScoreSource):
         super().__init__(vit)
         self.normalise = normalise
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        vit: VisionTransformer,
-        x_BLD: Tensor,
-        prior: PriorScores | None = None,
-        folded_BL: Tensor | None = None,
-    ) -> Tensor:
+    def logits(self, vit: VisionTransformer, x_BLD: Tensor) -> Tensor:
         x_BTD, total_BL = vit.norm_pre(with_prefix(vit, x_BLD)), None
         *others, last = vit.blocks
         for block in others:
