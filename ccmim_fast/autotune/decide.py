@@ -8,7 +8,7 @@ import torch
 
 from ccmim_fast.autotune.calls import StepCall
 from ccmim_fast.autotune.check import differences, failure, failure_of
-from ccmim_fast.autotune.timing import Passes, milliseconds, timed, winner
+from ccmim_fast.autotune.timing import milliseconds, stopwatch, timed, winner
 
 
 class Question(NamedTuple):
@@ -76,7 +76,7 @@ def fastest_that_agree(
             if time.perf_counter() > until:
                 break
             try:
-                passes = [Passes(call, candidate, device) for call in calls[name]]
+                passes = [stopwatch(call, candidate, device) for call in calls[name]]
             except Exception as error:  # on many images, though not on few
                 dropped[name][candidate] = failure(error)
                 continue

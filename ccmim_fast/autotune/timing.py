@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from statistics import median
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from ccmim_fast.autotune.calls import StepCall
 from ccmim_fast.profile.meter import synchronise
@@ -18,28 +20,21 @@ MOST = 0.75  # of the rounds, which another one must win: on a machine with othe
 Key = TypeVar("Key", bound=Hashable)
 
 
-class Passes:
-    """Forward and backward pass of a call by one implementation; calling it times them."""
+def stopwatch(call: StepCall, candidate: str, device: torch.device) -> Callable[[], float]:
+    """Return a function that returns the seconds of a step's calls, forward and backward, by one implementation."""
 
-    def __init__(self, call: StepCall, candidate: str, device: torch.device):
-        self._call, self._candidate, self._device, self._repeat = call, candidate, device, 1
-        out, _ = call.forward(candidate)
-        self._gradients = [x.detach() for x in out if x.requires_grad]
-        # The first pass compiles, and fills caches: where even the next one is short, it tells how many make a sample.
-        if self() < 10 * SAMPLE * call.count:
-            self._repeat = max(1, round(SAMPLE * call.count / max(self(), 1e-9)))
-
-    def __call__(self) -> float:
-        """Return the seconds that the calls of a step take: those of one, times their number."""
-        synchronise(self._device)
+    def seconds(repeat: int) -> float:
+        synchronise(device)
         start = time.perf_counter()
-        for _ in range(self._repeat):
-            out, leaves = self._call.forward(self._candidate)
-            ends = [x for x in out if x.requires_grad]
-            if ends and leaves:
-                torch.autograd.grad(ends, leaves, self._gradients, allow_unused=True)
-        synchronise(self._device)
-        return (time.perf_counter() - start) / self._repeat * self._call.count
+        for _ in range(repeat):
+            call.passes(candidate, Tensor.detach)
+        synchronise(device)
+        return (time.perf_counter() - start) / repeat * call.count
+
+    for _ in range(2):  # the first passes compile, and fill caches
+        call.passes(candidate, Tensor.detach)
+    repeat = max(1, round(SAMPLE * call.count / max(seconds(1), 1e-9)))
+    return partial(seconds, repeat)
 
 
 def timed(samples: Mapping[Key, Callable[[], float]], until: float) -> dict[Key, list[float]]:

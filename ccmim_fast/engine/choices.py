@@ -69,8 +69,10 @@ def choose(
     where = machine(here.device) | _sizes(step, micro_batch, here)
     if loaders:
         where |= {"data": source.fingerprint[:16], "threads": str(thread_count(step.config.data.workers))}
-    pays = how == "fresh" or _flops(step, samples) >= LEAST_FLOPS
-    measures = how != "off" and pays and _computes(here.device)
+    rows, columns = step.model.grid
+    # About how much arithmetic the run is: six for each weight, patch and image.
+    flops = 6.0 * sum(p.numel() for p in step.model.parameters()) * rows * columns * samples
+    measures = how != "off" and (how == "fresh" or flops >= LEAST_FLOPS) and _computes(here.device)
     kept = [folder / FILE] if folder is not None else []
     if measures and how == "cached":
         kept.append(path_of(where))
@@ -78,7 +80,8 @@ def choose(
     if (table := broadcast(next(known, None) if here.is_main else None)) is not None:
         return table
     if not measures:
-        return Table(where, _unmeasured(step) if here.device.type == "cuda" else {})
+        calls = _calls(step, _CHECKED)[0] if here.device.type == "cuda" else {}
+        return Table(where, first_that_run(_questions(step, calls), calls))
     start = time.perf_counter()
     decisions = {}
     if loaders and here.is_main:
@@ -189,11 +192,6 @@ def _questions(step: TrainStep, names: Iterable[str]) -> dict[str, Question]:
     return {name: question for name, question in found.items() if len(question.candidates) > 1}
 
 
-def _unmeasured(step: TrainStep) -> dict[str, Decision]:
-    calls, _ = _calls(step, _CHECKED)
-    return first_that_run(_questions(step, calls), calls)
-
-
 def _measured(step: TrainStep, micro_batch: int, here: Session, until: float) -> dict[str, Decision]:
     """Check and time the candidates; other ranks than the first take part in the forward passes alone."""
     few, seconds = _calls(step, _CHECKED)
@@ -236,24 +234,15 @@ def _calls(step: TrainStep, images: int) -> tuple[dict[str, list[StepCall]], flo
 
 def _loaders(step: TrainStep, source: Source | None) -> list[str]:
     """Return the names of the loaders to choose from; none where there is no choice."""
-    if source is None or step.config.data.loader != "auto":
-        return []
-    names = list(suitable_loaders(source))
+    names = [] if source is None or step.config.data.loader != "auto" else list(suitable_loaders(source))
     return names if len(names) > 1 else []
 
 
 def _sizes(step: TrainStep, micro_batch: int, here: Session) -> dict[str, str]:
     """Return what decides the shapes of a step's calls."""
-    known = settings(Config)
-    values = {key: str(value) for key, value in flatten(step.config).items()}
-    sizes = {key: value for key, value in values.items() if known[key].on_resume == "shape" or key in _SIZES}
+    asked = {key for key, known in settings(Config).items() if known.on_resume == "shape" or key in _SIZES}
+    sizes = {key: str(value) for key, value in flatten(step.config).items() if key in asked}
     return sizes | {"precision": step.precision.name, "images": str(micro_batch), "ranks": str(here.world_size)}
-
-
-def _flops(step: TrainStep, samples: int) -> float:
-    """Return about how much arithmetic a run is: six for each weight, patch and image."""
-    rows, columns = step.model.grid
-    return 6.0 * sum(p.numel() for p in step.model.parameters()) * rows * columns * samples
 
 
 def _computes(device: torch.device) -> bool:
