@@ -7,10 +7,10 @@ from typing import Any
 from ccmim_fast.checkpoints import distributed, io
 from ccmim_fast.checkpoints.background import BackgroundSaver
 from ccmim_fast.checkpoints.collective import CollectiveWriter
-from ccmim_fast.checkpoints.config_diff import changes, table
 from ccmim_fast.checkpoints.state import Progress, capture, patterns, restore
 from ccmim_fast.config.evaluation import EvalConfig
-from ccmim_fast.config.load import from_yaml
+from ccmim_fast.config.keys import settings, show
+from ccmim_fast.config.load import difference, from_yaml
 from ccmim_fast.config.schema import Config
 from ccmim_fast.engine.task import Task
 from ccmim_fast.errors import CheckpointError, ConfigError
@@ -127,23 +127,25 @@ class Checkpointer:
         return distributed.spread(state, like)
 
     def _check_settings(self, state: dict[str, Any]) -> None:
-        """Tell which settings changed since; raise for those that may not, or not unasked."""
+        """Tell which settings changed since, one a line (fault 14); raise for those that may not, or not unasked."""
+        known = settings(type(self._config))
+        words = {"free": "", "shape": "another model", "asked": "needs --allow-change"}
         try:
             before = from_yaml(state["config"], "the checkpoint", type(self._config), lambda _: None)
         except (ConfigError, KeyError):  # of another version, with other settings: shapes will tell
             return
-        found = changes(before, self._config)
-        if self._here.is_main and (lines := table(found)):
-            print("\n".join(lines), flush=True)
-        for change in found:
-            if change.kind == "shape":
-                raise CheckpointError(
-                    f"{change.key}={change.now}: the checkpoint is of another model; use {change.before}"
-                )
-            if change.kind == "asked" and not self._config.run.allow_change:
-                raise ConfigError(
-                    f"{change.key}={change.now}: the checkpoint has {change.before}; use that, or --allow-change"
-                )
+        found = difference(before, self._config)
+        rows = [("changed since the checkpoint", "then", "now", "")]
+        rows += [(k, show(a), show(b), words[known[k].on_resume]) for k, a, b in found if not k.startswith("run.")]
+        if self._here.is_main and len(rows) > 1:
+            widths = [max(map(len, column)) for column in zip(*rows)]
+            for row in rows:
+                print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip(), flush=True)
+        for key, then, now in found:
+            if known[key].on_resume == "shape":
+                raise CheckpointError(f"{key}={now}: the checkpoint is of another model; use {then}")
+            if known[key].on_resume == "asked" and not self._config.run.allow_change:
+                raise ConfigError(f"{key}={now}: the checkpoint has {then}; use that, or --allow-change")
 
     def _restore(self, state: dict[str, Any], in_place: bool) -> Progress:
         task = self._task
