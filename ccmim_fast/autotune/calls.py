@@ -11,19 +11,12 @@ from ccmim_kernels.dispatch import Call, observed
 
 
 class StepCall(NamedTuple):
-    """This tuple is a call that a step makes.
+    """This tuple is a call that a step makes."""
 
-    Attributes:
-        call: its arguments are detached tensors; those that receive a gradient in the step require one.
-        gradient: the step takes the gradient of its results.
-        autocast: dtype of autocast around it, or None.
-        count: calls of the step with such arguments.
-    """
-
-    call: Call
-    gradient: bool
-    autocast: torch.dtype | None
-    count: int = 1
+    call: Call  # its arguments are detached tensors; those that receive a gradient in the step require one
+    gradient: bool  # the step takes the gradient of its results
+    autocast: torch.dtype | None  # around it
+    count: int = 1  # calls of the step with such arguments
 
     def passes(self, candidate: str, gradient_of: Callable[[Tensor], Tensor], wide: bool = False) -> list[Tensor]:
         """Make the call by an implementation, and go back through it.

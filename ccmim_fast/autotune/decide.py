@@ -12,33 +12,20 @@ from ccmim_fast.autotune.timing import milliseconds, stopwatch, timed, winner
 
 
 class Question(NamedTuple):
-    """This tuple asks which implementation runs.
+    """This tuple asks which implementation runs."""
 
-    Attributes:
-        candidates: the first runs unless another is faster.
-        reference: the implementation that is right; need not be a candidate.
-        factor: of the reference's own error, that is allowed; see `check.allowed_error`.
-        compiled: the run compiles the call, so torch.compile must know what to do with the answer.
-    """
-
-    candidates: tuple[str, ...]
-    reference: str
-    factor: float = 2.0
-    compiled: bool = False
+    candidates: tuple[str, ...]  # the first runs unless another is faster
+    reference: str  # the implementation that is right; need not be a candidate
+    factor: float = 2.0  # of the reference's own error, that is allowed; see `check.allowed_error`
+    compiled: bool = False  # the run compiles the call, so torch.compile must know what to do with the answer
 
 
 class Decision(NamedTuple):
-    """This tuple answers a question: `chosen`; and why.
-
-    Attributes:
-        milliseconds: of a step's calls, forward and backward (of a loader: of an image), by candidate; empty: nothing
-            was timed.
-        dropped: by candidate, how it failed or differed from the reference.
-    """
+    """This tuple answers a question: `chosen`; and why."""
 
     chosen: str
-    milliseconds: dict[str, float]
-    dropped: dict[str, str]
+    milliseconds: dict[str, float]  # of a step's calls (of a loader: of an image), by candidate; empty: not timed
+    dropped: dict[str, str]  # by candidate, how it failed or differed from the reference
 
 
 Questions = Mapping[str, Question]

@@ -20,17 +20,11 @@ _PACKAGES = ("ccmim_fast", "torch", "triton", "xformers", "nvidia-dali-cuda130",
 
 
 class Table(NamedTuple):
-    """This tuple is what was decided.
+    """This tuple is what was decided."""
 
-    Attributes:
-        where: device and versions of libraries, and the sizes of the run: a table holds for these alone.
-        decisions: by the name of the question, such as "attention 50 x 12 x 64".
-        seconds: that the measurement took; 0: nothing was measured.
-    """
-
-    where: dict[str, str]
-    decisions: dict[str, Decision]
-    seconds: float = 0.0
+    where: dict[str, str]  # device, versions of libraries, sizes of the run: the table holds for these alone
+    decisions: dict[str, Decision]  # by the name of the question, such as "attention 50 x 12 x 64"
+    seconds: float = 0.0  # that the measurement took; 0: nothing was measured
 
     def chosen(self) -> dict[str, str]:
         """Return what was chosen, by the name of the question."""

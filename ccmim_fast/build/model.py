@@ -26,41 +26,28 @@ def build_model(config: Config) -> CCMIM:
     Raises:
         ConfigError: sizes that do not fit each other; the message names the nearest valid one.
     """
-    encoder = build_encoder(
-        config.model.arch,
-        image_size=tuple(config.data.image_size),
-        channels=config.data.channels,
-        patch_size=config.model.patch_size,
-        embed_dim=config.model.embed_dim,
-        depth=config.model.depth,
-        num_heads=config.model.num_heads,
-        drop_path=config.model.drop_path,
-    )
-    sampling = _sampling(config, grid_of(encoder))
+    data, kernels = config.data, config.train.kernels
+    encoder = build_encoder(image_size=tuple(data.image_size), channels=data.channels, **vars(config.model))
+    grid = grid_of(encoder)
+    sampling, outputs = _sampling(config, grid), _reconstruction(config, patch_size_of(encoder)).width
     decoder = Decoder(
-        encoder_dim=encoder.embed_dim,
-        dim=config.decoder.dim,
-        depth=config.decoder.depth,
-        num_heads=config.decoder.num_heads,
-        grid=grid_of(encoder),
-        outputs=_reconstruction(config, patch_size_of(encoder)).width,
-        kernels=config.train.kernels,
+        encoder_dim=encoder.embed_dim, grid=grid, outputs=outputs, kernels=kernels, **vars(config.decoder)
     )
     configure_blocks(
         [*encoder.blocks, *decoder.blocks],
         attention=config.train.attention,
-        kernels=config.train.kernels,
+        kernels=kernels,
         recompute=config.train.recompute,
     )
     return CCMIM(
         encoder,
         decoder,
-        mean=config.data.mean,
-        std=config.data.std,
+        mean=data.mean,
+        std=data.std,
         sampling=sampling,
         score_source=build_score_source(config, encoder) if config.mask.strategy.startswith("importance") else None,
         heads=_heads(config, encoder.embed_dim),
-        kernels=config.train.kernels,
+        kernels=kernels,
     )
 
 

@@ -26,18 +26,13 @@ Steps = Iterable[list[Any]]  # the micro-batches of each step
 class Loop:
     """One run of a task, resumed where `run.resume` says. Every rank has one; `close` ends its lines and records.
 
-    Args:
-        folder: of the run, open already.
-
-    Attributes:
-        step, seen: optimizer steps taken, and samples that they showed over all ranks.
-        samples: of an epoch.
-        total_steps: of the whole run.
+    `step` and `seen` are the optimizer steps taken, and the samples that they showed over all ranks; `folder`, the
+    run's, is open already.
     """
 
     def __init__(self, task: Task, config: Config | EvalConfig, here: Session, folder: Path):
         self.task, self.config, self.here, self.folder = task, config, here, folder
-        self.samples = task.loader.plan.samples
+        self.samples = task.loader.plan.samples  # of an epoch
         self.checkpointer = Checkpointer(config, here, folder, task, self.note)
         self.step, self.seen = self.checkpointer.resume()
         self.total_steps = self._count_steps()

@@ -58,14 +58,7 @@ class TrainStep:
         objective: the losses of its output.
         optimizer: over the model's parameters.
         precision: autocast and scaling.
-        config: of the run.
         ema: averaged weights, or None.
-
-    Attributes:
-        forward: as `losses`; may be replaced by its compiled self (`engine.compile`).
-        linear: whose products a CPU's linear layers are, see `models.precision`; None: torch's, as compiling needs.
-        cast_blocks: blocks whose weights are cast once a step; compiled one by one, each call would cast them again.
-        parts: names of the model's parts, and the parameters of each.
     """
 
     def __init__(
@@ -82,11 +75,13 @@ class TrainStep:
         self.objective, self.config, self.ema = objective, config, ema
         self._sharded = is_sharded(model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.scaled)
-        self.parts = parts_of(model)
+        self.parts = parts_of(model)  # the parameters of each part, by its name
         self._statistics = [buffer for name, buffer in model.named_buffers() if ".running_" in name]
+        # Whose products a CPU's linear layers are, see `models.precision`; None: torch's, as compiling needs.
         self.linear: Layers | None = None if self.device.type != "cpu" or config.train.recompute else {}
+        # Blocks whose weights are cast once a step; compiled one by one, each call would cast them again.
         self.cast_blocks: list[nn.Module] = []
-        self.forward = self.losses
+        self.forward = self.losses  # or its compiled self (`engine.compile`)
 
     @property
     def device(self) -> torch.device:

@@ -160,16 +160,13 @@ class ViTBlock(Block):
 
     timm's `block_fn=` takes the class; the state dict has timm's names.
 
-    Attributes:
-        attention: backend, or one for each shape, see `attention`.
-        kernels: implementation of `cls_row`, see `ccmim_kernels.dispatch`.
-        recompute: keep the block's input alone for the backward pass and compute the rest again (activation
-            checkpointing).
-        num_prefix_tokens: [CLS] and registers, which stand before the patches.
-        compute: the arithmetic; may be replaced by its compiled self, which all blocks of a shape share.
+    `compute`, the arithmetic, may be replaced by its compiled self, which all blocks of a shape share.
     """
 
-    attention, kernels, recompute, num_prefix_tokens = "auto", "auto", False, 1
+    attention = "auto"  # backend, or one for each shape, see the function
+    kernels = "auto"  # implementation of `cls_row`, see `ccmim_kernels.dispatch`
+    recompute = False  # keep the block's input alone, and compute the rest again backward (activation checkpointing)
+    num_prefix_tokens = 1  # [CLS] and registers, which stand before the patches
 
     def forward(
         self,
@@ -210,22 +207,14 @@ class ViTBlock(Block):
             q_BQNH, k_BTNH, v_BTNH = _project(attn, normed_BTD, slice(0, 3))
         else:
             normed_BQD = block.norm1(query_BQD)
-            (q_BQNH,), (k_BTNH, v_BTNH) = (
-                _project(attn, normed_BQD, slice(0, 1)),
-                _project(attn, normed_BTD, slice(1, 3)),
-            )
+            (q_BQNH,) = _project(attn, normed_BQD, slice(0, 1))
+            k_BTNH, v_BTNH = _project(attn, normed_BTD, slice(1, 3))
         q_BQNH, k_BTNH = attn.q_norm(q_BQNH), attn.k_norm(k_BTNH)
         if reads_cls:
             total_BL = block._row(q_BQNH, k_BTNH, "softmax", total_BL)
-        mixed = attn.norm(
-            attention(
-                q_BQNH,
-                k_BTNH,
-                v_BTNH,
-                backend=block.attention,
-                dropout=attn.attn_drop.p if attn.training else 0.0,
-            ).flatten(2)
-        )
+        dropout = attn.attn_drop.p if attn.training else 0.0
+        mixed_BQNH = attention(q_BQNH, k_BTNH, v_BTNH, backend=block.attention, dropout=dropout)
+        mixed = attn.norm(mixed_BQNH.flatten(2))
         gate = getattr(attn, "gate", None)
         if gate is not None:
             mixed = mixed * gate(normed_BQD).sigmoid()
@@ -242,10 +231,8 @@ class ViTBlock(Block):
             total_BL: added to it; None: nothing.
         """
         normed_BTD = self.norm1(x_BTD)
-        (q_B1NH,), (k_BTNH,) = (
-            _project(self.attn, normed_BTD[:, :1], slice(0, 1)),
-            _project(self.attn, normed_BTD, slice(1, 2)),
-        )
+        (q_B1NH,) = _project(self.attn, normed_BTD[:, :1], slice(0, 1))
+        (k_BTNH,) = _project(self.attn, normed_BTD, slice(1, 2))
         return self._row(self.attn.q_norm(q_B1NH), self.attn.k_norm(k_BTNH), kind, total_BL)
 
     def folded_direction(self, cls_11D: Tensor) -> Tensor:

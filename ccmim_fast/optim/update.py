@@ -21,17 +21,11 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 class Gradients(NamedTuple):
-    """Figures of a step's gradients, on the device, float32, unscaled and before clipping.
+    """Figures of a step's gradients, on the device, float32, unscaled and before clipping."""
 
-    Attributes:
-        norm: of all gradients.
-        norms_P: of each part's gradients.
-        bad: bool, True if they are not finite; under a scaler only once its scale is down to 1, because it tries scales
-            that are too large on purpose.
-    """
-
-    norm: Tensor
-    norms_P: Tensor
+    norm: Tensor  # of all gradients
+    norms_P: Tensor  # of each part's
+    # Bool, True if they are not finite; under a scaler, which tries too large scales on purpose, only once its is 1.
     bad: Tensor
 
 

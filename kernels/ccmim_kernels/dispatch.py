@@ -82,20 +82,13 @@ def operator(name: str) -> Callable[[Callable], torch.library.CustomOpDef]:
 
 
 class Call(NamedTuple):
-    """This tuple is one call of a `choosable` function.
+    """This tuple is one call of a `choosable` function."""
 
-    Attributes:
-        name: of the choice that the call depends on.
-        function: called as `function(*arguments, **options, **{by: candidate})`.
-        by: the keyword argument that chooses.
-        options: the other keyword arguments.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    by: str
+    name: str  # of the choice that the call depends on
+    function: Callable[..., Any]  # called as `function(*arguments, **options, **{by: candidate})`
+    by: str  # the keyword argument that chooses
     arguments: tuple[Any, ...]
-    options: dict[str, Any]
+    options: dict[str, Any]  # the other keyword arguments
 
 
 _observers: list[Callable[[Call], None]] = []
