@@ -53,11 +53,7 @@ class ScoreSource:
 
     @torch.no_grad()
     def __call__(
-        self,
-        vit: VisionTransformer,
-        x_BLD: Tensor,
-        prior: PriorScores | None = None,
-        folded_BL: Tensor | None = None,
+        self, vit: VisionTransformer, x_BLD: Tensor, prior: PriorScores | None = None, folded_BL: Tensor | None = None
     ) -> Tensor:
         """Return logits [B, L] of embedded patches: Eq. 4 before its softmax, up to a constant per row.
 
@@ -143,11 +139,7 @@ class Bank(ScoreSource):
         return None if self.unseen is None else self.unseen.direction(vit)
 
     def __call__(
-        self,
-        vit: VisionTransformer,
-        x_BLD: Tensor,
-        prior: PriorScores | None = None,
-        folded_BL: Tensor | None = None,
+        self, vit: VisionTransformer, x_BLD: Tensor, prior: PriorScores | None = None, folded_BL: Tensor | None = None
     ) -> Tensor:
         if prior is None:
             nothing_BL = torch.zeros(x_BLD.shape[:2], device=x_BLD.device)

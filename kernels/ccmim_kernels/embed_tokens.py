@@ -35,12 +35,7 @@ def embed_tokens_reference(projected_BLD: Tensor, positions_LD: Tensor, directio
 
 @choosable("embed_tokens")
 def embed_tokens(
-    projected_BLD: Tensor,
-    positions_LD: Tensor,
-    direction_D: Tensor,
-    *,
-    eps: float = 1e-6,
-    kernels: str = "auto",
+    projected_BLD: Tensor, positions_LD: Tensor, direction_D: Tensor, *, eps: float = 1e-6, kernels: str = "auto"
 ) -> Embedded:
     """Add positions to projected patches, and score the tokens by Eq. 4 at the first block.
 
