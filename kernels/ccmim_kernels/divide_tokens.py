@@ -91,10 +91,7 @@ def _backward(ctx, grad, _masked):
     """Take the gradient of the visible set alone: the masked set is the teacher's."""
     if grad is None:
         return (None,) * 5
-    (ids_visible,) = ctx.saved_tensors
-    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-    tokens, prefix = gather_gradients(grad, ids_visible, ctx.patches, ctx.prefix, ctx.dtype, needs)
-    return tokens, prefix, None, None, None
+    return *gather_gradients(ctx, grad, ctx.needs_input_grad[:2]), None, None, None
 
 
 _divide_tokens.register_autograd(_backward, setup_context=_setup_context)

@@ -55,12 +55,11 @@ def _scatter_tokens(grad: Tensor, ids: Tensor, rows: int) -> Tensor:
     return grad.new_empty((grad.shape[0], rows, grad.shape[2]))
 
 
-def gather_gradients(
-    grad_BTD: Tensor, ids_BK: Tensor, patches: int, prefix: int, dtype: torch.dtype | None, needs: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of the tokens and of the `prefix` shared rows (in `dtype`), as far as they are needed."""
-    tokens_BLD = _scatter_tokens(grad_BTD, ids_BK, patches) if needs[0] else None
-    prefix_PD = grad_BTD[:, :prefix].sum(0, dtype=torch.float32).to(dtype) if needs[1] else None
+def gather_gradients(ctx, grad_BTD: Tensor, needs: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of the tokens and of the shared rows, as far as they are needed."""
+    (ids_BK,) = ctx.saved_tensors
+    tokens_BLD = _scatter_tokens(grad_BTD, ids_BK, ctx.patches) if needs[0] else None
+    prefix_PD = grad_BTD[:, : ctx.prefix].sum(0, dtype=torch.float32).to(ctx.dtype) if needs[1] else None
     return tokens_BLD, prefix_PD
 
 
@@ -72,9 +71,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    (ids,) = ctx.saved_tensors
-    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
-    tokens, prefix = gather_gradients(grad, ids, ctx.patches, ctx.prefix, ctx.dtype, needs)
+    tokens, prefix = gather_gradients(ctx, grad, ctx.needs_input_grad[::2])
     return tokens, None, prefix
 
 
