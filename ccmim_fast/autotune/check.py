@@ -39,10 +39,7 @@ def differences(
 
 
 def failure_of(calls: list[StepCall], candidate: str, compiled: bool) -> str:
-    """Return in one line why a candidate cannot make the calls, or be traced by torch.compile with them; "" if it can.
-
-    The results are not looked at.
-    """
+    """Return in one line why a candidate cannot make the calls, or be traced with them; "": it can do both."""
     try:
         for call in calls:
             call.passes(candidate, _output_gradient)

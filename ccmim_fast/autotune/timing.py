@@ -40,8 +40,7 @@ def stopwatch(call: StepCall, candidate: str, device: torch.device) -> Callable[
 def timed(samples: Mapping[Key, Callable[[], float]], until: float) -> dict[Key, list[float]]:
     """Return what each function returns, called in turns, `LEAST_ROUNDS` to `ROUNDS` times.
 
-    Args:
-        until: moment of `time.perf_counter` after which no round begins; where it comes too early, nothing is returned.
+    No round begins after the moment `until` of `time.perf_counter`; where it comes too early, nothing is returned.
     """
     rounds: list[dict[Key, float]] = []
     while len(rounds) < ROUNDS and time.perf_counter() < until:
@@ -50,11 +49,7 @@ def timed(samples: Mapping[Key, Callable[[], float]], until: float) -> dict[Key,
 
 
 def winner(times: Mapping[str, list[float]]) -> str:
-    """Return the first candidate, or the fastest one where it is faster by `MARGIN` and in `MOST` rounds.
-
-    Args:
-        times: of each round, by candidate.
-    """
+    """Return the first candidate, or the fastest one where it is faster by `MARGIN` and in `MOST` of the rounds."""
     first, best = next(iter(times)), min(times, key=lambda candidate: median(times[candidate]))
     won = sum(a < b for a, b in zip(times[best], times[first], strict=True))
     faster = median(times[best]) < (1 - MARGIN) * median(times[first])

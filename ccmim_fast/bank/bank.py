@@ -32,12 +32,7 @@ def own_maps(plan: Plan) -> int:
 
 
 class DeviceStore:
-    """N maps of G x G scores, float16, in the training device's own memory; the other stores have the same methods.
-
-    Args:
-        maps_NGG: all maps at first; the store writes to this tensor.
-        device: the training device.
-    """
+    """N maps [N, G, G] float16 in the training device's memory, written in place; other stores have these methods."""
 
     def __init__(self, maps_NGG: Tensor, device: torch.device):
         self._maps_NGG, self._device = maps_NGG, device
@@ -71,13 +66,7 @@ class ScoreBank:
     """The maps of one rank's samples. Each step reads those of its samples, and writes them afterwards.
 
     All maps of a step are read before any is written. An image that is shown in the place of one that cannot be decoded
-    has no map and leaves none.
-
-    Args:
-        plan: of this rank.
-        store: of `own_maps(plan)` maps.
-        device: of the batches.
-        timeout: that a rank waits for another; None: the backend's.
+    has no map and leaves none. `store` has `own_maps(plan)` maps; `timeout` is how long a rank waits for another.
     """
 
     def __init__(self, plan: Plan, store: DeviceStore, device: torch.device, timeout: timedelta | None = None):

@@ -79,11 +79,8 @@ class HostStore(DeviceStore):
 class FileStore(HostStore):
     """Maps in a file, which the operating system keeps in memory as far as it has room.
 
-    Args:
-        path: made anew, all of its length reserved; it is a working copy, the checkpoints hold the maps for good.
-
-    Raises:
-        MachineError: the disk has no room for it.
+    The file is made anew, all of its length reserved (MachineError: the disk has no room); it is a working copy, the
+    checkpoints hold the maps for good.
     """
 
     def __init__(self, path: Path, maps: int, cells: int, device: torch.device):
@@ -111,8 +108,7 @@ class FileStore(HostStore):
 def choose_store(store: str, maps: int, cells: int, device_gb: float, host_gb: float) -> str:
     """Return `device`, `host` or `file`: the one that `score.store` names; for `auto` the first that holds the maps.
 
-    Raises:
-        ConfigError: the named store does not hold the maps.
+    Raises ConfigError where the named store does not hold them.
     """
     needed = maps * cells * cells * 2 / 1e9
     budgets = {"device": device_gb, "host": host_gb, "file": float("inf")}

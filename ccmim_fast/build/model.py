@@ -23,8 +23,7 @@ from ccmim_fast.models.tokens import grid_of, patch_size_of
 def build_model(config: Config) -> CCMIM:
     """Build the model of a run, with initial weights drawn from torch's global generator.
 
-    Raises:
-        ConfigError: sizes that do not fit each other; the message names the nearest valid one.
+    Raises ConfigError for sizes that do not fit each other; the message names the nearest valid one.
     """
     data, kernels = config.data, config.train.kernels
     encoder = build_encoder(image_size=tuple(data.image_size), channels=data.channels, **vars(config.model))
@@ -60,11 +59,7 @@ def build_objective(config: Config, model: CCMIM) -> Objective:
 
 
 def build_score_source(config: Config, encoder: nn.Module) -> ScoreSource:
-    """Build `score.source` for this encoder.
-
-    Raises:
-        ConfigError: the encoder's attention cannot be read as the source asks.
-    """
+    """Build `score.source` for this encoder; raises ConfigError where the encoder's attention cannot be read so."""
     return _configured(registry.SCORE_SOURCES[config.score.source].path, config, config.score, encoder)
 
 

@@ -77,10 +77,7 @@ class _HashedFiles(FileSystem):
 
 
 def write(folder: Path, pieces: Mapping[str, Tensor], group: dist.ProcessGroup) -> dict[str, Sum]:
-    """Write the pieces into `folder` and return the sums of all ranks' files; every rank of `group` calls it.
-
-    An OSError of one rank is raised on every rank.
-    """
+    """Write the pieces into `folder`; return the sums of all ranks' files, or raise a rank's OSError on all of them."""
     writer = dcp.FileSystemWriter(folder)
     writer.fs = files = _HashedFiles()
     try:

@@ -44,10 +44,7 @@ class Parser(argparse.ArgumentParser):
         self._schema: type | None = None
 
     def add_settings(self, schema: type = Config, presets: Iterable[str] = ()) -> None:
-        """Add `--config` (of `presets`), `--print_config` and every setting of `schema`.
-
-        Their text, by key, is `parse_args(...).settings`.
-        """
+        """Add `--config` (of `presets`), `--print_config` and all of `schema`: `settings` then has their text."""
         self._schema = schema
         positional = self._get_positional_actions()
         places = [f"[{one.metavar}]" if one.nargs == "?" else one.metavar for one in positional]

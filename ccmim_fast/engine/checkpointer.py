@@ -21,11 +21,7 @@ from ccmim_fast.ranks.session import Session, backend_timeout, barrier, broadcas
 class Checkpointer:
     """This class saves and loads a run. Every rank calls it; the first one writes, or all that share the weights do.
 
-    As a context manager it waits for the last save at its end.
-
-    Args:
-        folder: of the run; checkpoints are in `checkpoints/` below.
-        note: prints a line; for a save that failed.
+    Checkpoints are in `checkpoints/` of the run's folder. As a context manager it waits for the last save at its end.
     """
 
     def __init__(

@@ -107,14 +107,10 @@ def warm_up(step: TrainStep, batch: int, accumulate: int, steps: int = 2) -> boo
     """Take some steps on made images, so that everything is compiled before the run, and undo them.
 
     Weights, optimizer, scaler, averages and random numbers are as before, in the same memory. Where the compiled step
-    fails, the step is eager from then on and one line on standard error says why.
+    fails, the step is eager from then on, one line on standard error says why, and False is returned.
 
     Args:
-        batch: images of a micro-batch.
-        accumulate: micro-batches of a step.
-
-    Returns:
-        Whether the step is still compiled, if it was.
+        batch: images of a micro-batch, of which a step has `accumulate`.
     """
     with dry_run(step):
         batches = [synthetic_batch(step, batch) for _ in range(accumulate)]

@@ -92,9 +92,7 @@ class Spikes:
 class DataReport:
     """This class tells which images a rank could not show, and what it waits for.
 
-    Args:
-        note: prints a line.
-        metrics: where each is written too; None on all ranks but the first, which do not advise either.
+    Each goes to `note`, and on the first rank, which alone advises, to `metrics`.
     """
 
     def __init__(

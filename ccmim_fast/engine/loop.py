@@ -49,10 +49,7 @@ class Loop:
         self.data_report = DataReport(task.loader, config.data.image_size, note, self.metrics)
 
     def run(self, observe: Callable[[Steps], Steps] = iter) -> None:
-        """Train to the end.
-
-        Args:
-            observe: passes the steps on as they are, and may measure what happens meanwhile.
+        """Train to the end; `observe` passes the steps on as they are, and may measure what happens meanwhile.
 
         Raises:
             StoppedError: a signal asked for it; everything is saved.

@@ -38,12 +38,8 @@ class Losses(NamedTuple):
 class Objective(nn.Module):
     """This criterion is Eq. 10 of one micro-batch on this rank: DDP's mean over ranks is the global batch's loss.
 
-    Every rank must go back through it: gradients of the contrastive half are summed over all of them.
-
-    Args:
-        reconstruction: the criterion of a target.
-        contrast: a contrastive criterion, or None.
-        weight: lambda.
+    Every rank must go back through it: gradients of the contrastive half are summed over all of them. It has the
+    criterion of a target, a contrastive one or None, and `weight`, which is lambda.
     """
 
     def __init__(self, reconstruction: nn.Module, contrast: nn.Module | None = None, weight: float = 0.0):
@@ -64,12 +60,7 @@ class Objective(nn.Module):
 
 
 class Pixels(nn.Module):
-    """The mean squared error of predicted pixels, see `ccmim_kernels.masked_patch_loss`.
-
-    Args:
-        norm_pix: predict pixels that are normalised per patch.
-        kernels: which implementation of the op runs, see `ccmim_kernels.dispatch`.
-    """
+    """The mean squared error of pixels, per patch normalised or not, see `ccmim_kernels.masked_patch_loss`."""
 
     def __init__(
         self, patch: int, mean: tuple[float, ...], std: tuple[float, ...], *, norm_pix: bool, kernels: str = "auto"
@@ -96,11 +87,7 @@ class Pixels(nn.Module):
 class Hog(nn.Module):
     """The mean squared error of predicted HOG features, see `ccmim_kernels.hog_target`.
 
-    Args:
-        hog_cell: pixels per side of a cell.
-
-    Raises:
-        ConfigError: `hog_cell` does not divide the patch.
+    Raises ConfigError where `hog_cell`, the pixels per side of a cell, does not divide the patch.
     """
 
     def __init__(
@@ -122,12 +109,7 @@ class Hog(nn.Module):
 
 
 class InfoNCE(nn.Module):
-    """L_NCE (Eq. 7); the rows of all ranks are hV, which receives a gradient.
-
-    Args:
-        temperature: tau.
-        kernels: which implementation of the op runs, see `ccmim_kernels.dispatch`.
-    """
+    """L_NCE (Eq. 7), tau is `temperature`; the rows of all ranks are hV, which receives a gradient."""
 
     def __init__(self, *, temperature: float, kernels: str = "auto"):
         super().__init__()

@@ -19,10 +19,7 @@ _DTYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Precision(NamedTuple):
-    """This tuple holds the autocast dtype (None: fp32 throughout) and whether gradients are scaled.
-
-    Master weights are fp32 always.
-    """
+    """This tuple is the autocast dtype (None: fp32) and whether gradients are scaled; weights are fp32 always."""
 
     name: str
     dtype: torch.dtype | None

@@ -101,8 +101,7 @@ class FirstBlock(OneBlock):
 class AllBlocks(ScoreSource):
     """The mean over all blocks and heads of [CLS]'s softmaxed row, by a pass without gradient.
 
-    Args:
-        normalise: `renorm` (renormalised over patches) or `softmax` (sum over blocks, softmax again: authors' code).
+    `normalise` is `renorm` (renormalised over patches) or `softmax` (sum over blocks, softmax again: authors' code).
     """
 
     def __init__(self, vit: VisionTransformer, *, normalise: str = "renorm"):

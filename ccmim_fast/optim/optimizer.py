@@ -50,8 +50,7 @@ def apex_optimizer(
 ) -> torch.optim.Optimizer:
     """Return `apex_adamw` (FusedAdam with decoupled decay) or `apex_lamb` (FusedLAMB), both for CUDA only.
 
-    Raises:
-        MachineError: NVIDIA apex with its CUDA extensions is not installed, or a CUDA graph cannot hold the optimizer.
+    Raises MachineError where NVIDIA apex or its CUDA extensions are missing, or a CUDA graph cannot hold the optimizer.
     """
     try:
         optimizers = importlib.import_module("apex.optimizers")
