@@ -19,14 +19,9 @@ class StepCall(NamedTuple):
     count: int = 1  # calls of the step with such arguments
 
     def passes(self, candidate: str, gradient_of: Callable[[Tensor], Tensor], wide: bool = False) -> list[Tensor]:
-        """Make the call by an implementation, and go back through it.
+        """Make the call by an implementation (`wide`: on float64), and go back from `gradient_of` each result.
 
-        Args:
-            gradient_of: gives the gradient of a result.
-            wide: on float64.
-
-        Returns:
-            The tensors of its result, then the gradients of those arguments that receive one; all without gradient.
+        Returns the tensors of its result, then the gradients of arguments that receive one; all without gradient.
         """
         _, function, by, arguments, options = self.call
         if wide:

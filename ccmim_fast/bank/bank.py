@@ -202,10 +202,7 @@ def update_maps(
     had none. The score is interpolated between the centres of four patches; beyond the outermost ones the nearest
     counts. Other cells stay, and all cells stay where some score of the crop is not finite.
 
-    Args:
-        maps_BGG, boxes_B4, grid: as in `read_maps`.
-        scores_BL: float32 (float64 for float64 maps).
-        momentum: 0 .. 1.
+    `maps_BGG`, `boxes_B4` and `grid` are as in `read_maps`, scores float32 (float64 for float64 maps).
     """
     cells, before_BGG = maps_BGG.shape[1], maps_BGG.to(torch.promote_types(maps_BGG.dtype, torch.float32))
     weights, inside = [], []

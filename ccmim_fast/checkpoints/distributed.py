@@ -128,12 +128,9 @@ class _Reader(dcp.FileSystemReader):
 def read(folder: Path, like: Mapping[str, DTensor] | None = None) -> dict[str, Tensor]:
     """Read the pieces in `folder`, whose files have been checked; no rank waits for another.
 
-    Args:
-        like: how tensors are to be divided, by the start of a piece's path: only this rank's parts of them are read.
-            Pieces of another shape, and all others, are read whole into the host's memory.
-
-    Raises:
-        CheckpointError: the files are not what `write` leaves.
+    `like` says how tensors are to be divided, by the start of a path: only this rank's parts are read. Pieces of
+    another shape, and all others, are read whole into the host's memory. Raises CheckpointError where the files are not
+    what `write` leaves.
     """
     pieces = {}
     try:

@@ -66,11 +66,9 @@ class Parser(argparse.ArgumentParser):
             action.completer = lambda choices=setting.choices, **_: choices
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
-        """Read all options; while the shell completes a line, print the completions and end instead.
+        """Read all options; while the shell completes a line, print the completions and end instead, as `--help` does.
 
-        Raises:
-            ConfigError: one line; for an unknown option it names the nearest.
-            SystemExit: 0, after printing what `--help` asks for.
+        Raises ConfigError, one line; for an unknown option it names the nearest.
         """
         if "_ARGCOMPLETE" in os.environ:
             import argcomplete  # not needed otherwise

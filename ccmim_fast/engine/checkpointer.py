@@ -88,8 +88,7 @@ class Checkpointer:
     def go_back(self) -> int | None:
         """Take everything but the place in the stream from the newest checkpoint: it goes on past what came since.
 
-        Returns:
-            The step that weights are of; None where there is no checkpoint, or the run went back to this one before.
+        Returns its step; None where there is no checkpoint, or the run went back to this one before.
         """
         self._saver.wait()
         let_go(self._task.model)

@@ -38,8 +38,7 @@ def compile_step(step: TrainStep, what: str, mode: str = "default", backend: str
     Args:
         what: `blocks`: each transformer block as one graph, shared by blocks of a width and a number of tokens; `step`:
             forward pass and losses as one graph, whose backward pass is compiled with it; `off`.
-        mode: of torch.compile; inductor only.
-        backend: of torch.compile.
+        mode, backend: of torch.compile; the mode is inductor's.
     """
     step.linear = step.linear if what == "off" else None
     options = {"backend": backend, **({"mode": mode} if backend == "inductor" else {})}
@@ -159,10 +158,7 @@ class GraphedStep:
 
     Images and what belongs to them are copied into buffers of its own, so a loader may reuse its memory at once.
     Capture takes place at the first call, after the warm-up has created the optimizer's state and a checkpoint, if any,
-    has filled it: a graph replays addresses.
-
-    Args:
-        step: with a `capturable` optimizer, on CUDA, one process.
+    has filled it: a graph replays addresses. The optimizer is `capturable`, the process alone.
     """
 
     def __init__(self, step: TrainStep):

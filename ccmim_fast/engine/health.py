@@ -67,9 +67,8 @@ def is_collapsed(std: float, rank: float, rows: int, dim: int) -> bool:
 class Spikes:
     """This class tells losses that jump from those that wander.
 
-    Args:
-        limit: how many standard deviations above the last losses' median is a spike, one deviation being 1.4826 times
-            their median distance from it (which outliers do not move); 0: nothing is.
+    A spike is more than `limit` standard deviations above the last losses' median, one deviation being 1.4826 times
+    their median distance from it (which outliers do not move); with a limit of 0 nothing is.
     """
 
     def __init__(self, limit: float):

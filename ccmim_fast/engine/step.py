@@ -52,13 +52,7 @@ class StepResult(NamedTuple):
 class TrainStep:
     """Forward, backward, clip, update, average.
 
-    Args:
-        model: the bare model, whose weights are trained.
-        wrapped: the same model as it is called (DDP, or bare, which FSDP's is too).
-        objective: the losses of its output.
-        optimizer: over the model's parameters.
-        precision: autocast and scaling.
-        ema: averaged weights, or None.
+    `wrapped` is the model as it is called (DDP, or bare, which FSDP's is too), `objective` the losses of its output.
     """
 
     def __init__(

@@ -36,12 +36,7 @@ Backends = tuple[tuple[tuple[int, int, int], str], ...]
 
 
 def check_attention(name: str, device: torch.device) -> None:
-    """Return if `train.attention=name` can run on `device`.
-
-    Raises:
-        ConfigError: the backend needs CUDA, and `device` is a CPU.
-        MachineError: xformers is not installed.
-    """
+    """Return if `train.attention=name` can run on `device`; raise ConfigError, or MachineError without xformers."""
     if name in CUDA_ONLY and device.type != "cuda":
         raise ConfigError(f"train.attention={name} needs CUDA, got {device.type}; use attention=sdpa")
     if name == "xformers" and importlib.util.find_spec("xformers") is None:
@@ -58,13 +53,9 @@ _LIMITS = {
 
 
 def check_heads(blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
-    """Return if the backend of each `ViTBlock` has kernels for its heads, forward and backward.
+    """Return if the backend of each `ViTBlock` has kernels for its heads, forward and backward, in `dtype`.
 
-    Args:
-        dtype: of queries, keys and values.
-
-    Raises:
-        ConfigError: it has none for this dtype, number of channels a head, or GPU.
+    Raises ConfigError where it has none for this dtype, number of channels a head, or GPU.
     """
     blocks = (block for block in blocks if isinstance(block, ViTBlock))
     asked = dict.fromkeys((block.attention, block.attn.head_dim) for block in blocks)

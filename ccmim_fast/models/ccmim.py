@@ -52,7 +52,6 @@ class CCMIM(nn.Module):
 
     Args:
         encoder: from `build_encoder`; its parameters keep timm's names under `encoder.`.
-        decoder: from `Decoder`.
         mean, std: per channel on a 0..1 scale.
         sampling: of the division, the keyword arguments `keep`, `grid`, `seed`, `strategy`, `noise`, `temperature` and
             `block_min` of `ccmim_kernels.sample_partition`.
@@ -223,16 +222,10 @@ class CCMIM(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder predicts the target of the masked patches from the encoder's visible tokens.
+    """The decoder predicts the target of the masked patches, P `outputs`, from the encoder's visible tokens.
 
-    The last block's queries and MLP and the prediction are computed for masked positions only.
-
-    Args:
-        encoder_dim: E.
-        dim, depth, num_heads: of the decoder's blocks; `depth` at least 1.
-        grid: rows and columns of patches.
-        outputs: P, values predicted per patch.
-        kernels: which implementation of the ops runs, see `ccmim_kernels.dispatch`.
+    The last block's queries and MLP and the prediction are computed for masked positions only. `dim`, `depth` (at least
+    1) and `num_heads` are of its blocks; `grid` are rows and columns of patches.
     """
 
     def __init__(

@@ -140,9 +140,7 @@ def sincos_positions(dim: int, grid: tuple[int, int], prefix: int) -> Tensor:
     """Return fixed 2-D sine-cosine positions [prefix + rows * columns, dim] float32; zeros for the prefix.
 
     The first half of the channels encodes the column, the second the row, as in MAE's published checkpoints.
-
-    Raises:
-        ValueError: `dim` is no multiple of 4.
+    `dim` is a multiple of 4 (ValueError).
     """
     if dim % 4:
         raise ValueError(f"dim={dim} must be a multiple of 4")

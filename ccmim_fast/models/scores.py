@@ -27,16 +27,9 @@ class PriorScores(NamedTuple):
 
 
 class ScoreSource:
-    """The base of all score sources.
+    """The base of all score sources; raises ConfigError where the encoder's blocks have no attention map."""
 
-    Attributes:
-        read_blocks: in how many of the last blocks both training passes read [CLS]'s attention; 0: in none.
-
-    Raises:
-        ConfigError: the encoder's blocks have no attention map.
-    """
-
-    read_blocks = 0
+    read_blocks = 0  # of the last blocks, in which both training passes read [CLS]'s attention
 
     def __init__(self, vit: VisionTransformer):
         if not all(isinstance(block, ViTBlock) for block in vit.blocks):
@@ -122,9 +115,8 @@ class AllBlocks(ScoreSource):
 class Bank(ScoreSource):
     """The scores that earlier steps saw in their two training passes, kept per sample by `ccmim_fast.bank`.
 
-    Args:
-        blocks: how many of the last blocks attention is averaged over; 0: all.
-        unseen: how patches are scored that no crop has covered yet: `random`, or Eq. 4 at the `first` block.
+    Attention is averaged over the last `blocks`, 0: all. Patches that no crop has covered yet are scored by `unseen`:
+    `random`, or Eq. 4 at the `first` block.
     """
 
     def __init__(self, vit: VisionTransformer, *, blocks: int = 0, unseen: str = "first"):

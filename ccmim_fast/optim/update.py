@@ -40,10 +40,7 @@ def guard(
     The result equals `nn.utils.clip_grad_norm_` before the step. A fused optimizer of torch divides by `grad_scale` as
     it reads the gradients, and leaves weights and moments alone where `found_inf` is 1: so gradients are read once
     more, and not written. Other optimizers' gradients, and those under a scaler (which sets both itself), are clipped
-    in place.
-
-    Args:
-        parts: all parameters of the optimizer, in P parts.
+    in place. `parts` are all parameters of the optimizer, in P parts.
     """
     if scaler.is_enabled() and limit:
         scaler.unscale_(optimizer)

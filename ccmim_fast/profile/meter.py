@@ -77,13 +77,10 @@ def synchronise(device: torch.device) -> None:
 
 
 class Meter:
-    """The meter measures the speed since the last reading.
+    """The meter measures the speed since the last reading, of steps of `batch_size` images over all ranks.
 
-    Args:
-        batch_size: images per optimizer step, over all ranks.
-        session: the matmul rate is measured on its device.
-        flops_by_op: FLOPs per image by operator, see `engine.dry_run.count_flops`; without any there is no MFU.
-        dtype: of the step's products, whose rate is measured; None: float32.
+    `flops_by_op` is FLOPs per image by operator, see `engine.dry_run.count_flops`; without any there is no MFU, else
+    the device's rate of products in `dtype` (None: float32) is measured.
     """
 
     def __init__(self, batch_size: int, session: Session, flops_by_op: dict[Any, float], dtype: torch.dtype | None):

@@ -23,13 +23,11 @@ def uses_triton(kernels: Kernels, op: str, device: torch.device, *tensors: Tenso
     """Return True where `op` runs as Triton kernels: for `triton` always, for `auto` on CUDA where Triton is installed.
 
     Args:
-        kernels: one of `KERNELS`, or a choice for each op.
-        op: the op's name.
-        device: the device of the op's inputs.
+        kernels: one of `KERNELS`, or a choice for each op by its name.
+        device: of the op's inputs.
         tensors: its floating-point inputs; float64 has no kernel, there `auto` takes the reference.
 
-    Raises:
-        ValueError: an unknown choice, or `triton` where no kernel can run.
+    Raises ValueError for an unknown choice, or `triton` where no kernel can run.
     """
     if not isinstance(kernels, str):
         kernels = kernels.get(op, "auto")
