@@ -21,7 +21,7 @@ from ccmim_fast.ranks.session import Session, backend_timeout, barrier, broadcas
 class Checkpointer:
     """This class saves and loads a run. Every rank calls it; the first one writes, or all that share the weights do.
 
-    Checkpoints are in `checkpoints/` of the run's folder. As a context manager it waits for the last save at its end.
+    Checkpoints are in `checkpoints/` of the run's folder, and are written by `saver`, a context of the whole run.
     """
 
     def __init__(
@@ -32,14 +32,8 @@ class Checkpointer:
         self._collective = None
         if is_sharded(task.model):
             self._collective = CollectiveWriter(backend_timeout(config.watch.timeout))
-        self._saver = BackgroundSaver(self.folder, config.run.keep, note, self._collective)
+        self.saver = BackgroundSaver(self.folder, config.run.keep, note, self._collective)
         self._gone_back_to: Path | None = None
-
-    def __enter__(self) -> "Checkpointer":
-        return self
-
-    def __exit__(self, *of_error: Any) -> None:
-        self._saver.__exit__(*of_error)
 
     def save(self, step: int, seen: int, for_good: bool = False) -> None:
         """Save the run as it is after `step` optimizer steps and `seen` samples; see `BackgroundSaver.save`."""
@@ -48,16 +42,12 @@ class Checkpointer:
         if self._here.is_main or self._collective is not None:
             progress = Progress(step, seen, plan.samples, plan.source.fingerprint, plan.partitions)
             state = capture(task.model, task.optimizer, task.scaler, task.ema, progress, self._config)
-            self._saver.save(step, state | own, for_good)
-
-    def poll(self) -> None:
-        """Tell of a save that failed meanwhile."""
-        self._saver.poll()
+            self.saver.save(step, state | own, for_good)
 
     def close(self) -> None:
         """Wait until the last save is done, on every rank; raises CheckpointError if it failed."""
         try:
-            self._saver.close()
+            self.saver.close()
         finally:
             # Who ends first has its launcher end the others.
             barrier()
@@ -90,7 +80,7 @@ class Checkpointer:
 
         Returns its step; None where there is no checkpoint, or the run went back to this one before.
         """
-        self._saver.wait()
+        self.saver.wait()
         let_go(self._task.model)
         path, state = self._newest()
         if state is None or path == self._gone_back_to:

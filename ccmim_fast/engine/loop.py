@@ -57,8 +57,9 @@ class Loop:
         """
         if self.step == 0:
             self._evaluate(0)
-        with self.signals, self.here.watchdog, self.checkpointer, closing(self.task.loader.stream(self.seen)) as stream:
-            for batches in observe(self._steps(stream)):
+        stream = closing(self.task.loader.stream(self.seen))
+        with self.signals, self.here.watchdog, self.checkpointer.saver, stream as shown:
+            for batches in observe(self._steps(shown)):
                 result = self._train(batches)
                 self._log(result, batches)
                 self._check(result, batches)
@@ -119,7 +120,7 @@ class Loop:
         if self.spikes.is_spike(loss := figures["loss"]):
             self.report("spike", f"the loss jumped to {loss:.4g}", loss=loss)
         self.data_report.update(self.step, figures["data_wait"])
-        self.checkpointer.poll()
+        self.checkpointer.saver.poll()
 
     def _check(self, result: Result, batches: Sequence[Any]) -> None:
         """Act on what all ranks know of the last steps: go back after too many bad ones, stop where asked to."""
