@@ -58,12 +58,15 @@ def _interpreted() -> bool:
     return INTERPRETED
 
 
-def operator(name: str) -> Callable[[Callable], torch.library.CustomOpDef]:
+def operator(
+    name: str, save: Callable | None = None, backward: Callable | None = None
+) -> Callable[[Callable], torch.library.CustomOpDef]:
     """Make the decorated function the operator `ccmim::<name>`, for torch.compile and autograd.
 
     The function's annotations are the operator's schema; its body is the fake, which returns empty tensors like the
     result. The work is done by the launcher `name`, in the file of `triton_impl/` with the name of the function's
-    module: imported at the first call, because Triton need not be installed.
+    module: imported at the first call, because Triton need not be installed. `save` and `backward` make its gradient,
+    as `register_autograd` takes them.
     """
 
     def registered(fake: Callable) -> torch.library.CustomOpDef:
@@ -74,6 +77,8 @@ def operator(name: str) -> Callable[[Callable], torch.library.CustomOpDef]:
         schema = torch.library.infer_schema(fake, mutates_args=())
         made = torch.library.custom_op(f"ccmim::{name}", run, mutates_args=(), schema=schema)
         made.register_fake(fake)
+        if backward is not None:
+            made.register_autograd(backward, setup_context=save)
         return made
 
     return registered

@@ -104,14 +104,7 @@ def masked_patch_loss(
     return masked_patch_loss_reference(widened(pred_BMP), *inputs)
 
 
-@operator("masked_patch_loss")
-def _masked_patch_loss(
-    pred: Tensor, images: Tensor, ids_masked: Tensor, patch: int, mean: Tensor, std: Tensor, norm_pix: bool
-) -> tuple[Tensor, Tensor]:
-    return pred.new_empty((), dtype=torch.float32), pred.new_empty(pred.shape)
-
-
-def _save_residual(ctx, inputs, output):
+def _save(ctx, inputs, output):
     _, residual_BMP = output
     ctx.mark_non_differentiable(residual_BMP)
     ctx.save_for_backward(residual_BMP)
@@ -126,4 +119,8 @@ def _backward(ctx, grad, _):
     return grad_pred_BMP, None, None, None, None, None, None
 
 
-_masked_patch_loss.register_autograd(_backward, setup_context=_save_residual)
+@operator("masked_patch_loss", _save, _backward)
+def _masked_patch_loss(
+    pred: Tensor, images: Tensor, ids_masked: Tensor, patch: int, mean: Tensor, std: Tensor, norm_pix: bool
+) -> tuple[Tensor, Tensor]:
+    return pred.new_empty((), dtype=torch.float32), pred.new_empty(pred.shape)
