@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ccmim_fast.checkpoints import distributed, io
-from ccmim_fast.checkpoints.background import BackgroundSaver
-from ccmim_fast.checkpoints.collective import CollectiveWriter
+from ccmim_fast.checkpoints.background import BackgroundSaver, CollectiveWriter
 from ccmim_fast.checkpoints.state import Progress, capture, patterns, restore
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.keys import settings, show
