@@ -61,10 +61,8 @@ def fastest_that_agree(
 ) -> dict[str, Decision]:
     """Answer each question by the first candidate that agrees with the reference, or by one that is faster.
 
-    Args:
-        checked: calls on few images, on which candidates are held against the reference.
-        calls: calls that are timed.
-        until: moment of `time.perf_counter` at which timing ends; where that is too early, the first is the answer.
+    `checked` are calls on few images, on which candidates are held against the reference; `calls` are timed, up to the
+    moment `until` of `time.perf_counter`: where that is too early, the first is the answer.
     """
     dropped = {name: differences(checked[name], *question[:3]) for name, question in questions.items()}
     samples: dict[tuple[str, str], Callable[[], float]] = {}

@@ -54,9 +54,8 @@ class Checkpointer:
     def resume(self) -> tuple[int, int]:
         """Go on where `run.resume` says; returns optimizer steps taken and samples seen, 0 of a new run.
 
-        Raises:
-            CheckpointError: a named checkpoint is damaged, or it is of another model.
-            ConfigError: another setting is not that of the checkpoint, and `run.allow_change` is not set.
+        Raises CheckpointError where a named checkpoint is damaged or of another model, ConfigError where a setting
+        is not that of the checkpoint, and `run.allow_change` is not set.
         """
         resume = self._config.run.resume
         self._here.watchdog.enter_phase("loading a checkpoint")

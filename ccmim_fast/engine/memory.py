@@ -61,11 +61,8 @@ def with_largest_batch(config: Config, here: Session, fits: Callable[[int], bool
     """Return `config` with the smallest `train.accumulate` whose micro-batch fits every rank; prints what was found.
 
     Each rank tries alone (or asks `fits`), since one whose memory is full would leave the others waiting in a
-    collective; all ranks agree on the outcome before the next trial.
-
-    Raises:
-        MachineError: not even two images fit.
-        ConfigError: the images of a rank cannot be divided into micro-batches that fit.
+    collective; all ranks agree on the outcome before the next trial. Raises MachineError where not even two images fit,
+    ConfigError where the images of a rank cannot be divided into micro-batches that fit.
     """
     fits = fits or (lambda batch: _fits(config, here, batch))
 

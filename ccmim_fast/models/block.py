@@ -214,12 +214,9 @@ class ViTBlock(Block):
         return (x_BQD, total_BL) if reads_cls else x_BQD
 
     def cls_attention(self, x_BTD: Tensor, kind: str, total_BL: Tensor | None = None) -> Tensor:
-        """Return [CLS]'s attention to the patches [B, L] and compute nothing else of the block.
+        """Return [CLS]'s attention to the patches [B, L], added to `total_BL`, and compute nothing else of the block.
 
-        Args:
-            x_BTD: the tokens that enter the block.
-            kind: `logits`: E_h[q_0 K^T / sqrt(H)] (Eq. 4); `softmax`: the mean over heads of the softmaxed row.
-            total_BL: added to it; None: nothing.
+        `kind` is `logits`: E_h[q_0 K^T / sqrt(H)] (Eq. 4), or `softmax`: the mean over heads of the softmaxed row.
         """
         normed_BTD = self.norm1(x_BTD)
         (q_B1NH,) = _project(self.attn, normed_BTD[:, :1], slice(0, 1))

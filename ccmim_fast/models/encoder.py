@@ -33,14 +33,9 @@ def build_encoder(
     """Build a timm VisionTransformer with a [CLS] token, fixed sine-cosine positions, MAE's initial weights, no head.
 
     Its blocks are `ViTBlock`s where the architecture has timm's standard ones; other blocks stay as they are.
+    `patch_size`, `embed_dim`, `depth` and `num_heads` stand in place of the architecture's own where not 0.
 
-    Args:
-        arch: timm's name of a model whose class is VisionTransformer.
-        image_size: height, width in pixels.
-        patch_size, embed_dim, depth, num_heads: in place of the architecture's own where not 0.
-
-    Raises:
-        ConfigError: an unknown name, another class of model, or sizes that do not fit each other.
+    Raises ConfigError for an unknown name, another class of model, or sizes that do not fit each other.
     """
     sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     own = _own(arch)

@@ -48,12 +48,9 @@ class ScoreSource:
     def __call__(
         self, vit: VisionTransformer, x_BLD: Tensor, prior: PriorScores | None = None, folded_BL: Tensor | None = None
     ) -> Tensor:
-        """Return logits [B, L] of embedded patches: Eq. 4 before its softmax, up to a constant per row.
+        """Return logits [B, L] of embedded patches without gradient: Eq. 4 but for its softmax and a constant per row.
 
-        Args:
-            x_BLD: with positions, before the blocks.
-            prior: what a bank says of the patches.
-            folded_BL: the logits by `direction`, where they were computed; None: the source computes them itself.
+        `prior` is what a bank says of the patches, `folded_BL` the logits by `direction` where they were computed.
         """
         return self.logits(vit, x_BLD) if folded_BL is None else folded_BL
 

@@ -132,7 +132,6 @@ def encode(
     """Run all blocks and the final norm.
 
     Args:
-        x_BTD: tokens, prefix first.
         cls_only: compute [CLS] alone in the last block.
         read_blocks: read [CLS]'s attention in so many of the last blocks, which must be `ViTBlock`s.
 

@@ -78,12 +78,10 @@ def launch(
     registers: int = MOST_REGISTERS,
     **constants: Any,
 ) -> None:
-    """Run `programs` instances of a kernel on the device of its first tensor.
+    """Run `programs` instances of a kernel on the device of its first tensor; none launch nothing.
 
     Args:
-        kernel: a `@triton.jit` function.
-        programs: size of the one-dimensional grid; zero launches nothing.
-        arguments: its run-time arguments, tensors first.
+        arguments: the kernel's run-time arguments, tensors first.
         warps: of 32 threads per program.
         fp_fusion: let the compiler contract a * b + c; off, so that results equal PyTorch's bit for bit.
         registers: a thread's at most; fewer let more programs fit on a multiprocessor.
