@@ -2,6 +2,7 @@
 
 # B batch, E embedding dim
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable
@@ -76,16 +77,15 @@ class Spikes:
 
     def is_spike(self, loss: float) -> bool:
         """Tell if this loss is one, and remember it. What is not finite is no spike, and not remembered."""
-        if loss != loss or abs(loss) == float("inf"):
+        if not math.isfinite(loss):
             return False
-        found = self._limit > 0 and len(self._last) >= _LEAST and loss > self._threshold()
+        found = False
+        if self._limit > 0 and len(self._last) >= _LEAST:
+            median = statistics.median(self._last)
+            deviation = 1.4826 * statistics.median(abs(last - median) for last in self._last)
+            found = loss > median + self._limit * max(deviation, 1e-3 * abs(median))
         self._last.append(loss)
         return found
-
-    def _threshold(self) -> float:
-        median = statistics.median(self._last)
-        deviation = 1.4826 * statistics.median(abs(loss - median) for loss in self._last)
-        return median + self._limit * max(deviation, 1e-3 * abs(median))
 
 
 class DataReport:

@@ -11,7 +11,7 @@ import torch
 from ccmim_fast.autotune.table import FILE as AUTOTUNE
 from ccmim_fast.autotune.table import write_table
 from ccmim_fast.bank.bank import ScoreBank
-from ccmim_fast.checkpoints.state import Progress, maps_in
+from ccmim_fast.checkpoints.state import Progress
 from ccmim_fast.config.schema import Config
 from ccmim_fast.config.validate import validate
 from ccmim_fast.data.build import Loader, build_loader, build_source
@@ -26,7 +26,7 @@ from ccmim_fast.engine.memory import explains_out_of_memory, with_largest_batch
 from ccmim_fast.engine.post_mortem import Evidence, write_capture
 from ccmim_fast.engine.step import StepResult
 from ccmim_fast.engine.task import Report, Task
-from ccmim_fast.errors import CcmimError, one_line
+from ccmim_fast.errors import CcmimError, CheckpointError, one_line
 from ccmim_fast.optim.update import lr_at, scaled_lr
 from ccmim_fast.profile.profiler import Profile, check_room
 from ccmim_fast.ranks.session import Session, main_first, max_over_ranks, mean_over_ranks, open_session
@@ -181,9 +181,12 @@ class Pretraining(Task):
         return {"maps": None if self.bank is None else self.bank.contents()}
 
     def restore(self, state: dict[str, Any], progress: Progress) -> None:
-        # Maps are those of the images; of other images they are left.
-        maps_NGG = None if self.bank is None else maps_in(state, self.config.score.grid)
-        if maps_NGG is not None and progress.images == self.source.fingerprint:
+        maps_NGG, cells = state.get("maps"), self.config.score.grid
+        if self.bank is None or maps_NGG is None:
+            return
+        if tuple(maps_NGG.shape[1:]) != (cells, cells):
+            raise CheckpointError(f"score.grid={cells}: the checkpoint's maps have {maps_NGG.shape[1]}; use that")
+        if progress.images == self.source.fingerprint:  # maps are those of the images
             self.bank.fill(maps_NGG)
 
     def evidence(self, result: StepResult, batches: Sequence[Batch]) -> Evidence:

@@ -81,12 +81,8 @@ def _has_kernel(name: str, x_BTNH: Tensor) -> bool:
     return can_use(torch.backends.cuda.SDPAParams(x_BNTH, x_BNTH, x_BNTH, None, 0.0, False, False))
 
 
-def attention_name(q_BQNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> str:
-    """Return the name of the choice of a backend, which depends on tokens, heads, and channels of a head."""
-    return "attention " + " x ".join(str(size) for size in k_BTNH.shape[1:])
-
-
-@choosable(attention_name, by="backend")
+# The choice of a backend depends on tokens, heads, and channels of a head.
+@choosable(lambda _, k_BTNH, *__: "attention " + " x ".join(map(str, k_BTNH.shape[1:])), by="backend")
 def attention(
     q_BQNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor, *, backend: str | Backends = "auto", dropout: float = 0.0
 ) -> Tensor:

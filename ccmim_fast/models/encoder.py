@@ -57,7 +57,11 @@ def build_encoder(
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise ConfigError(f"model.arch={arch}: timm cannot build it with these sizes: {error}") from None
     _check_sizes(vit, arch, image_size)
-    _fix_positions(vit)
+    if vit.pos_embed is None:
+        raise ConfigError("model.arch: a ViT without positions cannot reconstruct patches")
+    prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches
+    positions_SD = sincos_positions(vit.embed_dim, grid_of(vit), prefix)
+    vit.pos_embed = nn.Parameter(positions_SD[None], requires_grad=False)
     initialise(vit)
     configure_blocks(vit.blocks, num_prefix_tokens=vit.num_prefix_tokens)
     return vit
@@ -99,14 +103,6 @@ def _check_sizes(vit: VisionTransformer, arch: str, image_size: tuple[int, int])
         if side % patch:
             valid = max(patch, round(side / patch) * patch)
             raise ConfigError(f"data.image_size={side}: must be a multiple of {arch}'s patch {patch}; nearest: {valid}")
-
-
-def _fix_positions(vit: VisionTransformer) -> None:
-    if vit.pos_embed is None:
-        raise ConfigError("model.arch: a ViT without positions cannot reconstruct patches")
-    prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches
-    table = sincos_positions(vit.embed_dim, grid_of(vit), prefix)
-    vit.pos_embed = nn.Parameter(table[None], requires_grad=False)
 
 
 def initialise(module: nn.Module) -> None:
