@@ -97,19 +97,9 @@ def block_keys(
 
 
 def sample_partition_reference(
-    logits_BL: Tensor | None,
-    ids_B: Tensor,
-    *,
-    keep: int,
-    grid: tuple[int, int],
-    seed: int,
-    epoch: int | Tensor,
-    strategy: str,
-    noise: str,
-    temperature: float,
-    block_min: int,
+    logits_BL, ids_B, *, keep, grid, seed, epoch, strategy, noise, temperature, block_min
 ) -> Partition:
-    """Specify `sample_partition` in plain PyTorch."""
+    """Specify `sample_partition`, whose arguments these are, in plain PyTorch."""
     patches = grid[0] * grid[1]
     if strategy == "random":
         keys_BL = keyed_uniform(seed, epoch, ids_B, patches).float()

@@ -142,19 +142,9 @@ def ccmim_sample_partition_kernel(
 
 
 def sample_partition(
-    logits_BL: Tensor | None,
-    ids_B: Tensor,
-    rows: int,
-    columns: int,
-    keep: int,
-    seed: int,
-    epochs_B: Tensor,
-    strategy: str,
-    noise: str,
-    temperature: float,
-    block_min: int,
+    logits_BL, ids_B, rows, columns, keep, seed, epochs_B, strategy, noise, temperature, block_min
 ) -> tuple[Tensor, ...]:
-    """Launch the kernel; return the five tensors of a `Partition`."""
+    """Launch the kernel for the operator's arguments; return the five tensors of a `Partition`."""
     patches, blockwise, scored = rows * columns, strategy == "block", logits_BL is not None
     size = fitting(ROW_SIZES, patches, "patches")
     out = empty_partition(ids_B, patches, keep, torch.uint8)
