@@ -31,9 +31,9 @@ class _Write(NamedTuple):
 class HostStore(DeviceStore):
     """Maps in the host's memory.
 
-    Only the rows of a step cross to the device and back, through pinned memory: 0.5 MB for 1,024 maps of 16 x 16. The
-    maps themselves need not be pinned, because the host gathers them. A write is carried out when its maps have
-    arrived; only a read of the same rows before that, as where two epochs meet, waits for them.
+    Only the rows of a step cross to the device and back, through pinned memory: 0.5 MB for 1,024 maps of 16 x 16; the
+    host gathers them, so the maps themselves are not pinned. A write is carried out when its maps have arrived; only a
+    read of the same rows before that, as where two epochs meet, waits for them.
     """
 
     def __init__(self, maps_NGG: Tensor, device: torch.device):
@@ -106,10 +106,7 @@ class FileStore(HostStore):
 
 
 def choose_store(store: str, maps: int, cells: int, device_gb: float, host_gb: float) -> str:
-    """Return `device`, `host` or `file`: the one that `score.store` names; for `auto` the first that holds the maps.
-
-    Raises ConfigError where the named store does not hold them.
-    """
+    """Return `score.store`, for `auto` the first of `device`, `host`, `file` that holds the maps; else ConfigError."""
     needed = maps * cells * cells * 2 / 1e9
     budgets = {"device": device_gb, "host": host_gb, "file": float("inf")}
     if store == "auto":

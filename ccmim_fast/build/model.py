@@ -21,10 +21,7 @@ from ccmim_fast.models.tokens import grid_of, patch_size_of
 
 
 def build_model(config: Config) -> CCMIM:
-    """Build the model of a run, with initial weights drawn from torch's global generator.
-
-    Raises ConfigError for sizes that do not fit each other; the message names the nearest valid one.
-    """
+    """Build the model of a run, its initial weights from torch's global generator; ConfigError: sizes do not fit."""
     data, kernels = config.data, config.train.kernels
     encoder = build_encoder(image_size=tuple(data.image_size), channels=data.channels, **vars(config.model))
     grid = grid_of(encoder)

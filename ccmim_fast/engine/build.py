@@ -93,7 +93,7 @@ def keep_freed_memory() -> bool:
 
 
 def build_step(config: Config, here: Session) -> TrainStep:
-    """Build the eager step on this rank's device, with initial weights drawn from `config.seed`.
+    """Build the eager step on this rank's device, its initial weights from `config.seed`.
 
     Raises ConfigError for sizes that do not fit each other, or that the attention backend has no kernel for.
     """
@@ -148,12 +148,9 @@ def build_bank(config: Config, plan: Plan, here: Session, folder: Path) -> Score
 
 
 def prepare_step(step: TrainStep, micro_batch: int, known: str = "") -> TrainStep | GraphedStep:
-    """Compile and warm up as `train.compile` and `train.cuda_graph` say; the result is called like the step.
+    """Compile and warm up as `train.compile` and `train.cuda_graph` say; a checkpoint is loaded afterwards.
 
-    A checkpoint must be loaded into the step after this.
-
-    Args:
-        known: what `train.compile=auto` comes to, where that was measured before.
+    `known` is what `train.compile=auto` comes to, where that was measured before.
     """
     train = step.config.train
     what = known or choose_compile(train.compile, step.device, divided=is_sharded(step.model))

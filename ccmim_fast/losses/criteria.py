@@ -85,10 +85,7 @@ class Pixels(nn.Module):
 
 
 class Hog(nn.Module):
-    """The mean squared error of predicted HOG features, see `ccmim_kernels.hog_target`.
-
-    Raises ConfigError where `hog_cell`, the pixels per side of a cell, does not divide the patch.
-    """
+    """The mean squared error of predicted HOG features, see `hog_target`; ConfigError: `hog_cell` divides no patch."""
 
     def __init__(
         self, patch: int, mean: tuple[float, ...], std: tuple[float, ...], *, hog_cell: int, kernels: str = "auto"

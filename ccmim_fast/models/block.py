@@ -145,9 +145,8 @@ def attending_by(model: nn.Module, backend: str | Backends) -> Iterator[None]:
 class ViTBlock(Block):
     """This block is timm's standard pre-norm block with a `forward` that can compute less and tell more.
 
-    timm's `block_fn=` takes the class; the state dict has timm's names.
-
-    `compute`, the arithmetic, may be replaced by its compiled self, which all blocks of a shape share.
+    timm's `block_fn=` takes the class; the state dict has timm's names. `compute`, the arithmetic, may be replaced by
+    its compiled self, which all blocks of a shape share.
     """
 
     attention = "auto"  # backend, or one for each shape, see the function

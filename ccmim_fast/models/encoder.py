@@ -130,8 +130,8 @@ def _axis(dim: int, coordinate_S: Tensor) -> Tensor:
 def sincos_positions(dim: int, grid: tuple[int, int], prefix: int) -> Tensor:
     """Return fixed 2-D sine-cosine positions [prefix + rows * columns, dim] float32; zeros for the prefix.
 
-    The first half of the channels encodes the column, the second the row, as in MAE's published checkpoints.
-    `dim` is a multiple of 4 (ValueError).
+    The first half of the channels encodes the column, the second the row, as in MAE's published checkpoints. Raises
+    ValueError where `dim` is no multiple of 4.
     """
     if dim % 4:
         raise ValueError(f"dim={dim} must be a multiple of 4")

@@ -66,7 +66,7 @@ def guard(
 def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, bad: Tensor) -> None:
     """Take the step that `guard` prepared, or none.
 
-    apex's kernels take no flag from the device, so the host waits for `bad`. Within a CUDA graph, where waiting is
+    apex's kernels take no flag from the device, so the host waits for `bad`; within a CUDA graph, where waiting is
     impossible, they take the step whatever the gradients are.
     """
     if scaler.is_enabled() or _reads_scale(optimizer):

@@ -112,10 +112,7 @@ def headline(heartbeats: Sequence[Heartbeat | None], diagnosis: Diagnosis) -> st
 
 
 def report(heartbeats: Sequence[Heartbeat | None], diagnosis: Diagnosis, stacks: dict[int, str]) -> str:
-    """Return the headline, the activity of every rank, and some of the `stacks` by rank.
-
-    Equal stacks are shown once, and those of the fewest ranks first.
-    """
+    """Return headline, activity of every rank, and the `stacks` of the fewest ranks; equal ones are shown once."""
     activities, by_stack = defaultdict(list), defaultdict(list)
     for rank, beat in enumerate(heartbeats):
         activities["no heartbeat" if beat is None else beat.outcome or beat.activity].append(rank)

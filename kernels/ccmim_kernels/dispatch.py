@@ -100,9 +100,7 @@ _observers: list[Callable[[Call], None]] = []
 def choosable(name: str | Callable[..., str], by: str = "kernels") -> Callable[[Callable], Callable]:
     """Show calls of the decorated function to `observed`; what it calls in turn is not shown.
 
-    Args:
-        name: of the choice; or a function of the call's positional arguments, where the choice depends on them.
-        by: the keyword argument that chooses the implementation.
+    `name` is that of the choice, or a function of the call's positional arguments; the keyword argument `by` chooses.
     """
 
     def decorate(function: Callable) -> Callable:
