@@ -92,9 +92,10 @@ def save(
 
 
 def load(path: Path, divided: bool = False) -> dict[str, Any]:
-    """Read the state in the checkpoint `path`, on the CPU, without what is `divided` among ranks; no code in it is run.
+    """Read the state in the checkpoint `path`, on the CPU; no code in it is run.
 
-    Raises CheckpointError, one line: missing, damaged, or of more than plain containers and tensors.
+    `divided` leaves out what ranks have divided; `distributed.unite` puts it in. Raises CheckpointError, one line:
+    missing, damaged, or of more than plain containers and tensors.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder of a checkpoint")
