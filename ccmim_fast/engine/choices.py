@@ -14,10 +14,17 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from ccmim_fast.autotune.calls import StepCall, calls_of
-from ccmim_fast.autotune.decide import Decision, Question, fastest_that_agree, first_that_run
+from ccmim_fast.autotune.decide import (
+    Decision,
+    Question,
+    fastest_that_agree,
+    first_that_run,
+    milliseconds,
+    timed,
+    winner,
+)
 from ccmim_fast.autotune.loaders import fastest_loader
 from ccmim_fast.autotune.table import FILE, Table, machine, path_of, read_table, write_table
-from ccmim_fast.autotune.timing import milliseconds, timed, winner
 from ccmim_fast.checkpoints.manifest import CHECKPOINTS
 from ccmim_fast.config.keys import flatten, settings
 from ccmim_fast.config.schema import Config, RunConfig
@@ -125,10 +132,8 @@ def apply(table: Table, step: TrainStep) -> None:
 def choose_form(table: Table, step: TrainStep, micro_batch: int, here: Session) -> Table:
     """Hold a step that `auto` compiled against the eager one, on made images, and let the faster one run.
 
-    Where a table was read, it has the answer. Ranks that wait for each other are not timed: the compiled step stays.
-
-    Returns:
-        The table with the decision, which is kept as the others are.
+    Where a table was read, it has the answer; else it gets and keeps the decision. Ranks that wait for each other are
+    not timed: the compiled step stays.
     """
     train, compiled = step.config.train, compiled_as(step)
     open_ = train.compile == "auto" and compiled != "off" and not train.cuda_graph

@@ -85,15 +85,14 @@ class Pixels(nn.Module):
 
 
 class Hog(nn.Module):
-    """The mean squared error of predicted HOG features, see `hog_target`; ConfigError: `hog_cell` divides no patch."""
+    """The mean squared error of HOG features, see `hog_target`; ConfigError: `hog_cell` does not divide `patch`."""
 
     def __init__(
         self, patch: int, mean: tuple[float, ...], std: tuple[float, ...], *, hog_cell: int, kernels: str = "auto"
     ):
         super().__init__()
         if patch % hog_cell:
-            divisors = [size for size in range(1, patch + 1) if patch % size == 0]
-            nearest = min(divisors, key=lambda size: abs(size - hog_cell))
+            nearest = min((n for n in range(1, patch + 1) if patch % n == 0), key=lambda n: abs(n - hog_cell))
             raise ConfigError(f"target.hog_cell={hog_cell} must divide the patch size {patch}; nearest: {nearest}")
         self.patch, self.hog_cell, self.kernels = patch, hog_cell, kernels
         self.width = (patch // hog_cell) ** 2 * len(mean) * HOG_BINS
