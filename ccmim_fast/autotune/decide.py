@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ccmim_fast.autotune.calls import StepCall
 from ccmim_fast.autotune.check import differences, failure, failure_of
-from ccmim_fast.profile.meter import synchronise
+from ccmim_fast.profile.meter import seconds_of
 
 ROUNDS, LEAST_ROUNDS = 7, 3
 SAMPLE = 2e-3  # seconds of a sample, at least: a hundred times what reading the clock and waiting for a GPU take
@@ -107,19 +107,11 @@ def _left(question: Question, dropped: Mapping[str, str]) -> tuple[str, ...]:
 
 def stopwatch(call: StepCall, candidate: str, device: torch.device) -> Callable[[], float]:
     """Return a function that returns the seconds of a step's calls, forward and backward, by one implementation."""
-
-    def seconds(repeat: int) -> float:
-        synchronise(device)
-        start = time.perf_counter()
-        for _ in range(repeat):
-            call.passes(candidate, Tensor.detach)
-        synchronise(device)
-        return (time.perf_counter() - start) / repeat * call.count
-
-    for _ in range(2):  # the first passes compile, and fill caches
-        call.passes(candidate, Tensor.detach)
-    repeat = max(1, round(SAMPLE * call.count / max(seconds(1), 1e-9)))
-    return partial(seconds, repeat)
+    both_passes = partial(call.passes, candidate, Tensor.detach)
+    for _ in range(2):  # the first ones compile, and fill caches
+        both_passes()
+    repeat = max(1, round(SAMPLE / max(seconds_of(both_passes, device), 1e-9)))
+    return lambda: seconds_of(both_passes, device, repeat) * call.count
 
 
 def timed(samples: Mapping[Any, Callable[[], float]], until: float) -> dict[Any, list[float]]:

@@ -38,7 +38,7 @@ from ccmim_fast.engine.step import TrainStep
 from ccmim_fast.models.block import attending_by
 from ccmim_fast.models.encoder import configure_blocks
 from ccmim_fast.models.precision import LINEAR
-from ccmim_fast.profile.meter import synchronise
+from ccmim_fast.profile.meter import seconds_of
 from ccmim_fast.ranks.fsdp import let_go
 from ccmim_fast.ranks.session import Session, broadcast
 
@@ -154,11 +154,7 @@ def choose_form(table: Table, step: TrainStep, micro_batch: int, here: Session) 
 def _form(step: TrainStep, compiled: str, batches: list[Batch], until: float) -> Decision:
     def seconds(form: AbstractContextManager) -> float:
         with form:
-            synchronise(step.device)
-            start = time.perf_counter()
-            step(batches, 0.0)
-            synchronise(step.device)
-            return time.perf_counter() - start
+            return seconds_of(lambda: step(batches, 0.0), step.device)
 
     try:
         with eager(step):
