@@ -5,6 +5,7 @@
 import contextlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -49,30 +50,25 @@ class StepResult(NamedTuple):
     seen: tuple[Seen, ...]  # of each micro-batch
 
 
+@dataclass(eq=False, repr=False)
 class TrainStep:
-    """Forward, backward, clip, update, average.
+    """Forward, backward, clip, update, average."""
 
-    `wrapped` is the model as it is called (DDP, or bare, which FSDP's is too), `objective` the losses of its output.
-    """
+    model: CCMIM  # bare; its weights are trained
+    wrapped: nn.Module  # the model as it is called (DDP, or bare, which FSDP's is too)
+    objective: Objective  # the losses of its output
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    config: Config
+    ema: AveragedModel | None = None  # averaged weights
 
-    def __init__(
-        self,
-        model: CCMIM,
-        wrapped: nn.Module,
-        objective: Objective,
-        optimizer: torch.optim.Optimizer,
-        precision: Precision,
-        config: Config,
-        ema: AveragedModel | None = None,
-    ):
-        self.model, self.wrapped, self.optimizer, self.precision = model, wrapped, optimizer, precision
-        self.objective, self.config, self.ema = objective, config, ema
-        self._sharded = is_sharded(model)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.scaled)
-        self.parts = parts_of(model)  # the parameters of each part, by its name
-        self._statistics = [buffer for name, buffer in model.named_buffers() if ".running_" in name]
+    def __post_init__(self) -> None:
+        self._sharded = is_sharded(self.model)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.scaled)
+        self.parts = parts_of(self.model)  # the parameters of each part, by its name
+        self._statistics = [buffer for name, buffer in self.model.named_buffers() if ".running_" in name]
         # Whose products a CPU's linear layers are, see `models.precision`; None: torch's, as compiling needs.
-        self.linear: Layers | None = None if self.device.type != "cpu" or config.train.recompute else {}
+        self.linear: Layers | None = None if self.device.type != "cpu" or self.config.train.recompute else {}
         # Blocks whose weights are cast once a step; compiled one by one, each call would cast them again.
         self.cast_blocks: list[nn.Module] = []
         self.forward = self.losses  # or its compiled self (`engine.compile`)
