@@ -57,9 +57,9 @@ class Loop:
         """
         if self.step == 0:
             self._evaluate(0)
-        stream = closing(self.task.loader.stream(self.seen))
-        with self.signals, self.here.watchdog, self.checkpointer.saver, stream as shown:
-            for batches in observe(self._steps(shown)):
+        saver = self.checkpointer.saver
+        with self.signals, self.here.watchdog, saver, closing(self.task.loader.stream(self.seen)) as stream:
+            for batches in observe(self._steps(stream)):
                 result = self._train(batches)
                 self._log(result, batches)
                 self._check(result, batches)

@@ -36,7 +36,7 @@ Backends = tuple[tuple[tuple[int, int, int], str], ...]
 
 
 def check_attention(name: str, device: torch.device) -> None:
-    """Return if `train.attention=name` can run on `device`; raise ConfigError, or MachineError without xformers."""
+    """Return if `train.attention=name` can run on `device`; else ConfigError, or MachineError without xformers."""
     if name in CUDA_ONLY and device.type != "cuda":
         raise ConfigError(f"train.attention={name} needs CUDA, got {device.type}; use attention=sdpa")
     if name == "xformers" and importlib.util.find_spec("xformers") is None:
@@ -82,7 +82,7 @@ def _has_kernel(name: str, x_BTNH: Tensor) -> bool:
 
 
 # The choice of a backend depends on tokens, heads, and channels of a head.
-@choosable(lambda _, k_BTNH, *__: "attention " + " x ".join(map(str, k_BTNH.shape[1:])), by="backend")
+@choosable(lambda q_BQNH, k_BTNH, *_: "attention " + " x ".join(map(str, k_BTNH.shape[1:])), by="backend")
 def attention(
     q_BQNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor, *, backend: str | Backends = "auto", dropout: float = 0.0
 ) -> Tensor:

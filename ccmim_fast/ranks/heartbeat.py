@@ -112,7 +112,7 @@ def headline(heartbeats: Sequence[Heartbeat | None], diagnosis: Diagnosis) -> st
 
 
 def report(heartbeats: Sequence[Heartbeat | None], diagnosis: Diagnosis, stacks: dict[int, str]) -> str:
-    """Return headline, activity of every rank, and the `stacks` of the fewest ranks; equal ones are shown once."""
+    """Return headline, activity of every rank, and some `stacks`: equal ones once, of the fewest ranks first."""
     activities, by_stack = defaultdict(list), defaultdict(list)
     for rank, beat in enumerate(heartbeats):
         activities["no heartbeat" if beat is None else beat.outcome or beat.activity].append(rank)
