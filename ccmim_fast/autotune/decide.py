@@ -48,11 +48,7 @@ def first_that_run(questions: Questions, calls: Calls) -> dict[str, Decision]:
     decisions = {}
     for name, question in questions.items():
         dropped: dict[str, str] = {}
-        for candidate in question.candidates:
-            if not (why := failure_of(calls[name], candidate, question.compiled)):
-                break
-            dropped[candidate] = why
-        decisions[name] = Decision(_left(question, dropped)[0], {}, dropped)
+        decisions[name] = Decision(_chosen(question, {}, dropped, calls[name]), {}, dropped)
     return decisions
 
 
@@ -89,14 +85,14 @@ def fastest_that_agree(
 def _chosen(
     question: Question, times: Mapping[str, list[float]], dropped: dict[str, str], calls: list[StepCall]
 ) -> str:
-    """Return the winner, or the first where nothing was timed; what cannot be compiled and must be is dropped."""
+    """Return the winner, or the first where nothing was timed; what cannot make the calls is dropped."""
     while True:
         left = _left(question, dropped)
         own = {candidate: found for candidate, found in times.items() if candidate in left}
         chosen = winner(own) if own else left[0]
-        if not question.compiled or chosen not in question.candidates or chosen in dropped:
+        if chosen not in question.candidates or chosen in dropped:
             return chosen
-        if not (why := failure_of(calls, chosen, compiled=True)):
+        if not (why := failure_of(calls, chosen, question.compiled)):
             return chosen
         dropped[chosen] = why
 
