@@ -94,8 +94,7 @@ class NaiveCCMIM(CCMIM):
 class NaiveAllBlocks(AllBlocks):
     """These scores compute the last block whole."""
 
-    @torch.no_grad()
-    def __call__(self, vit, x_BLD: Tensor, prior=None, folded_BL=None) -> Tensor:
+    def logits(self, vit, x_BLD: Tensor) -> Tensor:
         x_BTD, total_BL = vit.norm_pre(with_prefix(vit, x_BLD)), None
         for block in vit.blocks:
             x_BTD, total_BL = block(x_BTD, reads_cls=True, total_BL=total_BL)

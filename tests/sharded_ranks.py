@@ -91,7 +91,8 @@ def checkpointer(step, here, folder, notes):
 
 
 def saved(step, here, folder, at):
-    with checkpointer(step, here, folder, []) as points:
+    points = checkpointer(step, here, folder, [])
+    with points.saver:
         points.save(at, 8 * at)
         points.close()
 
@@ -192,14 +193,14 @@ def full_disk(here, folder):
 
     with patch.object(_HashedFiles, "create_stream", create_stream):
         points.save(1, 8)
-        points._saver.wait()
+        points.saver.wait()
         full = True
         points.save(2, 16)
-        points._saver.wait()
+        points.saver.wait()
         left = sorted(path.name for path in points.folder.iterdir())
         full = False
         points.save(3, 24)
-        points._saver.wait()
+        points.saver.wait()
         told = len(notes)
         full = True
         try:

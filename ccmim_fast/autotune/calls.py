@@ -1,46 +1,42 @@
 """The calls of one training step that a choice is about, each kept once with its inputs, to be made again."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ccmim_kernels.dispatch import Call, observed
 
 
 class StepCall(NamedTuple):
-    """This tuple is a call that a step makes.
+    """This tuple is a call that a step makes."""
 
-    Attributes:
-        call: its arguments are detached tensors; those that receive a gradient in the step require one.
-        gradient: the step takes the gradient of its results.
-        autocast: dtype of autocast around it, or None.
-        count: calls of the step with such arguments.
-    """
+    call: Call  # its arguments are detached tensors; those that receive a gradient in the step require one
+    gradient: bool  # the step takes the gradient of its results
+    autocast: torch.dtype | None  # around it
+    count: int = 1  # calls of the step with such arguments
 
-    call: Call
-    gradient: bool
-    autocast: torch.dtype | None
-    count: int = 1
+    def passes(self, candidate: str, gradient_of: Callable[[Tensor], Tensor], wide: bool = False) -> list[Tensor]:
+        """Make the call by an implementation (`wide`: on float64), and go back from `gradient_of` each result.
 
-    def forward(self, candidate: str, wide: bool = False) -> tuple[list[Tensor], list[Tensor]]:
-        """Make the call by an implementation; `wide`: on float64.
-
-        Returns:
-            The tensors of its result, and of its arguments those that receive a gradient.
+        Returns the tensors of its result, then the gradients of arguments that receive one; all without gradient.
         """
         _, function, by, arguments, options = self.call
         if wide:
-            arguments, options = tuple(map(_widened, arguments)), {key: _widened(v) for key, v in options.items()}
-        given = [*arguments, *options.values()]
-        leaves = [x for x in given if isinstance(x, Tensor) and x.requires_grad]
-        kind = next((x.device.type for x in given if isinstance(x, Tensor)), "cpu")
+            arguments, options = tree_map(_widened, (arguments, options))
+        given = _tensors((arguments, options))
         with (
             torch.set_grad_enabled(self.gradient),
-            torch.autocast(kind, self.autocast, enabled=self.autocast is not None),
+            torch.autocast(given[0].device.type, self.autocast, enabled=self.autocast is not None),
         ):
-            return list(_tensors(function(*arguments, **options, **{by: candidate}))), leaves
+            results = _tensors(function(*arguments, **options, **{by: candidate}))
+        ends, leaves = ([x for x in tensors if x.requires_grad] for tensors in (results, given))
+        gradients = ()
+        if ends and leaves:
+            gradients = torch.autograd.grad(ends, leaves, list(map(gradient_of, ends)), materialize_grads=True)
+        return [*(x.detach() for x in results), *gradients]
 
 
 def calls_of(step: Callable[[], Any], device: torch.device) -> dict[str, list[StepCall]]:
@@ -91,9 +87,5 @@ def _widened(value: Any) -> Any:
     return value.detach().double().requires_grad_(value.requires_grad)
 
 
-def _tensors(result: Any) -> Iterator[Tensor]:
-    if isinstance(result, Tensor):
-        yield result
-    elif isinstance(result, tuple | list):
-        for part in result:
-            yield from _tensors(part)
+def _tensors(nested: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(nested) if isinstance(x, Tensor)]

@@ -29,7 +29,7 @@ def differences(
     """
     found: dict[str, str] = {}
     for call in calls:
-        gold, eager = _results(call, reference, wide=True), _results(call, reference)
+        gold, eager = (call.passes(reference, _output_gradient, wide) for wide in (True, False))
         for candidate in candidates:
             if candidate == reference or candidate in found:
                 continue
@@ -39,30 +39,22 @@ def differences(
 
 
 def failure_of(calls: list[StepCall], candidate: str, compiled: bool) -> str:
-    """Return in one line why a candidate cannot make the calls, or be traced by torch.compile with them; "" if it can.
-
-    The results are not looked at.
-    """
+    """Return in one line why a candidate cannot make the calls, or be traced with them; "": it can do both."""
     try:
         for call in calls:
-            _results(call, candidate)
-            if compiled:
-                _results(_traced(call), candidate)
+            call.passes(candidate, _output_gradient)
+            if compiled:  # traced, without the kernels that torch.compile would write
+                torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+                function = torch.compile(call.call.function, backend="aot_eager", fullgraph=True, dynamic=False)
+                call._replace(call=call.call._replace(function=function)).passes(candidate, _output_gradient)
     except Exception as error:
         return failure(error)
     return ""
 
 
-def _traced(call: StepCall) -> StepCall:
-    """Return the call as torch.compile makes it, without the kernels that it would write."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    function = torch.compile(call.call.function, backend="aot_eager", fullgraph=True, dynamic=False)
-    return call._replace(call=call.call._replace(function=function))
-
-
 def _difference(call: StepCall, candidate: str, eager: list[Tensor], gold: list[Tensor], factor: float) -> str:
     try:
-        ours = _results(call, candidate)
+        ours = call.passes(candidate, _output_gradient)
     except Exception as error:  # a library's own; another candidate takes its place
         return failure(error)
     if [(x.shape, x.dtype) for x in ours] != [(x.shape, x.dtype) for x in eager]:
@@ -77,17 +69,6 @@ def _difference(call: StepCall, candidate: str, eager: list[Tensor], gold: list[
         if not error <= allowed:
             return f"result {number} is wrong by {error:.3g}, allowed are {allowed:.3g}"
     return ""
-
-
-def _results(call: StepCall, candidate: str, wide: bool = False) -> list[Tensor]:
-    """Return the results of a call, then its gradients, for an output gradient that is the same in all dtypes."""
-    out, leaves = call.forward(candidate, wide)
-    results = [x.detach() for x in out]
-    ends = [x for x in out if x.requires_grad]
-    if ends and leaves:
-        gradients = torch.autograd.grad(ends, leaves, [_output_gradient(x) for x in ends], allow_unused=True)
-        results += [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients)]
-    return results
 
 
 def _output_gradient(x: Tensor) -> Tensor:

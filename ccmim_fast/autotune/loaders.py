@@ -8,8 +8,7 @@ from dataclasses import replace
 import torch
 
 from ccmim_fast.autotune.check import failure
-from ccmim_fast.autotune.decide import Decision
-from ccmim_fast.autotune.timing import milliseconds, winner
+from ccmim_fast.autotune.decide import Decision, milliseconds, winner
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.build import build_loader
 from ccmim_fast.data.source import Source, usable_count

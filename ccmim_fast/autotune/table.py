@@ -1,7 +1,6 @@
 """Tables of decisions: in a run's folder, and in the user's cache folder, one file for each machine and each shape."""
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ccmim_fast.autotune.decide import Decision
+from ccmim_fast.runs.folder import version_of
 from ccmim_fast.runs.state import read_record, write_record
 
 FILE = "autotune.json"  # in a run's folder
@@ -20,17 +20,11 @@ _PACKAGES = ("ccmim_fast", "torch", "triton", "xformers", "nvidia-dali-cuda130",
 
 
 class Table(NamedTuple):
-    """This tuple is what was decided.
+    """This tuple is what was decided."""
 
-    Attributes:
-        where: device and versions of libraries, and the sizes of the run: a table holds for these alone.
-        decisions: by the name of the question, such as "attention 50 x 12 x 64".
-        seconds: that the measurement took; 0: nothing was measured.
-    """
-
-    where: dict[str, str]
-    decisions: dict[str, Decision]
-    seconds: float = 0.0
+    where: dict[str, str]  # device, versions of libraries, sizes of the run: the table holds for these alone
+    decisions: dict[str, Decision]  # by the name of the question, such as "attention 50 x 12 x 64"
+    seconds: float = 0.0  # that the measurement took; 0: nothing was measured
 
     def chosen(self) -> dict[str, str]:
         """Return what was chosen, by the name of the question."""
@@ -69,7 +63,7 @@ def machine(device: torch.device) -> dict[str, str]:
         name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
     else:
         name = f"{_processor()}, {torch.get_num_threads()} threads"
-    return {"device": name} | {package: _version(package) for package in _PACKAGES}
+    return {"device": name} | {package: version_of(package) for package in _PACKAGES}
 
 
 def folder() -> Path:
@@ -132,10 +126,3 @@ def _processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"

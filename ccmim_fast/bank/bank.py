@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ccmim_fast.bank.stores import DeviceStore
 from ccmim_fast.data.source import usable_count, usable_positions
 from ccmim_fast.data.stream.batch import Batch, to_device
 from ccmim_fast.data.stream.plan import Plan
@@ -32,17 +31,42 @@ def own_maps(plan: Plan) -> int:
     return -(-usable_count(plan.source) // plan.partitions) * len(plan.own_partitions)
 
 
+class DeviceStore:
+    """N maps [N, G, G] float16 in the training device's memory, written in place; other stores have these methods."""
+
+    def __init__(self, maps_NGG: Tensor, device: torch.device):
+        self._maps_NGG, self._device = maps_NGG, device
+
+    def read(self, rows_P: np.ndarray) -> Tensor:
+        """Return a copy of some rows, [P, G, G], on the training device."""
+        return self._maps_NGG.index_select(0, self._index(rows_P))
+
+    def write(self, rows_P: np.ndarray, maps_PGG: Tensor) -> None:
+        """Replace some rows, each one at most once; the maps are on the training device."""
+        self._maps_NGG.index_copy_(0, self._index(rows_P), maps_PGG)
+
+    def _index(self, rows_P: np.ndarray) -> Tensor:
+        rows = torch.from_numpy(rows_P)
+        # Only pinned memory is copied asynchronously.
+        return rows.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else rows
+
+    def prefetch(self, rows_P: np.ndarray) -> None:
+        """Announce rows that will be read soon: only a file is slow enough to fetch them beforehand."""
+
+    def contents(self) -> Tensor:
+        """Return all maps [N, G, G] on the host, as of now; the caller does not write to them."""
+        return self._maps_NGG.cpu()
+
+    def fill(self, maps_NGG: Tensor) -> None:
+        """Replace all maps by maps on the host."""
+        self._maps_NGG.copy_(maps_NGG)
+
+
 class ScoreBank:
     """The maps of one rank's samples. Each step reads those of its samples, and writes them afterwards.
 
     All maps of a step are read before any is written. An image that is shown in the place of one that cannot be decoded
-    has no map and leaves none.
-
-    Args:
-        plan: of this rank.
-        store: of `own_maps(plan)` maps.
-        device: of the batches.
-        timeout: that a rank waits for another; None: the backend's.
+    has no map and leaves none. `store` has `own_maps(plan)` maps; `timeout` is how long a rank waits for another.
     """
 
     def __init__(self, plan: Plan, store: DeviceStore, device: torch.device, timeout: timedelta | None = None):
@@ -178,10 +202,7 @@ def update_maps(
     had none. The score is interpolated between the centres of four patches; beyond the outermost ones the nearest
     counts. Other cells stay, and all cells stay where some score of the crop is not finite.
 
-    Args:
-        maps_BGG, boxes_B4, grid: as in `read_maps`.
-        scores_BL: float32 (float64 for float64 maps).
-        momentum: 0 .. 1.
+    `maps_BGG`, `boxes_B4` and `grid` are as in `read_maps`, scores float32 (float64 for float64 maps).
     """
     cells, before_BGG = maps_BGG.shape[1], maps_BGG.to(torch.promote_types(maps_BGG.dtype, torch.float32))
     weights, inside = [], []

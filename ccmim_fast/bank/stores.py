@@ -1,6 +1,6 @@
-"""Stores of maps: on the training device, in the host's memory, or in a file that the host maps into its memory.
+"""Stores of maps that the training device has no room for: in the host's memory, or in a file mapped into it.
 
-All three behave alike: a read sees every earlier write, and nobody waits for the device.
+They behave as `bank.DeviceStore` does: a read sees every earlier write, and nobody waits for the device.
 """
 
 # N maps, P of them, G cells per side
@@ -14,45 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ccmim_fast.bank.bank import DeviceStore
 from ccmim_fast.errors import ConfigError, MachineError
 
 _IN_FLIGHT = 4  # steps whose maps may be on their way to the host; beyond, the oldest is waited for
-
-
-class DeviceStore:
-    """N maps of G x G scores, float16, in the training device's own memory; the other stores have the same methods.
-
-    Args:
-        maps_NGG: all maps at first; the store writes to this tensor.
-        device: the training device.
-    """
-
-    def __init__(self, maps_NGG: Tensor, device: torch.device):
-        self._maps_NGG, self._device = maps_NGG, device
-
-    def read(self, rows_P: np.ndarray) -> Tensor:
-        """Return a copy of some rows, [P, G, G], on the training device."""
-        return self._maps_NGG.index_select(0, self._index(rows_P))
-
-    def write(self, rows_P: np.ndarray, maps_PGG: Tensor) -> None:
-        """Replace some rows, each one at most once; the maps are on the training device."""
-        self._maps_NGG.index_copy_(0, self._index(rows_P), maps_PGG)
-
-    def _index(self, rows_P: np.ndarray) -> Tensor:
-        rows = torch.from_numpy(rows_P)
-        # Only pinned memory is copied asynchronously.
-        return rows.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else rows
-
-    def prefetch(self, rows_P: np.ndarray) -> None:
-        """Announce rows that will be read soon: only a file is slow enough to fetch them beforehand."""
-
-    def contents(self) -> Tensor:
-        """Return all maps [N, G, G] on the host, as of now; the caller does not write to them."""
-        return self._maps_NGG.cpu()
-
-    def fill(self, maps_NGG: Tensor) -> None:
-        """Replace all maps by maps on the host."""
-        self._maps_NGG.copy_(maps_NGG)
 
 
 class _Write(NamedTuple):
@@ -66,9 +31,9 @@ class _Write(NamedTuple):
 class HostStore(DeviceStore):
     """Maps in the host's memory.
 
-    Only the rows of a step cross to the device and back, through pinned memory: 0.5 MB for 1,024 maps of 16 x 16. The
-    maps themselves need not be pinned, because the host gathers them. A write is carried out when its maps have
-    arrived; only a read of the same rows before that, as where two epochs meet, waits for them.
+    Only the rows of a step cross to the device and back, through pinned memory: 0.5 MB for 1,024 maps of 16 x 16; the
+    host gathers them, so the maps themselves are not pinned. A write is carried out when its maps have arrived; only a
+    read of the same rows before that, as where two epochs meet, waits for them.
     """
 
     def __init__(self, maps_NGG: Tensor, device: torch.device):
@@ -114,11 +79,8 @@ class HostStore(DeviceStore):
 class FileStore(HostStore):
     """Maps in a file, which the operating system keeps in memory as far as it has room.
 
-    Args:
-        path: made anew, all of its length reserved; it is a working copy, the checkpoints hold the maps for good.
-
-    Raises:
-        MachineError: the disk has no room for it.
+    The file is made anew, all of its length reserved (MachineError: the disk has no room); it is a working copy, the
+    checkpoints hold the maps for good.
     """
 
     def __init__(self, path: Path, maps: int, cells: int, device: torch.device):
@@ -144,11 +106,7 @@ class FileStore(HostStore):
 
 
 def choose_store(store: str, maps: int, cells: int, device_gb: float, host_gb: float) -> str:
-    """Return `device`, `host` or `file`: the one that `score.store` names; for `auto` the first that holds the maps.
-
-    Raises:
-        ConfigError: the named store does not hold the maps.
-    """
+    """Return `score.store`, for `auto` the first of `device`, `host`, `file` that holds the maps; else ConfigError."""
     needed = maps * cells * cells * 2 / 1e9
     budgets = {"device": device_gb, "host": host_gb, "file": float("inf")}
     if store == "auto":

@@ -21,46 +21,29 @@ from ccmim_fast.models.tokens import grid_of, patch_size_of
 
 
 def build_model(config: Config) -> CCMIM:
-    """Build the model of a run, with initial weights drawn from torch's global generator.
-
-    Raises:
-        ConfigError: sizes that do not fit each other; the message names the nearest valid one.
-    """
-    encoder = build_encoder(
-        config.model.arch,
-        image_size=tuple(config.data.image_size),
-        channels=config.data.channels,
-        patch_size=config.model.patch_size,
-        embed_dim=config.model.embed_dim,
-        depth=config.model.depth,
-        num_heads=config.model.num_heads,
-        drop_path=config.model.drop_path,
-    )
-    sampling = _sampling(config, grid_of(encoder))
+    """Build the model of a run, its initial weights from torch's global generator; ConfigError: sizes do not fit."""
+    data, kernels = config.data, config.train.kernels
+    encoder = build_encoder(image_size=tuple(data.image_size), channels=data.channels, **vars(config.model))
+    grid = grid_of(encoder)
+    sampling, outputs = _sampling(config, grid), _reconstruction(config, patch_size_of(encoder)).width
     decoder = Decoder(
-        encoder_dim=encoder.embed_dim,
-        dim=config.decoder.dim,
-        depth=config.decoder.depth,
-        num_heads=config.decoder.num_heads,
-        grid=grid_of(encoder),
-        outputs=_reconstruction(config, patch_size_of(encoder)).width,
-        kernels=config.train.kernels,
+        encoder_dim=encoder.embed_dim, grid=grid, outputs=outputs, kernels=kernels, **vars(config.decoder)
     )
     configure_blocks(
         [*encoder.blocks, *decoder.blocks],
         attention=config.train.attention,
-        kernels=config.train.kernels,
+        kernels=kernels,
         recompute=config.train.recompute,
     )
     return CCMIM(
         encoder,
         decoder,
-        mean=config.data.mean,
-        std=config.data.std,
+        mean=data.mean,
+        std=data.std,
         sampling=sampling,
         score_source=build_score_source(config, encoder) if config.mask.strategy.startswith("importance") else None,
         heads=_heads(config, encoder.embed_dim),
-        kernels=config.train.kernels,
+        kernels=kernels,
     )
 
 
@@ -73,11 +56,7 @@ def build_objective(config: Config, model: CCMIM) -> Objective:
 
 
 def build_score_source(config: Config, encoder: nn.Module) -> ScoreSource:
-    """Build `score.source` for this encoder.
-
-    Raises:
-        ConfigError: the encoder's attention cannot be read as the source asks.
-    """
+    """Build `score.source` for this encoder; raises ConfigError where the encoder's attention cannot be read so."""
     return _configured(registry.SCORE_SOURCES[config.score.source].path, config, config.score, encoder)
 
 

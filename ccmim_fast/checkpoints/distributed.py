@@ -77,10 +77,7 @@ class _HashedFiles(FileSystem):
 
 
 def write(folder: Path, pieces: Mapping[str, Tensor], group: dist.ProcessGroup) -> dict[str, Sum]:
-    """Write the pieces into `folder` and return the sums of all ranks' files; every rank of `group` calls it.
-
-    An OSError of one rank is raised on every rank.
-    """
+    """Write the pieces into `folder`; return the sums of all ranks' files, or raise a rank's OSError on all of them."""
     writer = dcp.FileSystemWriter(folder)
     writer.fs = files = _HashedFiles()
     try:
@@ -131,12 +128,9 @@ class _Reader(dcp.FileSystemReader):
 def read(folder: Path, like: Mapping[str, DTensor] | None = None) -> dict[str, Tensor]:
     """Read the pieces in `folder`, whose files have been checked; no rank waits for another.
 
-    Args:
-        like: how tensors are to be divided, by the start of a piece's path: only this rank's parts of them are read.
-            Pieces of another shape, and all others, are read whole into the host's memory.
-
-    Raises:
-        CheckpointError: the files are not what `write` leaves.
+    `like` says how tensors are to be divided, by the start of a path: only this rank's parts are read. Pieces of
+    another shape, and all others, are read whole into the host's memory. Raises CheckpointError where the files are not
+    what `write` leaves.
     """
     pieces = {}
     try:

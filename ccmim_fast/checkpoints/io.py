@@ -60,13 +60,11 @@ def save(
 
     Args:
         folder: made if missing. A checkpoint of the same step in it is replaced.
-        state: dicts, lists, tuples, tensors, numbers, strings, bytes, bools and None, at any depth.
+        state: plain containers, tensors, numbers, strings, bytes, bools and None; TypeError: what `load` would refuse.
         keep: >= 1; the one just written always stays.
         for_good: mark it as kept: no later save removes it.
 
-    Raises:
-        CheckpointError: it could not be written (disk full, no right, another writer); the older ones are intact.
-        TypeError: `state` holds something that `load` would refuse.
+    Raises CheckpointError if it cannot be written (disk full, no right, another writer); the older ones are intact.
     """
     if step < 0 or keep < 1:
         raise ValueError(f"step={step} must be >= 0 and keep={keep} >= 1")
@@ -96,10 +94,8 @@ def save(
 def load(path: Path, divided: bool = False) -> dict[str, Any]:
     """Read the state in the checkpoint `path`, on the CPU; no code in it is run.
 
-    `divided` leaves out what ranks have divided; `distributed.unite` puts it in.
-
-    Raises:
-        CheckpointError: missing, damaged, or of more than plain containers and tensors; one line.
+    `divided` leaves out what ranks have divided; `distributed.unite` puts it in. Raises CheckpointError, one line:
+    missing, damaged, or of more than plain containers and tensors.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder of a checkpoint")

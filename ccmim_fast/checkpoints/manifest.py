@@ -60,10 +60,7 @@ def manifest(step: int, sums: dict[str, Sum]) -> bytes:
 
 
 def read_manifest(path: Path, step: int | None) -> dict[str, Sum]:
-    """Read what each file in the folder `path` must be; `step` is the one that the folder's name tells, if it does.
-
-    Raises CheckpointError if the manifest is damaged, or of another version.
-    """
+    """Read what each file in the folder `path` must be; CheckpointError: damaged, of another version or step."""
     with open_file(path / MANIFEST) as file:
         text = file.read(_LONGEST)
     try:

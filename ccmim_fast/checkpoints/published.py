@@ -81,9 +81,6 @@ def known_arch(arch: str) -> str:
 def with_arch(of: Weights, arch: str = "", num_heads: int = 0) -> Weights:
     """Return the weights with their architecture: the user's, else what their place tells, else vit_base_patch16_224.
 
-    Args:
-        arch, num_heads: what the user tells; empty or 0: nothing. A name of timm's tells its architecture itself.
-
     Raises:
         ConfigError: timm does not know the architecture; or nobody tells it, the width is another than that of
             vit_base_patch16_224, and nobody tells the heads, of which any number that divides the width would load.
@@ -104,10 +101,9 @@ def with_arch(of: Weights, arch: str = "", num_heads: int = 0) -> Weights:
 
 
 def derived(of: Weights, given: list[str]) -> list[str]:
-    """Return the settings that weights of a known architecture tell, as options.
+    """Return the settings that weights of a known architecture tell, as options; ConfigError if timm cannot build it.
 
-    The method is derived where no file of settings is among `given`, the options of the user. Raises ConfigError where
-    timm cannot build the architecture.
+    The method is derived where no file of settings is among `given`, the options of the user.
     """
     weights, found = of.tensors, {"model.arch": of.arch}
     if not weights:

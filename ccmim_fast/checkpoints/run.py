@@ -49,10 +49,9 @@ class OpenedRun:
 
 
 def open_run(path: str | Path, weights: Literal["averaged", "trained"] = "averaged") -> OpenedRun:
-    """Open the newest checkpoint of a run that loads, or one checkpoint; no code in a file is run.
+    """Open the newest checkpoint of a run that loads, or the one checkpoint `path`; no code in a file is run.
 
     Args:
-        path: folder of a run, or of one of its checkpoints.
         weights: `averaged` takes the moving average where the run has one, `trained` the weights of the last step.
 
     Raises:

@@ -69,9 +69,16 @@ def restore(
     try:
         model.load_state_dict(state["model"])
         if in_place:
-            _fill_(optimizer, state["optimizer"]["state"])
+            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            for index, parameter in enumerate(parameters):
+                for name, value in optimizer.state[parameter].items():
+                    value.copy_(state["optimizer"]["state"][index][name])
         else:
-            _load_moments(optimizer, state["optimizer"])
+            # All but the rate, the decay and the like, which are the run's own (a graph may read their tensors).
+            before = [dict(group) for group in optimizer.param_groups]
+            optimizer.load_state_dict(state["optimizer"])
+            for group, own in zip(optimizer.param_groups, before):
+                group.update({key: value for key, value in own.items() if key not in ("params", "step")})
         if state["scaler"]:  # empty where nothing was scaled
             scaler.load_state_dict(state["scaler"])
         if ema is not None:
@@ -83,26 +90,3 @@ def restore(
         return Progress(**state["progress"])
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the checkpoint is of another model: {one_line(error, 300)}") from None
-
-
-def _load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load all but the rate, the decay and the like, which are the run's own (a graph may read their tensors)."""
-    before = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, before):
-        group.update({key: value for key, value in own.items() if key not in ("params", "step")})
-
-
-def _fill_(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> None:
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    for index, parameter in enumerate(parameters):
-        for name, value in optimizer.state[parameter].items():
-            value.copy_(state[index][name])
-
-
-def maps_in(state: dict[str, Any], cells: int) -> Tensor | None:
-    """Return a checkpoint's maps of a score bank [N, cells, cells] float16, if any; CheckpointError: of other cells."""
-    maps_NGG = state.get("maps")
-    if maps_NGG is not None and tuple(maps_NGG.shape[1:]) != (cells, cells):
-        raise CheckpointError(f"score.grid={cells}: the checkpoint's maps have {maps_NGG.shape[1]}; use that")
-    return maps_NGG

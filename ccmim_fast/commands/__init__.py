@@ -55,11 +55,10 @@ def take_name(
     Args:
         program: the command that `argv` stands behind, such as "ccmim data".
         kind: the noun for `names`, each of which has a line of help, such as "command".
-        then: what follows the first word, for the help.
+        then: what follows the first word, for the help, which `--help` prints before it ends the program.
 
     Raises:
         ConfigError: the first word is missing or unknown; the message names the nearest.
-        SystemExit: 0, after printing the help that `--help` asks for.
     """
     if COMPLETING in os.environ and not argv:
         parser = Parser(program)

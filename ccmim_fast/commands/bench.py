@@ -22,12 +22,7 @@ SCRIPTS = {
 
 
 def bench(argv: list[str]) -> None:
-    """Run one of `SCRIPTS` in a process of its own.
-
-    Raises:
-        MachineError: `ccmim_fast` is installed from a wheel, which has no benchmarks/.
-        SystemExit: the script failed; the exit code is the script's.
-    """
+    """Run one of `SCRIPTS` in a process of its own, with its exit code; MachineError from a wheel, which has none."""
     names = {name: help for name, (_, help) in SCRIPTS.items()}
     name, rest = take_name("ccmim bench", "benchmark", names, argv)
     root = Path(__file__).resolve().parents[2]

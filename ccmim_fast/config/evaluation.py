@@ -23,9 +23,7 @@ class EvalRunConfig(RunConfig):
     save_every: u.Epochs = like(RunConfig, "save_every", 1)
     keep: u.Count = like(RunConfig, "keep", 1)
     tensorboard: bool = like(RunConfig, "tensorboard", False, "ours")
-    test_every: u.Epochs = setting(
-        10, "epochs between accuracies on the test images; the last is always tested", "ours"
-    )
+    test_every: u.Epochs = setting(10, "epochs between accuracies on test images; the last is always tested", "ours")
 
 
 @dataclass(frozen=True)

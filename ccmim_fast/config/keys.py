@@ -97,10 +97,7 @@ def unknown_key(
 ) -> ConfigError:
     """Return the error for a key that is none of `known`: it names the nearest that is, or what a section holds.
 
-    Args:
-        key: the dotted key as the user gave it, less `prefix`.
-        prefix: the characters before a key where it was given: "--" on a command line.
-        source: that place, for the message: " in demo.yaml".
+    The user gave `prefix + key` (the prefix is "--" on a command line) in the place `source`, such as " in demo.yaml".
     """
     if key in REMOVED:
         return ConfigError(f"{prefix}{key}: this setting was removed ({REMOVED[key][1]}); leave it out")

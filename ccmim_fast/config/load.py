@@ -92,11 +92,7 @@ def to_yaml(config: Any) -> str:
 
 
 def from_yaml(text: str, name: str, schema: type = Config, check: Callable[[Any], None] = validate) -> Any:
-    """Return the configuration that `text` holds, such as a checkpoint's; `name` says in messages where it stands.
-
-    Raises:
-        ConfigError: as `load_config`.
-    """
+    """Return the configuration that `text` holds, such as a checkpoint's; `name` says in messages where it stands."""
     config = build(read_settings(text, f" in {name}", schema), schema)
     check(config)
     return config

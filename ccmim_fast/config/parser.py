@@ -44,10 +44,7 @@ class Parser(argparse.ArgumentParser):
         self._schema: type | None = None
 
     def add_settings(self, schema: type = Config, presets: Iterable[str] = ()) -> None:
-        """Add `--config` (of `presets`), `--print_config` and every setting of `schema`.
-
-        Their text, by key, is `parse_args(...).settings`.
-        """
+        """Add `--config` (of `presets`), `--print_config` and all of `schema`: `settings` then has their text."""
         self._schema = schema
         positional = self._get_positional_actions()
         places = [f"[{one.metavar}]" if one.nargs == "?" else one.metavar for one in positional]
@@ -69,11 +66,9 @@ class Parser(argparse.ArgumentParser):
             action.completer = lambda choices=setting.choices, **_: choices
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
-        """Read all options; while the shell completes a line, print the completions and end instead.
+        """Read all options; while the shell completes a line, print the completions and end instead, as `--help` does.
 
-        Raises:
-            ConfigError: one line; for an unknown option it names the nearest.
-            SystemExit: 0, after printing what `--help` asks for.
+        Raises ConfigError, one line; for an unknown option it names the nearest.
         """
         if "_ARGCOMPLETE" in os.environ:
             import argcomplete  # not needed otherwise

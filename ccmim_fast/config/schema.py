@@ -120,10 +120,7 @@ class ContrastConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     name: Literal["adamw", "apex_adamw", "apex_lamb"] = setting(
-        "adamw",
-        "torch's fused AdamW, or NVIDIA apex's, which is built from source: docs/performance.md",
-        "MAE",
-        "shape",
+        "adamw", "torch's fused AdamW, or NVIDIA apex's, built from source: docs/performance.md", "MAE", "shape"
     )
     base_lr: u.Rate = setting(1.5e-4, "learning rate per 256 images", "paper, appendix C")
     min_lr: u.Rate = setting(0.0, "learning rate at the end of the schedule", "MAE")
@@ -165,9 +162,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class WatchConfig:
-    bad_steps: u.Steps = setting(
-        3, "in a row, with gradients not finite, until the last checkpoint is restored", "ours"
-    )
+    bad_steps: u.Steps = setting(3, "in a row, gradients not finite, until the last checkpoint is restored", "ours")
     spike: u.Factor = setting(10.0, "deviations above the last losses from which on one is reported; 0: none", "ours")
     timeout: u.Minutes = setting(30.0, "minutes that a rank waits for another", "ours")
 

@@ -15,12 +15,9 @@ from ccmim_fast.registry import CONTRASTS, SCORE_SOURCES
 
 
 def validate(config: Config, world_size: int = 1) -> None:
-    """Return if `config` can run on `world_size` ranks.
+    """Return if `config` can run on `world_size` ranks; else raise ConfigError, of several mistakes for the first.
 
     Images, checkpoints and devices are not looked at: whoever opens them reports what is wrong there.
-
-    Raises:
-        ConfigError: one line; of several mistakes the first.
     """
     check_values(config)
     if not config.run.dir:

@@ -12,13 +12,9 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def read(key: str, raw: str | list[str], source: str = "", schema: type = Config) -> Any:
-    """Return the value that `raw` writes, in the type of the setting `key`.
+    """Return the value that `raw` writes, in the type of the setting `key`; `source` is its place: " in demo.yaml".
 
-    Args:
-        source: the place of the text, for the message: " in demo.yaml".
-
-    Raises:
-        ConfigError: the text is none of that type; one line with the nearest valid value.
+    Raises ConfigError where the text is none of that type; one line with the nearest valid value.
     """
     setting = settings(schema)[key]
     try:

@@ -13,10 +13,7 @@ from ccmim_fast.errors import ConfigError
 
 
 class _TextLoader(yaml.BaseLoader):
-    """This loader leaves scalars text (`1e-4`, which YAML 1.1 takes for a string, and `no` alike).
-
-    A repeated key is an error.
-    """
+    """This loader leaves scalars text (`1e-4`, a string in YAML 1.1, and `no` alike). A repeated key is an error."""
 
     def construct_mapping(self, node, deep=False):
         mapping = super().construct_mapping(node, deep)
@@ -30,12 +27,9 @@ class _TextLoader(yaml.BaseLoader):
 def read_settings(content: bytes | str, source: str, schema: type = Config) -> dict[str, Any]:
     """Return the settings that a YAML document holds, by their dotted keys.
 
-    Args:
-        content: a mapping of sections to mappings of settings; dotted keys work too, and nothing is no settings.
-        source: names the document in messages: " in demo.yaml".
-
-    Raises:
-        ConfigError: no valid YAML, a key that the schema lacks or that comes twice, or a wrong value; one line.
+    The document is a mapping of sections to mappings of settings; dotted keys work too, and nothing is no settings. In
+    messages it is named by `source`: " in demo.yaml". Raises ConfigError, one line: no valid YAML, a key that the
+    schema lacks or that comes twice, or a wrong value.
     """
     try:
         document = yaml.load(content, _TextLoader)

@@ -26,14 +26,11 @@ class Part(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of the table.
-
-    `works`: `yes` (and by what), `loads` (no CUDA to try more), `not installed`, or `no: ` and the reason.
-    """
+    """A row of the table."""
 
     name: str
     found: str
-    works: str
+    works: str  # `yes` (and by what), `loads` (no CUDA to try more), `not installed`, or `no: ` and the reason
     instead: str = ""
     install: str = ""
     again: str = ""  # the command that repeats a trial which failed, and prints all that it says

@@ -127,9 +127,9 @@ def _agree(found, expected, within: float = 1e-2) -> None:
 
 
 def try_all(trials: Sequence[tuple[str, ...]]) -> list[str]:
-    """Run trials at the same time; returns for each `yes` (and what the trial returned), or `no: ` and the reason.
+    """Run trials, each the words behind `python -m ccmim_fast.doctor.trials`, at the same time.
 
-    A trial is the words behind `python -m ccmim_fast.doctor.trials`.
+    Returns for each `yes` (and what the trial returned), or `no: ` and the reason.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / str(number) for number in range(len(trials))]

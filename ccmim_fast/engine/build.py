@@ -34,13 +34,9 @@ _MALLOC_TRIM_THRESHOLD, _MALLOC_MMAP_MAX = -1, -4  # parameters of glibc's mallo
 
 
 def check_device(config: Config, here: Session, looks: bool = False) -> None:
-    """Return if this device can run what `config.train` asks for.
+    """Return if this device can run what `config.train` asks for; `looks`: one rank at times runs the model alone.
 
-    Args:
-        looks: the first rank alone runs the model now and then.
-
-    Raises:
-        ConfigError, MachineError: one line that names the setting and what to use instead.
+    Raises ConfigError or MachineError: one line that names the setting and what to use instead.
     """
     check_attention(config.train.attention, here.device)
     if config.train.kernels == "triton":
@@ -75,11 +71,7 @@ def _check_divided(config: Config, here: Session, looks: bool) -> None:
 
 
 def check_images(source: Source, here: Session) -> None:
-    """Return if this rank has the images of the first one: machines may have copies of their own. All ranks call it.
-
-    Raises:
-        DataError: it has others.
-    """
+    """Raise DataError unless this rank has the images of the first: machines may have copies. All ranks call it."""
     fingerprint, count = broadcast((source.fingerprint, len(source)))
     if fingerprint != source.fingerprint:
         raise DataError(
@@ -101,10 +93,9 @@ def keep_freed_memory() -> bool:
 
 
 def build_step(config: Config, here: Session) -> TrainStep:
-    """Build the eager step on this rank's device, with initial weights drawn from `config.seed`.
+    """Build the eager step on this rank's device, its initial weights from `config.seed`.
 
-    Raises:
-        ConfigError: sizes that do not fit each other, or that the attention backend has no kernel for.
+    Raises ConfigError for sizes that do not fit each other, or that the attention backend has no kernel for.
     """
     if here.device.type == "cpu":
         keep_freed_memory()
@@ -147,12 +138,7 @@ def choose_shards(config: Config) -> int:
 
 
 def build_bank(config: Config, plan: Plan, here: Session, folder: Path) -> ScoreBank | None:
-    """Build the empty score bank of this rank; None where the run has none.
-
-    Raises:
-        ConfigError: the store that is named has no room for the maps.
-        MachineError: the disk of the run's folder has none.
-    """
+    """Build the empty score bank of this rank, None where the run has none; raises as choosing and opening a store."""
     if not has_bank(config):
         return None
     maps, cells, score = own_maps(plan), config.score.grid, config.score
@@ -162,12 +148,9 @@ def build_bank(config: Config, plan: Plan, here: Session, folder: Path) -> Score
 
 
 def prepare_step(step: TrainStep, micro_batch: int, known: str = "") -> TrainStep | GraphedStep:
-    """Compile and warm up as `train.compile` and `train.cuda_graph` say; the result is called like the step.
+    """Compile and warm up as `train.compile` and `train.cuda_graph` say; a checkpoint is loaded afterwards.
 
-    A checkpoint must be loaded into the step after this.
-
-    Args:
-        known: what `train.compile=auto` comes to, where that was measured before.
+    `known` is what `train.compile=auto` comes to, where that was measured before.
     """
     train = step.config.train
     what = known or choose_compile(train.compile, step.device, divided=is_sharded(step.model))

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from ccmim_fast.checkpoints import distributed, io
-from ccmim_fast.checkpoints.background import BackgroundSaver
-from ccmim_fast.checkpoints.collective import CollectiveWriter
-from ccmim_fast.checkpoints.config_diff import changes, table
+from ccmim_fast.checkpoints.background import BackgroundSaver, CollectiveWriter
 from ccmim_fast.checkpoints.state import Progress, capture, patterns, restore
 from ccmim_fast.config.evaluation import EvalConfig
-from ccmim_fast.config.load import from_yaml
+from ccmim_fast.config.keys import settings, show
+from ccmim_fast.config.load import difference, from_yaml
 from ccmim_fast.config.schema import Config
 from ccmim_fast.engine.task import Task
 from ccmim_fast.errors import CheckpointError, ConfigError
@@ -21,11 +20,7 @@ from ccmim_fast.ranks.session import Session, backend_timeout, barrier, broadcas
 class Checkpointer:
     """This class saves and loads a run. Every rank calls it; the first one writes, or all that share the weights do.
 
-    As a context manager it waits for the last save at its end.
-
-    Args:
-        folder: of the run; checkpoints are in `checkpoints/` below.
-        note: prints a line; for a save that failed.
+    Checkpoints are in `checkpoints/` of the run's folder, and are written by `saver`, a context of the whole run.
     """
 
     def __init__(
@@ -36,14 +31,8 @@ class Checkpointer:
         self._collective = None
         if is_sharded(task.model):
             self._collective = CollectiveWriter(backend_timeout(config.watch.timeout))
-        self._saver = BackgroundSaver(self.folder, config.run.keep, note, self._collective)
+        self.saver = BackgroundSaver(self.folder, config.run.keep, note, self._collective)
         self._gone_back_to: Path | None = None
-
-    def __enter__(self) -> "Checkpointer":
-        return self
-
-    def __exit__(self, *of_error: Any) -> None:
-        self._saver.__exit__(*of_error)
 
     def save(self, step: int, seen: int, for_good: bool = False) -> None:
         """Save the run as it is after `step` optimizer steps and `seen` samples; see `BackgroundSaver.save`."""
@@ -52,16 +41,12 @@ class Checkpointer:
         if self._here.is_main or self._collective is not None:
             progress = Progress(step, seen, plan.samples, plan.source.fingerprint, plan.partitions)
             state = capture(task.model, task.optimizer, task.scaler, task.ema, progress, self._config)
-            self._saver.save(step, state | own, for_good)
-
-    def poll(self) -> None:
-        """Tell of a save that failed meanwhile."""
-        self._saver.poll()
+            self.saver.save(step, state | own, for_good)
 
     def close(self) -> None:
         """Wait until the last save is done, on every rank; raises CheckpointError if it failed."""
         try:
-            self._saver.close()
+            self.saver.close()
         finally:
             # Who ends first has its launcher end the others.
             barrier()
@@ -69,9 +54,8 @@ class Checkpointer:
     def resume(self) -> tuple[int, int]:
         """Go on where `run.resume` says; returns optimizer steps taken and samples seen, 0 of a new run.
 
-        Raises:
-            CheckpointError: a named checkpoint is damaged, or it is of another model.
-            ConfigError: another setting is not that of the checkpoint, and `run.allow_change` is not set.
+        Raises CheckpointError where a named checkpoint is damaged or of another model, ConfigError where a setting
+        is not that of the checkpoint, and `run.allow_change` is not set.
         """
         resume = self._config.run.resume
         self._here.watchdog.enter_phase("loading a checkpoint")
@@ -92,10 +76,9 @@ class Checkpointer:
     def go_back(self) -> int | None:
         """Take everything but the place in the stream from the newest checkpoint: it goes on past what came since.
 
-        Returns:
-            The step that weights are of; None where there is no checkpoint, or the run went back to this one before.
+        Returns its step; None where there is no checkpoint, or the run went back to this one before.
         """
-        self._saver.wait()
+        self.saver.wait()
         let_go(self._task.model)
         path, state = self._newest()
         if state is None or path == self._gone_back_to:
@@ -127,23 +110,25 @@ class Checkpointer:
         return distributed.spread(state, like)
 
     def _check_settings(self, state: dict[str, Any]) -> None:
-        """Tell which settings changed since; raise for those that may not, or not unasked."""
+        """Tell which settings changed since, one a line (fault 14); raise for those that may not, or not unasked."""
+        known = settings(type(self._config))
+        words = {"free": "", "shape": "another model", "asked": "needs --allow-change"}
         try:
             before = from_yaml(state["config"], "the checkpoint", type(self._config), lambda _: None)
         except (ConfigError, KeyError):  # of another version, with other settings: shapes will tell
             return
-        found = changes(before, self._config)
-        if self._here.is_main and (lines := table(found)):
-            print("\n".join(lines), flush=True)
-        for change in found:
-            if change.kind == "shape":
-                raise CheckpointError(
-                    f"{change.key}={change.now}: the checkpoint is of another model; use {change.before}"
-                )
-            if change.kind == "asked" and not self._config.run.allow_change:
-                raise ConfigError(
-                    f"{change.key}={change.now}: the checkpoint has {change.before}; use that, or --allow-change"
-                )
+        found = difference(before, self._config)
+        rows = [("changed since the checkpoint", "then", "now", "")]
+        rows += [(k, show(a), show(b), words[known[k].on_resume]) for k, a, b in found if not k.startswith("run.")]
+        if self._here.is_main and len(rows) > 1:
+            widths = [max(map(len, column)) for column in zip(*rows)]
+            for row in rows:
+                print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip(), flush=True)
+        for key, then, now in found:
+            if known[key].on_resume == "shape":
+                raise CheckpointError(f"{key}={now}: the checkpoint is of another model; use {then}")
+            if known[key].on_resume == "asked" and not self._config.run.allow_change:
+                raise ConfigError(f"{key}={now}: the checkpoint has {then}; use that, or --allow-change")
 
     def _restore(self, state: dict[str, Any], in_place: bool) -> Progress:
         task = self._task

@@ -14,10 +14,17 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from ccmim_fast.autotune.calls import StepCall, calls_of
-from ccmim_fast.autotune.decide import Decision, Question, fastest_that_agree, first_that_run
+from ccmim_fast.autotune.decide import (
+    Decision,
+    Question,
+    fastest_that_agree,
+    first_that_run,
+    milliseconds,
+    timed,
+    winner,
+)
 from ccmim_fast.autotune.loaders import fastest_loader
 from ccmim_fast.autotune.table import FILE, Table, machine, path_of, read_table, write_table
-from ccmim_fast.autotune.timing import milliseconds, timed, winner
 from ccmim_fast.checkpoints.manifest import CHECKPOINTS
 from ccmim_fast.config.keys import flatten, settings
 from ccmim_fast.config.schema import Config, RunConfig
@@ -31,7 +38,7 @@ from ccmim_fast.engine.step import TrainStep
 from ccmim_fast.models.block import attending_by
 from ccmim_fast.models.encoder import configure_blocks
 from ccmim_fast.models.precision import LINEAR
-from ccmim_fast.profile.meter import synchronise
+from ccmim_fast.profile.meter import seconds_of
 from ccmim_fast.ranks.fsdp import let_go
 from ccmim_fast.ranks.session import Session, broadcast
 
@@ -69,8 +76,10 @@ def choose(
     where = machine(here.device) | _sizes(step, micro_batch, here)
     if loaders:
         where |= {"data": source.fingerprint[:16], "threads": str(thread_count(step.config.data.workers))}
-    pays = how == "fresh" or _flops(step, samples) >= LEAST_FLOPS
-    measures = how != "off" and pays and _computes(here.device)
+    rows, columns = step.model.grid
+    # About how much arithmetic the run is: six for each weight, patch and image.
+    flops = 6.0 * sum(p.numel() for p in step.model.parameters()) * rows * columns * samples
+    measures = how != "off" and (how == "fresh" or flops >= LEAST_FLOPS) and _computes(here.device)
     kept = [folder / FILE] if folder is not None else []
     if measures and how == "cached":
         kept.append(path_of(where))
@@ -78,7 +87,8 @@ def choose(
     if (table := broadcast(next(known, None) if here.is_main else None)) is not None:
         return table
     if not measures:
-        return Table(where, _unmeasured(step) if here.device.type == "cuda" else {})
+        calls = _calls(step, _CHECKED)[0] if here.device.type == "cuda" else {}
+        return Table(where, first_that_run(_questions(step, calls), calls))
     start = time.perf_counter()
     decisions = {}
     if loaders and here.is_main:
@@ -122,10 +132,8 @@ def apply(table: Table, step: TrainStep) -> None:
 def choose_form(table: Table, step: TrainStep, micro_batch: int, here: Session) -> Table:
     """Hold a step that `auto` compiled against the eager one, on made images, and let the faster one run.
 
-    Where a table was read, it has the answer. Ranks that wait for each other are not timed: the compiled step stays.
-
-    Returns:
-        The table with the decision, which is kept as the others are.
+    Where a table was read, it has the answer; else it gets and keeps the decision. Ranks that wait for each other are
+    not timed: the compiled step stays.
     """
     train, compiled = step.config.train, compiled_as(step)
     open_ = train.compile == "auto" and compiled != "off" and not train.cuda_graph
@@ -146,11 +154,7 @@ def choose_form(table: Table, step: TrainStep, micro_batch: int, here: Session) 
 def _form(step: TrainStep, compiled: str, batches: list[Batch], until: float) -> Decision:
     def seconds(form: AbstractContextManager) -> float:
         with form:
-            synchronise(step.device)
-            start = time.perf_counter()
-            step(batches, 0.0)
-            synchronise(step.device)
-            return time.perf_counter() - start
+            return seconds_of(lambda: step(batches, 0.0), step.device)
 
     try:
         with eager(step):
@@ -187,11 +191,6 @@ def _questions(step: TrainStep, names: Iterable[str]) -> dict[str, Question]:
         elif train.kernels == "auto":
             found[name] = Question(_KERNELS[kind], "reference")
     return {name: question for name, question in found.items() if len(question.candidates) > 1}
-
-
-def _unmeasured(step: TrainStep) -> dict[str, Decision]:
-    calls, _ = _calls(step, _CHECKED)
-    return first_that_run(_questions(step, calls), calls)
 
 
 def _measured(step: TrainStep, micro_batch: int, here: Session, until: float) -> dict[str, Decision]:
@@ -236,24 +235,15 @@ def _calls(step: TrainStep, images: int) -> tuple[dict[str, list[StepCall]], flo
 
 def _loaders(step: TrainStep, source: Source | None) -> list[str]:
     """Return the names of the loaders to choose from; none where there is no choice."""
-    if source is None or step.config.data.loader != "auto":
-        return []
-    names = list(suitable_loaders(source))
+    names = [] if source is None or step.config.data.loader != "auto" else list(suitable_loaders(source))
     return names if len(names) > 1 else []
 
 
 def _sizes(step: TrainStep, micro_batch: int, here: Session) -> dict[str, str]:
     """Return what decides the shapes of a step's calls."""
-    known = settings(Config)
-    values = {key: str(value) for key, value in flatten(step.config).items()}
-    sizes = {key: value for key, value in values.items() if known[key].on_resume == "shape" or key in _SIZES}
+    asked = {key for key, known in settings(Config).items() if known.on_resume == "shape" or key in _SIZES}
+    sizes = {key: str(value) for key, value in flatten(step.config).items() if key in asked}
     return sizes | {"precision": step.precision.name, "images": str(micro_batch), "ranks": str(here.world_size)}
-
-
-def _flops(step: TrainStep, samples: int) -> float:
-    """Return about how much arithmetic a run is: six for each weight, patch and image."""
-    rows, columns = step.model.grid
-    return 6.0 * sum(p.numel() for p in step.model.parameters()) * rows * columns * samples
 
 
 def _computes(device: torch.device) -> bool:

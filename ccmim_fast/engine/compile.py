@@ -22,9 +22,8 @@ def choose_compile(name: str, device: torch.device, divided: bool = False) -> st
     """Return `off`, `blocks` or `step`; `auto` is `step` on CUDA from compute capability 7.0 on, which inductor needs.
 
     Blocks whose weights are `divided` among ranks are gathered between them: there it is `blocks`. A run of one process
-    then holds the compiled step against the eager one (`choices.choose_form`).
-
-    On a CPU compiling gains nothing for these shapes: ViT-B's encoder 20.6 img/s against 19.0, after 37 s.
+    then holds the compiled step against the eager one (`choices.choose_form`). On a CPU compiling gains nothing for
+    these shapes: ViT-B's encoder 20.6 img/s against 19.0, after 37 s.
     """
     if name != "auto":
         return name
@@ -38,8 +37,7 @@ def compile_step(step: TrainStep, what: str, mode: str = "default", backend: str
     Args:
         what: `blocks`: each transformer block as one graph, shared by blocks of a width and a number of tokens; `step`:
             forward pass and losses as one graph, whose backward pass is compiled with it; `off`.
-        mode: of torch.compile; inductor only.
-        backend: of torch.compile.
+        mode, backend: of torch.compile; the mode is inductor's.
     """
     step.linear = step.linear if what == "off" else None
     options = {"backend": backend, **({"mode": mode} if backend == "inductor" else {})}
@@ -107,14 +105,10 @@ def warm_up(step: TrainStep, batch: int, accumulate: int, steps: int = 2) -> boo
     """Take some steps on made images, so that everything is compiled before the run, and undo them.
 
     Weights, optimizer, scaler, averages and random numbers are as before, in the same memory. Where the compiled step
-    fails, the step is eager from then on and one line on standard error says why.
+    fails, the step is eager from then on, one line on standard error says why, and False is returned.
 
     Args:
-        batch: images of a micro-batch.
-        accumulate: micro-batches of a step.
-
-    Returns:
-        Whether the step is still compiled, if it was.
+        batch: images of a micro-batch, of which a step has `accumulate`.
     """
     with dry_run(step):
         batches = [synthetic_batch(step, batch) for _ in range(accumulate)]
@@ -163,10 +157,7 @@ class GraphedStep:
 
     Images and what belongs to them are copied into buffers of its own, so a loader may reuse its memory at once.
     Capture takes place at the first call, after the warm-up has created the optimizer's state and a checkpoint, if any,
-    has filled it: a graph replays addresses.
-
-    Args:
-        step: with a `capturable` optimizer, on CUDA, one process.
+    has filled it: a graph replays addresses. The optimizer is `capturable`, the process alone.
     """
 
     def __init__(self, step: TrainStep):

@@ -16,10 +16,7 @@ from ccmim_fast.profile.meter import flop_counter
 
 
 def synthetic_batch(step: TrainStep, batch: int) -> Batch:
-    """Make `batch` random images of the run's size on the step's device, with empty maps where the step takes some.
-
-    All that a step takes of it is laid out in memory as a loader's is.
-    """
+    """Make `batch` random images of the run's size, laid out as a loader's; with empty maps for a bank."""
     data, device, cells = step.config.data, step.device, step.config.score.grid
     images_BHWC = torch.randint(0, 256, (batch, *data.image_size, data.channels), dtype=torch.uint8, device=device)
     ids_B, whole_B4 = np.arange(batch), np.tile([0.0, 0.0, 1.0, 1.0], (batch, 1))

@@ -2,6 +2,7 @@
 
 # B batch, E embedding dim
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable
@@ -67,9 +68,8 @@ def is_collapsed(std: float, rank: float, rows: int, dim: int) -> bool:
 class Spikes:
     """This class tells losses that jump from those that wander.
 
-    Args:
-        limit: how many standard deviations above the last losses' median is a spike, one deviation being 1.4826 times
-            their median distance from it (which outliers do not move); 0: nothing is.
+    A spike is more than `limit` standard deviations above the last losses' median, one deviation being 1.4826 times
+    their median distance from it (which outliers do not move); with a limit of 0 nothing is.
     """
 
     def __init__(self, limit: float):
@@ -77,24 +77,21 @@ class Spikes:
 
     def is_spike(self, loss: float) -> bool:
         """Tell if this loss is one, and remember it. What is not finite is no spike, and not remembered."""
-        if loss != loss or abs(loss) == float("inf"):
+        if not math.isfinite(loss):
             return False
-        found = self._limit > 0 and len(self._last) >= _LEAST and loss > self._threshold()
+        found = False
+        if self._limit > 0 and len(self._last) >= _LEAST:
+            median = statistics.median(self._last)
+            deviation = 1.4826 * statistics.median(abs(last - median) for last in self._last)
+            found = loss > median + self._limit * max(deviation, 1e-3 * abs(median))
         self._last.append(loss)
         return found
-
-    def _threshold(self) -> float:
-        median = statistics.median(self._last)
-        deviation = 1.4826 * statistics.median(abs(loss - median) for loss in self._last)
-        return median + self._limit * max(deviation, 1e-3 * abs(median))
 
 
 class DataReport:
     """This class tells which images a rank could not show, and what it waits for.
 
-    Args:
-        note: prints a line.
-        metrics: where each is written too; None on all ranks but the first, which do not advise either.
+    Each goes to `note`, and on the first rank, which alone advises, to `metrics`.
     """
 
     def __init__(

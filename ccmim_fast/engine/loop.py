@@ -26,18 +26,13 @@ Steps = Iterable[list[Any]]  # the micro-batches of each step
 class Loop:
     """One run of a task, resumed where `run.resume` says. Every rank has one; `close` ends its lines and records.
 
-    Args:
-        folder: of the run, open already.
-
-    Attributes:
-        step, seen: optimizer steps taken, and samples that they showed over all ranks.
-        samples: of an epoch.
-        total_steps: of the whole run.
+    `step` and `seen` are the optimizer steps taken, and the samples that they showed over all ranks; `folder`, the
+    run's, is open already.
     """
 
     def __init__(self, task: Task, config: Config | EvalConfig, here: Session, folder: Path):
         self.task, self.config, self.here, self.folder = task, config, here, folder
-        self.samples = task.loader.plan.samples
+        self.samples = task.loader.plan.samples  # of an epoch
         self.checkpointer = Checkpointer(config, here, folder, task, self.note)
         self.step, self.seen = self.checkpointer.resume()
         self.total_steps = self._count_steps()
@@ -54,10 +49,7 @@ class Loop:
         self.data_report = DataReport(task.loader, config.data.image_size, note, self.metrics)
 
     def run(self, observe: Callable[[Steps], Steps] = iter) -> None:
-        """Train to the end.
-
-        Args:
-            observe: passes the steps on as they are, and may measure what happens meanwhile.
+        """Train to the end; `observe` passes the steps on as they are, and may measure what happens meanwhile.
 
         Raises:
             StoppedError: a signal asked for it; everything is saved.
@@ -65,7 +57,8 @@ class Loop:
         """
         if self.step == 0:
             self._evaluate(0)
-        with self.signals, self.here.watchdog, self.checkpointer, closing(self.task.loader.stream(self.seen)) as stream:
+        saver = self.checkpointer.saver
+        with self.signals, self.here.watchdog, saver, closing(self.task.loader.stream(self.seen)) as stream:
             for batches in observe(self._steps(stream)):
                 result = self._train(batches)
                 self._log(result, batches)
@@ -127,7 +120,7 @@ class Loop:
         if self.spikes.is_spike(loss := figures["loss"]):
             self.report("spike", f"the loss jumped to {loss:.4g}", loss=loss)
         self.data_report.update(self.step, figures["data_wait"])
-        self.checkpointer.poll()
+        self.checkpointer.saver.poll()
 
     def _check(self, result: Result, batches: Sequence[Any]) -> None:
         """Act on what all ranks know of the last steps: go back after too many bad ones, stop where asked to."""

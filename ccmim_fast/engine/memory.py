@@ -33,9 +33,6 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
     """Return the largest number in SMALLEST .. limit that fits, 0 if none does; at most 2 log2(limit) trials.
 
     The trials begin at the smallest: the first steps load libraries, which need memory of their own.
-
-    Args:
-        fits: True up to some number, False from there on.
     """
     fitting, trial = 0, SMALLEST
     while trial <= limit and fits(trial):
@@ -49,8 +46,7 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
 def extrapolated(peak_of: Callable[[int], int], room: int) -> int:
     """Return the largest micro-batch whose step needs at most `room` bytes, 0 if not even one of `MEASURED` fits.
 
-    Args:
-        peak_of: bytes that a step on so many images needs; raises torch.OutOfMemoryError where they do not fit.
+    `peak_of` tells what a step on so many images needs, or raises torch.OutOfMemoryError.
     """
     few, more = MEASURED
     try:
@@ -64,15 +60,9 @@ def extrapolated(peak_of: Callable[[int], int], room: int) -> int:
 def with_largest_batch(config: Config, here: Session, fits: Callable[[int], bool] | None = None) -> Config:
     """Return `config` with the smallest `train.accumulate` whose micro-batch fits every rank; prints what was found.
 
-    Each rank tries alone, since one whose memory is full would leave the others waiting in a collective; all ranks
-    agree on the outcome before the next trial.
-
-    Args:
-        fits: tells if a micro-batch of so many images can be trained on; default: try it.
-
-    Raises:
-        MachineError: not even two images fit.
-        ConfigError: the images of a rank cannot be divided into micro-batches that fit.
+    Each rank tries alone (or asks `fits`), since one whose memory is full would leave the others waiting in a
+    collective; all ranks agree on the outcome before the next trial. Raises MachineError where not even two images fit,
+    ConfigError where the images of a rank cannot be divided into micro-batches that fit.
     """
     fits = fits or (lambda batch: _fits(config, here, batch))
 
@@ -114,10 +104,7 @@ def _fits(config: Config, here: Session, batch: int) -> bool:
 
 
 def explains_out_of_memory(fit: Callable[..., Path]) -> Callable[..., Path]:
-    """Make `fit` end in a MachineError with advice where memory runs out, and state.json say the same.
-
-    Nothing is tried again.
-    """
+    """Make `fit` end in a MachineError with advice where memory runs out, which state.json has too."""
 
     @functools.wraps(fit)
     def explained(config: Config, *rest, **named) -> Path:

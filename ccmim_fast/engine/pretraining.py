@@ -11,7 +11,7 @@ import torch
 from ccmim_fast.autotune.table import FILE as AUTOTUNE
 from ccmim_fast.autotune.table import write_table
 from ccmim_fast.bank.bank import ScoreBank
-from ccmim_fast.checkpoints.state import Progress, maps_in
+from ccmim_fast.checkpoints.state import Progress
 from ccmim_fast.config.schema import Config
 from ccmim_fast.config.validate import validate
 from ccmim_fast.data.build import Loader, build_loader, build_source
@@ -26,7 +26,7 @@ from ccmim_fast.engine.memory import explains_out_of_memory, with_largest_batch
 from ccmim_fast.engine.post_mortem import Evidence, write_capture
 from ccmim_fast.engine.step import StepResult
 from ccmim_fast.engine.task import Report, Task
-from ccmim_fast.errors import CcmimError
+from ccmim_fast.errors import CcmimError, CheckpointError, one_line
 from ccmim_fast.optim.update import lr_at, scaled_lr
 from ccmim_fast.profile.profiler import Profile, check_room
 from ccmim_fast.ranks.session import Session, main_first, max_over_ranks, mean_over_ranks, open_session
@@ -67,14 +67,7 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None
 
 
 class Pretraining(Task):
-    """One run of pretraining on this rank; its methods are those of `Task`.
-
-    Attributes:
-        source: the images.
-        bank: scores of the images so far, where the run keeps them.
-        train_step: the step's parts, uncompiled.
-        chosen: what the settings `auto` came to.
-    """
+    """One run of pretraining on this rank; its methods are those of `Task`."""
 
     def __init__(
         self,
@@ -91,14 +84,14 @@ class Pretraining(Task):
         check_images(self.source, here)
         self.loader = self._build_loader(config.data.loader)
         self.bank: ScoreBank | None = build_bank(config, self.loader.plan, here, folder)
-        self.train_step = step = build_step(config, here)
+        self.train_step = step = build_step(config, here)  # its parts, uncompiled
         self.model, self.optimizer, self.scaler, self.ema = step.model, step.optimizer, step.scaler, step.ema
         self.precision = step.precision
         self._samples = self.loader.plan.samples
         self.length = config.train.epochs * self._samples
         asked = min(self.length, config.train.max_steps * config.train.batch_size or self.length)
         images, resumed = self.loader.plan.micro_batch_size, choices.run_of(config.run)
-        self.chosen = choices.choose(step, images, here, asked, self.source, resumed)
+        self.chosen = choices.choose(step, images, here, asked, self.source, resumed)  # what `auto` came to
         choices.apply(self.chosen, step)
         if loader := self.chosen.chosen().get("loader"):
             self.loader = self._build_loader(loader)
@@ -188,9 +181,12 @@ class Pretraining(Task):
         return {"maps": None if self.bank is None else self.bank.contents()}
 
     def restore(self, state: dict[str, Any], progress: Progress) -> None:
-        # Maps are those of the images; of other images they are left.
-        maps_NGG = None if self.bank is None else maps_in(state, self.config.score.grid)
-        if maps_NGG is not None and progress.images == self.source.fingerprint:
+        maps_NGG, cells = state.get("maps"), self.config.score.grid
+        if self.bank is None or maps_NGG is None:
+            return
+        if tuple(maps_NGG.shape[1:]) != (cells, cells):
+            raise CheckpointError(f"score.grid={cells}: the checkpoint's maps have {maps_NGG.shape[1]}; use that")
+        if progress.images == self.source.fingerprint:  # maps are those of the images
             self.bank.fill(maps_NGG)
 
     def evidence(self, result: StepResult, batches: Sequence[Batch]) -> Evidence:
@@ -203,4 +199,4 @@ class Pretraining(Task):
         try:
             return f"see {write_capture(folder, step, evidence, self.model, plan, self.precision, size)}"
         except (OSError, RuntimeError, CcmimError) as error:  # such as: a full disk, an image that is gone
-            return f"no capture: {' '.join(str(error).split())}"
+            return f"no capture: {one_line(error, None)}"

@@ -5,6 +5,7 @@
 import contextlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -49,44 +50,28 @@ class StepResult(NamedTuple):
     seen: tuple[Seen, ...]  # of each micro-batch
 
 
+@dataclass(eq=False, repr=False)
 class TrainStep:
-    """Forward, backward, clip, update, average.
+    """Forward, backward, clip, update, average."""
 
-    Args:
-        model: the bare model, whose weights are trained.
-        wrapped: the same model as it is called (DDP, or bare, which FSDP's is too).
-        objective: the losses of its output.
-        optimizer: over the model's parameters.
-        precision: autocast and scaling.
-        config: of the run.
-        ema: averaged weights, or None.
+    model: CCMIM  # bare; its weights are trained
+    wrapped: nn.Module  # the model as it is called (DDP, or bare, which FSDP's is too)
+    objective: Objective  # the losses of its output
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    config: Config
+    ema: AveragedModel | None = None  # averaged weights
 
-    Attributes:
-        forward: as `losses`; may be replaced by its compiled self (`engine.compile`).
-        linear: whose products a CPU's linear layers are, see `models.precision`; None: torch's, as compiling needs.
-        cast_blocks: blocks whose weights are cast once a step; compiled one by one, each call would cast them again.
-        parts: names of the model's parts, and the parameters of each.
-    """
-
-    def __init__(
-        self,
-        model: CCMIM,
-        wrapped: nn.Module,
-        objective: Objective,
-        optimizer: torch.optim.Optimizer,
-        precision: Precision,
-        config: Config,
-        ema: AveragedModel | None = None,
-    ):
-        self.model, self.wrapped, self.optimizer, self.precision = model, wrapped, optimizer, precision
-        self.objective, self.config, self.ema = objective, config, ema
-        self._sharded = is_sharded(model)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.scaled)
-        self.parts = parts_of(model)
-        self._statistics = [buffer for name, buffer in model.named_buffers() if ".running_" in name]
-        self.linear: Layers | None = None if self.device.type != "cpu" or config.train.recompute else {}
+    def __post_init__(self) -> None:
+        self._sharded = is_sharded(self.model)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.scaled)
+        self.parts = parts_of(self.model)  # the parameters of each part, by its name
+        self._statistics = [buffer for name, buffer in self.model.named_buffers() if ".running_" in name]
+        # Whose products a CPU's linear layers are, see `models.precision`; None: torch's, as compiling needs.
+        self.linear: Layers | None = None if self.device.type != "cpu" or self.config.train.recompute else {}
+        # Blocks whose weights are cast once a step; compiled one by one, each call would cast them again.
         self.cast_blocks: list[nn.Module] = []
-        self.forward = self.losses
+        self.forward = self.losses  # or its compiled self (`engine.compile`)
 
     @property
     def device(self) -> torch.device:

@@ -26,17 +26,13 @@ class StepStatus(NamedTuple):
 
 
 class StepMonitor:
-    """This class collects what ranks know of their steps.
-
-    Attributes:
-        bad_in_a_row: number of bad steps at the end of those that `completed` gave.
-    """
+    """This class collects what ranks know of their steps."""
 
     def __init__(self, here: Session):
         self._device = here.device
         self._lag = _LAG if here.device.type == "cuda" else 0
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None, Any]] = deque()
-        self.bad_in_a_row = 0
+        self.bad_in_a_row = 0  # at the end of those steps that `completed` gave
 
     def submit(self, step: int, bad: Tensor, stop: bool, evidence: Any = None) -> None:
         """Share a step's flags with all ranks, without waiting; every rank calls it after each step."""

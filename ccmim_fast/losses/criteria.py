@@ -38,12 +38,8 @@ class Losses(NamedTuple):
 class Objective(nn.Module):
     """This criterion is Eq. 10 of one micro-batch on this rank: DDP's mean over ranks is the global batch's loss.
 
-    Every rank must go back through it: gradients of the contrastive half are summed over all of them.
-
-    Args:
-        reconstruction: the criterion of a target.
-        contrast: a contrastive criterion, or None.
-        weight: lambda.
+    Every rank must go back through it: gradients of the contrastive half are summed over all of them. It has the
+    criterion of a target, a contrastive one or None, and `weight`, which is lambda.
     """
 
     def __init__(self, reconstruction: nn.Module, contrast: nn.Module | None = None, weight: float = 0.0):
@@ -64,12 +60,7 @@ class Objective(nn.Module):
 
 
 class Pixels(nn.Module):
-    """The mean squared error of predicted pixels, see `ccmim_kernels.masked_patch_loss`.
-
-    Args:
-        norm_pix: predict pixels that are normalised per patch.
-        kernels: which implementation of the op runs, see `ccmim_kernels.dispatch`.
-    """
+    """The mean squared error of pixels, per patch normalised or not, see `ccmim_kernels.masked_patch_loss`."""
 
     def __init__(
         self, patch: int, mean: tuple[float, ...], std: tuple[float, ...], *, norm_pix: bool, kernels: str = "auto"
@@ -94,22 +85,14 @@ class Pixels(nn.Module):
 
 
 class Hog(nn.Module):
-    """The mean squared error of predicted HOG features, see `ccmim_kernels.hog_target`.
-
-    Args:
-        hog_cell: pixels per side of a cell.
-
-    Raises:
-        ConfigError: `hog_cell` does not divide the patch.
-    """
+    """The mean squared error of HOG features, see `hog_target`; ConfigError: `hog_cell` does not divide `patch`."""
 
     def __init__(
         self, patch: int, mean: tuple[float, ...], std: tuple[float, ...], *, hog_cell: int, kernels: str = "auto"
     ):
         super().__init__()
         if patch % hog_cell:
-            divisors = [size for size in range(1, patch + 1) if patch % size == 0]
-            nearest = min(divisors, key=lambda size: abs(size - hog_cell))
+            nearest = min((n for n in range(1, patch + 1) if patch % n == 0), key=lambda n: abs(n - hog_cell))
             raise ConfigError(f"target.hog_cell={hog_cell} must divide the patch size {patch}; nearest: {nearest}")
         self.patch, self.hog_cell, self.kernels = patch, hog_cell, kernels
         self.width = (patch // hog_cell) ** 2 * len(mean) * HOG_BINS
@@ -122,12 +105,7 @@ class Hog(nn.Module):
 
 
 class InfoNCE(nn.Module):
-    """L_NCE (Eq. 7); the rows of all ranks are hV, which receives a gradient.
-
-    Args:
-        temperature: tau.
-        kernels: which implementation of the op runs, see `ccmim_kernels.dispatch`.
-    """
+    """L_NCE (Eq. 7), tau is `temperature`; the rows of all ranks are hV, which receives a gradient."""
 
     def __init__(self, *, temperature: float, kernels: str = "auto"):
         super().__init__()

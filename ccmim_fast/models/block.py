@@ -36,12 +36,7 @@ Backends = tuple[tuple[tuple[int, int, int], str], ...]
 
 
 def check_attention(name: str, device: torch.device) -> None:
-    """Return if `train.attention=name` can run on `device`.
-
-    Raises:
-        ConfigError: the backend needs CUDA, and `device` is a CPU.
-        MachineError: xformers is not installed.
-    """
+    """Return if `train.attention=name` can run on `device`; else ConfigError, or MachineError without xformers."""
     if name in CUDA_ONLY and device.type != "cuda":
         raise ConfigError(f"train.attention={name} needs CUDA, got {device.type}; use attention=sdpa")
     if name == "xformers" and importlib.util.find_spec("xformers") is None:
@@ -58,13 +53,9 @@ _LIMITS = {
 
 
 def check_heads(blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
-    """Return if the backend of each `ViTBlock` has kernels for its heads, forward and backward.
+    """Return if the backend of each `ViTBlock` has kernels for its heads, forward and backward, in `dtype`.
 
-    Args:
-        dtype: of queries, keys and values.
-
-    Raises:
-        ConfigError: it has none for this dtype, number of channels a head, or GPU.
+    Raises ConfigError where it has none for this dtype, number of channels a head, or GPU.
     """
     blocks = (block for block in blocks if isinstance(block, ViTBlock))
     asked = dict.fromkeys((block.attention, block.attn.head_dim) for block in blocks)
@@ -90,12 +81,8 @@ def _has_kernel(name: str, x_BTNH: Tensor) -> bool:
     return can_use(torch.backends.cuda.SDPAParams(x_BNTH, x_BNTH, x_BNTH, None, 0.0, False, False))
 
 
-def attention_name(q_BQNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> str:
-    """Return the name of the choice of a backend, which depends on tokens, heads, and channels of a head."""
-    return "attention " + " x ".join(str(size) for size in k_BTNH.shape[1:])
-
-
-@choosable(attention_name, by="backend")
+# The choice of a backend depends on tokens, heads, and channels of a head.
+@choosable(lambda q_BQNH, k_BTNH, *_: "attention " + " x ".join(map(str, k_BTNH.shape[1:])), by="backend")
 def attention(
     q_BQNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor, *, backend: str | Backends = "auto", dropout: float = 0.0
 ) -> Tensor:
@@ -158,18 +145,14 @@ def attending_by(model: nn.Module, backend: str | Backends) -> Iterator[None]:
 class ViTBlock(Block):
     """This block is timm's standard pre-norm block with a `forward` that can compute less and tell more.
 
-    timm's `block_fn=` takes the class; the state dict has timm's names.
-
-    Attributes:
-        attention: backend, or one for each shape, see `attention`.
-        kernels: implementation of `cls_row`, see `ccmim_kernels.dispatch`.
-        recompute: keep the block's input alone for the backward pass and compute the rest again (activation
-            checkpointing).
-        num_prefix_tokens: [CLS] and registers, which stand before the patches.
-        compute: the arithmetic; may be replaced by its compiled self, which all blocks of a shape share.
+    timm's `block_fn=` takes the class; the state dict has timm's names. `compute`, the arithmetic, may be replaced by
+    its compiled self, which all blocks of a shape share.
     """
 
-    attention, kernels, recompute, num_prefix_tokens = "auto", "auto", False, 1
+    attention = "auto"  # backend, or one for each shape, see the function
+    kernels = "auto"  # implementation of `cls_row`, see `ccmim_kernels.dispatch`
+    recompute = False  # keep the block's input alone, and compute the rest again backward (activation checkpointing)
+    num_prefix_tokens = 1  # [CLS] and registers, which stand before the patches
 
     def forward(
         self,
@@ -210,22 +193,14 @@ class ViTBlock(Block):
             q_BQNH, k_BTNH, v_BTNH = _project(attn, normed_BTD, slice(0, 3))
         else:
             normed_BQD = block.norm1(query_BQD)
-            (q_BQNH,), (k_BTNH, v_BTNH) = (
-                _project(attn, normed_BQD, slice(0, 1)),
-                _project(attn, normed_BTD, slice(1, 3)),
-            )
+            (q_BQNH,) = _project(attn, normed_BQD, slice(0, 1))
+            k_BTNH, v_BTNH = _project(attn, normed_BTD, slice(1, 3))
         q_BQNH, k_BTNH = attn.q_norm(q_BQNH), attn.k_norm(k_BTNH)
         if reads_cls:
             total_BL = block._row(q_BQNH, k_BTNH, "softmax", total_BL)
-        mixed = attn.norm(
-            attention(
-                q_BQNH,
-                k_BTNH,
-                v_BTNH,
-                backend=block.attention,
-                dropout=attn.attn_drop.p if attn.training else 0.0,
-            ).flatten(2)
-        )
+        dropout = attn.attn_drop.p if attn.training else 0.0
+        mixed_BQNH = attention(q_BQNH, k_BTNH, v_BTNH, backend=block.attention, dropout=dropout)
+        mixed = attn.norm(mixed_BQNH.flatten(2))
         gate = getattr(attn, "gate", None)
         if gate is not None:
             mixed = mixed * gate(normed_BQD).sigmoid()
@@ -234,18 +209,13 @@ class ViTBlock(Block):
         return (x_BQD, total_BL) if reads_cls else x_BQD
 
     def cls_attention(self, x_BTD: Tensor, kind: str, total_BL: Tensor | None = None) -> Tensor:
-        """Return [CLS]'s attention to the patches [B, L] and compute nothing else of the block.
+        """Return [CLS]'s attention to the patches [B, L], added to `total_BL`, and compute nothing else of the block.
 
-        Args:
-            x_BTD: the tokens that enter the block.
-            kind: `logits`: E_h[q_0 K^T / sqrt(H)] (Eq. 4); `softmax`: the mean over heads of the softmaxed row.
-            total_BL: added to it; None: nothing.
+        `kind` is `logits`: E_h[q_0 K^T / sqrt(H)] (Eq. 4), or `softmax`: the mean over heads of the softmaxed row.
         """
         normed_BTD = self.norm1(x_BTD)
-        (q_B1NH,), (k_BTNH,) = (
-            _project(self.attn, normed_BTD[:, :1], slice(0, 1)),
-            _project(self.attn, normed_BTD, slice(1, 2)),
-        )
+        (q_B1NH,) = _project(self.attn, normed_BTD[:, :1], slice(0, 1))
+        (k_BTNH,) = _project(self.attn, normed_BTD, slice(1, 2))
         return self._row(self.attn.q_norm(q_B1NH), self.attn.k_norm(k_BTNH), kind, total_BL)
 
     def folded_direction(self, cls_11D: Tensor) -> Tensor:

@@ -32,26 +32,18 @@ from ccmim_kernels import Divided, Embedded, Partition, divide_tokens, gather_to
 
 
 class Output(NamedTuple):
-    """The tensors that one forward pass gives.
+    """The tensors that one forward pass gives."""
 
-    Attributes:
-        pred_BMP: [B, M, P] predicted targets of the masked patches, rows in the order of `partition.ids_masked_BM`.
-        partition: which patches are visible and masked.
-        visible_BE: [B, E] hV (for `align`: p(hV)), or None without a contrastive loss.
-        masked_BE: [B, E] hM, no gradient, or None likewise.
-        logits_BL: [B, L] log-scores up to a constant per row, or None where nothing was scored.
-        cls_attention_BL: [B, L] log of [CLS]'s attention to each patch in the pass it was in, over an equal
-            share of it; float32 without gradient; None unless scores come from a bank of them.
-        gathered_NE: [N, E] the rows of all ranks, in rank order, that a contrastive loss compares with: hV for `nce`,
-            hM for `moco`, else None; and None for one rank, and in eval mode, where each is alone.
-    """
-
-    pred_BMP: Tensor
-    partition: Partition
-    visible_BE: Tensor | None
-    masked_BE: Tensor | None
-    logits_BL: Tensor | None
+    pred_BMP: Tensor  # predicted targets of the masked patches, rows in the order of `partition.ids_masked_BM`
+    partition: Partition  # which patches are visible and masked
+    visible_BE: Tensor | None  # hV (for `align`: p(hV)); None without a contrastive loss
+    masked_BE: Tensor | None  # hM, no gradient; None likewise
+    logits_BL: Tensor | None  # log-scores up to a constant per row; None where nothing was scored
+    # Log of [CLS]'s attention to each patch in the pass it was in, over an equal share of it; float32 without gradient;
+    # None unless scores come from a bank of them.
     cls_attention_BL: Tensor | None = None
+    # The rows of all ranks, in rank order, that a contrastive loss compares with: hV for `nce`, hM for `moco`, else
+    # None; and None for one rank, and in eval mode, where each is alone.
     gathered_NE: Tensor | None = None
 
 
@@ -60,7 +52,6 @@ class CCMIM(nn.Module):
 
     Args:
         encoder: from `build_encoder`; its parameters keep timm's names under `encoder.`.
-        decoder: from `Decoder`.
         mean, std: per channel on a 0..1 scale.
         sampling: of the division, the keyword arguments `keep`, `grid`, `seed`, `strategy`, `noise`, `temperature` and
             `block_min` of `ccmim_kernels.sample_partition`.
@@ -231,16 +222,10 @@ class CCMIM(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder predicts the target of the masked patches from the encoder's visible tokens.
+    """The decoder predicts the target of the masked patches, P `outputs`, from the encoder's visible tokens.
 
-    The last block's queries and MLP and the prediction are computed for masked positions only.
-
-    Args:
-        encoder_dim: E.
-        dim, depth, num_heads: of the decoder's blocks; `depth` at least 1.
-        grid: rows and columns of patches.
-        outputs: P, values predicted per patch.
-        kernels: which implementation of the ops runs, see `ccmim_kernels.dispatch`.
+    The last block's queries and MLP and the prediction are computed for masked positions only. `dim`, `depth` (at least
+    1) and `num_heads` are of its blocks; `grid` are rows and columns of patches.
     """
 
     def __init__(

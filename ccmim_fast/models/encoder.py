@@ -33,14 +33,9 @@ def build_encoder(
     """Build a timm VisionTransformer with a [CLS] token, fixed sine-cosine positions, MAE's initial weights, no head.
 
     Its blocks are `ViTBlock`s where the architecture has timm's standard ones; other blocks stay as they are.
+    `patch_size`, `embed_dim`, `depth` and `num_heads` stand in place of the architecture's own where not 0.
 
-    Args:
-        arch: timm's name of a model whose class is VisionTransformer.
-        image_size: height, width in pixels.
-        patch_size, embed_dim, depth, num_heads: in place of the architecture's own where not 0.
-
-    Raises:
-        ConfigError: an unknown name, another class of model, or sizes that do not fit each other.
+    Raises ConfigError for an unknown name, another class of model, or sizes that do not fit each other.
     """
     sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     own = _own(arch)
@@ -62,7 +57,11 @@ def build_encoder(
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise ConfigError(f"model.arch={arch}: timm cannot build it with these sizes: {error}") from None
     _check_sizes(vit, arch, image_size)
-    _fix_positions(vit)
+    if vit.pos_embed is None:
+        raise ConfigError("model.arch: a ViT without positions cannot reconstruct patches")
+    prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches
+    positions_SD = sincos_positions(vit.embed_dim, grid_of(vit), prefix)
+    vit.pos_embed = nn.Parameter(positions_SD[None], requires_grad=False)
     initialise(vit)
     configure_blocks(vit.blocks, num_prefix_tokens=vit.num_prefix_tokens)
     return vit
@@ -106,14 +105,6 @@ def _check_sizes(vit: VisionTransformer, arch: str, image_size: tuple[int, int])
             raise ConfigError(f"data.image_size={side}: must be a multiple of {arch}'s patch {patch}; nearest: {valid}")
 
 
-def _fix_positions(vit: VisionTransformer) -> None:
-    if vit.pos_embed is None:
-        raise ConfigError("model.arch: a ViT without positions cannot reconstruct patches")
-    prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches
-    table = sincos_positions(vit.embed_dim, grid_of(vit), prefix)
-    vit.pos_embed = nn.Parameter(table[None], requires_grad=False)
-
-
 def initialise(module: nn.Module) -> None:
     """Draw MAE's initial weights: Xavier-uniform for linear layers and the patch projection, N(0, 0.02) for tokens."""
     for part in module.modules():
@@ -139,10 +130,8 @@ def _axis(dim: int, coordinate_S: Tensor) -> Tensor:
 def sincos_positions(dim: int, grid: tuple[int, int], prefix: int) -> Tensor:
     """Return fixed 2-D sine-cosine positions [prefix + rows * columns, dim] float32; zeros for the prefix.
 
-    The first half of the channels encodes the column, the second the row, as in MAE's published checkpoints.
-
-    Raises:
-        ValueError: `dim` is no multiple of 4.
+    The first half of the channels encodes the column, the second the row, as in MAE's published checkpoints. Raises
+    ValueError where `dim` is no multiple of 4.
     """
     if dim % 4:
         raise ValueError(f"dim={dim} must be a multiple of 4")

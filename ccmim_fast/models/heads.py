@@ -25,10 +25,8 @@ from torch.distributed.nn.functional import all_reduce
 class GlobalBatchNorm(nn.BatchNorm1d):
     """This BatchNorm1d has the training statistics of the global batch; every rank must hold equally many rows.
 
-    torch's SyncBatchNorm runs on GPUs only; this one runs on any backend. Input [B, E] float, statistics float32.
-
-    Args:
-        sync: False: statistics of the rank's own rows, as in BatchNorm1d.
+    torch's SyncBatchNorm runs on GPUs only; this one runs on any backend. Input [B, E] float, statistics float32;
+    without `sync` they are those of the rank's own rows, as in BatchNorm1d.
     """
 
     def __init__(self, dim: int, *, affine: bool = True, sync: bool = True):
@@ -135,8 +133,7 @@ class _Finish(torch.autograd.Function):
 def start_all_gather(own_BE: Tensor, alone: bool = False) -> AsyncAllGather | None:
     """Begin to give these rows to all ranks; every rank must call it, with equally many. None: there is one rank.
 
-    Args:
-        alone: send nothing, and take copies of the own rows for those of other ranks, which need as much memory.
+    `alone` sends nothing, and takes copies of the own rows for those of other ranks, which need as much memory.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None

@@ -32,8 +32,7 @@ def load() -> None:
 def operators(q_BQNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> tuple[str, str]:
     """Return xformers' names of the operators of forward and backward pass, such as `cutlassF-pt` and `cutlassB-pt`.
 
-    Raises:
-        NotImplementedError: xformers has none for these inputs; the message has a line for each and its reason.
+    Raises NotImplementedError where xformers has none for these inputs; the message has a line and a reason for each.
     """
     load()
     from xformers.ops import fmha

@@ -19,10 +19,7 @@ _DTYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Precision(NamedTuple):
-    """This tuple holds the autocast dtype (None: fp32 throughout) and whether gradients are scaled.
-
-    Master weights are fp32 always.
-    """
+    """This tuple is the autocast dtype (None: fp32) and whether gradients are scaled; weights are fp32 always."""
 
     name: str
     dtype: torch.dtype | None
@@ -39,10 +36,7 @@ def choose_precision(name: str, device: torch.device) -> Precision:
     """Choose the precision `name` on `device`; sets the TF32 policy of fp32 matmuls.
 
     `auto`: CUDA 6.x fp32 (fp16 runs at 1/64 rate there), 7.x fp16 with gradient scaling, 8.0 and later bf16; CPU bf16
-    where it has the instructions, else fp32.
-
-    Raises:
-        ConfigError: the device cannot do what was asked.
+    where it has the instructions, else fp32. Raises ConfigError where the device cannot do what was asked.
     """
     if name == "auto":
         name = _auto(device)

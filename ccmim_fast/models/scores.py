@@ -27,16 +27,9 @@ class PriorScores(NamedTuple):
 
 
 class ScoreSource:
-    """The base of all score sources.
+    """The base of all score sources; raises ConfigError where the encoder's blocks have no attention map."""
 
-    Attributes:
-        read_blocks: in how many of the last blocks both training passes read [CLS]'s attention; 0: in none.
-
-    Raises:
-        ConfigError: the encoder's blocks have no attention map.
-    """
-
-    read_blocks = 0
+    read_blocks = 0  # of the last blocks, in which both training passes read [CLS]'s attention
 
     def __init__(self, vit: VisionTransformer):
         if not all(isinstance(block, ViTBlock) for block in vit.blocks):
@@ -47,21 +40,19 @@ class ScoreSource:
         """Return v [D] where the source wants logits_i = LN(x_i) . v, which `embed_tokens` computes; else None."""
         return None
 
-    def __call__(
-        self,
-        vit: VisionTransformer,
-        x_BLD: Tensor,
-        prior: PriorScores | None = None,
-        folded_BL: Tensor | None = None,
-    ) -> Tensor:
-        """Return logits [B, L] of embedded patches: Eq. 4 before its softmax, up to a constant per row.
-
-        Args:
-            x_BLD: with positions, before the blocks.
-            prior: what a bank says of the patches.
-            folded_BL: the logits by `direction`, where they were computed; None: the source computes them itself.
-        """
+    def logits(self, vit: VisionTransformer, x_BLD: Tensor) -> Tensor:
+        """Compute what the call returns from the embedded patches alone."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def __call__(
+        self, vit: VisionTransformer, x_BLD: Tensor, prior: PriorScores | None = None, folded_BL: Tensor | None = None
+    ) -> Tensor:
+        """Return logits [B, L] of embedded patches without gradient: Eq. 4 but for its softmax and a constant per row.
+
+        `prior` is what a bank says of the patches, `folded_BL` the logits by `direction` where they were computed.
+        """
+        return self.logits(vit, x_BLD) if folded_BL is None else folded_BL
 
 
 class OneBlock(ScoreSource):
@@ -73,14 +64,7 @@ class OneBlock(ScoreSource):
             raise ConfigError(f"score.block={block} must be in 0..{len(vit.blocks) - 1}")
         self.block = block
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        vit: VisionTransformer,
-        x_BLD: Tensor,
-        prior: PriorScores | None = None,
-        folded_BL: Tensor | None = None,
-    ) -> Tensor:
+    def logits(self, vit: VisionTransformer, x_BLD: Tensor) -> Tensor:
         x_BTD = vit.norm_pre(with_prefix(vit, x_BLD))
         for earlier in vit.blocks[: self.block]:
             x_BTD = earlier(x_BTD)
@@ -97,41 +81,24 @@ class FirstBlock(OneBlock):
     def direction(self, vit: VisionTransformer) -> Tensor | None:
         return vit.blocks[0].folded_direction(prefix_tokens(vit)[None, :1]) if can_fold(vit) else None
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        vit: VisionTransformer,
-        x_BLD: Tensor,
-        prior: PriorScores | None = None,
-        folded_BL: Tensor | None = None,
-    ) -> Tensor:
-        if folded_BL is not None:
-            return folded_BL
+    def logits(self, vit: VisionTransformer, x_BLD: Tensor) -> Tensor:
         direction_D = self.direction(vit)
         if direction_D is None:
-            return super().__call__(vit, x_BLD)
+            return super().logits(vit, x_BLD)
         return folded_logits(x_BLD, direction_D, eps_of(vit))
 
 
 class AllBlocks(ScoreSource):
     """The mean over all blocks and heads of [CLS]'s softmaxed row, by a pass without gradient.
 
-    Args:
-        normalise: `renorm` (renormalised over patches) or `softmax` (sum over blocks, softmax again: authors' code).
+    `normalise` is `renorm` (renormalised over patches) or `softmax` (sum over blocks, softmax again: authors' code).
     """
 
     def __init__(self, vit: VisionTransformer, *, normalise: str = "renorm"):
         super().__init__(vit)
         self.normalise = normalise
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        vit: VisionTransformer,
-        x_BLD: Tensor,
-        prior: PriorScores | None = None,
-        folded_BL: Tensor | None = None,
-    ) -> Tensor:
+    def logits(self, vit: VisionTransformer, x_BLD: Tensor) -> Tensor:
         x_BTD, total_BL = vit.norm_pre(with_prefix(vit, x_BLD)), None
         *others, last = vit.blocks
         for block in others:
@@ -145,9 +112,8 @@ class AllBlocks(ScoreSource):
 class Bank(ScoreSource):
     """The scores that earlier steps saw in their two training passes, kept per sample by `ccmim_fast.bank`.
 
-    Args:
-        blocks: how many of the last blocks attention is averaged over; 0: all.
-        unseen: how patches are scored that no crop has covered yet: `random`, or Eq. 4 at the `first` block.
+    Attention is averaged over the last `blocks`, 0: all. Patches that no crop has covered yet are scored by `unseen`:
+    `random`, or Eq. 4 at the `first` block.
     """
 
     def __init__(self, vit: VisionTransformer, *, blocks: int = 0, unseen: str = "first"):
@@ -161,11 +127,7 @@ class Bank(ScoreSource):
         return None if self.unseen is None else self.unseen.direction(vit)
 
     def __call__(
-        self,
-        vit: VisionTransformer,
-        x_BLD: Tensor,
-        prior: PriorScores | None = None,
-        folded_BL: Tensor | None = None,
+        self, vit: VisionTransformer, x_BLD: Tensor, prior: PriorScores | None = None, folded_BL: Tensor | None = None
     ) -> Tensor:
         if prior is None:
             nothing_BL = torch.zeros(x_BLD.shape[:2], device=x_BLD.device)

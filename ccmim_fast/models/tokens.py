@@ -47,10 +47,7 @@ def embed(
 ) -> Embedded:
     """Embed patches, with positions: uint8 [B, H, W, C] -> [B, L, D]; score them too where a direction is given.
 
-    Args:
-        projection: from `folded_projection`.
-        direction_D: from `ScoreSource.direction`.
-        kernels: implementation of `embed_tokens`, see `ccmim_kernels.dispatch`.
+    `projection` is from `folded_projection`, `direction_D` from `ScoreSource.direction`.
     """
     weight_DA, bias_D = projection
     x_BLD = F.linear(patchify(images_BHWC, patch_size_of(vit)).to(weight_DA.dtype), weight_DA, bias_D)
@@ -135,7 +132,6 @@ def encode(
     """Run all blocks and the final norm.
 
     Args:
-        x_BTD: tokens, prefix first.
         cls_only: compute [CLS] alone in the last block.
         read_blocks: read [CLS]'s attention in so many of the last blocks, which must be `ViTBlock`s.
 

@@ -25,16 +25,12 @@ BUILD = (
 def build_optimizer(
     name: str, model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], capturable: bool = False
 ) -> torch.optim.Optimizer:
-    """Return the optimizer `optim.name` over the weights of `model`.
+    """Return the optimizer `optim.name` over the weights of `model`; biases, norms and tokens have no decay.
 
     Args:
         name: `adamw` (torch's, fused, on CPU and CUDA), `apex_adamw` or `apex_lamb` (CUDA, see `apex_optimizer`).
         lr: of the first step.
-        weight_decay: of matrices and kernels; biases, norms and tokens have none.
         capturable: for a CUDA graph: the rate is a device tensor, changed in place.
-
-    Raises:
-        MachineError: apex is asked for and not installed.
     """
     exempt = [name for name, _ in model.named_parameters() if name.rsplit(".", 1)[-1] in NO_DECAY]
     groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
@@ -50,8 +46,7 @@ def apex_optimizer(
 ) -> torch.optim.Optimizer:
     """Return `apex_adamw` (FusedAdam with decoupled decay) or `apex_lamb` (FusedLAMB), both for CUDA only.
 
-    Raises:
-        MachineError: NVIDIA apex with its CUDA extensions is not installed, or a CUDA graph cannot hold the optimizer.
+    Raises MachineError where NVIDIA apex or its CUDA extensions are missing, or a CUDA graph cannot hold the optimizer.
     """
     try:
         optimizers = importlib.import_module("apex.optimizers")

@@ -21,17 +21,11 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 class Gradients(NamedTuple):
-    """Figures of a step's gradients, on the device, float32, unscaled and before clipping.
+    """Figures of a step's gradients, on the device, float32, unscaled and before clipping."""
 
-    Attributes:
-        norm: of all gradients.
-        norms_P: of each part's gradients.
-        bad: bool, True if they are not finite; under a scaler only once its scale is down to 1, because it tries scales
-            that are too large on purpose.
-    """
-
-    norm: Tensor
-    norms_P: Tensor
+    norm: Tensor  # of all gradients
+    norms_P: Tensor  # of each part's
+    # Bool, True if they are not finite; under a scaler, which tries too large scales on purpose, only once its is 1.
     bad: Tensor
 
 
@@ -46,10 +40,7 @@ def guard(
     The result equals `nn.utils.clip_grad_norm_` before the step. A fused optimizer of torch divides by `grad_scale` as
     it reads the gradients, and leaves weights and moments alone where `found_inf` is 1: so gradients are read once
     more, and not written. Other optimizers' gradients, and those under a scaler (which sets both itself), are clipped
-    in place.
-
-    Args:
-        parts: all parameters of the optimizer, in P parts.
+    in place. `parts` are all parameters of the optimizer, in P parts.
     """
     if scaler.is_enabled() and limit:
         scaler.unscale_(optimizer)
@@ -75,7 +66,7 @@ def guard(
 def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, bad: Tensor) -> None:
     """Take the step that `guard` prepared, or none.
 
-    apex's kernels take no flag from the device, so the host waits for `bad`. Within a CUDA graph, where waiting is
+    apex's kernels take no flag from the device, so the host waits for `bad`; within a CUDA graph, where waiting is
     impossible, they take the step whatever the gradients are.
     """
     if scaler.is_enabled() or _reads_scale(optimizer):

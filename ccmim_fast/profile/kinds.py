@@ -70,8 +70,3 @@ def kind_of_op(name: str) -> str:
     if _PRODUCTS.fullmatch(stem):
         return "matmul"
     return "other" if _NO_TRAFFIC.fullmatch(stem) else "elementwise"
-
-
-def kind_of_counted(op: str) -> str:
-    """Return `attention` or `matmul` for an operator to which torch's FLOP counter ascribes arithmetic."""
-    return "attention" if "attention" in op else "matmul"

@@ -45,29 +45,27 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype | None) -> floa
     """Return the FLOP/s of large square matmuls in the step's precision: the best of six, of any library."""
     side = _SIDE[device.type]
     a = torch.randn(side, side, device=device, dtype=dtype or torch.float32)
-    seconds = _best_of(6, lambda: a @ a, device)
+    libraries = [lambda: a @ a]
     if device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        seconds = min(seconds, _best_of(6, lambda: product(a, a), device))
-    return 2 * side**3 / seconds
+        libraries.append(lambda: product(a, a))
+    return 2 * side**3 / min(seconds_of(call, device) for call in libraries for _ in range(6))
 
 
 def measure_memory_bandwidth(device: torch.device) -> float:
     """Return the bytes/s, read plus written, of a large tensor that is scaled in place: the best of 24."""
     # In place as an optimizer's work is: a CPU also reads the target of a copy before it writes it.
     large = torch.zeros(_LARGE_BYTES // 4, device=device)
-    return 2 * large.nbytes / _best_of(24, lambda: large.mul_(1.0), device)
+    return 2 * large.nbytes / min(seconds_of(lambda: large.mul_(1.0), device) for _ in range(24))
 
 
-def _best_of(times: int, call: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds of the fastest call."""
-    seconds = []
+def seconds_of(call: Callable[[], Any], device: torch.device, times: int = 1) -> float:
+    """Return the seconds that a call takes, work of the device included: the mean of so many in a row."""
+    synchronise(device)
+    start = time.perf_counter()
     for _ in range(times):
-        synchronise(device)
-        start = time.perf_counter()
         call()
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    synchronise(device)
+    return (time.perf_counter() - start) / times
 
 
 def synchronise(device: torch.device) -> None:
@@ -77,13 +75,10 @@ def synchronise(device: torch.device) -> None:
 
 
 class Meter:
-    """The meter measures the speed since the last reading.
+    """The meter measures the speed since the last reading, of steps of `batch_size` images over all ranks.
 
-    Args:
-        batch_size: images per optimizer step, over all ranks.
-        session: the matmul rate is measured on its device.
-        flops_by_op: FLOPs per image by operator, see `engine.dry_run.count_flops`; without any there is no MFU.
-        dtype: of the step's products, whose rate is measured; None: float32.
+    `flops_by_op` is FLOPs per image by operator, see `engine.dry_run.count_flops`; without any there is no MFU, else
+    the device's rate of products in `dtype` (None: float32) is measured.
     """
 
     def __init__(self, batch_size: int, session: Session, flops_by_op: dict[Any, float], dtype: torch.dtype | None):

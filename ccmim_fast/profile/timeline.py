@@ -32,10 +32,7 @@ def read_timeline(events: Iterable[dict[str, Any]], *, on_gpu: bool) -> Counter[
     If they ran on a GPU, kernels count; where several run, the first kind of `KINDS` does, so `communication` is the
     part that no computation hides. Time without a kernel is `data wait` while the host waits for data, else `idle`. On
     a CPU the innermost operator counts, and a wait for data before any; time outside of operators, Python's, is `idle`,
-    which has no name. All sum to the steps' span.
-
-    Raises:
-        ValueError: the trace does not hold the range `PROFILED`.
+    which has no name. All sum to the steps' span. Raises ValueError where the trace does not hold the range `PROFILED`.
     """
     timed = [event for event in events if event.get("ph") == "X"]
     window = next((e for e in timed if e["name"] == PROFILED and e.get("cat") == "user_annotation"), None)

@@ -24,12 +24,10 @@ from ccmim_fast.ranks.session import Session
 def shard(model: CCMIM, here: Session, dtype: torch.dtype | None) -> None:
     """Divide the weights of `model`, equal on all ranks, in place; every rank calls it.
 
-    A parameter that is not trained, such as fixed positions, stays whole on each rank and is sent by none.
-
-    Args:
-        dtype: of the step's products; blocks are gathered in it, half the bytes of float32. Weights, their gradients'
-            sums over ranks and the optimizer's moments are float32 all the same. The first block, which Eq. 4 is read
-            at, and what stands outside blocks are gathered in float32: scores and statistics are.
+    A parameter that is not trained, such as fixed positions, stays whole on each rank and is sent by none. Blocks are
+    gathered in `dtype`, that of the step's products, half the bytes of float32. Weights, their gradients' sums over
+    ranks and the optimizer's moments are float32 all the same. The first block, which Eq. 4 is read at, and what stands
+    outside blocks are gathered in float32: scores and statistics are.
     """
     mesh = init_device_mesh(here.device.type, (here.world_size,))
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -68,9 +68,8 @@ def read_heartbeats(folder: Path, launch: str, ranks: Iterable[int]) -> list[Hea
 def diagnose(heartbeats: Sequence[Heartbeat | None], now: float, silence: float) -> Diagnosis:
     """Return the worst problem of any rank, from the heartbeats of all, in their order.
 
-    Args:
-        now: seconds since 1970; the clocks of machines may differ by less than `silence`.
-        silence: seconds without a heartbeat after which a rank counts as stopped, or its machine as lost.
+    A rank that wrote none for `silence` seconds before `now` counts as stopped, or its machine as lost; the clocks of
+    machines may differ by less.
     """
     running = [(rank, beat) for rank, beat in enumerate(heartbeats) if beat is None or beat.outcome != DONE]
     known = [(rank, beat) for rank, beat in running if beat is not None]
@@ -113,10 +112,7 @@ def headline(heartbeats: Sequence[Heartbeat | None], diagnosis: Diagnosis) -> st
 
 
 def report(heartbeats: Sequence[Heartbeat | None], diagnosis: Diagnosis, stacks: dict[int, str]) -> str:
-    """Return the headline, the activity of every rank, and some of the `stacks` by rank.
-
-    Equal stacks are shown once, and those of the fewest ranks first.
-    """
+    """Return headline, activity of every rank, and some `stacks`: equal ones once, of the fewest ranks first."""
     activities, by_stack = defaultdict(list), defaultdict(list)
     for rank, beat in enumerate(heartbeats):
         activities["no heartbeat" if beat is None else beat.outcome or beat.activity].append(rank)

@@ -39,8 +39,7 @@ def open_session(device: str, timeout: float = 30.0) -> Iterator[Session]:
         device: `auto`, `cpu` or `cuda`; auto takes CUDA where there is a GPU.
         timeout: minutes that a rank waits for another.
 
-    Raises:
-        MachineError: `cuda` without a GPU; the ranks do not find each other; in the body, when another rank is lost.
+    Raises MachineError: no GPU for `cuda`; the ranks do not find each other; in the body, when another rank is lost.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise MachineError("train.device=cuda: no CUDA device is visible; use train.device=cpu")

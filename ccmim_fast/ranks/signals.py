@@ -10,9 +10,8 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class StopSignals:
     """Within this context SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C only set `name`; a second Ctrl-C interrupts.
 
-    Args:
-        keep_after_error: leave the handlers in place after an error, until the process ends: when a rank is lost, the
-            launcher ends the other ranks, which still have to write their diagnosis.
+    With `keep_after_error` the handlers stay in place after an error, until the process ends: when a rank is lost, the
+    launcher ends the other ranks, which still have to write their diagnosis.
     """
 
     def __init__(self, keep_after_error: bool = False) -> None:

@@ -28,9 +28,7 @@ _SILENCE = 20.0  # seconds without a heartbeat after which a rank counts as lost
 class Watchdog:
     """A watchdog guards one rank, and translates errors that leave its context; that of a single process does nothing.
 
-    Args:
-        launch: an id that all ranks of this launch have, and no other launch.
-        timeout: seconds in one phase after which the rank counts as stuck.
+    All ranks of this launch, and no other launch, have the id `launch`; a rank is stuck after `timeout` s in one phase.
     """
 
     def __init__(

@@ -23,11 +23,8 @@ _PACKAGES = ("ccmim_fast", "torch", "torchvision", "timm", "triton", "xformers",
 def open_run_folder(config: Config, resumable: bool = True) -> Path:
     """Create the run's folder (or reopen it, with `run.resume` or `run.overwrite`) and prove that it can be written.
 
-    Args:
-        resumable: the command can be stopped and resumed; only the error message depends on this.
-
-    Raises:
-        ConfigError: the folder holds files and neither option is set, or it cannot be written.
+    Raises ConfigError where the folder holds files and neither option is set (of a command that is not `resumable`, the
+    message names one way out), or where it cannot be written.
     """
     folder = Path(config.run.dir)
     try:
@@ -78,12 +75,15 @@ def environment(device: torch.device) -> dict[str, str]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores",
         "commit": _commit(),
     }
-    for package in _PACKAGES:
-        try:
-            facts[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            facts[package] = "not installed"
-    return facts
+    return facts | {package: version_of(package) for package in _PACKAGES}
+
+
+def version_of(package: str) -> str:
+    """Return the version of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _commit() -> str:

@@ -20,11 +20,9 @@ _FREE_BYTES = 2**20  # on the disk, before TensorBoard gets a record; a record h
 
 
 class Metrics:
-    """This class writes one JSON object a line to `folder`/metrics.jsonl, and the same figures to TensorBoard.
+    """This class writes one JSON object a line to `folder`/metrics.jsonl, and if asked the same figures to TensorBoard.
 
-    Args:
-        tensorboard: write event files too; where that fails the run goes on without.
-        resume_step: lines past it are dropped, so that every step of a resumed run appears once; 0: all are.
+    Lines past `resume_step` are dropped, so that every step of a resumed run appears once; 0: all are.
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool, resume_step: int = 0):
@@ -81,10 +79,8 @@ def _step_of(line: str) -> float:
 class ProgressLine:
     """Progress is a live line on a terminal, a plain line per log step elsewhere, and nothing where it is not shown.
 
-    Args:
-        headline: printed once, before the first step.
-        total_steps, done: optimizer steps of the whole run, and those already taken.
-        log: file that gets every line too; a resumed run appends to it.
+    The headline is printed once, before the first step; `done` are optimizer steps that were taken before, of
+    `total_steps` in all. The file `log` gets every line too; a resumed run appends to it.
     """
 
     def __init__(self, headline: str, total_steps: int, done: int, shown: bool, log: Path | None = None):

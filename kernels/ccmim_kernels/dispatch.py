@@ -23,13 +23,11 @@ def uses_triton(kernels: Kernels, op: str, device: torch.device, *tensors: Tenso
     """Return True where `op` runs as Triton kernels: for `triton` always, for `auto` on CUDA where Triton is installed.
 
     Args:
-        kernels: one of `KERNELS`, or a choice for each op.
-        op: the op's name.
-        device: the device of the op's inputs.
+        kernels: one of `KERNELS`, or a choice for each op by its name.
+        device: of the op's inputs.
         tensors: its floating-point inputs; float64 has no kernel, there `auto` takes the reference.
 
-    Raises:
-        ValueError: an unknown choice, or `triton` where no kernel can run.
+    Raises ValueError for an unknown choice, or `triton` where no kernel can run.
     """
     if not isinstance(kernels, str):
         kernels = kernels.get(op, "auto")
@@ -60,12 +58,15 @@ def _interpreted() -> bool:
     return INTERPRETED
 
 
-def operator(name: str) -> Callable[[Callable], torch.library.CustomOpDef]:
+def operator(
+    name: str, save: Callable | None = None, backward: Callable | None = None
+) -> Callable[[Callable], torch.library.CustomOpDef]:
     """Make the decorated function the operator `ccmim::<name>`, for torch.compile and autograd.
 
     The function's annotations are the operator's schema; its body is the fake, which returns empty tensors like the
     result. The work is done by the launcher `name`, in the file of `triton_impl/` with the name of the function's
-    module: imported at the first call, because Triton need not be installed.
+    module: imported at the first call, because Triton need not be installed. `save` and `backward` make its gradient,
+    as `register_autograd` takes them.
     """
 
     def registered(fake: Callable) -> torch.library.CustomOpDef:
@@ -76,26 +77,21 @@ def operator(name: str) -> Callable[[Callable], torch.library.CustomOpDef]:
         schema = torch.library.infer_schema(fake, mutates_args=())
         made = torch.library.custom_op(f"ccmim::{name}", run, mutates_args=(), schema=schema)
         made.register_fake(fake)
+        if backward is not None:
+            made.register_autograd(backward, setup_context=save)
         return made
 
     return registered
 
 
 class Call(NamedTuple):
-    """This tuple is one call of a `choosable` function.
+    """This tuple is one call of a `choosable` function."""
 
-    Attributes:
-        name: of the choice that the call depends on.
-        function: called as `function(*arguments, **options, **{by: candidate})`.
-        by: the keyword argument that chooses.
-        options: the other keyword arguments.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    by: str
+    name: str  # of the choice that the call depends on
+    function: Callable[..., Any]  # called as `function(*arguments, **options, **{by: candidate})`
+    by: str  # the keyword argument that chooses
     arguments: tuple[Any, ...]
-    options: dict[str, Any]
+    options: dict[str, Any]  # the other keyword arguments
 
 
 _observers: list[Callable[[Call], None]] = []
@@ -104,9 +100,7 @@ _observers: list[Callable[[Call], None]] = []
 def choosable(name: str | Callable[..., str], by: str = "kernels") -> Callable[[Callable], Callable]:
     """Show calls of the decorated function to `observed`; what it calls in turn is not shown.
 
-    Args:
-        name: of the choice; or a function of the call's positional arguments, where the choice depends on them.
-        by: the keyword argument that chooses the implementation.
+    `name` is that of the choice, or a function of the call's positional arguments; the keyword argument `by` chooses.
     """
 
     def decorate(function: Callable) -> Callable:

@@ -71,16 +71,7 @@ def divide_tokens(
     return Divided(visible, masked, partition, logits_BL)
 
 
-@operator("divide_tokens")
-def _divide_tokens(
-    tokens: Tensor, prefix: Tensor, ids_visible: Tensor, ids_restore: Tensor, with_masked: bool
-) -> tuple[Tensor, Tensor]:
-    B, L, D = tokens.shape
-    P, K = prefix.shape[0], ids_visible.shape[1]
-    return tokens.new_empty((B, P + K, D)), tokens.new_empty((B, P + L - K, D) if with_masked else (0,))
-
-
-def _setup_context(ctx, inputs, output):
+def _save(ctx, inputs, output):
     tokens, prefix, ids_visible, _, _ = inputs
     ctx.save_for_backward(ids_visible)
     ctx.patches, ctx.prefix, ctx.dtype = tokens.shape[1], len(prefix), prefix.dtype
@@ -91,10 +82,13 @@ def _backward(ctx, grad, _masked):
     """Take the gradient of the visible set alone: the masked set is the teacher's."""
     if grad is None:
         return (None,) * 5
-    (ids_visible,) = ctx.saved_tensors
-    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-    tokens, prefix = gather_gradients(grad, ids_visible, ctx.patches, ctx.prefix, ctx.dtype, needs)
-    return tokens, prefix, None, None, None
+    return *gather_gradients(ctx, grad, ctx.needs_input_grad[:2]), None, None, None
 
 
-_divide_tokens.register_autograd(_backward, setup_context=_setup_context)
+@operator("divide_tokens", _save, _backward)
+def _divide_tokens(
+    tokens: Tensor, prefix: Tensor, ids_visible: Tensor, ids_restore: Tensor, with_masked: bool
+) -> tuple[Tensor, Tensor]:
+    B, L, D = tokens.shape
+    P, K = prefix.shape[0], ids_visible.shape[1]
+    return tokens.new_empty((B, P + K, D)), tokens.new_empty((B, P + L - K, D) if with_masked else (0,))

@@ -35,12 +35,7 @@ def embed_tokens_reference(projected_BLD: Tensor, positions_LD: Tensor, directio
 
 @choosable("embed_tokens")
 def embed_tokens(
-    projected_BLD: Tensor,
-    positions_LD: Tensor,
-    direction_D: Tensor,
-    *,
-    eps: float = 1e-6,
-    kernels: str = "auto",
+    projected_BLD: Tensor, positions_LD: Tensor, direction_D: Tensor, *, eps: float = 1e-6, kernels: str = "auto"
 ) -> Embedded:
     """Add positions to projected patches, and score the tokens by Eq. 4 at the first block.
 
@@ -69,14 +64,7 @@ def embed_tokens(
     return embed_tokens_reference(projected_BLD, positions_LD, direction_D, eps)
 
 
-@operator("embed_tokens")
-def _embed_tokens(projected: Tensor, positions: Tensor, direction: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(projected.dtype, positions.dtype)
-    tokens = projected.new_empty(projected.shape, dtype=dtype)
-    return tokens, projected.new_empty(projected.shape[:2], dtype=torch.float32)
-
-
-def _setup_context(ctx, inputs, output):
+def _save(ctx, inputs, output):
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
     ctx.set_materialize_grads(False)
 
@@ -89,4 +77,8 @@ def _backward(ctx, grad, _logits):
     return projected, positions, None, None
 
 
-_embed_tokens.register_autograd(_backward, setup_context=_setup_context)
+@operator("embed_tokens", _save, _backward)
+def _embed_tokens(projected: Tensor, positions: Tensor, direction: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(projected.dtype, positions.dtype)
+    tokens = projected.new_empty(projected.shape, dtype=dtype)
+    return tokens, projected.new_empty(projected.shape[:2], dtype=torch.float32)

@@ -43,7 +43,19 @@ def gather_tokens(
     return gather_tokens_reference(tokens_BLD, ids_BK, prefix_PD)
 
 
-@operator("gather_tokens")
+def _save(ctx, inputs, output):
+    tokens, ids, prefix = inputs
+    ctx.save_for_backward(ids)
+    ctx.patches = tokens.shape[1]
+    ctx.prefix, ctx.dtype = (0, None) if prefix is None else (len(prefix), prefix.dtype)
+
+
+def _backward(ctx, grad):
+    tokens, prefix = gather_gradients(ctx, grad, ctx.needs_input_grad[::2])
+    return tokens, None, prefix
+
+
+@operator("gather_tokens", _save, _backward)
 def _gather_tokens(tokens: Tensor, ids: Tensor, prefix: Tensor | None) -> Tensor:
     rows = ids.shape[1] + (0 if prefix is None else prefix.shape[0])
     return tokens.new_empty((tokens.shape[0], rows, tokens.shape[2]))
@@ -55,27 +67,9 @@ def _scatter_tokens(grad: Tensor, ids: Tensor, rows: int) -> Tensor:
     return grad.new_empty((grad.shape[0], rows, grad.shape[2]))
 
 
-def gather_gradients(
-    grad_BTD: Tensor, ids_BK: Tensor, patches: int, prefix: int, dtype: torch.dtype | None, needs: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of the tokens and of the `prefix` shared rows (in `dtype`), as far as they are needed."""
-    tokens_BLD = _scatter_tokens(grad_BTD, ids_BK, patches) if needs[0] else None
-    prefix_PD = grad_BTD[:, :prefix].sum(0, dtype=torch.float32).to(dtype) if needs[1] else None
+def gather_gradients(ctx, grad_BTD: Tensor, needs: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of the tokens and of the shared rows, as far as they are needed."""
+    (ids_BK,) = ctx.saved_tensors
+    tokens_BLD = _scatter_tokens(grad_BTD, ids_BK, ctx.patches) if needs[0] else None
+    prefix_PD = grad_BTD[:, : ctx.prefix].sum(0, dtype=torch.float32).to(ctx.dtype) if needs[1] else None
     return tokens_BLD, prefix_PD
-
-
-def _setup_context(ctx, inputs, output):
-    tokens, ids, prefix = inputs
-    ctx.save_for_backward(ids)
-    ctx.patches = tokens.shape[1]
-    ctx.prefix, ctx.dtype = (0, None) if prefix is None else (len(prefix), prefix.dtype)
-
-
-def _backward(ctx, grad):
-    (ids,) = ctx.saved_tensors
-    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
-    tokens, prefix = gather_gradients(grad, ids, ctx.patches, ctx.prefix, ctx.dtype, needs)
-    return tokens, None, prefix
-
-
-_gather_tokens.register_autograd(_backward, setup_context=_setup_context)

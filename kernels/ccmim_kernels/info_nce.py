@@ -98,7 +98,20 @@ def moco_nce(
         return moco_nce_reference(*(widened(h) for h in rows), offset, tau)
 
 
-@operator("info_nce")
+def _save(ctx, inputs, output):
+    *rows, ctx.offset, ctx.tau = inputs
+    ctx.save_for_backward(*rows, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad_loss, _grad_positive):
+    inputs = (*ctx.saved_tensors, grad_loss, ctx.offset, ctx.tau)
+    of_student = _nce_gradient(*inputs, of_keys=False) if ctx.needs_input_grad[0] else None
+    of_keys = _nce_gradient(*inputs, of_keys=True) if ctx.needs_input_grad[2] else None
+    return of_student, None, of_keys, None, None
+
+
+@operator("info_nce", _save, _backward)
 def _nce(student: Tensor, teacher: Tensor | None, keys: Tensor, offset: int, tau: float) -> tuple[Tensor, Tensor]:
     """Return (loss_B, positive_B): each image's loss, and the similarity of its positive, which has no gradient.
 
@@ -122,19 +135,3 @@ def _nce_gradient(
 ) -> Tensor:
     """Return the gradient of the students, or with `of_keys` of the keys; `grad` is that of each image's loss."""
     return torch.empty_like(keys if of_keys else student, memory_format=torch.contiguous_format)
-
-
-def _save(ctx, inputs, output):
-    *rows, ctx.offset, ctx.tau = inputs
-    ctx.save_for_backward(*rows, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, grad_loss, _grad_positive):
-    inputs = (*ctx.saved_tensors, grad_loss, ctx.offset, ctx.tau)
-    of_student = _nce_gradient(*inputs, of_keys=False) if ctx.needs_input_grad[0] else None
-    of_keys = _nce_gradient(*inputs, of_keys=True) if ctx.needs_input_grad[2] else None
-    return of_student, None, of_keys, None, None
-
-
-_nce.register_autograd(_backward, setup_context=_save)

@@ -5,6 +5,8 @@ An image is cut into patches in MAE's order: patches row by row, and (row, colum
 
 # B batch, H height, W width, C channels, L patches, M masked, P patch * patch * C
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,18 +48,10 @@ def masked_target(
     return (target_BMP - mean_BM1) / (var_BM1 + NORM_PIX_EPS).sqrt()
 
 
-def masked_patch_loss_reference(
-    pred_BMP: Tensor,
-    images_BHWC: Tensor,
-    ids_masked_BM: Tensor,
-    patch: int,
-    mean_C: Tensor,
-    std_C: Tensor,
-    norm_pix: bool,
-) -> Tensor:
-    """Specify `masked_patch_loss` in plain PyTorch."""
+def masked_patch_loss_reference(pred_BMP: Tensor, *target: Any) -> Tensor:
+    """Specify `masked_patch_loss` in plain PyTorch; `target` is what `masked_target` takes."""
     with torch.no_grad():
-        target_BMP = masked_target(images_BHWC, ids_masked_BM, patch, mean_C, std_C, norm_pix)
+        target_BMP = masked_target(*target)
     return (pred_BMP - target_BMP).square().mean()
 
 
@@ -110,14 +104,7 @@ def masked_patch_loss(
     return masked_patch_loss_reference(widened(pred_BMP), *inputs)
 
 
-@operator("masked_patch_loss")
-def _masked_patch_loss(
-    pred: Tensor, images: Tensor, ids_masked: Tensor, patch: int, mean: Tensor, std: Tensor, norm_pix: bool
-) -> tuple[Tensor, Tensor]:
-    return pred.new_empty((), dtype=torch.float32), pred.new_empty(pred.shape)
-
-
-def _save_residual(ctx, inputs, output):
+def _save(ctx, inputs, output):
     _, residual_BMP = output
     ctx.mark_non_differentiable(residual_BMP)
     ctx.save_for_backward(residual_BMP)
@@ -132,4 +119,8 @@ def _backward(ctx, grad, _):
     return grad_pred_BMP, None, None, None, None, None, None
 
 
-_masked_patch_loss.register_autograd(_backward, setup_context=_save_residual)
+@operator("masked_patch_loss", _save, _backward)
+def _masked_patch_loss(
+    pred: Tensor, images: Tensor, ids_masked: Tensor, patch: int, mean: Tensor, std: Tensor, norm_pix: bool
+) -> tuple[Tensor, Tensor]:
+    return pred.new_empty((), dtype=torch.float32), pred.new_empty(pred.shape)

@@ -29,14 +29,9 @@ def _multiply_32x32(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
 
 
 def philox_4x32(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run ten rounds of Philox-4x32.
+    """Run ten rounds of Philox-4x32: four int64 tensors, each uniform on 0 .. 2**32 - 1, of the counter c0 .. c3.
 
-    Args:
-        seed: the 64-bit key; its low word is the first key word.
-        c0, c1, c2, c3: int64, broadcastable, each in 0 .. 2**32 - 1: the counter.
-
-    Returns:
-        Four int64 tensors of the broadcast shape, each uniform on 0 .. 2**32 - 1.
+    The 64-bit key is `seed`, its low word first; the counter's int64 words, in 0 .. 2**32 - 1, are broadcast.
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)
     key_0, key_1 = seed & _MASK32, (seed >> 32) & _MASK32
@@ -66,12 +61,10 @@ def per_sample(word: int | Tensor, ids_B: Tensor) -> Tensor:
 
 
 def keyed_bits(seed: int, epoch: int | Tensor, ids_B: Tensor, count: int, stream: int) -> tuple[Tensor, ...]:
-    """Draw four random words for each of `count` counters of each sample: four int64 tensors [B, count].
+    """Draw four random words for each of `count` counters (patches, or blocks) of each sample: four int64 [B, count].
 
     Args:
         seed, epoch: in 0 .. 2**32 - 1; the epoch as a number, or as int64 on the device of `ids_B`, [] or [B].
-        ids_B: [B] int64 sample ids.
-        count: patches, or blocks.
         stream: which use of the seed, one of `STREAM_*`.
     """
     counter = torch.arange(count, device=ids_B.device)[None]
@@ -81,10 +74,7 @@ def keyed_bits(seed: int, epoch: int | Tensor, ids_B: Tensor, count: int, stream
 
 
 def keyed_uniform(seed: int, epoch: int | Tensor, ids_B: Tensor, patches: int, stream: int = STREAM_MASK) -> Tensor:
-    """Draw uniform noise [B, patches], float64 in (0, 1), a function of (seed, epoch, sample id, patch) alone.
-
-    The arguments are those of `keyed_bits`.
-    """
+    """Draw uniform noise [B, patches], float64 in (0, 1), from the arguments of `keyed_bits` alone."""
     return to_unit(keyed_bits(seed, epoch, ids_B, patches, stream)[0])
 
 

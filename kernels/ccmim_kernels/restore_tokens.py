@@ -52,18 +52,7 @@ def restore_tokens(
     return restore_tokens_reference(visible_BTD, mask_token_D, ids_restore_BL, positions_SD)
 
 
-@operator("restore_tokens")
-def _restore_tokens(visible: Tensor, mask_token: Tensor, ids_restore: Tensor, positions: Tensor) -> Tensor:
-    return visible.new_empty((visible.shape[0], ids_restore.shape[1] + 1, visible.shape[2]))
-
-
-@operator("restore_tokens_gradients")
-def _restore_tokens_gradients(grad: Tensor, ids_restore: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    B, _, D = grad.shape
-    return grad.new_empty((B, keep + 1, D)), grad.new_empty((D,), dtype=torch.float32)
-
-
-def _setup_context(ctx, inputs, output):
+def _save(ctx, inputs, output):
     visible, mask_token, ids_restore, _ = inputs
     ctx.save_for_backward(ids_restore)
     ctx.keep, ctx.dtype = visible.shape[1] - 1, mask_token.dtype
@@ -75,4 +64,12 @@ def _backward(ctx, grad):
     return visible, mask_token.to(ctx.dtype), None, None
 
 
-_restore_tokens.register_autograd(_backward, setup_context=_setup_context)
+@operator("restore_tokens", _save, _backward)
+def _restore_tokens(visible: Tensor, mask_token: Tensor, ids_restore: Tensor, positions: Tensor) -> Tensor:
+    return visible.new_empty((visible.shape[0], ids_restore.shape[1] + 1, visible.shape[2]))
+
+
+@operator("restore_tokens_gradients")
+def _restore_tokens_gradients(grad: Tensor, ids_restore: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    B, _, D = grad.shape
+    return grad.new_empty((B, keep + 1, D)), grad.new_empty((D,), dtype=torch.float32)

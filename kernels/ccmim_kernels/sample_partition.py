@@ -97,19 +97,9 @@ def block_keys(
 
 
 def sample_partition_reference(
-    logits_BL: Tensor | None,
-    ids_B: Tensor,
-    *,
-    keep: int,
-    grid: tuple[int, int],
-    seed: int,
-    epoch: int | Tensor,
-    strategy: str,
-    noise: str,
-    temperature: float,
-    block_min: int,
+    logits_BL, ids_B, *, keep, grid, seed, epoch, strategy, noise, temperature, block_min
 ) -> Partition:
-    """Specify `sample_partition` in plain PyTorch."""
+    """Specify `sample_partition`, whose arguments these are, in plain PyTorch."""
     patches = grid[0] * grid[1]
     if strategy == "random":
         keys_BL = keyed_uniform(seed, epoch, ids_B, patches).float()
@@ -119,47 +109,6 @@ def sample_partition_reference(
         drawn = noise if strategy == "importance_sampling" else None
         keys_BL = importance_keys(logits_BL, ids_B, seed, epoch, drawn, temperature)
     return partition_by_keys(keys_BL, keep)
-
-
-def checked_samples(
-    logits_BL: Tensor | None,
-    ids_B: Tensor,
-    epoch: int | Tensor,
-    batch: int,
-    patches: int,
-    *,
-    keep: int,
-    seed: int,
-    strategy: str,
-    noise: str,
-    temperature: float,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Check the arguments that all dividing ops share.
-
-    Returns:
-        logits [batch, patches] without gradient as float32 (float64 stays), ids and epochs [batch] as int64.
-    """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy={strategy!r} must be one of {', '.join(STRATEGIES)}")
-    if noise not in NOISES:
-        raise ValueError(f"noise={noise!r} must be one of {', '.join(NOISES)}")
-    if not 1 <= keep < patches:
-        raise ValueError(f"keep={keep} must be in 1..{patches - 1}")
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be greater than 0")
-    for name, word in (("seed", seed), ("epoch", epoch)):
-        # A tensor's value is not looked at: that would wait for the device.
-        if not isinstance(word, Tensor) and not 0 <= word < 2**32:
-            raise ValueError(f"{name}={word} must be in 0..{2**32 - 1}")
-    if tuple(ids_B.shape) != (batch,):
-        raise ValueError(f"ids are {list(ids_B.shape)}, expected [{batch}]")
-    if isinstance(epoch, Tensor) and epoch.shape not in ((), ids_B.shape):
-        raise ValueError(f"epoch is {list(epoch.shape)}, expected [] or {list(ids_B.shape)}")
-    if logits_BL is not None:
-        if tuple(logits_BL.shape) != (batch, patches):
-            raise ValueError(f"logits are {list(logits_BL.shape)}, expected [{batch}, {patches}]")
-        logits_BL = widened(logits_BL.detach())
-    return logits_BL, ids_B.to(torch.int64), per_sample(epoch, ids_B)
 
 
 @choosable("sample_partition")
@@ -198,15 +147,35 @@ def sample_partition(
         grid: rows and columns of patches, rows * columns = L.
         seed, epoch: 0 .. 2**32 - 1; the epoch as a number, or as int64 on the device of `ids_B`, one for all or [B].
         kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`; the partition is the same, bit for bit.
-
     """
-    scored = strategy.startswith("importance")
-    how = {"keep": keep, "seed": seed, "strategy": strategy, "noise": noise, "temperature": temperature}
-    size = ids_B.shape[0], grid[0] * grid[1]
-    logits_BL, ids_B, epochs_B = checked_samples(logits_BL if scored else None, ids_B, epoch, *size, **how)
-    if scored and logits_BL is None:
+    patches = grid[0] * grid[1]
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy={strategy!r} must be one of {', '.join(STRATEGIES)}")
+    if noise not in NOISES:
+        raise ValueError(f"noise={noise!r} must be one of {', '.join(NOISES)}")
+    if not 1 <= keep < patches:
+        raise ValueError(f"keep={keep} must be in 1..{patches - 1}")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be greater than 0")
+    for name, word in (("seed", seed), ("epoch", epoch)):
+        # A tensor's value is not looked at: that would wait for the device.
+        if not isinstance(word, Tensor) and not 0 <= word < 2**32:
+            raise ValueError(f"{name}={word} must be in 0..{2**32 - 1}")
+    if ids_B.ndim != 1:
+        raise ValueError(f"ids are {list(ids_B.shape)}, expected [{len(ids_B)}]")
+    if isinstance(epoch, Tensor) and epoch.shape not in ((), ids_B.shape):
+        raise ValueError(f"epoch is {list(epoch.shape)}, expected [] or {list(ids_B.shape)}")
+    if not strategy.startswith("importance"):
+        logits_BL = None
+    elif logits_BL is None:
         raise ValueError(f"strategy={strategy} needs logits")
-    how = {**how, "epoch": epochs_B, "block_min": block_min}
+    elif tuple(logits_BL.shape) != (len(ids_B), patches):
+        raise ValueError(f"logits are {list(logits_BL.shape)}, expected [{len(ids_B)}, {patches}]")
+    else:
+        logits_BL = widened(logits_BL.detach())
+    ids_B, epochs_B = ids_B.to(torch.int64), per_sample(epoch, ids_B)
+    how = {"keep": keep, "seed": seed, "epoch": epochs_B, "strategy": strategy, "noise": noise}
+    how |= {"temperature": temperature, "block_min": block_min}
     if uses_triton(kernels, "sample_partition", ids_B.device, logits_BL):
         return Partition(*_sample_partition(logits_BL, ids_B, rows=grid[0], columns=grid[1], **how))
     return sample_partition_reference(logits_BL, ids_B, grid=grid, **how)

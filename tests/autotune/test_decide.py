@@ -7,8 +7,15 @@ import torch
 
 from ccmim_fast.autotune import decide
 from ccmim_fast.autotune.calls import calls_of
-from ccmim_fast.autotune.decide import Question, fastest_that_agree, first_that_run
-from ccmim_fast.autotune.timing import LEAST_ROUNDS, ROUNDS, timed, winner
+from ccmim_fast.autotune.decide import (
+    LEAST_ROUNDS,
+    ROUNDS,
+    Question,
+    fastest_that_agree,
+    first_that_run,
+    timed,
+    winner,
+)
 from ccmim_kernels.dispatch import choosable
 
 CPU = torch.device("cpu")

@@ -58,7 +58,7 @@ def test_a_damaged_file_is_ignored_after_one_line(text, capsys):
 def test_tables_of_this_machine(monkeypatch):
     ours = kept()
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(module, "_version", lambda package: "0")
+        elsewhere.setattr(module, "version_of", lambda package: "0")
         kept()
     assert list(kept_tables(CPU)) == [ours]
     assert len(list(folder().glob("*.json"))) == 2

@@ -12,7 +12,7 @@ from ccmim_fast.models.scores import ScoreSource
 class Rising(ScoreSource):
     """Scores that rise from patch to patch."""
 
-    def __call__(self, vit, x_BLD, prior=None, folded_BL=None):
+    def logits(self, vit, x_BLD):
         return torch.arange(float(x_BLD.shape[1])).expand(len(x_BLD), -1)
 
 

@@ -64,8 +64,8 @@ def distinct(batch, patches, kept):
 )
 @pytest.mark.fault(
     "gradient of the prefix 1 % off",
-    "sum(0, dtype=torch.float32).to(dtype)",
-    "sum(0, dtype=torch.float32).mul(1.01).to(dtype)",
+    "sum(0, dtype=torch.float32).to(ctx.dtype)",
+    "sum(0, dtype=torch.float32).mul(1.01).to(ctx.dtype)",
     file="gather_tokens.py",
 )
 @pytest.mark.fault(

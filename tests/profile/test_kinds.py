@@ -2,7 +2,7 @@
 
 import pytest
 
-from ccmim_fast.profile.kinds import KINDS, kind_of_counted, kind_of_kernel, kind_of_op
+from ccmim_fast.profile.kinds import KINDS, kind_of_kernel, kind_of_op
 
 NATIVE = "void at::native::"
 ADAM = (
@@ -151,8 +151,3 @@ def test_kernels(kind, name):
 def test_operators(kind, name):
     assert kind in KINDS
     assert kind_of_op(name) == kind
-
-
-def test_counted_operators():
-    assert kind_of_counted("aten.addmm") == "matmul"
-    assert kind_of_counted("aten._scaled_dot_product_flash_attention_backward") == "attention"

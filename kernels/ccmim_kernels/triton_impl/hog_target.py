@@ -47,15 +47,7 @@ def load_bytes(row_ptr, inside, x, width, BYTE: tl.constexpr, CHANNELS: tl.const
 
 @triton.jit
 def row_filters(
-    image_ptr,
-    y,
-    x,
-    inside,
-    height,
-    width,
-    WORD: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    image_ptr, y, x, inside, height, width, WORD: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr
 ):
     """Filter word WORD of the lanes' pixels along row `y`: right - left, left + 2 * here + right, each [V, S] int32.
 

@@ -179,15 +179,8 @@ def split(tiles: int, rows: int, block: int) -> tuple[int, int]:
     return triton.cdiv(rows, length), length
 
 
-def info_nce(
-    student_BE: Tensor,
-    teacher_BE: Tensor | None,
-    keys_NE: Tensor,
-    offset: int,
-    tau: float,
-    precision: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Launch the kernel of the loss; `precision` is that of the products, None: `dot_precision` of the device."""
+def info_nce(student_BE, teacher_BE, keys_NE, offset, tau, precision: str | None = None) -> tuple[Tensor, Tensor]:
+    """Launch the kernel of the loss for the operator's arguments; `precision` of the products: `dot_precision`'s."""
     precision = precision or dot_precision(keys_NE.device)
     block_a, block_c, block_e, warps = _LOGSUMEXP_TILES[precision]
     queries_RE, keys_NE = padded(queries(student_BE, teacher_BE)), padded(keys_NE)
@@ -205,16 +198,7 @@ def info_nce(
 
 
 def info_nce_gradient(
-    student_BE: Tensor,
-    teacher_BE: Tensor | None,
-    keys_NE: Tensor,
-    loss_B: Tensor,
-    positive_B: Tensor,
-    grad_B: Tensor,
-    offset: int,
-    tau: float,
-    of_keys: bool,
-    precision: str | None = None,
+    student_BE, teacher_BE, keys_NE, loss_B, positive_B, grad_B, offset, tau, of_keys, precision: str | None = None
 ) -> Tensor:
     """Launch the kernel of the gradient of sum_i grad_i loss_i; teachers have none, but count in that of the keys."""
     precision = precision or dot_precision(keys_NE.device)

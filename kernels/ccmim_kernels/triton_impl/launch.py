@@ -33,26 +33,18 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """This class describes one launch. Two launches are equal if they run the same compiled kernel.
-
-    Attributes:
-        kernel: the `@triton.jit` function.
-        arguments: per run-time argument its Triton type; integers that are specialised on carry ":16" where they are a
-            multiple of 16 (Triton then vectorises), ":1" where they are 1 (a constant).
-        constants: the `tl.constexpr` arguments.
-        warps, fp_fusion, registers: compiler options, see `launch`.
-        programs: size of the grid.
-        numbers: the run-time arguments, None for a tensor.
-    """
+    """This class describes one launch. Two launches are equal if they run the same compiled kernel."""
 
     kernel: Any
+    # Per run-time argument its Triton type; integers that are specialised on carry ":16" where they are a multiple of
+    # 16 (Triton then vectorises), ":1" where they are 1 (a constant).
     arguments: tuple[str, ...]
     constants: tuple[tuple[str, Any], ...]
     warps: int
     fp_fusion: bool
     registers: int
     programs: int = field(compare=False)
-    numbers: tuple[int | float | None, ...] = field(compare=False)
+    numbers: tuple[int | float | None, ...] = field(compare=False)  # the run-time arguments, None for a tensor
 
 
 MOST_REGISTERS = 255  # of a thread; all there are: left to itself, ptxas spills some bytes to fit one more program
@@ -86,12 +78,10 @@ def launch(
     registers: int = MOST_REGISTERS,
     **constants: Any,
 ) -> None:
-    """Run `programs` instances of a kernel on the device of its first tensor.
+    """Run `programs` instances of a kernel on the device of its first tensor; none launch nothing.
 
     Args:
-        kernel: a `@triton.jit` function.
-        programs: size of the one-dimensional grid; zero launches nothing.
-        arguments: its run-time arguments, tensors first.
+        arguments: the kernel's run-time arguments, tensors first.
         warps: of 32 threads per program.
         fp_fusion: let the compiler contract a * b + c; off, so that results equal PyTorch's bit for bit.
         registers: a thread's at most; fewer let more programs fit on a multiprocessor.

@@ -25,12 +25,7 @@ _NORM_PIX_EPS = tl.constexpr(NORM_PIX_EPS)
 
 @triton.jit
 def channel_scales(
-    mean_ptr,
-    std_ptr,
-    CHANNELS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    LANES: tl.constexpr,
-    VALUES: tl.constexpr,
+    mean_ptr, std_ptr, CHANNELS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, VALUES: tl.constexpr
 ):
     """Return a and b [K, J] fp32, by which a * u + b normalises the byte u of each entry by its channel.
 

@@ -141,38 +141,20 @@ def ccmim_sample_partition_kernel(
     store_partition(keys, patch, valid, image, L, keep, visible_ptr, masked_ptr, restore_ptr, mask_ptr, nan_ptr)
 
 
-def key_options(strategy: str, noise: str, temperature: float, seed: int) -> tuple[int, tuple[float, float, float]]:
-    """Return the seed as int32, and inverse temperature, Gumbel and uniform weight, for `importance_keys`.
-
-    `random` has U(0, 1) as its only term. An argument's type must not depend on its value, so the seed keeps its bits.
-    """
-    seed = seed - 2**32 if seed >= 2**31 else seed
-    if strategy == "random":
-        return seed, (1.0, 0.0, -1.0)
-    weights = {"gumbel": (1.0, 0.0), "uniform": (0.0, 1.0)}[noise] if strategy == "importance_sampling" else (0.0, 0.0)
-    return seed, (1.0 / temperature, *weights)
-
-
 def sample_partition(
-    logits_BL: Tensor | None,
-    ids_B: Tensor,
-    rows: int,
-    columns: int,
-    keep: int,
-    seed: int,
-    epochs_B: Tensor,
-    strategy: str,
-    noise: str,
-    temperature: float,
-    block_min: int,
+    logits_BL, ids_B, rows, columns, keep, seed, epochs_B, strategy, noise, temperature, block_min
 ) -> tuple[Tensor, ...]:
-    """Launch the kernel; return the five tensors of a `Partition`."""
+    """Launch the kernel for the operator's arguments; return the five tensors of a `Partition`."""
     patches, blockwise, scored = rows * columns, strategy == "block", logits_BL is not None
     size = fitting(ROW_SIZES, patches, "patches")
     out = empty_partition(ids_B, patches, keep, torch.uint8)
     logits = logits_BL.contiguous() if scored else torch.empty(0, dtype=torch.float32, device=ids_B.device)
     tensors = (logits, ids_B.contiguous(), epochs_B, *out)
-    seed, terms = key_options(strategy, noise, temperature, seed)
+    # As int32, by its bits: an argument's type must not depend on its value.
+    seed = seed - 2**32 if seed >= 2**31 else seed
+    weights = {"gumbel": (1.0, 0.0), "uniform": (0.0, 1.0)}[noise] if strategy == "importance_sampling" else (0.0, 0.0)
+    # Inverse temperature, weights of Gumbel and of uniform noise: `random` has U(0, 1) alone.
+    terms = (1.0, 0.0, -1.0) if strategy == "random" else (1.0 / temperature, *weights)
     stream = STREAM_BLOCK if blockwise else STREAM_MASK
     block = {"BLOCK_L": size, "BLOCKWISE": blockwise, "CHUNK": max(2, min(16, 4096 // size))}
     # Keys are 4 a thread; blocks want more threads.
