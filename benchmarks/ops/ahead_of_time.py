@@ -2,7 +2,7 @@
 
 The launchers themselves are asked what they would launch (`triton_impl.launch.recorded`, tensors on the meta device),
 so nothing is listed twice. Prints a table of registers, spills and shared memory; exit status 1 where a kernel does not
-compile, wants more shared memory than there is, or spills without a reason in `ALLOWED_SPILLS`.
+compile, wants more shared memory than there is, or spills more than `ALLOWED_SPILLS` allows.
 
     python benchmarks/ops/ahead_of_time.py [--op NAME] [--arch 61 90] [--write FILE]
 """
@@ -25,7 +25,10 @@ from ccmim_kernels.triton_impl.launch import Launch, compiler_options
 
 # Compute capability: kB of shared memory a program can have (CUDA C++ Programming Guide, technical specifications).
 ARCHITECTURES = {61: 48, 70: 96, 75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-ALLOWED_SPILLS: dict[str, str] = {}  # kernel name: why
+# Kernel name: bytes a thread, and why.
+ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
+    "ccmim_cls_row_kernel": (8, "two of 66 registers, so that 32 warps run: Triton 3.3 and 3.6, sm_61 and sm_70 alone"),
+}
 
 
 class Resources(NamedTuple):
@@ -125,7 +128,7 @@ def main() -> int:
             wrong.append(
                 f"{name}: wants {found.shared} bytes of shared memory, there are {ARCHITECTURES[architecture]} kB"
             )
-        elif found.spilled and launch.kernel.__name__ not in ALLOWED_SPILLS:
+        elif found.spilled > ALLOWED_SPILLS.get(launch.kernel.__name__, (0, ""))[0]:
             wrong.append(f"{name}: spills {found.spilled} bytes a thread")
     text = (
         f"Triton {triton.__version__}. Registers per thread · bytes of shared memory.\n\n{table(results, options.arch)}"
@@ -134,7 +137,8 @@ def main() -> int:
     if options.write:
         options.write.write_text(text + "\n")
     count = len(results) * len(options.arch)
-    print(f"{count - len(wrong)} of {count} compiled without spills", *wrong, sep="\n")
+    allowed = sum(not isinstance(one, str) and one.spilled > 0 for found in results.values() for one in found.values())
+    print(f"{count - len(wrong)} of {count} compiled; of these spill as allowed: {allowed}", *wrong, sep="\n")
     return 1 if wrong else 0
 
 
