@@ -77,9 +77,10 @@ def test_the_error_of_a_slope_is_that_of_the_textbook_where_samples_are_independ
 def test_a_process_is_sampled(samples_module, tmp_path):
     before = samples_module.sample_process(os.getpid())
     files = [(tmp_path / str(i)).open("w") for i in range(5)]
-    # Not from the heap, which may have as much to spare.
+    # Not from the heap, which may have as much to spare, or grow by as much for what is written.
     block = mmap.mmap(-1, 20_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    block.write(b"1" * 20_000_000)
+    for page in range(0, len(block), mmap.PAGESIZE):
+        block[page] = 1
     after = samples_module.sample_process(os.getpid())
     assert after[2] == before[2] + 5
     assert after[1] - before[1] == pytest.approx(20, abs=15)  # other threads of the process allocate, too
