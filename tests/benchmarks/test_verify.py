@@ -147,7 +147,7 @@ def test_a_peak_is_held_on_one_gpu_and_shown_of_many():
 def test_a_dry_run_starts_every_stage(tmp_path):
     """On a device that computes nothing; what needs a tool of the CUDA toolkit is collected."""
     target = [str(FOLDER / "run.py"), "--dry-run", f"--folder={tmp_path}"]
-    result = null_device.run(target, timeout=1200, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    result = null_device.run(target, timeout=1200, NULLCUDA_BOOL="0", XDG_CACHE_HOME=str(tmp_path / "cache"))
     outcomes = json.loads((tmp_path / "outcomes.json").read_text())["outcomes"]
     printed = {name: (tmp_path / f"{name}.txt").read_text()[-1000:] for name in outcomes}
     ended = {name: outcome[1] for name, outcome in outcomes.items()}
