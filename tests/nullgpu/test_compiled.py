@@ -27,7 +27,6 @@ GROUPS = {"quick": QUICK, "slow": MATRIX}
 # By inductor, each a minute of a core: capability, precision, kernels, what is compiled.
 INDUCTOR = [
     (90, "bf16", "triton", "step"),
-    (90, "bf16", "reference", "step"),
     (90, "bf16", "triton", "blocks"),
     (75, "fp16", "triton", "step"),
     (80, "bf16", "triton", "blocks"),
