@@ -175,7 +175,7 @@ def sample_partition(
         logits_BL = widened(logits_BL.detach())
     ids_B, epochs_B = ids_B.to(torch.int64), per_sample(epoch, ids_B)
     how = {"keep": keep, "seed": seed, "epoch": epochs_B, "strategy": strategy, "noise": noise}
-    how |= {"temperature": temperature, "block_min": block_min}
+    how = {**how, "temperature": temperature, "block_min": block_min}  # torch.compile 2.7 traces no |= of dictionaries
     if uses_triton(kernels, "sample_partition", ids_B.device, logits_BL):
         return Partition(*_sample_partition(logits_BL, ids_B, rows=grid[0], columns=grid[1], **how))
     return sample_partition_reference(logits_BL, ids_B, grid=grid, **how)
