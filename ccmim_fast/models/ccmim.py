@@ -161,7 +161,8 @@ class CCMIM(nn.Module):
             x_BLD, folded_BL = self._embed(images_BHWC, projection, scored)
             divided = self.divide(x_BLD, ids_B, epoch, partition, prior, folded_BL)
         prefix_PD, ids_BK = prefix_tokens(self.encoder), divided.partition.ids_visible_BK
-        return divided._replace(visible=with_gradient(divided.visible, projection, prefix_PD, images_BHWC, ids_BK))
+        visible_BTD = with_gradient(divided.visible, projection, prefix_PD, images_BHWC, ids_BK)
+        return Divided(visible_BTD, *divided[1:])  # torch.compile 2.7 does not trace `_replace`
 
     def _embed(self, images_BHWC: Tensor, projection: tuple[Tensor, Tensor], scored: bool = False) -> Embedded:
         direction_D = self.score_source.direction(self.encoder) if scored and self.score_source is not None else None
