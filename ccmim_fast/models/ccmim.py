@@ -162,7 +162,8 @@ class CCMIM(nn.Module):
             divided = self.divide(x_BLD, ids_B, epoch, partition, prior, folded_BL)
         prefix_PD, ids_BK = prefix_tokens(self.encoder), divided.partition.ids_visible_BK
         visible_BTD = with_gradient(divided.visible, projection, prefix_PD, images_BHWC, ids_BK)
-        return Divided(visible_BTD, *divided[1:])  # torch.compile 2.7 does not trace `_replace`
+        # In full: torch.compile 2.7 does not trace `_replace`.
+        return Divided(visible_BTD, divided.masked, divided.partition, divided.logits)
 
     def _embed(self, images_BHWC: Tensor, projection: tuple[Tensor, Tensor], scored: bool = False) -> Embedded:
         direction_D = self.score_source.direction(self.encoder) if scored and self.score_source is not None else None
