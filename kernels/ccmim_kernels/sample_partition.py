@@ -149,18 +149,7 @@ def sample_partition(
         kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`; the partition is the same, bit for bit.
     """
     patches = grid[0] * grid[1]
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy={strategy!r} must be one of {', '.join(STRATEGIES)}")
-    if noise not in NOISES:
-        raise ValueError(f"noise={noise!r} must be one of {', '.join(NOISES)}")
-    if not 1 <= keep < patches:
-        raise ValueError(f"keep={keep} must be in 1..{patches - 1}")
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be greater than 0")
-    for name, word in (("seed", seed), ("epoch", epoch)):
-        # A tensor's value is not looked at: that would wait for the device.
-        if not isinstance(word, Tensor) and not 0 <= word < 2**32:
-            raise ValueError(f"{name}={word} must be in 0..{2**32 - 1}")
+    _check_sampling(patches, keep, strategy, noise, temperature, seed=seed, epoch=epoch)
     if ids_B.ndim != 1:
         raise ValueError(f"ids are {list(ids_B.shape)}, expected [{len(ids_B)}]")
     if isinstance(epoch, Tensor) and epoch.shape not in ((), ids_B.shape):
@@ -179,6 +168,23 @@ def sample_partition(
     if uses_triton(kernels, "sample_partition", ids_B.device, logits_BL):
         return Partition(*_sample_partition(logits_BL, ids_B, rows=grid[0], columns=grid[1], **how))
     return sample_partition_reference(logits_BL, ids_B, grid=grid, **how)
+
+
+def _check_sampling(
+    patches: int, keep: int, strategy: str, noise: str, temperature: float, **words: int | Tensor
+) -> None:
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy={strategy!r} must be one of {', '.join(STRATEGIES)}")
+    if noise not in NOISES:
+        raise ValueError(f"noise={noise!r} must be one of {', '.join(NOISES)}")
+    if not 1 <= keep < patches:
+        raise ValueError(f"keep={keep} must be in 1..{patches - 1}")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be greater than 0")
+    for name, word in words.items():
+        # A tensor's value is not looked at: that would wait for the device.
+        if not isinstance(word, Tensor) and not 0 <= word < 2**32:
+            raise ValueError(f"{name}={word} must be in 0..{2**32 - 1}")
 
 
 @operator("sample_partition")

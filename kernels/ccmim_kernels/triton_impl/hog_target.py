@@ -107,6 +107,28 @@ def add_votes(
     return histogram
 
 
+@triton.jit
+def normalised(
+    histogram,
+    feature,
+    BINS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    LANES: tl.constexpr,
+    CELL_LANES: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """Add up [F, LANES] over the lanes of each cell, and divide each channel's histogram by its length."""
+    # Each lane of a cell gets the cell's histograms, so that normalising them exchanges nothing.
+    by_cell = tl.reshape(histogram, [BLOCK_F, LANES // CELL_LANES, CELL_LANES])
+    by_cell = tl.broadcast_to(tl.sum(by_cell, 2)[:, :, None], [BLOCK_F, LANES // CELL_LANES, CELL_LANES])
+    histogram = tl.reshape(by_cell, [BLOCK_F, LANES])
+    for channel in tl.static_range(CHANNELS):
+        mine = feature // BINS == channel
+        length = tl.sqrt_rn(tl.sum(tl.where(mine, histogram * histogram, 0.0), 0))
+        histogram = tl.where(mine, histogram * tl.div_rn(1.0, tl.maximum(length, _EPS))[None, :], histogram)
+    return histogram
+
+
 @triton.jit(do_not_specialize=["height", "width", "masked", "tiles"])
 def ccmim_hog_target_kernel(
     images_ptr,  # [B, H, W, C] uint8
@@ -164,15 +186,8 @@ def ccmim_hog_target_kernel(
                 )
             difference_0, smooth_0 = difference_1, smooth_1
             difference_1, smooth_1 = difference_2, smooth_2
-    # Each lane of a cell gets the cell's histograms, so that normalising them exchanges nothing.
-    by_cell = tl.reshape(histogram, [BLOCK_F, CELLS, CELL_LANES])
-    by_cell = tl.broadcast_to(tl.sum(by_cell, 2)[:, :, None], [BLOCK_F, CELLS, CELL_LANES])
-    histogram = tl.reshape(by_cell, [BLOCK_F, LANES])
     feature = tl.arange(0, BLOCK_F)[:, None]
-    for channel in tl.static_range(CHANNELS):
-        mine = feature // BINS == channel
-        length = tl.sqrt_rn(tl.sum(tl.where(mine, histogram * histogram, 0.0), 0))
-        histogram = tl.where(mine, histogram * tl.div_rn(1.0, tl.maximum(length, _EPS))[None, :], histogram)
+    histogram = normalised(histogram, feature, BINS, CHANNELS, LANES, CELL_LANES, BLOCK_F)
     stored = ((part == 0) & (m < masked))[None, :] & (feature < CHANNELS * BINS)
     offset = (image * masked * (SIDE * SIDE) + cell)[None, :] * (CHANNELS * BINS) + feature
     tl.store(out_ptr + offset, histogram.to(out_ptr.dtype.element_ty), mask=stored)
