@@ -82,3 +82,13 @@ def test_files_stay_readable():
         if (n := len(p.read_text().splitlines())) > 300
     }
     assert not long
+
+
+def test_functions_fit_a_screen_and_a_half():
+    long = {
+        f"{p.relative_to(ROOT)}::{node.name}": lines
+        for p in [*sources("ccmim_fast"), *sources("kernels")]
+        for node in ast.walk(ast.parse(p.read_text()))
+        if isinstance(node, ast.FunctionDef) and (lines := node.end_lineno - node.lineno + 1) > 60
+    }
+    assert not long

@@ -174,9 +174,8 @@ def ccmim_hog_target_kernel(
         difference_0, smooth_0 = row_filters(image_ptr, top - 1, x, inside, height, width, word, CHANNELS, ALIGNED)
         difference_1, smooth_1 = row_filters(image_ptr, top, x, inside, height, width, word, CHANNELS, ALIGNED)
         for row in range(CELL):
-            difference_2, smooth_2 = row_filters(
-                image_ptr, top + row + 1, x, inside, height, width, word, CHANNELS, ALIGNED
-            )
+            below = top + row + 1
+            difference_2, smooth_2 = row_filters(image_ptr, below, x, inside, height, width, word, CHANNELS, ALIGNED)
             dx, dy = difference_0 + 2 * difference_1 + difference_2, smooth_2 - smooth_0
             for byte in tl.static_range(4):
                 counted = part + (4 * word + byte) // CHANNELS < CELL
