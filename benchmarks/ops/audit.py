@@ -115,7 +115,7 @@ def launch_of(row: dict[str, Any]) -> Launch:
 def audit(row: dict[str, Any], architecture: int, dump: Path | None = None) -> Audited:
     """Compile a launch for an architecture (80: sm_80), and follow its warps."""
     launch = launch_of(row)
-    options = compiler_options(launch.warps, launch.fp_fusion, launch.registers)
+    options = compiler_options(launch.warps, launch.fp_fusion, launch.registers, architecture)
     built = triton.compile(source_of(launch), target=GPUTarget("cuda", architecture, 32), options=options)
     if dump:
         (dump / f"{row['kernel']}.sm_{architecture}.cubin").write_bytes(built.asm["cubin"])

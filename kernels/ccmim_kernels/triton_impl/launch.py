@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,9 +51,24 @@ class Launch:
 MOST_REGISTERS = 255  # of a thread; all there are: left to itself, ptxas spills some bytes to fit one more program
 
 
-def compiler_options(warps: int, fp_fusion: bool, registers: int = MOST_REGISTERS) -> dict[str, int | bool]:
-    """Return the options of Triton's compiler for a launch."""
-    return {"num_warps": warps, "enable_fp_fusion": fp_fusion, "maxnreg": min(registers, 65536 // (32 * warps))}
+# Before Turing there are no uniform registers: what a warp's threads have in common, such as an address, takes some of
+# each thread's. With 64 of them and 8 more `cls_row` still spills in Triton 3.6; with 16 more, 24 warps are resident
+# instead of 32, which is enough for memories of less than 1 TB/s.
+UNIFORM_REGISTERS_SINCE, INSTEAD_OF_UNIFORM = 75, 16
+
+
+def compiler_options(warps: int, fp_fusion: bool, registers: int, architecture: int) -> dict[str, int | bool]:
+    """Return the options of Triton's compiler for a launch on a compute capability (61: sm_61)."""
+    more = 0 if architecture >= UNIFORM_REGISTERS_SINCE else INSTEAD_OF_UNIFORM
+    most = min(registers + more, MOST_REGISTERS, 65536 // (32 * warps))
+    return {"num_warps": warps, "enable_fp_fusion": fp_fusion, "maxnreg": most}
+
+
+@cache
+def architecture_of(device: torch.device) -> int:
+    """Return the compute capability, 61 for sm_61; of a CPU, whose kernels are interpreted, a modern one."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
 
 
 _recorders: list[tuple[list[Launch], bool]] = []
@@ -84,7 +100,7 @@ def launch(
         arguments: the kernel's run-time arguments, tensors first.
         warps: of 32 threads per program.
         fp_fusion: let the compiler contract a * b + c; off, so that results equal PyTorch's bit for bit.
-        registers: a thread's at most; fewer let more programs fit on a multiprocessor.
+        registers: a thread's at most; fewer let more programs fit on a multiprocessor. See `compiler_options`.
         constants: its `tl.constexpr` arguments.
     """
     if programs == 0:
@@ -102,7 +118,8 @@ def launch(
         raise ValueError(f"tensors are on {', '.join(sorted(devices))}, expected one device")
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(arguments[0]):
-        kernel[(programs,)](*arguments, **compiler_options(warps, fp_fusion, registers), **constants)
+        compiled_with = compiler_options(warps, fp_fusion, registers, architecture_of(arguments[0].device))
+        kernel[(programs,)](*arguments, **compiled_with, **constants)
 
 
 def fitting(sizes: tuple[int, ...], length: int, what: str) -> int:
