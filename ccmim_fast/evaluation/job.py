@@ -18,6 +18,7 @@ from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.encoders import Encoder, build_encoder
 from ccmim_fast.ranks.session import Session
+from ccmim_fast.runs.folder import RunFolder
 
 
 class Images(NamedTuple):
@@ -82,7 +83,7 @@ class Job(NamedTuple):
 
     config: EvalConfig
     here: Session
-    folder: Path
+    folder: RunFolder
     weights: Weights
     train: Images
     test: Images

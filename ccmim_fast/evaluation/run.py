@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +17,7 @@ from ccmim_fast.evaluation.protocols import FOLDER, Protocol, deviations, protoc
 from ccmim_fast.evaluation.registry import EVALUATIONS, PACKAGE, check_installed
 from ccmim_fast.ranks.session import main_first, open_session
 from ccmim_fast.registry import load
-from ccmim_fast.runs.folder import check_apart, describe_run, environment, evaluation_folder, open_run_folder
-from ccmim_fast.runs.state import recorded
+from ccmim_fast.runs.folder import environment, evaluation_folder, run_folder
 
 
 def evaluate(name: str, checkpoint: str, settings: Mapping[str, str]) -> str:
@@ -38,7 +36,6 @@ def evaluate(name: str, checkpoint: str, settings: Mapping[str, str]) -> str:
             raise ConfigError(f"{key}={given}: {name} has {', '.join(valid)}; nearest valid is {near}")
     if not config.run.dir:
         config = replace(config, run=replace(config.run, dir=evaluation_folder(checkpoint, name)))
-    check_apart(config.run.dir, checkpoint)
     with open_session(config.train.device, config.watch.timeout) as here:
         # In the order in which a mistake is cheapest to find: weights' header, libraries, images, folder.
         with main_first(here):  # that downloads weights and indexes images, if nobody has
@@ -47,14 +44,18 @@ def evaluate(name: str, checkpoint: str, settings: Mapping[str, str]) -> str:
             check_installed(f"eval {name}", row.needs, name)
             data = [images_of(config.data, mean, std, test) for test in (False, True)]
             train, test = map(Images, load(f"{PACKAGE}.{row.open_images}")(config, *data), data)
-        folder = open_run_folder(config) if here.is_main else Path(config.run.dir)
-        job = Job(config, here, folder, weights._replace(mean=mean, std=std), train, test)
-        with recorded(folder, here.is_main, lambda: True):
-            if here.is_main:
-                describe_run(folder, config, here.device)
+        reads = {"checkpoint": checkpoint} | _read_by(config)
+        with run_folder(config.run, reads, is_main=here.is_main) as folder:
+            job = Job(config, here, folder, weights._replace(mean=mean, std=std), train, test)
             torch.manual_seed(config.seed)  # of new heads
             figures = load(f"{PACKAGE}.{row.run}")(job)
-            return write_result(folder, _result(name, of, job, figures), of) if here.is_main else ""
+            folder.begin(config, here.device)  # of an evaluation without training, here only
+            return write_result(folder.path, _result(name, of, job, figures), of) if here.is_main else ""
+
+
+def _read_by(config: EvalConfig) -> dict[str, str]:
+    """Return the places of images by their settings; made images are written, not read."""
+    return {} if config.data.source == "shapes" else {"data.root": config.data.root, "data.test": config.data.test}
 
 
 def protocol_of(name: str, settings: Mapping[str, str]) -> tuple[Protocol, dict[str, str]]:
