@@ -12,6 +12,7 @@ from ccmim_fast.ablation.runs import Run, run_all
 from ccmim_fast.ablation.table import difference, known, markdown, over_seeds, plot
 from ccmim_fast.ablation.variants import ABLATIONS, Ablation
 from ccmim_fast.config.load import load_config
+from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.runs.folder import environment
 
@@ -50,10 +51,16 @@ def run_ablation(
 
     figures = figures_of({variant: variants[variant] for variant in only or variants})
     again = {
-        f"{variant}, in {ablation.time_of}'s time": [*variants[variant], f"--train.epochs={epochs}"]
+        f"{variant}, in {ablation.time_of}'s time": [*variants[variant], *_epochs_of(base, epochs)]
         for variant, epochs in equal_time(figures, base.train.epochs, ablation.time_of).items()
     }
     return write(ablation, figures + figures_of(again), out, command)
+
+
+def _epochs_of(base: Config, epochs: int) -> list[str]:
+    """Return the options of a shorter run, whose warm-up is no longer than the run."""
+    warm_up = base.optim.warmup_epochs
+    return [f"--train.epochs={epochs}", *([f"--optim.warmup_epochs={epochs}"] if warm_up > epochs else [])]
 
 
 def equal_time(figures: Sequence[dict[str, Any]], epochs: int, time_of: str) -> dict[str, int]:

@@ -34,7 +34,9 @@ def open_images(config: EvalConfig, *data: DataConfig) -> list[Source]:
     if len(mean) != 3 or len(std) != 3:
         raise ConfigError(f"data.mean={mean}, data.std={std}: detection has RGB, three values of each")
     if config.data.source == "shapes":
-        return [build(of_these, config.seed + number, ShapesInstances) for number, of_these in enumerate(data)]
+        return [
+            build(of_these, (config.seed + number) % 2**32, ShapesInstances) for number, of_these in enumerate(data)
+        ]
     train, test = CocoSource(root, "train2017", train=True), CocoSource(root, "val2017", train=False)
     if train.class_names != test.class_names:
         raise DataError(f"{root}: train2017 and val2017 are of other categories, or in another order of their ids")
