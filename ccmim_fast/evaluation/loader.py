@@ -1,7 +1,7 @@
 """Micro-batches that other processes prepare, sample by sample: what evaluations train on, and what they test on."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from ccmim_fast.data.source import usable_count, usable_ids
 from ccmim_fast.data.stream.plan import MicroBatch, Plan
 from ccmim_fast.data.stream.prefetch import load_with_fallback
 from ccmim_fast.data.threads import thread_count
-from ccmim_fast.errors import CcmimError
+from ccmim_fast.errors import CcmimError, DataError
 from ccmim_fast.evaluation.job import Job
 
 _AHEAD = 1  # micro-batches of each process: as large as a step's, and there are as many of them as processes
@@ -71,15 +71,31 @@ class SampleLoader:
 def samples_to_test(job: Job, read: Callable[[int], Any]) -> Iterator[list[Any]]:
     """Yield what `read` gives of this rank's share of the test images, every `world_size`-th once, some at a time.
 
-    `read` raises DataError naming a bad image, which ends the test.
+    Where `read` raises DataError the image is left out, and recorded in `job.test.bad`.
     """
     here, train, source = job.here, job.config.train, job.test.source
     ids = usable_ids(source, np.arange(here.rank, usable_count(source), here.world_size)).tolist()
     size = max(1, train.batch_size // (train.accumulate * here.world_size))
     batches = (ids[first : first + size] for first in range(0, len(ids), size))
-    for samples in prepared(read, batches, list, job.config.data.workers, here.device):
+
+    def tried(index: int) -> Any:
+        try:
+            return read(index)
+        except DataError as error:
+            return _Failed(index, str(error))
+
+    for found in prepared(tried, batches, list, job.config.data.workers, here.device):
         here.watchdog.enter_phase("evaluating the model")
-        yield samples
+        for one in found:
+            if isinstance(one, _Failed):
+                job.test.bad.add(one.index, one.reason, lasting=False)
+        if samples := [one for one in found if not isinstance(one, _Failed)]:
+            yield samples
+
+
+class _Failed(NamedTuple):
+    index: int
+    reason: str
 
 
 def prepared(
