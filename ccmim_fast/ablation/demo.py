@@ -25,16 +25,21 @@ from ccmim_fast.report.html import write_report
 from ccmim_fast.report.pictures import Snapshot
 from ccmim_fast.report.runs import RunView
 from ccmim_fast.report.snapshots import reconstruct
-from ccmim_fast.runs.folder import open_run_folder
+from ccmim_fast.runs.folder import run_folder
 
 PICTURES = 6  # held-out images that are drawn
 
 
 def run_demo(config: Config) -> tuple[dict[str, dict[str, float]], Path]:
     """Train both methods; write summary.json and report.html. Returns the figures by method, and the report's path."""
-    folder = open_run_folder(config)
-    torch.manual_seed(config.seed)
-    held_out = make_held_out(config)
+    with run_folder(config.run, {}, resumable=False, also=("report.html",)) as opened:
+        torch.manual_seed(config.seed)
+        held_out = make_held_out(config)
+        opened.begin(config, torch.device("cpu"))
+        return _run_both(config, opened.path, held_out)
+
+
+def _run_both(config: Config, folder: Path, held_out: ShapesSource) -> tuple[dict[str, dict[str, float]], Path]:
     methods = {"untrained": measure_features(build_model(config).eval(), config, held_out)}
     # MAE: random masks, no contrastive half.
     mae = replace(config, mask=replace(config.mask, strategy="random"), contrast=replace(config.contrast, loss="none"))

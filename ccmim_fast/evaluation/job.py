@@ -1,7 +1,6 @@
 """A job is what an evaluation works on: an encoder, labelled images to train on, and others to test on."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -14,6 +13,7 @@ from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.encoders import Encoder, build_encoder
 from ccmim_fast.evaluation.images import Images
 from ccmim_fast.ranks.session import Session
+from ccmim_fast.runs.folder import RunFolder
 
 Work = Callable[[], dict[str, float]]  # what is left to do when all is checked; gives the figures, shares of 1
 
@@ -23,7 +23,7 @@ class Job(NamedTuple):
 
     config: EvalConfig
     here: Session
-    folder: Path  # made when all is checked
+    folder: RunFolder
     weights: Weights
     train: Images
     test: Images

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from ccmim_fast.config.evaluation import EvalConfig, images_of, validate_evaluation
 from ccmim_fast.config.keys import flatten, nearest
 from ccmim_fast.config.load import make_config
-from ccmim_fast.errors import ConfigError
+from ccmim_fast.errors import ConfigError, say
 from ccmim_fast.evaluation.encoders import read_encoder
 from ccmim_fast.evaluation.images import Images
 from ccmim_fast.evaluation.job import Job, Work
@@ -19,8 +18,7 @@ from ccmim_fast.evaluation.protocols import FOLDER, Protocol, deviations, protoc
 from ccmim_fast.evaluation.registry import EVALUATIONS, PACKAGE, check_installed
 from ccmim_fast.ranks.session import Session, main_first, open_session
 from ccmim_fast.registry import load
-from ccmim_fast.runs.folder import check_apart, describe_run, environment, evaluation_folder, open_run_folder
-from ccmim_fast.runs.state import recorded
+from ccmim_fast.runs.folder import RunFolder, environment, evaluation_folder, run_folder
 
 
 def evaluate(name: str, checkpoint: str, settings: Mapping[str, str]) -> str:
@@ -39,17 +37,17 @@ def evaluate(name: str, checkpoint: str, settings: Mapping[str, str]) -> str:
             raise ConfigError(f"{key}={given}: {name} has {', '.join(valid)}; nearest valid is {near}")
     if not config.run.dir:
         config = replace(config, run=replace(config.run, dir=evaluation_folder(checkpoint, name)))
-    check_apart(config.run.dir, checkpoint)
-    with open_session(config.train.device, config.watch.timeout) as here:
-        job, work = _prepared(name, checkpoint, config, here)
+    reads = {"checkpoint": checkpoint} | _read_by(config)
+    with (
+        open_session(config.train.device, config.watch.timeout) as here,
+        run_folder(config.run, reads, is_main=here.is_main) as folder,
+    ):
+        job, work = _prepared(name, checkpoint, config, here, folder)
         known = _tell_left_out(job)
-        folder = open_run_folder(config) if here.is_main else job.folder
-        with recorded(folder, here.is_main, lambda: True):
-            if here.is_main:
-                describe_run(folder, config, here.device)
-            figures = work()
-            result = _result(name, of, job, figures) | {"left_out": _tell_left_out(job, known)}
-            return write_result(folder, result, of) if here.is_main else ""
+        figures = work()
+        folder.begin(config, here.device)  # of an evaluation without training, here only
+        result = _result(name, of, job, figures) | {"left_out": _tell_left_out(job, known)}
+        return write_result(folder.path, result, of) if here.is_main else ""
 
 
 def _tell_left_out(job: Job, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -59,11 +57,11 @@ def _tell_left_out(job: Job, known: Mapping[str, Any] | None = None) -> dict[str
         for why, said in by_reason.items():
             if known is None or known[part].get(why) != said:
                 of = f"{said['images']} of {said['of']} images to {part} on"
-                print(f"left out: {of} {why}, the first {said['first']!r}", flush=True)
+                say(f"left out: {of} {why}, the first {said['first']!r}")
     return found
 
 
-def _prepared(name: str, checkpoint: str, config: EvalConfig, here: Session) -> tuple[Job, Work]:
+def _prepared(name: str, checkpoint: str, config: EvalConfig, here: Session, folder: RunFolder) -> tuple[Job, Work]:
     """Return the job and its work; whatever can be refused is, in the order in which a mistake is cheapest to find:
     libraries, weights, images and their labels, what does not fit together, images to test on that cannot be read."""
     row = EVALUATIONS[name]
@@ -73,12 +71,17 @@ def _prepared(name: str, checkpoint: str, config: EvalConfig, here: Session) -> 
         mean, std = config.data.mean or weights.mean, config.data.std or weights.std
         data = [images_of(config.data, mean, std, test) for test in (False, True)]
         train, test = map(Images, load(f"{PACKAGE}.{row.open_images}")(config, *data), data)
-    job = Job(config, here, Path(config.run.dir), weights._replace(mean=mean, std=std), train, test)
+    job = Job(config, here, folder, weights._replace(mean=mean, std=std), train, test)
     torch.manual_seed(config.seed)  # of new heads
     work = load(f"{PACKAGE}.{row.prepare}")(job)
     if row.trains and config.data.source != "shapes":
         test.look_through_(here)
     return job, work
+
+
+def _read_by(config: EvalConfig) -> dict[str, str]:
+    """Return the places of images by their settings; made images are written, not read."""
+    return {} if config.data.source == "shapes" else {"data.root": config.data.root, "data.test": config.data.test}
 
 
 def protocol_of(name: str, settings: Mapping[str, str]) -> tuple[Protocol, dict[str, str]]:

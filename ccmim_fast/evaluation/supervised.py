@@ -52,6 +52,7 @@ class Supervised(Task):
         self.ema = build_ema(self.model, config.optim.ema)
         self.wrapped = DistributedDataParallel(self.model) if here.world_size > 1 else self.model
         self.length = (config.train.steps * config.train.batch_size) or config.train.epochs * self.loader.plan.samples
+        self.in_epochs = not config.train.steps
         self.headline = f"{job.train.words()} · {here.world_size} x {here.device}, {self.precision.name}"
         self._encoder, self._losses = fingerprint(job.weights), []
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -70,7 +71,7 @@ class Supervised(Task):
 
     def run(self) -> dict[str, float]:
         """Train to the end, or go on with a run that was stopped; returns the figures of the end."""
-        self.here.watchdog.start(self.job.folder)
+        self.here.watchdog.start(self.job.folder.path)
         with contextlib.closing(Loop(self, self.config, self.here, self.job.folder)) as loop:
             loop.run()
             return self.report_test(loop)
