@@ -75,6 +75,14 @@ def write_result(folder: Path, result: dict[str, Any], of: Protocol) -> str:
     rows = "\n".join(f"| {name} | {share} |" for name, share in shares.items())
     where = result["environment"]
     text = f"# {of.evaluation} of {result['checkpoint']}\n\n| measure | share |\n|---|---|\n{rows}\n\n{boxed}\n\n"
-    text += f"{result['images']}. {where['device']}, torch {where['torch']}, commit {where['commit']}.\n"
+    text += f"{result['images']}.{_left_out_words(result['left_out'])} "
+    text += f"{where['device']}, torch {where['torch']}, commit {where['commit']}.\n"
     (folder / "result.md").write_text(text)
     return f"{line}\n{boxed}"
+
+
+def _left_out_words(left_out: dict[str, dict[str, Any]]) -> str:
+    told = [(part, why, said) for part, by_reason in left_out.items() for why, said in by_reason.items()]
+    return "".join(
+        f" Left out: {said['images']} of {said['of']} images to {part} on {why}." for part, why, said in told
+    )

@@ -25,12 +25,12 @@ from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine.loop import Loop
 from ccmim_fast.engine.task import Report, Task
-from ccmim_fast.errors import ConfigError
+from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.optim.ema import averaged_in, build_ema, update_ema_
 from ccmim_fast.optim.update import Gradients, drop_gradients, guard, lr_at, scaled_lr, set_lr, update
-from ccmim_fast.ranks.session import mean_over_ranks
+from ccmim_fast.ranks.session import gather_values, mean_over_ranks
 
 
 class SupervisedResult(NamedTuple):
@@ -216,16 +216,20 @@ class Classifier(Supervised):
         """Return the share of images named right, of each head, and with five guesses where there are more classes."""
         images, here = self.job.test, self.here
         guesses = (1, 5) if images.classes > 5 else (1,)
-        right = torch.zeros(len(guesses), len(self._heads), device=here.device)
+        right, seen = torch.zeros(len(guesses), len(self._heads), device=here.device), 0
         for batch in self.job.batches(images, self.loader.plan.micro_batch_size):
             here.watchdog.enter_phase("evaluating the model")
             named = self._logits(self.model, batch.images_BHWC).topk(guesses[-1], dim=-1).indices
             hits = named == batch.labels_B[:, None]
             right += torch.stack([hits[..., :n].any(-1).sum(1) for n in guesses])
+            seen += len(batch.labels_B)
+        seen = sum(gather_values(seen))
         if dist.is_initialized():
             dist.all_reduce(right)
         names = [f"{head}{suffix}" for suffix in ("", ", five guesses")[: len(guesses)] for head in self._heads]
-        return dict(zip(names, (right / usable_count(images.source)).flatten().tolist()))
+        if not seen:
+            raise DataError(f"none of the {usable_count(images.source)} images to test on can be read any more")
+        return dict(zip(names, (right / seen).flatten().tolist()))
 
     def _logits(self, model: nn.Module, images: Tensor) -> Tensor:
         logits = model(self._inputs(images))

@@ -135,6 +135,15 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
+def gather_values(value: Any) -> list[Any]:
+    """Return the value of each rank, any picklable ones, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def barrier() -> None:
     """Return when every rank has called this."""
     if dist.is_initialized():

@@ -104,7 +104,8 @@ def job_of(trees, tmp_path, data_changes=(), **changes):
     from dataclasses import replace
 
     from ccmim_fast.evaluation.encoders import read_encoder
-    from ccmim_fast.evaluation.job import Images, Job, open_both
+    from ccmim_fast.evaluation.images import Images, open_both
+    from ccmim_fast.evaluation.job import Job
     from ccmim_fast.ranks.session import open_session
 
     config = protocol("transfer", "transfer_flowers").config

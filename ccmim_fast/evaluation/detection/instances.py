@@ -1,7 +1,7 @@
 """Images whose objects are known, with box, class and mask of each: COCO as its owners publish it, or shapes.
 
-To a `Source` they add `instances(index)`: the objects of one image, or DataError naming the image. `excluded_X` are the
-images without an object to train on.
+To a `Source` they add `sample(index)`: the pixels and the objects of one image, or DataError naming the image.
+`excluded_X` are the images without an object to train on.
 """
 
 # N objects, S samples, X excluded samples, H height, W width, C channels
@@ -46,6 +46,9 @@ class Instances(NamedTuple):
 
 class ShapesInstances(ShapesSource):
     """Images made by code, whose one object is known to the pixel."""
+
+    def sample(self, index: int) -> tuple[np.ndarray, Instances]:
+        return self.decode(index), self.instances(index)
 
     def instances(self, index: int) -> Instances:
         y0, x0, y1, x1 = self.box(index)
@@ -105,6 +108,9 @@ class CocoSource:
             found, said = (" x ".join(map(str, size)) for size in (image_HWC.shape[:2], self.sizes_N2[index]))
             raise DataError(f"{self.name(index)}: {found} pixels; its annotations are of {said}")
         return image_HWC
+
+    def sample(self, index: int) -> tuple[np.ndarray, Instances]:
+        return self.decode(index), self.instances(index)
 
     def instances(self, index: int) -> Instances:
         objects = json.loads(self._objects[self._ends[index] : self._ends[index + 1]].tobytes())

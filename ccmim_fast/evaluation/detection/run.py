@@ -18,7 +18,7 @@ from ccmim_fast.evaluation.detection.instances import CocoSource, Instances, Sha
 from ccmim_fast.evaluation.detection.precision import average_precision
 from ccmim_fast.evaluation.encoders import QUARTERS, out_indices
 from ccmim_fast.evaluation.finetune import build_optimizer
-from ccmim_fast.evaluation.job import Job
+from ccmim_fast.evaluation.job import Job, Work
 from ccmim_fast.evaluation.loader import samples_to_test
 from ccmim_fast.evaluation.supervised import Supervised
 
@@ -55,11 +55,11 @@ class Detection(Supervised):
         return average_precision(found_in_share(self.model, self.job))
 
 
-def run(job: Job) -> dict[str, float]:
-    """Train all weights; returns average precisions of boxes and masks at the end."""
+def prepare(job: Job) -> Work:
+    """Prepare the training of all weights, to average precisions of boxes and masks at the end."""
     model = detector_of(job)
     new = (model.backbone.pyramid, model.rpn, model.roi_heads)
-    return Detection(job, model, build_optimizer(model.backbone.vit, job.config.optim, *new), ObjectLoader(job)).run()
+    return Detection(job, model, build_optimizer(model.backbone.vit, job.config.optim, *new), ObjectLoader(job)).run
 
 
 def detector_of(job: Job) -> nn.Module:
@@ -97,7 +97,12 @@ def detector_of(job: Job) -> nn.Module:
 def found_in_share(model: nn.Module, job: Job) -> Iterator[tuple[dict[str, Tensor], Instances]]:
     """Yield what the detector finds in each image of this rank's share, and what there is; masks are [N, H, W] bool."""
     config, source = job.config, job.test.source
-    for shown in samples_to_test(job, lambda i: (resized_to_test(config, source.decode(i)), source.instances(i))):
+
+    def read(index: int) -> tuple[Tensor, Instances]:
+        image_HWC, objects = source.sample(index)
+        return resized_to_test(config, image_HWC), objects
+
+    for shown in samples_to_test(job, read):
         images = [image_CHW.to(job.here.device, non_blocking=True) / 255 for image_CHW, _ in shown]
         sizes = [objects.masks_NHW.shape[1:] for _, objects in shown]
         for found, (_, objects) in zip(detect(model, images, sizes), shown):

@@ -15,7 +15,7 @@ from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.finetune import build_optimizer
-from ccmim_fast.evaluation.job import Job
+from ccmim_fast.evaluation.job import Job, Work
 from ccmim_fast.evaluation.loader import samples_to_test
 from ccmim_fast.evaluation.segmentation.model import build_segmenter
 from ccmim_fast.evaluation.segmentation.scenes import IGNORED, Scenes, folder_scenes, shape_scenes
@@ -63,7 +63,7 @@ class Segmentation(Supervised):
 
         def read(index: int) -> tuple[Tensor, Tensor]:
             """Return an image in the size in which it is shown, and the labels of the original."""
-            pair = pair_of(scenes, index, scenes.decode(index))
+            pair = pair_of(*scenes.sample(index))
             image_CHW, _ = pair.resized(scaled(pair.size, (config.segment.sides[0], math.inf)))
             return image_CHW.as_subclass(Tensor), pair.labels_HW.as_subclass(Tensor)
 
@@ -79,11 +79,11 @@ class Segmentation(Supervised):
         return figures_of(confusion_KK)
 
 
-def run(job: Job) -> dict[str, float]:
-    """Train all weights; returns mIoU, aAcc and mAcc of the end."""
+def prepare(job: Job) -> Work:
+    """Prepare the training of all weights, to mIoU, aAcc and mAcc of the end."""
     model = build_segmenter(job)
     optimizer = build_optimizer(model.vit, job.config.optim, *model.new_parts())
-    return Segmentation(job, model, optimizer, SceneLoader(job)).run()
+    return Segmentation(job, model, optimizer, SceneLoader(job)).run
 
 
 def pixel_loss(logits_BKHW: Tensor, labels_BHW: Tensor) -> Tensor:

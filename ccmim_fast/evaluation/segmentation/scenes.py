@@ -13,7 +13,7 @@ from PIL import Image
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.index.indexed import IndexedSource, open_images
 from ccmim_fast.data.made.shapes import build
-from ccmim_fast.data.source import Source
+from ccmim_fast.data.source import Source, UnreadableError
 from ccmim_fast.data.threads import thread_count
 from ccmim_fast.errors import DataError, one_line
 
@@ -26,8 +26,8 @@ _MODES = ("L", "P")  # Pillow's names of 8-bit gray and palette
 class Scenes:
     """Images of a source, of 3 channels, with labels of their pixels; as much of a `Source` as plans ask for.
 
-    `labels` gives those of an id, [H, W] uint8, 0 .. K - 1 or `IGNORED`, of K `class_names`, at most 255; it raises
-    DataError naming the file.
+    `labels` gives those of an id, [H, W] uint8, 0 .. K - 1 or `IGNORED`, of K `class_names`, at most 255; `sample` the
+    pixels, too. Both raise DataError naming the file.
     """
 
     def __init__(self, images: Source, class_names: tuple[str, ...], labels: Callable[[int], np.ndarray]):
@@ -39,6 +39,14 @@ class Scenes:
 
     def __len__(self) -> int:
         return len(self.sizes_N2)
+
+    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        image_HWC = self.decode(index)
+        try:
+            return image_HWC, self.labels(index)
+        except DataError as error:
+            # The image itself is good, and is not put down as a bad one for whoever needs no labels.
+            raise UnreadableError(str(error)) from error
 
 
 def folder_scenes(root: str) -> tuple[Scenes, Scenes]:
