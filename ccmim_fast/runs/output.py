@@ -45,13 +45,18 @@ def new_file(out: Path, label: str) -> Iterator[Path]:
     If the body fails nothing is left. Raises ConfigError, whose line begins with `label`: `out` exists, as whoever made
     it did not ask for another in its place; or nothing can be written there.
     """
-    if os.path.lexists(out):
-        raise ConfigError(f"{label}: {str(out)!r:.200} exists; remove it, or name another file")
+    check_new(out, label)
     hidden = {"dir": out.parent, "prefix": f".{out.name[:50]}-"}
     with folder_made(out.parent, f"{label}: {str(out)!r:.200}"), tempfile.TemporaryDirectory(**hidden) as folder:
         made = Path(folder) / out.name
         yield made
         made.rename(out)
+
+
+def check_new(out: Path, label: str) -> None:
+    """Raise ConfigError if there is a file `out`: a command asks for no other in its place."""
+    if os.path.lexists(out):
+        raise ConfigError(f"{label}: {str(out)!r:.200} exists; remove it, or name another file")
 
 
 def _move(made: Path, target: Path) -> None:

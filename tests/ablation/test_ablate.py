@@ -2,15 +2,18 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from ccmim_fast.ablation import run as run_module
 from ccmim_fast.ablation import runs as runs_module
 from ccmim_fast.ablation.run import equal_time
 from ccmim_fast.ablation.runs import Run, finished, held_out_of, measure_run, run_all
 from ccmim_fast.ablation.table import difference, markdown, plot
 from ccmim_fast.ablation.variants import ABLATIONS, lambda_of, score_variants
+from ccmim_fast.cli import main
 from ccmim_fast.commands.ablate import ablate
 from ccmim_fast.config.load import load_config, to_yaml
 from ccmim_fast.data.made.shapes import ShapesSource
@@ -236,6 +239,16 @@ def test_a_file_of_settings_that_changed_makes_it_another_run(tmp_path):
         finished(run._replace(seed=1), folder, "")
     with pytest.raises(ConfigError, match=r"was run with other settings \(--test\)"):
         finished(run, folder, "other")
+
+
+def test_a_table_takes_no_other_file_s_place(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("notes.md").write_text("mine")
+    assert main(["ablate", "score", "--out", "notes", *TINY]) == 2
+    assert "--out=notes: notes.md exists and is no ablation's; name another --out" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.md"]
+    Path("notes.json").write_text(json.dumps({"environment": {}, "runs": []}))
+    run_module._check_out(Path("notes"))
 
 
 @pytest.mark.parametrize(("name", "text"), [("summary.json", "{"), ("summary.json", "[]"), ("config.yaml", "\0")])
