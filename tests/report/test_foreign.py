@@ -41,7 +41,7 @@ def made(folder, **data):
 def page_of(run, out, *options):
     """The page's text without the pixels of its pictures, in which any letters may follow each other."""
     assert main(["report", str(run), "--out", str(out), *options]) == 0
-    return re.sub("base64,[^\"]*", "", out.read_text())
+    return re.sub('base64,[^"]*', "", out.read_text())
 
 
 @pytest.fixture
