@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ccmim_fast.config.parser import Parser, whole_number
-from ccmim_fast.errors import ConfigError
+from ccmim_fast.errors import ConfigError, say
 
 SUFFIXES = (".npy", ".arrow")
 _HELP = """
@@ -32,4 +32,4 @@ def embed(argv: list[str]) -> None:
     made = embed_folder(**vars(given))
     left_out = f"; {made.left_out} images cannot be used" if made.left_out else ""
     left_out += f", the first that does not decode: {made.reason}" if made.reason else ""
-    print(f"{given.out}: {made.images} x {made.width}{left_out}")
+    say(f"{given.out}: {made.images} x {made.width}{left_out}")

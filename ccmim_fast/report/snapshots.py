@@ -19,6 +19,8 @@ from ccmim_fast.checkpoints.manifest import CHECKPOINTS, checkpoints
 from ccmim_fast.checkpoints.run import OpenedRun, open_run
 from ccmim_fast.config.schema import Config, DataConfig
 from ccmim_fast.data.build import build_source
+from ccmim_fast.data.index.index_file import Index
+from ccmim_fast.data.index.storage import is_remote
 from ccmim_fast.data.source import Source, usable_count, usable_ids
 from ccmim_fast.data.stream.batch import Batch, make_batch
 from ccmim_fast.data.stream.plan import MicroBatch
@@ -73,13 +75,29 @@ def spread(paths: Sequence[Path], count: int) -> list[Path]:
 @torch.inference_mode()
 def _snapshot(run: OpenedRun, count: int, root: str) -> Snapshot:
     config, model = run.config, run.model
-    data = dataclasses.replace(config.data, source="images", root=root, index="") if root else config.data
+    data = dataclasses.replace(config.data, source="images", root=root, index="") if root else own_images(config.data)
     few = few_images(data, config.seed, count)
     images_BHWC = few.batch.images_BHWC
     output = model(images_BHWC, few.batch.ids_B, 0, prior=prior_scores(run, few))
     scores_BL = None if output.logits_BL is None else output.logits_BL.float().softmax(1).numpy()
     drawn_BHWC = reconstruct(model, config, images_BHWC, output)
     return Snapshot(run.epoch, images_BHWC.numpy(), scores_BL, output.partition.mask_BL.numpy(), drawn_BHWC)
+
+
+def own_images(data: DataConfig) -> DataConfig:
+    """Return where a run has its images, so that whoever looks at it writes at no place that the run names.
+
+    Somebody else may have made the run. Its index is used if it is there, and is an index of these images; made images
+    are drawn without their cache. Raises DataError for a URL, which nobody asks but by the user's word.
+    """
+    if data.source != "images":
+        return dataclasses.replace(data, root="")
+    if is_remote(data.root):
+        raise DataError(f"the run's images are at {data.root!r:.200}; they are asked for if you name the URL yourself")
+    with suppress(DataError):
+        if data.index and Index(data.index).origin == data.root:
+            return data
+    return dataclasses.replace(data, index="")
 
 
 def prior_scores(run: OpenedRun, few: FewImages) -> PriorScores | None:

@@ -11,7 +11,7 @@ from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.made.shapes import build
 from ccmim_fast.data.source import Source
-from ccmim_fast.errors import ConfigError, DataError
+from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.detection.batches import ObjectLoader, Targets, resized_to_test
 from ccmim_fast.evaluation.detection.detector import build_detector, detect, use_windows_
 from ccmim_fast.evaluation.detection.instances import CocoSource, Instances, ShapesInstances
@@ -34,13 +34,10 @@ def open_images(config: EvalConfig, *data: DataConfig) -> list[Source]:
     if len(mean) != 3 or len(std) != 3:
         raise ConfigError(f"data.mean={mean}, data.std={std}: detection has RGB, three values of each")
     if config.data.source == "shapes":
-        return [
-            build(of_these, (config.seed + number) % 2**32, ShapesInstances) for number, of_these in enumerate(data)
-        ]
-    train, test = CocoSource(root, "train2017", train=True), CocoSource(root, "val2017", train=False)
-    if train.class_names != test.class_names:
-        raise DataError(f"{root}: train2017 and val2017 are of other categories, or in another order of their ids")
-    return [train, test]
+        seeds = ((config.seed + number) % 2**32 for number in range(len(data)))
+        return [build(of_these, seed, ShapesInstances) for of_these, seed in zip(data, seeds)]
+    train = CocoSource(root, "train2017", train=True)
+    return [train, CocoSource(root, "val2017", train=False, class_names=train.class_names)]
 
 
 class Detection(Supervised):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ccmim_fast.checkpoints.manifest import CHECKPOINTS, checkpoints
 from ccmim_fast.config.keys import show
 from ccmim_fast.data.made.shapes import ShapesSource
-from ccmim_fast.errors import CheckpointError, ConfigError, DataError
+from ccmim_fast.errors import CheckpointError, ConfigError, DataError, say
 from ccmim_fast.evaluation.masks.objects import MaskFolder, has_both, objects_of
 from ccmim_fast.evaluation.masks.result import Moment, write
 from ccmim_fast.evaluation.masks.scores import figures_of, score_and_divide
@@ -51,7 +51,7 @@ def show_masks(
             later = (read_subject(place, settings, images) for place in others)
             measured = [_measure(one, few, object_BL, drawn, here.device) for one in chain(subjects, later)]
             folder.begin(subject.config, here.device)
-            print(write(folder.path, measured, object_BL, here.device))
+            say(write(folder.path, measured, object_BL, here.device))
 
 
 def _objects(subject: Subject, few: FewImages, folder: Path | None) -> Tensor | None:

@@ -5,6 +5,7 @@
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.schema import DataConfig
-from ccmim_fast.data.source import usable_count
+from ccmim_fast.data.source import usable_count, usable_ids
 from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.finetune import build_optimizer
 from ccmim_fast.evaluation.job import Job, Work
@@ -75,12 +76,19 @@ class Segmentation(Supervised):
         if dist.is_initialized():
             dist.all_reduce(confusion_KK)
         if not confusion_KK.any():
-            raise DataError(f"{config.data.root}: no pixel of the {usable_count(scenes)} images to test on has a class")
+            raise DataError(f"{config.data.root}: no image to test on that has a class can be read any more")
         return figures_of(confusion_KK)
 
 
 def prepare(job: Job) -> Work:
-    """Prepare the training of all weights, to mIoU, aAcc and mAcc of the end."""
+    """Prepare the training of all weights, to mIoU, aAcc and mAcc of the end.
+
+    Raises DataError: no image to test on has a pixel of a class.
+    """
+    scenes = job.test.source
+    if not any(map(scenes.has_class, usable_ids(scenes, np.arange(usable_count(scenes))).tolist())):
+        root = job.config.data.root
+        raise DataError(f"{root}: no pixel of the {usable_count(scenes)} images to test on has a class")
     model = build_segmenter(job)
     optimizer = build_optimizer(model.vit, job.config.optim, *model.new_parts())
     return Segmentation(job, model, optimizer, SceneLoader(job)).run
