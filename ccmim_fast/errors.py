@@ -13,6 +13,7 @@ from typing import Any
 from ccmim_fast.secrets import without_secrets
 
 CPU_MEMORY = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")  # torch, on a CPU
+_lost: list[int] = []  # errors of standard output so far
 _WORKER = re.compile(r"DataLoader worker .*killed by signal: ([\w ]+)")
 LINE = 1000  # characters; a line of ours has 400 at most, and the user's words in it are without end
 
@@ -109,13 +110,18 @@ def as_user_error(error: BaseException) -> CcmimError | None:
 
 
 def say(line: str) -> None:
-    """Print a line. Where it cannot be printed the work goes on: the reader is gone, the disk of a log is full."""
+    """Print a line. Where it cannot be printed the work goes on: the reader is gone, the disk of a log is full.
+
+    The first line that finds the disk full is told on standard error.
+    """
     try:
         print(printable(line), flush=True)
     except BrokenPipeError:
         mute()
-    except OSError:  # what is buffered is printed when there is room
-        pass
+    except OSError as error:
+        if not _lost:
+            _end(f"standard output: {error.strerror}; the work goes on, and lines are missing there", 0)
+        _lost.append(error.errno)
 
 
 def mute() -> None:

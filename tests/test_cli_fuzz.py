@@ -133,7 +133,7 @@ def test_fault_27_command_lines(monkeypatch):
     for name in (
         *("engine.pretraining.fit", "ablation.demo.run_demo", "commands.submit.submit_job", "ablation.run.run_all"),
         *("data.throughput.measure_throughput", "data.verify.verify", "doctor.parts.gpus"),
-        *("evaluation.run.open_run_folder", "evaluation.masks.subject.build_model"),
+        *("evaluation.run.Job", "evaluation.masks.subject.build_model"),
         "checkpoints.run.build_model",
         *("export.imported.build_model", "export.hub.push"),
     ):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ccmim_fast.bank.bank import read_maps
-from ccmim_fast.config.load import load_config
+from ccmim_fast.config.load import difference, from_yaml, load_config, to_yaml
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.build import build_source
 from ccmim_fast.data.made.shapes import ShapesSource
@@ -25,7 +25,7 @@ from ccmim_fast.data.source import Source
 from ccmim_fast.data.stream.batch import make_batch
 from ccmim_fast.data.stream.torch_loader import evaluation_batches, load_crop
 from ccmim_fast.engine.pretraining import Pretraining, fit
-from ccmim_fast.errors import ConfigError, DataError
+from ccmim_fast.errors import ConfigError, DataError, one_line
 from ccmim_fast.evaluation.frozen.features import extract
 from ccmim_fast.evaluation.frozen.knn import knn_accuracies
 from ccmim_fast.evaluation.frozen.logreg import logreg_accuracy
@@ -34,6 +34,7 @@ from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.scores import AllBlocks, PriorScores
 from ccmim_fast.models.tokens import tokens_of
 from ccmim_fast.report.curves import read_metrics
+from ccmim_fast.runs.state import CONFIG
 
 PROBED = 1000  # training images whose scores and masks are looked at
 HELD_OUT = 1000  # images that no run trains on
@@ -109,12 +110,28 @@ def finished(run: Run, folder: Path, test: str) -> dict[str, Any] | None:
     summary = folder / SUMMARY
     if not summary.exists():
         return None
-    figures = json.loads(summary.read_text())
-    # An older version wrote the same settings in other words.
-    before, now = (load_config(list(options), "ccmim ablate") for options in (figures["options"], run.options))
-    if (before, figures["test"]) != (now, test):
-        raise ConfigError(f"{folder}: was run with other settings; choose another --runs, or remove it")
+    try:
+        figures = json.loads(summary.read_bytes())
+        # What the options came to: a file that they name may have changed since.
+        before = from_yaml((folder / CONFIG).read_text(), f"{folder / CONFIG}", check=lambda _: None)
+        found = [figures[key] for key in ("images_per_second", "looks", "test")]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
+        raise ConfigError(
+            f"{folder}: its {SUMMARY} or {CONFIG} is damaged ({one_line(error, 80)}); remove it"
+        ) from None
+    now = _as_written(load_config([*run.options, f"--seed={run.seed}"], "ccmim ablate"))
+    changed = [key for key, _, _ in difference(before, now) if not key.startswith("run.")]
+    if now.train.find_batch and "train.accumulate" in changed:
+        changed.remove("train.accumulate")  # which was found
+    if changed or found[2] != test:
+        what = ", ".join(changed) or "--test"
+        raise ConfigError(f"{folder}: was run with other settings ({what:.200}); choose another --runs, or remove it")
     return figures
+
+
+def _as_written(config: Config) -> Config:
+    """Return the settings as a run's folder has them: without passwords of URLs."""
+    return from_yaml(to_yaml(config), "the settings", check=lambda _: None)
 
 
 def held_out_of(train: Source, config: Config, test: str) -> Source | None:
@@ -159,7 +176,7 @@ def fit_and_measure(
 
 def make_held_out(config: Config) -> ShapesSource:
     """Make images of the training set's kind, drawn from another seed."""
-    return build_source(replace(config.data, samples=HELD_OUT), config.seed + 1)
+    return build_source(replace(config.data, samples=HELD_OUT), (config.seed + 1) % 2**32)
 
 
 def measure_features(model: CCMIM, config: Config, held_out: Source) -> dict[str, float]:

@@ -15,6 +15,7 @@ from ccmim_fast.checkpoints.claims import check_claims, check_size
 from ccmim_fast.checkpoints.manifest import CHECKPOINTS, MANIFEST
 from ccmim_fast.config.load import from_yaml
 from ccmim_fast.config.schema import Config
+from ccmim_fast.config.validate import validate
 from ccmim_fast.errors import CheckpointError, one_line
 from ccmim_fast.models.ccmim import CCMIM
 
@@ -76,7 +77,7 @@ def open_run(path: str | Path, weights: Literal["averaged", "trained"] = "averag
             tensors = {name.removeprefix(_EMA): value for name, value in averages.items() if name.startswith(_EMA)}
         if not all(name.partition(".")[0] in _PARTS for name in tensors):
             raise KeyError("an evaluation has other parts")
-        maps_NGG, config = state.get("maps"), from_yaml(text, str(found.path))
+        maps_NGG, config = state.get("maps"), from_yaml(text, str(found.path), check=_check_model)
     except (KeyError, TypeError, AttributeError, ValueError):
         raise CheckpointError(f"{found.path}: not a checkpoint of pretraining; name the folder of such a run") from None
     _check_own(config, tensors, str(found.path))
@@ -85,6 +86,11 @@ def open_run(path: str | Path, weights: Literal["averaged", "trained"] = "averag
     return OpenedRun(
         found.path, folder, config, tensors, averaged, step, epoch, samples, images, maps_NGG, tuple(found.problems)
     )
+
+
+def _check_model(config: Config) -> None:
+    """Raise ConfigError for settings that no model has; those of its training may be refused by now."""
+    validate(config, trains=False)
 
 
 def _check_own(config: Config, tensors: dict[str, Tensor], place: str) -> None:

@@ -80,6 +80,8 @@ def restore(
             optimizer.load_state_dict(state["optimizer"])
             for group, own in zip(optimizer.param_groups, before):
                 group.update({key: value for key, value in own.items() if key not in ("params", "step")})
+        if not all(isinstance(value, int | float) for value in state["scaler"].values()):
+            raise TypeError(f"the loss scaling is {state['scaler']!r:.200}")
         if state["scaler"]:  # empty where nothing was scaled
             scaler.load_state_dict(state["scaler"])
         if ema is not None:

@@ -23,6 +23,8 @@ from ccmim_fast.config.yaml_file import read_settings
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.secrets import without_secrets
 
+_LONGEST = 2**18  # bytes of a file of settings; all of them with their values are 4,000
+
 
 class _Dumper(yaml.SafeDumper):
     """This dumper writes one setting a line, and a list in brackets."""
@@ -118,7 +120,13 @@ def _read_file(name: str, folder: str) -> tuple[bytes, str]:
         path = known[name]
         name = path.name
     try:
-        return path.read_bytes(), f" in {name if name.isprintable() else show(name)}"
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        if not path.is_dir() and path.exists() and not path.is_file():
+            raise ValueError("is no file")  # a pipe or a device, of which nobody knows if it ends
+        with open(path, "rb") as file:
+            content = file.read(_LONGEST + 1)
+        if len(content) > _LONGEST:
+            raise ValueError(f"is longer than {_LONGEST:,} bytes")
+        return content, f" in {name if name.isprintable() else show(name)}"
+    except (OSError, ValueError) as error:  # ValueError also: a NUL character in the path
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"--config={show(name)}: {reason}; nearest preset is {nearest(path.stem, known)}") from None

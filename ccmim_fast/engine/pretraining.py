@@ -30,7 +30,7 @@ from ccmim_fast.errors import CcmimError, CheckpointError, one_line, say
 from ccmim_fast.optim.update import lr_at, scaled_lr
 from ccmim_fast.profile.profiler import Profile, check_room
 from ccmim_fast.ranks.session import Session, main_first, max_over_ranks, mean_over_ranks, open_session
-from ccmim_fast.runs.folder import run_folder
+from ccmim_fast.runs.folder import read_by, run_folder
 
 # Called on the first rank after an epoch (and once before the first, as epoch 0) with the number of the epoch and the
 # run, whose model is in eval mode.
@@ -48,8 +48,7 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None
         if config.train.find_batch:
             config = with_largest_batch(config, here)
         # In the order in which a mistake is cheapest to find: folder, images, model, checkpoint.
-        reads = {"data.root": config.data.root} if config.data.source == "images" else {}
-        with run_folder(config.run, reads, is_main=here.is_main) as folder:
+        with run_folder(config.run, read_by(config.data), is_main=here.is_main) as folder:
             here.watchdog.start(folder.path)
             task = Pretraining(config, here, folder.path, after_epoch, more)
             with closing(Loop(task, config, here, folder)) as loop:

@@ -96,7 +96,7 @@ def open_both(config: EvalConfig, *data: DataConfig) -> list[Source]:
     kind = "shapes" if config.data.source == "shapes" else "images"
     sources = []
     for root, of_these in zip(roots, data):
-        sources.append(build_source(replace(of_these, root=root, source=kind), config.seed + len(sources)))
+        sources.append(build_source(replace(of_these, root=root, source=kind), (config.seed + len(sources)) % 2**32))
         if sources[-1].labels_N is None:
             raise DataError(f"{root}: its images have no labels; put those of each class into a folder of its own")
     return with_classes(*sources, roots)

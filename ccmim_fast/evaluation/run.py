@@ -18,7 +18,7 @@ from ccmim_fast.evaluation.protocols import FOLDER, Protocol, deviations, protoc
 from ccmim_fast.evaluation.registry import EVALUATIONS, PACKAGE, check_installed
 from ccmim_fast.ranks.session import Session, main_first, open_session
 from ccmim_fast.registry import load
-from ccmim_fast.runs.folder import RunFolder, environment, evaluation_folder, run_folder
+from ccmim_fast.runs.folder import RunFolder, environment, evaluation_folder, read_by, run_folder
 
 
 def evaluate(name: str, checkpoint: str, settings: Mapping[str, str]) -> str:
@@ -37,7 +37,7 @@ def evaluate(name: str, checkpoint: str, settings: Mapping[str, str]) -> str:
             raise ConfigError(f"{key}={given}: {name} has {', '.join(valid)}; nearest valid is {near}")
     if not config.run.dir:
         config = replace(config, run=replace(config.run, dir=evaluation_folder(checkpoint, name)))
-    reads = {"checkpoint": checkpoint} | _read_by(config)
+    reads = {"checkpoint": checkpoint, **read_by(config.data)}
     with (
         open_session(config.train.device, config.watch.timeout) as here,
         run_folder(config.run, reads, is_main=here.is_main) as folder,
@@ -77,11 +77,6 @@ def _prepared(name: str, checkpoint: str, config: EvalConfig, here: Session, fol
     if row.trains and config.data.source != "shapes":
         test.look_through_(here)
     return job, work
-
-
-def _read_by(config: EvalConfig) -> dict[str, str]:
-    """Return the places of images by their settings; made images are written, not read."""
-    return {} if config.data.source == "shapes" else {"data.root": config.data.root, "data.test": config.data.test}
 
 
 def protocol_of(name: str, settings: Mapping[str, str]) -> tuple[Protocol, dict[str, str]]:

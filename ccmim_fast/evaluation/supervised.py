@@ -4,6 +4,7 @@
 
 import contextlib
 import hashlib
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ccmim_fast.checkpoints.published import Weights
 from ccmim_fast.checkpoints.state import Progress
+from ccmim_fast.config.evaluation import EvalConfig
+from ccmim_fast.config.validate import check_warm_up
 from ccmim_fast.data.build import Loader
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.batch import Batch
@@ -45,6 +48,7 @@ class Supervised(Task):
 
     def __init__(self, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Loader):
         config, here = job.config, job.here
+        self._check_warm_up(config, loader.plan.samples)
         self.job, self.config, self.here, self.loader = job, config, here, loader
         self.precision = choose_precision(config.train.precision, here.device)
         self.model, self.optimizer = model, optimizer
@@ -57,6 +61,17 @@ class Supervised(Task):
         self._encoder, self._losses = fingerprint(job.weights), []
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._statistics = [buffer for name, buffer in self.model.named_buffers() if ".running_" in name]
+
+    @staticmethod
+    def _check_warm_up(config: EvalConfig, samples: int) -> None:
+        """Refuse a warm-up that is longer than the run; each of the two counts in steps or in epochs."""
+        optim, train = config.optim, config.train
+        steps = train.steps or train.epochs * samples / train.batch_size
+        if optim.warmup_steps:
+            check_warm_up("optim.warmup_steps", optim.warmup_steps, math.ceil(steps))
+        else:
+            epochs = train.steps * train.batch_size / samples if train.steps else train.epochs
+            check_warm_up("optim.warmup_epochs", optim.warmup_epochs, epochs)
 
     def losses(self, batch: Any) -> Tensor:
         """Return losses [R] float32 of parts that share no weights, or of one; calls `wrapped` once, under autocast."""

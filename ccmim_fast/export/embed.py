@@ -20,10 +20,12 @@ from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.data.progress import progress_bar
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
-from ccmim_fast.errors import ConfigError, DataError, MachineError
+from ccmim_fast.errors import DataError, MachineError
 from ccmim_fast.evaluation.frozen.features import extract
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.models.tokens import tokens_of
+from ccmim_fast.runs.claim import folder_made
+from ccmim_fast.runs.output import check_new
 
 Rows = Iterator[tuple[dict[str, list], np.ndarray]]  # of each batch: columns `name` and `label`, features [B, D]
 
@@ -86,23 +88,20 @@ def embed_folder(
 
 
 def _check_place(out: Path) -> None:
-    """Raise ConfigError if `out` is a folder, or the names of its rows would be written over another file."""
-    names = out.with_suffix(".jsonl")
-    if out.is_dir():
-        raise ConfigError(f"--out={str(out)!r:.200}: is a folder; name a file")
-    if out.suffix == ".npy" and names.exists() and not out.exists():
-        raise ConfigError(f"--out={str(out)!r:.200}: {names.name} beside it is another file; name another one")
+    """Raise ConfigError if there is a file `out`, or one that bears the name of that of its rows."""
+    for path in (out, out.with_suffix(".jsonl")) if out.suffix == ".npy" else (out,):
+        check_new(path, "ccmim embed")
 
 
 @contextlib.contextmanager
 def _written(out: Path) -> Iterator[Path]:
     """Yield a hidden folder for the parts, which take their places beside each other when all are whole."""
+    label = f"ccmim embed: {str(out)!r:.200}"
+    hidden_beside = {"dir": out.parent, "prefix": f".{out.name[:50]}-"}
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as hidden:
+        with folder_made(out.parent, label), tempfile.TemporaryDirectory(**hidden_beside) as hidden:
             yield Path(hidden)
             # `out` itself last: it is there when all is.
-            out.unlink(missing_ok=True)
             for part in sorted(Path(hidden).iterdir(), key=lambda part: part.suffix == out.suffix):
                 part.replace(out.with_suffix(part.suffix))
     except OSError as error:

@@ -33,20 +33,32 @@ class Holder(NamedTuple):
 
 @contextlib.contextmanager
 def claimed(folder: Path, label: str) -> Iterator[None]:
-    """Be the one process that works in `folder`, which is made if it is missing; `label` names it in messages.
+    """Be the one process that works in `folder`, which is made as by `folder_made`; `label` names it in messages.
 
-    Where the body raises, folders that were made for it and are empty are gone afterwards. Raises ConfigError where
-    another process works in the folder, or where it cannot be written; MachineError where the disk is full.
+    Raises ConfigError where another process works in the folder, or where it cannot be written; MachineError where the
+    disk is full.
+    """
+    with folder_made(folder, label), contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_locked(folder, label))
+        except OSError as error:
+            raise _unwritable(label, error) from None
+        yield
+
+
+@contextlib.contextmanager
+def folder_made(folder: Path, label: str) -> Iterator[None]:
+    """Make `folder` if it is missing; where the body raises, folders that were made and are empty go again.
+
+    Raises ConfigError or MachineError where it cannot be made.
     """
     made: list[Path] = []
     try:
-        with contextlib.ExitStack() as stack:
-            try:
-                _make(folder, made)
-                stack.enter_context(_locked(folder, label))
-            except OSError as error:
-                raise _unwritable(label, error) from None
-            yield
+        try:
+            _make(folder, made)
+        except OSError as error:
+            raise _unwritable(label, error) from None
+        yield
     except BaseException:
         for path in reversed(made):
             with contextlib.suppress(OSError):  # not empty

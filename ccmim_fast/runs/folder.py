@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from ccmim_fast.checkpoints.manifest import CHECKPOINTS, MANIFEST
+from ccmim_fast.config.evaluation import EvalDataConfig
 from ccmim_fast.config.load import to_yaml
-from ccmim_fast.config.schema import Config, RunConfig
+from ccmim_fast.config.schema import Config, DataConfig, RunConfig
 from ccmim_fast.errors import ConfigError, MachineError, say
 from ccmim_fast.runs.claim import LOCK, claimed, holder_of, in_use, is_watched_alive
 from ccmim_fast.runs.state import CONFIG, ENVIRONMENT, FILE, METRICS, is_alive, read_state, recorded, write_whole
@@ -112,6 +113,13 @@ def check_apart(folder: str, reads: Mapping[str, str]) -> None:
             raise ConfigError(f"run.dir={folder}: holds {name}={place}, which is read; choose another folder")
         if kept.is_dir() and (target == kept or kept in target.parents):
             raise ConfigError(f"run.dir={folder}: lies among the checkpoints of {name}={place}; choose another folder")
+
+
+def read_by(data: DataConfig | EvalDataConfig) -> dict[str, str]:
+    """Return the places of images by their settings; made images are in a cache, which is written."""
+    if data.source in ("shapes", "photos"):
+        return {}
+    return {"data.root": data.root, "data.test": getattr(data, "test", "")}
 
 
 def _goes_on(run: RunConfig) -> bool:

@@ -25,7 +25,11 @@ WRITTEN = (*_ABOUT, *_RESULTS)  # patterns of paths in the folder; `*` stands fo
 
 
 def written_in(folder: Path, also: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Yield the files in `folder` that bear the name of a run's file, or one of the patterns `also`."""
+    """Yield the files in `folder` that bear the name of a run's file, or one of the patterns `also`.
+
+    Raises UnreadableError where nobody can tell which checkpoints there are.
+    """
+    checkpoints(folder / CHECKPOINTS)
     return _found(folder, (*WRITTEN, *also))
 
 

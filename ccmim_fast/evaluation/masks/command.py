@@ -21,7 +21,7 @@ from ccmim_fast.models.ccmim import Output
 from ccmim_fast.models.scores import PriorScores
 from ccmim_fast.ranks.session import open_session
 from ccmim_fast.report.snapshots import FewImages, few_images, prior_scores, reconstruct, spread
-from ccmim_fast.runs.folder import run_folder
+from ccmim_fast.runs.folder import read_by, run_folder
 from ccmim_kernels import Partition, partition_from_mask
 
 
@@ -45,8 +45,7 @@ def show_masks(
     with open_session(subject.config.train.device) as here:
         if here.world_size > 1:
             raise ConfigError(f"{PROG}: one process only, got {here.world_size}; start it without torchrun")
-        data = subject.config.data
-        reads = {"checkpoint": checkpoint} | ({"data.root": data.root} if data.source == "images" else {})
+        reads = {"checkpoint": checkpoint, **read_by(subject.config.data)}
         with run_folder(subject.config.run, reads, resumable=False) as folder:
             subjects = chain([subject.untrained()] if moments > 1 else [], [subject])
             later = (read_subject(place, settings, images) for place in others)

@@ -45,7 +45,7 @@ def open_images(config: EvalConfig, *data: DataConfig) -> Sequence[Scenes]:
             f"nearest valid is {min(window)}"
         )
     if config.data.source == "shapes":
-        return [shape_scenes(of_these, config.seed + number) for number, of_these in enumerate(data)]
+        return [shape_scenes(of_these, (config.seed + number) % 2**32) for number, of_these in enumerate(data)]
     return folder_scenes(config.data.root)
 
 
