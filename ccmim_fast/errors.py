@@ -97,7 +97,7 @@ def as_user_error(error: BaseException) -> CcmimError | None:
         return kind(f"{where}{error.strerror}")
     if isinstance(error, MemoryError) or CPU_MEMORY.search(str(error)):
         return MachineError(
-            f"out of the host's memory: {one_line(error) or 'no more was to be had'}; use a smaller batch"
+            f"out of the host's memory: {one_line(str(error)) or 'no more was to be had'}; use a smaller batch"
         )
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported here
         return MachineError(f"out of the device's memory: {one_line(error)}; use a smaller batch")
@@ -169,5 +169,6 @@ def _end(line: str, code: int) -> int:
 
 
 def one_line(text: object, limit: int | None = 200) -> str:
-    """Return `text` (an error, mostly) on one line, cut after `limit` characters."""
-    return " ".join(str(text).split())[:limit]
+    """Return `text` (an error, mostly; one without words by its kind) on one line, cut after `limit` characters."""
+    words = str(text).split()
+    return " ".join(words if words or not isinstance(text, BaseException) else [type(text).__name__])[:limit]

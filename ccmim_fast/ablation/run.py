@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ccmim_fast.ablation.runs import Run, run_all
+from ccmim_fast.ablation.runs import Run, labelled_images, run_all
 from ccmim_fast.ablation.table import difference, known, markdown, over_seeds, plot
 from ccmim_fast.ablation.variants import ABLATIONS, Ablation
 from ccmim_fast.config.load import load_config
 from ccmim_fast.config.schema import Config
-from ccmim_fast.errors import ConfigError
+from ccmim_fast.errors import ConfigError, say
 from ccmim_fast.runs.folder import environment
 from ccmim_fast.secrets import without_secrets
 
@@ -47,6 +47,10 @@ def run_ablation(
         raise ConfigError(f"--only={unknown!r:.80}: no such variant; one of: {'; '.join(variants)}")
 
     _check_out(out)
+    # What is wrong with them is told before the first run.
+    for source in labelled_images(base, test) or [] if test else ():
+        for why, ids_X in getattr(source, "left_out", {}).items():
+            say(f"left out: {len(ids_X)} of {len(source)} images {why}, the first {source.name(int(ids_X[0]))!r}")
 
     def figures_of(options_of: dict[str, list[str]]) -> list[dict[str, Any]]:
         pairs = [(name, seed) for seed in range(seeds) for name in options_of]

@@ -214,8 +214,7 @@ def _pickled(name: str) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(name, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds on damaged input
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{name}: cannot be read as weights: {reason[:200]}") from None
+        raise CheckpointError(f"{name}: cannot be read as weights: {one_line(error)}") from None
     for key in ("model", "state_dict"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]

@@ -97,8 +97,6 @@ def open_both(config: EvalConfig, *data: DataConfig) -> list[Source]:
     sources = []
     for root, of_these in zip(roots, data):
         sources.append(build_source(replace(of_these, root=root, source=kind), (config.seed + len(sources)) % 2**32))
-        if sources[-1].labels_N is None:
-            raise DataError(f"{root}: its images have no labels; put those of each class into a folder of its own")
     return with_classes(*sources, roots)
 
 
@@ -107,8 +105,11 @@ def with_classes(train: Source, test: Source, roots: Sequence[str]) -> list[Sour
 
     A class is known by its name, whatever its number in the test set. Left out are images without a label, whose label
     is no class's number or below 0, and images to test on of a class that training does not know. `roots` name the sets
-    for messages. Raises DataError: training images are of one class, or no image to test on is of a known one.
+    for messages. Raises DataError: no labels, training images of one class, or no image to test on of a known one.
     """
+    for root, source in zip(roots, (train, test)):
+        if source.labels_N is None:
+            raise DataError(f"{root}: its images have no labels; put those of each class into a folder of its own")
     seen = np.setdiff1d(np.arange(len(train)), train.excluded_X)
     counts = np.bincount(train.labels_N[seen].clip(-1) + 1, minlength=len(train.class_names) + 1)[1:]
     names = tuple(name for name, count in zip(train.class_names, counts) if count)

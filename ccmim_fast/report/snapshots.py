@@ -25,7 +25,7 @@ from ccmim_fast.data.source import Source, usable_count, usable_ids
 from ccmim_fast.data.stream.batch import Batch, make_batch
 from ccmim_fast.data.stream.plan import MicroBatch
 from ccmim_fast.data.stream.torch_loader import central_boxes, load_crop
-from ccmim_fast.errors import CcmimError, DataError, one_line
+from ccmim_fast.errors import CcmimError, CheckpointError, DataError, one_line
 from ccmim_fast.losses.criteria import Pixels
 from ccmim_fast.models.ccmim import CCMIM, Output
 from ccmim_fast.models.scores import PriorScores
@@ -105,6 +105,8 @@ def prior_scores(run: OpenedRun, few: FewImages) -> PriorScores | None:
     model, maps_NGG = run.model, run.maps_NGG
     if not model.banked or maps_NGG is None or few.source.fingerprint != run.images:
         return None
+    if maps_NGG.ndim != 3 or len(maps_NGG) != usable_count(few.source):
+        raise CheckpointError(f"{run.path}: its bank has maps of shape {list(maps_NGG.shape)}, not one for each image")
     return PriorScores(*read_maps(maps_NGG[few.places_B], few.batch.boxes_B4, model.grid))
 
 

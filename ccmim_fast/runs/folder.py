@@ -74,7 +74,8 @@ def run_folder(
 
     With `run.overwrite` `RunFolder.begin` removes the files that a run wrote (`written.WRITTEN`, and the names `also`),
     and nothing else: what the user put there stays, and so do evaluations in `eval/`. If the body raises before that,
-    the files and folders that were made since are removed, and all others are as they were.
+    the files and folders that were made since are removed (but for reports of several ranks), and all others are as
+    they were.
 
     Args:
         reads: what the command reads, by the names of the settings; none of it may be the folder or lie in it.
@@ -99,7 +100,9 @@ def run_folder(
             yield opened
         except BaseException:
             if not opened.begun:
-                _remove(folder, [path for path in written_in(folder, also) if path not in before])
+                made = [path for path in written_in(folder, also) if path not in before]
+                # The heartbeats and their report are read by ranks that end later; the next command takes their place.
+                _remove(folder, [path for path in made if path.parent.name != RANKS])
             raise
 
 

@@ -222,6 +222,21 @@ def test_one_image_of_each_class(root, name):
     assert name == "linear" or set(result["figures"].values()) == {1.0}
 
 
+@pytest.mark.parametrize(
+    ("name", "setting", "near"),
+    [
+        ("knn", "--knn.k=[1,3,1]", "[1, 3]"),
+        ("logreg", "--logreg.c=[0.1,1e-1]", "[0.1]"),
+        ("linear", "--head.rates=[1,1.0,2]", "[1.0, 2.0]"),
+        ("linear", "--optim.milestones=[0.5,0.5]", "[0.5]"),
+    ],
+)
+def test_a_list_that_names_a_number_twice(root, name, setting, near, capsys):
+    """It would count twice, or one of two equal names would be lost."""
+    run(root, name, setting, code=2)
+    assert f"must be a list that names each number once; nearest valid is {near}" in capsys.readouterr().err
+
+
 def test_labels_that_are_no_class_are_no_crash():
     """A label at or above the number of names, as a damaged or hostile index has."""
     train, test = ShapesSource(0, 6, (32, 32), 3), ShapesSource(1, 6, (32, 32), 3)

@@ -128,6 +128,7 @@ def test_bad_scenes_are_left_out(evaluated, miniature, tmp_path, capsys):
     Image.new("L", (24, 21), 77).save(validation / "ADE_validation_1.png")
     (validation / "ADE_validation_2.png").write_bytes((validation / "ADE_validation_2.png").read_bytes()[:50])
     settings = [*SMALL, "--data.source=ade20k", f"--data.root={miniature}", "--train.batch_size=2", "--train.steps=5"]
+    settings.append("--optim.warmup_steps=1")
     with pytest.raises(DataError, match=r"more than data.max_bad=0.01, the last .*ADE_validation_\d.png: "):
         evaluated("segmentation", *settings)
     assert not (tmp_path / "out").exists()

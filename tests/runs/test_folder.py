@@ -141,7 +141,7 @@ def test_a_command_that_fails_leaves_all_as_it_was(tmp_path, options):
     if options:
         make_run(tmp_path / "above" / "run", **{"notes.txt": "mine"})
     before = contents(tmp_path)
-    files = ("ranks/rank_0.json", "scores_0.bin")
+    files = ("autotune.json", "scores_0.bin")
     with pytest.raises(ZeroDivisionError):
         opened(tmp_path / "above" / "run", files=files, error=ZeroDivisionError(), **options)
     assert contents(tmp_path) == before
@@ -268,3 +268,12 @@ def test_a_full_disk_when_a_run_begins_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(MachineError, match=r"config\.yaml.*: not written: No space left on device"):
         opened(tmp_path, begin=Config(), resume="auto")
     assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+def test_what_ranks_reported_stays_and_blocks_nothing(tmp_path):
+    """A rank that ends later than the first reads there why."""
+    with pytest.raises(ZeroDivisionError):
+        opened(tmp_path, files=("ranks/stopped_0.txt", "scores_1.bin"), error=ZeroDivisionError())
+    assert [*contents(tmp_path)] == ["ranks/stopped_0.txt"]
+    opened(tmp_path, begin=Config())
+    assert {*contents(tmp_path)} == {"config.yaml", "environment.json", FILE}

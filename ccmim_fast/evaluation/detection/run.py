@@ -34,8 +34,9 @@ def open_images(config: EvalConfig, *data: DataConfig) -> list[Source]:
     if len(mean) != 3 or len(std) != 3:
         raise ConfigError(f"data.mean={mean}, data.std={std}: detection has RGB, three values of each")
     if config.data.source == "shapes":
-        seeds = ((config.seed + number) % 2**32 for number in range(len(data)))
-        return [build(of_these, seed, ShapesInstances) for of_these, seed in zip(data, seeds)]
+        return [
+            build(of_these, (config.seed + number) % 2**32, ShapesInstances) for number, of_these in enumerate(data)
+        ]
     train = CocoSource(root, "train2017", train=True)
     return [train, CocoSource(root, "val2017", train=False, class_names=train.class_names)]
 

@@ -75,7 +75,7 @@ class MaskFolder:
         except FileNotFoundError:
             raise DataError(f"--masks={self._folder}: no {path.name} in it, the mask of {name!r}") from None
         except Exception as error:  # Pillow's plugins raise whatever a damaged file leads them to
-            raise DataError(f"{path}: no mask: {one_line(error) or type(error).__name__}") from None
+            raise DataError(f"{path}: no mask: {one_line(error)}") from None
         if pixels is None:
             given, asked = (" x ".join(map(str, shape)) for shape in (found, size))
             raise DataError(f"{path}: {given} pixels, its image has {asked}")

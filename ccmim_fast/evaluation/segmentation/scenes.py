@@ -110,7 +110,7 @@ def _read_annotation(path: str, images: IndexedSource, index: int) -> np.ndarray
                 return np.array(image)
             mode = image.mode
     except Exception as error:  # Pillow's plugins raise whatever damaged data lead them to
-        raise DataError(f"{path}: cannot be read: {one_line(error) or type(error).__name__}") from error
+        raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
     if found != expected:
         sizes = [f"{height} x {width}" for height, width in (found, expected)]
         raise DataError(f"{path}: {sizes[0]} pixels, and its image {images.name(index)} has {sizes[1]}")
