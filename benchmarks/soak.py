@@ -44,6 +44,7 @@ def command(folder: Path, epochs: int, restarts: int, settings: Sequence[str] = 
     given += ["--model.arch=vit_tiny_patch16_224", "--model.patch_size=8", "--model.embed_dim=48", "--model.depth=2"]
     given += ["--model.num_heads=3", "--train.batch_size=16", f"--train.epochs={epochs}", "--train.precision=fp32"]
     given += ["--train.device=cpu", "--run.save_every=1", "--run.tensorboard=false", "--run.resume=auto"]
+    given += ["--optim.warmup_epochs=5"]
     return [sys.executable, *launcher, "-m", "ccmim_fast.cli", "pretrain", f"--run.dir={folder}", *given, *settings]
 
 

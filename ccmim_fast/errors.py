@@ -1,13 +1,20 @@
 """User errors: each one ends the command with one line and its own exit code, without a traceback."""
 
+import contextlib
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from ccmim_fast.secrets import without_secrets
+
+CPU_MEMORY = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")  # torch, on a CPU
+_lost: list[int] = []  # errors of standard output so far
+_WORKER = re.compile(r"DataLoader worker .*killed by signal: ([\w ]+)")
 LINE = 1000  # characters; a line of ours has 400 at most, and the user's words in it are without end
 
 
@@ -41,6 +48,10 @@ class CheckpointError(CcmimError):
     exit_code = 5
 
 
+class UnreadableError(CheckpointError):
+    """A checkpoint is there, and cannot be read at this moment: no permission, a failing disk, too many open files."""
+
+
 class StoppedError(CcmimError):
     """A signal asked the run to stop, and it stopped with everything saved: this is no mistake."""
 
@@ -55,37 +66,109 @@ class MachineError(CcmimError):
 
 def exit_code_of(run: Callable[[], Any]) -> int:
     """Call `run`; returns 0, or what its error ends a command with, after printing the error's line."""
+    _open_standard_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Names of files may be bytes that are no text: they are printed as they are, in every locale.
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
         run()
-        sys.stdout.flush()
+        _flush()
     except BrokenPipeError:
-        # A reader that went away (`| head`) is nobody's mistake. What is left in the buffer goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # A reader that went away (`| head`) is nobody's mistake.
+        mute()
         return 128 + signal.SIGPIPE
-    except CcmimError as error:
-        return _end(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _end("interrupted", 128 + signal.SIGINT)
-    except OSError as error:
-        # What no command has an advice for, but no mistake of ours: a full disk, too many open files, a lost right.
-        if error.errno is None:
+    except Exception as error:
+        if (told := as_user_error(error)) is None:
             raise
+        return _end(str(told), told.exit_code)
+    return 0
+
+
+def as_user_error(error: BaseException) -> CcmimError | None:
+    """Return the error that the command ends with, which has a line and an exit code; None: it is a mistake of ours."""
+    if isinstance(error, CcmimError):
+        return error
+    if isinstance(error, OSError) and error.errno is not None:
+        # What no command has an advice for, but no mistake of ours: a full disk, too many open files, a lost right.
         where = f"{error.filename!r}: " if error.filename is not None else ""
         kind = ConfigError if error.errno == errno.ENAMETOOLONG else MachineError
-        return _end(f"{where}{error.strerror}", kind.exit_code)
-    return 0
+        return kind(f"{where}{error.strerror}")
+    if isinstance(error, MemoryError) or CPU_MEMORY.search(str(error)):
+        return MachineError(
+            f"out of the host's memory: {one_line(str(error)) or 'no more was to be had'}; use a smaller batch"
+        )
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported here
+        return MachineError(f"out of the device's memory: {one_line(error)}; use a smaller batch")
+    if found := _WORKER.search(str(error)):
+        return MachineError(
+            f"a loading process ended by a signal ({found[1]}): the host's memory, or /dev/shm, is full; "
+            "use a smaller batch or fewer data.workers"
+        )
+    return None
+
+
+def say(line: str) -> None:
+    """Print a line. Where it cannot be printed the work goes on: the reader is gone, the disk of a log is full.
+
+    The first line that finds the disk full is told on standard error.
+    """
+    try:
+        print(printable(line), flush=True)
+    except BrokenPipeError:
+        mute()
+    except OSError as error:
+        if not _lost:
+            _end(f"standard output: {error.strerror}; the work goes on, and lines are missing there", 0)
+        _lost.append(error.errno)
+
+
+def mute() -> None:
+    """Let what is printed from now on, and what is left in the buffer, go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def printable(text: str) -> str:
+    """Return a text without passwords of URLs, and that no terminal takes for commands; its lines stay lines."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" or "\udc80" <= c <= "\udcff" else ascii(c)[1:-1]
+        for c in without_secrets(text)
+    )
+
+
+def _open_standard_streams() -> None:
+    """Let streams that were closed (`>&-`) go nowhere: the next file that is opened would get what is printed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        mute()
+        raise MachineError(f"standard output: {error.strerror}; not all was printed") from None
 
 
 def _end(line: str, code: int) -> int:
     """Print one line that a terminal shows as it is, whatever words of the user are in it."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in one_line(line, LINE + 1))
-    print(f"ccmim: {line if len(line) <= LINE else line[:LINE] + '...'}", file=sys.stderr)
+    line = printable(one_line(line, LINE + 1))
+    with contextlib.suppress(OSError):
+        print(f"ccmim: {line if len(line) <= LINE else line[:LINE] + '...'}", file=sys.stderr, flush=True)
     return code
 
 
 def one_line(text: object, limit: int | None = 200) -> str:
-    """Return `text` (an error, mostly) on one line, cut after `limit` characters."""
-    return " ".join(str(text).split())[:limit]
+    """Return `text` (an error, mostly; one without words by its kind) on one line, cut after `limit` characters."""
+    words = str(text).split()
+    return " ".join(words if words or not isinstance(text, BaseException) else [type(text).__name__])[:limit]

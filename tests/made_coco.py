@@ -43,7 +43,7 @@ def content():
     names = [{"id": 11 + i, "file_name": f"{i}.png", "height": h, "width": w} for i, (h, w) in enumerate(SIZES)]
     return {
         "images": names[::-1],
-        "categories": CATEGORIES,
+        "categories": list(CATEGORIES),
         "annotations": [
             annotation(1, 11, 90, (2, 1, 22, 31)),
             annotation(2, 11, 1, (30, 10, 50, 20)),

@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,9 @@ from ccmim_fast.ablation.variants import ABLATIONS
 from ccmim_fast.checkpoints import io
 from ccmim_fast.cli import main
 from ccmim_fast.commands import COMMANDS, bench, data, runs
-from ccmim_fast.errors import ConfigError
+from ccmim_fast.errors import ConfigError, say
 from ccmim_fast.evaluation.registry import EVALUATIONS
+from ccmim_fast.runs.state import read_state, recorded
 
 
 @pytest.mark.parametrize(
@@ -163,3 +165,85 @@ def test_the_shell_completes_a_line(line, completed, tmp_path):
     environment = {**os.environ, **asked, "COMP_LINE": line, "COMP_POINT": str(len(line))}
     subprocess.run([sys.executable, "-m", "ccmim_fast.cli"], env=environment, capture_output=True, check=True)
     assert out.read_text().split() == completed
+
+
+FULL = Path("/dev/full")  # a device on which no write finds room
+PRINTS = "import sys; from ccmim_fast import cli, errors; from ccmim_fast.commands import runs; "
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full")
+def test_a_log_on_a_full_disk_is_a_line_once_the_work_is_done(tmp_path):
+    """`ccmim ... > log`: lines that a run says do not end it; what a command prints at its end is missed."""
+    program = (
+        "runs.runs = lambda argv: ([errors.say('x' * 5000) for _ in range(9)], open(sys.argv[1], 'w'), print('x')); "
+    )
+    with open(FULL, "w") as full, open(tmp_path / "errors", "w+") as errors:
+        command = [sys.executable, "-c", PRINTS + program + "sys.exit(cli.main(['runs']))", str(tmp_path / "done")]
+        done = subprocess.run(command, stdout=full, stderr=errors)
+    first, last = (tmp_path / "errors").read_text().splitlines()
+    told = "standard output: No space left on device; the work goes on, and lines are missing there"
+    assert first == f"ccmim: {told}"
+    assert last.startswith("ccmim: ")
+    assert "No space left on device" in last
+    assert done.returncode == 6
+    assert (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize("closed", ["1", "2", "0", "1 2", "0 1 2"])
+def test_closed_streams_are_no_traceback_and_no_file_gets_what_is_printed(tmp_path, closed):
+    program = """
+import os, sys
+from ccmim_fast import cli
+from ccmim_fast.commands import runs
+
+def run(argv):
+    file = open(sys.argv[1], "w")
+    file.write("mine")
+    file.flush()
+    print("text")
+    os.write(1, b"text")
+
+runs.runs = run
+sys.exit(cli.main(["runs"]))
+"""
+    closing = " ".join(f"{number}>&-" for number in closed.split())
+    command = ["sh", "-c", f'exec "$@" {closing}', "sh", sys.executable, "-c", program, str(tmp_path / "file")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError("Unable to allocate 9 GiB"), "out of the host's memory: Unable to allocate 9 GiB"),
+        (MemoryError(), "out of the host's memory: no more was to be had"),
+        (RuntimeError("[enforce] can't allocate memory: you tried to allocate 99 bytes"), "out of the host's memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of the device's memory: CUDA out of memory"),
+        (
+            RuntimeError("DataLoader worker (pid 9) is killed by signal: Bus error. It is"),
+            "(Bus error): the host's memory",
+        ),
+        (OSError(24, "Too many open files"), "Too many open files"),
+        (PermissionError(13, "Permission denied", "a/b"), "'a/b': Permission denied"),
+    ],
+)
+def test_what_the_machine_lacks_is_exit_code_6_in_the_command_and_in_the_run_s_state(
+    tmp_path, monkeypatch, capsys, error, words
+):
+    def fails(argv):
+        with recorded(tmp_path, True, bool):
+            raise error
+
+    monkeypatch.setattr(runs, "runs", fails)
+    assert main(["runs"]) == 6
+    [line] = capsys.readouterr().err.splitlines()
+    assert words in line
+    state = read_state(tmp_path)
+    assert (state.state, state.exit_code) == ("failed", 6)
+    assert state.error in line
+
+
+def test_what_is_said_holds_no_password_and_commands_no_terminal(capsys):
+    say("a\x1b]0;title\x07b\u202e https://me:pass@host/x?token=1 \n\tend")
+    assert capsys.readouterr().out == "a\\x1b]0;title\\x07b\\u202e https://host/x?token=*** \n\tend\n"

@@ -5,7 +5,15 @@ import dataclasses
 import torch
 
 from ccmim_fast.build.model import build_model, build_objective
-from ccmim_fast.config.schema import Config, DataConfig, DecoderConfig, HeadsConfig, ModelConfig, ScoreConfig
+from ccmim_fast.config.schema import (
+    Config,
+    DataConfig,
+    DecoderConfig,
+    HeadsConfig,
+    ModelConfig,
+    OptimConfig,
+    ScoreConfig,
+)
 from ccmim_fast.losses.criteria import Losses
 from ccmim_fast.models.ccmim import CCMIM, Output
 
@@ -15,6 +23,7 @@ TINY = Config(
     score=ScoreConfig(source="all"),
     decoder=DecoderConfig(depth=2, dim=32, num_heads=4),
     heads=HeadsConfig(dim=16),
+    optim=OptimConfig(warmup_epochs=0.0),  # runs of few epochs
 )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ccmim_fast.ablation.runs import QUARTERS, fit_and_measure, make_held_out, measure_features
 from ccmim_fast.build.model import build_model, build_objective
 from ccmim_fast.config.schema import Config
+from ccmim_fast.data.build import build_source
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.engine.pretraining import Pretraining
@@ -25,17 +26,26 @@ from ccmim_fast.report.html import write_report
 from ccmim_fast.report.pictures import Snapshot
 from ccmim_fast.report.runs import RunView
 from ccmim_fast.report.snapshots import reconstruct
-from ccmim_fast.runs.folder import open_run_folder
+from ccmim_fast.runs.folder import run_folder
 
 PICTURES = 6  # held-out images that are drawn
 
 
 def run_demo(config: Config) -> tuple[dict[str, dict[str, float]], Path]:
     """Train both methods; write summary.json and report.html. Returns the figures by method, and the report's path."""
-    folder = open_run_folder(config)
-    torch.manual_seed(config.seed)
-    held_out = make_held_out(config)
-    methods = {"untrained": measure_features(build_model(config).eval(), config, held_out)}
+    with run_folder(config.run, {}, resumable=False, also=("report.html", "mae", "ccmim")) as opened:
+        torch.manual_seed(config.seed)
+        held_out = make_held_out(config)
+        opened.begin(config, torch.device("cpu"))
+        return _run_both(config, opened.path, held_out)
+
+
+def _run_both(config: Config, folder: Path, held_out: ShapesSource) -> tuple[dict[str, dict[str, float]], Path]:
+    methods = {
+        "untrained": measure_features(
+            build_model(config).eval(), config, build_source(config.data, config.seed), held_out
+        )
+    }
     # MAE: random masks, no contrastive half.
     mae = replace(config, mask=replace(config.mask, strategy="random"), contrast=replace(config.contrast, loss="none"))
     for name, method in (("mae", mae), ("ccmim", config)):
@@ -74,7 +84,7 @@ def train_and_measure(config: Config, held_out: ShapesSource) -> dict[str, float
         snapshot = Snapshot(epoch, *some, None if drawn_BHWC is None else drawn_BHWC[:PICTURES])
         snapshot.save(Path(config.run.dir) / "snapshots" / f"epoch_{epoch:04d}.npz")
         if epoch == config.train.epochs:
-            figures |= measure_features(model, config, held_out)
+            figures |= measure_features(model, config, build_source(config.data, config.seed), held_out)
         return figures
 
     milestones, rate = fit_and_measure(config, measure)

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
-from ccmim_fast.ablation.runs import Run, run_all
+from ccmim_fast.ablation.runs import Run, labelled_images, run_all
 from ccmim_fast.ablation.table import difference, known, markdown, over_seeds, plot
 from ccmim_fast.ablation.variants import ABLATIONS, Ablation
 from ccmim_fast.config.load import load_config
-from ccmim_fast.errors import ConfigError
+from ccmim_fast.config.schema import Config
+from ccmim_fast.errors import ConfigError, say
 from ccmim_fast.runs.folder import environment
+from ccmim_fast.secrets import without_secrets
 
 
 def run_ablation(
@@ -44,16 +46,43 @@ def run_ablation(
     for unknown in set(only) - variants.keys():
         raise ConfigError(f"--only={unknown!r:.80}: no such variant; one of: {'; '.join(variants)}")
 
+    _check_out(out)
+    # What is wrong with them is told before the first run.
+    for source in labelled_images(base, test) or [] if test else ():
+        for why, ids_X in getattr(source, "left_out", {}).items():
+            say(f"left out: {len(ids_X)} of {len(source)} images {why}, the first {source.name(int(ids_X[0]))!r}")
+
     def figures_of(options_of: dict[str, list[str]]) -> list[dict[str, Any]]:
         pairs = [(name, seed) for seed in range(seeds) for name in options_of]
         return run_all([Run(name, seed, (*settings, *options_of[name])) for name, seed in pairs], runs, jobs, test)
 
     figures = figures_of({variant: variants[variant] for variant in only or variants})
     again = {
-        f"{variant}, in {ablation.time_of}'s time": [*variants[variant], f"--train.epochs={epochs}"]
+        f"{variant}, in {ablation.time_of}'s time": [*variants[variant], *_epochs_of(base, epochs)]
         for variant, epochs in equal_time(figures, base.train.epochs, ablation.time_of).items()
     }
     return write(ablation, figures + figures_of(again), out, command)
+
+
+def _check_out(prefix: Path) -> None:
+    """Raise ConfigError where the table would take the place of files that are no ablation's."""
+    there = [path for ending in (".md", ".json", ".png") if (path := _beside(prefix, ending)).exists()]
+    try:
+        of_ours = json.loads(_beside(prefix, ".json").read_bytes()).keys() >= {"environment", "runs"}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        of_ours = False
+    if there and not of_ours:
+        raise ConfigError(f"--out={prefix}: {there[0].name} exists and is no ablation's; name another --out")
+
+
+def _beside(prefix: Path, ending: str) -> Path:
+    return prefix.with_name(prefix.name + ending)
+
+
+def _epochs_of(base: Config, epochs: int) -> list[str]:
+    """Return the options of a shorter run, whose warm-up is no longer than the run."""
+    warm_up = base.optim.warmup_epochs
+    return [f"--train.epochs={epochs}", *([f"--optim.warmup_epochs={epochs}"] if warm_up > epochs else [])]
 
 
 def equal_time(figures: Sequence[dict[str, Any]], epochs: int, time_of: str) -> dict[str, int]:
@@ -70,10 +99,10 @@ def equal_time(figures: Sequence[dict[str, Any]], epochs: int, time_of: str) -> 
 def write(ablation: Ablation, figures: Sequence[dict[str, Any]], prefix: Path, command: str) -> Path:
     """Write the figures of all runs, their table and their picture; returns the table's path."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    where = environment(torch.device("cpu")) | {"command": command}
-    prefix.with_name(prefix.name + ".json").write_text(json.dumps({"environment": where, "runs": figures}, indent=1))
-    plot(figures, ablation, prefix.with_name(prefix.name + ".png"))
-    text = [f"# {ablation.title}\n\n    {command}\n", markdown(figures)]
+    where = environment(torch.device("cpu")) | {"command": without_secrets(command)}
+    _beside(prefix, ".json").write_text(json.dumps({"environment": where, "runs": figures}, indent=1))
+    plot(figures, ablation, _beside(prefix, ".png"))
+    text = [f"# {ablation.title}\n\n    {where['command']}\n", markdown(figures)]
     for one, other in ablation.compared:
         if {one, other} <= over_seeds(figures).keys():
             for key in known(figures, ("auroc", "leakage", "knn", "logreg")):
@@ -82,6 +111,6 @@ def write(ablation: Ablation, figures: Sequence[dict[str, Any]], prefix: Path, c
     seeds = len({run["seed"] for run in figures})
     machine = f"{where['device']}, torch {where['torch']}, commit {where['commit']}."
     text.append(f"\nMean ± standard deviation over {seeds} seeds. {machine}\n\n![scores]({prefix.name}.png)\n")
-    path = prefix.with_name(prefix.name + ".md")
+    path = _beside(prefix, ".md")
     path.write_text("\n".join(text))
     return path

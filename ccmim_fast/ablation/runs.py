@@ -17,23 +17,26 @@ import numpy as np
 import torch
 
 from ccmim_fast.bank.bank import read_maps
-from ccmim_fast.config.load import load_config
+from ccmim_fast.config.load import difference, from_yaml, load_config, to_yaml
 from ccmim_fast.config.schema import Config
 from ccmim_fast.data.build import build_source
+from ccmim_fast.data.index.bad_samples import BadSamples
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.source import Source
 from ccmim_fast.data.stream.batch import make_batch
 from ccmim_fast.data.stream.torch_loader import evaluation_batches, load_crop
 from ccmim_fast.engine.pretraining import Pretraining, fit
-from ccmim_fast.errors import ConfigError, DataError
+from ccmim_fast.errors import ConfigError, one_line
 from ccmim_fast.evaluation.frozen.features import extract
 from ccmim_fast.evaluation.frozen.knn import knn_accuracies
 from ccmim_fast.evaluation.frozen.logreg import logreg_accuracy
+from ccmim_fast.evaluation.images import with_classes
 from ccmim_fast.evaluation.masks.objects import object_leakage, objects_of, score_auroc
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.scores import AllBlocks, PriorScores
 from ccmim_fast.models.tokens import tokens_of
 from ccmim_fast.report.curves import read_metrics
+from ccmim_fast.runs.state import CONFIG
 
 PROBED = 1000  # training images whose scores and masks are looked at
 HELD_OUT = 1000  # images that no run trains on
@@ -57,7 +60,7 @@ class Run(NamedTuple):
 def run_all(runs: Sequence[Run], folder: Path, jobs: int, test: str = "") -> list[dict[str, Any]]:
     """Return the figures of each run, in their order; `jobs` at a time, each in a process with its share of the cores.
 
-    For `test` see `held_out_of`. Raises ConfigError: a run in `folder` was made with other options.
+    For `test` see `labelled_images`. Raises ConfigError: a run in `folder` was made with other options.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     found = {run: figures for run in runs if (figures := finished(run, folder / run.folder_name, test)) is not None}
@@ -92,8 +95,8 @@ def measure_run(run: Run, folder: Path, threads: int, test: str) -> dict[str, An
             return {}
         # The scores that the next epoch would divide by.
         figures = probe_scores(trainer, epoch, PROBED)
-        if epoch == config.train.epochs and (held_out := held_out_of(trainer.source, config, test)) is not None:
-            figures |= measure_features(trainer.model, config, held_out)
+        if epoch == config.train.epochs and (both := labelled_images(config, test)) is not None:
+            figures |= measure_features(trainer.model, config, *both)
         return figures
 
     milestones, rate = fit_and_measure(config, measure)
@@ -109,27 +112,44 @@ def finished(run: Run, folder: Path, test: str) -> dict[str, Any] | None:
     summary = folder / SUMMARY
     if not summary.exists():
         return None
-    figures = json.loads(summary.read_text())
-    # An older version wrote the same settings in other words.
-    before, now = (load_config(list(options), "ccmim ablate") for options in (figures["options"], run.options))
-    if (before, figures["test"]) != (now, test):
-        raise ConfigError(f"{folder}: was run with other settings; choose another --runs, or remove it")
+    try:
+        figures = json.loads(summary.read_bytes())
+        # What the options came to: a file that they name may have changed since.
+        before = from_yaml((folder / CONFIG).read_text(), f"{folder / CONFIG}", check=lambda _: None)
+        found = [figures[key] for key in ("images_per_second", "looks", "test")]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
+        raise ConfigError(
+            f"{folder}: its {SUMMARY} or {CONFIG} is damaged ({one_line(error, 80)}); remove it"
+        ) from None
+    now = _as_written(load_config([*run.options, f"--seed={run.seed}"], "ccmim ablate"))
+    changed = [key for key, _, _ in difference(before, now) if not key.startswith("run.")]
+    if now.train.find_batch and "train.accumulate" in changed:
+        changed.remove("train.accumulate")  # which was found
+    if changed or found[2] != test:
+        what = ", ".join(changed) or "--test"
+        raise ConfigError(f"{folder}: was run with other settings ({what:.200}); choose another --runs, or remove it")
     return figures
 
 
-def held_out_of(train: Source, config: Config, test: str) -> Source | None:
-    """Return the images that features are tested on: of the folder `test`, or more shapes; None: there are none.
+def _as_written(config: Config) -> Config:
+    """Return the settings as a run's folder has them: without passwords of URLs."""
+    return from_yaml(to_yaml(config), "the settings", check=lambda _: None)
 
-    Raises DataError: images without labels, or of other classes than those trained on.
+
+def labelled_images(config: Config, test: str) -> list[Source] | None:
+    """Return the training images and those that features are tested on; None: there are none.
+
+    The latter are those of the folder `test`, or more shapes. Both have training's classes, see `with_classes`. Raises
+    DataError: images without labels, or of no class that is trained on.
     """
     if config.data.source == "shapes":
-        return make_held_out(config)
+        return [build_source(config.data, config.seed), make_held_out(config)]
     if not test:
         return None
-    found = build_source(replace(config.data, root=test, index=""), config.seed)
-    if train.labels_N is None or found.labels_N is None or tuple(found.class_names) != tuple(train.class_names):
-        raise DataError(f"--test={test}: must have the classes of data.root={config.data.root}, a folder each")
-    return found
+    roots = {"data.root": config.data.root, "--test": test}
+    data = [config.data, replace(config.data, root=test, index="")]
+    both = [build_source(of_these, config.seed) for of_these in data]
+    return with_classes(*both, [f"{key}={root}" for key, root in roots.items()])
 
 
 def fit_and_measure(
@@ -159,17 +179,18 @@ def fit_and_measure(
 
 def make_held_out(config: Config) -> ShapesSource:
     """Make images of the training set's kind, drawn from another seed."""
-    return build_source(replace(config.data, samples=HELD_OUT), config.seed + 1)
+    return build_source(replace(config.data, samples=HELD_OUT), (config.seed + 1) % 2**32)
 
 
-def measure_features(model: CCMIM, config: Config, held_out: Source) -> dict[str, float]:
+def measure_features(model: CCMIM, config: Config, train: Source, held_out: Source) -> dict[str, float]:
     """Measure kNN and logistic regression of frozen, average-pooled features, fitted on the training images.
 
-    Both sets must have labels, of the same classes.
+    Both sets must have labels, of the same classes. Images that cannot be read are left out.
     """
     encode, parts = tokens_of(model.encoder, model.mean_C, model.std_C), []
-    for source in (build_source(config.data, config.seed), held_out):
-        batches = evaluation_batches(source, config.data.image_size, config.train.batch_size, model.mean_C.device)
+    for source in (train, held_out):
+        shown = config.data.image_size, config.train.batch_size, model.mean_C.device
+        batches = evaluation_batches(source, *shown, bad_samples=BadSamples(source, "skip", max_bad=1.0))
         parts += extract(encode, batches, model.encoder.num_prefix_tokens)
     k = min(NEIGHBOURS, len(parts[0]))
     return {"knn": knn_accuracies(*parts, [k])[k], "logreg": logreg_accuracy(*parts)[0]}

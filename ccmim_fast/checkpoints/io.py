@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,7 +37,7 @@ from ccmim_fast.checkpoints.manifest import (
     sync,
     sync_folder,
 )
-from ccmim_fast.errors import CheckpointError, one_line
+from ccmim_fast.errors import CPU_MEMORY, CheckpointError, UnreadableError, one_line
 
 KEPT = "kept"
 _NEW, _OLD, _DEAD = ".new_", ".old_", ".dead_"  # hidden folders: being written, being replaced, being removed
@@ -95,10 +96,15 @@ def load(path: Path, divided: bool = False) -> dict[str, Any]:
     """Read the state in the checkpoint `path`, on the CPU; no code in it is run.
 
     `divided` leaves out what ranks have divided; `distributed.unite` puts it in. Raises CheckpointError, one line:
-    missing, damaged, or of more than plain containers and tensors.
+    missing, damaged, or of more than plain containers and tensors; UnreadableError: nobody can tell at this moment.
     """
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder of a checkpoint")
+    try:
+        if not stat.S_ISDIR(os.stat(path).st_mode):
+            raise FileNotFoundError
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{path}: no such folder of a checkpoint") from None
+    except OSError as error:
+        raise UnreadableError(f"{path}: cannot be read: {error.strerror}") from None
     try:
         sums = read_manifest(path, step_of(path))
         for name in sums.keys() - {STATE}:
@@ -110,18 +116,24 @@ def load(path: Path, divided: bool = False) -> dict[str, Any]:
         if not isinstance(state, dict):
             raise CheckpointError(f"{STATE} refused: it holds a {type(state).__name__}, expected a dict")
         return state if divided or len(sums) == 1 else distributed.unite(state, distributed.read(path))
-    except OSError as error:
+    except FileNotFoundError as error:
         raise CheckpointError(f"{path}: {Path(error.filename or '').name}: {error.strerror}") from None
+    except OSError as error:
+        name = Path(error.filename).name if error.filename else STATE
+        raise UnreadableError(f"{path}: {name} cannot be read: {error.strerror or one_line(error)}") from None
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # torch.load raises anything on what torch.save did not write
+        if isinstance(error, MemoryError) or CPU_MEMORY.search(str(error)):
+            raise  # the file is not to blame
         raise CheckpointError(f"{path}: {STATE} refused: no plain containers and tensors: {one_line(error)}") from None
 
 
 def newest(folder: Path, divided: bool = False) -> Newest:
     """Find the newest checkpoint in `folder` that loads; `divided` is as for `load`.
 
-    Folders that dead writers left behind are cleared; the work of a live writer is not touched.
+    Folders that dead writers left behind are cleared; the work of a live writer is not touched. A checkpoint that is
+    damaged is passed over. One that cannot be read at this moment may be whole: UnreadableError.
     """
     with contextlib.suppress(OSError, CheckpointError), _lock(folder) as locked:
         if locked:  # else somebody may be writing, or we have no right to: it can wait
@@ -130,6 +142,8 @@ def newest(folder: Path, divided: bool = False) -> Newest:
     for path in reversed(checkpoints(folder)):
         try:
             return Newest(path, load(path, divided), problems)
+        except UnreadableError:
+            raise
         except CheckpointError as error:
             problems.append(f"skipped the checkpoint {error}")
     return Newest(None, None, problems)
@@ -207,7 +221,10 @@ def _publish(new: Path, path: Path) -> None:
 
 def _prune(folder: Path, written: Path, keep: int) -> None:
     """Keep `written` and the newest others, `keep` in all, and those marked as kept; visibly broken ones go."""
-    others = [path for path in reversed(checkpoints(folder)) if path != written]
+    try:
+        others = [path for path in reversed(checkpoints(folder)) if path != written]
+    except UnreadableError:  # another time
+        return
     whole = [path for path in others if (path / MANIFEST).is_file() and (path / STATE).is_file()]
     stay = {*whole[: keep - 1], *(path for path in others if (path / KEPT).exists())}
     for path in set(others) - stay:

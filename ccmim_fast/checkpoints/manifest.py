@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from ccmim_fast.errors import CheckpointError
+from ccmim_fast.errors import CheckpointError, UnreadableError
 
 CHECKPOINTS = "checkpoints"  # the folder of them, in that of a run
 STATE, MANIFEST = "state.pt", "manifest.json"
@@ -41,9 +41,22 @@ class Hashed(io.BufferedWriter):
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints in `folder`, oldest first, undamaged or not; empty if there is no such folder."""
-    found = (path for path in folder.glob("step_*") if path.is_dir() and step_of(path) is not None)
-    return sorted(found, key=step_of)
+    """List the checkpoints in `folder`, oldest first, undamaged or not; empty if there is no such folder.
+
+    Raises UnreadableError where nobody can tell which there are.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = [folder / entry.name for entry in entries if step_of(Path(entry.name)) is not None]
+    except FileNotFoundError:
+        if folder.is_symlink():  # to a disk that is not there now
+            raise UnreadableError(f"{folder}: links to {os.readlink(folder)}, which is not there") from None
+        return []
+    except NotADirectoryError:
+        return []
+    except OSError as error:
+        raise UnreadableError(f"{folder}: cannot be read: {error.strerror}") from None
+    return sorted((path for path in found if not path.is_file()), key=step_of)
 
 
 def step_of(path: Path) -> int | None:

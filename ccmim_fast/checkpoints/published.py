@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ccmim_fast.checkpoints.claims import check_claims, check_size
 from ccmim_fast.checkpoints.convert import from_flat
 from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.config.keys import nearest
@@ -64,17 +65,22 @@ def read_weights(place: str) -> Weights:
         model, data = run.config.model, run.config.data
         told = (model.arch, model.num_heads, data.mean, data.std, data.image_size, run.step)
         return Weights(str(run.path), run.weights, *told)
+    if Path(place).exists() and not Path(place).is_file():
+        raise CheckpointError(f"{place}: cannot be read as weights: it is no file")  # opening a FIFO would wait
     found, about = _safetensors(place) if place.endswith(".safetensors") else (_pickled(place), {})
     if not found or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()):
         raise CheckpointError(f"{place}: holds no plain dictionary of tensors")
-    return Weights(place, _renamed(found), *_told(about, place))
+    weights = Weights(place, _renamed(found), *_told(about, place))
+    check_claims(weights.tensors, place)
+    check_size(weights.image_size, len(weights.mean), weights.tensors, place)
+    return weights
 
 
-def known_arch(arch: str) -> str:
+def known_arch(arch: str, key: str = "model.arch") -> str:
     """Return the name if timm knows such an architecture; raise ConfigError naming the nearest if not."""
     if not timm.is_model(arch) or "." in arch:
         names = timm.list_models("*vit*") + timm.list_models("*deit*")
-        raise ConfigError(f"model.arch={arch!r:.80}: no model of timm; nearest is {nearest(arch, names)}")
+        raise ConfigError(f"{key}={arch!r:.80}: no model of timm; nearest is {nearest(arch, names)}")
     return arch
 
 
@@ -105,7 +111,8 @@ def derived(of: Weights, given: list[str]) -> list[str]:
 
     The method is derived where no file of settings is among `given`, the options of the user.
     """
-    weights, found = of.tensors, {"model.arch": of.arch}
+    # What a file tells may be the name of a place that timm would ask, such as hf-hub:OWNER/NAME.
+    weights, found = of.tensors, {"model.arch": known_arch(of.arch, "--arch")}
     if not weights:
         return [f"--model.arch={of.arch}"]
     try:
@@ -159,7 +166,10 @@ def fill_(model: CCMIM, of: Weights) -> list[str]:
     if any(wrong.values()):
         said = "; ".join(f"{words}: {_named(keys)}" for words, keys in wrong.items() if keys)
         raise CheckpointError(f"{of.name}: not the weights of this model: {said}")
-    model.load_state_dict(weights | kept)
+    try:
+        model.load_state_dict(weights | kept)
+    except (RuntimeError, TypeError, NotImplementedError) as error:  # a dtype or layout that does not become float32
+        raise CheckpointError(f"{of.name}: not the weights of this model: {one_line(error)}") from None
     return new
 
 
@@ -193,7 +203,7 @@ def _safetensors(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(name, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError, MemoryError) as error:
         raise CheckpointError(f"{name}: cannot be read as weights: {one_line(error)}") from None
 
 
@@ -204,8 +214,7 @@ def _pickled(name: str) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(name, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds on damaged input
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{name}: cannot be read as weights: {reason[:200]}") from None
+        raise CheckpointError(f"{name}: cannot be read as weights: {one_line(error)}") from None
     for key in ("model", "state_dict"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
@@ -222,6 +231,8 @@ def _told(about: dict[str, str], name: str) -> tuple[str, int, tuple[float, ...]
     try:
         arguments = json.loads(about.get("timm_arguments", "{}"))
         heads, size = int(arguments.get("num_heads", 0)), tuple(map(int, arguments.get("img_size", ())))
+        if len(size) not in (0, 2):
+            raise ValueError(size)
         mean, std = (tuple(map(float, json.loads(about.get(key, "[]")))) for key in ("mean", "std"))
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise CheckpointError(

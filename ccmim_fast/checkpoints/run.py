@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ccmim_fast.build.model import build_model
 from ccmim_fast.checkpoints import io
+from ccmim_fast.checkpoints.claims import check_claims, check_size
 from ccmim_fast.checkpoints.manifest import CHECKPOINTS, MANIFEST
 from ccmim_fast.config.load import from_yaml
 from ccmim_fast.config.schema import Config
+from ccmim_fast.config.validate import validate
 from ccmim_fast.errors import CheckpointError, one_line
 from ccmim_fast.models.ccmim import CCMIM
 
@@ -75,14 +77,33 @@ def open_run(path: str | Path, weights: Literal["averaged", "trained"] = "averag
             tensors = {name.removeprefix(_EMA): value for name, value in averages.items() if name.startswith(_EMA)}
         if not all(name.partition(".")[0] in _PARTS for name in tensors):
             raise KeyError("an evaluation has other parts")
-        maps_NGG, config = state.get("maps"), from_yaml(text, str(found.path))
+        maps_NGG, config = state.get("maps"), from_yaml(text, str(found.path), check=_check_model)
     except (KeyError, TypeError, AttributeError, ValueError):
         raise CheckpointError(f"{found.path}: not a checkpoint of pretraining; name the folder of such a run") from None
+    _check_own(config, tensors, str(found.path))
     epoch = round(seen / max(samples, 1), 2)
     epoch = int(epoch) if epoch == int(epoch) else epoch
     return OpenedRun(
         found.path, folder, config, tensors, averaged, step, epoch, samples, images, maps_NGG, tuple(found.problems)
     )
+
+
+def _check_model(config: Config) -> None:
+    """Raise ConfigError for settings that no model has; those of its training may be refused by now."""
+    validate(config, trains=False)
+
+
+def _check_own(config: Config, tensors: dict[str, Tensor], place: str) -> None:
+    """Raise CheckpointError where the settings are of a larger model than the weights: it would be built first."""
+    check_claims(tensors, place)
+    check_size(config.data.image_size, config.data.channels, tensors, place)
+    encoder = ("encoder", "patch_embed.proj", config.model.depth, config.model.embed_dim)
+    for part, first, depth, width in (encoder, ("decoder", "embed", config.decoder.depth, config.decoder.dim)):
+        blocks = {name.split(".")[2] for name in tensors if name.startswith(f"{part}.blocks.")}
+        wide = len(tensors.get(f"{part}.{first}.weight", ()))
+        if depth not in (0, len(blocks)) or width not in (0, wide):
+            found = f"{part}: {len(blocks)} blocks, {wide} wide"
+            raise CheckpointError(f"{place}: the weights do not fit the settings: {found}")
 
 
 def portable(config: Config) -> Config:

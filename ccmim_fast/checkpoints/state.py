@@ -68,6 +68,7 @@ def restore(
     """
     try:
         model.load_state_dict(state["model"])
+        _check_moments(state["optimizer"], optimizer)
         if in_place:
             parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
             for index, parameter in enumerate(parameters):
@@ -79,6 +80,8 @@ def restore(
             optimizer.load_state_dict(state["optimizer"])
             for group, own in zip(optimizer.param_groups, before):
                 group.update({key: value for key, value in own.items() if key not in ("params", "step")})
+        if not all(isinstance(value, int | float) for value in state["scaler"].values()):
+            raise TypeError(f"the loss scaling is {state['scaler']!r:.200}")
         if state["scaler"]:  # empty where nothing was scaled
             scaler.load_state_dict(state["scaler"])
         if ema is not None:
@@ -87,6 +90,37 @@ def restore(
                 ema.module.load_state_dict(state["model"])
             else:
                 ema.load_state_dict(state["ema"])
-        return Progress(**state["progress"])
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        return _progress(state["progress"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"the checkpoint is of another model: {one_line(error, 300)}") from None
+
+
+def _check_moments(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError unless each tensor of an optimizer's state has its parameter's shape, or is one number.
+
+    torch's fused kernels take the shapes for granted, and read beyond a smaller tensor.
+    """
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    saved = [index for group in state["param_groups"] for index in group["params"]]
+    if len(own) != len(saved):
+        raise ValueError(f"the optimizer has {len(own)} parameters, the checkpoint {len(saved)}")
+    if unknown := state["state"].keys() - set(saved):
+        raise ValueError(f"moments of parameters that there are not: {sorted(unknown, key=str)[:3]}")
+    for index, parameter in zip(saved, own):
+        for name, value in state["state"].get(index, {}).items():
+            if not isinstance(value, Tensor):
+                if not isinstance(value, int | float | None):
+                    raise TypeError(f"{name} of parameter {index} is a {type(value).__name__}")
+                continue
+            fits = value.numel() == 1 if name == "step" else value.shape == parameter.shape
+            if not fits or not value.is_floating_point():
+                kind = f"{tuple(value.shape)} {value.dtype}"
+                raise ValueError(f"{name} of parameter {index} is {kind}, expected {tuple(parameter.shape)}")
+
+
+def _progress(told: dict[str, Any]) -> Progress:
+    found = Progress(**told)
+    counts = (found.step, found.seen, found.samples, found.shards)
+    if not all(type(count) is int and count >= 0 for count in counts) or not isinstance(found.images, str):
+        raise ValueError(f"progress={told!r:.200} must hold whole numbers from 0 on")
+    return found

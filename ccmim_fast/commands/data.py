@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,6 +13,7 @@ from ccmim_fast.config.parser import Parser, whole_number
 from ccmim_fast.data.index.indexed import IndexedSource, open_images
 from ccmim_fast.data.progress import progress_bar
 from ccmim_fast.data.verify import summary, verify, without_name
+from ccmim_fast.runs.output import new_folder
 
 NAMES = {
     "index": "make the index of a set of images, or bring it up to date",
@@ -66,8 +68,8 @@ def _shard(parser: Parser, argv: list[str]) -> None:
 
     source = _open(given)
     options = {name: getattr(given, name) for name in ("side", "quality", "shard_bytes", "seed", "workers")}
-    with progress_bar("writing") as report:
-        index, left_out = write_shards(source, given.out, report=report, **options)
+    with new_folder(Path(given.out), "ccmim data shard") as partial, progress_bar("writing") as report:
+        index, left_out = write_shards(source, str(partial), report=report, **options)
     tars = _count(len(index.containers), "tar")
     print(f"{_count(len(index), 'image')} in {tars}; train on them with --data.root={given.out!r}")
     _print_list(_named(source, left_out), "left out", shown=None)

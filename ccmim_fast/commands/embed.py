@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from ccmim_fast.config.parser import Parser, whole_number
-from ccmim_fast.errors import ConfigError
+from ccmim_fast.errors import ConfigError, say
 
 SUFFIXES = (".npy", ".arrow")
 _HELP = """
 Write the features of images, in the order of their index. FILE.npy holds float32 [N, D], and FILE.jsonl beside it the
-name and class of each row; FILE.arrow holds columns name, label (where the images have classes) and features. Images
-are shown whole, resized to the run's size.
+name and class of each row (-1: none); FILE.arrow holds columns name, label (where the images have classes) and
+features. Images are shown whole, resized to the run's size. One that does not decode is counted and has no row.
 """
 
 
@@ -31,4 +31,5 @@ def embed(argv: list[str]) -> None:
 
     made = embed_folder(**vars(given))
     left_out = f"; {made.left_out} images cannot be used" if made.left_out else ""
-    print(f"{given.out}: {made.images} x {made.width}{left_out}")
+    left_out += f", the first that does not decode: {made.reason}" if made.reason else ""
+    say(f"{given.out}: {made.images} x {made.width}{left_out}")

@@ -6,6 +6,7 @@ from ccmim_fast.commands import take_name
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.load import presets
 from ccmim_fast.config.parser import Parser, whole_number, words
+from ccmim_fast.errors import say
 from ccmim_fast.evaluation.registry import EVALUATIONS
 
 _HELP = """
@@ -34,7 +35,7 @@ def evaluate(argv: list[str]) -> None:
     from ccmim_fast.evaluation import run
 
     if result := run.evaluate(name, **given):
-        print(result)
+        say(result)
 
 
 def parser_of(name: str) -> Parser:

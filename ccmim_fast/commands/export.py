@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ccmim_fast.config.keys import nearest
 from ccmim_fast.config.parser import Parser
-from ccmim_fast.errors import ConfigError
+from ccmim_fast.errors import ConfigError, say
 from ccmim_fast.export.targets import TARGETS, export_run
 
 _HELP = """
@@ -17,17 +17,18 @@ beside the weights. Averaged weights are taken where the run has them.
 def export(argv: list[str]) -> None:
     """Write one of `TARGETS`, print the paths, and upload the folder if asked to."""
     given = _read(argv)
-    print(*export_run(given.target, given.run, given.out, given.result, given.push), sep="\n")
+    for path in export_run(given.target, given.run, given.out, given.result, given.push):
+        say(str(path))
     if not given.push:
         return
     from ccmim_fast.export.hub import push, to_upload
 
     if not given.dry_run:
-        print(push(given.out, given.push, given.private))
+        say(push(given.out, given.push, given.private))
         return
-    print(f"would go to {given.push}, {'private' if given.private else 'for everyone'}:")
+    say(f"would go to {given.push}, {'private' if given.private else 'for everyone'}:")
     for name, size in to_upload(given.out):
-        print(f"{size:>14,} bytes  {name}")
+        say(f"{size:>14,} bytes  {name}")
 
 
 def _read(argv: list[str]) -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 from ccmim_fast.config.load import presets
 from ccmim_fast.config.parser import Parser, words
+from ccmim_fast.errors import say
 
 _HELP = """
 Make a checkpoint of published weights. FILE: MAE's or the authors' ccMIM .pth; timm's .pth or .safetensors of an
@@ -18,7 +19,7 @@ def import_weights(argv: list[str]) -> None:
     from ccmim_fast.export import imported
 
     path, new = imported.import_weights(given.file, given.arch, given.out, words(given.settings))
-    print(f"{path}; not in the file, starts anew: {', '.join(new)}" if new else path)
+    say(f"{path}; not in the file, starts anew: {', '.join(new)}" if new else str(path))
 
 
 def parser() -> Parser:

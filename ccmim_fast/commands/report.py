@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ccmim_fast.config.parser import Parser, whole_number
+from ccmim_fast.errors import say
 from ccmim_fast.report.compare import compare_runs
 
 _HELP = """
@@ -26,4 +27,5 @@ def report(argv: list[str]) -> None:
     given = parser.parse_args(argv)
     count, remarks = compare_runs(**vars(given))
     size = given.out.stat().st_size / 1e6
-    print(f"{given.out}: {count} run{'s' * (count > 1)}, {size:.1f} MB", *remarks, sep="\n")
+    for line in (f"{given.out}: {count} run{'s' * (count > 1)}, {size:.1f} MB", *remarks):
+        say(line)

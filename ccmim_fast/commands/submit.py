@@ -37,6 +37,9 @@ def submit(argv: list[str]) -> None:
         raise ConfigError("ccmim submit: the settings are missing; write ccmim submit [options] -- --config NAME ...")
     config, job = make_config(settings), Job(**given)
     check_job(config, job)
+    from ccmim_fast.runs.folder import check_apart, read_by
+
+    check_apart(config.run.dir, read_by(config.data))
     settings = words({**settings, "run.resume": "auto"})
     if printing:
         print(sbatch_script(config, job, settings))

@@ -167,6 +167,9 @@ def validate_evaluation(config: EvalConfig) -> None:
     for key in ("knn.k", "logreg.c", "head.rates", "detect.short_sides"):
         if not values[key]:
             refuse(key, (), "a list of one number at least", flatten(EvalConfig())[key])
+    for key in ("knn.k", "logreg.c", "head.rates", "optim.milestones"):
+        if (once := tuple(dict.fromkeys(values[key]))) != values[key]:
+            refuse(key, values[key], "a list that names each number once", once)
     policies = ("rand", "augmix", "original", "v0")
     if config.augment.auto and not config.augment.auto.startswith(policies):
         refuse("augment.auto", config.augment.auto, "a policy of timm", nearest(config.augment.auto, policies))

@@ -4,6 +4,7 @@ A file is a list of settings like the command line, so both go one way: key chec
 setting's type, ranges validated. Whatever is wrong is a ConfigError of one line.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,6 +21,9 @@ from ccmim_fast.config.validate import validate
 from ccmim_fast.config.values import read
 from ccmim_fast.config.yaml_file import read_settings
 from ccmim_fast.errors import ConfigError
+from ccmim_fast.secrets import without_secrets
+
+_LONGEST = 2**18  # bytes of a file of settings; all of them with their values are 4,000
 
 
 class _Dumper(yaml.SafeDumper):
@@ -87,8 +91,12 @@ def presets(below: str = "") -> dict[str, Path]:
 
 
 def to_yaml(config: Any) -> str:
-    """Return every setting of `config` as YAML; loading it gives an equal configuration."""
-    return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True)
+    """Return every setting of `config` as YAML; loading it gives an equal configuration.
+
+    But for passwords, keys and tokens of URLs, which no file of a run holds: a command needs them anew.
+    """
+    options = {"sort_keys": False, "default_flow_style": False, "allow_unicode": True, "width": math.inf}
+    return without_secrets(yaml.dump(asdict(config), Dumper=_Dumper, **options))
 
 
 def from_yaml(text: str, name: str, schema: type = Config, check: Callable[[Any], None] = validate) -> Any:
@@ -112,7 +120,13 @@ def _read_file(name: str, folder: str) -> tuple[bytes, str]:
         path = known[name]
         name = path.name
     try:
-        return path.read_bytes(), f" in {name if name.isprintable() else show(name)}"
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        if not path.is_dir() and path.exists() and not path.is_file():
+            raise ValueError("is no file")  # a pipe or a device, of which nobody knows if it ends
+        with open(path, "rb") as file:
+            content = file.read(_LONGEST + 1)
+        if len(content) > _LONGEST:
+            raise ValueError(f"is longer than {_LONGEST:,} bytes")
+        return content, f" in {name if name.isprintable() else show(name)}"
+    except (OSError, ValueError) as error:  # ValueError also: a NUL character in the path
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"--config={show(name)}: {reason}; nearest preset is {nearest(path.stem, known)}") from None

@@ -14,7 +14,7 @@ from ccmim_fast.config.values import check_values, refuse
 from ccmim_fast.registry import CONTRASTS, SCORE_SOURCES
 
 
-def validate(config: Config, world_size: int = 1) -> None:
+def validate(config: Config, world_size: int = 1, trains: bool = True) -> None:
     """Return if `config` can run on `world_size` ranks; else raise ConfigError, of several mistakes for the first.
 
     Images, checkpoints and devices are not looked at: whoever opens them reports what is wrong there.
@@ -29,6 +29,16 @@ def validate(config: Config, world_size: int = 1) -> None:
     if config.train.device == "cpu" and config.train.precision == "fp16":
         refuse("train.precision", "fp16", "fp32, bf16 or auto on a CPU", "bf16")
     check_batch(config, world_size)
+    if trains:
+        check_warm_up("optim.warmup_epochs", config.optim.warmup_epochs, config.train.epochs)
+
+
+def check_warm_up(key: str, warm_up: float, length: float) -> None:
+    """Refuse a warm-up, in the unit of the setting `key`, that is longer than the run: its rate would never be had."""
+    if warm_up > length:
+        near = math.floor(1000 * length) / 1000
+        near = int(near) if near == int(near) else near
+        refuse(key, warm_up, f"at most the length of the run, {near} {key.rpartition('_')[2]}", near)
 
 
 def check_order(config: Any, *keys: str) -> None:

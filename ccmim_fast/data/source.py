@@ -2,6 +2,8 @@
 
 # N samples, P positions, X excluded samples, H height, W width, C channels
 
+import copy
+import hashlib
 from typing import Protocol
 
 import numpy as np
@@ -51,6 +53,20 @@ def excluded_summary(source: Source) -> list[str]:
     """Return a phrase with the number of excluded samples and the name of the first one; empty if there is none."""
     count = len(source.excluded_X)
     return [f"{count} of {len(source)} left out, the first {source.name(int(source.excluded_X[0]))!r}"] if count else []
+
+
+def without(source: Source, ids_X: np.ndarray, why: str) -> Source:
+    """Return the same source without some more of its samples; `left_out` of it tells their ids [X] by the reason.
+
+    `why` is a phrase behind "left out": "without a label". Their share is not held against `data.max_bad`.
+    """
+    if not len(ids_X):
+        return source
+    made = copy.copy(source)
+    made.excluded_X = np.union1d(source.excluded_X, ids_X).astype(np.int64)
+    made.left_out = {**getattr(source, "left_out", {}), why: ids_X}
+    made.fingerprint = hashlib.sha256(source.fingerprint.encode() + made.excluded_X.tobytes()).hexdigest()[:16]
+    return made
 
 
 def usable_ids(source: Source, positions_P: np.ndarray) -> np.ndarray:

@@ -12,9 +12,12 @@ from ccmim_fast.config.keys import settings, show
 from ccmim_fast.config.load import difference, from_yaml
 from ccmim_fast.config.schema import Config
 from ccmim_fast.engine.task import Task
-from ccmim_fast.errors import CheckpointError, ConfigError
+from ccmim_fast.errors import CheckpointError, ConfigError, StoppedError, say
 from ccmim_fast.ranks.fsdp import is_sharded, let_go
 from ccmim_fast.ranks.session import Session, backend_timeout, barrier, broadcast
+from ccmim_fast.runs.state import read_state
+
+_SAVED = (0, StoppedError.exit_code)  # exit codes of runs that have saved their last step
 
 
 class Checkpointer:
@@ -68,10 +71,10 @@ class Checkpointer:
         progress = self._restore(state, in_place=False)
         self._here.watchdog.enter_phase("loading a checkpoint", progress.step)
         if self._here.is_main and (problem := self._other_stream(progress)):
-            print(problem, flush=True)
+            say(problem)
         # Every place where a step may begin is a multiple of the shards; another batch may have left one that is not.
         shards = self._plan.partitions
-        return progress.step, -(-progress.seen // shards) * shards
+        return progress.step, -(-self._seen_now(progress) // shards) * shards
 
     def go_back(self) -> int | None:
         """Take everything but the place in the stream from the newest checkpoint: it goes on past what came since.
@@ -92,10 +95,26 @@ class Checkpointer:
             path = broadcast(None)
             return path, None if path is None else self._load(path)
         found = io.newest(self.folder, divided=self._collective is not None)
+        if found.path is None:
+            self._check_new(found.problems)
         for problem in found.problems:
-            print(problem, flush=True)
+            say(problem)
         broadcast(found.path)
         return found.path, found.state if found.path is None else self._own(found.path, found.state)
+
+    def _check_new(self, problems: list[str]) -> None:
+        """Raise CheckpointError where a run begins anew, as no checkpoint loads, though there are some or were."""
+        state = read_state(self.folder.parent)
+        if problems:
+            raise CheckpointError(
+                f"{self.folder}: none of its checkpoints loads: {'; '.join(problems)}; nothing is changed: "
+                "go on from a copy with --run.resume PATH, or start anew with --overwrite"
+            )
+        if state is not None and state.exit_code in _SAVED:
+            raise CheckpointError(
+                f"{self.folder}: no checkpoint in it, though state.json says that the run was {state.state} with all "
+                "saved; put them back, or start anew with --overwrite"
+            )
 
     def _load(self, path: Path) -> dict[str, Any]:
         return self._own(path, io.load(path, divided=self._collective is not None))
@@ -123,7 +142,7 @@ class Checkpointer:
         if self._here.is_main and len(rows) > 1:
             widths = [max(map(len, column)) for column in zip(*rows)]
             for row in rows:
-                print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip(), flush=True)
+                say("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
         for key, then, now in found:
             if known[key].on_resume == "shape":
                 raise CheckpointError(f"{key}={now}: the checkpoint is of another model; use {then}")
@@ -136,6 +155,15 @@ class Checkpointer:
         task.restore(state, progress)
         return progress
 
+    def _seen_now(self, progress: Progress) -> int:
+        """Return the samples behind the run in the stream of the images that there are now.
+
+        Of a set that grew or shrank it is the same number of epochs, and so the same place in a schedule of epochs.
+        """
+        if not progress.samples or not self._task.in_epochs:
+            return progress.seen
+        return progress.seen * self._plan.samples // progress.samples
+
     def _other_stream(self, progress: Progress) -> str:
         """Say what makes the stream of samples another one than that of the checkpoint; "": nothing."""
         plan = self._plan
@@ -143,6 +171,9 @@ class Checkpointer:
             return ""
         if progress.images != plan.source.fingerprint:
             what = f"the images are not those of the checkpoint ({progress.samples} then, {plan.samples} now)"
+            if progress.samples != plan.samples and self._task.in_epochs:
+                epoch, epochs = progress.seen / progress.samples, self._config.train.epochs
+                what += f"; it goes on at epoch {epoch:.2f} of {epochs}, each of them has {plan.samples} images now"
         elif progress.shards != plan.partitions:
             what = f"score.shards={plan.partitions} is not the checkpoint's {progress.shards}"
         else:

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from ccmim_fast.config.evaluation import EvalConfig
@@ -18,6 +17,7 @@ from ccmim_fast.errors import NumericsError, StoppedError
 from ccmim_fast.profile.meter import Meter
 from ccmim_fast.ranks.session import Session
 from ccmim_fast.ranks.signals import StopSignals
+from ccmim_fast.runs.folder import RunFolder
 from ccmim_fast.runs.metrics import Metrics, ProgressLine
 
 Steps = Iterable[list[Any]]  # the micro-batches of each step
@@ -27,13 +27,13 @@ class Loop:
     """One run of a task, resumed where `run.resume` says. Every rank has one; `close` ends its lines and records.
 
     `step` and `seen` are the optimizer steps taken, and the samples that they showed over all ranks; `folder`, the
-    run's, is open already.
+    run's, is open, and begins once the checkpoint is loaded and nothing is left to be refused.
     """
 
-    def __init__(self, task: Task, config: Config | EvalConfig, here: Session, folder: Path):
-        self.task, self.config, self.here, self.folder = task, config, here, folder
+    def __init__(self, task: Task, config: Config | EvalConfig, here: Session, folder: RunFolder):
+        self.task, self.config, self.here = task, config, here
         self.samples = task.loader.plan.samples  # of an epoch
-        self.checkpointer = Checkpointer(config, here, folder, task, self.note)
+        self.checkpointer = Checkpointer(config, here, folder.path, task, self.note)
         self.step, self.seen = self.checkpointer.resume()
         self.total_steps = self._count_steps()
         task.check(self.total_steps - self.step)
@@ -41,9 +41,11 @@ class Loop:
         self.signals = StopSignals(keep_after_error=here.world_size > 1)
         self.meter = Meter(config.train.batch_size, here, task.count_flops(), task.precision.dtype)
         self.metrics = None
+        folder.begin(config, here.device, lambda: self.step >= self.total_steps)
         if here.is_main:
-            self.metrics = Metrics(folder, tensorboard=config.run.tensorboard, resume_step=self.step)
-        self.progress = ProgressLine(task.headline, self.total_steps, self.step, here.is_main, folder / "log.txt")
+            self.metrics = Metrics(folder.path, tensorboard=config.run.tensorboard, resume_step=self.step)
+        log = folder.path / "log.txt"
+        self.progress = ProgressLine(task.headline, self.total_steps, self.step, here.is_main, log)
         # Every rank reads images of its own, and tells of those that failed.
         note = self.progress.note if here.is_main else functools.partial(print, f"rank {here.rank}:", flush=True)
         self.data_report = DataReport(task.loader, config.data.image_size, note, self.metrics)

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import gc
 import os
-import re
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +19,12 @@ from ccmim_fast.config.validate import check_batch
 from ccmim_fast.engine.build import build_step, has_bank
 from ccmim_fast.engine.compile import choose_compile, compile_step, warm_up
 from ccmim_fast.engine.dry_run import synthetic_batch
-from ccmim_fast.errors import MachineError
+from ccmim_fast.errors import CPU_MEMORY, MachineError, say
 from ccmim_fast.ranks.session import Session, max_over_ranks
 from ccmim_fast.runs.state import read_state, write_state
 
 SMALLEST = 2  # images; the heads' BatchNorm needs two rows
 MEASURED = (2, 4)  # images of the steps whose peaks are measured
-_CPU_MESSAGE = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:
@@ -75,10 +73,9 @@ def with_largest_batch(config: Config, here: Session, fits: Callable[[int], bool
         raise MachineError(f"train.find_batch: {SMALLEST} images do not fit {here.device}; try train.recompute=true")
     accumulate = _accumulation(per_rank, found) or per_rank
     if here.is_main:
-        print(
+        say(
             f"largest micro-batch that fits: {found} images{' (all there are)' if found == per_rank else ''}; "
-            f"train.accumulate={accumulate}, {per_rank // accumulate} images each",
-            flush=True,
+            f"train.accumulate={accumulate}, {per_rank // accumulate} images each"
         )
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=accumulate))
     check_batch(config, here.world_size)
@@ -113,7 +110,7 @@ def explains_out_of_memory(fit: Callable[..., Path]) -> Callable[..., Path]:
         except torch.OutOfMemoryError as error:
             line = _advice_for_gpu(config, error)
         except (RuntimeError, MemoryError) as error:
-            asked = _CPU_MESSAGE.search(str(error))
+            asked = CPU_MEMORY.search(str(error))
             if asked is None and not isinstance(error, MemoryError):
                 raise
             line = _advice_for_host(config, int(asked[1]) if asked else 0)

@@ -15,7 +15,7 @@ from ccmim_fast.checkpoints.state import Progress
 from ccmim_fast.config.schema import Config
 from ccmim_fast.config.validate import validate
 from ccmim_fast.data.build import Loader, build_loader, build_source
-from ccmim_fast.data.source import excluded_summary
+from ccmim_fast.data.source import excluded_summary, usable_count
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine import choices
 from ccmim_fast.engine.build import build_bank, build_step, check_device, check_images, choose_shards, prepare_step
@@ -26,12 +26,11 @@ from ccmim_fast.engine.memory import explains_out_of_memory, with_largest_batch
 from ccmim_fast.engine.post_mortem import Evidence, write_capture
 from ccmim_fast.engine.step import StepResult
 from ccmim_fast.engine.task import Report, Task
-from ccmim_fast.errors import CcmimError, CheckpointError, one_line
+from ccmim_fast.errors import CcmimError, CheckpointError, one_line, say
 from ccmim_fast.optim.update import lr_at, scaled_lr
 from ccmim_fast.profile.profiler import Profile, check_room
 from ccmim_fast.ranks.session import Session, main_first, max_over_ranks, mean_over_ranks, open_session
-from ccmim_fast.runs.folder import describe_run, open_run_folder
-from ccmim_fast.runs.state import recorded
+from ccmim_fast.runs.folder import read_by, run_folder
 
 # Called on the first rank after an epoch (and once before the first, as epoch 0) with the number of the epoch and the
 # run, whose model is in eval mode.
@@ -49,21 +48,23 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None
         if config.train.find_batch:
             config = with_largest_batch(config, here)
         # In the order in which a mistake is cheapest to find: folder, images, model, checkpoint.
-        folder = open_run_folder(config) if here.is_main else Path(config.run.dir)
-        here.watchdog.start(folder)
-        task = Pretraining(config, here, folder, after_epoch, more)
-        with closing(Loop(task, config, here, folder)) as loop:
-            train, model, precision = config.train, task.model, task.precision
-            images = train.batch_size // here.world_size
-            profile = Profile(train.profile, here, folder, loop.meter, model, precision, images=images, note=loop.note)
-            if here.is_main:
-                describe_run(folder, config, here.device)
-                write_table(folder / AUTOTUNE, task.chosen)
-                for line in task.chosen.notes():
-                    loop.note(line)
-            with recorded(folder, here.is_main, lambda: loop.step >= loop.total_steps):
-                loop.run(profile.watch)
-    return folder
+        with run_folder(config.run, read_by(config.data), is_main=here.is_main) as folder:
+            here.watchdog.start(folder.path)
+            task = Pretraining(config, here, folder.path, after_epoch, more)
+            with closing(Loop(task, config, here, folder)) as loop:
+                if here.is_main:
+                    write_table(folder.path / AUTOTUNE, task.chosen)
+                    for line in task.chosen.notes():
+                        loop.note(line)
+                loop.run(_profile(task, loop).watch)
+    return folder.path
+
+
+def _profile(task: "Pretraining", loop: Loop) -> Profile:
+    train, model, precision = task.config.train, task.model, task.precision
+    images = train.batch_size // task.here.world_size
+    options = {"images": images, "note": loop.note}
+    return Profile(train.profile, task.here, task.folder, loop.meter, model, precision, **options)
 
 
 class Pretraining(Task):
@@ -131,7 +132,7 @@ class Pretraining(Task):
         config = self.config
         if config.model.drop_path > 0:
             # Stochastic depth draws from the global generator: keyed by step and rank, so that a resumed run repeats.
-            torch.manual_seed((config.seed << 40) + step * self.here.world_size + self.here.rank)
+            torch.manual_seed((config.seed << 32 | step * self.here.world_size + self.here.rank) % 2**64)
         lr = lr_at(
             seen / self._samples,
             peak=scaled_lr(config.optim.base_lr, config.train.batch_size),
@@ -184,10 +185,16 @@ class Pretraining(Task):
         maps_NGG, cells = state.get("maps"), self.config.score.grid
         if self.bank is None or maps_NGG is None:
             return
+        if not isinstance(maps_NGG, torch.Tensor) or maps_NGG.ndim != 3 or not maps_NGG.is_floating_point():
+            raise CheckpointError("the checkpoint's score maps are none; start anew with --overwrite")
         if tuple(maps_NGG.shape[1:]) != (cells, cells):
             raise CheckpointError(f"score.grid={cells}: the checkpoint's maps have {maps_NGG.shape[1]}; use that")
         if progress.images == self.source.fingerprint:  # maps are those of the images
+            if len(maps_NGG) != (count := usable_count(self.source)):
+                raise CheckpointError(f"the checkpoint has score maps of {len(maps_NGG)} images, not of {count}")
             self.bank.fill(maps_NGG)
+        elif self.here.is_main:
+            say("score.source=bank: the score maps begin anew, as those of the checkpoint are of other images")
 
     def evidence(self, result: StepResult, batches: Sequence[Batch]) -> Evidence:
         # A captured step writes its masks into the same memory again.

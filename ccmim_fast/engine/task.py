@@ -34,6 +34,7 @@ class Task:
     ema: AveragedModel | None  # averaged weights
     loader: Loader  # of the images to train on
     length: int  # samples of all epochs together
+    in_epochs: bool = True  # the length is so many passes over the images, however many there are
     precision: Precision  # of the step's products
     headline: str  # one line on images and model, printed before the first step
 

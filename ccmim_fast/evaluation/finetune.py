@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.evaluation.job import Job
+from ccmim_fast.evaluation.job import Job, Work
 from ccmim_fast.evaluation.loader import SampleLoader
 from ccmim_fast.evaluation.supervised import Classifier, seed_generators
 
 _ATTEMPTS = 10
 
 
-def run(job: Job) -> dict[str, float]:
-    """Train all weights; returns the accuracies of the end."""
+def prepare(job: Job) -> Work:
+    """Prepare the training of all weights, to the accuracies of the end."""
     config, here, mixes = job.config, job.here, job.config.augment.mixup or job.config.augment.cutmix
     if len(job.weights.mean) != 3:
         raise ConfigError(f"data.mean: {len(job.weights.mean)} channels; timm's augmentation needs 3")
@@ -38,7 +38,7 @@ def run(job: Job) -> dict[str, float]:
         """Training images are prepared by timm; those to test on are uint8 [B, H, W, C]."""
         return images if images.is_floating_point() else ((images / 255 - mean_C) / std_C).permute(0, 3, 1, 2)
 
-    return Classifier(job, vit, inputs, build_optimizer(vit, config.optim), AugmentedLoader(job)).run()
+    return Classifier(job, vit, inputs, build_optimizer(vit, config.optim), AugmentedLoader(job)).run
 
 
 def build_optimizer(vit: nn.Module, optim: EvalOptimConfig, *new: nn.Module) -> torch.optim.Optimizer:

@@ -1,7 +1,9 @@
 """Micro-batches that other processes prepare, sample by sample: what evaluations train on, and what they test on."""
 
+import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,9 +14,10 @@ from ccmim_fast.data.source import usable_count, usable_ids
 from ccmim_fast.data.stream.plan import MicroBatch, Plan
 from ccmim_fast.data.stream.prefetch import load_with_fallback
 from ccmim_fast.data.threads import thread_count
-from ccmim_fast.errors import CcmimError
+from ccmim_fast.errors import CcmimError, DataError
 from ccmim_fast.evaluation.job import Job
 
+_SHARED = 2**30  # bytes of /dev/shm: Docker gives 64 MB, a batch of 1024 images takes 150 MB
 _AHEAD = 1  # micro-batches of each process: as large as a step's, and there are as many of them as processes
 
 
@@ -71,15 +74,31 @@ class SampleLoader:
 def samples_to_test(job: Job, read: Callable[[int], Any]) -> Iterator[list[Any]]:
     """Yield what `read` gives of this rank's share of the test images, every `world_size`-th once, some at a time.
 
-    `read` raises DataError naming a bad image, which ends the test.
+    Where `read` raises DataError the image is left out, and recorded in `job.test.bad`.
     """
     here, train, source = job.here, job.config.train, job.test.source
     ids = usable_ids(source, np.arange(here.rank, usable_count(source), here.world_size)).tolist()
     size = max(1, train.batch_size // (train.accumulate * here.world_size))
     batches = (ids[first : first + size] for first in range(0, len(ids), size))
-    for samples in prepared(read, batches, list, job.config.data.workers, here.device):
+
+    def tried(index: int) -> Any:
+        try:
+            return read(index)
+        except DataError as error:
+            return _Failed(index, str(error))
+
+    for found in prepared(tried, batches, list, job.config.data.workers, here.device):
         here.watchdog.enter_phase("evaluating the model")
-        yield samples
+        for one in found:
+            if isinstance(one, _Failed):
+                job.test.bad.add(one.index, one.reason, lasting=False)
+        if samples := [one for one in found if not isinstance(one, _Failed)]:
+            yield samples
+
+
+class _Failed(NamedTuple):
+    index: int
+    reason: str
 
 
 def prepared(
@@ -99,7 +118,7 @@ def prepared(
     workers = thread_count(workers)
     workers = 0 if workers == 1 else workers
     loader = DataLoader(
-        _WholeBatches(make, collate),
+        _WholeBatches(make, collate, pickled=workers > 0 and shared_memory_is_small()),
         batch_size=None,
         sampler=batches,
         collate_fn=lambda batch: batch,
@@ -108,19 +127,34 @@ def prepared(
         pin_memory=device.type == "cuda",
     )
     for batch in loader:
+        if isinstance(batch, bytes):
+            batch = pickle.loads(batch)
         if isinstance(batch, CcmimError):
             raise batch
         yield batch
 
 
-class _WholeBatches(Dataset):
-    """Keys of a batch -> the batch, or the user's error: raised in a process, torch would put its traceback first."""
+def shared_memory_is_small() -> bool:
+    """Return whether tensors of processes might not fit into /dev/shm, where a write beyond its end kills a process."""
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:  # another system, with another limit
+        return False
+    return found.f_bavail * found.f_frsize < _SHARED
 
-    def __init__(self, make: Callable[[Any], Any], collate: Callable[[list], Any]):
-        self._make, self._collate = make, collate
+
+class _WholeBatches(Dataset):
+    """Keys of a batch -> the batch, or the user's error: raised in a process, torch would put its traceback first.
+
+    `pickled` makes bytes of it, which go through a pipe; tensors go through shared memory.
+    """
+
+    def __init__(self, make: Callable[[Any], Any], collate: Callable[[list], Any], pickled: bool = False):
+        self._make, self._collate, self._pickled = make, collate, pickled
 
     def __getitem__(self, keys: list) -> Any:
         try:
-            return self._collate([self._make(key) for key in keys])
+            found = self._collate([self._make(key) for key in keys])
         except CcmimError as error:
-            return error
+            found = error
+        return pickle.dumps(found, pickle.HIGHEST_PROTOCOL) if self._pickled else found

@@ -13,7 +13,7 @@ from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.data.build import build_loader
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.frozen.features import pooled
-from ccmim_fast.evaluation.job import Job
+from ccmim_fast.evaluation.job import Job, Work
 from ccmim_fast.evaluation.supervised import Classifier
 
 Groups = Sequence[tuple[Iterator[nn.Parameter], float]]
@@ -21,8 +21,8 @@ Groups = Sequence[tuple[Iterator[nn.Parameter], float]]
 TRUST = 0.001  # coefficient of LARS; MAE, util/lars.py
 
 
-def linear(job: Job) -> dict[str, float]:
-    """Train the linear probe: one linear layer, or one for each of `head.rates`, all on the same batches."""
+def linear(job: Job) -> Work:
+    """Prepare the linear probe: one linear layer, or one for each of `head.rates`, all on the same batches."""
     pool, rates = job.config.model.pool, job.config.head.rates
     encoder = job.frozen_encoder(pool)
     head = LinearHeads(encoder.width, job.test.classes, len(rates), job.config.head.init_std)
@@ -31,19 +31,19 @@ def linear(job: Job) -> dict[str, float]:
     def inputs(images_BHWC: Tensor) -> Tensor:
         return pooled(encoder(images_BHWC), encoder.prefix, pool)
 
-    names = ("accuracy",) if len(rates) == 1 else tuple(f"rate x {rate:g}" for rate in rates)
+    names = ("accuracy",) if len(rates) == 1 else tuple(f"rate x {rate:.12g}" for rate in rates)
     groups = [(linear_.parameters(), rate) for linear_, rate in zip(head.linears, rates)]
-    return _train(job, head, inputs, groups, names)
+    return _prepared(job, head, inputs, groups, names)
 
 
-def attentive(job: Job) -> dict[str, float]:
-    """Train the attentive probe: a learned query attends to all tokens."""
+def attentive(job: Job) -> Work:
+    """Prepare the attentive probe: a learned query attends to all tokens."""
     encoder = job.frozen_encoder()
     heads = job.config.head.num_heads or encoder.vit.blocks[0].attn.num_heads
     if encoder.width % heads:
         raise ConfigError(f"head.num_heads={heads}: must be a divisor of the width {encoder.width}; nearest valid is 1")
     head = AttentiveHead(encoder.width, job.test.classes, heads, job.config.head.init_std)
-    return _train(job, head, torch.no_grad()(encoder), [(head.parameters(), 1.0)], ("accuracy",))
+    return _prepared(job, head, torch.no_grad()(encoder), [(head.parameters(), 1.0)], ("accuracy",))
 
 
 class LinearHeads(nn.Module):
@@ -101,11 +101,11 @@ def build_head_optimizer(optim: EvalOptimConfig, groups: Groups) -> torch.optim.
     return timm.optim.Lars(split, lr=optim.base_lr, momentum=optim.momentum, trust_coeff=TRUST, eps=0.0)
 
 
-def _train(
+def _prepared(
     job: Job, head: nn.Module, inputs: Callable[[Tensor], Tensor], groups: Groups, names: tuple[str, ...]
-) -> dict[str, float]:
-    config, here, (source, data) = job.config, job.here, job.train
+) -> Work:
+    config, here, images = job.config, job.here, job.train
     head.to(here.device)
     division = {"accumulate": config.train.accumulate, "rank": here.rank, "world_size": here.world_size}
-    loader = build_loader(source, data, config.seed, config.train.batch_size, here.device, **division)
-    return Classifier(job, head, inputs, build_head_optimizer(config.optim, groups), loader, names).run()
+    loader = build_loader(images.source, images.data, config.seed, config.train.batch_size, here.device, **division)
+    return Classifier(job, head, inputs, build_head_optimizer(config.optim, groups), loader, names).run

@@ -13,6 +13,7 @@ from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.encoders import width_and_patch
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.registry import EVALUATIONS
+from ccmim_fast.secrets import without_secrets
 
 FOLDER = "eval"  # of the presets, below configs/
 ENCODERS = {"ViT-B/16": (768, 16), "ViT-L/16": (1024, 16), "ViT-H/14": (1280, 14)}  # width, patch in pixels
@@ -65,7 +66,7 @@ def deviations(of: Protocol, job: Job) -> list[str]:
 
 def write_result(folder: Path, result: dict[str, Any], of: Protocol) -> str:
     """Write result.json and result.md into the run's folder; returns what to print: one line and the box."""
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "result.json").write_text(without_secrets(json.dumps(result, indent=1)) + "\n")
     chance = {} if result["chance"] is None else {"chance": result["chance"]}
     shares = {name: f"{value:.2%}" for name, value in (result["figures"] | chance).items()}
     line = f"{of.evaluation} of {result['checkpoint']}: " + ", ".join(" ".join(share) for share in shares.items())
@@ -75,6 +76,14 @@ def write_result(folder: Path, result: dict[str, Any], of: Protocol) -> str:
     rows = "\n".join(f"| {name} | {share} |" for name, share in shares.items())
     where = result["environment"]
     text = f"# {of.evaluation} of {result['checkpoint']}\n\n| measure | share |\n|---|---|\n{rows}\n\n{boxed}\n\n"
-    text += f"{result['images']}. {where['device']}, torch {where['torch']}, commit {where['commit']}.\n"
-    (folder / "result.md").write_text(text)
+    text += f"{result['images']}.{_left_out_words(result['left_out'])} "
+    text += f"{where['device']}, torch {where['torch']}, commit {where['commit']}.\n"
+    (folder / "result.md").write_text(without_secrets(text))
     return f"{line}\n{boxed}"
+
+
+def _left_out_words(left_out: dict[str, dict[str, Any]]) -> str:
+    told = [(part, why, said) for part, by_reason in left_out.items() for why, said in by_reason.items()]
+    return "".join(
+        f" Left out: {said['images']} of {said['of']} images to {part} on {why}." for part, why, said in told
+    )

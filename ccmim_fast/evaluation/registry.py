@@ -18,24 +18,27 @@ _DENSE = ("data.image_size", "data.flip", "optim.", *_LENGTH, "model.drop_path")
 class Evaluation(NamedTuple):
     """One of the evaluations; its preset of the same name is in `configs/eval/`.
 
-    Functions are named as `module:function`, module below `evaluation`. `run`: Job -> figures, shares of 1; every rank
-    calls it. `open_images`: (settings, what loaders of the images to train on and of those to test on are built from)
-    -> the two sources.
+    Functions are named as `module:function`, module below `evaluation`. `prepare`: Job -> Work; every rank calls both.
+    What can be refused is refused by `prepare`, which writes nothing. `open_images`: (settings, what loaders of the
+    images to train on and of those to test on are built from) -> the two sources.
     """
 
     help: str  # one line
-    run: str
+    prepare: str
     figures: tuple[str, ...]  # settings, or beginnings of settings, that are the protocol's; others say how and where
     sources: tuple[str, ...] = _IMAGES  # values of `data.source` that `open_images` reads
-    open_images: str = "job:open_both"
+    open_images: str = "images:open_both"
     guessed: bool = True  # a guess among the classes is right once in as many, so that chance is known
+    trains: bool = True  # for hours, perhaps: images to test on are read once before
     needs: tuple[str, ...] = ()  # packages of the extra of the evaluation's name
     optimizers: tuple[str, ...] = ("lars", "sgd", "adamw")  # values of `optim.name` that it has
 
 
 EVALUATIONS = {
-    "knn": Evaluation("nearest neighbours in frozen features", "frozen.knn:knn", (*_SHOWN, "knn.")),
-    "logreg": Evaluation("logistic regression on frozen features", "frozen.logreg:logreg", (*_SHOWN, "logreg.")),
+    "knn": Evaluation("nearest neighbours in frozen features", "frozen.knn:knn", (*_SHOWN, "knn."), trains=False),
+    "logreg": Evaluation(
+        "logistic regression on frozen features", "frozen.logreg:logreg", (*_SHOWN, "logreg."), trains=False
+    ),
     "linear": Evaluation(
         "a linear classifier of frozen features",
         "probes:linear",
@@ -47,14 +50,17 @@ EVALUATIONS = {
         (*_TRAINED, "head.num_heads", "head.init_std", "augment."),
     ),
     "finetune": Evaluation(
-        "training all weights to classify, as on ImageNet", "finetune:run", _FINETUNED, optimizers=("adamw",)
+        "training all weights to classify, as on ImageNet", "finetune:prepare", _FINETUNED, optimizers=("adamw",)
     ),
     "transfer": Evaluation(
-        "training all weights to classify iNaturalist or Flowers-102", "finetune:run", _FINETUNED, optimizers=("adamw",)
+        "training all weights to classify iNaturalist or Flowers-102",
+        "finetune:prepare",
+        _FINETUNED,
+        optimizers=("adamw",),
     ),
     "detection": Evaluation(
         "object detection and instance segmentation: Mask R-CNN on COCO",
-        "detection.run:run",
+        "detection.run:prepare",
         (*_DENSE, "detect."),
         sources=("coco", "shapes"),
         open_images="detection.run:open_images",
@@ -64,7 +70,7 @@ EVALUATIONS = {
     ),
     "segmentation": Evaluation(
         "semantic segmentation: UPerNet on ADE20K",
-        "segmentation.run:run",
+        "segmentation.run:prepare",
         (*_DENSE, "segment.", "head.init_std"),
         sources=("ade20k", "shapes"),
         open_images="segmentation.run:open_images",

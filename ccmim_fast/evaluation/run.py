@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,15 +10,15 @@ import torch
 from ccmim_fast.config.evaluation import EvalConfig, images_of, validate_evaluation
 from ccmim_fast.config.keys import flatten, nearest
 from ccmim_fast.config.load import make_config
-from ccmim_fast.errors import ConfigError
+from ccmim_fast.errors import ConfigError, say
 from ccmim_fast.evaluation.encoders import read_encoder
-from ccmim_fast.evaluation.job import Images, Job
+from ccmim_fast.evaluation.images import Images
+from ccmim_fast.evaluation.job import Job, Work
 from ccmim_fast.evaluation.protocols import FOLDER, Protocol, deviations, protocol, write_result
 from ccmim_fast.evaluation.registry import EVALUATIONS, PACKAGE, check_installed
-from ccmim_fast.ranks.session import main_first, open_session
+from ccmim_fast.ranks.session import Session, main_first, open_session
 from ccmim_fast.registry import load
-from ccmim_fast.runs.folder import check_apart, describe_run, environment, evaluation_folder, open_run_folder
-from ccmim_fast.runs.state import recorded
+from ccmim_fast.runs.folder import RunFolder, environment, evaluation_folder, read_by, run_folder
 
 
 def evaluate(name: str, checkpoint: str, settings: Mapping[str, str]) -> str:
@@ -38,23 +37,46 @@ def evaluate(name: str, checkpoint: str, settings: Mapping[str, str]) -> str:
             raise ConfigError(f"{key}={given}: {name} has {', '.join(valid)}; nearest valid is {near}")
     if not config.run.dir:
         config = replace(config, run=replace(config.run, dir=evaluation_folder(checkpoint, name)))
-    check_apart(config.run.dir, checkpoint)
-    with open_session(config.train.device, config.watch.timeout) as here:
-        # In the order in which a mistake is cheapest to find: weights' header, libraries, images, folder.
-        with main_first(here):  # that downloads weights and indexes images, if nobody has
-            weights = read_encoder(checkpoint, config.model.arch, config.model.num_heads)
-            mean, std = config.data.mean or weights.mean, config.data.std or weights.std
-            check_installed(f"eval {name}", row.needs, name)
-            data = [images_of(config.data, mean, std, test) for test in (False, True)]
-            train, test = map(Images, load(f"{PACKAGE}.{row.open_images}")(config, *data), data)
-        folder = open_run_folder(config) if here.is_main else Path(config.run.dir)
-        job = Job(config, here, folder, weights._replace(mean=mean, std=std), train, test)
-        with recorded(folder, here.is_main, lambda: True):
-            if here.is_main:
-                describe_run(folder, config, here.device)
-            torch.manual_seed(config.seed)  # of new heads
-            figures = load(f"{PACKAGE}.{row.run}")(job)
-            return write_result(folder, _result(name, of, job, figures), of) if here.is_main else ""
+    reads = {"checkpoint": checkpoint, **read_by(config.data)}
+    with (
+        open_session(config.train.device, config.watch.timeout) as here,
+        run_folder(config.run, reads, is_main=here.is_main) as folder,
+    ):
+        job, work = _prepared(name, checkpoint, config, here, folder)
+        known = _tell_left_out(job)
+        figures = work()
+        folder.begin(config, here.device)  # of an evaluation without training, here only
+        result = _result(name, of, job, figures) | {"left_out": _tell_left_out(job, known)}
+        return write_result(folder.path, result, of) if here.is_main else ""
+
+
+def _tell_left_out(job: Job, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return what is left out of both sets by the reason, see `Images.left_out`; print what is not `known` yet."""
+    found = {"train": job.train.left_out(), "test": job.test.left_out()}
+    for part, by_reason in found.items() if job.here.is_main else ():
+        for why, said in by_reason.items():
+            if known is None or known[part].get(why) != said:
+                of = f"{said['images']} of {said['of']} images to {part} on"
+                say(f"left out: {of} {why}, the first {said['first']!r}")
+    return found
+
+
+def _prepared(name: str, checkpoint: str, config: EvalConfig, here: Session, folder: RunFolder) -> tuple[Job, Work]:
+    """Return the job and its work; whatever can be refused is, in the order in which a mistake is cheapest to find:
+    libraries, weights, images and their labels, what does not fit together, images to test on that cannot be read."""
+    row = EVALUATIONS[name]
+    check_installed(f"eval {name}", row.needs, name)
+    with main_first(here):  # that downloads weights and indexes images, if nobody has
+        weights = read_encoder(checkpoint, config.model.arch, config.model.num_heads)
+        mean, std = config.data.mean or weights.mean, config.data.std or weights.std
+        data = [images_of(config.data, mean, std, test) for test in (False, True)]
+        train, test = map(Images, load(f"{PACKAGE}.{row.open_images}")(config, *data), data)
+    job = Job(config, here, folder, weights._replace(mean=mean, std=std), train, test)
+    torch.manual_seed(config.seed)  # of new heads
+    work = load(f"{PACKAGE}.{row.prepare}")(job)
+    if row.trains and config.data.source != "shapes":
+        test.look_through_(here)
+    return job, work
 
 
 def protocol_of(name: str, settings: Mapping[str, str]) -> tuple[Protocol, dict[str, str]]:

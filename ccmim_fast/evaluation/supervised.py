@@ -4,6 +4,7 @@
 
 import contextlib
 import hashlib
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,17 +18,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ccmim_fast.checkpoints.published import Weights
 from ccmim_fast.checkpoints.state import Progress
+from ccmim_fast.config.evaluation import EvalConfig
+from ccmim_fast.config.validate import check_warm_up
 from ccmim_fast.data.build import Loader
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine.loop import Loop
 from ccmim_fast.engine.task import Report, Task
-from ccmim_fast.errors import ConfigError
+from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.optim.ema import averaged_in, build_ema, update_ema_
 from ccmim_fast.optim.update import Gradients, drop_gradients, guard, lr_at, scaled_lr, set_lr, update
-from ccmim_fast.ranks.session import mean_over_ranks
+from ccmim_fast.ranks.session import gather_values, mean_over_ranks
 
 
 class SupervisedResult(NamedTuple):
@@ -45,6 +48,7 @@ class Supervised(Task):
 
     def __init__(self, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Loader):
         config, here = job.config, job.here
+        self._check_warm_up(config, loader.plan.samples)
         self.job, self.config, self.here, self.loader = job, config, here, loader
         self.precision = choose_precision(config.train.precision, here.device)
         self.model, self.optimizer = model, optimizer
@@ -52,10 +56,22 @@ class Supervised(Task):
         self.ema = build_ema(self.model, config.optim.ema)
         self.wrapped = DistributedDataParallel(self.model) if here.world_size > 1 else self.model
         self.length = (config.train.steps * config.train.batch_size) or config.train.epochs * self.loader.plan.samples
+        self.in_epochs = not config.train.steps
         self.headline = f"{job.train.words()} · {here.world_size} x {here.device}, {self.precision.name}"
         self._encoder, self._losses = fingerprint(job.weights), []
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._statistics = [buffer for name, buffer in self.model.named_buffers() if ".running_" in name]
+
+    @staticmethod
+    def _check_warm_up(config: EvalConfig, samples: int) -> None:
+        """Refuse a warm-up that is longer than the run; each of the two counts in steps or in epochs."""
+        optim, train = config.optim, config.train
+        steps = train.steps or train.epochs * samples / train.batch_size
+        if optim.warmup_steps:
+            check_warm_up("optim.warmup_steps", optim.warmup_steps, math.ceil(steps))
+        else:
+            epochs = train.steps * train.batch_size / samples if train.steps else train.epochs
+            check_warm_up("optim.warmup_epochs", optim.warmup_epochs, epochs)
 
     def losses(self, batch: Any) -> Tensor:
         """Return losses [R] float32 of parts that share no weights, or of one; calls `wrapped` once, under autocast."""
@@ -70,7 +86,7 @@ class Supervised(Task):
 
     def run(self) -> dict[str, float]:
         """Train to the end, or go on with a run that was stopped; returns the figures of the end."""
-        self.here.watchdog.start(self.job.folder)
+        self.here.watchdog.start(self.job.folder.path)
         with contextlib.closing(Loop(self, self.config, self.here, self.job.folder)) as loop:
             loop.run()
             return self.report_test(loop)
@@ -200,16 +216,20 @@ class Classifier(Supervised):
         """Return the share of images named right, of each head, and with five guesses where there are more classes."""
         images, here = self.job.test, self.here
         guesses = (1, 5) if images.classes > 5 else (1,)
-        right = torch.zeros(len(guesses), len(self._heads), device=here.device)
+        right, seen = torch.zeros(len(guesses), len(self._heads), device=here.device), 0
         for batch in self.job.batches(images, self.loader.plan.micro_batch_size):
             here.watchdog.enter_phase("evaluating the model")
             named = self._logits(self.model, batch.images_BHWC).topk(guesses[-1], dim=-1).indices
             hits = named == batch.labels_B[:, None]
             right += torch.stack([hits[..., :n].any(-1).sum(1) for n in guesses])
+            seen += len(batch.labels_B)
+        seen = sum(gather_values(seen))
         if dist.is_initialized():
             dist.all_reduce(right)
         names = [f"{head}{suffix}" for suffix in ("", ", five guesses")[: len(guesses)] for head in self._heads]
-        return dict(zip(names, (right / usable_count(images.source)).flatten().tolist()))
+        if not seen:
+            raise DataError(f"none of the {usable_count(images.source)} images to test on can be read any more")
+        return dict(zip(names, (right / seen).flatten().tolist()))
 
     def _logits(self, model: nn.Module, images: Tensor) -> Tensor:
         logits = model(self._inputs(images))

@@ -4,34 +4,39 @@
 
 import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from ccmim_fast.checkpoints.run import open_run
+from ccmim_fast.data.index.bad_samples import BadSamples
 from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.data.progress import progress_bar
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
-from ccmim_fast.errors import MachineError
+from ccmim_fast.errors import DataError, MachineError
 from ccmim_fast.evaluation.frozen.features import extract
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.models.tokens import tokens_of
+from ccmim_fast.runs.claim import folder_made
+from ccmim_fast.runs.output import check_new
 
 Rows = Iterator[tuple[dict[str, list], np.ndarray]]  # of each batch: columns `name` and `label`, features [B, D]
 
 
 class Embedded(NamedTuple):
-    """This tuple says how many images have a row, how wide a row is, and how many images cannot be used."""
+    """This tuple says how many images have a row, how wide a row is, and how many images cannot be used, and why."""
 
     images: int
     width: int
     left_out: int
+    reason: str  # of the first that does not decode; empty if all that the index has do
 
 
 def embed_folder(
@@ -47,9 +52,10 @@ def embed_folder(
 ) -> Embedded:
     """Write the features of images, in the order of their index, to the file `out`.
 
-    The arguments are those of `ccmim embed --help`. Raises CcmimError: a checkpoint, image, device or file that cannot
-    be used.
+    An image that does not decode has no row. The arguments are those of `ccmim embed --help`. Raises CcmimError: a
+    checkpoint, device or file that cannot be used, or no image that can.
     """
+    _check_place(out)
     if device == "cuda" and not torch.cuda.is_available():
         raise MachineError("--device=cuda: there is no CUDA device; use --device=cpu")
     at = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -59,44 +65,68 @@ def embed_folder(
     encode, autocast = tokens_of(model.encoder, model.mean_C, model.std_C), choose_precision(precision, at).autocast(at)
     count, width = usable_count(source), model.encoder.embed_dim
 
+    bad = BadSamples(source, "skip", max_bad=1.0)
+
     def rows(report: Callable[[int, int], None]) -> Rows:
         done = 0
-        for images in evaluation_batches(source, config.image_size, batch, at, workers):
+        for images in evaluation_batches(source, config.image_size, batch, at, workers, bad_samples=bad):
             features_BD, labels_B = extract(encode, [images], model.encoder.num_prefix_tokens, pool, autocast)
             names = [source.name(number).encode(errors="replace").decode() for number in images.host_ids_B.tolist()]
             yield {"name": names} | ({} if labels_B is None else {"label": labels_B.tolist()}), features_BD.numpy()
             done += len(names)
             report(done, count)
+        if not done:
+            raise DataError(f"none of {count} images can be read: {next(iter(bad.reasons.values()))}")
 
     with progress_bar("embedding") as report, _written(out) as parts:
         if out.suffix == ".npy":
             _write_npy(parts, count, width, rows(report))
         else:
             _write_arrow(parts, width, source.labels_N is not None, rows(report))
-    return Embedded(count, width, len(source) - count)
+    made = count - len(bad.reasons)
+    return Embedded(made, width, len(source) - made, next(iter(bad.reasons.values()), ""))
+
+
+def _check_place(out: Path) -> None:
+    """Raise ConfigError if there is a file `out`, or one that bears the name of that of its rows."""
+    for path in (out, out.with_suffix(".jsonl")) if out.suffix == ".npy" else (out,):
+        check_new(path, "ccmim embed")
 
 
 @contextlib.contextmanager
 def _written(out: Path) -> Iterator[Path]:
     """Yield a hidden folder for the parts, which take their places beside each other when all are whole."""
+    label = f"ccmim embed: {str(out)!r:.200}"
+    hidden_beside = {"dir": out.parent, "prefix": f".{out.name[:50]}-"}
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as hidden:
+        with folder_made(out.parent, label), tempfile.TemporaryDirectory(**hidden_beside) as hidden:
             yield Path(hidden)
-            for part in Path(hidden).iterdir():
+            # `out` itself last: it is there when all is.
+            for part in sorted(Path(hidden).iterdir(), key=lambda part: part.suffix == out.suffix):
                 part.replace(out.with_suffix(part.suffix))
     except OSError as error:
         raise MachineError(f"{error.filename or out}: not written: {error.strerror or error}") from None
 
 
 def _write_npy(folder: Path, count: int, width: int, rows: Rows) -> None:
-    features_ND, place = np.lib.format.open_memmap(folder / "x.npy", "w+", np.float32, (count, width)), 0
-    with open(folder / "x.jsonl", "w") as lines:
+    """Write an array of `count` rows at most, and the names of its rows."""
+    made = 0
+    with open(folder / "x.npy", "wb") as file, open(folder / "x.jsonl", "w") as lines:
+        _write_header(file, count, width)
+        # Reserved, so that a disk without room is told before the first image and not after the last.
+        os.posix_fallocate(file.fileno(), 0, file.tell() + 4 * count * width)
         for columns, features_BD in rows:
-            features_ND[place : place + len(features_BD)] = features_BD
-            place += len(features_BD)
+            file.write(features_BD.tobytes())
+            made += len(features_BD)
             lines.writelines(json.dumps(dict(zip(columns, row))) + "\n" for row in zip(*columns.values()))
-    features_ND.flush()
+        file.truncate()
+        file.seek(0)
+        _write_header(file, made, width)
+
+
+def _write_header(file: BinaryIO, count: int, width: int) -> None:
+    """Write the head of an array [count, width] float32; NumPy makes it equally long for any count."""
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count, width)})
 
 
 def _write_arrow(folder: Path, width: int, labelled: bool, rows: Rows) -> None:

@@ -7,10 +7,12 @@ import io
 import json
 import logging
 import warnings
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from ccmim_fast.checkpoints.run import OpenedRun
 from ccmim_fast.evaluation.encoders import Tokens
@@ -37,6 +39,8 @@ def export_onnx(run: OpenedRun, out: Path) -> list[Path]:
             dynamic_shapes=_ANY_BATCH,
             verbose=False,
         )
+        for node in chain(program.model.graph, *program.model.functions.values()):
+            node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # paths of this machine
         program.model.metadata_props.update(about(run))
         beside = sum(p.nbytes for p in run.model.encoder.parameters()) > _ONE_FILE
         program.save(file, external_data=beside)
@@ -48,6 +52,9 @@ def export_program(run: OpenedRun, out: Path) -> list[Path]:
     file = out / "model.pt2" if out.is_dir() else out
     with _quiet():
         program = torch.export.export(*_tokens_and_example(run), dynamic_shapes=_ANY_BATCH)
+        for module in program.graph_module.modules():
+            for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+                node.meta.pop("stack_trace", None)  # paths of this machine
         torch.export.save(program, file, extra_files={"about.json": json.dumps(about(run))})
     return [file]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from ccmim_fast.errors import ConfigError, MachineError
+from ccmim_fast.errors import ConfigError, MachineError, one_line
 
 
 def check_name(name: str) -> None:
@@ -29,5 +29,5 @@ def push(folder: Path, name: str, private: bool) -> str:
     except LocalTokenNotFoundError:
         raise MachineError(f"--push={name}: not logged in; hf auth login, then the same command") from None
     except (HfHubHTTPError, OSError) as error:
-        raise MachineError(f"--push={name}: not uploaded: {str(error)[:300]}; {folder} is whole") from None
+        raise MachineError(f"--push={name}: not uploaded: {one_line(error, 300)}; {folder} is whole") from None
     return f"https://huggingface.co/{name}"

@@ -16,7 +16,7 @@ from ccmim_fast.config.load import load_config
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.export.plain import about, write_weights
 from ccmim_fast.optim.optimizer import build_optimizer
-from ccmim_fast.runs.folder import describe_run, open_run_folder
+from ccmim_fast.runs.folder import run_folder
 
 
 def import_weights(file: str, arch: str, out: str, settings: Sequence[str]) -> tuple[Path, list[str]]:
@@ -40,10 +40,11 @@ def import_weights(file: str, arch: str, out: str, settings: Sequence[str]) -> t
         run = OpenedRun(Path(out), Path(out).parent, config, model.state_dict())
         return write_weights(run.weights, about(run), Path(out)), new
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=out))
-    folder = open_run_folder(config)
-    describe_run(folder, config, torch.device("cpu"))
     # No moments yet; the rate and the decay are those of the run that goes on.
     of = config.optim
     optimizer = build_optimizer("adamw", model, lr=of.base_lr, weight_decay=of.weight_decay, betas=of.betas)
     state = capture(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), None, Progress(0, 0, 0, ""), config)
-    return io.save(folder / CHECKPOINTS, 0, state, keep=1), new
+    with run_folder(config.run, {"FILE": file}, resumable=False) as folder:
+        path = io.save(folder.path / CHECKPOINTS, 0, state, keep=1)
+        folder.begin(config, torch.device("cpu"))
+    return path, new

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ccmim_fast.errors import ConfigError, MachineError
+from ccmim_fast.errors import MachineError
 from ccmim_fast.registry import load
+from ccmim_fast.runs.output import new_file, new_folder
 
 
 class Target(NamedTuple):
@@ -50,12 +51,14 @@ def export_run(target: str, run: str, out: Path, results: Sequence[str] = (), hu
 
     evaluation = [row for path in results for row in read_result(path)]
     opened = open_run(run)
-    is_file = bool(TARGETS[target].suffix) and out.suffix == TARGETS[target].suffix
+    export = load(f"ccmim_fast.export.{TARGETS[target].place}")
     try:
-        (out.parent if is_file else out).mkdir(parents=True, exist_ok=True)
-        if not is_file and any(out.iterdir()):
-            raise ConfigError(f"ccmim export: {str(out)!r:.200} is not empty; name a new folder")
-        written = load(f"ccmim_fast.export.{TARGETS[target].place}")(opened, out)
-        return written if is_file else [*written, write_card(target, opened, out, hub_name, evaluation)]
+        if bool(TARGETS[target].suffix) and out.suffix == TARGETS[target].suffix:
+            with new_file(out, "ccmim export") as partial:
+                export(opened, partial)
+            return [out]
+        with new_folder(out, "ccmim export") as partial:
+            written = [*export(opened, partial), write_card(target, opened, partial, hub_name, evaluation)]
+        return [out / path.name for path in written]
     except OSError as error:
         raise MachineError(f"{error.filename or out}: not written: {error.strerror or error}") from None

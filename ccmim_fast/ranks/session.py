@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from ccmim_fast.errors import MachineError, one_line
 from ccmim_fast.ranks.rendezvous import agree_on_launch
 from ccmim_fast.ranks.watchdog import Watchdog
 
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets all
+_LOCAL = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _MARGIN = 1.0  # minutes that the backend waits beyond `watch.timeout`: the watchdog, which knows more, ends first
 
 
@@ -44,10 +47,12 @@ def open_session(device: str, timeout: float = 30.0) -> Iterator[Session]:
     if device == "cuda" and not torch.cuda.is_available():
         raise MachineError("train.device=cuda: no CUDA device is visible; use train.device=cpu")
     kind = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
-    if "WORLD_SIZE" not in os.environ:
+    if not is_launched():
         yield Session(0, 1, torch.device(kind))
         return
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if kind == "cuda" and local_rank >= (count := torch.cuda.device_count()):
+        raise MachineError(f"LOCAL_RANK={local_rank}: this machine shows {count} GPUs; launch as many ranks on it")
     gpu = torch.device(kind, local_rank) if kind == "cuda" else None
     if gpu is not None:
         torch.cuda.set_device(gpu)
@@ -74,6 +79,27 @@ def open_session(device: str, timeout: float = 30.0) -> Iterator[Session]:
             watchdog.finish()
     finally:
         dist.destroy_process_group()
+
+
+def is_launched() -> bool:
+    """Return whether this process is one of those that torchrun or the like launched, by its environment.
+
+    Raises MachineError where the environment tells half of it, or what cannot be.
+    """
+    if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        return False
+    way = "launch with torchrun, or unset RANK and WORLD_SIZE to run alone"
+    if missing := [name for name in _LAUNCHED if name not in os.environ]:
+        given = ", ".join(f"{name}={os.environ[name]}" for name in _LAUNCHED if name in os.environ)
+        raise MachineError(f"{given:.200} without {' and '.join(missing)}: {way}")
+    numbers = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", *_LOCAL) if name in os.environ}
+    for name, text in numbers.items():
+        if not re.fullmatch(r"[0-9]{1,9}", text):
+            raise MachineError(f"{name}={text!r:.80} must be a whole number; {way}")
+    rank, world_size = int(numbers["RANK"]), int(numbers["WORLD_SIZE"])
+    if rank >= world_size:
+        raise MachineError(f"RANK={rank} must be less than WORLD_SIZE={world_size}; {way}")
+    return True
 
 
 def backend_timeout(timeout: float) -> datetime.timedelta:
@@ -107,6 +133,15 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, 0)
     return box[0]
+
+
+def gather_values(value: Any) -> list[Any]:
+    """Return the value of each rank, any picklable ones, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def barrier() -> None:

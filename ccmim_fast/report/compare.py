@@ -22,6 +22,8 @@ def compare_runs(
     folders = [_run(path) for path in {path.resolve(): path for path in runs}.values()]
     if out.is_dir():
         raise ConfigError(f"--out={out}: is a folder; write --out={out / 'report.html'}")
+    if os.path.lexists(out) and not _is_page(out):
+        raise ConfigError(f"--out={out}: exists and is no page of ccmim report; remove it, or name another file")
     # Behind the checks: torch and matplotlib take seconds to import.
     from ccmim_fast.report.html import write_report
     from ccmim_fast.report.runs import Comparison, RunView
@@ -50,6 +52,14 @@ def _run(folder: Path) -> Path:
     below = [str(path) for path in sorted(folder.glob("*")) if _is_run(path)] if folder.is_dir() else []
     nearest = f"below it are {' '.join(below[:_NAMED])}" if below else "ccmim runs lists those there are"
     raise ConfigError(f"ccmim report: {str(folder)!r:.80}: {there}; {nearest}")
+
+
+def _is_page(path: Path) -> bool:
+    """Return whether a file is a page of ours, by its beginning: another one takes its place."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return b"""content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">""" in file.read(400)
 
 
 def _is_run(folder: Path) -> bool:

@@ -26,6 +26,7 @@ from .runs import (
     flatten,
     merge_equal,
     read_evaluations,
+    shareable,
 )
 
 METHODS = {"untrained": "Untrained", "mae": "MAE", "ccmim": "ccMIM"}  # any other name is shown as it is
@@ -124,7 +125,8 @@ def write_report(
         methods=methods,
         best={column.key: _best(column, methods.values()) for column in COLUMNS},
         chance=summary.get("chance"),
-        standing=standing and standing._replace(rows=[(name, row[1]) for name, row in zip(names, standing.rows)]),
+        standing=standing
+        and standing._replace(rows=[(name, list(map(shareable, row[1]))) for name, row in zip(names, standing.rows)]),
         legend=[(name, *line_style(i)) for i, name in enumerate(names)],
         # Markup: matplotlib escapes its text, and `curve_svg` the names.
         curves=[(label, Markup(svg)) for label, svg in drawn if svg is not None],
@@ -134,7 +136,7 @@ def write_report(
         differences=differences(configs),
         defaults=against(flatten(yaml.safe_load(to_yaml(Config()))), "default", configs),
         environment=merge_equal(compare(names, all_of(RunView.environment, {}))),
-        remarks=[*remarks, *more_remarks],
+        remarks=[*remarks, *map(shareable, more_remarks)],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     # Names of files may be bytes that are no text.

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from PIL import Image
 
 from ccmim_fast.errors import DataError
+from ccmim_fast.secrets import without_secrets
 
 from .curves import read_metrics
 from .pictures import Snapshot
@@ -48,7 +50,7 @@ class Remarks(list[str]):
         try:
             return read()
         except DataError as error:
-            self.append(str(error))
+            self.append(shareable(str(error)))
             return nothing
 
 
@@ -104,7 +106,16 @@ def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, str]:
         raise DataError(f"{path} cannot be read: {error}") from error
     if not isinstance(parsed, dict):
         raise DataError(f"{path} must hold a mapping, got {type(parsed).__name__}")
-    return flatten(parsed)
+    return {key: shareable(text) for key, text in flatten(parsed).items()}
+
+
+def shareable(text: str) -> str:
+    """Return a text without passwords of URLs and without folders: of an absolute path the last name is left."""
+    return _FOLDERS.sub(".../", without_secrets(text))
+
+
+# Of an absolute path what stands before its last name. Names may hold spaces where the text is nothing but a path.
+_FOLDERS = re.compile(r"^/(?:[^/\n]+/)*(?=[^/\n]*$)|(?<![\w/.*~:)-])~?/(?:[^/\s'\",:=\[\]]+/)*(?=[^/\s'\",:=\[\]])")
 
 
 class Evaluation(NamedTuple):
@@ -141,7 +152,8 @@ def read_evaluation(path: Path) -> Evaluation:
         pictures = {Path(name).name: _picture(path.with_name(Path(name).name)) for name in names}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is no evaluation: {type(error).__name__}: {error}") from error
-    return Evaluation(path.parent.name, shown, protocol, list(map(str, deviations)), pictures)
+    told = [shareable(str(deviation)) for deviation in deviations]
+    return Evaluation(path.parent.name, shown, shareable(protocol), told, pictures)
 
 
 def _picture(path: Path) -> bytes:

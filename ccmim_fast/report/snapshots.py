@@ -19,11 +19,13 @@ from ccmim_fast.checkpoints.manifest import CHECKPOINTS, checkpoints
 from ccmim_fast.checkpoints.run import OpenedRun, open_run
 from ccmim_fast.config.schema import Config, DataConfig
 from ccmim_fast.data.build import build_source
+from ccmim_fast.data.index.index_file import Index
+from ccmim_fast.data.index.storage import is_remote
 from ccmim_fast.data.source import Source, usable_count, usable_ids
 from ccmim_fast.data.stream.batch import Batch, make_batch
 from ccmim_fast.data.stream.plan import MicroBatch
 from ccmim_fast.data.stream.torch_loader import central_boxes, load_crop
-from ccmim_fast.errors import CcmimError, DataError, one_line
+from ccmim_fast.errors import CcmimError, CheckpointError, DataError, one_line
 from ccmim_fast.losses.criteria import Pixels
 from ccmim_fast.models.ccmim import CCMIM, Output
 from ccmim_fast.models.scores import PriorScores
@@ -73,7 +75,7 @@ def spread(paths: Sequence[Path], count: int) -> list[Path]:
 @torch.inference_mode()
 def _snapshot(run: OpenedRun, count: int, root: str) -> Snapshot:
     config, model = run.config, run.model
-    data = dataclasses.replace(config.data, source="images", root=root, index="") if root else config.data
+    data = dataclasses.replace(config.data, source="images", root=root, index="") if root else own_images(config.data)
     few = few_images(data, config.seed, count)
     images_BHWC = few.batch.images_BHWC
     output = model(images_BHWC, few.batch.ids_B, 0, prior=prior_scores(run, few))
@@ -82,11 +84,29 @@ def _snapshot(run: OpenedRun, count: int, root: str) -> Snapshot:
     return Snapshot(run.epoch, images_BHWC.numpy(), scores_BL, output.partition.mask_BL.numpy(), drawn_BHWC)
 
 
+def own_images(data: DataConfig) -> DataConfig:
+    """Return where a run has its images, so that whoever looks at it writes at no place that the run names.
+
+    Somebody else may have made the run. Its index is used if it is there, and is an index of these images; made images
+    are drawn without their cache. Raises DataError for a URL, which nobody asks but by the user's word.
+    """
+    if data.source != "images":
+        return dataclasses.replace(data, root="")
+    if is_remote(data.root):
+        raise DataError(f"the run's images are at {data.root!r:.200}; they are asked for if you name the URL yourself")
+    with suppress(DataError):
+        if data.index and Index(data.index).origin == data.root:
+            return data
+    return dataclasses.replace(data, index="")
+
+
 def prior_scores(run: OpenedRun, few: FewImages) -> PriorScores | None:
     """Read the score bank of a run at the images; None where it has none, or its maps are of other images."""
     model, maps_NGG = run.model, run.maps_NGG
     if not model.banked or maps_NGG is None or few.source.fingerprint != run.images:
         return None
+    if maps_NGG.ndim != 3 or len(maps_NGG) != usable_count(few.source):
+        raise CheckpointError(f"{run.path}: its bank has maps of shape {list(maps_NGG.shape)}, not one for each image")
     return PriorScores(*read_maps(maps_NGG[few.places_B], few.batch.boxes_B4, model.grid))
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from ccmim_fast.checkpoints.manifest import CHECKPOINTS, checkpoints, read_manifest, step_of
-from ccmim_fast.errors import CheckpointError, one_line
+from ccmim_fast.errors import CheckpointError, one_line, printable
 from ccmim_fast.runs.state import CONFIG, FILE, METRICS, RunState, is_alive, read_state
 
 COLUMNS = ("run", "state", "epoch", "loss", "recons", "contrast", "img/s", "saved", "silent")
@@ -102,17 +102,18 @@ def _silence_limit(config: dict[str, Any], last: dict[str, Any]) -> float:
 
 def _newest_step(folder: Path) -> str:
     """Return the step of the newest checkpoint whose files have their sizes; loading it compares checksums, too."""
-    for path in reversed(checkpoints(folder)):
-        step = step_of(path)
-        with contextlib.suppress(OSError, CheckpointError):
-            if all((path / name).stat().st_size == file.size for name, file in read_manifest(path, step).items()):
-                return str(step)
+    with contextlib.suppress(CheckpointError):
+        for path in reversed(checkpoints(folder)):
+            step = step_of(path)
+            with contextlib.suppress(OSError, CheckpointError):
+                if all((path / name).stat().st_size == file.size for name, file in read_manifest(path, step).items()):
+                    return str(step)
     return ""
 
 
 def _printable(text: str) -> str:
     """Return the text on one line; bytes of a file name that are no text become question marks."""
-    return one_line(text.encode(errors="replace").decode(), None)
+    return printable(one_line(text.encode(errors="replace").decode(), None))
 
 
 def _figure(figures: Any, key: str, form: str) -> str:

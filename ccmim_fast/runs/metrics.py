@@ -3,9 +3,7 @@
 import contextlib
 import json
 import math
-import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from ccmim_fast.errors import one_line
-from ccmim_fast.runs.state import METRICS
+from ccmim_fast.errors import one_line, printable, say
+from ccmim_fast.runs.state import METRICS, write_whole
 
 _FREE_BYTES = 2**20  # on the disk, before TensorBoard gets a record; a record has a few hundred
 
@@ -22,19 +20,23 @@ _FREE_BYTES = 2**20  # on the disk, before TensorBoard gets a record; a record h
 class Metrics:
     """This class writes one JSON object a line to `folder`/metrics.jsonl, and if asked the same figures to TensorBoard.
 
-    Lines past `resume_step` are dropped, so that every step of a resumed run appears once; 0: all are.
+    Records past `resume_step` are dropped, so that every step of a resumed run appears once; 0: all are. A line that is
+    no record (of bytes that are no text, or without a step) stays, but for a last one, which a kill has cut.
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool, resume_step: int = 0):
         self.path = folder / METRICS
-        lines = self.path.read_text().splitlines(keepends=True) if resume_step and self.path.exists() else []
-        self.path.write_text("".join(line for line in lines if _step_of(line) <= resume_step))
+        lines = self.path.read_bytes().splitlines(keepends=True) if resume_step and self.path.exists() else []
+        kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= resume_step]
+        write_whole(self.path, b"".join(kept))
         self._file, self._board = self.path.open("a", buffering=1), None
         if tensorboard:
             with self._board_off_on_error():
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step or None)
+                self._board = SummaryWriter(
+                    str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None
+                )
 
     def write(self, kind: str, step: int, **figures: Any) -> None:
         """Write one record; figures that are not finite are written as null, as JSON has no NaN."""
@@ -69,11 +71,12 @@ class Metrics:
             Console(stderr=True, soft_wrap=True).print(line, highlight=False, markup=False)
 
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):  # the last line of a killed run may be cut
-        return math.inf
+def _step_of(line: bytes) -> float:
+    """Return the step of a record; minus infinity of a line that is none."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        step = json.loads(line)["step"]
+        return step if isinstance(step, int | float) else -math.inf
+    return -math.inf
 
 
 class ProgressLine:
@@ -106,19 +109,16 @@ class ProgressLine:
             return
         self._write_log(line)
         if self._live:
-            self._console.print(line, highlight=False, markup=False)
+            with contextlib.suppress(OSError):
+                self._console.print(printable(line), highlight=False, markup=False)
             return
-        try:
-            print(line, flush=True)
-        except BrokenPipeError:  # a reader that ended (`| head`) ends the lines, not the run
-            # The rest of the buffer goes nowhere; else the interpreter complains at its end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        say(line)
 
     def _write_log(self, line: str) -> None:
         if self._log is not None:
             # A full disk ends the log, not the run.
             with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8", errors="replace") as file:
-                file.write(line + "\n")
+                file.write(printable(line) + "\n")
 
     def close(self) -> None:
         if self._live:

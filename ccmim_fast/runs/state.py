@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from ccmim_fast.errors import CcmimError, one_line
+from ccmim_fast.errors import as_user_error, one_line
+from ccmim_fast.secrets import without_secrets
 
 CONFIG, METRICS, FILE = "config.yaml", "metrics.jsonl", "state.json"  # in a run's folder
+ENVIRONMENT = "environment.json"
 STATES = ("running", "done", "stopped", "failed")
 _SIGNAL = 128  # a process that signal n ended has the exit code 128 + n, as a shell counts
 
@@ -58,8 +60,11 @@ def _after_error(error: BaseException, running: RunState) -> RunState:
         code = getattr(error, "exit_code", 1)
     if code == 0 or code > _SIGNAL:
         return running._replace(state="stopped", exit_code=code)
-    kind = "" if isinstance(error, CcmimError) else f"{type(error).__name__}: "
-    return running._replace(state="failed", exit_code=code, error=one_line(f"{kind}{error}", 300))
+    if (told := as_user_error(error)) is None:
+        words = f"{type(error).__name__}: {error}"
+    else:
+        words, code = str(told), told.exit_code
+    return running._replace(state="failed", exit_code=code, error=one_line(without_secrets(words), 300))
 
 
 def write_state(folder: Path, state: RunState) -> None:
@@ -74,11 +79,20 @@ def read_state(folder: Path) -> RunState | None:
 
 def write_record(path: Path, record: Any) -> None:
     """Write a NamedTuple as JSON so that a reader finds the old record or the new one, whole."""
-    new = path.with_name(f".{path.name}.new")
     # A full disk must neither end a run nor hide the error that did.
     with contextlib.suppress(OSError):
-        new.write_text(json.dumps(record._asdict(), indent=1) + "\n")
+        write_whole(path, json.dumps(record._asdict(), indent=1) + "\n")
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file beside its old form, which it replaces then: where it fails, with an OSError, the old one stays."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.write_bytes(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
         new.replace(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def read_record(path: Path, kind: type[Record]) -> Record | None:

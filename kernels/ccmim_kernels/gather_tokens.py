@@ -27,7 +27,7 @@ def gather_tokens(
 
     Args:
         tokens_BLD: [B, L, D] float; receives a gradient (zero at tokens that were not taken).
-        ids_BK: [B, K] int64, in 0 .. L - 1, distinct within a row.
+        ids_BK: [B, K] int64, in 0 .. L - 1, distinct within a row. IndexError for others on a CPU; CUDA looks at none.
         prefix_PD: [P, D] float or None; receives a gradient (the sum over the batch).
         kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`.
 

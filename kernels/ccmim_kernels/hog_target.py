@@ -81,7 +81,7 @@ def hog_target(
 
     Args:
         images_BHWC: [B, H, W, C] uint8, H and W multiples of `patch` and at least 2.
-        ids_masked_BM: [B, M] int64, 0 .. L - 1.
+        ids_masked_BM: [B, M] int64, 0 .. L - 1. IndexError for others on a CPU; CUDA looks at none.
         patch: pixels per side, a multiple of `cell`.
         dtype: of the result; computed in float32, or in float64 where that is asked for.
         kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`.

@@ -76,7 +76,7 @@ def masked_patch_loss(
         pred_BMP: [B, M, P] float, rows in the order of `ids_masked_BM`, pixels as (row, column, channel); receives a
             gradient.
         images_BHWC: [B, H, W, C] uint8.
-        ids_masked_BM: [B, M] int64, 0 .. L - 1.
+        ids_masked_BM: [B, M] int64, 0 .. L - 1. IndexError for others on a CPU; CUDA looks at none.
         patch: pixels per side.
         mean_C, std_C: [C] float, on a 0..1 scale.
         kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`. The kernel's gradient is computed from

@@ -31,7 +31,8 @@ def restore_tokens(
     Args:
         visible_BTD: [B, 1 + K, D] float, [CLS] first; receives a gradient.
         mask_token_D: [D] float; receives a gradient (the sum over all masked positions).
-        ids_restore_BL: [B, L] int64, of a `Partition` with K visible patches.
+        ids_restore_BL: [B, L] int64, of a `Partition` with K visible patches, so 0 .. L - 1. IndexError for others on a
+            CPU; CUDA looks at none.
         positions_SD: [1 + L, D] float, fixed: no gradient.
         kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`.
 

@@ -2,17 +2,21 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from ccmim_fast.ablation import run as run_module
 from ccmim_fast.ablation import runs as runs_module
 from ccmim_fast.ablation.run import equal_time
-from ccmim_fast.ablation.runs import Run, held_out_of, measure_run, run_all
+from ccmim_fast.ablation.runs import Run, finished, labelled_images, measure_features, measure_run, run_all
 from ccmim_fast.ablation.table import difference, markdown, plot
 from ccmim_fast.ablation.variants import ABLATIONS, lambda_of, score_variants
+from ccmim_fast.build.model import build_model
+from ccmim_fast.cli import main
 from ccmim_fast.commands.ablate import ablate
-from ccmim_fast.config.load import load_config
+from ccmim_fast.config.load import load_config, to_yaml
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.errors import ConfigError, DataError
 
@@ -103,8 +107,44 @@ def test_images_of_a_user_have_accuracies_and_no_objects(tmp_path):
     assert head == "| | epochs | kNN | logistic regression | L_recons | img/s |"
     assert "NCE, lambda 0.2 - MAE, logreg:" in text
     assert "auroc" not in text
-    with pytest.raises(DataError, match=r"must have the classes of data\.root"):
-        held_out_of(ShapesSource(0, 4, (32, 32), 3), load_config(settings, "test"), str(tmp_path / "val"))
+
+
+@pytest.fixture
+def user_images(tmp_path):
+    """Two classes to train on; to test on one of them, one that training does not know, and a file that is cut."""
+    for part, names in (("train", ("cat", "dog")), ("val", ("dog", "owl"))):
+        for number, name in enumerate(2 * names):
+            path = tmp_path / part / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), (60 * number, 20, 90)).save(path)
+    path = tmp_path / "val" / "dog" / "9.png"
+    path.write_bytes((tmp_path / "val" / "dog" / "0.png").read_bytes()[:60])
+    settings = [*TINY, "--data.source=images", f"--data.root={tmp_path / 'train'}", "--train.batch_size=4"]
+    return load_config(settings, "test"), settings, tmp_path
+
+
+def test_accuracies_are_of_what_has_a_class_and_can_be_read(user_images):
+    config, _, folder = user_images
+    train, held_out = labelled_images(config, str(folder / "val"))
+    assert train.class_names == held_out.class_names == ("cat", "dog")
+    assert [len(ids_X) for ids_X in held_out.left_out.values()] == [2]
+    figures = measure_features(build_model(config).eval(), config, train, held_out)
+    # Two of three dogs can be read.
+    assert all(2 * figure == round(2 * figure) for figure in figures.values())
+
+
+def test_images_without_classes_end_an_ablation_before_its_first_run(user_images, monkeypatch):
+    _, settings, folder = user_images
+    monkeypatch.setattr("ccmim_fast.ablation.run.run_all", lambda *_: pytest.fail("a run was begun"))
+    where = ["--runs", str(folder / "runs"), "--out", str(folder / "table"), "--seeds=1"]
+    (folder / "flat").mkdir()
+    (folder / "val" / "dog" / "0.png").rename(folder / "flat" / "0.png")
+    with pytest.raises(DataError, match=r"--test=\S+flat: its images have no labels"):
+        ablate(["lambda", *where, "--test", str(folder / "flat"), *settings])
+    for path in (folder / "val" / "dog").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match=r"--test=\S+val: none of its 2 images is usable and of a class of data\.root"):
+        ablate(["lambda", *where, "--test", str(folder / "val"), *settings])
 
 
 def test_variants_change_what_they_say():
@@ -208,3 +248,50 @@ def test_mistakes_are_one_line(argv, said):
         ablate(argv)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def finished_run(tmp_path, settings):
+    """A run of the file `settings`, as it stands when it is done."""
+    run = Run("all", 0, ("--config", str(settings), "--train.epochs=4"))
+    folder = tmp_path / run.folder_name
+    folder.mkdir()
+    config = load_config([*run.options, "--seed=0", f"--run.dir={folder}", "--overwrite"], "test")
+    (folder / "config.yaml").write_text(to_yaml(config))
+    figures = {"images_per_second": 1.0, "looks": [], "options": list(run.options), "test": ""}
+    (folder / "summary.json").write_text(json.dumps(figures))
+    return run, folder
+
+
+def test_a_file_of_settings_that_changed_makes_it_another_run(tmp_path):
+    settings = tmp_path / "x.yaml"
+    settings.write_text("optim: {warmup_epochs: 1}\ndata: {root: 'https://me:pass@host/x'}\nmask: {ratio: 0.5}")
+    run, folder = finished_run(tmp_path, settings)
+    assert finished(run, folder, "")["images_per_second"] == 1.0
+    settings.write_text(settings.read_text().replace("0.5", "0.6"))
+    with pytest.raises(ConfigError, match=r"was run with other settings \(mask\.ratio\); choose another --runs"):
+        finished(run, folder, "")
+    settings.write_text(settings.read_text().replace("0.6", "0.5").replace("pass", "other"))
+    assert finished(run, folder, "")
+    with pytest.raises(ConfigError, match=r"was run with other settings \(seed\)"):
+        finished(run._replace(seed=1), folder, "")
+    with pytest.raises(ConfigError, match=r"was run with other settings \(--test\)"):
+        finished(run, folder, "other")
+
+
+def test_a_table_takes_no_other_file_s_place(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("notes.md").write_text("mine")
+    assert main(["ablate", "score", "--out", "notes", *TINY]) == 2
+    assert "--out=notes: notes.md exists and is no ablation's; name another --out" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.md"]
+    Path("notes.json").write_text(json.dumps({"environment": {}, "runs": []}))
+    run_module._check_out(Path("notes"))
+
+
+@pytest.mark.parametrize(("name", "text"), [("summary.json", "{"), ("summary.json", "[]"), ("config.yaml", "\0")])
+def test_damaged_records_of_a_done_run_are_one_line(tmp_path, name, text):
+    (tmp_path / "x.yaml").write_text("optim: {warmup_epochs: 1}")
+    run, folder = finished_run(tmp_path, tmp_path / "x.yaml")
+    (folder / name).write_text(text)
+    with pytest.raises(ConfigError, match=r"its summary\.json or config\.yaml is damaged .*; remove it"):
+        finished(run, folder, "")

@@ -216,8 +216,15 @@ def test_images_that_are_gone_are_told_of(copies, tmp_path, capsys):
 def test_mistakes_are_one_line(ended, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
+    notes = tmp_path / "notes.html"
+    notes.write_text("<!doctype html><p>mine</p>")
     for argv, words in (
         ([], "RUN"),
+        (
+            [str(ended[0]), "--out", str(notes)],
+            "exists and is no page of ccmim report; remove it, or name another file",
+        ),
+        ([str(ended[0]), "--out", str(ended[0] / "metrics.jsonl")], "exists and is no page of ccmim report"),
         ([str(empty)], "holds no run"),
         ([str(tmp_path / "none")], "no such folder"),
         ([str(ended[0].parent)], str(ended[1])),

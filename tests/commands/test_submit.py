@@ -15,7 +15,13 @@ from ccmim_fast.ranks.slurm import Job, submit_job
 from ccmim_fast.runs.state import RunState, read_state, write_state
 
 SETTINGS = ["--data.source=shapes", "--data.image_size=[32,32]", "--data.samples=8", "--data.loader=torch"]
-SETTINGS += ["--model.arch=test_vit", "--decoder.dim=32", "--train.batch_size=4", "--train.epochs=1"]
+SETTINGS += [
+    "--model.arch=test_vit",
+    "--decoder.dim=32",
+    "--train.batch_size=4",
+    "--train.epochs=1",
+    "--optim.warmup_epochs=1",
+]
 SETTINGS += ["--train.device=cpu", "--train.precision=fp32", "--run.log_every=1", "--run.tensorboard=false"]
 
 # What Slurm and Python are here. A task is what srun becomes: its id is kept. `$AT` is the folder of the test.

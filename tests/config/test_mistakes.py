@@ -1,6 +1,7 @@
 """Every mistake in a file or on the command line is one line with the key, the value and the nearest valid one."""
 
 import os
+import textwrap
 
 import pytest
 import yaml
@@ -112,6 +113,44 @@ def test_unreadable_file(tmp_path, error_of):
     file = tmp_path / "bytes.yaml"
     file.write_bytes(b"seed: \xff\xfe\n")
     assert "not valid YAML" in error_of(load_config, ["--config", str(file)], PROG)
+
+
+def test_what_is_no_file_or_endless_is_not_read(tmp_path, error_of):
+    os.mkfifo(tmp_path / "pipe.yaml")  # nobody writes: reading would wait for ever
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "long.yaml").write_text("seed: 1\n" + "#" * 300_000)
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    for name, words in (
+        ("pipe", "is no file"),
+        ("folder", "Is a directory"),
+        ("long", "is longer than 262,144 bytes"),
+        ("zero", "is no file"),
+        ("loop", "Too many levels of symbolic links"),
+    ):
+        path = str(tmp_path / f"{name}.yaml")
+        assert error_of(load_config, ["--config", path], PROG).startswith(f"--config={path}: {words}")
+
+
+NESTED = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10 if i else ['x'])}]\n" for i in range(12))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (f"{NESTED}? *a11\n: 1", "found unhashable key"),
+        (f"mask:\n{textwrap.indent(NESTED, '  ')}", "mask.a0: unknown key"),
+        ("mask: &m {ratio: *m}", "found unconstructable recursive node"),
+        ("{a: " * 20_000, "maximum recursion depth exceeded"),
+        ("".join(f"a{i}: 1\n" for i in range(9000)) + "a7: 1", "a7 is given twice"),
+        ("mask:\n  ratio: " + "9" * 9000, "mask.ratio=inf: must be"),
+        ("data: {mean: [.nan, 0.5, 0.5]}", "data.mean=[.nan, 0.5, 0.5]"),
+        ("data: {mean: [nan, 0.5, 0.5]}", "must be in [0, 1]"),
+        ("optim: {base_lr: inf}", "optim.base_lr=inf: must be"),
+    ],
+)
+def test_files_that_grow_when_they_are_read(load, text, words, error_of):
+    assert words in error_of(load, text)
 
 
 @pytest.mark.parametrize("name", ["a\nb", "\u2028", "\udcff", "\x1b[31m"])

@@ -156,11 +156,19 @@ def test_background_colour_and_place_tell_nothing_of_the_label():
 
 @pytest.mark.parametrize("make", [ShapesSource, PhotosSource])
 def test_the_cache_holds_what_is_generated(make, tmp_path, monkeypatch):
+    # On a full disk a write to mapped memory would end the process by a signal.
+    opened, modes = np.lib.format.open_memmap, []
+    monkeypatch.setattr(
+        np.lib.format,
+        "open_memmap",
+        lambda *names, mode, **more: modes.append(mode) or opened(*names, mode=mode, **more),
+    )
     drawn, cached = make(2, 12, SIZE), make(2, 12, SIZE, cache_dir=str(tmp_path / "cache"))
     assert all((drawn.decode(index) == cached.decode(index)).all() for index in range(12))
     if make is ShapesSource:
         assert all((drawn.mask(index) == cached.mask(index)).all() for index in range(12))
         assert drawn.box(3) == cached.box(3)
+    assert set(modes) == {"r"}
     (file,) = (tmp_path / "cache").iterdir()  # nothing unfinished stays behind
     written = os.stat(file).st_mtime_ns
     make(2, 12, SIZE, cache_dir=str(tmp_path / "cache"))

@@ -16,7 +16,7 @@ from ccmim_fast.checkpoints import io
 from ccmim_fast.config.keys import settings
 from ccmim_fast.config.load import from_yaml
 from ccmim_fast.engine.pretraining import fit
-from ccmim_fast.errors import CheckpointError, ConfigError, DataError
+from ccmim_fast.errors import CcmimError, CheckpointError, ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -220,19 +220,34 @@ def test_a_closed_pipe_does_not_end_the_run(tmp_path, photos):
 
 def test_fault_22_occupied_folder_is_refused_before_anything_is_built(tmp_path):
     (tmp_path / "old.txt").write_text("mine")
-    with pytest.raises(ConfigError, match=r"not empty; use --resume auto to go on, or --overwrite"):
+    with pytest.raises(
+        ConfigError, match=r"not empty, and no run of ccmim: it holds 'old\.txt'; choose another folder"
+    ):
         fit(config_for(tmp_path, "nowhere"))
     assert [p.name for p in tmp_path.iterdir()] == ["old.txt"]
 
 
-def test_fault_22_overwrite_empties_it(tmp_path, photos):
+def test_fault_22_overwriting_waits_until_all_is_checked_and_spares_what_no_run_wrote(tmp_path, photos):
     run = tmp_path / "run"
-    run.mkdir()
+    config = with_fields(config_for(run, photos), "train", max_steps=1)
+    fit(config)
+    with pytest.raises(ConfigError, match=r"not empty; use --resume auto to go on, or --overwrite"):
+        fit(config)
     (run / "old.txt").write_text("mine")
-    config = with_fields(config_for(run, photos), "run", overwrite=True)
-    fit(with_fields(config, "train", max_steps=1))
-    assert not (run / "old.txt").exists()
-    assert newest_state(run)["progress"]["step"] == 1
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    anew = with_fields(config, "run", overwrite=True)
+    for wrong in (
+        with_fields(anew, "data", root=str(photos) + "o"),
+        with_fields(anew, "train", batch_size=64),
+        with_fields(anew, "train", profile=5),
+        with_fields(anew, "run", resume=str(tmp_path / "nowhere")),
+    ):
+        with pytest.raises(CcmimError):
+            fit(wrong)
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    fit(with_fields(anew, "train", max_steps=2))
+    assert (run / "old.txt").read_text() == "mine"
+    assert [path.name for path in io.checkpoints(run / "checkpoints")] == ["step_00000002"]
 
 
 @pytest.mark.parametrize("where", ["/proc/nowhere/run", "file/run"])

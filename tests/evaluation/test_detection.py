@@ -1,6 +1,7 @@
 """`ccmim eval detection` end to end: what is learnt on shapes, going on, COCO's folder, what is refused."""
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -15,13 +16,14 @@ from ranks_launcher import run_ranks
 from ccmim_fast import cli
 from ccmim_fast.checkpoints import io
 from ccmim_fast.config.evaluation import DetectConfig, EvalConfig, EvalDataConfig, EvalTrainConfig, images_of
+from ccmim_fast.data.index.bad_samples import BadSamples
 from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.errors import DataError
 from ccmim_fast.evaluation.detection import run
 from ccmim_fast.evaluation.detection.batches import ObjectLoader
 from ccmim_fast.evaluation.detection.instances import ShapesInstances
 from ccmim_fast.evaluation.detection.precision import average_precision
-from ccmim_fast.evaluation.job import Images
+from ccmim_fast.evaluation.images import Images
 from ccmim_fast.evaluation.loader import samples_to_test
 from ccmim_fast.evaluation.protocols import protocol
 from ccmim_fast.ranks.session import Session
@@ -170,15 +172,41 @@ def test_who_finds_everything_where_it_lies_in_the_original_is_right(coco, monke
     assert asked == [tuple(size) for size in SIZES]
 
 
+def test_bad_images_and_masks_are_left_out(evaluated, coco, tmp_path, capsys):
+    """One image is cut, the runs of another's mask do not cover it, and a training image is of another size."""
+    whole = (coco / "val2017" / "0.png").read_bytes()
+    (coco / "val2017" / "0.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (30, 20)).save(coco / "train2017" / "1.png")
+    file = coco / "annotations" / "instances_val2017.json"
+    said = json.loads(file.read_text())
+    said["annotations"][4]["segmentation"]["counts"] = "ooooooo0"
+    file.write_text(json.dumps(said))
+    own = ["--data.source=coco", f"--data.root={coco}", "--train.batch_size=2", "--train.steps=2", "--detect.width=16"]
+    own += ["--optim.warmup_steps=1", "--detect.proposals=8", "--detect.short_sides=[40,48]"]
+    with pytest.raises(DataError, match=r"1 of 4 samples cannot be used, .*max_bad=0.01, the last .*0.png"):
+        evaluated("detection", *own)
+    assert not (tmp_path / "out").exists()
+    result = evaluated("detection", *own, "--data.max_bad=0.5")
+    assert result["left_out"]["test"]["that cannot be read"]["images"] == 2
+    assert result["left_out"]["train"]["without an object to train on"]["images"] == 2
+    assert all(0 <= figure <= 1 for figure in result["figures"].values())
+    assert "1.png: 20 x 30 pixels; its annotations are of 60 x 40" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_bad_image_is_told_as_it_is(coco, workers):
-    """Without the traceback of the process that met it; what comes before it is tested on."""
+def test_a_bad_image_is_left_out_and_told_as_it_is(coco, workers):
+    """Without the traceback of the process that met it; the others are tested on."""
     Image.new("RGB", (30, 20)).save(coco / "val2017" / "2.png")
     job = job_of(coco, workers, source="coco")
-    shares = samples_to_test(job, job.test.source.decode)
-    assert len(next(shares)) == 2
-    with pytest.raises(DataError, match=r"\A\S+2\.png: 20 x 30 pixels; its annotations are of 48 x 48\Z"):
-        next(shares)
+    job.test.bad = BadSamples(job.test.source, "skip", max_bad=0.25)
+    assert [len(shown) for shown in samples_to_test(job, job.test.source.sample)] == [2, 1]
+    [reason] = job.test.bad.reasons.values()
+    assert re.fullmatch(r"\S+2\.png: 20 x 30 pixels; its annotations are of 48 x 48", reason)
+    job.test.bad = BadSamples(job.test.source, "skip", max_bad=0.2)
+    with pytest.raises(
+        DataError, match=r"1 of 4 samples cannot be used, more than data.max_bad=0.2, the last \S+2.png"
+    ):
+        list(samples_to_test(job, job.test.source.sample))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

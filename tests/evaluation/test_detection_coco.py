@@ -1,15 +1,17 @@
 """COCO's files, as `ccmim eval detection` reads them."""
 
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
-from made_coco import SIZES, runs, write_coco
+from made_coco import SIZES, content, runs, write_coco
 from PIL import Image
 
 from ccmim_fast.errors import DataError
-from ccmim_fast.evaluation.detection.instances import CocoSource, mask_of
+from ccmim_fast.evaluation.detection import instances
+from ccmim_fast.evaluation.detection.instances import CocoSource, mask_of, runs_in
 
 pytest.importorskip("faster_coco_eval")
 
@@ -82,6 +84,56 @@ def test_a_box_beyond_the_image_ends_at_its_edge(tmp_path):
     assert source.instances(0).boxes_N4[0].tolist() == [0, 1, 60, 31]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_text_holds_the_runs_that_the_library_wrote(seed):
+    """Long runs, short ones, shrinking ones; none and all of an image."""
+    from faster_coco_eval import mask
+
+    draws = np.random.default_rng(seed)
+    mask_HW = np.kron(draws.random((7, 5)) < seed / 7, np.ones((1 + 9 * seed, 3))).astype(bool)
+    text = mask.encode(np.asfortranarray(mask_HW.astype(np.uint8)))["counts"]
+    assert runs_in(text) == runs_in(text.decode()) == runs(mask_HW)
+
+
+def test_categories_in_another_order_of_ids_are_known_by_their_names(tmp_path):
+    def change(said):
+        number = {1: 90, 90: 1, 7: 7}
+        said["categories"] = [one | {"id": number[one["id"]]} for one in said["categories"]]
+        for one in said["annotations"]:
+            one["category_id"] = number[one["category_id"]]
+
+    write_coco(tmp_path, change)
+    (tmp_path / FILE).write_text(json.dumps(content()))
+    train = CocoSource(str(tmp_path), "train2017", train=True)
+    test = CocoSource(str(tmp_path), "val2017", train=False, class_names=train.class_names)
+    assert test.class_names == train.class_names
+    assert test.instances(0).labels_N.tolist() == train.instances(0).labels_N.tolist()
+    with pytest.raises(DataError, match="category 'cat' is in one of the two files alone"):
+        CocoSource(str(tmp_path), "val2017", train=False, class_names=("cat", "person", "train", "toothbrush"))
+
+
+def test_too_many_objects_are_told_before_their_masks_take_memory(root, monkeypatch):
+    monkeypatch.setattr(instances, "_MOST", 40 * 60 * 3 - 1)
+    source = CocoSource(str(root), "train2017", train=True)
+    with pytest.raises(DataError, match=r"0\.png: 3 objects of 40 x 60 pixels are too many"):
+        source.sample(0)
+    assert len(source.sample(1)[1].labels_N) == 1
+
+
+@pytest.mark.parametrize("place", ["annotations/instances_train2017.json", "train2017/0.png"])
+def test_nobody_waits_for_a_fifo(root, place):
+    (root / place).unlink()
+    os.mkfifo(root / place)
+    with pytest.raises(DataError, match=f"{place}: is no file"):
+        CocoSource(str(root), "train2017", train=True).decode(0)
+
+
+def test_a_file_beyond_reason_is_not_read(root, monkeypatch):
+    monkeypatch.setattr(instances, "_LARGEST", 1000)
+    with pytest.raises(DataError, match=r"train2017\.json: larger than 0 GB; data.root holds"):
+        CocoSource(str(root), "train2017", train=True)
+
+
 FILE = "annotations/instances_train2017.json"
 MISTAKES = {
     "no file": (lambda root: (root / FILE).unlink(), "No such file or directory; data.root holds annotations/inst"),
@@ -110,6 +162,25 @@ WRONG = {
     "key": (lambda c: c["annotations"][1].pop("iscrowd"), "annotations: iscrowd of 2 is missing"),
     "kind": (lambda c: c["images"][0].update(height="50"), "images: height of 14 is '50'"),
     "text": (lambda c: c["annotations"][0].update(bbox=[1, 2, "3", 4]), r"annotation 1: bbox=\[1, 2, '3', 4\] must"),
+    "minus": (
+        lambda c: c["annotations"][0].update(bbox=[1, 2, -3, 4]),
+        r"bbox=\[1, 2, -3, 4\] must be x, y, width, height",
+    ),
+    "nan": (lambda c: c["annotations"][0].update(bbox=[1, 2, float("nan"), 4]), "each within 65536 pixels"),
+    "far": (lambda c: c["annotations"][0].update(bbox=[1, 2, 1e300, 4]), "each within 65536 pixels"),
+    "no pixels": (lambda c: c["images"][0].update(height=0), "image 14 is of 0 x 64 pixels"),
+    "less": (lambda c: c["images"][0].update(width=-64), "image 14 is of 50 x -64 pixels"),
+    "more": (lambda c: c["images"][0].update(height=10**30), "image 14 is of 10+ x 64 pixels"),
+    "images": (lambda c: c["images"][0].update(id=11), "images: 2 of them have the id 11"),
+    "ids": (lambda c: c["annotations"][1].update(id=1), "annotations: 2 of them have the id 1"),
+    "names": (
+        lambda c: c.update(categories=[{"id": 1, "name": "a"}, {"id": 7, "name": "a"}]),
+        "2 of them have the name 'a'",
+    ),
+    "above": (
+        lambda c: c["images"][0].update(file_name="../0.png"),
+        r"lacks 1 of the images in .*, such as \.\./0\.png",
+    ),
     "nothing": (lambda c: c["annotations"].clear(), "no image of it has an object to train on"),
 }
 
@@ -126,7 +197,18 @@ BROKEN = {
     "odd": ([[0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 3.0]], "three points or more"),
     "none": ([[]], "three points or more"),
     "size": ({"counts": [2400], "size": [60, 40]}, r"is of \[60, 40\] pixels, its image of \[40, 60\]"),
-    "short": ({"counts": [5, 5], "size": [40, 60]}, "its runs cover 10 pixels of 2400"),
+    "short": ({"counts": [5, 5], "size": [40, 60]}, "its runs do not cover the 2400 pixels of its image"),
+    "below zero": ({"counts": [-100, 2500], "size": [40, 60]}, "do not cover"),
+    "no number": ({"counts": [2400.0], "size": [40, 60]}, "do not cover"),
+    "long text": ({"counts": "ooooooo0", "size": [40, 60]}, "do not cover"),
+    "endless text": ({"counts": "o" * 99, "size": [40, 60]}, "no text of COCO's"),
+    "other text": ({"counts": "\u00e9 !", "size": [40, 60]}, ""),
+    "text that ends early": ({"counts": "oo", "size": [40, 60]}, "end within one"),
+    "no counts": ({"counts": None, "size": [40, 60]}, ""),
+    "nowhere": ([[0.0, 0.0, 1e30, 1.0, 2.0, 2.0]], "no number within 65536 pixels"),
+    "not a number": ([[0.0, 0.0, float("nan"), 1.0, 2.0, 2.0]], "no number within 65536 pixels"),
+    "words": ([["0", "0", "9", "0", "9", "9"]], "no number within 65536 pixels"),
+    "a number": ([3], ""),
 }
 
 

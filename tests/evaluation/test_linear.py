@@ -4,7 +4,7 @@ import torch
 from scipy.optimize import minimize
 from sklearn.model_selection import StratifiedKFold
 
-from ccmim_fast.evaluation.frozen.logreg import logreg_accuracy
+from ccmim_fast.evaluation.frozen.logreg import held_out, logreg_accuracy
 
 
 def made(n=150, classes=3, width=8, spread=1.5):
@@ -89,8 +89,27 @@ def test_a_class_with_one_image_is_no_error():
     train, labels, test, test_labels = made()
     labels = labels.clone()
     labels[0] = 3
-    with pytest.warns(UserWarning, match="least populated class"):
-        assert logreg_accuracy(train, labels, test, test_labels)[0] > 0.5
+    assert logreg_accuracy(train, labels, test, test_labels)[0] > 0.5
+
+
+@pytest.mark.parametrize("shots", [1, 2, 3, 4])
+def test_a_few_images_of_each_class_are_enough(shots):
+    train, labels, test, test_labels = made()
+    few = torch.cat([torch.nonzero(labels == label)[:shots, 0] for label in range(3)])
+    accuracy, chosen = logreg_accuracy(train[few], labels[few], test, test_labels, cs=(1.0, 0.01))
+    assert accuracy > 0.4
+    assert chosen == 0.01 or shots > 1
+
+
+@pytest.mark.parametrize(
+    ("counts", "held"),
+    [((5, 10), [1, 2]), ((1, 1, 1), [0, 0, 0]), ((1, 2, 4, 11), [0, 1, 1, 2]), ((0, 3, 1), [0, 1, 0])],
+)
+def test_what_is_held_out_leaves_some_of_each_class(counts, held):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    fitted_F, held_H = held_out(labels)
+    assert sorted([*fitted_F, *held_H]) == list(range(len(labels)))
+    assert [int((labels[held_H] == label).sum()) for label in range(len(counts))] == held
 
 
 def test_errors():

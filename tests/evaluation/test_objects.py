@@ -14,7 +14,13 @@ from ccmim_fast.evaluation.masks.objects import object_figures, object_leakage, 
 
 SETTINGS = ["--data.samples=16", "--data.image_size=[32,32]", "--model.arch=vit_tiny_patch16_224", "--score.source=all"]
 SETTINGS += ["--model.patch_size=8", "--model.embed_dim=48", "--model.depth=2", "--model.num_heads=3"]
-SETTINGS += ["--decoder.dim=32", "--decoder.num_heads=4", "--train.batch_size=8", "--train.epochs=1"]
+SETTINGS += [
+    "--decoder.dim=32",
+    "--decoder.num_heads=4",
+    "--train.batch_size=8",
+    "--train.epochs=1",
+    "--optim.warmup_epochs=1",
+]
 SETTINGS += ["--train.precision=fp32", "--train.device=cpu", "--run.log_every=1", "--run.tensorboard=false"]
 
 

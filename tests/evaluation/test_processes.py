@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ccmim_fast.errors import MachineError
-from ccmim_fast.evaluation.loader import prepared
+from ccmim_fast.evaluation import loader
+from ccmim_fast.evaluation.loader import prepared, shared_memory_is_small
 
 CPU = torch.device("cpu")
 
@@ -45,3 +46,22 @@ def test_one_batch_a_process_is_prepared_ahead(workers, ahead):
     for number in range(1, 4):
         next(batches)
         assert len(asked) == number + ahead
+
+
+def whole(keys):
+    return torch.tensor(keys), keys
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_tensors_need_no_shared_memory_where_there_is_little(monkeypatch, small):
+    """A write beyond the end of /dev/shm, 64 MB in Docker, ends a process by a signal."""
+    monkeypatch.setattr(loader, "_SHARED", 2**60 if small else 0)
+    assert shared_memory_is_small() == small
+    sent = []
+    loads = loader.pickle.loads
+    monkeypatch.setattr(loader.pickle, "loads", lambda data: sent.append(len(data)) or loads(data))
+    found = list(prepared(tens, [[1, 2], [3]], whole, 2, CPU))
+    assert [(numbers.tolist(), keys) for numbers, keys in found] == [([10, 20], [10, 20]), ([30], [30])]
+    assert len(sent) == (2 if small else 0)
+    with pytest.raises(MachineError, match=r"\Aseven: too many\Z"):
+        next(prepared(tens, [[7]], whole, 2, CPU))

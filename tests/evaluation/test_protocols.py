@@ -7,8 +7,9 @@ import torch
 
 from ccmim_fast.checkpoints.published import Weights
 from ccmim_fast.config.load import presets
+from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.evaluation.encoders import IMAGENET, read_encoder
-from ccmim_fast.evaluation.job import Images
+from ccmim_fast.evaluation.images import Images
 from ccmim_fast.evaluation.protocols import deviations, protocol
 from ccmim_fast.evaluation.registry import EVALUATIONS
 
@@ -37,7 +38,7 @@ def found(name, weights):
     """Deviations of a run that keeps all of the preset's figures and images."""
     of = protocol(next(one for one in EVALUATIONS if name.startswith(one)), name)
     *counts, classes = of.images or (2, 2, 2)
-    train, test = (Images(Counted(count=count, class_names=range(classes)), None) for count in counts)
+    train, test = (Images(Counted(count=count, class_names=range(classes)), DataConfig()) for count in counts)
     return deviations(of, SimpleNamespace(config=of.config, weights=weights, train=train, test=test))
 
 

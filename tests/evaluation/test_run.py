@@ -4,7 +4,6 @@ Chance is 1/3 of 150 test images, with a standard deviation of 0.039. Margins ar
 """
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +13,8 @@ from tiny import tiny_config
 from ccmim_fast import cli
 from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.config.evaluation import EvalConfig
-from ccmim_fast.config.load import from_yaml, presets
-from ccmim_fast.config.schema import DataConfig
+from ccmim_fast.config.load import presets
 from ccmim_fast.engine.pretraining import fit
-from ccmim_fast.errors import DataError
-from ccmim_fast.evaluation import job
 from ccmim_fast.evaluation.encoders import build_encoder, read_encoder
 from ccmim_fast.evaluation.masks.subject import read_subject
 from ccmim_fast.evaluation.protocols import protocol
@@ -222,16 +218,3 @@ def test_an_image_folder(tmp_path):
     result = json.loads((out / "result.json").read_text())
     assert result["figures"] == {"k=3": 1.0}
     assert result["images"] == "24 images of 2 classes to train on, 12 images of 2 classes to test on"
-
-
-@pytest.mark.parametrize(
-    ("others", "words"), [(("dog", "cat"), "they are in another order"), (("cat", "owl"), "'dog' is in one of them")]
-)
-def test_sets_with_other_classes_are_refused(others, words, monkeypatch):
-    """Tables name their classes themselves: in another order the same label is another class."""
-    classes = iter([("cat", "dog"), others])
-    found = lambda data, seed: SimpleNamespace(labels_N=[0], class_names=next(classes))  # noqa: E731
-    monkeypatch.setattr(job, "build_source", found)
-    config = from_yaml("data: {root: a, test: b}", "", EvalConfig, lambda _: None)
-    with pytest.raises(DataError, match=words):
-        job.open_both(config, DataConfig(), DataConfig())

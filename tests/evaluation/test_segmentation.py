@@ -29,6 +29,7 @@ SMALL = [
     *("--train.batch_size=20", "--optim.warmup_steps=10", "--run.log_every=1", "--run.test_every=100"),
 ]
 FEW = [*SMALL, "--data.samples=30", "--data.test_samples=13", "--train.batch_size=12", "--train.accumulate=2"]
+FEW += ["--optim.warmup_steps=1"]
 MARGIN = 0.15  # of mIoU; 0.22 and 0.23 were seen after 120 and 160 steps
 
 
@@ -81,6 +82,7 @@ def test_reads_ade20k(evaluated, miniature):
         "segmentation",
         *SMALL,
         *("--data.source=ade20k", f"--data.root={miniature}", "--train.batch_size=2", "--train.steps=2"),
+        "--optim.warmup_steps=2",
     )
     assert result["images"] == "5 images of 3 classes to train on, 3 images of 3 classes to test on"
     assert result["figures"].keys() == {"mIoU", "aAcc", "mAcc"}
@@ -97,6 +99,11 @@ def test_encoders_without_cls_or_with_registers(evaluated, tmp_path, arch):
     assert result["figures"]["mIoU"] > 0
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def test_nothing_to_test_on_is_told(evaluated, miniature, tmp_path):
     """Annotations to test on of no class at all."""
     for path in (miniature / "annotations" / "validation").iterdir():
@@ -106,7 +113,37 @@ def test_nothing_to_test_on_is_told(evaluated, miniature, tmp_path):
     settings = [*SMALL, "--data.source=ade20k", f"--data.root={miniature}", "--train.batch_size=2", "--train.steps=1"]
     with pytest.raises(DataError, match=r"Challenge\w+: no pixel of the 3 images to test on has a class\Z"):
         evaluated("segmentation", *settings)
-    assert not (tmp_path / "out" / "result.json").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_scenes_are_left_out(evaluated, miniature, tmp_path, capsys):
+    """An annotation that does not decode, one of another size, one of numbers beyond the classes; 16 bits are read.
+
+    The images themselves are not put down as bad: pretraining on them needs no labels.
+    """
+    validation, training = (miniature / "annotations" / part for part in ("validation", "training"))
+    with Image.open(training / "ADE_training_0.png") as image:
+        Image.fromarray(np.asarray(image).astype(np.uint16)).save(training / "ADE_training_0.png")
+    Image.new("L", (7, 7)).save(training / "ADE_training_1.png")
+    Image.new("L", (24, 21), 77).save(validation / "ADE_validation_1.png")
+    (validation / "ADE_validation_2.png").write_bytes((validation / "ADE_validation_2.png").read_bytes()[:50])
+    settings = [*SMALL, "--data.source=ade20k", f"--data.root={miniature}", "--train.batch_size=2", "--train.steps=5"]
+    settings.append("--optim.warmup_steps=1")
+    with pytest.raises(DataError, match=r"more than data.max_bad=0.01, the last .*ADE_validation_\d.png: "):
+        evaluated("segmentation", *settings)
+    assert not (tmp_path / "out").exists()
+    result = evaluated("segmentation", *settings, "--data.max_bad=0.7")
+    assert result["left_out"]["test"] == {
+        "that cannot be read": {
+            "images": 2,
+            "of": 3,
+            "first": str(miniature / "images/validation/ADE_validation_1.jpg"),
+        }
+    }
+    said = capsys.readouterr().out
+    assert said.index("2 of 3 images to test on that cannot be read") < said.index("step 1")
+    assert "ADE_training_1.png: 7 x 7 pixels, and its image" in said
+    assert not list((tmp_path / "cache").rglob("*.bad"))
 
 
 @pytest.mark.slow

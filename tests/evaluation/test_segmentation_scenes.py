@@ -68,8 +68,8 @@ def spoil(root, index, content):
     [
         (np.ones((7, 24), np.uint8), "7 x 24 pixels, and its image .*ADE_training_1.jpg has 21 x 24"),
         (np.full((21, 24), 4, np.uint8), r"label 4 must be in 0\.\.3, the number of classes"),
-        (np.ones((21, 24, 3), np.uint8), "of mode RGB; it must be 8-bit gray or palette"),
-        (np.ones((21, 24), np.uint16), "of mode I;16; it must be 8-bit gray or palette"),
+        (np.ones((21, 24, 3), np.uint8), "of mode RGB; it must be of one channel, gray or palette"),
+        (np.full((21, 24), 257, np.uint16), r"label 257 must be in 0\.\.3, the number of classes"),
         (b"no image", "cannot be read"),
     ],
 )
@@ -108,7 +108,7 @@ def test_a_single_class_is_refused(miniature):
     (miniature / NAMES).unlink()
     for index in range(5):
         spoil(miniature, index, np.minimum(numbers_of(index), 1))
-    with pytest.raises(DataError, match=r"and 4 others: labels 0\.\.1; 2 classes are the fewest"):
+    with pytest.raises(DataError, match=r"and 4 others: labels 0\.\.1; there must be 2 to 255 classes"):
         folder_scenes(str(miniature))
 
 

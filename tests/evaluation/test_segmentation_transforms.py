@@ -226,19 +226,28 @@ def test_an_image_that_cannot_be_decoded_is_replaced_with_its_labels():
     assert shown_HW.unique().tolist() == [shown % 3] != [4 % 3]
 
 
-def test_wrong_labels_end_the_run():
+def test_a_scene_whose_labels_are_wrong_is_replaced_like_a_bad_image():
     scenes = scenes_of(ShapesSource(0, 12, (32, 32), 3))
+    labels = scenes.labels
 
     def wrong(index):
-        raise DataError("a.png: label 9 must be in 0..3")
+        if index == 4 or all_wrong:
+            raise DataError("a.png: label 9 must be in 0..3")
+        return labels(index)
 
-    scenes.labels = wrong
-    with pytest.raises(DataError, match=r"^a.png: label 9 must be in 0\.\.3$"):
+    all_wrong, scenes.labels = False, wrong
+    whole, shown = (stream(one, 0, 3) for one in (scenes_of(ShapesSource(0, 12, (32, 32), 3)), scenes))
+    assert (
+        sum(not torch.equal(*two) for one in zip(whole, shown) for two in zip(one[0].labels_BHW, one[1].labels_BHW))
+        == 1
+    )
+    all_wrong = True
+    with pytest.raises(DataError, match=r"more than data\.max_bad=0\.2, the last a.png: label 9 must be in 0\.\.3;"):
         stream(scenes, 0, 1)
 
 
 def test_a_pair_has_its_images_own_pixels():
     scenes = scenes_of(ShapesSource(0, 4, (32, 32), 3))
-    pair = pair_of(scenes, 2, scenes.decode(2))
+    pair = pair_of(*scenes.sample(2))
     assert np.array_equal(pair.image_CHW.permute(1, 2, 0).numpy(), scenes.decode(2))
     assert pair.size == (32, 32)

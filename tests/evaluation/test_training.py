@@ -70,9 +70,11 @@ def test_processes_that_augment_change_nothing(evaluated, tmp_path):
 
 
 def test_another_setting_is_refused(evaluated):
-    evaluated("attentive", *SHORT, "--train.epochs=1")
+    evaluated("attentive", *SHORT, "--train.epochs=1", "--optim.warmup_epochs=1")
     with pytest.raises(ConfigError, match=r"optim.base_lr=0.5: the checkpoint has 0.0125; use that, or --allow-change"):
-        evaluated("attentive", *SHORT, "--train.epochs=1", "--resume=auto", "--optim.base_lr=0.5")
+        evaluated(
+            "attentive", *SHORT, "--train.epochs=1", "--optim.warmup_epochs=1", "--resume=auto", "--optim.base_lr=0.5"
+        )
 
 
 def test_another_encoder_is_refused(evaluated, encoder, tmp_path):
@@ -81,7 +83,7 @@ def test_another_encoder_is_refused(evaluated, encoder, tmp_path):
     save_file(weights, tmp_path / "moved.safetensors")
     weights["norm.bias"][0] += 1
     save_file(weights, tmp_path / "other.safetensors")
-    short = [*SHORT, "--train.epochs=1"]
+    short = [*SHORT, "--train.epochs=1", "--optim.warmup_epochs=1"]
     evaluated("attentive", *short)
     evaluated("attentive", *short, "--resume=auto", checkpoint=tmp_path / "moved.safetensors")
     with pytest.raises(ConfigError, match=r"began with another encoder; choose another run\.dir, or --overwrite"):
@@ -112,7 +114,14 @@ def test_two_processes_equal_one(evaluated, encoder, cache, shared_settings, tmp
     """151 test images: one rank has one more. Without mixup and drop path, which ranks draw each for themselves."""
     more = ["--knn.k=[1,10]", "--data.test_samples=151"]
     if name == "finetune":
-        more = [*SHORT, "--train.epochs=1", "--optim.base_lr=5e-3", "--augment.mixup=0", "--augment.cutmix=0"]
+        more = [
+            *SHORT,
+            "--train.epochs=1",
+            "--optim.warmup_epochs=1",
+            "--optim.base_lr=5e-3",
+            "--augment.mixup=0",
+            "--augment.cutmix=0",
+        ]
         more += ["--model.drop_path=0", "--data.test_samples=151", "--train.accumulate=2"]
     one = evaluated(name, *more, folder="one")
     settings = [*shared_settings, f"--data.root={cache}", f"--run.dir={tmp_path / 'two'}", *more]

@@ -104,7 +104,8 @@ def job_of(trees, tmp_path, data_changes=(), **changes):
     from dataclasses import replace
 
     from ccmim_fast.evaluation.encoders import read_encoder
-    from ccmim_fast.evaluation.job import Images, Job, open_both
+    from ccmim_fast.evaluation.images import Images, open_both
+    from ccmim_fast.evaluation.job import Job
     from ccmim_fast.ranks.session import open_session
 
     config = protocol("transfer", "transfer_flowers").config
@@ -147,6 +148,7 @@ def test_every_repeat_is_another_picture(trees, tmp_path):
 def test_goes_on_bit_for_bit(evaluated, trees, tmp_path):
     """Stopped within an epoch, and so within the repeats of an image; averaged weights and their tests too."""
     more = [*SHORT, "--data.source=flowers", f"--data.root={trees['flowers']}", "--optim.ema=0.9", "--train.epochs=1"]
+    more += ["--optim.warmup_epochs=1"]
     more += ["--train.batch_size=50", "--augment.auto=rand-m3-mstd0.5-inc1", "--augment.erase=0.25"]
     evaluated("transfer", *more, folder="whole")
     evaluated("transfer", *more, "--train.max_steps=4", folder="parts")

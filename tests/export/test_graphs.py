@@ -1,13 +1,19 @@
 """Graphs of the encoder: run by what reads them, of a batch they were not traced with, they give our features."""
 
 import json
+import sysconfig
+import zipfile
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 from made_run import make_run
 from tiny import images
 
+import ccmim_fast
 from ccmim_fast.cli import main
+from ccmim_fast.export.targets import TARGETS
 from ccmim_fast.models.tokens import tokens_of
 
 NEAR = {"rtol": 0, "atol": 1e-5}
@@ -61,6 +67,37 @@ def test_torch_export_gives_our_features(model, tmp_path):
         with torch.no_grad():
             tokens = program.module()(as_floats(pictures))
         torch.testing.assert_close(tokens, ours(model, pictures), **NEAR)
+
+
+def contents(path):
+    """All bytes of a file; of a zip archive, those of its members as well."""
+    yield path.read_bytes()
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            yield from map(archive.read, archive.namelist())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_file_holds_a_path_of_this_machine(tmp_path, target):
+    """Neither of the sources nor of the run's folders, images and user, and no password."""
+    if target == "onnx":
+        pytest.importorskip("onnxscript")
+    # An architecture that each target can express.
+    secret = {"root": "http://joe:hunter2@example.org/set?token=abc123", "index": "/home/joe/index.arrow"}
+    make_run(
+        tmp_path / "run", data=secret | {"image_size": (32, 32)}, mask={"strategy": "random"}, contrast={"loss": "none"}
+    )
+    result = {"evaluation": "knn", "protocol": "knn", "figures": {"k=1": 0.5}, "config": {"data.root": "/home/joe/set"}}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    line = ["export", target, str(tmp_path / "run"), str(tmp_path / "out"), f"--result={tmp_path / 'result.json'}"]
+    assert main(line) == 0
+    private = ["hunter2", "/home/joe", "site-packages", sysconfig.get_path("stdlib"), str(tmp_path), "example.org"]
+    private += [str(Path(module.__file__).parent) for module in (ccmim_fast, torch, timm)]
+    files = sorted((tmp_path / "out").iterdir())
+    assert "README.md" in [path.name for path in files]
+    for path in files:
+        for content in contents(path):
+            assert not [one for one in private if one.encode() in content], path.name
 
 
 def test_without_onnx(model, tmp_path, capsys, monkeypatch):

@@ -100,12 +100,14 @@ def test_mistakes(tmp_path, capsys):
     make_run(tmp_path / "run")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
+    (tmp_path / "there.safetensors").touch()
     run = str(tmp_path / "run")
     for argv, code, words in (
         (["tim", run, "out"], 2, ["'tim'", "nearest: timm"]),
         (["timm", run, "encoder.onnx"], 2, ["FILE.safetensors or a folder"]),
         (["timm", run, str(tmp_path / "full")], 2, ["not empty"]),
-        (["timm", run, str(tmp_path / "full" / "file" / "x")], 6, ["not written"]),
+        (["timm", run, str(tmp_path / "full" / "file" / "x")], 2, ["cannot be written: Not a directory"]),
+        (["timm", run, str(tmp_path / "there.safetensors")], 2, ["exists; remove it, or name another file"]),
         (["timm", str(tmp_path / "full"), "out"], 5, ["no complete checkpoint"]),
     ):
         assert main(["export", *argv]) == code, argv

@@ -60,6 +60,7 @@ def evaluation(folder: Path, kind: str) -> list[str]:
     trains = kind not in ("knn", "logreg")
     steps = ("--train.max_steps=1", "--train.batch_size=4") if trains else ()
     dense = ("--data.image_size=[64,64]",) if kind in ("detection", "segmentation") else ()
+    dense += ("--optim.warmup_steps=1",) if kind == "detection" else ()
     windows = ("--segment.stride=64",) if kind == "segmentation" else ()
     few = ("--knn.k=[10]",) if kind == "knn" else ()
     return ["eval", kind, f"{folder / TRAINED}", "--train.device=cuda", *images, *steps, *dense, *windows, *few]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
+from ccmim_fast.errors import MachineError
 from ccmim_fast.ranks import session as sessions
 from ccmim_fast.ranks.rendezvous import agree_on_launch
 from ccmim_fast.ranks.session import Session, main_first
@@ -69,3 +70,38 @@ def test_rank_0_then_the_first_of_each_machine_then_all(monkeypatch, rank, local
         before = len(barriers)
         raise ValueError("index")
     assert (before, len(barriers)) == (turn, 2)
+
+
+LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"RANK": "0"}, "RANK=0 without WORLD_SIZE and MASTER_ADDR and MASTER_PORT"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK and"),
+        ({**LAUNCHED, "MASTER_ADDR": None}, "RANK=1, WORLD_SIZE=2, MASTER_PORT=29500 without MASTER_ADDR: launch with"),
+        ({**LAUNCHED, "RANK": "one"}, "RANK='one' must be a whole number"),
+        ({**LAUNCHED, "RANK": "2"}, "RANK=2 must be less than WORLD_SIZE=2"),
+        ({**LAUNCHED, "RANK": "-1"}, "RANK='-1' must be a whole number"),
+        ({**LAUNCHED, "WORLD_SIZE": ""}, "WORLD_SIZE='' must be a whole number"),
+        ({**LAUNCHED, "MASTER_PORT": "tcp://x"}, "MASTER_PORT='tcp://x' must be a whole number"),
+        ({**LAUNCHED, "LOCAL_RANK": "x"}, "LOCAL_RANK='x' must be a whole number"),
+    ],
+)
+def test_half_of_a_launch_is_one_line(monkeypatch, given, words):
+    for name in (*LAUNCHED, "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(MachineError, match=words), sessions.open_session("cpu"):
+        pass
+
+
+def test_no_launch_is_one_process(monkeypatch):
+    for name in (*LAUNCHED, "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")  # left over from another program
+    with sessions.open_session("cpu") as here:
+        assert (here.rank, here.world_size) == (0, 1)

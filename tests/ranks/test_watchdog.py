@@ -16,6 +16,7 @@ from small_run import run_settings
 from ccmim_fast.errors import DataError, MachineError, StoppedError
 from ccmim_fast.ranks.heartbeat import read_heartbeats
 from ccmim_fast.ranks.watchdog import Watchdog, is_peer_failure, thread_stacks
+from ccmim_fast.runs.claim import claimed
 from ccmim_fast.runs.state import process_start, read_state
 
 HALF_AN_HOUR = 30.0  # the default
@@ -77,6 +78,25 @@ def test_fault_19_rank_0_raises(tmp_path):
     assert "CheckpointError: " in last_line(errors[1])
     assert "Traceback" not in errors[0] + errors[1]
     assert read_state(tmp_path / "run").exit_code == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["--run.resume=auto", "--run.overwrite=true"])
+def test_ranks_of_a_second_launch_are_told_and_change_nothing(tmp_path, options):
+    """Only the first rank holds the folder, and tells; the other one ends with it."""
+    run = tmp_path / "run"
+    with claimed(run, "the first launch"):
+        (run / "metrics.jsonl").write_text("records")
+        before = {path.name: path.read_bytes() for path in run.iterdir()}
+        command = ["-m", "ccmim_fast.cli", "pretrain", *run_settings(tmp_path), options]
+        with ranks_without_torchrun(2, tmp_path, *command) as ranks:
+            codes = [rank.wait(PATIENCE) for rank in ranks]
+        assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    errors = [(tmp_path / f"{rank}.err").read_text() for rank in "01"]
+    assert codes == [2, 6]
+    assert f"process {os.getpid()} on {socket.gethostname()} is at work in it" in last_line(errors[0])
+    assert "rank 1 ends: another rank did" in last_line(errors[1])
+    assert "Traceback" not in errors[0] + errors[1]
 
 
 @pytest.mark.slow

@@ -163,3 +163,12 @@ def test_torch_is_not_imported(tmp_path):
     code = "import sys; from ccmim_fast.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, "runs", str(tmp_path)], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
+def test_a_name_commands_no_terminal(tmp_path, capsys):
+    make(tmp_path / "a\x1b[31m\x9b", HERE._replace(state="failed", error="\x1b]0;title\x07", exit_code=3))
+    assert main(["runs", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert "\x9b" not in printed
+    assert r"a\x1b[31m\x9b: \x1b]0;title\x07" in printed

@@ -11,6 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from ccmim_fast.report.curves import read_metrics
 from ccmim_fast.runs import metrics
 from ccmim_fast.runs.metrics import Metrics
 
@@ -64,3 +65,41 @@ def test_what_failed_tensorboard_holds_on_to_no_later_step(tmp_path, monkeypatch
     assert capsys.readouterr().err.count("TensorBoard is off, metrics.jsonl goes on: OSError: [Errno 122]") == 1
     written.close()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_resumed_run_keeps_what_is_no_record_and_drops_what_comes_later(tmp_path):
+    lines = [
+        b'{"kind": "train", "step": 1}',
+        b"\xff\xfe no text",
+        b"[1, 2]",
+        b'{"kind": "note"}',
+        b"7",
+        b"",
+        b"[" * 9999,
+    ]
+    lines += [
+        b'{"kind": "train", "step": 2}',
+        b'{"kind": "train", "step": 3}',
+        b'{"step": "4"}',
+        b'{"kind": "train", "st',
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    written = Metrics(tmp_path, tensorboard=False, resume_step=2)
+    written.write("train", 3)
+    written.close()
+    kept = [*lines[:8], lines[9], b'{"kind": "train", "step": 3}', b""]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"\n".join(kept)
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_records_that_cannot_be_rewritten_stay(tmp_path, monkeypatch):
+    """A disk that is full while a run goes on; a kill at that moment leaves the old file or the new one."""
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "train", "step": 2}\n')
+
+    def full(self, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    monkeypatch.setattr(metrics.Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        Metrics(tmp_path, tensorboard=False, resume_step=1)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2

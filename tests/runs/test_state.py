@@ -107,12 +107,12 @@ def test_a_write_that_fails_leaves_the_older_state(tmp_path, monkeypatch):
     old = RunState("running", 1, "here", 2)
     write_state(tmp_path, old)
 
-    def full(self, text):
-        with open(self, "w") as file:
-            file.write(text[:5])
+    def full(self, content):
+        with open(self, "wb") as file:
+            file.write(content[:5])
         raise OSError("disk full")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     write_state(tmp_path, old._replace(state="done"))
     assert read_state(tmp_path) == old
 

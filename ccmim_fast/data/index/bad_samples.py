@@ -40,8 +40,8 @@ class BadSamples:
 
     def __init__(self, source: Source, on_error: str, max_bad: float):
         self._index, self._total = getattr(source, "index", None), len(source)
-        # A source without an index excludes samples that are of no use, such as images without an object, not bad ones.
-        self._excluded = 0 if self._index is None else len(source.excluded_X)
+        # A source excludes samples that are of no use, too, such as images without a label or an object: no bad ones.
+        self._excluded = 0 if self._index is None else len(self._index.excluded_X)
         self._on_error, self._max_bad, self._lock = on_error, max_bad, threading.Lock()
         self.reasons: dict[int, str] = {}  # by sample id, in the order in which the samples failed
         # Reasons of earlier runs, by sample id.

@@ -91,9 +91,11 @@ def cached_records(folder: str, name: str, dtype: np.dtype, samples: int, make: 
         os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as scratch:
         unfinished = os.path.join(scratch, "records.npy")
-        records = np.lib.format.open_memmap(unfinished, mode="w+", dtype=dtype, shape=(samples,))
-        for index in range(samples):
-            records[index] = make(index)
-        records.flush()
+        # Written, not mapped: on a full disk a write to mapped memory would end the process by a signal.
+        with open(unfinished, "wb") as file:
+            shape = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (samples,)}
+            np.lib.format.write_array_header_1_0(file, shape)
+            for index in range(samples):
+                file.write(np.array([make(index)], dtype).tobytes())
         os.replace(unfinished, path)
     return np.load(path, mmap_mode="r")

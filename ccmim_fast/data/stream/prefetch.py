@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 from ccmim_fast.data.index.bad_samples import BadSamples
 from ccmim_fast.data.source import UnreadableError
@@ -57,13 +58,25 @@ def load_with_fallback(
     """
     index, epoch = sample.ids_B.item(), sample.epochs_B.item()
     for attempt in range(_ATTEMPTS):
-        current = sample.ids_B.item()
-        reason, lasting = bad_samples.known.get(current), True
+        loaded, reason = attempted(partial(load, sample), sample.ids_B.item(), bad_samples)
         if reason is None:
-            try:
-                return sample, load(sample)
-            except DataError as error:
-                reason, lasting = str(error), not isinstance(error, UnreadableError)
-        bad_samples.add(current, reason, lasting)
+            return sample, loaded
         sample = plan.fallback(index, epoch, attempt)
     raise DataError(f"{reason}; and {_ATTEMPTS - 1} samples drawn in its place cannot be used either")
+
+
+def attempted(
+    load: Callable[[], Result], index: int, bad_samples: BadSamples
+) -> tuple[Result, None] | tuple[None, str]:
+    """Return what `load` gives of the sample `index`, and None; or None, and why it raised DataError.
+
+    `bad_samples` records the failure, and raises DataError if it allows no more; what it knows to fail is not tried.
+    """
+    reason, lasting = bad_samples.known.get(index), True
+    if reason is None:
+        try:
+            return load(), None
+        except DataError as error:
+            reason, lasting = str(error), not isinstance(error, UnreadableError)
+    bad_samples.add(index, reason, lasting)
+    return None, reason

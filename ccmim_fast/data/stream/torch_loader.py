@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from ccmim_fast.data.build import Loader
+from ccmim_fast.data.index.bad_samples import BadSamples
 from ccmim_fast.data.source import Source, usable_count, usable_ids
 from ccmim_fast.data.stream.batch import Batch, make_batch, to_device
 from ccmim_fast.data.stream.plan import MicroBatch
-from ccmim_fast.data.stream.prefetch import load_with_fallback, prefetch
+from ccmim_fast.data.stream.prefetch import attempted, load_with_fallback, prefetch
 from ccmim_fast.data.threads import thread_count
 
 
@@ -36,14 +37,17 @@ def evaluation_batches(
     workers: int = 0,
     central: float = 0.0,
     part: tuple[int, int] = (0, 1),
+    bad_samples: BadSamples | None = None,
 ) -> Iterator[Batch]:
     """Yield every usable image once, in the order of the ids, without augmentation; the last batch may be smaller.
 
     `central`: crop the largest central part that has the aspect of `image_size`, with sides scaled by this factor:
     0.875 equals a resize of the shorter side to 256 and a central crop of 224. 0: the whole image. `part` (k, n): yield
-    the images k, k + n, k + 2 n, ... only. Raises DataError naming an image that cannot be decoded.
+    the images k, k + n, k + 2 n, ... only. An image that cannot be decoded is left out, and recorded in `bad_samples`,
+    which raises DataError if it allows no more.
     """
     first, step = part
+    bad_samples = bad_samples or BadSamples(source, "error", 1.0)
 
     def micro_batches() -> Iterator[MicroBatch]:
         positions_P = np.arange(first, usable_count(source), step)
@@ -55,11 +59,13 @@ def evaluation_batches(
                 boxes_B4 = central_boxes(sizes_B2, image_size, central)
             yield MicroBatch(ids_B, np.zeros_like(ids_B), boxes_B4, np.zeros(len(ids_B), dtype=bool))
 
-    def load(sample: MicroBatch) -> tuple[MicroBatch, np.ndarray]:
-        return sample, load_crop(source, sample, image_size)
+    def load(sample: MicroBatch) -> tuple[MicroBatch, np.ndarray | None]:
+        image, reason = attempted(lambda: load_crop(source, sample, image_size), sample.ids_B.item(), bad_samples)
+        return (sample if reason is None else sample.part(0, 0)), image
 
     for samples, images in prefetch(load, micro_batches(), thread_count(workers)):
-        yield make_batch(to_device(np.stack(images), device), samples, source, device)
+        if shown := [image for image in images if image is not None]:
+            yield make_batch(to_device(np.stack(shown), device), samples, source, device)
 
 
 def central_boxes(sizes_B2: np.ndarray, image_size: tuple[int, int], share: float = 1.0) -> np.ndarray:

@@ -84,7 +84,7 @@ class ObjectLoader(SampleLoader):
         self._transform = ForTraining(job.config, job.weights.mean)
 
     def read(self, index: int) -> tuple[np.ndarray, Instances]:
-        return self.plan.source.decode(index), self.plan.source.instances(index)
+        return self.plan.source.sample(index)
 
     def make(self, read: tuple[np.ndarray, Instances], index: int, epoch: int) -> Sample:
         seed_generators(self.config.seed, epoch, index)  # torchvision's transforms draw from torch's

@@ -1,7 +1,7 @@
 """Images whose objects are known, with box, class and mask of each: COCO as its owners publish it, or shapes.
 
-To a `Source` they add `instances(index)`: the objects of one image, or DataError naming the image. `excluded_X` are the
-images without an object to train on.
+To a `Source` they add `sample(index)`: the pixels and the objects of one image, or DataError naming the image.
+`excluded_X` are the images without an object to train on.
 """
 
 # N objects, S samples, X excluded samples, H height, W width, C channels
@@ -9,7 +9,8 @@ images without an object to train on.
 import hashlib
 import json
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,9 @@ _ROWS = {
         "segmentation": (list, dict),
     },
 }
+_FAR = 65536  # pixels: sides of an image, and places of its objects, beyond which a number is no such thing
+_LARGEST = 4 * 2**30  # bytes of a file; COCO's largest has half a gigabyte
+_MOST = 2**32  # bytes of the masks of one image's objects, one a pixel
 _LEAST_SIDE = 1  # pixels; an image whose boxes are all as narrow is not trained on (torchvision's reference)
 
 
@@ -47,6 +51,9 @@ class Instances(NamedTuple):
 class ShapesInstances(ShapesSource):
     """Images made by code, whose one object is known to the pixel."""
 
+    def sample(self, index: int) -> tuple[np.ndarray, Instances]:
+        return self.decode(index), self.instances(index)
+
     def instances(self, index: int) -> Instances:
         y0, x0, y1, x1 = self.box(index)
         mask_HW = np.array(self.mask(index))  # the cache is read-only, which torch does not like
@@ -58,13 +65,14 @@ class CocoSource:
     """One of COCO's two parts; as much of a `Source` as evaluations ask for.
 
     `root` is a folder of the layout above, `part` is `train2017` or `val2017`. With `train`, images without an object
-    to train on are excluded. Raises DataError: a file that is missing, damaged, or speaks of what is not there.
+    to train on are excluded. Classes are the categories by their ids, or `class_names`, which has the same names.
+    Raises DataError: a file that is missing, damaged, or speaks of what is not there.
     """
 
     channels = 3
     labels_N = None  # an image has many
 
-    def __init__(self, root: str, part: str, train: bool) -> None:
+    def __init__(self, root: str, part: str, train: bool, class_names: tuple[str, ...] = ()) -> None:
         file, self._folder = Path(root, "annotations", f"instances_{part}.json"), Path(root, part)
         text = _read(file, f"; {LAYOUT}")
         content = _parse(text, file)
@@ -74,16 +82,21 @@ class CocoSource:
             raise DataError(f"{self._folder}: no such folder; {LAYOUT}")
         if missing := {image["file_name"] for image in images} - set(os.listdir(self._folder)):
             raise DataError(f"{self._folder}: lacks {len(missing)} of the images in {file}, such as {min(missing)}")
-        self.class_names = tuple(category["name"] for category in categories)
+        names = tuple(category["name"] for category in categories)
+        self.class_names = class_names or names
+        if odd := set(names) ^ set(self.class_names):
+            raise DataError(f"{file}: category {min(odd)!r:.60} is in one of the two files alone")
+        labels = {category["id"]: self.class_names.index(category["name"]) for category in categories}
         self.sizes_N2 = np.array([(image["height"], image["width"]) for image in images], dtype=np.int32).reshape(-1, 2)
         self._names = np.array([image["file_name"] for image in images])
-        of_images = _by_image(content["annotations"], images, categories, file)
+        of_images = _by_image(content["annotations"], images, labels, file)
         least = _LEAST_SIDE if train else -np.inf
         usable = [any(not crowd and min(box[2:]) > least for _, _, box, crowd, _ in objects) for objects in of_images]
         if not any(usable):
             raise DataError(f"{file}: no image of it has an object to {'train' if train else 'test'} on")
         without_X = np.flatnonzero(~np.array(usable))
         self.excluded_X = without_X if train else NOTHING_EXCLUDED
+        self.left_out = {"without an object to train on": self.excluded_X}
         # One block of bytes: objects of Python's would be copied into every process that reads them.
         parts = [json.dumps(objects).encode() for objects in of_images]
         self._ends = np.cumsum([0, *map(len, parts)])
@@ -106,14 +119,19 @@ class CocoSource:
             raise DataError(f"{self.name(index)}: {found} pixels; its annotations are of {said}")
         return image_HWC
 
+    def sample(self, index: int) -> tuple[np.ndarray, Instances]:
+        return self.decode(index), self.instances(index)
+
     def instances(self, index: int) -> Instances:
         objects = json.loads(self._objects[self._ends[index] : self._ends[index + 1]].tobytes())
         height, width = (int(side) for side in self.sizes_N2[index])
+        if len(objects) * height * width > _MOST:
+            raise DataError(f"{self.name(index)}: {len(objects)} objects of {height} x {width} pixels are too many")
         masks_NHW = np.zeros((len(objects), height, width), dtype=bool)
         for mask_HW, (number, *_, segmentation) in zip(masks_NHW, objects):
             try:
                 mask_HW[:] = mask_of(segmentation, height, width)
-            except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
                 where = f"{self.name(index)}: segmentation of annotation {number}"
                 raise DataError(f"{where}: {one_line(error, 100)}") from None
         corners_N4 = np.array([box for _, _, box, *_ in objects], dtype=np.float32).reshape(-1, 4)
@@ -129,26 +147,58 @@ class CocoSource:
 def mask_of(segmentation: list[list[float]] | dict[str, Any], height: int, width: int) -> np.ndarray:
     """Return [H, W] bool of polygons (x, y, x, y, ...), or of runs down the columns, compressed to text or not.
 
-    Raises ValueError: a polygon of fewer than three points, or runs of another size.
+    Raises ValueError or TypeError: a polygon of fewer than three points, or one that is far outside; runs of another
+    size, or that do not cover it.
     """
-    from faster_coco_eval import mask
-
     if isinstance(segmentation, dict):
         if list(segmentation["size"]) != [height, width]:
             raise ValueError(f"is of {segmentation['size']} pixels, its image of {[height, width]}")
-        plain = isinstance(segmentation["counts"], list)
-        if plain and sum(segmentation["counts"]) != height * width:
-            raise ValueError(f"its runs cover {sum(segmentation['counts'])} pixels of {height * width}")
-        runs = mask.frPyObjects(segmentation, height, width) if plain else segmentation
-    else:
-        if not segmentation or any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
-            raise ValueError("a polygon has an x and a y for each of three points or more")
-        runs = mask.merge(mask.frPyObjects(segmentation, height, width))
-    return mask.decode(runs).astype(bool)
+        counts = segmentation["counts"]
+        counts = counts if isinstance(counts, list) else runs_in(counts)
+        if not all(isinstance(count, int) and count >= 0 for count in counts) or sum(counts) != height * width:
+            raise ValueError(f"its runs do not cover the {height * width} pixels of its image")
+        return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+    if not segmentation or any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
+        raise ValueError("a polygon has an x and a y for each of three points or more")
+    if not all(map(_is_place, chain.from_iterable(segmentation))):
+        raise ValueError(f"a polygon's x or y is no number within {_FAR} pixels")
+    from faster_coco_eval import mask
+
+    return mask.decode(mask.merge(mask.frPyObjects(segmentation, height, width))).astype(bool)
+
+
+def runs_in(text: str | bytes) -> list[int]:
+    """Return the runs that COCO's compressed form holds: six bits a character, from the third on differences.
+
+    The library would write beyond its memory for text that covers more than its image. Raises ValueError: no such text.
+    """
+    runs, value, shift = [], 0, 0
+    for character in text.encode("ascii") if isinstance(text, str) else text:
+        bits = character - 48
+        if not 0 <= bits < 64 or shift > 60:
+            raise ValueError("its runs are no text of COCO's")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits & 16) << shift - 4  # the sign
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value, shift = 0, 0
+    if shift:
+        raise ValueError("its runs end within one")
+    return runs
+
+
+def _is_place(number: Any) -> bool:
+    """Tell whether this is a number of pixels that may be meant."""
+    return isinstance(number, int | float) and abs(number) <= _FAR  # not so of nan
 
 
 def _read(file: Path, advice: str = "") -> bytes:
     try:
+        if file.exists() and not file.is_file():
+            raise DataError(f"{file}: is no file{advice}")  # opening a FIFO would wait
+        if file.stat().st_size > _LARGEST:
+            raise DataError(f"{file}: larger than {_LARGEST / 1e9:.0f} GB{advice}")
         return file.read_bytes()
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}{advice}") from None
@@ -171,12 +221,22 @@ def _parse(text: bytes, file: Path) -> dict[str, list[dict[str, Any]]]:
                     raise DataError(f"{file}: {name}: {key} of {row.get('id', 'one')!r:.60} is {said}")
     if not content["images"]:
         raise DataError(f"{file}: no image in it")
+    for image in content["images"]:
+        height, width = image["height"], image["width"]
+        if not (0 < height <= _FAR and 0 < width <= _FAR):
+            raise DataError(f"{file}: image {image['id']} is of {height} x {width} pixels")
+    for name, key in (("images", "id"), ("categories", "id"), ("categories", "name"), ("annotations", "id")):
+        [(value, count)] = Counter(row[key] for row in content[name]).most_common(1) or [("", 0)]
+        if count > 1:
+            raise DataError(f"{file}: {name}: {count} of them have the {key} {value!r:.60}")
     return content
 
 
-def _by_image(annotations: list, images: list, categories: list, file: Path) -> list[list[tuple]]:
-    """Return the objects of each image: number, label, box (x, y, width, height), crowd, segmentation."""
-    labels = {category["id"]: label for label, category in enumerate(categories)}
+def _by_image(annotations: list, images: list, labels: dict[int, int], file: Path) -> list[list[tuple]]:
+    """Return the objects of each image: number, label, box (x, y, width, height), crowd, segmentation.
+
+    `labels` are by the category's id.
+    """
     found = defaultdict(list, {image["id"]: [] for image in images})
     for one in annotations:
         number, image, category = one["id"], one["image_id"], one["category_id"]
@@ -184,7 +244,8 @@ def _by_image(annotations: list, images: list, categories: list, file: Path) -> 
             raise DataError(f"{file}: annotation {number} is of image {image}, which is none of its images")
         if category not in labels:
             raise DataError(f"{file}: annotation {number} is of category {category}, which is none of its own")
-        if len(one["bbox"]) != 4 or not all(isinstance(side, int | float) for side in one["bbox"]):
-            raise DataError(f"{file}: annotation {number}: bbox={one['bbox']} must be x, y, width, height")
+        if len(one["bbox"]) != 4 or not all(map(_is_place, one["bbox"])) or min(one["bbox"][2:]) < 0:
+            must = f"x, y, width, height, each within {_FAR} pixels"
+            raise DataError(f"{file}: annotation {number}: bbox={one['bbox']!r:.100} must be {must}")
         found[image].append((number, labels[category], one["bbox"], bool(one["iscrowd"]), one["segmentation"]))
     return [found[image["id"]] for image in images]

@@ -11,14 +11,14 @@ from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.made.shapes import build
 from ccmim_fast.data.source import Source
-from ccmim_fast.errors import ConfigError, DataError
+from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.detection.batches import ObjectLoader, Targets, resized_to_test
 from ccmim_fast.evaluation.detection.detector import build_detector, detect, use_windows_
 from ccmim_fast.evaluation.detection.instances import CocoSource, Instances, ShapesInstances
 from ccmim_fast.evaluation.detection.precision import average_precision
 from ccmim_fast.evaluation.encoders import QUARTERS, out_indices
 from ccmim_fast.evaluation.finetune import build_optimizer
-from ccmim_fast.evaluation.job import Job
+from ccmim_fast.evaluation.job import Job, Work
 from ccmim_fast.evaluation.loader import samples_to_test
 from ccmim_fast.evaluation.supervised import Supervised
 
@@ -34,11 +34,11 @@ def open_images(config: EvalConfig, *data: DataConfig) -> list[Source]:
     if len(mean) != 3 or len(std) != 3:
         raise ConfigError(f"data.mean={mean}, data.std={std}: detection has RGB, three values of each")
     if config.data.source == "shapes":
-        return [build(of_these, config.seed + number, ShapesInstances) for number, of_these in enumerate(data)]
-    train, test = CocoSource(root, "train2017", train=True), CocoSource(root, "val2017", train=False)
-    if train.class_names != test.class_names:
-        raise DataError(f"{root}: train2017 and val2017 are of other categories, or in another order of their ids")
-    return [train, test]
+        return [
+            build(of_these, (config.seed + number) % 2**32, ShapesInstances) for number, of_these in enumerate(data)
+        ]
+    train = CocoSource(root, "train2017", train=True)
+    return [train, CocoSource(root, "val2017", train=False, class_names=train.class_names)]
 
 
 class Detection(Supervised):
@@ -53,11 +53,11 @@ class Detection(Supervised):
         return average_precision(found_in_share(self.model, self.job))
 
 
-def run(job: Job) -> dict[str, float]:
-    """Train all weights; returns average precisions of boxes and masks at the end."""
+def prepare(job: Job) -> Work:
+    """Prepare the training of all weights, to average precisions of boxes and masks at the end."""
     model = detector_of(job)
     new = (model.backbone.pyramid, model.rpn, model.roi_heads)
-    return Detection(job, model, build_optimizer(model.backbone.vit, job.config.optim, *new), ObjectLoader(job)).run()
+    return Detection(job, model, build_optimizer(model.backbone.vit, job.config.optim, *new), ObjectLoader(job)).run
 
 
 def detector_of(job: Job) -> nn.Module:
@@ -95,7 +95,12 @@ def detector_of(job: Job) -> nn.Module:
 def found_in_share(model: nn.Module, job: Job) -> Iterator[tuple[dict[str, Tensor], Instances]]:
     """Yield what the detector finds in each image of this rank's share, and what there is; masks are [N, H, W] bool."""
     config, source = job.config, job.test.source
-    for shown in samples_to_test(job, lambda i: (resized_to_test(config, source.decode(i)), source.instances(i))):
+
+    def read(index: int) -> tuple[Tensor, Instances]:
+        image_HWC, objects = source.sample(index)
+        return resized_to_test(config, image_HWC), objects
+
+    for shown in samples_to_test(job, read):
         images = [image_CHW.to(job.here.device, non_blocking=True) / 255 for image_CHW, _ in shown]
         sizes = [objects.masks_NHW.shape[1:] for _, objects in shown]
         for found, (_, objects) in zip(detect(model, images, sizes), shown):

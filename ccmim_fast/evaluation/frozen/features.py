@@ -2,17 +2,21 @@
 
 # B batch, H height, W width, C channels, T tokens (prefix tokens first), D width, N images, S of one rank's share
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from itertools import chain
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.errors import DataError, NumericsError
-from ccmim_fast.evaluation.job import Images, Job
+from ccmim_fast.evaluation.encoders import Encoder
+from ccmim_fast.evaluation.images import Images
+from ccmim_fast.evaluation.job import Job
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.ranks.session import gather_ranks
 
@@ -59,19 +63,41 @@ def extract(
     return features_ND, None if None in labels else torch.cat(labels).cpu()
 
 
-def features(job: Job, images: Images) -> tuple[Tensor, Tensor]:
-    """Return features [S, D] float32 and labels [S] of this rank's share, every `world_size`-th image, on the CPU."""
-    pool, device = job.config.model.pool, job.here.device
-    encoder, precision = job.frozen_encoder(pool), choose_precision(job.config.train.precision, device)
-    return extract(encoder, job.batches(images, _BATCH), encoder.prefix, pool, precision.autocast(device))
+class Features(NamedTuple):
+    """This tuple holds features and labels of images in ascending order of their ids, on the CPU."""
+
+    features_SD: Tensor  # float32
+    labels_S: Tensor  # int64
+    ids_S: Tensor  # int64
 
 
-def features_of_all_ranks(job: Job, images: Images) -> tuple[Tensor, Tensor]:
-    """Return features [N, D] and labels [N] of all images in their order, on the CPU of every rank."""
-    count, joined = usable_count(images.source), []
-    for share in features(job, images):
-        # A rank may have one less than the first: a row that is cut off again at the end.
-        padded = share.new_zeros(-(-count // job.here.world_size), *share.shape[1:])
-        padded[: len(share)] = share
-        joined.append(gather_ranks(padded).transpose(0, 1).flatten(0, 1)[:count])
-    return joined[0], joined[1]
+def features(job: Job, encoder: Encoder, images: Images) -> Features:
+    """Return those of this rank's share, every `world_size`-th image; images that fail are left out."""
+    pool, device, ids = job.config.model.pool, job.here.device, []
+
+    def noted(batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            ids.append(torch.from_numpy(batch.host_ids_B))
+            yield batch
+
+    batches, precision = noted(job.batches(images, _BATCH)), choose_precision(job.config.train.precision, device)
+    first = next(batches, None)
+    if first is None:  # fewer images than ranks, or none that can be read
+        none = torch.zeros(0, dtype=torch.int64)
+        return Features(torch.zeros(0, encoder.width), none, none)
+    found = extract(encoder, chain([first], batches), encoder.prefix, pool, precision.autocast(device))
+    return Features(*found, torch.cat(ids))
+
+
+def features_of_all_ranks(job: Job, encoder: Encoder, images: Images) -> Features:
+    """Return those of all images, on every rank. Raises DataError: none of them can be read."""
+    own = features(job, encoder, images)
+    most = int(gather_ranks(torch.tensor([len(own.ids_S)])).max())
+    if not most:
+        raise DataError(f"none of the {usable_count(images.source)} images of {images.data.root!r} can be read")
+    # A rank may have fewer than another: rows with an id of -1, which are dropped again.
+    missing = most - len(own.ids_S)
+    padded = (F.pad(part, (0, 0) * (part.ndim - 1) + (0, missing), value=-1) for part in own)
+    joined = Features(*(gather_ranks(part).flatten(0, 1) for part in padded))
+    order = joined.ids_S.argsort()[(joined.ids_S < 0).sum() :]
+    return Features(*(part[order] for part in joined))

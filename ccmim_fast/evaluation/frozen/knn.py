@@ -10,22 +10,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ccmim_fast.data.source import usable_count
-from ccmim_fast.errors import ConfigError
+from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.frozen.features import features, features_of_all_ranks
-from ccmim_fast.evaluation.job import Job
+from ccmim_fast.evaluation.job import Job, Work
 from ccmim_fast.ranks.session import gather_ranks
 
 CHUNK_BYTES = 2**28  # of one chunk's similarity matrix, so that memory does not grow with the test set
 
 
-def knn(job: Job) -> dict[str, float]:
-    """Return the accuracy by the number of neighbours."""
-    ks, images = job.config.knn.k, usable_count(job.train.source)
-    if max(ks) > images:
-        raise ConfigError(f"knn.k={max(ks)}: must be at most the {images} training images; nearest valid is {images}")
-    shares = (*features(job, job.train), *features_of_all_ranks(job, job.test))
-    found = knn_accuracies(*(share.to(job.here.device) for share in shares), ks, job.config.knn.temperature)
-    return {f"k={k}": accuracy for k, accuracy in found.items()}
+def knn(job: Job) -> Work:
+    """Prepare accuracies by the number of neighbours."""
+    config, images, encoder = job.config.knn, usable_count(job.train.source), job.frozen_encoder(job.config.model.pool)
+    if max(config.k) > images:
+        most = f"at most the {images} training images; nearest valid is {images}"
+        raise ConfigError(f"knn.k={max(config.k)}: must be {most}")
+
+    def work() -> dict[str, float]:
+        test = features_of_all_ranks(job, encoder, job.test)
+        train = features(job, encoder, job.train)
+        shares = (train.features_SD, train.labels_S, test.features_SD, test.labels_S)
+        # Of images that turned out to be unreadable there are fewer neighbours.
+        total = int(gather_ranks(torch.tensor([len(train.ids_S)])).sum())
+        if not total:
+            raise DataError(f"none of the {images} training images can be read")
+        ks = sorted({min(k, total) for k in config.k})
+        found = knn_accuracies(*(share.to(job.here.device) for share in shares), ks, config.temperature)
+        return {f"k={k}": accuracy for k, accuracy in found.items()}
+
+    return work
 
 
 def knn_accuracies(
@@ -65,7 +77,7 @@ def knn_accuracies(
         similarity_MK, voted_MK = _nearest(F.normalize(query_MD, dim=1) @ bank_DN, train_labels_N, max(ks))
         # Relative to the nearest neighbour (topk sorts): the same winner, and exp cannot overflow at a small T.
         weight_MK = ((similarity_MK - similarity_MK[:, :1]) / temperature).exp()
-        for k in ks:
+        for k in correct:
             votes_MC = weight_MK.new_zeros(len(query_MD), classes)
             votes_MC.scatter_add_(1, voted_MK[:, :k], weight_MK[:, :k])
             correct[k] += int((votes_MC.argmax(dim=1) == labels_M).sum())

@@ -12,7 +12,7 @@ from torch import Tensor
 from ccmim_fast.checkpoints.manifest import CHECKPOINTS, checkpoints
 from ccmim_fast.config.keys import show
 from ccmim_fast.data.made.shapes import ShapesSource
-from ccmim_fast.errors import CheckpointError, ConfigError, DataError
+from ccmim_fast.errors import CheckpointError, ConfigError, DataError, say
 from ccmim_fast.evaluation.masks.objects import MaskFolder, has_both, objects_of
 from ccmim_fast.evaluation.masks.result import Moment, write
 from ccmim_fast.evaluation.masks.scores import figures_of, score_and_divide
@@ -21,7 +21,7 @@ from ccmim_fast.models.ccmim import Output
 from ccmim_fast.models.scores import PriorScores
 from ccmim_fast.ranks.session import open_session
 from ccmim_fast.report.snapshots import FewImages, few_images, prior_scores, reconstruct, spread
-from ccmim_fast.runs.folder import check_apart, describe_run, open_run_folder
+from ccmim_fast.runs.folder import read_by, run_folder
 from ccmim_kernels import Partition, partition_from_mask
 
 
@@ -40,18 +40,18 @@ def show_masks(
             raise ConfigError(f"--moments={moments}: {words}")
         first, *others = map(str, spread(found, moments))
     subject = read_subject(first, settings, images)
-    check_apart(subject.config.run.dir, checkpoint)
     few = few_images(subject.config.data, subject.config.seed, measure)
     object_BL = _objects(subject, few, masks)
     with open_session(subject.config.train.device) as here:
         if here.world_size > 1:
             raise ConfigError(f"{PROG}: one process only, got {here.world_size}; start it without torchrun")
-        folder = open_run_folder(subject.config, resumable=False)
-        describe_run(folder, subject.config, here.device)
-        subjects = chain([subject.untrained()] if moments > 1 else [], [subject])
-        later = (read_subject(place, settings, images) for place in others)
-        measured = [_measure(one, few, object_BL, drawn, here.device) for one in chain(subjects, later)]
-        print(write(folder, measured, object_BL, here.device))
+        reads = {"checkpoint": checkpoint, **read_by(subject.config.data)}
+        with run_folder(subject.config.run, reads, resumable=False) as folder:
+            subjects = chain([subject.untrained()] if moments > 1 else [], [subject])
+            later = (read_subject(place, settings, images) for place in others)
+            measured = [_measure(one, few, object_BL, drawn, here.device) for one in chain(subjects, later)]
+            folder.begin(subject.config, here.device)
+            say(write(folder.path, measured, object_BL, here.device))
 
 
 def _objects(subject: Subject, few: FewImages, folder: Path | None) -> Tensor | None:

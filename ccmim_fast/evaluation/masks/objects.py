@@ -64,18 +64,22 @@ class MaskFolder:
         name = self._source.name(index)
         whole = self._folder / Path(os.path.relpath(name, self._root)).with_suffix(".png")
         path = whole if whole.is_file() else self._folder / whole.name
+        size = tuple(self._source.sizes_N2[index].tolist())
         try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image)[..., : -1 if image.mode in ("LA", "RGBA") else None]
+            with Image.open(path, formats=["PNG"]) as image:
+                found = image.size[::-1]
+                # Read only if it is as large as its image.
+                pixels = (
+                    np.asarray(image)[..., : -1 if image.mode in ("LA", "RGBA") else None] if found == size else None
+                )
         except FileNotFoundError:
             raise DataError(f"--masks={self._folder}: no {path.name} in it, the mask of {name!r}") from None
         except Exception as error:  # Pillow's plugins raise whatever a damaged file leads them to
             raise DataError(f"{path}: no mask: {one_line(error)}") from None
+        if pixels is None:
+            given, asked = (" x ".join(map(str, shape)) for shape in (found, size))
+            raise DataError(f"{path}: {given} pixels, its image has {asked}")
         mask_HW = pixels != 0 if pixels.ndim == 2 else pixels.any(-1)
-        size = tuple(self._source.sizes_N2[index].tolist())
-        if mask_HW.shape != size:
-            found, asked = (" x ".join(map(str, shape)) for shape in (mask_HW.shape, size))
-            raise DataError(f"{path}: {found} pixels, its image has {asked}")
         return mask_HW
 
 

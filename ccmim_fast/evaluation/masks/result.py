@@ -17,6 +17,7 @@ from ccmim_fast.evaluation.masks.scores import Scored, of_scores
 from ccmim_fast.report.figure import Column, figure_png
 from ccmim_fast.report.pictures import heatmap, visible_set
 from ccmim_fast.runs.folder import environment
+from ccmim_fast.secrets import without_secrets
 
 HEADINGS = {
     "random": "random",
@@ -124,8 +125,8 @@ def write(folder: Path, moments: Sequence[Moment], object_BL: Tensor | None, dev
         "config": flatten(last.config),
         "environment": environment(device),
     }
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    (folder / "result.md").write_text(_page(result))
+    (folder / "result.json").write_text(without_secrets(json.dumps(result, indent=1)) + "\n")
+    (folder / "result.md").write_text(without_secrets(_page(result)))
     figures = ", ".join(f"{key} {value:.3g}" for key, value in last.figures.items())
     said = f"masks of {last.name}, scores of {last.scored.source}, {result['images']}: {figures}"
     return "\n".join([said, *remarks, f"{folder}: {', '.join(['result.md', *pictures])}"])

@@ -14,6 +14,7 @@ from ccmim_fast.config.load import difference, load_config
 from ccmim_fast.config.schema import Config, ModelConfig, RunConfig
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.report.snapshots import own_images
 from ccmim_fast.runs.folder import evaluation_folder
 
 PROG = "ccmim eval masks"
@@ -82,6 +83,9 @@ def _settled(base: Config, place: str, settings: list[str], images: str) -> Conf
         data = dataclasses.replace(base.data, source="images", root=images, index="")
         base = dataclasses.replace(base, data=data)
     config = load_config(settings, PROG, base=base)
+    named = images or any(option.startswith("--data.root") for option in settings)
+    if not named and config.data.root == base.data.root:
+        config = dataclasses.replace(config, data=own_images(config.data))
     free = COUNT if Path(place).is_dir() else (*COUNT, *_SIZES)
     for key, _, value in difference(base, config):
         if not key.startswith(free):

@@ -5,6 +5,7 @@
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.schema import DataConfig
-from ccmim_fast.data.source import usable_count
+from ccmim_fast.data.source import usable_count, usable_ids
 from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.finetune import build_optimizer
-from ccmim_fast.evaluation.job import Job
+from ccmim_fast.evaluation.job import Job, Work
 from ccmim_fast.evaluation.loader import samples_to_test
 from ccmim_fast.evaluation.segmentation.model import build_segmenter
 from ccmim_fast.evaluation.segmentation.scenes import IGNORED, Scenes, folder_scenes, shape_scenes
@@ -44,7 +45,7 @@ def open_images(config: EvalConfig, *data: DataConfig) -> Sequence[Scenes]:
             f"nearest valid is {min(window)}"
         )
     if config.data.source == "shapes":
-        return [shape_scenes(of_these, config.seed + number) for number, of_these in enumerate(data)]
+        return [shape_scenes(of_these, (config.seed + number) % 2**32) for number, of_these in enumerate(data)]
     return folder_scenes(config.data.root)
 
 
@@ -63,7 +64,7 @@ class Segmentation(Supervised):
 
         def read(index: int) -> tuple[Tensor, Tensor]:
             """Return an image in the size in which it is shown, and the labels of the original."""
-            pair = pair_of(scenes, index, scenes.decode(index))
+            pair = pair_of(*scenes.sample(index))
             image_CHW, _ = pair.resized(scaled(pair.size, (config.segment.sides[0], math.inf)))
             return image_CHW.as_subclass(Tensor), pair.labels_HW.as_subclass(Tensor)
 
@@ -75,15 +76,22 @@ class Segmentation(Supervised):
         if dist.is_initialized():
             dist.all_reduce(confusion_KK)
         if not confusion_KK.any():
-            raise DataError(f"{config.data.root}: no pixel of the {usable_count(scenes)} images to test on has a class")
+            raise DataError(f"{config.data.root}: no image to test on that has a class can be read any more")
         return figures_of(confusion_KK)
 
 
-def run(job: Job) -> dict[str, float]:
-    """Train all weights; returns mIoU, aAcc and mAcc of the end."""
+def prepare(job: Job) -> Work:
+    """Prepare the training of all weights, to mIoU, aAcc and mAcc of the end.
+
+    Raises DataError: no image to test on has a pixel of a class.
+    """
+    scenes = job.test.source
+    if not any(map(scenes.has_class, usable_ids(scenes, np.arange(usable_count(scenes))).tolist())):
+        root = job.config.data.root
+        raise DataError(f"{root}: no pixel of the {usable_count(scenes)} images to test on has a class")
     model = build_segmenter(job)
     optimizer = build_optimizer(model.vit, job.config.optim, *model.new_parts())
-    return Segmentation(job, model, optimizer, SceneLoader(job)).run()
+    return Segmentation(job, model, optimizer, SceneLoader(job)).run
 
 
 def pixel_loss(logits_BKHW: Tensor, labels_BHW: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 # N scenes, H height, W width
 
+import contextlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,21 +14,21 @@ from PIL import Image
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.index.indexed import IndexedSource, open_images
 from ccmim_fast.data.made.shapes import build
-from ccmim_fast.data.source import Source
+from ccmim_fast.data.source import Source, UnreadableError
 from ccmim_fast.data.threads import thread_count
 from ccmim_fast.errors import DataError, one_line
 
 IGNORED = 255  # label of pixels that count neither in the loss nor in the figures
 PARTS = ("training", "validation")  # ADE20K's names of the images to train on and to test on
 NAMES = "objectInfo150.txt"  # below a heading a line a class, tab-separated: its number first, its name last
-_MODES = ("L", "P")  # Pillow's names of 8-bit gray and palette
+_MODES = ("L", "P", "I;16", "I", "1")  # Pillow's names of gray of 8, 16 and 1 bit, and of a palette
 
 
 class Scenes:
     """Images of a source, of 3 channels, with labels of their pixels; as much of a `Source` as plans ask for.
 
-    `labels` gives those of an id, [H, W] uint8, 0 .. K - 1 or `IGNORED`, of K `class_names`, at most 255; it raises
-    DataError naming the file.
+    `labels` gives those of an id, [H, W] uint8, 0 .. K - 1 or `IGNORED`, of K `class_names`, at most 255; `sample` the
+    pixels, too. Both raise DataError naming the file.
     """
 
     def __init__(self, images: Source, class_names: tuple[str, ...], labels: Callable[[int], np.ndarray]):
@@ -39,6 +40,20 @@ class Scenes:
 
     def __len__(self) -> int:
         return len(self.sizes_N2)
+
+    def has_class(self, index: int) -> bool:
+        """Tell whether any pixel counts; not so where the labels cannot be read."""
+        with contextlib.suppress(DataError):
+            return bool((self.labels(index) != IGNORED).any())
+        return False
+
+    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        image_HWC = self.decode(index)
+        try:
+            return image_HWC, self.labels(index)
+        except DataError as error:
+            # The image itself is good, and is not put down as a bad one for whoever needs no labels.
+            raise UnreadableError(str(error)) from error
 
 
 def folder_scenes(root: str) -> tuple[Scenes, Scenes]:
@@ -57,7 +72,7 @@ def folder_scenes(root: str) -> tuple[Scenes, Scenes]:
     images = [open_images(str(Path(root) / "images" / part), 3, quiet=False) for part in PARTS]
     paths = [_annotations_of(found, root, part) for found, part in zip(images, PARTS)]
     names = Path(root) / NAMES
-    class_names = _names_in(names) if names.is_file() else _numbered(paths[0])
+    class_names = _names_in(names) if names.is_file() else _numbered(images[0], paths[0])
     labels = [_labels_of(found, of_these, len(class_names)) for found, of_these in zip(images, paths)]
     return tuple(Scenes(found, class_names, of_these) for found, of_these in zip(images, labels))
 
@@ -66,14 +81,11 @@ def _labels_of(images: IndexedSource, paths: list[str], classes: int) -> Callabl
     """Return `Scenes.labels` of the files at `paths[id]`, where 0 is no class and k class k - 1."""
 
     def labels(index: int) -> np.ndarray:
-        path, expected = paths[index], tuple(images.sizes_N2[index].tolist())
-        numbers_HW = _read_annotation(path)
-        if numbers_HW.shape != expected:
-            sizes = [f"{height} x {width}" for height, width in (numbers_HW.shape, expected)]
-            raise DataError(f"{path}: {sizes[0]} pixels, and its image {images.name(index)} has {sizes[1]}")
+        numbers_HW = _read_annotation(paths[index], images, index)
         if numbers_HW.max() > classes:
-            raise DataError(f"{path}: label {numbers_HW.max()} must be in 0..{classes}, the number of classes")
-        return numbers_HW - np.uint8(1)  # 0 wraps around to 255, which is `IGNORED`
+            raise DataError(f"{paths[index]}: label {numbers_HW.max()} must be in 0..{classes}, the number of classes")
+        # 0 wraps around to 255, which is `IGNORED`.
+        return numbers_HW.astype(np.uint8) - np.uint8(1)
 
     return labels
 
@@ -89,15 +101,20 @@ def _annotations_of(images: IndexedSource, root: str, part: str) -> list[str]:
     return paths
 
 
-def _read_annotation(path: str) -> np.ndarray:
-    """Return the numbers in an 8-bit gray or palette image, [H, W] uint8. Raises DataError naming the file."""
+def _read_annotation(path: str, images: IndexedSource, index: int) -> np.ndarray:
+    """Return the numbers in a PNG of whole numbers or a palette, [H, W]. Raises DataError naming the file."""
+    expected = tuple(images.sizes_N2[index].tolist())
     try:
-        with Image.open(path) as image:
-            if image.mode in _MODES:
+        with Image.open(path, formats=["PNG"]) as image:
+            if (found := image.size[::-1]) == expected and image.mode in _MODES:
                 return np.array(image)
+            mode = image.mode
     except Exception as error:  # Pillow's plugins raise whatever damaged data lead them to
         raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
-    raise DataError(f"{path}: an annotation of mode {image.mode}; it must be 8-bit gray or palette")
+    if found != expected:
+        sizes = [f"{height} x {width}" for height, width in (found, expected)]
+        raise DataError(f"{path}: {sizes[0]} pixels, and its image {images.name(index)} has {sizes[1]}")
+    raise DataError(f"{path}: an annotation of mode {mode}; it must be of one channel, gray or palette")
 
 
 def _names_in(path: Path) -> tuple[str, ...]:
@@ -108,12 +125,21 @@ def _names_in(path: Path) -> tuple[str, ...]:
     return tuple(row[-1].strip() for row in rows)
 
 
-def _numbered(paths: list[str]) -> tuple[str, ...]:
-    """Return numbers as names, as many as the largest label in these annotations."""
+def _numbered(images: IndexedSource, paths: list[str]) -> tuple[str, ...]:
+    """Return numbers as names, as many as the largest label in these annotations; those that are bad say nothing."""
+
+    def largest_in(index: int) -> int:
+        try:
+            return int(_read_annotation(paths[index], images, index).max())
+        except DataError:  # counted when it is its turn
+            return 0
+
     with ThreadPoolExecutor(thread_count(0)) as pool:
-        largest = max(pool.map(lambda path: int(_read_annotation(path).max()), paths))
-    if largest < 2:
-        raise DataError(f"{paths[0]} and {len(paths) - 1} others: labels 0..{largest}; 2 classes are the fewest")
+        largest = max(pool.map(largest_in, range(len(paths))))
+    if not 2 <= largest <= IGNORED:
+        raise DataError(
+            f"{paths[0]} and {len(paths) - 1} others: labels 0..{largest}; there must be 2 to {IGNORED} classes"
+        )
     return tuple(str(number) for number in range(1, largest + 1))
 
 

@@ -14,7 +14,7 @@ from torchvision.tv_tensors import Image, Mask
 
 from ccmim_fast.evaluation.job import Job
 from ccmim_fast.evaluation.loader import SampleLoader
-from ccmim_fast.evaluation.segmentation.scenes import IGNORED, Scenes
+from ccmim_fast.evaluation.segmentation.scenes import IGNORED
 
 # Half-widths and ranges of the distortion, each with a probability of a half; mmsegmentation.
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 32, (0.5, 1.5), (0.5, 1.5), 18 / 180
@@ -38,10 +38,10 @@ class Pair(NamedTuple):
         return Pair(*(F.resize(one, list(size), **options) for one in self))
 
 
-def pair_of(scenes: Scenes, index: int, image_HWC: np.ndarray) -> Pair:
-    """Join a decoded image and its labels. Raises DataError naming the annotation."""
+def pair_of(image_HWC: np.ndarray, labels_HW: np.ndarray) -> Pair:
+    """Join a decoded image and its labels."""
     image_CHW = torch.from_numpy(np.array(image_HWC)).permute(2, 0, 1).contiguous()
-    return Pair(Image(image_CHW), Mask(torch.from_numpy(np.array(scenes.labels(index)))))
+    return Pair(Image(image_CHW), Mask(torch.from_numpy(np.array(labels_HW))))
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class SceneBatch(NamedTuple):
 
 
 class SceneLoader(SampleLoader):
-    """This loader gives training micro-batches of one rank; labels that are wrong end the run."""
+    """This loader gives training micro-batches of one rank."""
 
     def __init__(self, job: Job):
         super().__init__(job)
@@ -134,9 +134,12 @@ class SceneLoader(SampleLoader):
         colour = tuple(round(255 * value) for value in job.weights.mean)
         self._augment = Augment(data.image_size, segment.sides, segment.ratio, segment.most, data.flip, colour)
 
-    def make(self, read: np.ndarray, index: int, epoch: int) -> Pair:
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.plan.source.sample(index)
+
+    def make(self, read: tuple[np.ndarray, np.ndarray], index: int, epoch: int) -> Pair:
         draws = np.random.default_rng((self.config.seed, epoch, index))
-        return self._augment(pair_of(self.plan.source, index, read), draws)
+        return self._augment(pair_of(*read), draws)
 
     def collate(self, samples: list[Pair]) -> SceneBatch:
         return SceneBatch(*map(torch.stack, zip(*samples)))

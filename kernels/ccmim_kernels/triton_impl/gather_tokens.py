@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ccmim_kernels.triton_impl.launch import launch, rows_contiguous, tile_for
+from ccmim_kernels.triton_impl.launch import checked_ids, launch, rows_contiguous, tile_for
 
 
 @triton.jit
@@ -94,14 +94,15 @@ def ccmim_scatter_tokens_kernel(
 
 def gather_tokens(tokens_BLD: Tensor, ids_BK: Tensor, prefix_PD: Tensor | None) -> Tensor:
     """Launch the kernel of `gather_tokens`."""
-    B, _, D = tokens_BLD.shape
+    B, L, D = tokens_BLD.shape
     K, P = ids_BK.shape[1], 0 if prefix_PD is None else len(prefix_PD)
     tokens_BLD = rows_contiguous(tokens_BLD)
     out_BTD = torch.empty(B, P + K, D, dtype=tokens_BLD.dtype, device=tokens_BLD.device)
     tile = tile_for(D)
     # Without rows too, the prefix is written.
     tiles = max(1, triton.cdiv(K, tile["TOKENS"]))
-    tensors = (tokens_BLD, ids_BK.contiguous(), out_BTD if prefix_PD is None else prefix_PD.contiguous(), out_BTD)
+    ids_BK = checked_ids(ids_BK, L)
+    tensors = (tokens_BLD, ids_BK, out_BTD if prefix_PD is None else prefix_PD.contiguous(), out_BTD)
     strides = tokens_BLD.stride()[:2]
     launch(ccmim_gather_tokens_kernel, B * tiles, *tensors, K, P, tiles, D, *strides, **tile)
     return out_BTD

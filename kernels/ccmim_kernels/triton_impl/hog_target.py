@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ccmim_kernels.hog_target import EPS, boundaries
-from ccmim_kernels.triton_impl.launch import fitting, launch
+from ccmim_kernels.triton_impl.launch import checked_ids, fitting, launch
 
 _LANES = 32  # a program is one warp: nothing is exchanged but the sums of a cell's lanes
 _CELLS = (4, 8, 16, 32, 64, 128)  # pixels per side of a cell, rounded up
@@ -222,7 +222,8 @@ def hog_target(
     cells = (patch // cell) ** 2
     tiles = triton.cdiv(M * cells * cell_lanes, _LANES)
     out_BMF = torch.empty((B, M, cells * C * bins), dtype=dtype, device=images_BHWC.device)
-    tensors = (images_BHWC, ids_masked_BM.contiguous(), cotangents(images_BHWC.device, bins), out_BMF)
+    ids_masked_BM = checked_ids(ids_masked_BM, (H // patch) * (W // patch))
+    tensors = (images_BHWC, ids_masked_BM, cotangents(images_BHWC.device, bins), out_BMF)
     options = {
         "PATCH": patch,
         "CELL": cell,

@@ -144,6 +144,19 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def checked_ids(ids: Tensor, count: int) -> Tensor:
+    """Return indices, contiguous, for a kernel that reads what they point at. Raises IndexError on a CPU, see below.
+
+    Each must be in 0 .. count - 1. On a CPU, where the interpreter would read foreign memory and the process end by a
+    signal, they are looked at. On CUDA that would cost a launch, or the host a wait: there it is the caller's contract,
+    which every `Partition` keeps.
+    """
+    runs = ids.device.type == "cpu" and ids.numel() and (not _recorders or _recorders[-1][1])
+    if runs and not 0 <= int(ids.min()) <= int(ids.max()) < count:
+        raise IndexError(f"ids are in {int(ids.min())}..{int(ids.max())}, must be in 0..{count - 1}")
+    return ids.contiguous()
+
+
 def type_of(kernel: Any, index: int, value: Any) -> str:
     """Return the Triton type of a run-time argument, as in `Launch.arguments`."""
     if isinstance(value, Tensor):

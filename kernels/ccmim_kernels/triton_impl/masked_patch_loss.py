@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ccmim_kernels.masked_patch_loss import NORM_PIX_EPS
-from ccmim_kernels.triton_impl.launch import MOST_REGISTERS, fitting, launch
+from ccmim_kernels.triton_impl.launch import MOST_REGISTERS, checked_ids, fitting, launch
 
 # Patches of a program, one after the other: channel statistics and offsets are computed once for all of them.
 _PATCHES = 8
@@ -142,7 +142,8 @@ def masked_patch_loss(
     residual_BMP = torch.empty_like(pred_BMP)
     partial = torch.empty(B * tiles, dtype=torch.float32, device=pred_BMP.device)
     scales = (x.float().contiguous() for x in (mean_C, std_C))
-    tensors = (pred_BMP, images_BHWC.contiguous(), ids_BM.contiguous(), *scales, residual_BMP, partial)
+    ids_BM = checked_ids(ids_BM, (H // patch) * (W // patch))
+    tensors = (pred_BMP, images_BHWC.contiguous(), ids_BM, *scales, residual_BMP, partial)
     sizes = (M, H // patch, W // patch, tiles)
     shape = {"CHUNKS": tile // (lanes * values), "LANES": lanes, "VALUES": values}
     # 24 values a lane need no more than lets 32 programs, all there may be, fit on a multiprocessor. Without norm_pix

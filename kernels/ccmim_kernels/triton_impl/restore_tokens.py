@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ccmim_kernels.triton_impl.launch import launch, rows_contiguous, tile_for
+from ccmim_kernels.triton_impl.launch import checked_ids, launch, rows_contiguous, tile_for
 
 # Images whose rows a program fills one after another, with one reading of their positions.
 IMAGES = 8
@@ -106,7 +106,8 @@ def restore_tokens(visible_BTD: Tensor, mask_token_D: Tensor, ids_restore_BL: Te
     tile = tile_for(D)
     tiles, blocks = triton.cdiv(L + 1, tile["TOKENS"]), triton.cdiv(D, tile["BLOCK_D"])
     programs = triton.cdiv(B, IMAGES) * tiles * blocks
-    tensors = (visible_BTD, *(x.contiguous() for x in (mask_token_D, ids_restore_BL, positions_SD)), out_BSD)
+    ids_restore_BL = checked_ids(ids_restore_BL, L)
+    tensors = (visible_BTD, mask_token_D.contiguous(), ids_restore_BL, positions_SD.contiguous(), out_BSD)
     numbers = (B, L, T - 1, tiles, blocks, D, *visible_BTD.stride()[:2])
     launch(ccmim_restore_tokens_kernel, programs, *tensors, *numbers, IMAGES=IMAGES, **tile)
     return out_BSD
@@ -119,6 +120,6 @@ def restore_tokens_gradients(grad_BSD: Tensor, ids_restore_BL: Tensor, keep: int
     partial_BD = torch.empty(B, D, dtype=torch.float32, device=grad_BSD.device)
     tile = tile_for(D)
     blocks = triton.cdiv(D, tile["BLOCK_D"])
-    tensors = (grad_BSD.contiguous(), ids_restore_BL.contiguous(), visible_BTD, partial_BD)
+    tensors = (grad_BSD.contiguous(), checked_ids(ids_restore_BL, S - 1), visible_BTD, partial_BD)
     launch(ccmim_restore_tokens_gradients_kernel, B * blocks, *tensors, S - 1, keep, blocks, D, **tile)
     return visible_BTD, partial_BD.sum(0)
