@@ -103,7 +103,9 @@ def make_folder(folder: Path) -> None:
         tar.add(folder / "images", "images")
     (folder / "file").write_text("text")
     torch.save({"cls_token": torch.zeros(1)}, folder / "weights.pth")
-    good = {"model": {}, "ema": None, "progress": {"step": 1, "seen": 4, "samples": 4, "images": ""}, "config": ""}
+    weights = {"decoder.embed.weight": torch.zeros(4, 1), "decoder.blocks.0.x": torch.zeros(64)}
+    progress = {"step": 1, "seen": 4, "samples": 4, "images": ""}
+    good = {"model": weights, "ema": None, "progress": progress, "config": "decoder: {dim: 4, depth: 1, num_heads: 1}"}
     for name, state in (("good", good), ("bad", {"model": 5})):
         checkpoints.save(folder / "runs" / name / "checkpoints", 1, state, keep=1)
         (folder / "runs" / name / "config.yaml").write_text("run: {log_every: 1}\n" if name == "good" else "[" * 9)

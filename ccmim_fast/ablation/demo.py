@@ -33,7 +33,7 @@ PICTURES = 6  # held-out images that are drawn
 
 def run_demo(config: Config) -> tuple[dict[str, dict[str, float]], Path]:
     """Train both methods; write summary.json and report.html. Returns the figures by method, and the report's path."""
-    with run_folder(config.run, {}, resumable=False, also=("report.html",)) as opened:
+    with run_folder(config.run, {}, resumable=False, also=("report.html", "mae", "ccmim")) as opened:
         torch.manual_seed(config.seed)
         held_out = make_held_out(config)
         opened.begin(config, torch.device("cpu"))

@@ -48,7 +48,11 @@ def checkpoints(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
             found = [folder / entry.name for entry in entries if step_of(Path(entry.name)) is not None]
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
+        if folder.is_symlink():  # to a disk that is not there now
+            raise UnreadableError(f"{folder}: links to {os.readlink(folder)}, which is not there") from None
+        return []
+    except NotADirectoryError:
         return []
     except OSError as error:
         raise UnreadableError(f"{folder}: cannot be read: {error.strerror}") from None

@@ -12,9 +12,12 @@ from ccmim_fast.config.keys import settings, show
 from ccmim_fast.config.load import difference, from_yaml
 from ccmim_fast.config.schema import Config
 from ccmim_fast.engine.task import Task
-from ccmim_fast.errors import CheckpointError, ConfigError, say
+from ccmim_fast.errors import CheckpointError, ConfigError, StoppedError, say
 from ccmim_fast.ranks.fsdp import is_sharded, let_go
 from ccmim_fast.ranks.session import Session, backend_timeout, barrier, broadcast
+from ccmim_fast.runs.state import read_state
+
+_SAVED = (0, StoppedError.exit_code)  # exit codes of runs that have saved their last step
 
 
 class Checkpointer:
@@ -92,15 +95,26 @@ class Checkpointer:
             path = broadcast(None)
             return path, None if path is None else self._load(path)
         found = io.newest(self.folder, divided=self._collective is not None)
-        if found.path is None and found.problems:
-            raise CheckpointError(
-                f"{self.folder}: none of its checkpoints loads: {'; '.join(found.problems)}; nothing is changed: "
-                "go on from a copy with --run.resume PATH, or start anew with --overwrite"
-            )
+        if found.path is None:
+            self._check_new(found.problems)
         for problem in found.problems:
             say(problem)
         broadcast(found.path)
         return found.path, found.state if found.path is None else self._own(found.path, found.state)
+
+    def _check_new(self, problems: list[str]) -> None:
+        """Raise CheckpointError where a run begins anew, as no checkpoint loads, though there are some or were."""
+        state = read_state(self.folder.parent)
+        if problems:
+            raise CheckpointError(
+                f"{self.folder}: none of its checkpoints loads: {'; '.join(problems)}; nothing is changed: "
+                "go on from a copy with --run.resume PATH, or start anew with --overwrite"
+            )
+        if state is not None and state.exit_code in _SAVED:
+            raise CheckpointError(
+                f"{self.folder}: no checkpoint in it, though state.json says that the run was {state.state} with all "
+                "saved; put them back, or start anew with --overwrite"
+            )
 
     def _load(self, path: Path) -> dict[str, Any]:
         return self._own(path, io.load(path, divided=self._collective is not None))

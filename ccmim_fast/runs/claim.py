@@ -99,8 +99,9 @@ def _make(folder: Path, made: list[Path]) -> None:
 
 
 def _unwritable(label: str, error: OSError) -> CcmimError:
-    kind = MachineError if error.errno in (errno.ENOSPC, errno.EDQUOT) else ConfigError
-    return kind(f"{label}: cannot be written: {error.strerror}; choose another folder")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return MachineError(f"{label}: cannot be written: {error.strerror}; make room, or choose another folder")
+    return ConfigError(f"{label}: cannot be written: {error.strerror}; choose another folder")
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from ccmim_fast.config.schema import Config, DataConfig, RunConfig
 from ccmim_fast.errors import ConfigError, MachineError, say
 from ccmim_fast.runs.claim import LOCK, claimed, holder_of, in_use, is_watched_alive
 from ccmim_fast.runs.state import CONFIG, ENVIRONMENT, FILE, METRICS, is_alive, read_state, recorded, write_whole
-from ccmim_fast.runs.written import WRITTEN, holds_results, is_run, others_in, written_in
+from ccmim_fast.runs.written import RANKS, WRITTEN, holds_results, is_run, others_in, written_in
 from ccmim_fast.secrets import without_secrets
 
 _PACKAGES = ("ccmim_fast", "torch", "torchvision", "timm", "triton", "xformers", "numpy", "pillow")
@@ -32,9 +32,15 @@ _SILENT = 600  # seconds without a word, after which a process of another machin
 class RunFolder:
     """The open folder of a run, at `path`. Until `begin` is called, a command that fails leaves it as it was."""
 
-    def __init__(self, path: Path, overwritten: Mapping[Path, tuple[int, int]], stack: contextlib.ExitStack | None):
+    def __init__(
+        self,
+        path: Path,
+        stack: contextlib.ExitStack | None = None,
+        overwritten: Mapping[Path, tuple[int, int]] | None = None,
+        known: tuple[str, ...] = (),
+    ):
         self.path, self.begun = path, False
-        self._overwritten, self._stack = overwritten, stack
+        self._stack, self._overwritten, self._known = stack, overwritten or {}, known
 
     def begin(self, config: Any, device: torch.device, finished: Callable[[], bool] = lambda: True) -> None:
         """Remove what is overwritten, describe the run, and record in state.json that it runs and how it ends.
@@ -49,7 +55,7 @@ class RunFolder:
             if self._overwritten:
                 # What was written anew since the folder was opened stays, such as the working copy of a score bank.
                 _remove(self.path, [path for path, then in self._overwritten.items() if _identity(path) == then])
-                if left := others_in(self.path, (*WRITTEN, "ranks")):
+                if left := others_in(self.path, self._known):
                     say(f"run.dir={self.path}: stays, as no run wrote it: {', '.join(map(repr, left))}")
             describe_run(self.path, config, device)
             self._stack.enter_context(recorded(self.path, True, finished))
@@ -68,7 +74,8 @@ def run_folder(
 
     With `run.overwrite` `RunFolder.begin` removes the files that a run wrote (`written.WRITTEN`, and the names `also`),
     and nothing else: what the user put there stays, and so do evaluations in `eval/`. If the body raises before that,
-    the files and folders that were made since are removed, and all others are as they were.
+    the files and folders that were made since are removed (but for reports of several ranks), and all others are as
+    they were.
 
     Args:
         reads: what the command reads, by the names of the settings; none of it may be the folder or lie in it.
@@ -80,7 +87,7 @@ def run_folder(
     folder = Path(run.dir)
     check_apart(run.dir, reads)
     if not is_main:
-        yield RunFolder(folder, {}, None)
+        yield RunFolder(folder)
         return
     goes_on = resumable and _goes_on(run)
     _check_alone(folder, goes_on)
@@ -88,12 +95,14 @@ def run_folder(
     with claimed(folder, f"run.dir={folder}"), contextlib.ExitStack() as stack:
         _check_free(folder, run, goes_on, resumable)  # nobody else comes in any more
         before = {path: _identity(path) for path in written_in(folder, also)}
-        opened = RunFolder(folder, {} if goes_on else before, stack)
+        opened = RunFolder(folder, stack, {} if goes_on else before, (*WRITTEN, RANKS, *also))
         try:
             yield opened
         except BaseException:
             if not opened.begun:
-                _remove(folder, [path for path in written_in(folder, also) if path not in before])
+                made = [path for path in written_in(folder, also) if path not in before]
+                # The heartbeats and their report are read by ranks that end later; the next command takes their place.
+                _remove(folder, [path for path in made if path.parent.name != RANKS])
             raise
 
 

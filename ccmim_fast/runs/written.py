@@ -10,9 +10,10 @@ from ccmim_fast.errors import CheckpointError
 from ccmim_fast.runs.claim import LOCK, holder_of
 from ccmim_fast.runs.state import CONFIG, ENVIRONMENT, FILE, METRICS, read_state
 
+RANKS = "ranks"  # the folder of heartbeats
 # What says how a run was started, and is of no worth without what the run made.
 _ABOUT = (CONFIG, ENVIRONMENT, FILE, "log.txt", "autotune.json", f".{FILE}.new", f".{METRICS}.new", "scores_*.bin")
-_ABOUT += ("ranks/rank_*", "ranks/.rank_*.new", "ranks/stopped_*", "checkpoints/.lock")
+_ABOUT += (f"{RANKS}/rank_*", f"{RANKS}/.rank_*.new", f"{RANKS}/stopped_*", f"{CHECKPOINTS}/.lock")
 _CHECKPOINT = tuple(
     f"{CHECKPOINTS}/{hidden}step_*/{name}"
     for hidden in ("", ".new_", ".old_", ".dead_")
@@ -44,6 +45,8 @@ def is_run(folder: Path) -> bool:
         facts = json.loads((folder / ENVIRONMENT).read_bytes())
         if isinstance(facts, dict) and "ccmim_fast" in facts:
             return True
+    if others_in(folder) == [RANKS]:  # by a rank that ended later than the first
+        return True
     return read_state(folder) is not None or holder_of(folder) is not None or _holds_checkpoint(folder)
 
 

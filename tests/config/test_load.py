@@ -207,3 +207,11 @@ def test_settings_that_were_removed_load_from_files_and_count_for_nothing(load, 
     assert message.startswith("--fast.fold_input: ")
     assert "removed" in message
     assert "fast.fold_inputs: unknown key" in error_of(load, "fast: {fold_inputs: false}")
+
+
+def test_written_settings_hold_no_password():
+    """A URL that is folded over lines would keep one; a resumed run is given its URL again."""
+    root = f"https://me:secret@host/{'photos-of-my-holidays/' * 9}/x.tar?token=secret"
+    text = to_yaml(load_config([f"--data.root={root}"], PROG))
+    assert "secret" not in text.replace("\n", "")
+    assert from_yaml(text, "x").data.root == root.replace("me:secret@", "").replace("=secret", "=***")

@@ -15,7 +15,7 @@ from ccmim_fast.checkpoints import io, manifest
 from ccmim_fast.checkpoints.state import restore
 from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.errors import CheckpointError, UnreadableError
-from ccmim_fast.runs.state import read_state
+from ccmim_fast.runs.state import read_state, write_state
 
 
 @pytest.fixture(autouse=True)
@@ -168,6 +168,24 @@ def test_where_every_checkpoint_is_damaged_nothing_begins_anew(tmp_path, stopped
     assert contents(tmp_path) == before
     fit(dataclasses.replace(stopped, run=dataclasses.replace(stopped.run, overwrite=True)))
     assert len(records(tmp_path)) == 8
+
+
+def test_checkpoints_that_are_gone_are_no_new_run(tmp_path, stopped):
+    """Moved away by hand, or on a disk that is not mounted."""
+    folder = tmp_path / "run" / "checkpoints"
+    state = read_state(tmp_path / "run")
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "nowhere")
+    before = contents(tmp_path)
+    with pytest.raises(UnreadableError, match=r"checkpoints: links to .*nowhere, which is not there"):
+        fit(going_on(stopped))
+    folder.unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint in it, though state\.json says that the run was done"):
+        fit(going_on(stopped))
+    assert contents(tmp_path) == before
+    write_state(tmp_path / "run", state._replace(state="running", exit_code=None, started=1))  # killed before a save
+    fit(going_on(stopped, max_steps=1))
+    assert len(records(tmp_path)) == 1
 
 
 def test_memory_that_is_gone_is_not_taken_for_a_damaged_checkpoint(tmp_path, stopped, monkeypatch):

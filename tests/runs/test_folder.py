@@ -1,5 +1,6 @@
 """What a command may do to a folder: nothing to what no run wrote, before all is checked, or beside another process."""
 
+import errno
 import json
 import os
 import socket
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ccmim_fast.config.schema import Config, RunConfig
-from ccmim_fast.errors import ConfigError
+from ccmim_fast.config.schema import Config, DataConfig, RunConfig
+from ccmim_fast.errors import ConfigError, DataError, MachineError
 from ccmim_fast.runs import claim
 from ccmim_fast.runs.claim import LOCK, claimed
 from ccmim_fast.runs.folder import check_apart, evaluation_folder, run_folder
@@ -20,11 +21,11 @@ from ccmim_fast.runs.state import FILE, RunState, process_start, read_state, wri
 CPU = torch.device("cpu")
 
 
-def opened(folder, begin=False, error=None, files=(), reads=None, resumable=True, **options):
+def opened(folder, begin=None, error=None, files=(), reads=None, resumable=True, **options):
     """Open the folder as a command does, which then writes files and fails if there is an `error`."""
     with run_folder(RunConfig(dir=str(folder), **options), reads or {}, resumable=resumable) as there:
-        if begin:
-            there.begin(Config(), CPU)
+        if begin is not None:
+            there.begin(begin, CPU)
         for name in files:
             (there.path / name).parent.mkdir(exist_ok=True)
             (there.path / name).touch()
@@ -85,7 +86,7 @@ def test_images_in_the_run_s_folder_are_refused_by_name(tmp_path, monkeypatch, r
 
 def make_run(folder, **files):
     """A run as one leaves it, with further files."""
-    opened(folder, begin=True)
+    opened(folder, begin=Config())
     for name in ("metrics.jsonl", "checkpoints/step_00000001/state.pt", "tensorboard/events.out.tfevents.1"):
         files.setdefault(name, "run")
     for name, text in files.items():
@@ -140,7 +141,7 @@ def test_a_command_that_fails_leaves_all_as_it_was(tmp_path, options):
     if options:
         make_run(tmp_path / "above" / "run", **{"notes.txt": "mine"})
     before = contents(tmp_path)
-    files = ("ranks/rank_0.json", "scores_0.bin")
+    files = ("autotune.json", "scores_0.bin")
     with pytest.raises(ZeroDivisionError):
         opened(tmp_path / "above" / "run", files=files, error=ZeroDivisionError(), **options)
     assert contents(tmp_path) == before
@@ -150,9 +151,9 @@ def test_a_command_that_fails_leaves_all_as_it_was(tmp_path, options):
 def test_a_run_that_made_nothing_blocks_no_other(tmp_path):
     """Killed while it was built, or failed in its first step."""
     with pytest.raises(ZeroDivisionError):
-        opened(tmp_path, begin=True, files=("metrics.jsonl", "log.txt"), error=ZeroDivisionError())
+        opened(tmp_path, begin=Config(), files=("metrics.jsonl", "log.txt"), error=ZeroDivisionError())
     assert read_state(tmp_path).state == "failed"
-    opened(tmp_path, begin=True)
+    opened(tmp_path, begin=Config())
     assert {*contents(tmp_path)} == {"config.yaml", "environment.json", FILE}
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train"}')
     refused(tmp_path, "not empty; use --overwrite", resumable=False)
@@ -244,3 +245,35 @@ def test_other_ranks_hold_and_change_nothing(tmp_path):
         with run_folder(RunConfig(dir=str(tmp_path / "run")), {}, is_main=False) as other:
             other.begin(Config(), CPU)
         assert [path.name for path in first.path.iterdir()] == [LOCK]
+
+
+def test_no_file_of_a_run_holds_a_password(tmp_path, monkeypatch):
+    root = "https://me:secret@host/x.tar?sig=secret"
+    monkeypatch.setattr(sys, "argv", ["ccmim", "pretrain", f"--data.root={root}"])
+    error, config = DataError(f"{root}: no such file"), Config(data=DataConfig(root=root))
+    with pytest.raises(DataError):
+        opened(tmp_path, begin=config, error=error, reads={"data.root": root})
+    assert "host/x.tar" in (tmp_path / FILE).read_text()
+    assert not [name for name, content in contents(tmp_path).items() if b"secret" in content]
+
+
+def test_a_full_disk_when_a_run_begins_is_one_line(tmp_path, monkeypatch):
+    make_run(tmp_path)
+    before = (tmp_path / "config.yaml").read_bytes()
+
+    def full(self, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(MachineError, match=r"config\.yaml.*: not written: No space left on device"):
+        opened(tmp_path, begin=Config(), resume="auto")
+    assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+def test_what_ranks_reported_stays_and_blocks_nothing(tmp_path):
+    """A rank that ends later than the first reads there why."""
+    with pytest.raises(ZeroDivisionError):
+        opened(tmp_path, files=("ranks/stopped_0.txt", "scores_1.bin"), error=ZeroDivisionError())
+    assert [*contents(tmp_path)] == ["ranks/stopped_0.txt"]
+    opened(tmp_path, begin=Config())
+    assert {*contents(tmp_path)} == {"config.yaml", "environment.json", FILE}
