@@ -140,8 +140,6 @@ def test_fault_27_command_lines(monkeypatch):
         *("export.imported.build_model", "export.hub.push"),
     ):
         monkeypatch.setattr(f"ccmim_fast.{name}", begin)
-    # The runs of this test have no weights, which their settings do not fit.
-    monkeypatch.setattr("ccmim_fast.checkpoints.run._check_own", lambda *_: None)
     monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=begin))
 
     @settings(max_examples=CASES, deadline=None, derandomize=True, database=None)
