@@ -29,7 +29,7 @@ def evaluate(name: str, checkpoint: str, settings: Mapping[str, str]) -> str:
     protocol, to be printed. Raises CcmimError: a user's error.
     """
     of, settings = protocol_of(name, settings)
-    config = make_config(settings, EvalConfig, validate_evaluation, FOLDER)
+    config = _with_warm_up(make_config(settings, EvalConfig, validate_evaluation, FOLDER), of, settings)
     row, source, optimizer = EVALUATIONS[name], config.data.source, config.optim.name
     for key, given, valid in (("data.source", source, row.sources), ("optim.name", optimizer, row.optimizers)):
         if given not in valid:
@@ -59,6 +59,18 @@ def _tell_left_out(job: Job, known: Mapping[str, Any] | None = None) -> dict[str
                 of = f"{said['images']} of {said['of']} images to {part} on"
                 say(f"left out: {of} {why}, the first {said['first']!r}")
     return found
+
+
+def _with_warm_up(config: EvalConfig, of: Protocol, settings: Mapping[str, str]) -> EvalConfig:
+    """Return the settings; a preset's warm-up that a shorter run does not hold has the protocol's share of the run."""
+    fitted = {}
+    for warm_up, length in (("warmup_epochs", "epochs"), ("warmup_steps", "steps")):
+        asked, whole = getattr(of.config.optim, warm_up), getattr(of.config.train, length)
+        run = getattr(config.train, length)
+        named = f"optim.{warm_up}" in settings or settings["config"] != of.name
+        if not named and whole and 0 < run < getattr(config.optim, warm_up):
+            fitted[warm_up] = type(asked)(asked * run / whole)
+    return replace(config, optim=replace(config.optim, **fitted)) if fitted else config
 
 
 def _prepared(name: str, checkpoint: str, config: EvalConfig, here: Session, folder: RunFolder) -> tuple[Job, Work]:

@@ -55,8 +55,8 @@ def export_run(target: str, run: str, out: Path, results: Sequence[str] = (), hu
     try:
         if bool(TARGETS[target].suffix) and out.suffix == TARGETS[target].suffix:
             with new_file(out, "ccmim export") as partial:
-                export(opened, partial)
-            return [out]
+                written = export(opened, partial)
+            return [out.with_name(path.name) for path in written]
         with new_folder(out, "ccmim export") as partial:
             written = [*export(opened, partial), write_card(target, opened, partial, hub_name, evaluation)]
         return [out / path.name for path in written]

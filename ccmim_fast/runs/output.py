@@ -42,15 +42,18 @@ def new_folder(out: Path, label: str) -> Iterator[Path]:
 def new_file(out: Path, label: str) -> Iterator[Path]:
     """Yield the path of a file in a hidden folder beside `out`, which becomes `out` when the body has ended.
 
-    If the body fails nothing is left. Raises ConfigError, whose line begins with `label`: `out` exists, as whoever made
-    it did not ask for another in its place; or nothing can be written there.
+    So do other files that the body makes beside it: weights of a graph that is too large for one file. If the body
+    fails nothing is left. Raises ConfigError, whose line begins with `label`: `out` or another of these exists, as
+    whoever made it did not ask for another in its place; or nothing can be written there.
     """
     check_new(out, label)
     hidden = {"dir": out.parent, "prefix": f".{out.name[:50]}-"}
     with folder_made(out.parent, f"{label}: {str(out)!r:.200}"), tempfile.TemporaryDirectory(**hidden) as folder:
         made = Path(folder) / out.name
         yield made
-        made.rename(out)
+        for path in sorted(Path(folder).iterdir(), key=made.__eq__):  # the file itself last
+            check_new(out.with_name(path.name), label)
+            path.rename(out.with_name(path.name))
 
 
 def check_new(out: Path, label: str) -> None:

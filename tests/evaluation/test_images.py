@@ -237,6 +237,18 @@ def test_a_list_that_names_a_number_twice(root, name, setting, near, capsys):
     assert f"must be a list that names each number once; nearest valid is {near}" in capsys.readouterr().err
 
 
+def test_a_presets_warm_up_is_of_a_shorter_run_the_same_share(root, capsys):
+    """10 of 90 epochs; one that the user names is refused where the run is shorter."""
+    line = ["eval", "linear", "timm:test_vit", f"--data.root={root}", f"--run.dir={root.parent / 'out'}", *LINE]
+    line += ["--train.batch_size=6", "--train.epochs=1"]
+    assert cli.main([*line, "--optim.warmup_epochs=2"]) == 2
+    assert "optim.warmup_epochs=2.0: must be at most the length of the run, 1 epochs" in capsys.readouterr().err
+    assert cli.main(line) == 0
+    result = json.loads((root.parent / "out" / "result.json").read_text())
+    assert result["config"]["optim.warmup_epochs"] == pytest.approx(10 / 90)
+    assert any(deviation.startswith("optim.warmup_epochs: 0.111") for deviation in result["deviations"])
+
+
 def test_labels_that_are_no_class_are_no_crash():
     """A label at or above the number of names, as a damaged or hostile index has."""
     train, test = ShapesSource(0, 6, (32, 32), 3), ShapesSource(1, 6, (32, 32), 3)
