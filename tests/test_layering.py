@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# A folder may import itself and what stands before it; errors.py, registry.py and secrets.py are everyone's, cli.py sees all.
+# A folder may import itself and what stands before it; errors.py, registry.py and secrets.py are everyone's, and cli.py
+# sees all.
 LAYERS = ["config", "data", "models", "bank", "losses", "build", "optim", "checkpoints", "runs", "ranks", "profile"]
 LAYERS += ["autotune", "engine", "report", "evaluation", "export", "doctor", "ablation", "commands"]
 ONE_FILE = {
