@@ -187,7 +187,7 @@ def test_a_folder_without_images_is_one_line(tmp_path, monkeypatch):
         open_images(str(missing))
     with pytest.raises(DataError, match=r"no folder ''; set data\.root"):
         open_images("")
-    with pytest.raises(DataError, match=r"no image in .*ends in \.bmp"):
+    with pytest.raises(DataError, match=r"no image in .*ends in \.jpg"):
         open_images(str(tmp_path))
     (tmp_path / "a.jpg").write_text("text")
     with pytest.raises(DataError, match=r"no readable image in .*: 1 skipped, the first 'a\.jpg': not an image"):

@@ -5,7 +5,7 @@ import os
 import posixpath
 
 from ccmim_fast.data.index.annotations import annotation_reader
-from ccmim_fast.data.index.decode import file_suffixes
+from ccmim_fast.data.index.endings import file_suffixes
 from ccmim_fast.data.index.folders import BESIDE_CLASSES, list_folder, read_list
 from ccmim_fast.data.index.index_file import BESIDE, Listing, Row
 from ccmim_fast.data.index.storage import as_os_errors, file_system, is_remote, join

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from ccmim_fast.data.index.bad_samples import bad_samples_path, read_bad_samples
-from ccmim_fast.data.index.decode import HEADER_BYTES, HEADER_FIRST, Header, file_suffixes, read_header
+from ccmim_fast.data.index.decode import HEADER_BYTES, HEADER_FIRST, Header, read_header
+from ccmim_fast.data.index.endings import file_suffixes
 from ccmim_fast.data.index.index_file import BAD, Index, Listing, Row, write_index
 from ccmim_fast.data.index.origin import find_origin
 from ccmim_fast.data.index.storage import Storage, is_remote, join, open_binary
