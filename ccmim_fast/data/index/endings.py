@@ -95,7 +95,7 @@ def is_tar(name: str) -> bool:
 
 def begins_like_an_image(start: bytes) -> bool:
     """Tell whether the first 16 bytes of a file are those of an image, whatever its name is."""
-    return start.startswith(_BEGINNINGS) or start[8:12] == b"WEBP" or start[4:8] == b"ftyp" and start[8:12] in _BRANDS
+    return start.startswith(_BEGINNINGS) or start[8:12] == b"WEBP" or (start[4:8] == b"ftyp" and start[8:12] in _BRANDS)
 
 
 _BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
