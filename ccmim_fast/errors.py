@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from ccmim_fast.secrets import without_secrets
+
 LINE = 1000  # characters; a line of ours has 400 at most, and the user's words in it are without end
 
 
@@ -81,7 +83,7 @@ def exit_code_of(run: Callable[[], Any]) -> int:
 
 def _end(line: str, code: int) -> int:
     """Print one line that a terminal shows as it is, whatever words of the user are in it."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in one_line(line, LINE + 1))
+    line = printable(one_line(without_secrets(line), LINE + 1))
     print(f"ccmim: {line if len(line) <= LINE else line[:LINE] + '...'}", file=sys.stderr)
     return code
 
@@ -89,3 +91,8 @@ def _end(line: str, code: int) -> int:
 def one_line(text: object, limit: int | None = 200) -> str:
     """Return `text` (an error, mostly) on one line, cut after `limit` characters."""
     return " ".join(str(text).split())[:limit]
+
+
+def printable(text: str) -> str:
+    """Return `text` as a terminal may show it: what would control the terminal, or is no text, is written out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

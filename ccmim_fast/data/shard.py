@@ -1,7 +1,11 @@
 """This module writes shards: tars of images, as WebDataset lays them out, smaller if wanted, with their index."""
 
+import contextlib
+import fcntl
 import io
 import os
+import re
+import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -11,13 +15,16 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ccmim_fast.data.index.decode import Header, read_header
-from ccmim_fast.data.index.index_file import BESIDE, Index, Listing, Row, write_index
+from ccmim_fast.data.index.endings import file_suffixes, suffix_of_format
+from ccmim_fast.data.index.index_file import Index, Listing, Row, write_index
 from ccmim_fast.data.index.indexed import IndexedSource
+from ccmim_fast.data.index.own import BESIDE, UNFINISHED, open_regular
 from ccmim_fast.data.source import usable_count, usable_ids
 from ccmim_fast.data.stream.permutation import epoch_order
 from ccmim_fast.data.threads import map_ahead, thread_count
 from ccmim_fast.errors import ConfigError, DataError
 
+_WRITTEN = re.compile(rf"shard-\d{{6,}}\.tar|\.building-\w+|{re.escape(BESIDE)}|{re.escape(UNFINISHED)}")
 _Sample = tuple[bytes, str, int, Header]  # encoded image, suffix of its name, label (-1: none), header
 
 
@@ -32,14 +39,18 @@ def write_shards(
     workers: int = 0,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Index, list[tuple[int, str]]]:
-    """Write `shard-000000.tar`, ... and the index to a new or empty folder.
+    """Write `shard-000000.tar`, ... and the index to a new or empty folder, or to one that a killed call has left.
+
+    From the first byte to the last the folder holds a mark, by which it is known as unfinished; a call that fails
+    removes what it has written.
 
     The samples are in an order drawn by `seed`, so that neighbours are of all classes. Each sample has two members, the
     image and, with classes, the label as `.cls`. Bytes are copied without decoding, unless the image is made smaller.
     The arguments are those of `ccmim data shard --help`.
 
     Return the index, and (id, reason) of the samples that the source excludes or that cannot be read. Raises
-    ConfigError for `side` if images are not gray or RGB, DataError if the folder is not empty or not writable.
+    ConfigError for `side` if images are not gray or RGB, DataError if the folder holds anything else, another process
+    writes there, or it is not writable.
     """
     if side and source.channels not in (1, 3):
         raise ConfigError(f"--side={side}: images of {source.channels} channels are not resized; leave it out")
@@ -58,13 +69,11 @@ def write_shards(
                 yield loaded
 
     try:
-        os.makedirs(folder, exist_ok=True)
-        if os.listdir(folder):
-            raise DataError(f"{folder!r} is not empty; name a new folder")
-        tars: list[str] = []  # grows as the rows are made
-        rows = _write_tars(folder, shard_bytes, samples(), tars)
-        listing = Listing("", rows, source.class_names, {}, [], tars)
-        index = write_index(os.path.join(folder, BESIDE), listing, origin="", channels=source.channels)
+        with _marked(folder):
+            tars: list[str] = []  # grows as the rows are made
+            rows = _write_tars(folder, shard_bytes, samples(), tars)
+            listing = Listing("", rows, source.class_names, {}, [], tars)
+            index = write_index(os.path.join(folder, BESIDE), listing, origin="", channels=source.channels)
     except OSError as error:
         raise DataError(f"cannot write tars to {folder!r}: {error.strerror or error}") from error
     return index, left_out
@@ -86,14 +95,58 @@ def _load(source: IndexedSource, side: int, quality: int, index: int) -> _Sample
             data, suffix = shrink(source.decode(index), side, quality), ".jpg"
         else:
             data, suffix = source.encoded(index), os.path.splitext(source.index.location(index))[1].lower()
-        if not suffix:  # of a table's row
-            with Image.open(io.BytesIO(data)) as image:
-                suffix = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(image.format, f".{image.format.lower()}")
+        if suffix not in file_suffixes(source.channels):  # of a table's row
+            suffix = _suffix_of(data)
         label = -1 if source.labels_N is None else int(source.labels_N[index])
         return data, suffix, label, read_header(data, source.channels)
     # OSError: the image cannot be written as JPEG, for example because a side is too long.
     except (DataError, OSError) as error:
         return str(error)
+
+
+def _suffix_of(data: bytes) -> str:
+    if data.startswith(b"\x93NUMPY"):
+        return ".npy"
+    with Image.open(io.BytesIO(data)) as image:
+        return suffix_of_format(image.format)
+
+
+def check_folder(folder: str) -> None:
+    """Raise DataError if shards cannot be written to `folder` because something else is in it."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    if names and not (UNFINISHED in names and all(map(_WRITTEN.fullmatch, names))):
+        raise DataError(f"{folder!r} is not empty; name a new folder")
+
+
+@contextlib.contextmanager
+def _marked(folder: str) -> Iterator[None]:
+    """Hold a folder for this process, marked as unfinished until the body is done; if that fails, leave nothing."""
+    made = not os.path.lexists(folder)
+    os.makedirs(folder, exist_ok=True)
+    check_folder(folder)
+    mark = os.path.join(folder, UNFINISHED)
+    with open(mark, "a", opener=open_regular) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # kill -9 releases it, too
+        except BlockingIOError:
+            raise DataError(f"{folder!r}: another process writes shards there; name another folder") from None
+        _remove(folder, keep=UNFINISHED)
+        try:
+            yield
+        except BaseException:
+            _remove(folder)
+            if made:
+                os.rmdir(folder)
+            raise
+        os.unlink(mark)
+
+
+def _remove(folder: str, keep: str = "") -> None:
+    """Remove what `write_shards` writes."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if _WRITTEN.fullmatch(name) and name != keep:
+            shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
 
 
 def _write_tars(folder: str, most: int, samples: Iterable[_Sample], names: list[str]) -> Iterator[Row]:

@@ -47,12 +47,6 @@ def usable_count(source: Source) -> int:
     return len(source) - len(source.excluded_X)
 
 
-def excluded_summary(source: Source) -> list[str]:
-    """Return a phrase with the number of excluded samples and the name of the first one; empty if there is none."""
-    count = len(source.excluded_X)
-    return [f"{count} of {len(source)} left out, the first {source.name(int(source.excluded_X[0]))!r}"] if count else []
-
-
 def usable_ids(source: Source, positions_P: np.ndarray) -> np.ndarray:
     """Return the ids [P] int64 of the usable samples at some positions among all usable samples in order of id."""
     # Before the excluded id x_k lie x_k - k usable samples; an id grows by one for every x_k - k <= its position.

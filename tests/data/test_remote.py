@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from made_containers import encode, image_table, summary, write_tar
 
-from ccmim_fast.data.index.index_file import BESIDE
 from ccmim_fast.data.index.indexed import open_images
+from ccmim_fast.data.index.own import BESIDE
 from ccmim_fast.data.index.storage import Storage
 from ccmim_fast.errors import DataError
 

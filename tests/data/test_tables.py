@@ -47,7 +47,7 @@ def test_kinds_of_tables(tmp_path, kind, column):
     source = open_images(str(path))
     assert [reason for _, _, reason in summary(source)] == [
         "",
-        "empty file",
+        "a row without an image",
         "empty file",
         "not an image that Pillow knows",
         "",
@@ -76,12 +76,12 @@ def test_unusable_tables_are_told(tmp_path, kind):
     (tmp_path / f"folder.{kind}").mkdir()
     pq.write_table(image_table([encode(0)]).replace_schema_metadata({"huggingface": "{"}), tmp_path / "meta.parquet")
     source = open_images(str(tmp_path))
-    reasons = {os.path.basename(path): reason for path, reason in source.index.notes}
-    assert reasons.keys() == {"numbers.feather", f"cut.{kind}", f"empty.{kind}", f"folder.{kind}"}
-    assert "no column of bytes among x" in reasons["numbers.feather"]
+    reasons = {os.path.basename(note.paths[0]): note.reason for note in source.index.notes}
+    assert reasons.keys() == {"numbers.feather", f"cut.{kind}", f"empty.{kind}"}
+    assert reasons["numbers.feather"] == "no table of images: no column of images as bytes among x (int64)"
     assert "\n" not in "".join(reasons.values())
     assert usable_count(source) == 3
-    with pytest.raises(DataError, match=r"no image in .*cut.*: 1 skipped, the first '.*cut\..*is no table of images"):
+    with pytest.raises(DataError, match=r"no image in .*cut.*: 1 skipped, the first '.*cut\..*no table of images"):
         open_images(f"{tmp_path}/cut.{kind}")
 
 

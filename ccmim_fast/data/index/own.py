@@ -1,0 +1,81 @@
+"""What this product itself has written: it is never read as images, and nothing else is ever written over."""
+
+import json
+import os
+import stat
+from collections.abc import Collection
+
+import pyarrow as pa
+
+from ccmim_fast.errors import DataError
+
+BESIDE = "ccmim-index.arrow"  # the index's name in a folder of tars, where `ccmim data shard` writes it
+UNFINISHED = "ccmim-unfinished"  # lies there from the first tar until the index is whole
+_MARK = b"ccmim"  # the key of our metadata in an Arrow file's schema
+_RUN = "config.yaml", ("environment.json", "metrics.jsonl", "state.json")  # as in runs/state.py and runs/folder.py
+_RECORD = b'{"index": '  # how each line of the records beside an index begins
+
+
+def output_of(names: Collection[str]) -> str:
+    """Return which output of ours a folder with these entries is: a run, or shards; "" if none."""
+    if _RUN[0] in names and any(name in names for name in _RUN[1]):
+        return "a run's folder"
+    if UNFINISHED in names:
+        return "a folder of shards that ccmim data shard has not finished; run it again"
+    return "a folder of shards that ccmim data shard wrote" if BESIDE in names else ""
+
+
+def outputs_among(names: Collection[str]) -> list[str]:
+    """Return the files among a folder's entries that are outputs of ours: features and the drawings of `ablate`."""
+    return [
+        name
+        for name in names
+        if (name.endswith(".npy") and f"{name[:-4]}.jsonl" in names)
+        or (name.endswith(".png") and {f"{name[:-4]}.md", f"{name[:-4]}.json"} <= {*names})
+    ]
+
+
+def open_regular(path: str, flags: int = os.O_RDONLY) -> int:
+    """Open a file, for `open(..., opener=open_regular)`, but refuse at once what is none: a FIFO would wait for ever.
+
+    Raises OSError, also for folders, sockets and devices.
+    """
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(None, "not a regular file", path)
+
+
+def is_marked(path: str) -> bool:
+    """Tell whether an Arrow file carries our mark; that of an index is found in one that is cut short, too."""
+    try:
+        with open(path, "rb", opener=open_regular) as file:
+            if file.read(8) != b"ARROW1\0\0":
+                return False
+            return _MARK in (pa.ipc.open_stream(pa.PythonFile(file)).schema.metadata or {})
+    except (OSError, pa.ArrowException, ValueError):
+        return False
+
+
+def marked(schema: pa.Schema, content: dict) -> pa.Schema:
+    """Return the schema of a file of ours, with what it says about itself."""
+    return schema.with_metadata({_MARK: json.dumps(content)})
+
+
+def check_index_place(path: str) -> None:
+    """Raise DataError if an index written to `path` would replace, or records beside it would change, foreign files."""
+    if os.path.lexists(path) and not is_marked(path):
+        raise DataError(f"{path!r} is no index, and is not written over; set data.index to another file")
+    for beside in (f"{path}.bad", f"{path}.verify"):
+        if os.path.lexists(beside) and not _is_record(beside):
+            raise DataError(f"{beside!r} is no record of an index, and is not touched; set data.index to another file")
+
+
+def _is_record(path: str) -> bool:
+    try:
+        with open(path, "rb", opener=open_regular) as file:
+            start = file.read(len(_RECORD))
+    except OSError:
+        return False
+    return _RECORD.startswith(start[: len(_RECORD)])

@@ -1,0 +1,193 @@
+"""One rule says which files of a folder, of a URL or of a tar are samples, which sample is of which class.
+
+Names are paths with slashes from the folder, the URL or within the tar.
+"""
+
+import os
+import posixpath
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from ccmim_fast.data.index.endings import COMPANIONS, CONTAINERS, FORMATS, UNREAD, file_suffixes
+from ccmim_fast.data.index.left_out import LOST, MEANT, OTHER, Notes
+from ccmim_fast.data.index.own import BESIDE
+
+_TRAIN, _HELD_OUT = ("train", "training"), ("val", "valid", "validation", "test", "testing", "dev", "eval")
+# The same as the first word of a tar's or table's name: `train-00000-of-00002.parquet`, `val_000.tar`.
+_SPLIT = re.compile(rf"({'|'.join((*_TRAIN, *_HELD_OUT))})(?=[-_.\d])", re.IGNORECASE)
+# Members `x.seg.png` beside `x.jpg` that show something other than the photograph.
+_ANNOTATIONS = (
+    "seg",
+    "segm",
+    "segmentation",
+    "semantic",
+    "panoptic",
+    "instance",
+    "instances",
+    "mask",
+    "masks",
+    "matte",
+)
+_ANNOTATIONS += ("alpha", "depth", "disparity", "flow", "normal", "normals", "edge", "edges", "label", "labels", "gt")
+_ORDER = tuple(ending[1:] for kind in FORMATS for ending in kind.endings)  # of the images of one sample
+
+
+def select(
+    names: Sequence[str], channels: int, image_key: str, notes: Notes, is_image: Callable[[str], bool]
+) -> tuple[list[str], list[str]]:
+    """Return the images and the containers among the visible files of a folder or URL; notes say what is left out.
+
+    `is_image` tells of a file of an unknown ending if its content is an image's. Where tars or tables lie beside
+    images, those are the set of which there are more: a picture beside tables, or an old tar beside a tree.
+    """
+    images, containers = by_ending(visible(names, channels, notes), channels, image_key, notes, is_image)
+    images, containers = training_part(images, notes), training_part(containers, notes)
+    if containers and len(images) > len(containers):
+        for name in containers:
+            notes.add(name, "a tar or table beside more images than tars; name it in data.root to read it")
+        containers = []
+    for name in images if containers else []:
+        notes.add(name, "an image beside tars or tables, which are read instead of it")
+    return ([], containers) if containers else (samples(images, image_key, notes, one_per_key=False), [])
+
+
+def visible(names: Iterable[str], channels: int, notes: Notes) -> list[str]:
+    """Return the names of which no part begins with a dot; images among the others are noted."""
+    kept, suffixes = [], file_suffixes(channels)
+    for name in names:
+        if (name.startswith(".") or "/." in name) and any(map(_is_hidden, name.split("/"))):
+            if name.lower().endswith(suffixes):
+                notes.add(name, "a name that begins with a dot", MEANT)
+        else:
+            kept.append(name)
+    return kept
+
+
+def _is_hidden(part: str) -> bool:
+    return part.startswith(".") and part not in (".", "..")
+
+
+def by_ending(
+    names: Iterable[str], channels: int, image_key: str, notes: Notes, is_image: Callable[[str], bool]
+) -> tuple[list[str], list[str]]:
+    """Return the images and the containers among names, by their endings; the others are noted."""
+    images, containers, suffixes = [], [], file_suffixes(channels)
+    others = tuple({*file_suffixes(3), *file_suffixes(0)} - {*suffixes})  # of other numbers of channels
+    keys = tuple("." + key for key in keys_of(image_key))
+    for name in names:
+        lower = name.lower()
+        if posixpath.basename(name) == BESIDE:
+            continue
+        if lower.endswith(suffixes) or (keys and lower.endswith(keys)):
+            images.append(name)
+        elif lower.endswith(CONTAINERS):
+            containers.append(name)
+        elif lower.endswith(others):
+            notes.add(name, f"an ending that is not read with data.channels={channels}", MEANT)
+        elif lower.endswith(COMPANIONS):
+            notes.add(name, "an ending of no image", OTHER)
+        elif lower.endswith(UNREAD):
+            notes.add(name, "a format that is not read; write it as PNG, TIFF or JPEG, an archive as .tar")
+        elif is_image(name):
+            notes.add(name, "an image whose name ends in none of an image's endings; rename it")
+        else:
+            notes.add(name, "an unknown ending", MEANT)
+    return images, containers
+
+
+def training_part(names: list[str], notes: Notes) -> list[str]:
+    """Return the names below `train/` if `val/` or `test/` lies beside it, else all.
+
+    Tars and tables whose names begin with these words are told apart alike.
+    """
+    words = {name: _split_of(name) for name in names}
+    found = set(words.values())
+    if not (found & {*_TRAIN} and found & {*_HELD_OUT}):
+        return names
+    for name in names:
+        if words[name] in _HELD_OUT:
+            notes.add(name, "held out: of the parts of the set the training part alone is used", MEANT)
+        elif words[name] not in _TRAIN:
+            notes.add(name, "beside the training part of the set, in none of its parts")
+    return [name for name in names if words[name] in _TRAIN]
+
+
+def _split_of(name: str) -> str:
+    """Return train, val, ... if the name's first folder, or a container's file name, says so; else ""."""
+    first, inside, _ = name.removeprefix("./").partition("/")
+    if inside and first.lower() in (*_TRAIN, *_HELD_OUT):
+        return first.lower()
+    base = posixpath.basename(name)
+    word = _SPLIT.match(base) if base.lower().endswith(CONTAINERS) else None
+    return word[1].lower() if word else ""
+
+
+def keys_of(image_key: str) -> list[str]:
+    """Return the suffixes that `data.image_key` names: `jpg`, or `jpg;png` in the order of choice."""
+    return [key.strip().lstrip(".").lower() for key in re.split(r"[;,]", image_key) if key.strip(" .")]
+
+
+def samples(images: list[str], image_key: str, notes: Notes, one_per_key: bool) -> list[str]:
+    """Return the image of each sample, in the order of the names.
+
+    A sample is a key: the name up to the first dot behind the folders, as WebDataset says. With `image_key` its image
+    is the member with that suffix. Without one, the first whose suffix is an image's ending alone (`x.jpg`), and
+    `x.seg.png` beside it is left out; without such a member each is a sample of its own (`a.1.jpg`, `a.2.jpg`), but
+    for what is named as a mask or another annotation. Not `one_per_key`: of a sample only annotations are left out.
+    """
+    if not image_key and not one_per_key and not any(posixpath.basename(name).count(".") > 1 for name in images):
+        return images
+    members: dict[str, list[tuple[str, str]]] = {}
+    for name in images:
+        key, suffix = key_of(name)
+        members.setdefault(key, []).append((suffix, name))
+    taken = set()
+    for group in members.values():
+        found = _chosen(group, keys_of(image_key), one_per_key)
+        taken.update(found)
+        for _, name in group if not found else []:
+            words = f"no member of data.image_key={image_key}" if image_key else "a mask or another annotation alone"
+            notes.add(name, f"a sample without an image: {words}", LOST)
+        for _, name in group if found else []:
+            if name not in taken:
+                notes.add(name, "another member of a sample; data.image_key says which is its image", MEANT)
+    return [name for name in images if name in taken]
+
+
+def key_of(name: str) -> tuple[str, str]:
+    """Return WebDataset's key of a member and the suffix behind it, in lower case and without its first dot."""
+    folder, base = posixpath.split(name)
+    stem, _, suffix = base.partition(".")
+    return posixpath.join(folder, stem), suffix.lower()
+
+
+def _chosen(group: list[tuple[str, str]], keys: list[str], one_per_key: bool) -> list[str]:
+    """Return which members (suffix, name) of one key are images of samples."""
+    if keys:
+        return [name for key in keys for suffix, name in group if suffix == key][:1]
+    plain = [(suffix, name) for suffix, name in group if "." not in suffix]
+    free = [name for suffix, name in group if "." in suffix and suffix.split(".")[-2] not in _ANNOTATIONS]
+    if not plain:
+        return free
+    if not one_per_key:
+        return [*(name for _, name in plain), *free]
+    numbered = [name for suffix, name in group if "." in suffix and not suffix[0].isalpha()]
+    return [min(plain, key=lambda one: _ORDER.index(one[0]) if one[0] in _ORDER else len(_ORDER))[1], *numbered]
+
+
+def folder_labels(names: Sequence[str], folders: Iterable[str] = ()) -> tuple[tuple[str, ...], list[int]]:
+    """Return the classes, first folders of names, and the label of each; -1 for a name that lies in none.
+
+    If all lie below one folder `train`, the folders in it are the classes. `folders` without images are classes too.
+    """
+    parts = [posixpath.normpath(name).split("/") for name in names]
+    start = int(bool(parts) and all(len(part) > 1 and part[0].lower() in _TRAIN for part in parts))
+    firsts = [part[start] if len(part) > start + 1 and part[0] not in ("", "..") else None for part in parts]
+    known = {first for first in firsts if first is not None}
+    if not known:
+        return (), [-1] * len(names)
+    inner = (folder.split("/") for folder in folders)
+    known |= {part[start] for part in inner if len(part) == start + 1 and (not start or part[0].lower() in _TRAIN)}
+    classes = tuple(sorted(known, key=os.fsencode))
+    label_of = {name: label for label, name in enumerate(classes)}
+    return classes, [label_of.get(first, -1) for first in firsts]
