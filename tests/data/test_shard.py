@@ -1,17 +1,20 @@
 """Shards: their contents, and their use as a data set."""
 
+import errno
 import os
 import shutil
+import signal
 import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ccmim_fast.data import shard
 from ccmim_fast.data.index import indexed
 from ccmim_fast.data.index.decode import EXIF_ORIENTATION, decode
 from ccmim_fast.data.index.indexed import open_images
-from ccmim_fast.data.index.own import BESIDE
+from ccmim_fast.data.index.own import BESIDE, UNFINISHED
 from ccmim_fast.data.shard import shrink, write_shards
 from ccmim_fast.data.source import usable_count, usable_ids
 from ccmim_fast.data.stream.permutation import epoch_order
@@ -204,3 +207,64 @@ def test_the_shorter_side_is_exact(height, width):
     gray = shrink(image_HWC[..., :1], SIDE, 90)
     assert decode(gray, 1).shape == (*made.shape[:2], 1)
     assert shrink(np.repeat(image_HWC[..., :1], 3, axis=2), SIDE, 90) == gray
+
+
+def test_a_killed_call_leaves_no_set_and_the_next_one_begins_anew(source, tmp_path, monkeypatch):
+    out = tmp_path / "tars"
+    pid = os.fork()
+    if not pid:
+        monkeypatch.setattr(shard, "write_index", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        monkeypatch.setattr(shard, "Listing", lambda root, rows, *rest: list(rows))
+        write_shards(source, str(out), shard_bytes=20_000, workers=1)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    left = sorted(os.listdir(out))
+    assert left[0] == UNFINISHED
+    assert "shard-000001.tar" in left
+    for root in (out, tmp_path):
+        if root == out:
+            with pytest.raises(DataError, match=r"tars' is a folder of shards that .* has not finished; run it again"):
+                open_images(str(root))
+        else:
+            told = [note.reason for note in open_images(str(root)).index.notes]
+            assert "a folder of shards that ccmim data shard has not finished; run it again" in told
+    index, _ = write_shards(source, str(out), workers=1)
+    assert sorted(os.listdir(out)) == [BESIDE, "shard-000000.tar"]
+    assert len(index) == len(open_images(str(out))) == 25
+
+
+def test_a_call_that_fails_leaves_nothing(source, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(shard, "write_index", full)
+    for name in ("empty", "new"):
+        with pytest.raises(DataError, match=r"cannot write tars to .*No space left"):
+            write_shards(source, str(tmp_path / name), workers=1)
+    assert os.listdir(tmp_path / "empty") == []
+    assert not (tmp_path / "new").exists()
+
+
+def test_two_calls_into_one_folder(source, tmp_path, monkeypatch):
+    def other(*_, **__):
+        with pytest.raises(DataError, match="tars': another process writes shards there; name another folder"):
+            write_shards(source, str(tmp_path / "tars"), workers=1)
+        return write(*_, **__)
+
+    write = shard.write_index
+    monkeypatch.setattr(shard, "write_index", other)
+    index, _ = write_shards(source, str(tmp_path / "tars"), workers=1)
+    assert len(index) == 25
+
+
+@pytest.mark.parametrize("name", ["mine.tar", "shard-000000.tar", BESIDE, "shard-1.tar"])
+def test_what_lies_in_a_folder_without_the_mark_is_not_touched(source, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("keep")
+    with pytest.raises(DataError, match=r"out' is not empty; name a new folder"):
+        write_shards(source, str(tmp_path / "out"))
+    (tmp_path / "out" / UNFINISHED).touch()
+    if name in ("mine.tar", "shard-1.tar"):
+        with pytest.raises(DataError, match=r"out' is not empty; name a new folder"):
+            write_shards(source, str(tmp_path / "out"))
+    assert (tmp_path / "out" / name).read_text() == "keep"

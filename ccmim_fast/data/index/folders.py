@@ -36,8 +36,7 @@ def list_folder(root: str, channels: int, image_key: str = "") -> Listing:
     walk = _Walk(root)
     images, containers = select([*walk.files], channels, image_key, walk.notes, walk.is_image)
     if containers:
-        containers = [name for name in walk.once(containers) if walk.regular(name)]
-        return Listing(root, [], (), walk.dependencies, list(walk.notes), containers)
+        return Listing(root, [], (), walk.dependencies, list(walk.notes), walk.once(containers))
     classes, labels = folder_labels(images, walk.folders)
     label_of = dict(zip(images, labels))
     last = len(classes)
@@ -124,8 +123,10 @@ class _Walk:
             return False
         if stat.S_ISDIR(status.st_mode):
             return not hidden and self._is_new(_identity(status))
-        regular = stat.S_ISREG(status.st_mode)
-        if regular and name.endswith(CONTAINERS) and is_marked(path):
+        regular, container = stat.S_ISREG(status.st_mode), name.lower().endswith(CONTAINERS)
+        if container and not regular:
+            self.notes.add(name, "not a regular file")
+        elif container and is_marked(path):
             self.notes.add(name, "an output of this program", MEANT)
         else:
             self.files[name] = _File(status.st_size, status.st_mtime_ns, _identity(status), regular)
@@ -145,12 +146,6 @@ class _Walk:
         file = self.files[name]
         row = Row(os.fsencode(name), bytes=file.size, mtime_ns=file.mtime_ns, label=label)
         return row if file.regular else row.bad("not a regular file")
-
-    def regular(self, name: str) -> bool:
-        """Tell whether a container is a file; note what is none."""
-        if not self.files[name].regular:
-            self.notes.add(name, "not a regular file")
-        return self.files[name].regular
 
     def is_image(self, name: str) -> bool:
         """Tell whether the content of a file is an image's by its first bytes."""

@@ -28,6 +28,8 @@ def read_list(path: str) -> Listing:
             data = data.decode("utf-16").encode()
         except UnicodeError:
             raise DataError(f"cannot read the list {path!r}: begins as UTF-16, and is not; write it as UTF-8") from None
+    if b"\0" in data:
+        raise DataError(f"cannot read the list {path!r}: holds zero bytes, as UTF-16 does; write it as UTF-8")
     lines = [os.fsdecode(line) for line in data.removeprefix(codecs.BOM_UTF8).split(b"\n") if line.strip()]
     pairs = [line.rstrip("\r").partition("\t")[::2] for line in lines]
     label_of = {name: label for label, name in enumerate(sorted({name for _, name in pairs if name}))}

@@ -33,12 +33,12 @@ def find_origin(origin: str, channels: int, image_key: str = "") -> Listing:
     if os.path.isdir(origin):
         return list_folder(origin, channels, image_key)
     read = read_list if origin.lower().endswith(LISTS) else annotation_reader(origin)
-    if read is None:
-        raise DataError(f"no folder {origin!r}; set data.root to a folder of images, to tars, tables or a list")
-    if os.path.lexists(origin) and not os.path.isfile(origin):
+    if os.path.exists(origin) and not os.path.isfile(origin):
         raise DataError(
             f"{origin!r} is not a regular file; set data.root to a folder of images, tars, tables or a list"
         )
+    if read is None:
+        raise DataError(f"no folder {origin!r}; set data.root to a folder of images, to tars, tables or a list")
     return read(origin)
 
 
