@@ -8,12 +8,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TABLES, HELD = (ROOT / "docs" / "faults.md").read_text().split("## Which test holds it")
-FAULTS = range(1, 28)
+FAULTS = [*range(1, 28), *range(41, 49)]
 ENTRIES = {int(number): text for number, text in re.findall(r"^(\d+)\. (.*?)(?=^\d+\. |\Z)", HELD, re.M | re.S)}
 
 
 def test_every_fault_is_told_once_and_held():
-    assert [int(number) for number in re.findall(r"^\| (\d+) \| [^|\n]+ \| [^|\n]+ \|", TABLES, re.M)] == [*FAULTS]
+    numbers = re.findall(r"^\| (\d+) \| [^|\n]+ \| [^|\n]+ \|", TABLES, re.M)
+    assert sorted(map(int, numbers)) == [*FAULTS]
     assert {number for number, text in ENTRIES.items() if "::test_" in text} == {*FAULTS}
 
 

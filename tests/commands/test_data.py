@@ -4,8 +4,11 @@ import os
 import shlex
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from made_containers import encode, write_tar
 
 from ccmim_fast.cli import main
 from ccmim_fast.config.load import load_config
@@ -146,6 +149,55 @@ def test_shard(folder, run, tmp_path):
     assert lines[-1] == f"index: '{out / BESIDE}'"
     assert run("verify", out, "--workers=1")[0] == lines[0]
     assert run("shard", out, tmp_path / "one", "--workers=1")[0].startswith("22 images in 1 tar; ")
+
+
+def test_what_is_left_out_is_told_first(folder, run, tmp_path, capsys):
+    (folder / "class0/x.heic").touch()
+    (folder / "class0/.hidden.jpg").touch()
+    (folder / "README").touch()
+    for command in (["stats", folder], ["shard", folder, tmp_path / "out"]):
+        assert main(["data", *map(str, command), "--workers=1"]) == 0
+        printed = capsys.readouterr()
+        assert [line.split(";")[0] for line in printed.err.splitlines()] == [
+            "1 left out: a format that is not read",
+            "1 left out: not an image that Pillow knows",
+            "1 not taken: a name that begins with a dot",
+            "1 not taken: an unknown ending",
+        ]
+    lines = run("index", folder)
+    assert lines[0] == "24 samples of 2 classes, 1 of them cannot be used"
+    told = lines[
+        lines.index("1 left out: a format that is not read; write it as PNG, TIFF or JPEG, an archive as .tar") :
+    ]
+    assert told[1] == f"  '{folder}/class0/x.heic'"
+
+
+def test_images_without_a_class_are_counted(folder, run):
+    (folder / "loose.jpg").write_bytes((folder / "class0/00.jpg").read_bytes())
+    assert run("index", folder)[:2] == [
+        "25 samples of 2 classes, 1 of them cannot be used",
+        "1 of them have no class: pretraining uses them, an evaluation leaves them out",
+    ]
+
+
+def test_names_and_reasons_cannot_control_the_terminal(folder, run, tmp_path):
+    (folder / "class0/\x1b]0;x\x07.jpg").write_text("no image")
+    (folder / "\x1b[2J.heic").touch()
+    table = pa.table({"a\x1b[31m": [1]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    for line in run("index", folder):
+        assert line.isprintable()
+    assert main(["data", "index", str(tmp_path / "t.parquet")]) == 3
+
+
+def test_which_member_is_the_image_is_a_setting(tmp_path, run):
+    members = [(f"{i}.{kind}", encode(i)) for i in range(3) for kind in ("jpg", "seg.png")]
+    write_tar(tmp_path / "a.tar", members)
+    lines = run("index", tmp_path / "a.tar", "--image-key=seg.png", f"--index={tmp_path}/i.arrow")
+    assert lines[0] == "3 samples, 0 of them cannot be used"
+    source = open_images(str(tmp_path / "a.tar"), path=f"{tmp_path}/i.arrow", image_key="seg.png")
+    assert source.index.location(0) == "0.seg.png"
+    assert open_images(str(tmp_path / "a.tar"), path=f"{tmp_path}/i.arrow").index.location(0) == "0.jpg"
 
 
 def test_stats_are_settings(folder, run):

@@ -1,5 +1,8 @@
 """One rule for folders, URLs and tars: which names are samples, of which class, and what is left out."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from ccmim_fast.data.index.endings import COMPANIONS, CONTAINERS, FORMATS, IMAGES, UNREAD
@@ -20,6 +23,12 @@ def test_no_ending_has_two_meanings():
     assert all(ending == ending.lower() and ending[0] == "." for ending in every)
     assert {".jpg", ".jpe", ".jfif", ".j2k", ".pbm", ".pnm", ".dib"} <= {*IMAGES}
     assert [kind.name for kind in FORMATS][:2] == ["JPEG", "PNG"]  # the order in which a sample's image is chosen
+
+
+def test_the_page_lists_the_endings_in_their_order():
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    rows = re.findall(r"^\| ([A-Z0-9]+) \| ((?:`\.\w+` ?)+) \|", page, re.M)
+    assert rows == [(kind.name, " ".join(f"`{ending}`" for ending in kind.endings)) for kind in FORMATS]
 
 
 @pytest.mark.parametrize("name", ["a.JPG", "a.JPE", "a.jfif", "b/c.Tiff", "a.j2k", "a.pbm", "x y.PNM", "a.b-c.jpeg"])
