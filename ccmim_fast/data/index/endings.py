@@ -13,20 +13,12 @@ class Format(NamedTuple):
     read: bool = True
 
 
-def _plugin(extension: str) -> bool:
-    """Tell whether a plugin of Pillow has registered an ending."""
-    from PIL import Image
-
-    return extension in Image.registered_extensions()
-
-
 # In the order in which the image of a sample is chosen where it has several.
 FORMATS = (
     Format("JPEG", (".jpg", ".jpeg", ".jpe", ".jfif")),
     Format("PNG", (".png",)),
     Format("WEBP", (".webp",), features.check("webp")),
     Format("AVIF", (".avif",), bool(features.check("avif"))),
-    Format("JXL", (".jxl",), _plugin(".jxl")),
     Format("TIFF", (".tif", ".tiff")),
     Format("JPEG2000", (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), features.check("jpg_2000")),
     Format("BMP", (".bmp", ".dib")),
@@ -40,7 +32,23 @@ CONTAINERS = (TAR, *TABLES)
 # Images that nothing here decodes, and archives whose members cannot be read one by one: who has them wants to know.
 UNREAD = (
     *(ending for kind in FORMATS if not kind.read for ending in kind.endings),
-    *(".heic", ".heif", ".hif", ".svg", ".psd", ".tga", ".ico", ".exr", ".hdr", ".pfm", ".dds", ".eps", ".qoi", ".jxr"),
+    *(
+        ".jxl",
+        ".heic",
+        ".heif",
+        ".hif",
+        ".svg",
+        ".psd",
+        ".tga",
+        ".ico",
+        ".exr",
+        ".hdr",
+        ".pfm",
+        ".dds",
+        ".eps",
+        ".qoi",
+        ".jxr",
+    ),
     *(
         ".raw",
         ".dng",

@@ -6,8 +6,10 @@ Where something changed, headers are read again. The order of the samples depend
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from ccmim_fast.data.index.bad_samples import bad_samples_path, read_bad_samples
 from ccmim_fast.data.index.containers import list_containers
@@ -104,7 +106,7 @@ def look_again(index: Index, origin: str) -> Index:
     return _written(index.path, table_of(every), index.metadata)
 
 
-def _written(path: str, table: object, metadata: dict) -> Index:
+def _written(path: str, table: pa.Table, metadata: dict[str, Any]) -> Index:
     index = write_table(path, table, metadata)
     # The records of bad samples are in the index now, or no longer true: a repaired file has its old id.
     with contextlib.suppress(FileNotFoundError):

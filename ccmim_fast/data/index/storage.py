@@ -1,6 +1,7 @@
 """This module reads bytes from files, spans of tars and rows of tables, on a disk or behind a URL."""
 
 import io
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -102,7 +103,7 @@ class Storage:
         self._remote = file_system(self.url(root)) if is_remote(root) else None
         # A file that the cache drops is closed when its last reader is done.
         self._opened = lru_cache(_OPEN)(lambda n: io.FileIO(self._container_path(n), opener=open_regular))
-        self._tables = lru_cache(_OPEN)(self._open_table)
+        self._tables = _ThreadCache(_OPEN)
         self._groups = _ThreadCache(_ROW_GROUPS, _GROUP_BYTES)
 
     def path(self, location: str, container: int) -> str:
@@ -151,7 +152,7 @@ class Storage:
         return os.pread(file.fileno(), size, offset)
 
     def _read_row(self, container: int, row: int) -> bytes:
-        table = self._tables(container)
+        table = self._tables.get(container, lambda: self._open_table(container))
         group, row_in_group = table.find(row)
         images = self._groups.get((container, group), lambda: table.images(group))
         return bytes_of(images[row_in_group])
@@ -170,7 +171,7 @@ class _ThreadCache:
     An error is a result too: it is remembered and raised again, not found out again for each row.
     """
 
-    def __init__(self, most: int, most_bytes: int):
+    def __init__(self, most: int, most_bytes: float = math.inf):
         self._most, self._most_bytes, self._lock, self._results = most, most_bytes, threading.Lock(), OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -181,7 +182,7 @@ class _ThreadCache:
             if not result:
                 try:
                     result.append(make())
-                except (OSError, DataError) as error:
+                except Exception as error:  # of a server's client, of any type
                     result.append(error)
                 self._shrink()
         if isinstance(result[0], Exception):

@@ -1,5 +1,6 @@
 """This module reads tables with images in a column: parquet and Arrow files, as Hugging Face writes them."""
 
+import errno
 import io
 import json
 import threading
@@ -47,7 +48,10 @@ class Table:
         return group, row - self._starts[group]
 
     def images(self, group: int) -> pa.ChunkedArray:
-        """Return the column of images of a row group. Raises DataError if the group is damaged, OSError of a server."""
+        """Return the column of images of a row group.
+
+        Raises DataError if the group is damaged, OSError if it cannot be read now, for a server or for little memory.
+        """
         return self._column(group, self._image)
 
     def labels(self) -> list[int | None]:
@@ -60,12 +64,13 @@ class Table:
     def _column(self, group: int, number: int) -> pa.ChunkedArray:
         try:
             return self._read(group, number)
-        except (pa.ArrowException, OSError, MemoryError) as error:
+        except MemoryError as error:
+            raise OSError(errno.ENOMEM, f"too little memory for row group {group}") from error
+        except (pa.ArrowException, OSError) as error:
             # Arrow's own errors of damaged data are OSErrors too, without a number; those of a server are no Arrow's.
             if isinstance(error, OSError) and (error.errno is not None or type(error) is not OSError):
                 raise
-            words = one_line(error, None) or type(error).__name__
-            raise DataError(f"row group {group} cannot be read: {words}") from error
+            raise DataError(f"row group {group} cannot be read: {one_line(error, None)}") from error
 
 
 def bytes_of(scalar: pa.Scalar) -> bytes:
