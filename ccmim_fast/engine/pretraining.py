@@ -59,8 +59,9 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None
             if here.is_main:
                 describe_run(folder, config, here.device)
                 write_table(folder / AUTOTUNE, task.chosen)
-                for note in told(task.source):
-                    loop.metrics.write("left_out", loop.step, reason=note.reason, count=note.count, first=note.paths[0])
+                if notes := told(task.source):
+                    records = [{"reason": note.reason, "count": note.count, "first": note.paths[0]} for note in notes]
+                    loop.metrics.write("left_out", loop.step, notes=records)
                 for line in task.chosen.notes():
                     loop.note(line)
             with recorded(folder, here.is_main, lambda: loop.step >= loop.total_steps):

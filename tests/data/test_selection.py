@@ -65,7 +65,13 @@ def test_names_with_a_dot_are_left_out_and_told(name):
             {"held out": (1, MEANT), "beside the training part of the set, in none of its parts": (2, LOST)},
         ),
         (["train/1.jpg", "plane/2.jpg"], ["train/1.jpg", "plane/2.jpg"], {}),  # a class of vehicles
-        (["a/train/1.jpg", "a/val/2.jpg"], ["a/train/1.jpg", "a/val/2.jpg"], {}),
+        (["a/train/1.jpg", "a/val/2.jpg"], ["a/train/1.jpg"], {"held out": (1, MEANT)}),  # in the folder of all
+        (["a/train/1.jpg", "b/val/2.jpg"], ["a/train/1.jpg", "b/val/2.jpg"], {}),
+        (["train2017/1.jpg", "val2017/2.jpg", "test_images/3.jpg"], ["train2017/1.jpg"], {"held out": (2, MEANT)}),
+        (["I_img_train/a/1.jpg", "I_img_val/2.jpg"], ["I_img_train/a/1.jpg"], {"held out": (1, MEANT)}),
+        (["bullet_train/1.jpg", "test_tube/2.jpg"], ["bullet_train/1.jpg", "test_tube/2.jpg"], {}),
+        (["mnist_train.parquet", "mnist_test.parquet"], ["mnist_train.parquet"], {"held out": (1, MEANT)}),
+        (["x-train-01.tar", "x-val-01.tar"], ["x-train-01.tar"], {"held out": (1, MEANT)}),
         (["val/1.jpg"], ["val/1.jpg"], {}),
         (["train-00.parquet", "test-00.parquet"], ["train-00.parquet"], {"held out": (1, MEANT)}),
         (["d/train.tar", "d/val_0.tar", "val/0.tar"], ["d/train.tar"], {"held out": (2, MEANT)}),
@@ -123,6 +129,13 @@ def test_in_a_folder_each_image_is_a_sample_but_annotations_beside_one():
         (["1", "2"], ["a"], (), [-1, -1]),
         (["train/b/1", "train/a/2"], ["train", "train/a", "train/b", "train/c"], ("a", "b", "c"), [1, 0]),
         (["train/1", "train/2"], ["train"], (), [-1, -1]),
+        (
+            ["a/train2017/c/1", "a/train2017/d/2"],
+            ["a", "a/train2017", "a/train2017/e", "f/g/h"],
+            ("c", "d", "e"),
+            [0, 1],
+        ),
+        (["a/b/1", "a/b/2"], ["a", "a/b"], ("a",), [0, 0]),
         (["train/a/1", "plane/2"], [], ("plane", "train"), [1, 0]),
         (["./a/1", "../b/2", "/c/3", "a/../d/4"], [], ("a", "d"), [0, -1, -1, 1]),
         ([], ["a"], (), []),

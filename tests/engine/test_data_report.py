@@ -100,7 +100,7 @@ def test_what_the_set_leaves_out_is_told_first_recorded_and_counted(tmp_path, ph
     assert line.startswith("1 left out: a format that is not read; ")
     assert line.endswith(f"the first '{photos}/x.heic'")
     (told,) = [record for record in records if record["kind"] == "left_out"]
-    assert (told["count"], told["first"]) == (1, f"{photos}/x.heic")
+    assert [(note["count"], note["first"]) for note in told["notes"]] == [(1, f"{photos}/x.heic")]
     with pytest.raises(DataError, match=r"1 of 21 samples cannot be used, more than data\.max_bad=0\.04"):
         run(tmp_path / "strict", photos, data={"max_bad": 0.04})
     assert capsys.readouterr().out.startswith("1 left out: ")

@@ -92,6 +92,8 @@ def _remote_folder(origin: str, channels: int, image_key: str) -> Listing:
     root = without_secrets(fs.unstrip_protocol(fs._strip_protocol(origin)).partition("?")[0].rstrip("/"))
     bounds = {"maxdepth": _DEEPEST} if origin.startswith(("http://", "https://")) else {}
     paths = [url.removeprefix(root + "/") for url in _listed(origin.rstrip("/") + "/", "find", **bounds)]
+    if bounds:  # of a page, `?C=N;O=D` is a link that sorts it
+        paths = [path for path in paths if "?" not in path]
     notes = Notes(f"{root}/")
     images, containers = select(paths, channels, image_key, notes, is_image=lambda name: False)
     names, labels = folder_labels(images)

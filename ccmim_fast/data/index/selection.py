@@ -13,8 +13,11 @@ from ccmim_fast.data.index.left_out import LOST, MEANT, OTHER, Notes
 from ccmim_fast.data.index.own import BESIDE
 
 _TRAIN, _HELD_OUT = ("train", "training"), ("val", "valid", "validation", "test", "testing", "dev", "eval")
-# The same as the first word of a tar's or table's name: `train-00000-of-00002.parquet`, `val_000.tar`.
-_SPLIT = re.compile(rf"({'|'.join((*_TRAIN, *_HELD_OUT))})(?=[-_.\d])", re.IGNORECASE)
+_WORDS = "|".join((*_TRAIN, *_HELD_OUT))
+# A folder `train`, `train2017`, `test_images`, `ILSVRC2012_img_val`; of classes `bullet_train` and `test_tube` neither.
+_PART = re.compile(rf"(?:.*_img_)?({_WORDS})[-_]?(?:\d+|images?|imgs?|set|data)?", re.IGNORECASE)
+# The first or last word of a tar's or table's name: `train-00000-of-00002.parquet`, `mnist_test.parquet`.
+_FILE = re.compile(rf"({_WORDS})(?=[-_.\d])|.*[-_.]({_WORDS})(?=[-_\d]*\.\w+$)", re.IGNORECASE)
 # Members `x.seg.png` beside `x.jpg` that show something other than the photograph.
 _ANNOTATIONS = (
     "seg",
@@ -98,9 +101,10 @@ def by_ending(
 def training_part(names: list[str], notes: Notes) -> list[str]:
     """Return the names below `train/` if `val/` or `test/` lies beside it, else all.
 
-    Tars and tables whose names begin with these words are told apart alike.
+    That may be below folders that all names share. Tars and tables with such names are told apart alike.
     """
-    words = {name: _split_of(name) for name in names}
+    depth = len(_shared([name.split("/") for name in names]))
+    words = {name: _split_of(name, depth) for name in names}
     found = set(words.values())
     if not (found & {*_TRAIN} and found & {*_HELD_OUT}):
         return names
@@ -112,14 +116,19 @@ def training_part(names: list[str], notes: Notes) -> list[str]:
     return [name for name in names if words[name] in _TRAIN]
 
 
-def _split_of(name: str) -> str:
-    """Return train, val, ... if the name's first folder, or a container's file name, says so; else ""."""
-    first, inside, _ = name.removeprefix("./").partition("/")
-    if inside and first.lower() in (*_TRAIN, *_HELD_OUT):
-        return first.lower()
+def _shared(parts: list[list[str]]) -> list[str]:
+    """Return the first folders of all paths that are the same."""
+    return [*os.path.commonprefix([path[:-1] for path in parts])]
+
+
+def _split_of(name: str, depth: int) -> str:
+    """Return train, val, ... if the folder at a depth of the name, or a container's file name, says so; else ""."""
+    folders = name.split("/")[depth:-1]
+    if folders and (part := _PART.fullmatch(folders[0])):
+        return part[1].lower()
     base = posixpath.basename(name)
-    word = _SPLIT.match(base) if base.lower().endswith(CONTAINERS) else None
-    return word[1].lower() if word else ""
+    word = _FILE.match(base) if base.lower().endswith(CONTAINERS) else None
+    return (word[1] or word[2]).lower() if word else ""
 
 
 def keys_of(image_key: str) -> list[str]:
@@ -181,13 +190,15 @@ def folder_labels(names: Sequence[str], folders: Iterable[str] = ()) -> tuple[tu
     If all lie below one folder `train`, the folders in it are the classes. `folders` without images are classes too.
     """
     parts = [posixpath.normpath(name).split("/") for name in names]
-    start = int(bool(parts) and all(len(part) > 1 and part[0].lower() in _TRAIN for part in parts))
+    top = _shared(parts)
+    found = [part and part[1].lower() in _TRAIN for part in map(_PART.fullmatch, top)]
+    start = found.index(True) + 1 if True in found else 0
     firsts = [part[start] if len(part) > start + 1 and part[0] not in ("", "..") else None for part in parts]
     known = {first for first in firsts if first is not None}
     if not known:
         return (), [-1] * len(names)
     inner = (folder.split("/") for folder in folders)
-    known |= {part[start] for part in inner if len(part) == start + 1 and (not start or part[0].lower() in _TRAIN)}
+    known |= {part[start] for part in inner if len(part) == start + 1 and part[:start] == top[:start]}
     classes = tuple(sorted(known, key=os.fsencode))
     label_of = {name: label for label, name in enumerate(classes)}
     return classes, [label_of.get(first, -1) for first in firsts]
