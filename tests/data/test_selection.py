@@ -131,7 +131,7 @@ def test_in_a_folder_each_image_is_a_sample_but_annotations_beside_one():
         (["train/1", "train/2"], ["train"], (), [-1, -1]),
         (
             ["a/train2017/c/1", "a/train2017/d/2"],
-            ["a", "a/train2017", "a/train2017/e", "f/g/h"],
+            ["a", "a/train2017/e", "f/g/h"],
             ("c", "d", "e"),
             [0, 1],
         ),

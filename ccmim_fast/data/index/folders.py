@@ -71,9 +71,9 @@ class _Walk:
     """This class holds the visible files and folders below a root, by their names from it."""
 
     def __init__(self, root: str):
-        self._root, self._seen = root, set()
+        self._prefix, self._seen = os.path.join(root, ""), set()
         self.dependencies: dict[str, int] = {}
-        self.notes = Notes(os.path.join(root, ""))
+        self.notes = Notes(self._prefix)
         self.files: dict[str, _File] = {}
         self.folders: list[str] = []
         try:
@@ -89,7 +89,7 @@ class _Walk:
 
     def _visit(self, folder: str) -> Iterator[str]:
         """Take over the files of a folder, and yield the folders in it that were not met before, in byte order."""
-        place = os.path.join(self._root, folder)
+        place = self._prefix + folder
         try:
             self.dependencies[place] = os.stat(place).st_mtime_ns
             names = sorted(os.listdir(place), key=os.fsencode)
@@ -113,7 +113,7 @@ class _Walk:
 
     def _take(self, name: str, hidden: bool) -> bool:
         """Take over a file; tells if it is a new folder instead."""
-        path = os.path.join(self._root, name)
+        path = self._prefix + name
         try:
             status = os.stat(path)
         except OSError as error:
@@ -150,7 +150,7 @@ class _Walk:
     def is_image(self, name: str) -> bool:
         """Tell whether the content of a file is an image's by its first bytes."""
         try:
-            with open(os.path.join(self._root, name), "rb", buffering=0, opener=open_regular) as file:
+            with open(self._prefix + name, "rb", buffering=0, opener=open_regular) as file:
                 return begins_like_an_image(file.read(_SNIFFED))
         except OSError:
             return False

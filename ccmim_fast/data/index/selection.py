@@ -7,6 +7,7 @@ import os
 import posixpath
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 
 from ccmim_fast.data.index.endings import COMPANIONS, CONTAINERS, FORMATS, UNREAD, file_suffixes
 from ccmim_fast.data.index.left_out import LOST, MEANT, OTHER, Notes
@@ -103,32 +104,42 @@ def training_part(names: list[str], notes: Notes) -> list[str]:
 
     That may be below folders that all names share. Tars and tables with such names are told apart alike.
     """
-    depth = len(_shared([name.split("/") for name in names]))
-    words = {name: _split_of(name, depth) for name in names}
-    found = set(words.values())
+    depth = _shared(names).count("/")
+    words = [_split_of(name, depth) for name in names]
+    found = {*words}
     if not (found & {*_TRAIN} and found & {*_HELD_OUT}):
         return names
-    for name in names:
-        if words[name] in _HELD_OUT:
+    for name, word in zip(names, words):
+        if word in _HELD_OUT:
             notes.add(name, "held out: of the parts of the set the training part alone is used", MEANT)
-        elif words[name] not in _TRAIN:
+        elif word not in _TRAIN:
             notes.add(name, "beside the training part of the set, in none of its parts")
-    return [name for name in names if words[name] in _TRAIN]
+    return [name for name, word in zip(names, words) if word in _TRAIN]
 
 
-def _shared(parts: list[list[str]]) -> list[str]:
-    """Return the first folders of all paths that are the same."""
-    return [*os.path.commonprefix([path[:-1] for path in parts])]
+def _shared(names: Sequence[str]) -> str:
+    """Return the first folders that all names share, with the slash behind them, or ""."""
+    first, last = min(names, default=""), max(names, default="")
+    same = next((n for n, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
+    return first[: first.rfind("/", 0, same) + 1]
 
 
 def _split_of(name: str, depth: int) -> str:
     """Return train, val, ... if the folder at a depth of the name, or a container's file name, says so; else ""."""
-    folders = name.split("/")[depth:-1]
-    if folders and (part := _PART.fullmatch(folders[0])):
-        return part[1].lower()
-    base = posixpath.basename(name)
-    word = _FILE.match(base) if base.lower().endswith(CONTAINERS) else None
+    parts = name.split("/", depth + 1)
+    if len(parts) > depth + 1 and (word := _part_of(parts[depth])):
+        return word
+    if not name.lower().endswith(CONTAINERS):
+        return ""
+    word = _FILE.match(posixpath.basename(name))
     return (word[1] or word[2]).lower() if word else ""
+
+
+@lru_cache(2**16)
+def _part_of(folder: str) -> str:
+    """Return train, val, ... if a folder's name says so; else ""."""
+    part = _PART.fullmatch(folder)
+    return part[1].lower() if part else ""
 
 
 def keys_of(image_key: str) -> list[str]:
@@ -189,10 +200,10 @@ def folder_labels(names: Sequence[str], folders: Iterable[str] = ()) -> tuple[tu
 
     If all lie below one folder `train`, the folders in it are the classes. `folders` without images are classes too.
     """
-    parts = [posixpath.normpath(name).split("/") for name in names]
-    top = _shared(parts)
-    found = [part and part[1].lower() in _TRAIN for part in map(_PART.fullmatch, top)]
-    start = found.index(True) + 1 if True in found else 0
+    plain = [posixpath.normpath(name) if "./" in name or "//" in name else name for name in names]
+    top = _shared(plain).split("/")[:-1]
+    start = next((n + 1 for n, folder in enumerate(top) if _part_of(folder) in _TRAIN), 0)
+    parts = (name.split("/", start + 1) for name in plain)
     firsts = [part[start] if len(part) > start + 1 and part[0] not in ("", "..") else None for part in parts]
     known = {first for first in firsts if first is not None}
     if not known:
