@@ -11,7 +11,7 @@ from made_containers import encode, image_table
 
 from ccmim_fast.data.index.bad_samples import bad_samples_path, read_bad_samples
 from ccmim_fast.data.index.indexed import open_images
-from ccmim_fast.data.index.own import is_marked
+from ccmim_fast.data.index.own import is_index, marked
 from ccmim_fast.data.verify import verify
 from ccmim_fast.errors import DataError
 
@@ -35,6 +35,10 @@ def foreign(path, kind):
         feather.write_feather(image_table([encode(0)]), path, compression="uncompressed")
     elif kind == "parquet":
         pq.write_table(image_table([encode(0)]), path)
+    elif kind == "features":  # ours, too, but no index
+        schema = marked(pa.schema([("name", pa.string())]), {"features": 7})
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema):
+            pass
     elif kind == "stream":
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, pa.schema([("a", pa.int8())])):
             pass
@@ -52,7 +56,19 @@ def foreign(path, kind):
     return os.lstat(path)
 
 
-KINDS = ["image", "empty", "table", "parquet", "stream", "start", "folder", "fifo", "link to nothing", "socket"]
+KINDS = [
+    "image",
+    "empty",
+    "features",
+    "table",
+    "parquet",
+    "stream",
+    "start",
+    "folder",
+    "fifo",
+    "link to nothing",
+    "socket",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,7 +97,7 @@ def test_an_index_is_written_over_by_its_mark_and_behind_a_link(tmp_path, images
     source = open_images(images, path=str(path))
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])  # cut by a full disk: the mark is at the beginning
-    assert is_marked(str(path))
+    assert is_index(str(path))
     (tmp_path / "link.arrow").symlink_to(path)
     assert open_images(images, path=str(tmp_path / "link.arrow")).fingerprint == source.fingerprint
     assert (tmp_path / "link.arrow").is_symlink()

@@ -12,7 +12,7 @@ import numpy as np
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.index.decode import decode, has_end
 from ccmim_fast.data.index.index_file import Index
-from ccmim_fast.data.index.own import BESIDE, check_index_place, is_marked
+from ccmim_fast.data.index.own import BESIDE, check_index_place, is_index
 from ccmim_fast.data.index.scan import build_index, changed, look_again
 from ccmim_fast.data.index.storage import Storage, is_remote, join, reason_of
 from ccmim_fast.data.progress import progress_bar
@@ -105,7 +105,7 @@ def index_path(origin: str, channels: int) -> str:
     """Return the default path of the index of `origin`."""
     beside, origin = join(origin, BESIDE), without_secrets(origin)
     # An index that is damaged, or of another number of channels, stays as it is.
-    if not is_remote(origin) and is_marked(beside) and _previous(beside, origin, channels, "") is not None:
+    if not is_remote(origin) and is_index(beside) and _previous(beside, origin, channels, "") is not None:
         return beside
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     digest = hashlib.sha256(os.fsencode(origin)).hexdigest()[:12]

@@ -48,14 +48,25 @@ def open_regular(path: str, flags: int = os.O_RDONLY) -> int:
 
 
 def is_marked(path: str) -> bool:
-    """Tell whether an Arrow file carries our mark; that of an index is found in one that is cut short, too."""
+    """Tell whether an Arrow file carries our mark, as an index or as features."""
+    return bool(_mark_of(path))
+
+
+def is_index(path: str) -> bool:
+    """Tell whether a file is an index, of whatever version, also one that is cut short."""
+    return "format" in _mark_of(path)
+
+
+def _mark_of(path: str) -> dict:
+    """Return what an Arrow file says about itself as one of ours, else {}; it stands at the beginning."""
     try:
         with open(path, "rb", opener=open_regular) as file:
             if file.read(8) != b"ARROW1\0\0":
-                return False
-            return _MARK in (pa.ipc.open_stream(pa.PythonFile(file)).schema.metadata or {})
-    except (OSError, pa.ArrowException, ValueError):
-        return False
+                return {}
+            said = json.loads((pa.ipc.open_stream(pa.PythonFile(file)).schema.metadata or {}).get(_MARK, b"{}"))
+    except (OSError, pa.ArrowException, ValueError, RecursionError):
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def marked(schema: pa.Schema, content: dict) -> pa.Schema:
@@ -65,7 +76,7 @@ def marked(schema: pa.Schema, content: dict) -> pa.Schema:
 
 def check_index_place(path: str) -> None:
     """Raise DataError if an index written to `path` would replace, or records beside it would change, foreign files."""
-    if os.path.lexists(path) and not is_marked(path):
+    if os.path.lexists(path) and not is_index(path):
         raise DataError(f"{path!r} is no index, and is not written over; set data.index to another file")
     for beside in (f"{path}.bad", f"{path}.verify"):
         if os.path.lexists(beside) and not _is_record(beside):
