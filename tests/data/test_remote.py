@@ -195,6 +195,12 @@ def test_a_server_that_says_nothing_is_one_line(server, impatient):
         open_images(server.url)
 
 
+def test_a_server_that_is_not_there_is_no_missing_file():
+    with pytest.raises(DataError, match=r"^cannot read 'http://127\.0\.0\.1:9/x\.tar': .*[Cc]onnect") as error:
+        open_images("http://ann:hunter2@127.0.0.1:9/x.tar")
+    assert "hunter2" not in str(error.value)
+
+
 def test_what_a_server_did_not_give_is_asked_for_by_the_next_run(server):
     for number in range(4):
         (server.folder / f"{number}.png").write_bytes(encode(number))

@@ -44,8 +44,7 @@ def list_containers(
                 one = _list_container(path, storage.url(path), channels, image_key)
         except (DataError, OSError) as error:
             if is_remote(path):
-                reason = "not found" if isinstance(error, FileNotFoundError) else reason_of(error)
-                raise DataError(f"cannot read {path!r}: {reason}") from error
+                raise DataError(f"cannot read {path!r}: {reason_of(error)}") from error
             one, mtime_ns = _unreadable(path, error), mtime_ns if isinstance(error, DataError) else 0
         if mtime_ns:
             dependencies[path] = mtime_ns

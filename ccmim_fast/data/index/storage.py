@@ -58,6 +58,10 @@ def reason_of(error: Exception) -> str:
     """Return why a place cannot be read, in words that are never empty and hold no password."""
     if isinstance(error, TimeoutError):
         return f"no answer for {_SILENCE:.0f} seconds"
+    if isinstance(error, FileNotFoundError) and error.strerror is None:  # fsspec's word for every failure of a server
+        cause = error.__cause__
+        missing = isinstance(cause, FileNotFoundError | None) or getattr(cause, "status", 0) == 404
+        return "not found" if missing else reason_of(cause)
     words = getattr(error, "strerror", None) or one_line(error, None)
     return without_secrets(words) or type(error).__name__
 
