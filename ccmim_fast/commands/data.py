@@ -11,8 +11,10 @@ from rich.table import Table
 from ccmim_fast.commands import take_name
 from ccmim_fast.config.parser import Parser, whole_number
 from ccmim_fast.data.index.indexed import IndexedSource, open_images
+from ccmim_fast.data.index.left_out import MEANT, OTHER, Note, left_out_lines, merged, without_name
 from ccmim_fast.data.progress import progress_bar
-from ccmim_fast.data.verify import summary, verify, without_name
+from ccmim_fast.data.verify import summary, verify
+from ccmim_fast.errors import printable
 from ccmim_fast.runs.output import new_folder
 
 NAMES = {
@@ -33,13 +35,14 @@ def data(argv: list[str]) -> None:
     parser.add_argument("root", help="folder of images, of tars or of tables; one of these, a pattern, a list, a URL")
     _number(parser, "--channels", 3, "1: gray, 3: RGB, else of uint8 .npy or TIFF files")
     parser.add_argument("--index", default="", help="index file; if not given: beside the tars or in the cache folder")
+    parser.add_argument("--image-key", default="", help="which member of a sample is its image, as jpg or jpg;png")
     if name != "index":
         _number(parser, "--workers", 0, "threads or processes; 0: one per core", least=0)
     {"index": _index, "verify": _verify, "shard": _shard, "stats": _stats, "bench": _bench}[name](parser, rest)
 
 
 def _index(parser: Parser, argv: list[str]) -> None:
-    source = _open(parser.parse_args(argv), rescan=True)
+    source = _open(parser.parse_args(argv), rescan=True, quiet=True)
     _print_summary(source)
     print(f"index: {source.index.path!r}")
 
@@ -47,14 +50,14 @@ def _index(parser: Parser, argv: list[str]) -> None:
 def _verify(parser: Parser, argv: list[str]) -> None:
     parser.add_argument("--again", action="store_true", help="also decode images that were decoded before, or failed")
     given = parser.parse_args(argv)
-    source = _open(given)
+    source = _open(given, quiet=True)
     try:
         with progress_bar("decoding") as report:
-            verify(source.index, given.workers, given.again, report)
+            verify(source.index, given.workers, given.again, report, source.origin)
     except KeyboardInterrupt:
         print("ccmim: stopped; the same command goes on", file=sys.stderr)
         raise SystemExit(_INTERRUPTED) from None
-    _print_summary(_open(given), shown=None)
+    _print_summary(_open(given, quiet=True), shown=None)
 
 
 def _shard(parser: Parser, argv: list[str]) -> None:
@@ -104,25 +107,33 @@ def _number(parser: Parser, option: str, default: int, text: str, least: int = 1
     parser.add_argument(option, type=whole_number(least, most), default=default, help=text)
 
 
-def _open(given: argparse.Namespace, rescan: bool = False) -> IndexedSource:
-    return open_images(given.root, given.channels, given.index, quiet=False, rescan=rescan)
+def _open(given: argparse.Namespace, rescan: bool = False, quiet: bool = False) -> IndexedSource:
+    """Open the images and, unless `quiet`, tell first what is left out."""
+    source = open_images(given.root, given.channels, given.index, False, rescan, given.image_key)
+    for line in [] if quiet else left_out_lines(source):
+        print(line, file=sys.stderr)
+    return source
 
 
 def _print_summary(source: IndexedSource, shown: int | None = _SHOWN) -> None:
     found = summary(source.index)
     classes = f" of {_count(len(source.class_names), 'class', 'es')}" if source.class_names else ""
     print(f"{_count(found.samples, 'sample')}{classes}, {len(found.bad)} of them cannot be used")
+    unlabelled = 0 if source.labels_N is None else int((source.labels_N < 0).sum())
+    if unlabelled:
+        print(f"{unlabelled} of them have no class: pretraining uses them, an evaluation leaves them out")
     _print_table("mode", [(name.replace("None", "unknown"), count) for name, count in found.modes.most_common()])
     if found.bad:
         _print_table("reason", found.reasons.most_common(_SHOWN))
     _print_list(_named(source, found.bad), "cannot be used", shown)
-    _print_list(source.index.notes, "not looked at", shown)
+    for note in merged(source.index.notes):
+        _print_note(note)
 
 
 def _print_table(title: str, counts: list[tuple[str, int]]) -> None:
     table = Table(title, "samples")
     for name, count in counts:
-        table.add_row(escape(name), str(count))
+        table.add_row(escape(printable(name)), str(count))
     Console().print(table)
 
 
@@ -133,9 +144,20 @@ def _named(source: IndexedSource, bad: list[tuple[int, str]]) -> list[tuple[str,
 
 def _print_list(pairs: list[tuple[str, str]], title: str, shown: int | None) -> None:
     for path, reason in pairs[:shown]:
-        print(f"{title}: {path!r}: {reason}")
+        print(f"{title}: {path!r}: {printable(reason)}")
     if shown is not None and len(pairs) > shown:
         print(f"{title}: {len(pairs) - shown} more; ccmim data verify lists all")
+
+
+def _print_note(note: Note) -> None:
+    """Print what is left out for one reason: the count, and as many names as the index keeps of it."""
+    counted = f"{note.count:,} not taken" if note.kind in (MEANT, OTHER) else f"{note.count:,} left out"
+    print(f"{counted}: {printable(note.reason)}")
+    shown = note.paths[: 1 if note.kind == OTHER else _SHOWN]
+    for path in shown:
+        print(f"  {path!r}")
+    if note.count > len(shown):
+        print(f"  and {note.count - len(shown):,} more")
 
 
 def _count(number: int, thing: str, ending: str = "s") -> str:

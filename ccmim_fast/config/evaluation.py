@@ -34,6 +34,7 @@ class EvalDataConfig:
     root: u.Folder = setting("", "train/ and val/ or test/, or a published set; shapes: the cache", "ours", "free")
     test: u.Folder = setting("", "the test images; empty: val/ or test/ in data.root", "ours", "free")
     index: u.File = like(DataConfig, "index")
+    image_key: u.Name = like(DataConfig, "image_key")
     on_error: u.OnError = like(DataConfig, "on_error")
     max_bad: u.Share = like(DataConfig, "max_bad")
     loader: u.Loader = like(DataConfig, "loader")

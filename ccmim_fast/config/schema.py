@@ -31,6 +31,7 @@ class DataConfig:
     source: Literal[tuple(IMAGE_SOURCES)] = setting("images", "shapes and photos are made by code", "paper")
     root: u.Folder = setting("", "images, tars or tables: docs/data.md; of made sources the cache", "ours", "free")
     index: u.File = setting("", "places of the images; empty: beside the tars or in the user's cache", "ours", "free")
+    image_key: u.Name = setting("", "which member of a sample is its image, as jpg or jpg;png: docs/data.md", "ours")
     on_error: u.OnError = setting("skip", "an image that cannot be decoded: show another, or stop", "ours", "free")
     max_bad: u.Share = setting(0.01, "share of the images that may be unusable; more stop the run", "ours", "free")
     window: u.ImagesOr0 = setting(0, "images shuffled among each other, where distant reads are slow; 0: all", "ours")

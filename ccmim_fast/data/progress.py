@@ -1,11 +1,13 @@
 """This module shows the progress of a long command on standard error."""
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ccmim_fast.errors import printable
 
 
 @contextlib.contextmanager
@@ -14,6 +16,5 @@ def progress_bar(title: str, quiet: bool = False) -> Iterator[Callable[[int, int
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        printable = title.encode(sys.stderr.encoding or "utf-8", "replace").decode(errors="replace")
-        task = bar.add_task(printable, total=None)
+        task = bar.add_task(escape(printable(title)), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

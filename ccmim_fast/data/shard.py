@@ -11,8 +11,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ccmim_fast.data.index.decode import Header, read_header
-from ccmim_fast.data.index.index_file import BESIDE, Index, Listing, Row, write_index
+from ccmim_fast.data.index.endings import file_suffixes, suffix_of_format
+from ccmim_fast.data.index.index_file import Index, Listing, Row, write_index
 from ccmim_fast.data.index.indexed import IndexedSource
+from ccmim_fast.data.index.own import BESIDE
 from ccmim_fast.data.source import usable_count, usable_ids
 from ccmim_fast.data.stream.permutation import epoch_order
 from ccmim_fast.data.threads import map_ahead, thread_count
@@ -86,14 +88,20 @@ def _load(source: IndexedSource, side: int, quality: int, index: int) -> _Sample
             data, suffix = shrink(source.decode(index), side, quality), ".jpg"
         else:
             data, suffix = source.encoded(index), os.path.splitext(source.index.location(index))[1].lower()
-        if not suffix:  # of a table's row
-            with Image.open(io.BytesIO(data)) as image:
-                suffix = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(image.format, f".{image.format.lower()}")
+        if suffix not in file_suffixes(source.channels):  # of a table's row
+            suffix = _suffix_of(data)
         label = -1 if source.labels_N is None else int(source.labels_N[index])
         return data, suffix, label, read_header(data, source.channels)
     # OSError: the image cannot be written as JPEG, for example because a side is too long.
     except (DataError, OSError) as error:
         return str(error)
+
+
+def _suffix_of(data: bytes) -> str:
+    if data.startswith(b"\x93NUMPY"):
+        return ".npy"
+    with Image.open(io.BytesIO(data)) as image:
+        return suffix_of_format(image.format)
 
 
 def _write_tars(folder: str, most: int, samples: Iterable[_Sample], names: list[str]) -> Iterator[Row]:

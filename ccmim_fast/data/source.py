@@ -49,12 +49,6 @@ def usable_count(source: Source) -> int:
     return len(source) - len(source.excluded_X)
 
 
-def excluded_summary(source: Source) -> list[str]:
-    """Return a phrase with the number of excluded samples and the name of the first one; empty if there is none."""
-    count = len(source.excluded_X)
-    return [f"{count} of {len(source)} left out, the first {source.name(int(source.excluded_X[0]))!r}"] if count else []
-
-
 def without(source: Source, ids_X: np.ndarray, why: str) -> Source:
     """Return the same source without some more of its samples; `left_out` of it tells their ids [X] by the reason.
 

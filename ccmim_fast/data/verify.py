@@ -4,7 +4,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import re
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,15 +15,15 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from ccmim_fast.data.index.bad_samples import bad_samples_path, read_bad_samples, read_json_lines
+from ccmim_fast.data.index.bad_samples import bad_samples_path, is_record, read_bad_samples, read_json_lines
 from ccmim_fast.data.index.index_file import BAD, INDEXED, VERIFIED, Index, rewrite_index
 from ccmim_fast.data.index.indexed import IndexedSource
+from ccmim_fast.data.index.left_out import kind_of, without_name
+from ccmim_fast.data.index.own import open_regular
 from ccmim_fast.data.source import Source
 from ccmim_fast.errors import DataError, MachineError
 
 _CHUNK = 64  # samples of a task; they are decoded once more when a decoder crashes
-# How errors name a sample: `cannot decode 'a.jpg': `, `'a.jpg' `.
-_NAME = re.compile(r"""^(?:cannot (?:read|decode) )?(['"])(?:\\.|(?!\1).)*\1:? """)
 
 Bad = list[tuple[int, str]]  # sample ids and reasons
 
@@ -39,12 +38,17 @@ class Report(NamedTuple):
 
 
 def verify(
-    index: Index, processes: int = 0, again: bool = False, report: Callable[[int, int], None] = lambda done, total: None
+    index: Index,
+    processes: int = 0,
+    again: bool = False,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    origin: str = "",
 ) -> Report:
     """Decode every sample that was not decoded whole before (`again`: or was, or failed), and update the index.
 
-    With 0 `processes` there is one per core. The call may be stopped at any time; the next call goes on. Raises
-    DataError if the index's folder cannot be written to, MachineError if no process can be started.
+    `origin` is what the user has named, if that is a URL with a password. With 0 `processes` there is one per core. The
+    call may be stopped at any time; the next call goes on. Raises DataError if the index's folder cannot be written to,
+    MachineError if no process can be started.
     """
     if again:  # all but those whose header cannot be read
         wanted = np.flatnonzero(index.sizes_N2[:, 0] > 0)
@@ -54,14 +58,15 @@ def verify(
     log = f"{index.path}.verify"
     done, bad = [], []
     for ids, found in read_json_lines(log, index, "done", "bad"):  # of a call that was stopped
-        done += ids
-        bad += map(tuple, found)
+        if isinstance(ids, list) and isinstance(found, list) and all(is_record(index, one, "done") for one in ids):
+            done += ids
+            bad += (tuple(one) for one in found if isinstance(one, list) and len(one) == 2 and is_record(index, *one))
     left = np.setdiff1d(wanted, done)
     chunks = [left[start : start + _CHUNK].tolist() for start in range(0, len(left), _CHUNK)]
     finished = len(wanted) - len(left)
-    decoded = _decode_chunks(partial(_open_index, index.path), chunks, processes or os.cpu_count() or 1)
+    decoded = _decode_chunks(partial(_open_index, index.path, origin), chunks, processes or os.cpu_count() or 1)
     try:
-        with open(log, "a", encoding="utf-8") as file, contextlib.closing(decoded):
+        with open(log, "a", encoding="utf-8", opener=open_regular) as file, contextlib.closing(decoded):
             for chunk, found in decoded:
                 file.write(json.dumps({"index": index.fingerprint, "done": chunk, "bad": found}) + "\n")
                 file.flush()
@@ -87,16 +92,6 @@ def summary(index: Index) -> Report:
     """Return what an index holds, as far as it is known."""
     bad = [(sample, without_name(index.reason(sample))) for sample in index.excluded_X.tolist()]
     return Report(len(index), bad, Counter(kind_of(reason) for _, reason in bad), index.modes())
-
-
-def without_name(reason: str) -> str:
-    """Return a reason without the sample's name before it."""
-    return _NAME.sub("", reason)
-
-
-def kind_of(reason: str) -> str:
-    """Return a reason without what differs from sample to sample: without the name, and with N for every number."""
-    return re.sub(r"\d+(?:[.,]\d+)*", "N", without_name(reason))
 
 
 def _decode_chunks(
@@ -157,8 +152,8 @@ def _start(open_source: Callable[[], Source]) -> None:
     _source = open_source()
 
 
-def _open_index(path: str) -> IndexedSource:
-    return IndexedSource(Index(path))
+def _open_index(path: str, origin: str) -> IndexedSource:
+    return IndexedSource(Index(path), origin)
 
 
 def _decode(samples: list[int]) -> Bad:

@@ -15,7 +15,8 @@ from ccmim_fast.checkpoints.state import Progress
 from ccmim_fast.config.schema import Config
 from ccmim_fast.config.validate import validate
 from ccmim_fast.data.build import Loader, build_loader, build_source
-from ccmim_fast.data.source import excluded_summary, usable_count
+from ccmim_fast.data.index.left_out import left_out_lines, told
+from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine import choices
 from ccmim_fast.engine.build import build_bank, build_step, check_device, check_images, choose_shards, prepare_step
@@ -54,6 +55,9 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None
             with closing(Loop(task, config, here, folder)) as loop:
                 if here.is_main:
                     write_table(folder.path / AUTOTUNE, task.chosen)
+                    if notes := told(task.source):
+                        records = [{"reason": n.reason, "count": n.count, "first": n.paths[0]} for n in notes]
+                        loop.metrics.write("left_out", loop.step, notes=records)
                     for line in task.chosen.notes():
                         loop.note(line)
                 loop.run(_profile(task, loop).watch)
@@ -82,6 +86,8 @@ class Pretraining(Task):
         self._after_epoch, self._more = (after_epoch, more) if here.is_main else (None, None)
         with main_first(here):  # that indexes the images, if nobody has
             self.source = build_source(config.data, config.seed)
+        for line in left_out_lines(self.source) if here.is_main else []:
+            say(line)
         check_images(self.source, here)
         self.loader = self._build_loader(config.data.loader)
         self.bank: ScoreBank | None = build_bank(config, self.loader.plan, here, folder)
@@ -119,8 +125,8 @@ class Pretraining(Task):
 
     @property
     def headline(self) -> str:
-        """Say what the run works on and with, `auto` resolved, and what it leaves out."""
-        images = [f"{self.loader.plan.samples} images", *excluded_summary(self.source), type(self.loader).__name__]
+        """Say what the run works on and with, `auto` resolved."""
+        images = [f"{self.loader.plan.samples} images", type(self.loader).__name__]
         device = f"{self.here.world_size} x {self.here.device}, {self.precision.name}"
         weights = sum(p.numel() for p in self.model.parameters())
         return " · ".join([*images, device, f"{weights / 1e6:.1f} M parameters"])

@@ -10,6 +10,7 @@ import torch
 from ccmim_fast.config.evaluation import EvalConfig, images_of, validate_evaluation
 from ccmim_fast.config.keys import flatten, nearest
 from ccmim_fast.config.load import make_config
+from ccmim_fast.data.index.left_out import left_out_lines
 from ccmim_fast.errors import ConfigError, say
 from ccmim_fast.evaluation.encoders import read_encoder
 from ccmim_fast.evaluation.images import Images
@@ -53,6 +54,11 @@ def evaluate(name: str, checkpoint: str, settings: Mapping[str, str]) -> str:
 def _tell_left_out(job: Job, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return what is left out of both sets by the reason, see `Images.left_out`; print what is not `known` yet."""
     found = {"train": job.train.left_out(), "test": job.test.left_out()}
+    if known is None and job.here.is_main:
+        sources = {images.source.fingerprint: images.source for images in (job.train, job.test)}
+        for source in sources.values():
+            for line in left_out_lines(source, samples=False):
+                say(line)
     for part, by_reason in found.items() if job.here.is_main else ():
         for why, said in by_reason.items():
             if known is None or known[part].get(why) != said:

@@ -5,6 +5,7 @@
 import contextlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ import torch
 from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.data.index.bad_samples import BadSamples
 from ccmim_fast.data.index.indexed import open_images
+from ccmim_fast.data.index.left_out import left_out_lines
+from ccmim_fast.data.index.own import marked
 from ccmim_fast.data.progress import progress_bar
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
@@ -61,7 +64,9 @@ def embed_folder(
     at = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     opened = open_run(run)
     model, config = opened.model.to(at), opened.config.data
-    source = open_images(folder, config.channels, quiet=False)
+    source = open_images(folder, config.channels, quiet=False, image_key=config.image_key)
+    for line in left_out_lines(source):
+        print(line, file=sys.stderr)
     encode, autocast = tokens_of(model.encoder, model.mean_C, model.std_C), choose_precision(precision, at).autocast(at)
     count, width = usable_count(source), model.encoder.embed_dim
 
@@ -131,7 +136,8 @@ def _write_header(file: BinaryIO, count: int, width: int) -> None:
 
 def _write_arrow(folder: Path, width: int, labelled: bool, rows: Rows) -> None:
     label = [("label", pa.int64())] if labelled else []
-    schema = pa.schema([("name", pa.string()), *label, ("features", pa.list_(pa.float32(), width))])
+    columns = [("name", pa.string()), *label, ("features", pa.list_(pa.float32(), width))]
+    schema = marked(pa.schema(columns), {"features": width})  # by the mark it is known below a folder of images
     with pa.OSFile(str(folder / "x.arrow"), "wb") as file, pa.ipc.new_file(file, schema) as writer:
         for columns, features_BD in rows:
             vectors = pa.FixedSizeListArray.from_arrays(pa.array(features_BD.reshape(-1)), width)

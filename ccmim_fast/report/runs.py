@@ -103,9 +103,9 @@ def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, str]:
     try:
         parsed = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        raise DataError(f"{path.parent.name}/{path.name} cannot be read: {error}") from error
     if not isinstance(parsed, dict):
-        raise DataError(f"{path} must hold a mapping, got {type(parsed).__name__}")
+        raise DataError(f"{path.parent.name}/{path.name} must hold a mapping, got {type(parsed).__name__}")
     return {key: shareable(text) for key, text in flatten(parsed).items()}
 
 
@@ -151,7 +151,7 @@ def read_evaluation(path: Path) -> Evaluation:
         protocol = ": ".join(str(content[key]) for key in ("protocol", "source") if content.get(key))
         pictures = {Path(name).name: _picture(path.with_name(Path(name).name)) for name in names}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path} is no evaluation: {type(error).__name__}: {error}") from error
+        raise DataError(f"{path.parent.name}/{path.name} is no evaluation: {type(error).__name__}: {error}") from error
     told = [shareable(str(deviation)) for deviation in deviations]
     return Evaluation(path.parent.name, shown, shareable(protocol), told, pictures)
 

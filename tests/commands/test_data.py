@@ -3,17 +3,23 @@
 import os
 import shlex
 import shutil
+import signal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from made_containers import encode, write_tar
 
 from ccmim_fast.cli import main
 from ccmim_fast.config.load import load_config
+from ccmim_fast.data import shard
 from ccmim_fast.data import verify as verify_module
-from ccmim_fast.data.index.index_file import BESIDE
 from ccmim_fast.data.index.indexed import open_images
+from ccmim_fast.data.index.own import BESIDE
 from ccmim_fast.data.stats import measure_stats
 from ccmim_fast.data.stream import dali_loader
+from ccmim_fast.errors import DataError
 
 
 @pytest.fixture
@@ -148,6 +154,71 @@ def test_shard(folder, run, tmp_path):
     assert run("shard", out, tmp_path / "one", "--workers=1")[0].startswith("22 images in 1 tar; ")
 
 
+def test_a_killed_shard_is_no_set_and_is_begun_anew(folder, run, tmp_path, monkeypatch):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    pid = os.fork()
+    if not pid:
+        monkeypatch.setattr(shard, "write_index", lambda _, listing, **__: [*listing.rows, os.kill(os.getpid(), 9)])
+        main(["data", "shard", str(folder), str(out), "--workers=1", "--shard-bytes=20000"])
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    assert "shard-000001.tar" in os.listdir(partial / "out")
+    with pytest.raises(DataError, match=r"out\.partial' is a folder that a command of ccmim has not finished; run it"):
+        open_images(str(partial))
+    told = {note.reason for note in open_images(str(tmp_path)).index.notes}
+    assert "a folder that a command of ccmim has not finished; run it again" in told
+    assert run("shard", folder, out, "--workers=1")[0].startswith("23 images in 1 tar; ")
+    assert not partial.exists()
+
+
+def test_what_is_left_out_is_told_first(folder, run, tmp_path, capsys):
+    (folder / "class0/x.heic").touch()
+    (folder / "class0/.hidden.jpg").touch()
+    (folder / "README").touch()
+    for command in (["stats", folder], ["shard", folder, tmp_path / "out"]):
+        assert main(["data", *map(str, command), "--workers=1"]) == 0
+        printed = capsys.readouterr()
+        assert [line.split(";")[0] for line in printed.err.splitlines()] == [
+            "1 left out: a format that is not read",
+            "1 left out: not an image that Pillow knows",
+            "1 not taken: a name that begins with a dot",
+            "1 not taken: an unknown ending",
+        ]
+    lines = run("index", folder)
+    assert lines[0] == "24 samples of 2 classes, 1 of them cannot be used"
+    told = lines[
+        lines.index("1 left out: a format that is not read; write it as PNG, TIFF or JPEG, an archive as .tar") :
+    ]
+    assert told[1] == f"  '{folder}/class0/x.heic'"
+
+
+def test_images_without_a_class_are_counted(folder, run):
+    (folder / "loose.jpg").write_bytes((folder / "class0/00.jpg").read_bytes())
+    assert run("index", folder)[:2] == [
+        "25 samples of 2 classes, 1 of them cannot be used",
+        "1 of them have no class: pretraining uses them, an evaluation leaves them out",
+    ]
+
+
+def test_names_and_reasons_cannot_control_the_terminal(folder, run, tmp_path):
+    (folder / "class0/\x1b]0;x\x07.jpg").write_text("no image")
+    (folder / "\x1b[2J.heic").touch()
+    table = pa.table({"a\x1b[31m": [1]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    for line in run("index", folder):
+        assert line.isprintable()
+    assert main(["data", "index", str(tmp_path / "t.parquet")]) == 3
+
+
+def test_which_member_is_the_image_is_a_setting(tmp_path, run):
+    members = [(f"{i}.{kind}", encode(i)) for i in range(3) for kind in ("jpg", "seg.png")]
+    write_tar(tmp_path / "a.tar", members)
+    lines = run("index", tmp_path / "a.tar", "--image-key=seg.png", f"--index={tmp_path}/i.arrow")
+    assert lines[0] == "3 samples, 0 of them cannot be used"
+    source = open_images(str(tmp_path / "a.tar"), path=f"{tmp_path}/i.arrow", image_key="seg.png")
+    assert source.index.location(0) == "0.seg.png"
+    assert open_images(str(tmp_path / "a.tar"), path=f"{tmp_path}/i.arrow").index.location(0) == "0.jpg"
+
+
 def test_stats_are_settings(folder, run):
     lines = run("stats", folder, "--images=10", "--workers=2")
     found = measure_stats(open_images(str(folder)), 10)
@@ -200,7 +271,7 @@ def test_mistakes_end_in_one_line(argv, code, words, folder, tmp_path, capsys, m
     assert main(["data", *argv]) == code
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert len(printed.err.splitlines()) == 1
+    assert all(" left out: " in line for line in printed.err.splitlines()[:-1])
     assert all(word in printed.err for word in words), printed.err
     assert not (tmp_path / "new").exists()
     assert (folder / "class0/00.jpg").read_bytes() == before

@@ -387,7 +387,7 @@ def test_a_cut_tar_with_unsafe_members_loads(tmp_path, photograph, kind):
         os.truncate(tmp_path / "a.tar", tar.getmembers()[8].offset_data + 100)
     source = open_images(str(tmp_path / "a.tar"))
     assert [source.index.reason(n).split()[0] for n in source.excluded_X] == ["a", "a", "cut"]
-    assert "cut or damaged" in source.index.notes[0][1]
+    assert "cut or damaged" in source.index.notes[0].reason
     middle = int(source.index.offsets_N[4])
     content = bytearray((tmp_path / "a.tar").read_bytes())
     content[middle : middle + 500] = bytes(500)  # damaged after it was indexed

@@ -9,11 +9,16 @@ import threading
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.http import HTTPFileSystem
 from made_containers import encode, image_table, summary, write_tar
 
-from ccmim_fast.data.index.index_file import BESIDE
+from ccmim_fast.data.index import scan, storage
+from ccmim_fast.data.index.index_file import BAD
 from ccmim_fast.data.index.indexed import open_images
+from ccmim_fast.data.index.left_out import left_out_lines
+from ccmim_fast.data.index.own import BESIDE
 from ccmim_fast.data.index.storage import Storage
+from ccmim_fast.data.source import usable_count
 from ccmim_fast.errors import DataError
 
 
@@ -26,6 +31,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         path = self.translate_path(self.path)
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         name = os.path.basename(path)
+        self.server.headers_asked.append((self.path, self.headers.get("Authorization", "")))
+        if name in self.server.silent:
+            self.server.silent_until.wait(20)
         if name in self.server.refused:
             self.send_error(503)
         elif os.path.isdir(path) or not os.path.exists(path):
@@ -61,10 +69,12 @@ def server(tmp_path):
     made.daemon_threads = True
     made.handle_error = lambda *_: None  # the client may have heard enough
     made.asked, made.refused, made.ranges = [], set(), True
+    made.headers_asked, made.silent, made.silent_until = [], set(), threading.Event()
     made.folder, made.url = tmp_path / "www", f"http://127.0.0.1:{made.server_port}"
     thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield made
+    made.silent_until.set()
     made.shutdown()
     thread.join()
     made.server_close()
@@ -161,3 +171,106 @@ def test_a_server_without_ranges_is_told(server):
     with pytest.raises(DataError, match="the server sends whole files, not ranges of them") as error:
         open_images(f"{server.url}/x.tar")
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(storage, "_SILENCE", 0.3)
+    monkeypatch.setattr(scan, "_TRIED", 4)
+    HTTPFileSystem.clear_instance_cache()
+    yield
+    HTTPFileSystem.clear_instance_cache()
+
+
+def test_a_server_that_says_nothing_is_one_line(server, impatient):
+    write_tar(server.folder / "x.tar", [("0.png", encode(0))])
+    server.silent |= {"x.tar"}
+    with pytest.raises(DataError, match=r"^cannot read 'http://.*x\.tar': no answer for 0 seconds$"):
+        open_images(f"{server.url}/x.tar")
+    (server.folder / "x.tar").unlink()
+    for number in range(9):
+        (server.folder / f"{number}.png").write_bytes(encode(number))
+        server.silent.add(f"{number}.png")
+    with pytest.raises(DataError, match=r"4 images in a row cannot be read: no answer for 0 seconds"):
+        open_images(server.url)
+
+
+def test_a_server_that_is_not_there_is_no_missing_file():
+    with pytest.raises(DataError, match=r"^cannot read 'http://127\.0\.0\.1:9/x\.tar': .*[Cc]onnect") as error:
+        open_images("http://ann:hunter2@127.0.0.1:9/x.tar")
+    assert "hunter2" not in str(error.value)
+
+
+def test_what_a_server_did_not_give_is_asked_for_by_the_next_run(server):
+    for number in range(4):
+        (server.folder / f"{number}.png").write_bytes(encode(number))
+    server.refused |= {"1.png", "2.png"}
+    first = open_images(server.url)
+    assert usable_count(first) == 2
+    (line,) = left_out_lines(first)
+    assert line.startswith("2 left out: ClientResponseError: N, message='Service Unavailable'")
+    server.refused.remove("2.png")
+    server.asked.clear()
+    source = open_images(server.url)
+    assert [source.index.location(n) for n in source.excluded_X] == ["1.png"]
+    assert {name for name, _, _ in server.asked} == {"2.png"}  # and nothing that is known already
+    assert source.encoded(2) == encode(2)
+    (server.folder / "1.png").unlink()  # gone for good
+    server.refused.clear()
+    assert open_images(server.url).index.status_N.tolist() == [0, BAD, 0, 0]
+
+
+def test_a_server_that_fails_within_a_tar_leaves_no_half_of_it(server, monkeypatch):
+    skipped = bytes(30 * 2**20)
+    write_tar(server.folder / "x.tar", [("0.png", encode(0)), ("large.bin", skipped), ("1.png", encode(1))])
+    answer = Handler.answer
+
+    def failing(self, status, data, span):
+        if span and int(span.split()[1].split("-")[0]) > 2**20:
+            self.send_error(503)
+        else:
+            answer(self, status, data, span)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Handler, "answer", failing)
+        with pytest.raises(DataError, match=r"^cannot read 'http://.*x\.tar': .*503"):
+            open_images(f"{server.url}/x.tar")
+    assert len(open_images(f"{server.url}/x.tar")) == 2
+
+
+@pytest.mark.parametrize("kind", ["x.tar", "x.parquet", "photos"])
+def test_a_password_is_sent_and_written_nowhere(server, kind):
+    (server.folder / "photos").mkdir()
+    (server.folder / "photos/0.png").write_bytes(encode(0))
+    write_tar(server.folder / "x.tar", [("0.png", encode(0))])
+    pq.write_table(image_table([encode(0)]), server.folder / "x.parquet")
+    origin = server.url.replace("//", "//ann:hunter2@") + f"/{kind}"
+    origin += "" if kind == "photos" else "?token=topsecret"
+    source = open_images(origin)
+    assert source.encoded(0) == encode(0)
+    assert all(found.startswith("Basic ") for _, found in server.headers_asked)
+    if kind != "photos":
+        assert all(path.endswith("?token=topsecret") for path, _ in server.headers_asked)
+    with open(source.index.path, "rb") as file:
+        written = file.read() + source.index.path.encode() + source.name(0).encode()
+    for secret in (b"ann:", b"hunter2", b"topsecret"):
+        assert secret not in written
+    server.headers_asked.clear()
+    again = open_images(origin.replace("topsecret", "renewed"))  # another signature of the same place
+    assert again.fingerprint == source.fingerprint
+    assert server.headers_asked == []
+    server.refused |= {"x.tar", "0.png"}
+    if kind != "x.parquet":
+        with pytest.raises(DataError) as error:
+            source.decode(0)
+        assert not any(secret in str(error.value) for secret in ("ann:", "hunter2", "topsecret"))
+
+
+def test_hidden_names_and_the_training_part_behind_a_url(server):
+    for number, name in enumerate(["train/a/0.png", "train/a/._0.png", "val/a/1.png", "train/b/2.PNG"]):
+        (server.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (server.folder / name).write_bytes(encode(number))
+    source = open_images(server.url)
+    assert [row[:2] for row in summary(source)] == [("train/a/0.png", 0), ("train/b/2.PNG", 1)]
+    assert source.class_names == ("a", "b")
+    assert source.index.lost == 0

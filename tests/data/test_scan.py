@@ -14,6 +14,7 @@ from ccmim_fast.data.index import scan
 from ccmim_fast.data.index.bad_samples import BadSamples, bad_samples_path, read_bad_samples
 from ccmim_fast.data.index.index_file import Index, Listing, Row, rewrite_index, write_index
 from ccmim_fast.data.index.indexed import index_path, open_images
+from ccmim_fast.data.index.left_out import OTHER
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.errors import DataError
 
@@ -33,7 +34,10 @@ def reasons(source):
 
 
 def notes(source):
-    return {os.path.basename(path): reason for path, reason in source.index.notes}
+    """Return the reasons of what gives no sample, by base name, without what is no image by its ending."""
+    return {
+        os.path.basename(path): note.reason for note in source.index.notes if note.kind != OTHER for path in note.paths
+    }
 
 
 def record(source, number, reason="spoiled"):
@@ -67,14 +71,14 @@ def test_a_tree_has_a_class_per_folder(tmp_path, write_image):
     (tmp_path / "a/notes.txt").write_text("no image")
     write_image(tmp_path / ".hidden/4.png")
     source = open_images(str(tmp_path))
-    assert names(source) == ["a/0.png", "a/deep/er/3.png", "b/1.PNG", "b/2.png"]
+    assert names(source) == ["a/0.png", "a/deep/er/3.png", "b/1.PNG", "b/2.png", "loose.png"]
     assert source.class_names == ("a", "b", "empty")
-    assert source.labels_N.tolist() == [0, 0, 1, 1]
-    assert source.sizes_N2.tolist() == [[5, 9]] * 4
+    assert source.labels_N.tolist() == [0, 0, 1, 1, -1]  # an image without a class is one to train on
+    assert source.sizes_N2.tolist() == [[5, 9]] * 5
     assert source.sizes_N2.dtype == np.int32
     assert source.decode(0).shape == (5, 9, 3)
-    assert source.index.modes() == {"RGB": 4}
-    assert notes(source) == {"loose.png": "lies beside the class folders, in none of them"}
+    assert source.index.modes() == {"RGB": 5}
+    assert notes(source) == {}
 
 
 def test_a_flat_folder_has_no_labels(tmp_path, write_image):
@@ -138,7 +142,7 @@ def test_each_real_file_counts_once(tmp_path, write_image):
     assert names(source) == ["a/linked.png", "a/x.png", "b/same.png"]
     assert source.labels_N.tolist() == [0, 0, 1]
     assert source.class_names == ("a", "b")
-    assert notes(source) == {"self": "broken link", "gone.png": "broken link"}
+    assert notes(source) == {"self": "links in a loop", "gone.png": "broken link"}
 
 
 def test_unusable_files_are_excluded_with_the_reason(tmp_path, write_image, monkeypatch):
@@ -187,7 +191,7 @@ def test_a_folder_without_images_is_one_line(tmp_path, monkeypatch):
         open_images(str(missing))
     with pytest.raises(DataError, match=r"no folder ''; set data\.root"):
         open_images("")
-    with pytest.raises(DataError, match=r"no image in .*ends in \.bmp"):
+    with pytest.raises(DataError, match=r"no image in .*ends in \.jpg"):
         open_images(str(tmp_path))
     (tmp_path / "a.jpg").write_text("text")
     with pytest.raises(DataError, match=r"no readable image in .*: 1 skipped, the first 'a\.jpg': not an image"):

@@ -10,8 +10,8 @@ from PIL import Image
 
 from ccmim_fast.data.index import indexed
 from ccmim_fast.data.index.decode import EXIF_ORIENTATION, decode
-from ccmim_fast.data.index.index_file import BESIDE
 from ccmim_fast.data.index.indexed import open_images
+from ccmim_fast.data.index.own import BESIDE
 from ccmim_fast.data.shard import shrink, write_shards
 from ccmim_fast.data.source import usable_count, usable_ids
 from ccmim_fast.data.stream.permutation import epoch_order

@@ -1,5 +1,6 @@
 """Images in tars: labels, refused members, damaged ends, patterns, what changed."""
 
+import io
 import os
 import tarfile
 import threading
@@ -7,9 +8,10 @@ import threading
 import pytest
 from made_containers import encode, open_images_again, pixels_of, summary, touch_later, write_tar
 
-from ccmim_fast.data.index import scan, storage
-from ccmim_fast.data.index.index_file import BESIDE
+from ccmim_fast.data.index import containers, scan, storage
 from ccmim_fast.data.index.indexed import open_images
+from ccmim_fast.data.index.left_out import MEANT, OTHER
+from ccmim_fast.data.index.own import BESIDE
 from ccmim_fast.data.shard import write_shards
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.errors import DataError
@@ -35,7 +37,7 @@ def test_webdataset_labels(tmp_path):
         source = open_images(str(origin))
         assert summary(source) == [("k0.png", 2, ""), ("k1.PNG", 0, ""), ("d/k0.png", -1, ""), ("k3.png", -1, "")]
         assert source.class_names == ("0", "1", "2")
-        assert source.index.notes == []
+        assert {note.kind for note in source.index.notes} == {OTHER}  # labels and descriptions
         for number, data in enumerate(datas):
             assert source.encoded(number) == data
             assert (source.decode(number) == pixels_of(data)).all()
@@ -75,20 +77,84 @@ def test_refused_members(tmp_path):
     )
     before = sorted(os.listdir(tmp_path.parent))
     source = open_images(str(tmp_path / "a.tar"))
-    outside, link = "a name that leads out of the archive", "a link or device, not a file"
+    outside = "a name that leads out of the archive"
     assert [reason for _, _, reason in summary(source)] == [
         "",
         outside,
         outside,
         outside,
-        *[link] * 4,
-        "a name that was there before",
+        "a link that leads to no member of the archive",
+        "a device or pipe, not a file",
+        "a device or pipe, not a file",
         "not an image that Pillow knows",
     ]
+    assert [(note.reason, note.count) for note in source.index.notes] == [("a name that was there before", 1)]
     assert source.class_names == ("c",)
     assert source.encoded(0) == data
     assert usable_count(source) == 1
     assert sorted(os.listdir(tmp_path.parent)) == before  # nothing is unpacked
+
+
+def test_links_stand_for_the_members_that_they_lead_to(tmp_path):
+    """As where the tar is unpacked: a link adds nothing to what is a sample already, but may name what is none."""
+    datas = [encode(i) for i in range(4)]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+
+        def add(name, content=None, link=None, kind=tarfile.SYMTYPE):
+            info = tarfile.TarInfo(name)
+            if link is not None:
+                info.type, info.linkname = kind, link
+            info.size = len(content or b"")
+            tar.addfile(info, io.BytesIO(content or b""))
+
+        add("b/first.png", link="../store/0")  # what it leads to comes later
+        add("store/0", datas[0])
+        add("./store/1", datas[1])
+        add("a/hard.png", link="store/1", kind=tarfile.LNKTYPE)
+        add("a/twice.png", link="hard.png")
+        add("a/2.png", datas[2])
+        add("b/same.png", link="../a/2.png")
+        add("b/hard.png", link="a/2.png", kind=tarfile.LNKTYPE)
+        add("b/chain.png", link="./c1")
+        add("b/c1", link="c2")
+        add("b/c2", link="../store/3")
+        add("store/3", datas[3])
+        add("b/loop.png", link="loop.png")
+        add("b/up.png", link="../../etc/x.png")
+        add("b/absolute.png", link="/etc/x.png")
+    source = open_images(str(tmp_path / "a.tar"))
+    good = {location: source.encoded(n) for n, (location, _, reason) in enumerate(summary(source)) if not reason}
+    assert good == {"b/first.png": datas[0], "a/hard.png": datas[1], "a/2.png": datas[2], "b/chain.png": datas[3]}
+    assert {location: reason for location, _, reason in summary(source) if reason} == {
+        "b/loop.png": "links in a loop",
+        "b/up.png": "a link that leads to no member of the archive",
+        "b/absolute.png": "a link that leads to no member of the archive",
+    }
+    assert source.class_names == ("a", "b")
+
+
+def test_one_key_is_one_sample(tmp_path):
+    kinds = ("jpg", "seg.png", "depth.png")
+    members = [(f"{i}.{kind}", encode(i * 3 + n)) for i in range(4) for n, kind in enumerate(kinds)]
+    write_tar(tmp_path / "a.tar", [*members, *((f"{i}.cls", b"%d " % i) for i in range(4)), ("4.json", b"{}")])
+    source = open_images(str(tmp_path))
+    assert summary(source) == [(f"{i}.jpg", i, "") for i in range(4)]
+    assert [(note.count, note.kind) for note in source.index.notes] == [(5, OTHER), (8, MEANT)]
+    chosen = open_images(str(tmp_path), image_key="seg.png")
+    assert [(location, label) for location, label, _ in summary(chosen)] == [(f"{i}.seg.png", i) for i in range(4)]
+    assert chosen.encoded(2) == encode(7)
+    with pytest.raises(DataError, match=r"12 skipped.*a sample without an image: no member of data\.image_key=bmp"):
+        open_images(str(tmp_path), image_key="bmp")
+
+
+def test_a_tar_of_another_kind_within_a_tar_is_told(tmp_path):
+    write_tar(tmp_path / "a.tar", [("0.png", encode(0)), ("b.TAR", b"xx"), ("c.parquet", b"xx"), ("d", encode(1))])
+    source = open_images(str(tmp_path / "a.tar"))
+    assert [note.reason.split(";")[0] for note in source.index.notes] == [
+        "an image whose name ends in none of an image's endings",
+        "a tar or table in a tar",
+    ]
+    assert source.index.lost == 3
 
 
 def test_a_cut_tar_is_used_up_to_the_cut_and_the_cut_is_told(tmp_path):
@@ -112,8 +178,8 @@ def test_a_cut_tar_is_used_up_to_the_cut_and_the_cut_is_told(tmp_path):
         assert [source.encoded(n) for n in range(good)] == datas[:good], name
         assert [source.index.location(n) for n in source.excluded_X] == cut, name
         assert all("cut off by the end" in source.index.reason(n) for n in source.excluded_X), name
-        assert [note[0] for note in source.index.notes] == [str(path)], name
-        assert source.index.notes[0][1].startswith("cut or damaged: "), name
+        assert [note.paths for note in source.index.notes] == [(str(path),)], name
+        assert source.index.notes[0].reason.startswith("cut or damaged: "), name
 
 
 @pytest.mark.parametrize("damage", ["header", "negative"])
@@ -134,7 +200,7 @@ def test_a_damaged_header_ends_a_tar_and_is_told(tmp_path, damage):
     path.write_bytes(content)
     source = open_images(str(path))
     assert [location for location, _, reason in summary(source) if not reason] == ["0.png", "1.png"]
-    assert source.index.notes[0][1].startswith("cut or damaged: ")
+    assert source.index.notes[0].reason.startswith("cut or damaged: ")
 
 
 def test_patterns(tmp_path):
@@ -154,7 +220,7 @@ def test_patterns(tmp_path):
         "in/s-{010..012}.tar": None,
     }.items():
         if expected is None:
-            with pytest.raises(DataError, match="no file '"):
+            with pytest.raises(DataError, match="no file"):
                 open_images(f"{tmp_path}/{pattern}")
         else:
             source = open_images(f"{tmp_path}/{pattern}")
@@ -164,9 +230,10 @@ def test_patterns(tmp_path):
 
 def test_only_changed_tars_are_read_again(tmp_path, monkeypatch):
     read, listed = [], []
-    header, members = scan.read_header, scan.list_tar
+    header, members = scan.read_header, containers.list_tar
     monkeypatch.setattr(scan, "read_header", lambda *args: (read.append(1), header(*args))[1])
-    monkeypatch.setattr(scan, "list_tar", lambda file, *args: (listed.append(file.name), members(file, *args))[1])
+    counted = lambda file, *args, **how: (listed.append(file.name), members(file, *args, **how))[1]  # noqa: E731
+    monkeypatch.setattr(containers, "list_tar", counted)
     for name in "bd":
         write_tar(tmp_path / f"{name}.tar", [(f"{name}{i}/x.png", encode(i)) for i in range(2)])
     assert open_images(str(tmp_path)).class_names == ("b0", "b1", "d0", "d1")

@@ -90,6 +90,22 @@ def test_an_image_that_fails_is_left_out_told_and_counted(tmp_path, photos, show
         run(tmp_path / "strict", photos, data={"on_error": "error"})
 
 
+def test_what_the_set_leaves_out_is_told_first_recorded_and_counted(tmp_path, photos, shown, capsys):
+    (photos / "x.heic").write_bytes(b"x")
+    (photos / "deeper").mkdir()
+    (photos / "00.jpg").rename(photos / "deeper/00.jpg")  # used, although the others have no class
+    records = run(tmp_path / "run", photos, data={"max_bad": 0.05}, epochs=1)
+    assert {number for _, number in shown} == set(range(20))
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("1 left out: a format that is not read; ")
+    assert line.endswith(f"the first '{photos}/x.heic'")
+    (told,) = [record for record in records if record["kind"] == "left_out"]
+    assert [(note["count"], note["first"]) for note in told["notes"]] == [(1, f"{photos}/x.heic")]
+    with pytest.raises(DataError, match=r"1 of 21 samples cannot be used, more than data\.max_bad=0\.04"):
+        run(tmp_path / "strict", photos, data={"max_bad": 0.04})
+    assert capsys.readouterr().out.startswith("1 left out: ")
+
+
 def test_other_ranks_tell_what_failed_and_do_not_advise(monkeypatch):
     monkeypatch.setattr(health, "measure_stage_times", lambda *_: pytest.fail("not for one rank of many"))
     loader = SimpleNamespace(bad_samples=SimpleNamespace(reasons={3: "cut"}), plan=SimpleNamespace(source=range(9)))

@@ -14,6 +14,7 @@ import numpy as np
 
 from ccmim_fast.data.index.folders import row_of_file
 from ccmim_fast.data.index.index_file import Listing
+from ccmim_fast.data.index.own import open_regular
 from ccmim_fast.errors import ConfigError, DataError, one_line
 
 _INATURALIST = "images (id, file_name), annotations (image_id, category_id) and categories (id)"
@@ -72,7 +73,7 @@ def read_inaturalist(path: str) -> Listing:
     DataError if the file is damaged or incomplete, or if the folder of the images is missing.
     """
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_regular) as file:
             content = json.load(file)
         names = {int(one["id"]): one["file_name"] for one in content["images"]}
         pairs = [(int(one["image_id"]), int(one["category_id"])) for one in content["annotations"]]
@@ -125,7 +126,7 @@ def _arrays(path: str, names: list[str]) -> list[np.ndarray]:
     from scipy.io import loadmat
 
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_regular) as file:
             data = file.read(_LARGEST)
     except OSError as error:
         raise DataError(f"cannot read {path!r}: {error.strerror}; expected {_FLOWERS} in one folder") from None

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 
 from ccmim_fast.data.index.index_file import Index
+from ccmim_fast.data.index.own import open_regular
 from ccmim_fast.data.source import Source
 from ccmim_fast.errors import DataError
 
@@ -17,18 +18,24 @@ def bad_samples_path(index_path: str) -> str:
 
 def read_json_lines(path: str, index: Index, *keys: str) -> Iterator[tuple]:
     """Yield the values of `keys` in each whole record of this state of the index; nothing if the file is missing."""
-    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace", opener=open_regular) as file:
         for line in file:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
                 record = json.loads(line)
                 if record["index"] == index.fingerprint:
                     yield tuple(record[key] for key in keys)
 
 
 def read_bad_samples(index: Index) -> dict[int, str]:
-    """Return the reason by sample id, as earlier runs have recorded it."""
+    """Return the reason by sample id, as earlier runs have recorded it; what is no record is passed over."""
     records = read_json_lines(bad_samples_path(index.path), index, "id", "reason")
-    return {sample: reason for sample, reason in records if sample in range(len(index))}
+    return {sample: reason for sample, reason in records if is_record(index, sample, reason)}
+
+
+def is_record(index: Index, sample: object, reason: object) -> bool:
+    """Tell whether a sample and a reason that were read from a file are what this program writes."""
+    number = type(sample) is int and 0 <= sample < len(index)
+    return number and isinstance(reason, str) and bool(reason.strip())
 
 
 class BadSamples:
@@ -39,9 +46,11 @@ class BadSamples:
     """
 
     def __init__(self, source: Source, on_error: str, max_bad: float):
-        self._index, self._total = getattr(source, "index", None), len(source)
+        self._index = getattr(source, "index", None)
         # A source excludes samples that are of no use, too, such as images without a label or an object: no bad ones.
-        self._excluded = 0 if self._index is None else len(self._index.excluded_X)
+        lost = 0 if self._index is None else self._index.lost
+        self._excluded = 0 if self._index is None else len(self._index.excluded_X) + lost
+        self._total = len(source) + lost
         self._on_error, self._max_bad, self._lock = on_error, max_bad, threading.Lock()
         self.reasons: dict[int, str] = {}  # by sample id, in the order in which the samples failed
         # Reasons of earlier runs, by sample id.
@@ -61,7 +70,7 @@ class BadSamples:
                 path = bad_samples_path(self._index.path)
                 # One unbuffered write of a short line at the end: several ranks may append at once. In a read-only
                 # place nothing is written: the next run finds the bad sample again.
-                with contextlib.suppress(OSError), open(path, "ab", buffering=0) as file:
+                with contextlib.suppress(OSError), open(path, "ab", buffering=0, opener=open_regular) as file:
                     file.write(line.encode())
         self._check(f", the last {reason}")
 

@@ -19,8 +19,6 @@ MAX_PIXELS = 100_000_000  # 300 MB as RGB; faults.md, row 4
 HEADER_BYTES = 2**16  # enough for the header of almost every JPEG and PNG
 HEADER_FIRST = (b"\xff\xd8", b"\x89PNG")  # JPEG and PNG, whose header can be read from the first bytes
 EXIF_ORIENTATION = 0x0112
-_SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_ARRAY_SUFFIXES = (".npy", ".tif", ".tiff")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L", "I;16N")
 _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"  # JPEG's markers
 
@@ -32,11 +30,6 @@ class Header(NamedTuple):
     plain: int  # 1: every decoder reads the file as `decode` does
     orientation: int  # EXIF, 1 .. 8
     mode: str  # Pillow's name of the pixels' mode; for arrays the dtype
-
-
-def file_suffixes(channels: int) -> tuple[str, ...]:
-    """Return the lower-case endings of the files that are read as images of so many channels."""
-    return _SUFFIXES if channels in (1, 3) else _ARRAY_SUFFIXES
 
 
 def has_end(data: bytes) -> bool:

@@ -11,22 +11,27 @@ import numpy as np
 
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.index.decode import decode, has_end
-from ccmim_fast.data.index.index_file import BESIDE, Index
-from ccmim_fast.data.index.scan import build_index, changed
-from ccmim_fast.data.index.storage import Storage, is_remote, join
+from ccmim_fast.data.index.index_file import Index
+from ccmim_fast.data.index.own import BESIDE, check_index_place, is_index
+from ccmim_fast.data.index.scan import build_index, changed, look_again
+from ccmim_fast.data.index.storage import Storage, is_remote, join, reason_of
 from ccmim_fast.data.progress import progress_bar
 from ccmim_fast.data.source import UnreadableError, encode_pnm
 from ccmim_fast.errors import DataError
+from ccmim_fast.secrets import without_secrets
 
 
 class IndexedSource:
-    """This source reads the images of an open `index`: files, members of tars or rows of tables."""
+    """This source reads the images of an open `index`: files, members of tars or rows of tables.
 
-    def __init__(self, index: Index):
-        self.index = index
+    `origin` is what the user has named; an index holds no password and no query of a URL.
+    """
+
+    def __init__(self, index: Index, origin: str = ""):
+        self.index, self.origin = index, origin
         self.channels, self.class_names, self.fingerprint = index.channels, index.class_names, index.fingerprint
         self.sizes_N2, self.labels_N, self.excluded_X = index.sizes_N2, index.labels_N, index.excluded_X
-        self._storage = Storage(index.root, index.containers)
+        self._storage = Storage(index.root, index.containers, origin)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -41,7 +46,7 @@ class IndexedSource:
             return self._storage.read(self.index.location(index), *(int(column_N[index]) for column_N in columns))
         except OSError as error:
             kind = DataError if isinstance(error, FileNotFoundError) else UnreadableError
-            raise kind(f"cannot read {self.name(index)!r}: {error.strerror or error}") from error
+            raise kind(f"cannot read {self.name(index)!r}: {reason_of(error)}") from error
         except DataError as error:
             raise DataError(f"{self.name(index)!r} {error}") from error
 
@@ -71,36 +76,36 @@ class IndexedSource:
 
 def build(data: DataConfig, seed: int) -> IndexedSource:
     """Build the source of `data.source=images`; the seed does not matter."""
-    return open_images(data.root, data.channels, data.index, quiet=False)
+    return open_images(data.root, data.channels, data.index, quiet=False, image_key=data.image_key)
 
 
 def open_images(
-    origin: str, channels: int = 3, path: str = "", quiet: bool = True, rescan: bool = False
+    origin: str, channels: int = 3, path: str = "", quiet: bool = True, rescan: bool = False, image_key: str = ""
 ) -> IndexedSource:
     """Open the images that `origin` names; index them if there is no index yet, or if files came or went.
 
     `path` is the index file; empty: beside the tars if there is one, else in the user's cache folder. `quiet`: show no
     progress bar. `rescan`: look at every file, for changes that left the folder as it was; shards with their index are
-    not scanned. For `origin` and the errors see `scan.build_index`.
+    not scanned. For `origin`, `image_key` and the errors see `scan.build_index`. Raises DataError, too, if the file at
+    `path` or one beside it is none of ours: only an index is written over.
     """
     origin = origin if is_remote(origin) or not origin else os.path.abspath(origin)
-    if path and os.path.isfile(path):
-        with open(path, "rb") as file:
-            if file.read(6) not in (b"ARROW1", b""):  # how every Arrow file begins
-                raise DataError(f"{path!r} is no index, and is not written over; set data.index to another file")
+    named = without_secrets(origin)
+    if path:
+        check_index_place(path)
     path = path or index_path(origin, channels)
-    previous = _previous(path, origin, channels)
+    previous = _previous(path, named, channels, image_key)
     if previous is not None and (previous.relocatable or not (rescan or changed(previous))):
-        return IndexedSource(previous)
-    with progress_bar(f"indexing {origin}", quiet) as report:
-        return IndexedSource(build_index(origin, path, channels, previous, report))
+        return IndexedSource(look_again(previous, origin), origin)
+    with progress_bar(f"indexing {named}", quiet) as report:
+        return IndexedSource(build_index(origin, path, channels, previous, report, image_key), origin)
 
 
 def index_path(origin: str, channels: int) -> str:
     """Return the default path of the index of `origin`."""
-    beside = join(origin, BESIDE)
+    beside, origin = join(origin, BESIDE), without_secrets(origin)
     # An index that is damaged, or of another number of channels, stays as it is.
-    if not is_remote(origin) and _previous(beside, origin, channels) is not None:
+    if not is_remote(origin) and is_index(beside) and _previous(beside, origin, channels, "") is not None:
         return beside
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     digest = hashlib.sha256(os.fsencode(origin)).hexdigest()[:12]
@@ -108,11 +113,12 @@ def index_path(origin: str, channels: int) -> str:
     return os.path.join(cache, "ccmim_fast", f"{stem}-{digest}-{channels}.arrow")
 
 
-def _previous(path: str, origin: str, channels: int) -> Index | None:
+def _previous(path: str, origin: str, channels: int, image_key: str) -> Index | None:
     """Return the index at `path`, if it is an index of these images."""
     with contextlib.suppress(DataError):
         index = Index(path)
-        indexed = index.root if index.relocatable else index.origin
-        if index.channels == channels and indexed == origin:
+        if index.relocatable:  # shards have one image a sample
+            return index if (index.channels, index.root) == (channels, origin) else None
+        if (index.channels, index.origin, index.image_key) == (channels, origin, image_key):
             return index
     return None

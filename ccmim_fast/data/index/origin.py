@@ -3,105 +3,112 @@
 import glob
 import os
 import posixpath
+import re
 
 from ccmim_fast.data.index.annotations import annotation_reader
-from ccmim_fast.data.index.decode import file_suffixes
-from ccmim_fast.data.index.folders import BESIDE_CLASSES, list_folder, read_list
-from ccmim_fast.data.index.index_file import BESIDE, Listing, Row
-from ccmim_fast.data.index.storage import as_os_errors, file_system, is_remote, join
-from ccmim_fast.data.index.tables import SUFFIXES as TABLE_SUFFIXES
+from ccmim_fast.data.index.endings import CONTAINERS, LISTS
+from ccmim_fast.data.index.folders import list_folder
+from ccmim_fast.data.index.index_file import Listing, Row
+from ccmim_fast.data.index.left_out import Notes
+from ccmim_fast.data.index.lists import read_list
+from ccmim_fast.data.index.selection import folder_labels, select, training_part
+from ccmim_fast.data.index.storage import as_os_errors, file_system, is_remote, reason_of
 from ccmim_fast.errors import DataError
+from ccmim_fast.secrets import credentials, with_credentials, without_secrets
 
-_CONTAINERS = (".tar", *TABLE_SUFFIXES)
-_LISTS = (".txt", ".lst", ".tsv")
+_MOST_PATHS = 500_000  # of a pattern; the largest set that we know of, LAION-5B, has 231,349 tars
+_DEEPEST = 24  # folders within each other behind a URL: a server that follows links in a loop has no end
 
 
-def find_origin(origin: str, channels: int) -> Listing:
-    """List what an absolute path or a URL names: files, or containers without their samples. Raises DataError."""
-    if origin.endswith(_CONTAINERS) and not os.path.isdir(origin):
-        return _named_containers(origin)
+def find_origin(origin: str, channels: int, image_key: str = "") -> Listing:
+    """List what an absolute path or a URL names: files, or containers without their samples. Raises DataError.
+
+    The listing of a URL has no password and no query in it.
+    """
+    user, query = credentials(origin) if is_remote(origin) else ("", "")
+    if origin.removesuffix(query).lower().endswith(CONTAINERS) and not os.path.isdir(origin):
+        return _named_containers(without_secrets(origin.removesuffix(query)), user, query)
     if is_remote(origin):
-        return _remote_folder(origin, channels)
-    if not os.path.isdir(origin):
-        read = read_list if origin.endswith(_LISTS) else annotation_reader(origin)
-        if read is None:
-            raise DataError(f"no folder {origin!r}; set data.root to a folder of images, to tars, tables or a list")
-        return read(origin)
-    try:
-        containers = sorted(filter(_is_container, os.listdir(origin)))
-    except OSError as error:
-        raise DataError(f"cannot look into {origin!r}: {error.strerror}") from error
-    return _of_containers(origin, containers) if containers else list_folder(origin, file_suffixes(channels))
+        return _remote_folder(origin, channels, image_key)
+    if os.path.isdir(origin):
+        return list_folder(origin, channels, image_key)
+    read = read_list if origin.lower().endswith(LISTS) else annotation_reader(origin)
+    if os.path.exists(origin) and not os.path.isfile(origin):
+        raise DataError(
+            f"{origin!r} is not a regular file; set data.root to a folder of images, tars, tables or a list"
+        )
+    if read is None:
+        raise DataError(f"no folder {origin!r}; set data.root to a folder of images, to tars, tables or a list")
+    return read(origin)
 
 
-def _of_containers(root: str, containers: list[str]) -> Listing:
-    return Listing(root, [], (), {}, [], containers)
-
-
-def _is_container(path: str) -> bool:
-    """Tell whether a file in a folder is a tar or a table of images, by its name."""
-    name = posixpath.basename(path)
-    return name.endswith(_CONTAINERS) and name[0] != "." and name != BESIDE
-
-
-def _named_containers(origin: str) -> Listing:
-    """Return the containers that a path, a URL or a pattern names, in order."""
-    paths = [path for one in _expand_braces(origin) for path in _matching(one)]
+def _named_containers(origin: str, user: str, query: str) -> Listing:
+    """Return the containers that a path, a clean URL or a pattern names, in order; it is read with user and query."""
+    paths = [path for one in _expand_braces(origin) for path in _matching(one, user, query)]
     missing = [path for path in paths if not (is_remote(path) or os.path.isfile(path))]
     if missing:
-        raise DataError(f"no file {missing[0]!r}" + (f", nor {len(missing) - 1} others" if missing[1:] else ""))
+        what = "no file" if not os.path.exists(missing[0]) else "not a regular file:"
+        raise DataError(f"{what} {missing[0]!r}" + (f", nor {len(missing) - 1} others" if missing[1:] else ""))
     start = paths[0].find("://") + 3 if is_remote(origin) else 0
     root = paths[0][:start] + posixpath.commonpath([posixpath.dirname(path[start:]) for path in paths])
     inside = (lambda path: path.removeprefix(root + "/")) if is_remote(origin) else (lambda p: os.path.relpath(p, root))
-    return _of_containers(root, [inside(path) for path in paths])
+    notes = Notes(f"{root}/")
+    containers = [inside(path) for path in paths]
+    # A pattern that names both `train-*.tar` and `val-*.tar` is no choice of the training part; `*` may be meant.
+    if "*" in origin or "?" in origin:
+        containers = training_part(containers, notes)
+    return Listing(root, [], (), {}, list(notes), containers)
 
 
 def _expand_braces(pattern: str) -> list[str]:
-    """Expand WebDataset's ranges: `a-{000..002}.tar` is three paths."""
-    head, opened, rest = pattern.partition("{")
-    span, closed, tail = rest.partition("}")
-    first, dots, last = span.partition("..")
-    if not (opened and closed and dots and first.isdigit() and last.isdigit()):
-        return [pattern]
-    numbers = range(int(first), int(last) + 1)
-    return [f"{head}{number:0{len(first)}}{end}" for number in numbers for end in _expand_braces(tail)]
+    """Expand WebDataset's ranges: `a-{000..002}.tar` is three paths. Raises DataError if there are too many."""
+    spans = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)
+    count = 1
+    for first, last in zip(spans[1::3], spans[2::3]):
+        count *= max(0, int(last[:20]) - int(first[:20]) + 1)
+    if not 1 <= count <= _MOST_PATHS:
+        words = "no file" if not count else f"{count:,} files, more than {_MOST_PATHS:,}"
+        raise DataError(f"{pattern!r} names {words}; narrow its ranges")
+    paths = [spans[0]]
+    for first, last, tail in zip(spans[1::3], spans[2::3], spans[3::3]):
+        numbers = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+        paths = [f"{path}{number}{tail}" for path in paths for number in numbers]
+    return paths
 
 
-def _matching(pattern: str) -> list[str]:
+def _matching(pattern: str, user: str, query: str) -> list[str]:
     """Return what matches a pattern, sorted; in a URL only `*` is one, since a `?` begins a query."""
     if not is_remote(pattern):
         return sorted(glob.glob(pattern)) or [pattern]
-    found = _listed(pattern, "glob") if "*" in pattern else [pattern]
+    found = _listed(with_credentials(pattern, user, query), "glob") if "*" in pattern else [pattern]
     if not found:
         raise DataError(f"no file {pattern!r}")
     return found
 
 
-def _remote_folder(origin: str, channels: int) -> Listing:
-    """List everything below a URL: containers, or else image files with their first folders as classes."""
+def _remote_folder(origin: str, channels: int, image_key: str) -> Listing:
+    """List everything below a URL, by the rule of a folder; contents are not looked at."""
     fs = file_system(origin)
-    root = fs.unstrip_protocol(fs._strip_protocol(origin)).rstrip("/")
-    paths = [url.removeprefix(root + "/") for url in _listed(origin.rstrip("/") + "/", "find")]
-    containers = list(filter(_is_container, paths))
-    if containers:
-        return _of_containers(root, containers)
-    images = [path for path in paths if path.lower().endswith(file_suffixes(channels))]
-    names = sorted({path.split("/")[0] for path in images if "/" in path})
-    label_of = {name: label for label, name in enumerate(names)}
-    rows = [
-        Row(os.fsencode(path), label=label_of.get(path.split("/")[0], -1))
-        for path in images
-        if "/" in path or not names
-    ]
-    notes = [(join(root, path), BESIDE_CLASSES) for path in images if names and "/" not in path]
-    return Listing(root, rows, tuple(names), {}, notes)
+    root = without_secrets(fs.unstrip_protocol(fs._strip_protocol(origin)).partition("?")[0].rstrip("/"))
+    bounds = {"maxdepth": _DEEPEST} if origin.startswith(("http://", "https://")) else {}
+    paths = [url.removeprefix(root + "/") for url in _listed(origin.rstrip("/") + "/", "find", **bounds)]
+    if bounds:  # of a page, `?C=N;O=D` is a link that sorts it
+        paths = [path for path in paths if "?" not in path]
+    notes = Notes(f"{root}/")
+    images, containers = select(paths, channels, image_key, notes, is_image=lambda name: False)
+    names, labels = folder_labels(images)
+    last = len(names)
+    order = sorted(zip(images, labels), key=lambda one: (one[1] % (last + 1), os.fsencode(one[0])))  # -1 comes last
+    rows = [Row(os.fsencode(path), label=label) for path, label in order]
+    return Listing(root, rows, names, {}, list(notes), containers)
 
 
-def _listed(url: str, method: str) -> list[str]:
-    """Return the URLs that fsspec's `glob` or `find` gives, sorted."""
+def _listed(url: str, method: str, **bounds: int) -> list[str]:
+    """Return the clean URLs that fsspec's `glob` or `find` gives, sorted."""
     fs = file_system(url)
     try:
         with as_os_errors(url):
-            return sorted(fs.unstrip_protocol(path) for path in getattr(fs, method)(url))
+            return sorted(without_secrets(fs.unstrip_protocol(path)) for path in getattr(fs, method)(url, **bounds))
     except OSError as error:
-        raise DataError(f"cannot list {url.rstrip('/')!r}: {error}; name a tar or table by its URL") from error
+        what = f"cannot list {without_secrets(url).rstrip('/')!r}"
+        raise DataError(f"{what}: {reason_of(error)}; name a tar or table by its URL") from error
