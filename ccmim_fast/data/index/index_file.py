@@ -23,7 +23,7 @@ from ccmim_fast.data.index.decode import Header
 from ccmim_fast.errors import DataError, one_line
 
 BESIDE = "ccmim-index.arrow"  # its name in a folder of tars, where `ccmim data shard` writes it
-FORMAT = 1  # of the file: raise it when columns change; indexes are then built anew
+FORMAT = 2  # of the file: raise it when columns change; indexes are then built anew
 # Values of a row's `status`: only the header was read, all of it was decoded, it cannot be used.
 INDEXED, VERIFIED, BAD = range(3)
 
@@ -143,9 +143,10 @@ class Index:
             part = self.table.slice(start, 4096).to_pydict()
             yield from map(Row, *(part[name] for name in SCHEMA.names))
 
-    def modes(self) -> Counter[str]:
-        """Count the samples of each mode, in the order of their names."""
-        counts = self.table.column("mode").value_counts().to_pylist()
+    def modes(self, of_N: np.ndarray | None = None) -> Counter[str]:
+        """Count the samples of each mode, in the order of their names; with `of_N` [N] bool, of those alone."""
+        column = self.table.column("mode")
+        counts = (column if of_N is None else column.filter(pa.array(of_N))).value_counts().to_pylist()
         return Counter(dict(sorted((str(count["values"]), count["counts"]) for count in counts)))
 
 

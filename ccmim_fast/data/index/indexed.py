@@ -6,12 +6,14 @@ import contextlib
 import hashlib
 import os
 import re
+from collections import Counter
 
 import numpy as np
 
 from ccmim_fast.config.schema import DataConfig
-from ccmim_fast.data.index.decode import decode, has_end
-from ccmim_fast.data.index.index_file import BESIDE, Index
+from ccmim_fast.data.index.arrays import WHITE
+from ccmim_fast.data.index.decode import BYTE, REAL, decode, depth_of, has_end
+from ccmim_fast.data.index.index_file import BAD, BESIDE, Index
 from ccmim_fast.data.index.scan import build_index, changed
 from ccmim_fast.data.index.storage import Storage, is_remote, join
 from ccmim_fast.data.progress import progress_bar
@@ -20,10 +22,15 @@ from ccmim_fast.errors import DataError
 
 
 class IndexedSource:
-    """This source reads the images of an open `index`: files, members of tars or rows of tables."""
+    """This source reads the images of an open `index`: files, members of tars or rows of tables.
 
-    def __init__(self, index: Index):
-        self.index = index
+    `max_value` is the setting `data.max_value`. The pixels are uint8, or float32 where numbers would be lost: if more
+    than half of the images have more than 8 bits, or any has signed or real numbers.
+    """
+
+    def __init__(self, index: Index, max_value: tuple[float, ...] = ()):
+        self.index, self.max_value = index, max_value
+        self.dtype = _type_of(index)
         self.channels, self.class_names, self.fingerprint = index.channels, index.class_names, index.fingerprint
         self.sizes_N2, self.labels_N, self.excluded_X = index.sizes_N2, index.labels_N, index.excluded_X
         self._storage = Storage(index.root, index.containers)
@@ -52,7 +59,7 @@ class IndexedSource:
     def decoded(self, index: int, data: bytes) -> np.ndarray:
         """Decode the bytes that `encoded` has returned."""
         try:
-            image_HWC = decode(data, self.channels)
+            image_HWC = decode(data, self.channels, self.dtype, self.max_value)
         except DataError as error:
             raise DataError(f"cannot decode {self.name(index)!r}: {error}") from error
         expected = (*self.sizes_N2[index].tolist(), self.channels)
@@ -62,7 +69,8 @@ class IndexedSource:
 
     def read(self, index: int) -> bytes:
         """Return the file itself if every decoder reads it alike, else its pixels as PGM or PPM."""
-        if self.index.plain_N[index]:
+        stretched = any(value < WHITE for value in self.max_value)
+        if self.index.plain_N[index] and not stretched:
             data = self.encoded(index)
             if has_end(data):
                 return data
@@ -71,17 +79,22 @@ class IndexedSource:
 
 def build(data: DataConfig, seed: int) -> IndexedSource:
     """Build the source of `data.source=images`; the seed does not matter."""
-    return open_images(data.root, data.channels, data.index, quiet=False)
+    return open_images(data.root, data.channels, data.index, quiet=False, max_value=data.max_value)
 
 
 def open_images(
-    origin: str, channels: int = 3, path: str = "", quiet: bool = True, rescan: bool = False
+    origin: str,
+    channels: int = 3,
+    path: str = "",
+    quiet: bool = True,
+    rescan: bool = False,
+    max_value: tuple[float, ...] = (),
 ) -> IndexedSource:
     """Open the images that `origin` names; index them if there is no index yet, or if files came or went.
 
     `path` is the index file; empty: beside the tars if there is one, else in the user's cache folder. `quiet`: show no
     progress bar. `rescan`: look at every file, for changes that left the folder as it was; shards with their index are
-    not scanned. For `origin` and the errors see `scan.build_index`.
+    not scanned. `max_value` is the setting `data.max_value`. For `origin` and the errors see `scan.build_index`.
     """
     origin = origin if is_remote(origin) or not origin else os.path.abspath(origin)
     if path and os.path.isfile(path):
@@ -91,9 +104,9 @@ def open_images(
     path = path or index_path(origin, channels)
     previous = _previous(path, origin, channels)
     if previous is not None and (previous.relocatable or not (rescan or changed(previous))):
-        return IndexedSource(previous)
+        return IndexedSource(previous, max_value)
     with progress_bar(f"indexing {origin}", quiet) as report:
-        return IndexedSource(build_index(origin, path, channels, previous, report))
+        return IndexedSource(build_index(origin, path, channels, previous, report), max_value)
 
 
 def index_path(origin: str, channels: int) -> str:
@@ -106,6 +119,14 @@ def index_path(origin: str, channels: int) -> str:
     digest = hashlib.sha256(os.fsencode(origin)).hexdigest()[:12]
     stem = re.sub(r"[^A-Za-z0-9_-]", "-", os.path.basename(origin.rstrip("/")))[:40]
     return os.path.join(cache, "ccmim_fast", f"{stem}-{digest}-{channels}.arrow")
+
+
+def _type_of(index: Index) -> np.dtype:
+    """Return the type of the pixels of all images of an index, by the modes of those that can be used."""
+    counts = Counter()
+    for mode, count in index.modes(index.status_N != BAD).items():
+        counts[depth_of(mode)] += count
+    return REAL if counts["real"] or counts["wide"] > counts["byte"] else BYTE
 
 
 def _previous(path: str, origin: str, channels: int) -> Index | None:
