@@ -84,8 +84,9 @@ def measure_throughput(
     # The stages come first: the loaders would bring the files from the disk into memory.
     stages = measure_stage_times(Plan(source, _SEED, batch), data.image_size, _STAGE_IMAGES)
     shape = (batch, *data.image_size, source.channels)
-    images_BHWC = torch.zeros(shape, dtype=torch.uint8, pin_memory=on.type == "cuda")
-    tensors = {"images": images_BHWC, "out": torch.empty(shape, dtype=torch.uint8, device=on)}
+    pixels = torch.from_numpy(np.zeros(shape, dtype=source.dtype))
+    images_BHWC = pixels.pin_memory() if on.type == "cuda" else pixels
+    tensors = {"images": images_BHWC, "out": torch.empty_like(images_BHWC, device=on)}
     # The timer warms up, and waits for the device.
     timer = Timer("out.copy_(images, non_blocking=True)", globals=tensors, num_threads=torch.get_num_threads())
     copy_ms = timer.timeit(10).mean * 1e3 / batch

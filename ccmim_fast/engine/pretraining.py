@@ -16,6 +16,7 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.config.validate import validate
 from ccmim_fast.data.build import Loader, build_loader, build_source
 from ccmim_fast.data.source import excluded_summary
+from ccmim_fast.data.stats import range_notes
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine import choices
 from ccmim_fast.engine.build import build_bank, build_step, check_device, check_images, choose_shards, prepare_step
@@ -59,7 +60,7 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None
             if here.is_main:
                 describe_run(folder, config, here.device)
                 write_table(folder / AUTOTUNE, task.chosen)
-                for line in task.chosen.notes():
+                for line in (*range_notes(task.source), *task.chosen.notes()):
                     loop.note(line)
             with recorded(folder, here.is_main, lambda: loop.step >= loop.total_steps):
                 loop.run(profile.watch)
@@ -87,6 +88,7 @@ class Pretraining(Task):
         self.train_step = step = build_step(config, here)  # its parts, uncompiled
         self.model, self.optimizer, self.scaler, self.ema = step.model, step.optimizer, step.scaler, step.ema
         self.precision = step.precision
+        step.pixels = getattr(torch, str(self.source.dtype))
         self._samples = self.loader.plan.samples
         self.length = config.train.epochs * self._samples
         asked = min(self.length, config.train.max_steps * config.train.batch_size or self.length)
@@ -122,6 +124,7 @@ class Pretraining(Task):
         images = [f"{self.loader.plan.samples} images", *excluded_summary(self.source), type(self.loader).__name__]
         device = f"{self.here.world_size} x {self.here.device}, {self.precision.name}"
         weights = sum(p.numel() for p in self.model.parameters())
+        images += ["float32 pixels"] if self.train_step.pixels.is_floating_point else []
         return " · ".join([*images, device, f"{weights / 1e6:.1f} M parameters"])
 
     def prepare(self, batches: list[Batch], seen: int) -> list[Batch]:

@@ -26,6 +26,15 @@ class Stored(NamedTuple):
     values_HWC: np.ndarray  # bool, whole or real numbers
     full: float
 
+    def limits(self, max_value: tuple[float, ...]) -> np.ndarray:
+        """Return the numbers that are white by `data.max_value`, [C] or [1] float64; empty: `full`.
+
+        Whole numbers are never scaled by more than their format can hold, so that 8-bit images keep their white beside
+        images of 12 bits.
+        """
+        limits = np.array(max_value or (self.full,), dtype=np.float64)
+        return limits if self.values_HWC.dtype.kind == "f" else np.minimum(limits, self.full)
+
 
 class Unread(NamedTuple):
     """An image whose header was read, and whose pixels are read by `read`, upright."""
@@ -58,17 +67,14 @@ def check_type(dtype: np.dtype) -> None:
 def scaled(stored: Stored, dtype: np.dtype, max_value: tuple[float, ...] = ()) -> np.ndarray:
     """Scale stored values to 0 .. 255, rounded for uint8, as they come for float32: [H, W, C] of `dtype`.
 
-    `max_value`: the full scale, one for all channels or one for each; empty: `stored.full`. Whole numbers are never
-    scaled by more than their format can hold, so that 8-bit images keep their white beside images of 12 bits. Raises
-    DataError for values that are not finite, and for signed or real ones where uint8 is asked for.
+    For `max_value` see `Stored.limits`. Raises DataError for values that are not finite, and for signed or real ones
+    where uint8 is asked for.
     """
-    values_HWC, full = stored
+    values_HWC, limits = stored.values_HWC, stored.limits(max_value)
     real = values_HWC.dtype.kind == "f"
-    limits = np.array(max_value or (full,), dtype=np.float64)
-    limits = limits if real else np.minimum(limits, full)
     if dtype == np.uint8:
         if real or values_HWC.dtype.kind == "i":
-            raise DataError(f"{values_HWC.dtype.name} pixels among images of 8 bits; ccmim data index reads it anew")
+            raise DataError(f"{values_HWC.dtype.name} pixels, and 8 bits are read here; scale them to 8 bits")
         if values_HWC.dtype == np.uint8 and (limits == WHITE).all():
             return values_HWC
         return np.rint(values_HWC * (WHITE / limits)).clip(0, WHITE).astype(np.uint8)

@@ -86,10 +86,15 @@ def decode(data: bytes, channels: int, dtype: np.dtype = BYTE, max_value: tuple[
     White is what the format or the type of the numbers makes it, or `max_value`, see `arrays.scaled`; uint8 is rounded.
     An alpha channel is dropped; JPEG in colour becomes gray by its stored luma. Raises DataError with the reason.
     """
+    return scaled(decode_stored(data, channels), dtype, max_value)
+
+
+def decode_stored(data: bytes, channels: int) -> Stored:
+    """Decode an image to the numbers that are stored, upright. Raises DataError with the reason."""
     try:
         unread = _array(data, channels)
-        stored = _picture(data, channels) if unread is None else unread.read()
-        return scaled(stored, dtype, max_value)
+        return _picture(data, channels) if unread is None else unread.read()
+    # Pillow's plugins raise errors of any type on damaged pixels, and so does tifffile.
     except Exception as error:
         raise DataError(_reason(error)) from error
 

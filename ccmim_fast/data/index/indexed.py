@@ -11,8 +11,8 @@ from collections import Counter
 import numpy as np
 
 from ccmim_fast.config.schema import DataConfig
-from ccmim_fast.data.index.arrays import WHITE
-from ccmim_fast.data.index.decode import BYTE, REAL, decode, depth_of, has_end
+from ccmim_fast.data.index.arrays import WHITE, Stored
+from ccmim_fast.data.index.decode import BYTE, REAL, decode, decode_stored, depth_of, has_end
 from ccmim_fast.data.index.index_file import BAD, BESIDE, Index
 from ccmim_fast.data.index.scan import build_index, changed
 from ccmim_fast.data.index.storage import Storage, is_remote, join
@@ -66,6 +66,13 @@ class IndexedSource:
         if image_HWC.shape != expected:
             raise DataError(f"{self.name(index)!r} was {expected} when indexed and is {image_HWC.shape} now")
         return image_HWC
+
+    def stored(self, index: int) -> Stored:
+        """Return the pixels as numbers that are stored, not scaled. Raises DataError like `decode`."""
+        try:
+            return decode_stored(self.encoded(index), self.channels)
+        except DataError as error:
+            raise DataError(f"cannot decode {self.name(index)!r}: {error}") from error
 
     def read(self, index: int) -> bytes:
         """Return the file itself if every decoder reads it alike, else its pixels as PGM or PPM."""

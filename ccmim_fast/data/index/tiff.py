@@ -126,9 +126,8 @@ class _Image:
         if kind not in (*_GRAY, PHOTOMETRIC.RGB, PHOTOMETRIC.PALETTE) and (
             self._channels in (1, 3) or kind != PHOTOMETRIC.SEPARATED
         ):
-            raise DataError(
-                f"a TIFF of {getattr(kind, 'name', kind)} pixels of {self._page.bitspersample} bits; convert it to gray or RGB"
-            )
+            what = f"{getattr(kind, 'name', kind)} pixels of {self._page.bitspersample} bits"
+            raise DataError(f"a TIFF of {what}; convert it to gray or RGB")
         if kind == PHOTOMETRIC.MINISWHITE and self._series.dtype.kind not in "bu":
             raise DataError(f"a TIFF of {self._series.dtype.name} in which zero is white; write it with zero as black")
         self._check_channels()
