@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ccmim_fast.data.index.decode import Header, read_header
+from ccmim_fast.data.index.formats import suffix_of
 from ccmim_fast.data.index.index_file import BESIDE, Index, Listing, Row, write_index
 from ccmim_fast.data.index.indexed import IndexedSource
 from ccmim_fast.data.source import usable_count, usable_ids
@@ -39,10 +40,12 @@ def write_shards(
     The arguments are those of `ccmim data shard --help`.
 
     Return the index, and (id, reason) of the samples that the source excludes or that cannot be read. Raises
-    ConfigError for `side` if images are not gray or RGB, DataError if the folder is not empty or not writable.
+    ConfigError for `side` if images are not gray or RGB of 8 bits, DataError for a folder that is not empty or writable.
     """
     if side and source.channels not in (1, 3):
         raise ConfigError(f"--side={side}: images of {source.channels} channels are not resized; leave it out")
+    if side and source.dtype != np.uint8:
+        raise ConfigError(f"--side={side}: most images have more than 8 bits, and JPEG has 8; leave it out")
     left_out = [(index, source.index.reason(index)) for index in source.excluded_X.tolist()]
     count = usable_count(source)
     ids = usable_ids(source, epoch_order(seed, 0, count, np.arange(count))).tolist()
@@ -86,9 +89,7 @@ def _load(source: IndexedSource, side: int, quality: int, index: int) -> _Sample
             data, suffix = shrink(source.decode(index), side, quality), ".jpg"
         else:
             data, suffix = source.encoded(index), os.path.splitext(source.index.location(index))[1].lower()
-        if not suffix:  # of a table's row
-            with Image.open(io.BytesIO(data)) as image:
-                suffix = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(image.format, f".{image.format.lower()}")
+        suffix = suffix or suffix_of(data)  # of a table's row
         label = -1 if source.labels_N is None else int(source.labels_N[index])
         return data, suffix, label, read_header(data, source.channels)
     # OSError: the image cannot be written as JPEG, for example because a side is too long.

@@ -45,7 +45,8 @@ def evaluate(name: str, checkpoint: str, settings: Mapping[str, str]) -> str:
             weights = read_encoder(checkpoint, config.model.arch, config.model.num_heads)
             mean, std = config.data.mean or weights.mean, config.data.std or weights.std
             check_installed(f"eval {name}", row.needs, name)
-            data = [images_of(config.data, mean, std, test) for test in (False, True)]
+            shown = replace(config.data, max_value=config.data.max_value or weights.max_value)
+            data = [images_of(shown, mean, std, test) for test in (False, True)]
             train, test = map(Images, load(f"{PACKAGE}.{row.open_images}")(config, *data), data)
         folder = open_run_folder(config) if here.is_main else Path(config.run.dir)
         job = Job(config, here, folder, weights._replace(mean=mean, std=std), train, test)

@@ -55,7 +55,7 @@ def embed_folder(
     at = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     opened = open_run(run)
     model, config = opened.model.to(at), opened.config.data
-    source = open_images(folder, config.channels, quiet=False)
+    source = open_images(folder, config.channels, quiet=False, max_value=config.max_value)
     encode, autocast = tokens_of(model.encoder, model.mean_C, model.std_C), choose_precision(precision, at).autocast(at)
     count, width = usable_count(source), model.encoder.embed_dim
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ccmim_fast.data.index.formats import check_size
 from ccmim_fast.errors import DataError
 
-MAX_PIXELS = 100_000_000  # 300 MB as RGB; faults.md, row 4
 WHITE = 255.0  # the full scale of pixels in a batch, whatever their type
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as in Pillow's conversion to gray
 _PNM = re.compile(rb"P([56])" + 3 * rb"(?:\s|#[^\r\n]*[\r\n])+(\d{1,10})" + rb"\s")
@@ -43,14 +43,6 @@ class Unread(NamedTuple):
     mode: str  # the type of the numbers, such as uint16, and behind a comma what is to be known of their places
     read: Callable[[], Stored]
     orientation: int = 1  # EXIF, 1 .. 8
-
-
-def check_size(height: int, width: int) -> None:
-    """Raise DataError for an image without pixels, or with more than `MAX_PIXELS`."""
-    if min(height, width) < 1:
-        raise DataError(f"no pixels: {height} x {width}")
-    if height * width > MAX_PIXELS:
-        raise DataError(f"{height} x {width} pixels are more than {MAX_PIXELS:,}")
 
 
 def full_scale(dtype: np.dtype) -> float:

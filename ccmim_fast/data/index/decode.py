@@ -3,7 +3,6 @@
 # H height, W width, C channels
 
 import re
-import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +13,6 @@ from ccmim_fast.data.index.arrays import (
     Stored,
     Unread,
     check_jpeg2000,
-    check_size,
     is_wide_png,
     read_npy,
     read_wide_gray,
@@ -25,9 +23,6 @@ from ccmim_fast.data.index.arrays import (
 from ccmim_fast.data.index.formats import format_of, open_picture
 from ccmim_fast.data.index.tiff import read_tiff, turned
 from ccmim_fast.errors import DataError, one_line
-
-# Our own limit on pixels, read from headers, excludes what Pillow warns about.
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 HEADER_BYTES = 2**16  # enough for the header of almost every JPEG and PNG; a shorter file is read whole
 HEADER_FIRST = (b"\xff\xd8", b"\x89PNG", b"\x93NUMPY")  # whose header can be read from the first bytes
@@ -122,7 +117,6 @@ def _array(data: bytes, channels: int) -> Unread | None:
 
 def _picture_header(data: bytes) -> Header:
     with open_picture(data) as image:
-        check_size(image.height, image.width)
         _check_mode(image)
         if image.format == "JPEG2000":
             check_jpeg2000(data)
@@ -144,7 +138,6 @@ def _picture_header(data: bytes) -> Header:
 
 def _picture(data: bytes, channels: int) -> Stored:
     with open_picture(data) as image:
-        check_size(image.height, image.width)
         _check_mode(image)
         orientation = _orientation(image)
         if image.format == "PNG" and is_wide_png(data):

@@ -4,11 +4,13 @@ import importlib
 import importlib.util
 import io
 import os
+import warnings
 
 from PIL import Image, UnidentifiedImageError
 
 from ccmim_fast.errors import DataError, one_line
 
+MAX_PIXELS = 100_000_000  # 300 MB as RGB; faults.md, row 4
 _PLUGINS = {
     "JPEG": "JpegImagePlugin",
     "PNG": "PngImagePlugin",
@@ -20,6 +22,8 @@ _PLUGINS = {
     "PPM": "PpmImagePlugin",
     "AVIF": "AvifImagePlugin",  # from Pillow 11.3 on
 }
+# Our own limit on pixels, read from headers, excludes what Pillow warns about.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 for _plugin in _PLUGINS.values():
     if importlib.util.find_spec(f"PIL.{_plugin}") is not None:
         importlib.import_module(f"PIL.{_plugin}")
@@ -64,15 +68,26 @@ def format_of(data: bytes) -> str:
 def open_picture(source: bytes | str | os.PathLike) -> Image.Image:
     """Open an encoded image, or the file at a path, by Pillow, as one of `FORMATS`; its pixels are not decoded yet.
 
-    Raises DataError with the reason for one that is none of them, OSError for a file that cannot be read.
+    Raises DataError with the reason for one that is none of them, or is too large; OSError for a file that cannot be
+    read.
     """
     if not isinstance(source, bytes):
         with open(source, "rb") as file:
             source = file.read()
     try:
-        return Image.open(io.BytesIO(source), formats=FORMATS)
+        image = Image.open(io.BytesIO(source), formats=FORMATS)
     except UnidentifiedImageError:
         raise DataError(_why_not(source)) from None
+    check_size(image.height, image.width)
+    return image
+
+
+def check_size(height: int, width: int) -> None:
+    """Raise DataError for an image without pixels, or with more than `MAX_PIXELS`."""
+    if min(height, width) < 1:
+        raise DataError(f"no pixels: {height} x {width}")
+    if height * width > MAX_PIXELS:
+        raise DataError(f"{height} x {width} pixels are more than {MAX_PIXELS:,}")
 
 
 def suffix_of(data: bytes) -> str:

@@ -15,15 +15,14 @@ import numpy as np
 from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC, TIFF, TiffFile, TiffPageSeries
 
 from ccmim_fast.data.index.arrays import (
-    MAX_PIXELS,
     Stored,
     Unread,
-    check_size,
     check_type,
     full_scale,
     not_channels,
     with_channels,
 )
+from ccmim_fast.data.index.formats import MAX_PIXELS, check_size
 from ccmim_fast.errors import DataError
 
 _GRAY = (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ccmim_fast.data.index.formats import open_picture
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.source import Source
 from ccmim_fast.data.stream.batch import Batch
@@ -65,7 +65,7 @@ class MaskFolder:
         whole = self._folder / Path(os.path.relpath(name, self._root)).with_suffix(".png")
         path = whole if whole.is_file() else self._folder / whole.name
         try:
-            with Image.open(path) as image:
+            with open_picture(path) as image:
                 pixels = np.asarray(image)[..., : -1 if image.mode in ("LA", "RGBA") else None]
         except FileNotFoundError:
             raise DataError(f"--masks={self._folder}: no {path.name} in it, the mask of {name!r}") from None

@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ccmim_fast.config.schema import DataConfig
+from ccmim_fast.data.index.decode import BYTE
+from ccmim_fast.data.index.formats import open_picture
 from ccmim_fast.data.index.indexed import IndexedSource, open_images
 from ccmim_fast.data.made.shapes import build
 from ccmim_fast.data.source import Source
@@ -55,6 +56,8 @@ def folder_scenes(root: str) -> tuple[Scenes, Scenes]:
                     f"each with {PARTS[0]}/ and {PARTS[1]}/"
                 )
     images = [open_images(str(Path(root) / "images" / part), 3, quiet=False) for part in PARTS]
+    for one in images:
+        one.dtype = BYTE  # what the augmentation works on
     paths = [_annotations_of(found, root, part) for found, part in zip(images, PARTS)]
     names = Path(root) / NAMES
     class_names = _names_in(names) if names.is_file() else _numbered(paths[0])
@@ -92,7 +95,7 @@ def _annotations_of(images: IndexedSource, root: str, part: str) -> list[str]:
 def _read_annotation(path: str) -> np.ndarray:
     """Return the numbers in an 8-bit gray or palette image, [H, W] uint8. Raises DataError naming the file."""
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             if image.mode in _MODES:
                 return np.array(image)
     except Exception as error:  # Pillow's plugins raise whatever damaged data lead them to
