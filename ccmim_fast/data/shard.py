@@ -40,7 +40,7 @@ def write_shards(
     The arguments are those of `ccmim data shard --help`.
 
     Return the index, and (id, reason) of the samples that the source excludes or that cannot be read. Raises
-    ConfigError for `side` if images are not gray or RGB of 8 bits, DataError for a folder that is not empty or writable.
+    ConfigError for `side` if images are not gray or RGB of 8 bits, DataError if the folder is not empty, not writable.
     """
     if side and source.channels not in (1, 3):
         raise ConfigError(f"--side={side}: images of {source.channels} channels are not resized; leave it out")

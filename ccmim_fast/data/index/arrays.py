@@ -199,10 +199,10 @@ def check_jpeg2000(data: bytes) -> int:
     Raises DataError if it is larger than `MAX_PIXELS`, or of signed numbers, which Pillow shifts.
     """
     start = data.find(_SIZ)
-    if start < 0 or len(data) < start + 41:
+    if start < 0 or len(data) < start + 43:
         raise DataError("JPEG 2000 without the header of its codestream")
     right, bottom, left, top = (int.from_bytes(data[start + 8 + 4 * i : start + 12 + 4 * i], "big") for i in range(4))
     check_size(bottom - top, right - left)
-    if data[start + 40] & 128:
+    if data[start + 42] & 128:
         raise DataError("JPEG 2000 of signed numbers; convert it to TIFF")
-    return (data[start + 40] & 127) + 1
+    return (data[start + 42] & 127) + 1

@@ -96,6 +96,8 @@ class _Image:
             return False
         if len(self._extras) > 1 or self._nodata() or self._rows_are_pages or not self._samples_are_whole():
             return False
+        if EXTRASAMPLE.ASSOCALPHA in self._extras and not self._missing():
+            return False  # Pillow would not round
         gray = self.photometric in _GRAY and colours[1] == 1
         rgb = colours == (PHOTOMETRIC.RGB, 3)
         if dtype.itemsize == 1 and self._page.bitspersample <= 8:
