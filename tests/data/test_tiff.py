@@ -48,8 +48,13 @@ def test_a_set_in_several_files_is_refused_by_what_it_lacks():
     sizes = 'DimensionOrder="XYCZT" Type="uint8" SizeX="8" SizeY="6" SizeC="4" SizeZ="1" SizeT="1"'
     xml = f'<OME UUID="urn:0"><Image ID="Image:0"><Pixels ID="Pixels:0" {sizes}>{parts}</Pixels></Image></OME>'
     data = tiff(np.full((6, 8), 50, np.uint8), description=xml, metadata=None)
-    with pytest.raises(DataError, match="one of 4 files of an OME-TIFF set of 4 channels"):
-        read_header(data, 4)
+    for channels in (1, 3, 4):
+        with pytest.raises(DataError, match="one of 4 files of an OME-TIFF set of 4 channels, and holds 1: write"):
+            read_header(data, channels)
+    # Of a set of moments each file has an image of its own.
+    assert (
+        decode(tiff(np.full((6, 8), 50, np.uint8), description=xml.replace('C="4"', 'C="1"'), metadata=None), 3) == 50
+    ).all()
     whole = tiff(RANDOM.integers(0, 256, (4, 6, 8), dtype=np.uint8), metadata={"axes": "CYX"}, ome=True)
     assert decode(whole, 4).shape == (6, 8, 4)
 

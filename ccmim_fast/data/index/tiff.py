@@ -8,6 +8,7 @@ more compressions built in; so are 16 bits whose compression tifffile cannot und
 
 import importlib.util
 import io
+import logging
 import math
 import re
 
@@ -25,8 +26,14 @@ from ccmim_fast.data.index.arrays import (
 from ccmim_fast.data.index.formats import MAX_PIXELS, check_size
 from ccmim_fast.errors import DataError
 
+# It logs what is odd in a file; what keeps pixels from being right is a reason here.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+
 _GRAY = (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK)
-_ALPHA = (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
+_BLENDED, _UNBLENDED = (EXTRASAMPLE.ASSOCALPHA,), (EXTRASAMPLE.UNASSALPHA,)
+_ALPHA = _BLENDED + _UNBLENDED
+# What libtiff, which is built into Pillow, undoes: none, fax, LZW, JPEG, deflate, packed bits, LZMA, Zstandard.
+_PILLOWS = (1, 2, 3, 4, 5, 7, 8, 32773, 32946, 34925, 50000)
 # Stored pixels -> upright ones, by the tag Orientation.
 _TURNS = {
     2: lambda a: a[:, ::-1],
@@ -56,6 +63,7 @@ def read_tiff(data: bytes, channels: int) -> Unread | None:
         raise DataError("a TIFF without an image")
     series = file.series[0]
     image = _Image(data, series, channels)
+    image.check_set()
     if image.is_pillows():
         return None
     image.check()
@@ -86,34 +94,37 @@ class _Image:
         check_size(*self.size)
         self.photometric, self._extras = page.photometric, () if self._rows_are_pages else page.extrasamples
         self._colours = self.samples - len(self._extras)
+        if self.photometric == PHOTOMETRIC.PALETTE and page.colormap is None:
+            raise DataError("a TIFF of a palette without its colours")
         tag = page.tags.get(274)
         self.orientation = tag.value if tag is not None and tag.value in _TURNS else 1
 
     def is_pillows(self) -> bool:
         """Tell whether Pillow gives these pixels, as gray or RGB."""
-        dtype, colours = self._series.dtype, (self.photometric, self._colours)
-        if self._channels not in (1, 3) or dtype.kind not in "bu" or self.pages * len(self._series) > 1:
+        page, alpha, missing = self._page, self._extras, self._missing()
+        if self._channels not in (1, 3) or self._series.dtype.kind not in "bu" or page.compression not in _PILLOWS:
             return False
-        if len(self._extras) > 1 or self._nodata() or self._rows_are_pages or not self._samples_are_whole():
+        if self.pages > 1 or self._rows_are_pages or self._nodata() is not None:
             return False
-        if EXTRASAMPLE.ASSOCALPHA in self._extras and not self._missing():
-            return False  # Pillow would not round
-        gray = self.photometric in _GRAY and colours[1] == 1
-        rgb = colours == (PHOTOMETRIC.RGB, 3)
-        if dtype.itemsize == 1 and self._page.bitspersample <= 8:
-            colour_map = self._page.colormap
-            palette = self.photometric == PHOTOMETRIC.PALETTE and self.samples == 1 and colour_map.max() > 255
-            cmyk = colours == (PHOTOMETRIC.SEPARATED, 4) and not self._extras
-            ycbcr = self.photometric == PHOTOMETRIC.YCBCR and self._page.compression == COMPRESSION.JPEG
-            unblended = EXTRASAMPLE.ASSOCALPHA not in self._extras
-            return (
-                rgb
-                or palette
-                or cmyk
-                or ycbcr
-                or (gray and self._extras in ((), (EXTRASAMPLE.UNASSALPHA,)) and unblended)
-            )
-        return dtype == np.uint16 and not self._extras and (gray or rgb) and bool(self._missing())
+        kind = self.photometric, self._colours
+        gray = kind in ((PHOTOMETRIC.MINISWHITE, 1), (PHOTOMETRIC.MINISBLACK, 1)) and alpha in ((), _UNBLENDED)
+        # Pillow undoes what is blended, without rounding.
+        rgb = kind == (PHOTOMETRIC.RGB, 3) and len(alpha) < 2 and (alpha != _BLENDED or bool(missing))
+        if page.bitspersample == 16:
+            return (gray or rgb) and not alpha and bool(missing)
+        palette = kind == (PHOTOMETRIC.PALETTE, 1) and page.colormap.max() > 255
+        cmyk = kind == (PHOTOMETRIC.SEPARATED, 4) and not alpha
+        ycbcr = kind == (PHOTOMETRIC.YCBCR, 3) and page.compression == COMPRESSION.JPEG
+        return page.bitspersample in (1, 2, 4, 8) and (gray or rgb or palette or cmyk or ycbcr)
+
+    def check_set(self) -> None:
+        """Raise DataError if the file is one of an OME-TIFF set and lacks channels that are in the others."""
+        text = self._page.description
+        files = {*re.findall(r'FileName="([^"]+)"', text)} if "<OME" in text else set()
+        size = re.search(r'SizeC="(\d{1,6})"', text)
+        if len(files) > 1 and size is not None and int(size[1]) > self._kept():
+            words = f"one of {len(files)} files of an OME-TIFF set of {size[1]} channels"
+            raise DataError(f"{words}, and holds {self._kept()}: write the channels of an image to one file")
 
     def check(self) -> None:
         """Raise DataError if these pixels cannot be given, with the reason."""
@@ -141,8 +152,6 @@ class _Image:
         gray_or_rgb = self.pages == 1 and self._channels in (1, 3) and (kept == 1 or self._is_rgb())
         if kept == self._channels or gray_or_rgb:
             return
-        if others := self._ome_set():
-            raise DataError(others)
         if self.pages > 1:
             words = f"a TIFF of {self.pages} pages, which are neither {self._channels} channels nor one image"
             raise DataError(f"{words}: data.channels={self.pages} takes pages as channels; else write each to a file")
@@ -159,13 +168,12 @@ class _Image:
         spare = (*_ALPHA, EXTRASAMPLE.UNSPECIFIED) if self.photometric == PHOTOMETRIC.RGB else _ALPHA
         return self._colours if all(extra in spare for extra in self._extras) else self.samples
 
+    def _places_of_alpha(self) -> list[int]:
+        """Return the places of alpha among the samples behind the colours."""
+        return [place for place, extra in enumerate(self._extras) if extra in _ALPHA]
+
     def _is_rgb(self) -> bool:
         return self.photometric in (PHOTOMETRIC.RGB, PHOTOMETRIC.PALETTE) and self._kept() == 3
-
-    def _samples_are_whole(self) -> bool:
-        """Tell whether the samples are numbers without sign, which Pillow takes for granted."""
-        formats = self._page.sampleformat
-        return all(one == 1 for one in (formats if isinstance(formats, tuple) else (formats,)))
 
     def _missing(self) -> str:
         """Return what no installed package undoes of the way the samples are stored; empty if nothing."""
@@ -180,16 +188,6 @@ class _Image:
                 continue
         packed = page.bitspersample not in (1, 8, 16, 32, 64) and importlib.util.find_spec("imagecodecs") is None
         return f"a TIFF of {page.bitspersample} bits a sample" if packed else ""
-
-    def _ome_set(self) -> str:
-        """Return the reason, if the file holds only some planes of an OME-TIFF set; else nothing."""
-        text = self._page.description
-        files = {*re.findall(r'FileName="([^"]+)"', text)} if "<OME" in text else set()
-        size = re.search(r'SizeC="(\d{1,6})"', text)
-        if len(files) < 2 or size is None:
-            return ""
-        words = f"one of {len(files)} files of an OME-TIFF set of {size[1]} channels, and the others are not looked at"
-        return f"{words}: write the channels of an image to one file"
 
     def _nodata(self) -> float | None:
         """Return GDAL's value for pixels without data; None without one, or for zero, which is black."""
@@ -232,13 +230,10 @@ class _Image:
             # Some writers put 8 bits into the 16 of an entry.
             return colours_S3[values_HWS[..., 0]], 65535.0 if colours_S3.max() > 255 else 255.0
         if self.photometric == PHOTOMETRIC.MINISWHITE:
-            alpha = sum(extra in _ALPHA for extra in self._extras)
-            values_HWS = values_HWS.copy()
-            seen = values_HWS[..., : values_HWS.shape[2] - alpha]
-            np.subtract(full, seen, out=seen, casting="unsafe") if seen.dtype != bool else np.logical_not(
-                seen, out=seen
-            )
-        kept = self._kept() if self.pages == 1 else self.pages
+            is_alpha_S = np.isin(np.arange(values_HWS.shape[2]) - self._colours, self._places_of_alpha())
+            white = np.asarray(full).astype(values_HWS.dtype)
+            values_HWS = np.where(is_alpha_S, values_HWS, values_HWS ^ white)  # white is all bits: white - values
+        kept = self._kept()
         if kept < values_HWS.shape[2]:
             if self._extras[0] == EXTRASAMPLE.ASSOCALPHA:
                 values_HWS = _unblended(values_HWS, kept, full)
