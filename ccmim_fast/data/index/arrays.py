@@ -69,7 +69,7 @@ def scaled(stored: Stored, dtype: np.dtype, max_value: tuple[float, ...] = ()) -
             raise DataError(f"{values_HWC.dtype.name} pixels, and 8 bits are read here; scale them to 8 bits")
         if values_HWC.dtype == np.uint8 and (limits == WHITE).all():
             return values_HWC
-        return np.rint(values_HWC * (WHITE / limits)).clip(0, WHITE).astype(np.uint8)
+        return np.rint(values_HWC * WHITE / limits).clip(0, WHITE).astype(np.uint8)
     wide = np.float64 if values_HWC.dtype.itemsize > 2 else np.float32
     with np.errstate(over="ignore", invalid="ignore"):  # what comes of them is counted
         found_HWC = (values_HWC.astype(wide) * (WHITE / limits).astype(wide)).astype(np.float32)

@@ -117,9 +117,7 @@ def _array(data: bytes, channels: int) -> Unread | None:
 
 def _picture_header(data: bytes) -> Header:
     with open_picture(data) as image:
-        _check_mode(image)
-        if image.format == "JPEG2000":
-            check_jpeg2000(data)
+        _check_picture(data, image)
         orientation = _orientation(image)
         turned = orientation > 1
         # Pillow also follows an orientation in XMP, other decoders only the one in EXIF. In formats other than JPEG
@@ -138,7 +136,7 @@ def _picture_header(data: bytes) -> Header:
 
 def _picture(data: bytes, channels: int) -> Stored:
     with open_picture(data) as image:
-        _check_mode(image)
+        _check_picture(data, image)
         orientation = _orientation(image)
         if image.format == "PNG" and is_wide_png(data):
             stored = read_wide_png(data, channels)
@@ -156,7 +154,9 @@ def _picture(data: bytes, channels: int) -> Stored:
         return Stored(pixels.reshape(*pixels.shape[:2], channels), WHITE)
 
 
-def _check_mode(image: Image.Image) -> None:
+def _check_picture(data: bytes, image: Image.Image) -> None:
+    if image.format == "JPEG2000":
+        check_jpeg2000(data)
     sixteen_bits = image.mode == "I" and image.format in ("PNG", "PPM")  # how Pillow < 10.3 names I;16
     if image.mode not in _MODES and not sixteen_bits:
         raise DataError(f"{image.format} pixels of mode {image.mode}: scale them to 8 or 16 bits, gray or RGB")
