@@ -62,13 +62,14 @@ def scaled(stored: Stored, dtype: np.dtype, max_value: tuple[float, ...] = ()) -
     For `max_value` see `Stored.limits`. Raises DataError for values that are not finite, and for signed or real ones
     where uint8 is asked for.
     """
-    values_HWC, limits = stored.values_HWC, stored.limits(max_value)
+    values_HWC = stored.values_HWC
+    if dtype == values_HWC.dtype == np.uint8 and stored.full == WHITE <= min(max_value, default=WHITE):
+        return values_HWC
+    limits = stored.limits(max_value)
     real = values_HWC.dtype.kind == "f"
     if dtype == np.uint8:
         if real or values_HWC.dtype.kind == "i":
             raise DataError(f"{values_HWC.dtype.name} pixels, and 8 bits are read here; scale them to 8 bits")
-        if values_HWC.dtype == np.uint8 and (limits == WHITE).all():
-            return values_HWC
         return np.rint(values_HWC * WHITE / limits).clip(0, WHITE).astype(np.uint8)
     wide = np.float64 if values_HWC.dtype.itemsize > 2 else np.float32
     with np.errstate(over="ignore", invalid="ignore"):  # what comes of them is counted

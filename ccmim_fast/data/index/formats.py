@@ -58,11 +58,12 @@ _OTHERS = {
 
 def format_of(data: bytes) -> str:
     """Return Pillow's name of the format that some bytes begin like, NPY for NumPy's; empty for none that is read."""
+    for start, name in _STARTS.items():
+        if data.startswith(start):
+            return name
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
-    if data[4:12] in (b"ftypavif", b"ftypavis"):
-        return "AVIF"
-    return next((name for start, name in _STARTS.items() if data.startswith(start)), "")
+    return "AVIF" if data[4:12] in (b"ftypavif", b"ftypavis") else ""
 
 
 def open_picture(source: bytes | str | os.PathLike) -> Image.Image:
