@@ -32,7 +32,7 @@ of. `make formats` writes the page anew, and a test holds it. What to set is in 
   `data.loader=auto` takes the torch loader for other sets.
 - *depth*: bits of a sample, whole numbers where nothing else is said. *channels*: `data.channels`.
 """
-PACKAGES = ("pillow", "tifffile", "numpy", "torchvision", "imagecodecs", "nvidia-dali-cuda130")
+PACKAGES = ("pillow", "tifffile", "numpy", "imagecodecs", "nvidia-dali-cuda130")
 LOADERS = ("torch", "dali")
 _EXACT, _ROUNDED, _LOSSY = 1 / 257, 0.5, 2.0  # levels of 255: of float32, of uint8, of lossy formats
 

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 from PIL import Image, ImageOps
 
-from ccmim_fast.data.index.decode import Header, read_header
+from ccmim_fast.data.index.decode import Header, depth_of, read_header
 from ccmim_fast.data.index.formats import suffix_of
 from ccmim_fast.data.index.index_file import BESIDE, Index, Listing, Row, write_index
 from ccmim_fast.data.index.indexed import IndexedSource
@@ -85,7 +85,8 @@ def shrink(image_HWC: np.ndarray, side: int, quality: int) -> bytes:
 def _load(source: IndexedSource, side: int, quality: int, index: int) -> _Sample | str:
     """Return a sample, or the reason why there is none."""
     try:
-        if side and min(source.sizes_N2[index]) > side:
+        # Of more than 8 bits, a few among others: JPEG would hold 8 of them.
+        if side and min(source.sizes_N2[index]) > side and depth_of(source.index.row(index).mode) == "byte":
             data, suffix = shrink(source.decode(index), side, quality), ".jpg"
         else:
             data, suffix = source.encoded(index), os.path.splitext(source.index.location(index))[1].lower()

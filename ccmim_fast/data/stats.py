@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ccmim_fast.data.index.arrays import WHITE, Stored
+from ccmim_fast.data.index.index_file import BAD
 from ccmim_fast.data.index.indexed import IndexedSource
 from ccmim_fast.data.source import Source, usable_count, usable_ids
 from ccmim_fast.data.stream.permutation import epoch_order
@@ -100,10 +101,12 @@ def find_range(source: Source) -> Range | None:
     return Range(found.max(), white, (better_C.max(),) if alike else tuple(better_C.tolist()))
 
 
-def range_notes(source: Source) -> list[str]:
-    """Return the words of `find_range`, as what a run tells first; empty without any."""
+def pixel_notes(source: Source) -> list[str]:
+    """Return what a run tells first of its pixels: pages that are channels or left out, and words of `find_range`."""
+    modes = source.index.modes(source.index.status_N != BAD) if isinstance(source, IndexedSource) else {}
+    notes = [f"{count} images are {mode}" for mode, count in modes.items() if "," in mode]
     found = find_range(source)
-    return [] if found is None else [found.words()]
+    return notes if found is None else [*notes, found.words()]
 
 
 def _drawn(source: Source, count: int) -> list[int]:

@@ -53,8 +53,9 @@ class StageTimes(NamedTuple):
         """Return one line with the three times and what makes the slowest stage faster for images of such a source."""
         times = self._asdict()
         parts = ", ".join(f"{name} {value:.1f}" for name, value in times.items())
-        stored, pictures = isinstance(source, IndexedSource), source.channels in (1, 3) and source.dtype == np.uint8
-        ways = (_PICTURES if pictures else _ARRAYS) if stored else _MADE
+        ways = _MADE
+        if isinstance(source, IndexedSource):
+            ways = _PICTURES if source.channels in (1, 3) and source.dtype == np.uint8 else _ARRAYS
         return f"milliseconds an image: {parts}; {ways[max(times, key=times.get)]}"
 
 

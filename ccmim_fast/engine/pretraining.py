@@ -16,7 +16,7 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.config.validate import validate
 from ccmim_fast.data.build import Loader, build_loader, build_source
 from ccmim_fast.data.source import excluded_summary
-from ccmim_fast.data.stats import range_notes
+from ccmim_fast.data.stats import pixel_notes
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine import choices
 from ccmim_fast.engine.build import build_bank, build_step, check_device, check_images, choose_shards, prepare_step
@@ -60,7 +60,7 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None
             if here.is_main:
                 describe_run(folder, config, here.device)
                 write_table(folder / AUTOTUNE, task.chosen)
-                for line in (*range_notes(task.source), *task.chosen.notes()):
+                for line in (*pixel_notes(task.source), *task.chosen.notes()):
                     loop.note(line)
             with recorded(folder, here.is_main, lambda: loop.step >= loop.total_steps):
                 loop.run(profile.watch)

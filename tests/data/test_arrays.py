@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -17,7 +18,7 @@ from ccmim_fast.data.index.decode import BYTE, REAL, decode, decode_stored, dept
 from ccmim_fast.data.index.formats import FORMATS, open_picture, suffix_of
 from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.data.shard import write_shards
-from ccmim_fast.data.stats import find_range, measure_stats, range_notes
+from ccmim_fast.data.stats import find_range, measure_stats, pixel_notes
 from ccmim_fast.data.stream import dali_loader
 from ccmim_fast.errors import ConfigError, DataError
 
@@ -169,6 +170,25 @@ def test_jpeg_2000_is_as_large_as_its_codestream_says():
             read(wide, 1)
 
 
+@pytest.mark.parametrize("samples", [2, 3, 4])
+def test_every_filter_of_png_is_undone(samples):
+    """Pillow undoes them too, and keeps the upper 8 bits; the lower ones are noise, which no filter leaves alone."""
+    values = np.random.default_rng(samples).integers(0, 65536, (23, 17, samples), dtype=np.uint16)
+    plain = png(values, {2: 4, 3: 2, 4: 6}[samples])
+    start = plain.index(b"IDAT") + 4
+    rows = np.frombuffer(zlib.decompress(plain[start:-16]), np.uint8).reshape(23, -1).copy()
+    rows[:, 0] = np.arange(23) % 5  # the same bytes, as each filter codes them
+    packed = zlib.compress(rows.tobytes())
+    chunk = struct.pack(">I", len(packed)) + b"IDAT" + packed + struct.pack(">I", zlib.crc32(b"IDAT" + packed))
+    data = plain[: start - 8] + chunk + plain[-12:]
+    colours = samples if samples == 3 else samples - 1
+    found = decode_stored(data, 3 if colours == 3 else 1).values_HWC
+    assert (found >> 8 == np.asarray(Image.open(io.BytesIO(data)))[..., :colours]).all()
+    for damaged in (data[:-40], data[: start + 30] + bytes(9) + data[start + 39 :]):
+        with pytest.raises(DataError, match=r"cut off|damaged pixels"):
+            decode_stored(damaged, 1)
+
+
 def test_only_named_formats_are_opened():
     """PostScript, which Pillow hands to another program, and the other formats that Pillow has beside ours."""
     assert not {"EPS", "PSD", "WMF", "FITS", "HDF5", "PCX", "TGA", "ICO"} & set(FORMATS)
@@ -281,10 +301,10 @@ def test_a_white_that_fits_is_proposed(tmp_path, dtype, low, high, max_value, be
     found = find_range(source)
     if better is None:
         assert found is None
-        assert range_notes(source) == []
+        assert pixel_notes(source) == []
         return
     assert found.max_value == better
-    assert "set --data.max_value=" in range_notes(source)[0]
+    assert "set --data.max_value=" in pixel_notes(source)[0]
     source.max_value = found.max_value
     assert find_range(source) is None
     stats = measure_stats(source, 10)

@@ -12,6 +12,7 @@ from made_formats import tiff
 from ccmim_fast.data.index.decode import REAL, decode, read_header
 from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.data.index.tiff import turned
+from ccmim_fast.data.stats import pixel_notes
 from ccmim_fast.errors import DataError
 
 RANDOM = np.random.default_rng(0)
@@ -100,6 +101,7 @@ def test_thumbnails_and_more_images_are_told(tmp_path):
         file.write(np.zeros((7, 3), np.uint16), photometric="minisblack", metadata=None)
     source = open_images(str(tmp_path), 1)
     assert source.index.modes() == {"uint16, the first of 2 images": 1}
+    assert "1 images are uint16, the first of 2 images" in pixel_notes(source)
     assert source.decode(0).shape == (8, 9, 1)
 
 

@@ -165,22 +165,6 @@ def read_wide_pnm(data: bytes, channels: int) -> Unread | None:
     return Unread((height, width), "uint16", read)
 
 
-def is_wide_png(data: bytes) -> bool:
-    """Tell whether a PNG has 16 bits a sample and more than one sample: Pillow would cut them to 8 bits."""
-    return data[24:25] == b"\x10" and data[25:26] in (b"\x02", b"\x04", b"\x06")
-
-
-def read_wide_png(data: bytes, channels: int) -> Stored:
-    """Decode a PNG of 16-bit colour, or gray with alpha, by torchvision; alpha is dropped, nothing is turned."""
-    import torch  # it and torchvision take seconds to import, for a rare kind of file
-    from torchvision.io import ImageReadMode, decode_png
-
-    values_SHW = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
-    colours = 3 if len(values_SHW) > 2 else 1
-    values_HWS = values_SHW[:colours].permute(1, 2, 0).numpy()
-    return Stored(with_channels(np.ascontiguousarray(values_HWS), channels, rgb=True), full_scale(values_HWS.dtype))
-
-
 def read_wide_gray(data: bytes, image: Image.Image, channels: int) -> Stored:
     """Take the pixels of a gray image that Pillow opened with more than 8 bits, as they were stored."""
     values_HW1 = np.asarray(image)[..., None]

@@ -13,14 +13,13 @@ from ccmim_fast.data.index.arrays import (
     Stored,
     Unread,
     check_jpeg2000,
-    is_wide_png,
     read_npy,
     read_wide_gray,
-    read_wide_png,
     read_wide_pnm,
     scaled,
 )
 from ccmim_fast.data.index.formats import format_of, open_picture
+from ccmim_fast.data.index.png import is_wide_png, read_wide_png
 from ccmim_fast.data.index.tiff import read_tiff, turned
 from ccmim_fast.errors import DataError, one_line
 
@@ -119,13 +118,13 @@ def _picture_header(data: bytes) -> Header:
     with open_picture(data) as image:
         _check_picture(data, image)
         orientation = _orientation(image)
-        turned = orientation > 1
+        is_turned = orientation > 1
         # Pillow also follows an orientation in XMP, other decoders only the one in EXIF. In formats other than JPEG
         # decoders differ in more: alpha, 16 bits, gamma, EXIF behind the pixels; and no GPU decodes them anyway.
         jpeg = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and _is_common_jpeg(data)
-        plain = jpeg and not (turned and "xmp" in image.info)
+        plain = jpeg and not (is_turned and "xmp" in image.info)
         width, height = image.size
-        if turned and image.format == "TIFF":
+        if is_turned and image.format == "TIFF":
             # Whether `size` is already turned depends on Pillow's version; the pixels are always turned.
             width, height = ImageOps.exif_transpose(image).size
         elif orientation >= 5:

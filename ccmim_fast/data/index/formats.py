@@ -53,6 +53,9 @@ _OTHERS = {
     b"\x89HDF": "an HDF5 file",
     b"SIMPLE  =": "a FITS file",
     b"PK\x03\x04": "a ZIP archive, such as .npz",
+    b"P7\n": "a PAM file",
+    b"Pf\n": "a PFM file",
+    b"PF\n": "a PFM file",
 }
 
 

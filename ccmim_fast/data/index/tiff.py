@@ -110,8 +110,8 @@ class _Image:
         gray = kind in ((PHOTOMETRIC.MINISWHITE, 1), (PHOTOMETRIC.MINISBLACK, 1)) and alpha in ((), _UNBLENDED)
         # Pillow undoes what is blended, without rounding.
         rgb = kind == (PHOTOMETRIC.RGB, 3) and len(alpha) < 2 and (alpha != _BLENDED or bool(missing))
-        if page.bitspersample == 16:
-            return (gray or rgb) and not alpha and bool(missing)
+        if page.bitspersample == 16:  # Pillow would not invert them, where zero is white
+            return (rgb or kind == (PHOTOMETRIC.MINISBLACK, 1)) and not alpha and bool(missing)
         palette = kind == (PHOTOMETRIC.PALETTE, 1) and page.colormap.max() > 255
         cmyk = kind == (PHOTOMETRIC.SEPARATED, 4) and not alpha
         ycbcr = kind == (PHOTOMETRIC.YCBCR, 3) and page.compression == COMPRESSION.JPEG
@@ -178,12 +178,16 @@ class _Image:
     def _missing(self) -> str:
         """Return what no installed package undoes of the way the samples are stored; empty if nothing."""
         page = self._page
-        for codecs, key in ((TIFF.DECOMPRESSORS, page.compression), (TIFF.UNPREDICTORS, page.predictor)):
+        ways = (
+            ("compressed by", TIFF.DECOMPRESSORS, page.compression),
+            ("of predictor", TIFF.UNPREDICTORS, page.predictor),
+        )
+        for how, codecs, key in ways:
             try:
                 if (codec := codecs[key]) is not None:
                     codec(b"")
             except (KeyError, ImportError, NotImplementedError):
-                return f"a TIFF compressed by {getattr(key, 'name', key)}"
+                return f"a TIFF {how} {getattr(key, 'name', key)}"
             except Exception:  # of any type: these codecs are there, and no bytes are nothing to them
                 continue
         packed = page.bitspersample not in (1, 8, 16, 32, 64) and importlib.util.find_spec("imagecodecs") is None
