@@ -54,7 +54,7 @@ class StageTimes(NamedTuple):
         times = self._asdict()
         parts = ", ".join(f"{name} {value:.1f}" for name, value in times.items())
         ways = _MADE
-        if isinstance(source, IndexedSource):
+        if getattr(source, "index", None) is not None:
             ways = _PICTURES if source.channels in (1, 3) and source.dtype == np.uint8 else _ARRAYS
         return f"milliseconds an image: {parts}; {ways[max(times, key=times.get)]}"
 

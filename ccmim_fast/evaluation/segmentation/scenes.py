@@ -31,6 +31,8 @@ class Scenes:
     DataError naming the file.
     """
 
+    channels, dtype = 3, BYTE
+
     def __init__(self, images: Source, class_names: tuple[str, ...], labels: Callable[[int], np.ndarray]):
         self.class_names, self.labels = class_names, labels
         self.sizes_N2, self.excluded_X = images.sizes_N2, images.excluded_X
