@@ -90,6 +90,16 @@ def test_claimed_sizes_are_held_before_memory_is_touched():
         read_header(patched(data, 277, 60000), 4)
 
 
+def test_a_chain_of_pages_without_end_is_refused():
+    data = tiff(np.zeros((6, 8), np.uint8))
+    (start,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, start)
+    end = start + 2 + 12 * count
+    for following, words in ((start, "chain of pages has no end"), (2**31, "pages lie beyond its end")):
+        with pytest.raises(DataError, match=words):
+            read_header(data[:end] + struct.pack("<I", following) + data[end + 4 :], 1)
+
+
 def test_no_data_that_is_black_is_black():
     data = tiff(np.array([[[0, 7]]], np.uint16), planarconfig="contig", extratags=[(42113, 2, 2, "0", True)])
     assert decode(data, 2, REAL).ravel().tolist() == [0, np.float32(7 / 257)]
