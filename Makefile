@@ -8,6 +8,7 @@
 #                  was, writes one report (docs/verify.md)
 # make bench       sets up, installs the peers, and writes benchmarks/results/: throughput, ladder, attention, bank, scaling, data, ops; CPU, 40 minutes
 # make bench-gpu   the same on the GPU, with $(PYTHON) and what it has; BENCH=ops ARGS="--op info_nce": one of them
+# make formats     measures what each image format is read as, and writes docs/formats.md
 # make docs        builds the pages of docs/ into site/, strictly
 PYTHON ?= python3
 # Not from the environment, where ENV is the name of a shell's start-up file.
@@ -30,7 +31,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 AT_HAND := PYTHONPATH=.:kernels $(PYTHON)
 
-.PHONY: demo test test-slow test-all test-gpu verify-gpu sanitize-gpu bench bench-gpu docs lint format clean
+.PHONY: demo test test-slow test-all test-gpu verify-gpu sanitize-gpu bench bench-gpu docs formats lint format clean
 
 demo: $(STAMP)
 	$(BIN)/ccmim demo --overwrite
@@ -78,6 +79,10 @@ bench-gpu:
 # Not --quiet, which hides warnings from --strict.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+formats: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python tests/formats_page.py > docs/formats.md.new
+	mv docs/formats.md.new docs/formats.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -38,6 +38,8 @@ EXTRAS = {
     "pascal": ["torch==2.7.1", "torchvision==0.22.1", "xformers==0.0.31.post1", "nvidia-dali-cuda120>=1.50"],
     # Images behind http(s):// URLs; s3:// wants s3fs, gs:// gcsfs, and so on.
     "remote": ["fsspec[http]>=2024.2"],
+    # TIFFs compressed by LZW, ZSTD, LERC, JPEG and others, or of 12 bits; images of 3 channels and 8 bits need it not.
+    "tiff": ["imagecodecs>=2024.1.1"],
     # `ccmim submit`; its --print needs nothing.
     "slurm": ["submitit>=1.5"],
     # What `ccmim bench throughput` compares with, but for lightly: its list has pytorch_lightning, which is not to be

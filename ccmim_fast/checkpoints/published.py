@@ -44,6 +44,7 @@ class Weights(NamedTuple):
     std: tuple[float, ...] = ()
     image_size: tuple[int, ...] = ()  # height and width of those images in pixels
     step: int | None = None  # optimizer steps of pretraining
+    max_value: tuple[float, ...] = ()  # the number that was white in those images; see `data.max_value`
 
 
 def read_weights(place: str) -> Weights:
@@ -63,14 +64,14 @@ def read_weights(place: str) -> Weights:
     if Path(place).is_dir():
         run = open_run(place)
         model, data = run.config.model, run.config.data
-        told = (model.arch, model.num_heads, data.mean, data.std, data.image_size, run.step)
+        told = (model.arch, model.num_heads, data.mean, data.std, data.image_size, run.step, data.max_value)
         return Weights(str(run.path), run.weights, *told)
     if Path(place).exists() and not Path(place).is_file():
         raise CheckpointError(f"{place}: cannot be read as weights: it is no file")  # opening a FIFO would wait
     found, about = _safetensors(place) if place.endswith(".safetensors") else (_pickled(place), {})
     if not found or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()):
         raise CheckpointError(f"{place}: holds no plain dictionary of tensors")
-    weights = Weights(place, _renamed(found), *_told(about, place))
+    weights = Weights(place, _renamed(found), **_told(about, place))
     check_claims(weights.tensors, place)
     check_size(weights.image_size, len(weights.mean), weights.tensors, place)
     return weights
@@ -122,6 +123,7 @@ def derived(of: Weights, given: list[str]) -> list[str]:
         raise ConfigError(f"--arch={of.arch!r:.80}: {one_line(error)}") from None
     found |= {"model.num_heads": of.num_heads} if of.num_heads else {}
     found |= {"data.mean": list(of.mean), "data.std": list(of.std)} if of.mean and of.std else {}
+    found |= {"data.max_value": list(of.max_value)} if of.max_value else {}
     kernel = weights.get("encoder.patch_embed.proj.weight")
     if kernel is not None and kernel.ndim == 4:
         dim, channels, patch, _ = kernel.shape
@@ -226,16 +228,18 @@ def _renamed(found: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in ours.items() if not name.startswith("encoder.head.")}
 
 
-def _told(about: dict[str, str], name: str) -> tuple[str, int, tuple[float, ...], tuple[float, ...], tuple[int, ...]]:
-    """Return the fields of `Weights` from `arch` to `image_size`, from the texts that `ccmim export` writes."""
+def _told(about: dict[str, str], name: str) -> dict[str, Any]:
+    """Return the fields of `Weights` from `arch` on, by name, from the texts that `ccmim export` writes."""
     try:
         arguments = json.loads(about.get("timm_arguments", "{}"))
         heads, size = int(arguments.get("num_heads", 0)), tuple(map(int, arguments.get("img_size", ())))
         if len(size) not in (0, 2):
             raise ValueError(size)
-        mean, std = (tuple(map(float, json.loads(about.get(key, "[]")))) for key in ("mean", "std"))
+        told = {key: tuple(map(float, json.loads(about.get(key, "[]")))) for key in ("mean", "std", "max_value")}
+        if min(told["max_value"], default=1) <= 0:
+            raise ValueError(told["max_value"])
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise CheckpointError(
             f"{name}: what it tells of itself is damaged; expected what ccmim export writes"
         ) from None
-    return about.get("arch", ""), heads, mean, std, size
+    return {"arch": about.get("arch", ""), "num_heads": heads, "image_size": size, **told}

@@ -33,7 +33,7 @@ def data(argv: list[str]) -> None:
     name, rest = take_name("ccmim data", "command", NAMES, argv, "ROOT [options]")
     parser = Parser(f"ccmim data {name}", NAMES[name].capitalize() + ".")
     parser.add_argument("root", help="folder of images, of tars or of tables; one of these, a pattern, a list, a URL")
-    _number(parser, "--channels", 3, "1: gray, 3: RGB, else of uint8 .npy or TIFF files")
+    _number(parser, "--channels", 3, "1: gray, 3: RGB, else of .npy or TIFF files")
     parser.add_argument("--index", default="", help="index file; if not given: beside the tars or in the cache folder")
     parser.add_argument("--image-key", default="", help="which member of a sample is its image, as jpg or jpg;png")
     if name != "index":
@@ -81,13 +81,20 @@ def _shard(parser: Parser, argv: list[str]) -> None:
 def _stats(parser: Parser, argv: list[str]) -> None:
     _number(parser, "--images", 10_000, "images measured, drawn by a fixed key")
     given = parser.parse_args(argv)
-    from ccmim_fast.data.stats import measure_stats
+    from ccmim_fast.data.stats import find_range, measure_stats
 
-    found = measure_stats(_open(given), given.images, given.workers)
+    source = _open(given)
+    settings = {}
+    if (better := find_range(source)) is not None:
+        print(better.words().partition(":")[0], "now")
+        settings["max_value"] = source.max_value = better.max_value
+    found = measure_stats(source, given.images, given.workers)
     print(f"of {_count(found.images, 'image')}:")
-    for name, values in (("mean", found.mean_C), ("std", found.std_C)):
+    # A channel of one value has no deviation; it is divided by one.
+    settings |= {"mean": found.mean_C, "std": tuple(value or 1.0 for value in found.std_C)}
+    for name, values in settings.items():
         # Quoted: brackets mean something to a shell.
-        print(f"--data.{name}='[{','.join(f'{value:.4f}' for value in values)}]'")
+        print(f"--data.{name}='[{','.join(_digits(value) for value in values)}]'")
 
 
 def _bench(parser: Parser, argv: list[str]) -> None:
@@ -158,6 +165,11 @@ def _print_note(note: Note) -> None:
         print(f"  {path!r}")
     if note.count > len(shown):
         print(f"  and {note.count - len(shown):,} more")
+
+
+def _digits(number: float) -> str:
+    """Return four decimals, or of a small or large number the digits that it takes."""
+    return f"{number:.4f}" if 0.01 <= abs(number) < 10 or not number else f"{number:.6g}"
 
 
 def _count(number: int, thing: str, ending: str = "s") -> str:

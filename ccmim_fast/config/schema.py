@@ -38,8 +38,11 @@ class DataConfig:
     loader: u.Loader = setting("auto", "auto: DALI where it is installed, else PIL + torch", "ours", "free")
     image_size: tuple[u.Side, u.Side] = setting((224, 224), "height, width", "paper", "shape")
     channels: u.Channels = setting(3, "channels of an image", "ImageNet", "shape")
-    mean: tuple[u.Share, ...] = setting((0.485, 0.456, 0.406), "per channel on a 0..1 scale", "ImageNet, as in MAE")
-    std: tuple[u.Positive, ...] = setting((0.229, 0.224, 0.225), "per channel on a 0..1 scale", "ImageNet, as in MAE")
+    max_value: tuple[u.Positive, ...] = setting(
+        (), "number that is white, one or one per channel; empty: the format's, 255, 65535, 1 of floats", "ours"
+    )
+    mean: tuple[u.Mean, ...] = setting((0.485, 0.456, 0.406), "per channel, white is 1", "ImageNet, as in MAE")
+    std: tuple[u.Positive, ...] = setting((0.229, 0.224, 0.225), "per channel, white is 1", "ImageNet, as in MAE")
     crop_scale: tuple[u.Part, u.Part] = setting((0.2, 1.0), "random resized crop, share of the image's area", "MAE")
     crop_ratio: tuple[u.Positive, u.Positive] = setting((0.75, 4 / 3), "width / height of the crop", "MAE")
     flip: bool = setting(False, "horizontal flip of training images, p = 0.5", "paper, appendix C: the crop only")

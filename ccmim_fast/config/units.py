@@ -40,6 +40,7 @@ Threads = whole("threads", 0, 4096)
 Classes = whole("classes", 2, 6)
 
 Share, Part, Decay = real("share", "[0, 1]"), real("share", "(0, 1]"), real("share", "[0, 1)")
+Mean = real("share of white", "[-1, 1]")  # below 0 in bands of signed numbers
 Factor, Positive = real("factor", "[0, inf)"), real("factor", "(0, inf)")
 Zoom, Scale = real("factor", "(0, 100]"), real("factor", "[0.1, 10]")
 Milestone = real("share", "(0, 1)")

@@ -64,6 +64,8 @@ def _check_channels(config: Config) -> None:
         if len(value) != data.channels:
             near = (value + settings()[key].default[-1:] * data.channels)[: min(data.channels, 8)]
             refuse(key, value, f"of data.channels={data.channels} values", near)
+    if len(data.max_value) not in (0, 1, data.channels):
+        refuse("data.max_value", data.max_value, f"one value, or data.channels={data.channels}", data.max_value[:1])
 
 
 def _check_arch(config: Config) -> None:

@@ -17,8 +17,10 @@ def read(key: str, raw: str | list[str], source: str = "", schema: type = Config
     Raises ConfigError where the text is none of that type; one line with the nearest valid value.
     """
     setting = settings(schema)[key]
+    # A list that is empty where nobody asks for one may be null, or one value without brackets.
+    bare = setting.default == () and isinstance(raw, str) and not raw.strip().startswith("[")
     try:
-        return _parse(setting.kind, raw)
+        return _parse(setting.kind, [word for word in [raw] if word not in ("", "null", "~")] if bare else raw)
     except (ValueError, KeyError):
         expected, near = _expected(setting, raw)
         raise ConfigError(f"{key}={show(raw)}{source}: expected {expected}; nearest valid is {show(near)}") from None

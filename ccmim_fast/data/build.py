@@ -45,7 +45,8 @@ class Loader:
     def buffers(self) -> Buffers:
         """Return the memory of the images that `stream` yields."""
         shape = (self.plan.micro_batch_size, *self._image_size, self.plan.source.channels)
-        return Buffers(shape, self._device, held=self.plan.accumulate)
+        dtype = getattr(torch, str(self.plan.source.dtype))
+        return Buffers(shape, dtype, self._device, held=self.plan.accumulate)
 
 
 def build_source(data: DataConfig, seed: int) -> Source:

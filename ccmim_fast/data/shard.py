@@ -10,8 +10,9 @@ from functools import partial
 import numpy as np
 from PIL import Image, ImageOps
 
-from ccmim_fast.data.index.decode import Header, read_header
-from ccmim_fast.data.index.endings import file_suffixes, suffix_of_format
+from ccmim_fast.data.index.decode import Header, depth_of, read_header
+from ccmim_fast.data.index.endings import file_suffixes
+from ccmim_fast.data.index.formats import suffix_of
 from ccmim_fast.data.index.index_file import Index, Listing, Row, write_index
 from ccmim_fast.data.index.indexed import IndexedSource
 from ccmim_fast.data.index.own import BESIDE
@@ -41,10 +42,12 @@ def write_shards(
     The arguments are those of `ccmim data shard --help`.
 
     Return the index, and (id, reason) of the samples that the source excludes or that cannot be read. Raises
-    ConfigError for `side` if images are not gray or RGB, DataError if the folder is not empty or not writable.
+    ConfigError for `side` if images are not gray or RGB of 8 bits, DataError if the folder is not empty, not writable.
     """
     if side and source.channels not in (1, 3):
         raise ConfigError(f"--side={side}: images of {source.channels} channels are not resized; leave it out")
+    if side and source.dtype != np.uint8:
+        raise ConfigError(f"--side={side}: most images have more than 8 bits, and JPEG has 8; leave it out")
     left_out = [(index, source.index.reason(index)) for index in source.excluded_X.tolist()]
     count = usable_count(source)
     ids = usable_ids(source, epoch_order(seed, 0, count, np.arange(count))).tolist()
@@ -84,24 +87,18 @@ def shrink(image_HWC: np.ndarray, side: int, quality: int) -> bytes:
 def _load(source: IndexedSource, side: int, quality: int, index: int) -> _Sample | str:
     """Return a sample, or the reason why there is none."""
     try:
-        if side and min(source.sizes_N2[index]) > side:
+        # Of more than 8 bits, a few among others: JPEG would hold 8 of them.
+        if side and min(source.sizes_N2[index]) > side and depth_of(source.index.row(index).mode) == "byte":
             data, suffix = shrink(source.decode(index), side, quality), ".jpg"
         else:
             data, suffix = source.encoded(index), os.path.splitext(source.index.location(index))[1].lower()
         if suffix not in file_suffixes(source.channels):  # of a table's row
-            suffix = _suffix_of(data)
+            suffix = suffix_of(data)
         label = -1 if source.labels_N is None else int(source.labels_N[index])
         return data, suffix, label, read_header(data, source.channels)
     # OSError: the image cannot be written as JPEG, for example because a side is too long.
     except (DataError, OSError) as error:
         return str(error)
-
-
-def _suffix_of(data: bytes) -> str:
-    if data.startswith(b"\x93NUMPY"):
-        return ".npy"
-    with Image.open(io.BytesIO(data)) as image:
-        return suffix_of_format(image.format)
 
 
 def _write_tars(folder: str, most: int, samples: Iterable[_Sample], names: list[str]) -> Iterator[Row]:

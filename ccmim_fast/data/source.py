@@ -15,6 +15,7 @@ class Source(Protocol):
     """A source gives images by sample id, 0 .. N - 1; their sizes are known before they are read."""
 
     channels: int  # C of every image
+    dtype: np.dtype  # of the pixels: uint8, or float32 where they were stored with more than 8 bits
     sizes_N2: np.ndarray  # int32 height and width in pixels, after any EXIF rotation
     labels_N: np.ndarray | None  # integer indices into `class_names`, or None without labels
     class_names: tuple[str, ...]  # sorted; empty without labels
@@ -28,11 +29,15 @@ class Source(Protocol):
         """Return the image's path or another name for messages."""
 
     def decode(self, index: int) -> np.ndarray:
-        """Return the pixels of one image, [H, W, C] uint8, read-only. Raises DataError naming an image that fails."""
+        """Return the pixels of one image, [H, W, C] of `dtype`, 255 for white whatever it is, read-only.
+
+        Raises DataError naming an image that fails.
+        """
 
     def read(self, index: int) -> bytes:
-        """Return one encoded image in which any decoder finds the pixels of `decode`, up to rounding; C is 1 or 3.
+        """Return one encoded image in which any decoder finds the pixels of `decode`, up to rounding.
 
+        C is 1 or 3, `dtype` uint8.
         Raises DataError naming an image that fails.
         """
 

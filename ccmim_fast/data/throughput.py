@@ -15,7 +15,7 @@ from torch.utils.benchmark import Timer
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.build import build_loader, suitable_loaders
 from ccmim_fast.data.index.indexed import IndexedSource
-from ccmim_fast.data.source import usable_count
+from ccmim_fast.data.source import Source, usable_count
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.data.stream.torch_loader import crop_and_resize
@@ -24,10 +24,21 @@ from ccmim_fast.errors import DataError, MachineError
 
 _SEED = 0
 _STAGE_IMAGES = 64
-_ADVICE = {
+# What makes the slowest stage faster: of images of 8 bits in gray or RGB, of others that are stored, of made ones.
+_PICTURES = {
     "read": "put the images into tars on a faster disk (ccmim data shard), or raise data.workers",
     "decode": "make the images smaller once (ccmim data shard --side 320), or let DALI decode them (data.loader=dali)",
     "crop": "make the images smaller once (ccmim data shard --side 320), or give the run more cores",
+}
+_ARRAYS = {
+    "read": _PICTURES["read"],
+    "decode": "store the images without compression, or cut into smaller ones, or give the run more cores",
+    "crop": "cut the images into smaller ones once, or give the run more cores",
+}
+_MADE = {
+    "read": "give the run more cores",
+    "decode": "let data.root name a folder that keeps made images, or give the run more cores",
+    "crop": "give the run more cores",
 }
 
 
@@ -38,11 +49,14 @@ class StageTimes(NamedTuple):
     decode: float
     crop: float
 
-    def advice(self) -> str:
-        """Return one line with the three times and what makes the slowest stage faster."""
+    def advice(self, source: Source) -> str:
+        """Return one line with the three times and what makes the slowest stage faster for images of such a source."""
         times = self._asdict()
         parts = ", ".join(f"{name} {value:.1f}" for name, value in times.items())
-        return f"milliseconds an image: {parts}; {_ADVICE[max(times, key=times.get)]}"
+        ways = _MADE
+        if getattr(source, "index", None) is not None:
+            ways = _PICTURES if source.channels in (1, 3) and source.dtype == np.uint8 else _ARRAYS
+        return f"milliseconds an image: {parts}; {ways[max(times, key=times.get)]}"
 
 
 class Throughput(NamedTuple):
@@ -52,6 +66,7 @@ class Throughput(NamedTuple):
     copy_ms: float  # of an image to the device
     loaders: dict[str, float]  # images per second, by name
     threads: int  # that each loader has
+    source: Source  # whose images they are
 
     def lines(self) -> list[str]:
         """Return the report as text."""
@@ -61,7 +76,7 @@ class Throughput(NamedTuple):
             f"{'copy':<7}{self.copy_ms:8.3f} ms an image, to the device",
             f"{self.threads} threads could give {bound:.0f} img/s without DALI",
             *(f"{name:<7}{rate:8.0f} img/s" for name, rate in self.loaders.items()),
-            self.stages.advice(),
+            self.stages.advice(self.source),
         ]
 
 
@@ -84,13 +99,14 @@ def measure_throughput(
     # The stages come first: the loaders would bring the files from the disk into memory.
     stages = measure_stage_times(Plan(source, _SEED, batch), data.image_size, _STAGE_IMAGES)
     shape = (batch, *data.image_size, source.channels)
-    images_BHWC = torch.zeros(shape, dtype=torch.uint8, pin_memory=on.type == "cuda")
-    tensors = {"images": images_BHWC, "out": torch.empty(shape, dtype=torch.uint8, device=on)}
+    pixels = torch.from_numpy(np.zeros(shape, dtype=source.dtype))
+    images_BHWC = pixels.pin_memory() if on.type == "cuda" else pixels
+    tensors = {"images": images_BHWC, "out": torch.empty_like(images_BHWC, device=on)}
     # The timer warms up, and waits for the device.
     timer = Timer("out.copy_(images, non_blocking=True)", globals=tensors, num_threads=torch.get_num_threads())
     copy_ms = timer.timeit(10).mean * 1e3 / batch
     rates = {name: _images_per_second(loader.stream(0), batch, images) for name, loader in loaders.items()}
-    return Throughput(stages, copy_ms, rates, thread_count(workers))
+    return Throughput(stages, copy_ms, rates, thread_count(workers), source)
 
 
 def measure_stage_times(plan: Plan, image_size: tuple[int, int], images: int) -> StageTimes:

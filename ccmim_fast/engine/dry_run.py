@@ -18,7 +18,8 @@ from ccmim_fast.profile.meter import flop_counter
 def synthetic_batch(step: TrainStep, batch: int) -> Batch:
     """Make `batch` random images of the run's size, laid out as a loader's; with empty maps for a bank."""
     data, device, cells = step.config.data, step.device, step.config.score.grid
-    images_BHWC = torch.randint(0, 256, (batch, *data.image_size, data.channels), dtype=torch.uint8, device=device)
+    shape = (batch, *data.image_size, data.channels)
+    images_BHWC = torch.randint(0, 256, shape, dtype=torch.uint8, device=device).to(step.pixels)
     ids_B, whole_B4 = np.arange(batch), np.tile([0.0, 0.0, 1.0, 1.0], (batch, 1))
     made = on_device(images_BHWC, ids_B, np.zeros_like(ids_B), None, whole_B4, device)
     if not step.model.banked:

@@ -109,8 +109,9 @@ class DataReport:
                 self._metrics.write("skipped", step, sample=sample, reason=reason)
         if waited > WAIT and not self._advised and self._metrics is not None:
             self._advised = True
-            stages = measure_stage_times(self._loader.plan, self._image_size, _IMAGES)
-            self._note(f"step {step}: {waited:.0%} of the time goes by waiting for images; {stages.advice()}")
+            plan = self._loader.plan
+            advice = measure_stage_times(plan, self._image_size, _IMAGES).advice(plan.source)
+            self._note(f"step {step}: {waited:.0%} of the time goes by waiting for images; {advice}")
 
     def close(self) -> None:
         """Sum up."""

@@ -17,6 +17,7 @@ from ccmim_fast.config.validate import validate
 from ccmim_fast.data.build import Loader, build_loader, build_source
 from ccmim_fast.data.index.left_out import left_out_lines, told
 from ccmim_fast.data.source import usable_count
+from ccmim_fast.data.stats import pixel_notes
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine import choices
 from ccmim_fast.engine.build import build_bank, build_step, check_device, check_images, choose_shards, prepare_step
@@ -58,7 +59,7 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None
                     if notes := told(task.source):
                         records = [{"reason": n.reason, "count": n.count, "first": n.paths[0]} for n in notes]
                         loop.metrics.write("left_out", loop.step, notes=records)
-                    for line in task.chosen.notes():
+                    for line in (*pixel_notes(task.source), *task.chosen.notes()):
                         loop.note(line)
                 loop.run(_profile(task, loop).watch)
     return folder.path
@@ -94,6 +95,7 @@ class Pretraining(Task):
         self.train_step = step = build_step(config, here)  # its parts, uncompiled
         self.model, self.optimizer, self.scaler, self.ema = step.model, step.optimizer, step.scaler, step.ema
         self.precision = step.precision
+        step.pixels = getattr(torch, str(self.source.dtype))
         self._samples = self.loader.plan.samples
         self.length = config.train.epochs * self._samples
         asked = min(self.length, config.train.max_steps * config.train.batch_size or self.length)
@@ -129,6 +131,7 @@ class Pretraining(Task):
         images = [f"{self.loader.plan.samples} images", type(self.loader).__name__]
         device = f"{self.here.world_size} x {self.here.device}, {self.precision.name}"
         weights = sum(p.numel() for p in self.model.parameters())
+        images += ["float32 pixels"] if self.train_step.pixels.is_floating_point else []
         return " · ".join([*images, device, f"{weights / 1e6:.1f} M parameters"])
 
     def prepare(self, batches: list[Batch], seen: int) -> list[Batch]:

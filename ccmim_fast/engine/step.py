@@ -61,6 +61,7 @@ class TrainStep:
     precision: Precision
     config: Config
     ema: AveragedModel | None = None  # averaged weights
+    pixels: torch.dtype = torch.uint8  # of the images, which made ones have too
 
     def __post_init__(self) -> None:
         self._sharded = is_sharded(self.model)

@@ -32,6 +32,8 @@ def prepare(job: Job) -> Work:
     model = config.model
     vit = job.build_encoder(num_classes=job.test.classes, pool=model.pool, drop_path=model.drop_path).to(here.device)
     nn.init.trunc_normal_(vit.head.weight, std=config.head.init_std)
+    for images in (job.train, job.test):
+        images.source.dtype = np.dtype(np.uint8)  # what timm's augmentation works on
     mean_C, std_C = (torch.tensor(values, device=here.device) for values in (job.weights.mean, job.weights.std))
 
     def inputs(images: Tensor) -> Tensor:

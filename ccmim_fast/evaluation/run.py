@@ -87,7 +87,8 @@ def _prepared(name: str, checkpoint: str, config: EvalConfig, here: Session, fol
     with main_first(here):  # that downloads weights and indexes images, if nobody has
         weights = read_encoder(checkpoint, config.model.arch, config.model.num_heads)
         mean, std = config.data.mean or weights.mean, config.data.std or weights.std
-        data = [images_of(config.data, mean, std, test) for test in (False, True)]
+        shown = replace(config.data, max_value=config.data.max_value or weights.max_value)
+        data = [images_of(shown, mean, std, test) for test in (False, True)]
         train, test = map(Images, load(f"{PACKAGE}.{row.open_images}")(config, *data), data)
     job = Job(config, here, folder, weights._replace(mean=mean, std=std), train, test)
     torch.manual_seed(config.seed)  # of new heads

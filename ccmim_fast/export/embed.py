@@ -64,7 +64,8 @@ def embed_folder(
     at = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     opened = open_run(run)
     model, config = opened.model.to(at), opened.config.data
-    source = open_images(folder, config.channels, quiet=False, image_key=config.image_key)
+    options = {"image_key": config.image_key, "max_value": config.max_value}
+    source = open_images(folder, config.channels, quiet=False, **options)
     for line in left_out_lines(source):
         print(line, file=sys.stderr)
     encode, autocast = tokens_of(model.encoder, model.mean_C, model.std_C), choose_precision(precision, at).autocast(at)

@@ -55,6 +55,7 @@ def about(run: OpenedRun) -> dict[str, str]:
         "prefix_tokens": str(vit.num_prefix_tokens),
         "mean": json.dumps(list(data.mean)),
         "std": json.dumps(list(data.std)),
+        "max_value": json.dumps(list(data.max_value)),
         "step": str(run.step),
         "averaged_weights": str(run.averaged).lower(),
         "ccmim_fast_commit": commit_of(run.folder),

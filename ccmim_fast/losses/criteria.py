@@ -3,7 +3,8 @@
 A target is a line of `registry.TARGETS`. Its criterion is L_recons (Eq. 9): it is built with the side of a patch in
 pixels, mean and std of the images per channel, and settings of the section `target` as keyword arguments; `width` is P,
 the number of values that the decoder predicts of a patch. It is called with predictions [B, M, P], which receive a
-gradient, uint8 images [B, H, W, C] and masked patches [B, M] int64, and returns the mean over all predicted values.
+gradient, images [B, H, W, C] (uint8 or float32) and masked patches [B, M] int64, and returns the mean over all
+predicted values.
 
 A contrastive loss is a line of `registry.CONTRASTS`. Its criterion is built with settings of the section `contrast` and
 called with hV [B, E] (for Eq. 8 p(hV)), the teacher hM [B, E], which receives no gradient, and the rows of all ranks
@@ -47,7 +48,7 @@ class Objective(nn.Module):
         self.reconstruction, self.contrast, self.weight = reconstruction, contrast, weight
 
     def forward(self, output: Output, images_BHWC: Tensor) -> Losses:
-        """Compute the losses of a forward pass over uint8 images [B, H, W, C]."""
+        """Compute the losses of a forward pass over images [B, H, W, C]."""
         recons = self.recons(output, images_BHWC)
         if self.contrast is None:
             return Losses(recons, recons, None)

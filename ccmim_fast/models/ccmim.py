@@ -20,6 +20,7 @@ from ccmim_fast.models.encoder import initialise, sincos_positions
 from ccmim_fast.models.heads import GlobalBatchNorm, Heads, finish_all_gather, start_all_gather
 from ccmim_fast.models.scores import PriorScores, ScoreSource
 from ccmim_fast.models.tokens import (
+    centred,
     embed,
     encode,
     folded_projection,
@@ -107,7 +108,7 @@ class CCMIM(nn.Module):
         """Pass a batch through the model.
 
         Args:
-            images_BHWC: [B, H, W, C] uint8.
+            images_BHWC: [B, H, W, C] uint8 or float32, 255 for white.
             ids_B: [B] int64 sample ids; with `epoch` they key the masks.
             epoch: 0 .. 2**32 - 1, as a number, or as int64 on the images' device, one for all or [B].
             partition: take this division instead of sampling one.
@@ -140,8 +141,9 @@ class CCMIM(nn.Module):
         return self._decode(self._encode(visible_BTD)[0], partition)
 
     def embed(self, images_BHWC: Tensor) -> Tensor:
-        """Embed patches, with positions: uint8 [B, H, W, C] -> [B, L, D]."""
-        return self._embed(images_BHWC, folded_projection(self.encoder, self.mean_C, self.std_C)).tokens
+        """Embed patches, with positions: images [B, H, W, C] -> [B, L, D]."""
+        images_BHWC, mean_C = centred(images_BHWC, self.mean_C)
+        return self._embed(images_BHWC, folded_projection(self.encoder, mean_C, self.std_C)).tokens
 
     def embed_and_divide(
         self,
@@ -152,7 +154,8 @@ class CCMIM(nn.Module):
         prior: PriorScores | None = None,
     ) -> Divided:
         """Embed and divide; the visible tokens carry the gradient of the patch embedding and of the prefix."""
-        projection, scored = folded_projection(self.encoder, self.mean_C, self.std_C), partition is None
+        images_BHWC, mean_C = centred(images_BHWC, self.mean_C)
+        projection, scored = folded_projection(self.encoder, mean_C, self.std_C), partition is None
         # The gradient of visible patches alone is that of the folded projection, unless a norm follows it.
         if not isinstance(self.encoder.patch_embed.norm, nn.Identity):
             x_BLD, folded_BL = self._embed(images_BHWC, projection, scored)

@@ -29,13 +29,23 @@ def grid_of(vit: VisionTransformer) -> tuple[int, int]:
 
 
 def folded_projection(vit: VisionTransformer, mean_C: Tensor, std_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Fold (u / 255 - mean) / std into the patch projection: weight [D, A] and bias [D] for patches of uint8 values."""
+    """Fold (u / 255 - mean) / std into the patch projection: weight [D, A] and bias [D] for patches of pixels u."""
     projection = vit.patch_embed.proj
     scale_C = 1 / (255 * std_C)
     # Convolution weights are [D, C, p, q]; patches are flattened as (p, q, C).
     weight_DA = (projection.weight * scale_C[:, None, None]).permute(0, 2, 3, 1).flatten(1)
     bias_D = -(projection.weight.sum((2, 3)) * (mean_C / std_C)).sum(1)
     return weight_DA, bias_D if projection.bias is None else bias_D + projection.bias
+
+
+def centred(images_BHWC: Tensor, mean_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Return images and their mean as `folded_projection` and `embed` take them: of float32, less the mean, which is 0.
+
+    Products in half precision keep what float32 pixels have beyond 8 bits only near zero; bytes are exact in any.
+    """
+    if not images_BHWC.is_floating_point():
+        return images_BHWC, mean_C
+    return images_BHWC - 255 * mean_C, torch.zeros_like(mean_C)
 
 
 def embed(
@@ -45,9 +55,10 @@ def embed(
     direction_D: Tensor | None = None,
     kernels: str = "auto",
 ) -> Embedded:
-    """Embed patches, with positions: uint8 [B, H, W, C] -> [B, L, D]; score them too where a direction is given.
+    """Embed patches, with positions: images [B, H, W, C] -> [B, L, D]; score them too where a direction is given.
 
-    `projection` is from `folded_projection`, `direction_D` from `ScoreSource.direction`.
+    Images are uint8, or float32 that is `centred`. `projection` is from `folded_projection`, `direction_D` from
+    `ScoreSource.direction`.
     """
     weight_DA, bias_D = projection
     x_BLD = F.linear(patchify(images_BHWC, patch_size_of(vit)).to(weight_DA.dtype), weight_DA, bias_D)
@@ -90,12 +101,12 @@ def with_gradient(
     """Attach the patch embedding's gradient to visible tokens that were computed without gradient.
 
     Of the embedding's weight gradient three quarters would be products with zeros, and its input a float image kept for
-    the backward pass. Here it is K of L patches, read from the uint8 image again.
+    the backward pass. Here it is K of L patches, read from the image again.
 
     Args:
         visible_BTD: [B, P + K, D] prefix and embedded patches, as `divide_tokens` gives them.
         projection: from `folded_projection`; receives gradients, as does `prefix_PD` [P, D].
-        images_BHWC: uint8; `ids_BK` int64, the patches in `visible_BTD`.
+        images_BHWC: as `embed` took them; `ids_BK` int64, the patches in `visible_BTD`.
     """
     patch = math.isqrt(projection[0].shape[1] // images_BHWC.shape[3])
     kind = images_BHWC.device.type
@@ -159,10 +170,11 @@ def encode(
 
 
 def tokens_of(vit: VisionTransformer, mean_C: Tensor, std_C: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the frozen encoder as a function: uint8 images [B, H, W, C] -> final tokens [B, P + L, D]."""
+    """Return the frozen encoder as a function: images [B, H, W, C] -> final tokens [B, P + L, D]."""
 
     def run(images_BHWC: Tensor) -> Tensor:
-        x_BLD, _ = embed(vit, images_BHWC, folded_projection(vit, mean_C, std_C))
+        images_BHWC, own_mean_C = centred(images_BHWC, mean_C)
+        x_BLD, _ = embed(vit, images_BHWC, folded_projection(vit, own_mean_C, std_C))
         return encode(vit, with_prefix(vit, x_BLD))[0]
 
     return run

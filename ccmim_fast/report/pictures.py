@@ -111,7 +111,7 @@ def picture_uri(png: bytes) -> str:
     kind, data = "png", png
     if len(png) > PNG_BYTES:
         buffer = io.BytesIO()
-        Image.open(io.BytesIO(png)).save(buffer, format="WebP", quality=90)
+        Image.open(io.BytesIO(png), formats=["PNG"]).save(buffer, format="WebP", quality=90)
         kind, data = "webp", buffer.getvalue()
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 

@@ -81,7 +81,8 @@ def _snapshot(run: OpenedRun, count: int, root: str) -> Snapshot:
     output = model(images_BHWC, few.batch.ids_B, 0, prior=prior_scores(run, few))
     scores_BL = None if output.logits_BL is None else output.logits_BL.float().softmax(1).numpy()
     drawn_BHWC = reconstruct(model, config, images_BHWC, output)
-    return Snapshot(run.epoch, images_BHWC.numpy(), scores_BL, output.partition.mask_BL.numpy(), drawn_BHWC)
+    seen_BHWC = on_screen(images_BHWC, model.mean_C, model.std_C).numpy()
+    return Snapshot(run.epoch, seen_BHWC, scores_BL, output.partition.mask_BL.numpy(), drawn_BHWC)
 
 
 def own_images(data: DataConfig) -> DataConfig:
@@ -139,7 +140,7 @@ def reconstruct(model: CCMIM, config: Config, images_BHWC: Tensor, output: Outpu
 
 
 def paste_prediction(target: Pixels, images_BHWC: Tensor, pred_BMP: Tensor, partition: Partition) -> Tensor:
-    """Replace the masked patches of images (uint8) by pixel predictions, in the order of `partition.ids_masked_BM`.
+    """Replace the masked patches of images by pixel predictions, in the order of `partition.ids_masked_BM`.
 
     With `target.norm_pix` the prediction knows neither mean nor variance of a patch; both are taken from the patch
     itself, so what the picture shows of them was not reconstructed. Returns [B, H, W, C] uint8.
@@ -155,4 +156,14 @@ def paste_prediction(target: Pixels, images_BHWC: Tensor, pred_BMP: Tensor, part
         pixels_BMP = pixels_BMP * spread_BM1 + true_BMP.mean(-1, keepdim=True)
     patches_BLP = patches_BLP.scatter(1, index_BMP, pixels_BMP)
     images = unpatchify((patches_BLP * std_P + mean_P) * 255, target.patch, H, W)
+    if images_BHWC.is_floating_point():
+        return on_screen(images, target.mean_C, target.std_C)
     return images.round().clamp(0, 255).to(torch.uint8)
+
+
+def on_screen(images_BHWC: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
+    """Return images as uint8, to be drawn: of float32 ones, three deviations on both sides of the mean are seen."""
+    if not images_BHWC.is_floating_point():
+        return images_BHWC
+    deviations_BHWC = (images_BHWC / 255 - mean_C.float()) / std_C.float()
+    return (127.5 + 42.5 * deviations_BHWC).round().clamp(0, 255).to(torch.uint8)

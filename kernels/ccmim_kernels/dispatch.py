@@ -131,6 +131,12 @@ def observed(observe: Callable[[Call], None]) -> Iterator[None]:
         _observers.remove(observe)
 
 
+def check_pixels(images: Tensor) -> None:
+    """Raise ValueError for images of neither uint8 nor a floating-point type."""
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}, expected torch.uint8 or torch.float32")
+
+
 def widened(x: Tensor) -> Tensor:
     """Return `x` as float32, the dtype in which scores and losses are computed; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()

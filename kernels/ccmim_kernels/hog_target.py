@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ccmim_kernels.dispatch import choosable, operator, uses_triton
+from ccmim_kernels.dispatch import check_pixels, choosable, operator, uses_triton
 from ccmim_kernels.masked_patch_loss import patchify
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -80,11 +80,12 @@ def hog_target(
     summed over cells of `cell` x `cell` pixels, each cell's histogram is divided by its L2 norm.
 
     Args:
-        images_BHWC: [B, H, W, C] uint8, H and W multiples of `patch` and at least 2.
+        images_BHWC: [B, H, W, C] uint8 or float32, H and W multiples of `patch` and at least 2.
         ids_masked_BM: [B, M] int64, 0 .. L - 1. IndexError for others on a CPU; CUDA looks at none.
         patch: pixels per side, a multiple of `cell`.
         dtype: of the result; computed in float32, or in float64 where that is asked for.
-        kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`.
+        kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`. The kernel takes four bytes for four
+            pixels: float32 images go by the reference, whatever is chosen.
 
     Returns:
         [B, M, F], F = (patch / cell)**2 * C * bins, ordered (cell row, cell column, channel, bin). It has no gradient.
@@ -92,8 +93,7 @@ def hog_target(
     B, H, W, _ = images_BHWC.shape
     if patch % cell:
         raise ValueError(f"cell={cell} must divide patch={patch}")
-    if images_BHWC.dtype != torch.uint8:
-        raise ValueError(f"images are {images_BHWC.dtype}, expected torch.uint8")
+    check_pixels(images_BHWC)
     if dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype} must be one of {', '.join(str(d) for d in _DTYPES)}")
     if bins < 1:
@@ -102,7 +102,8 @@ def hog_target(
         raise ValueError(f"image {H}x{W} must be at least 2x2 and a multiple of patch={patch}")
     if len(ids_masked_BM) != B:
         raise ValueError(f"images are {B}, ids are of {len(ids_masked_BM)}")
-    if uses_triton(kernels, "hog_target", images_BHWC.device, torch.empty(0, dtype=dtype)):
+    triton = uses_triton(kernels, "hog_target", images_BHWC.device, torch.empty(0, dtype=dtype))
+    if triton and images_BHWC.dtype == torch.uint8:
         return _hog_target(images_BHWC, ids_masked_BM, patch, bins, cell, dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return hog_target_reference(images_BHWC, ids_masked_BM, patch, bins, cell, wide).to(dtype)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ccmim_kernels.dispatch import choosable, operator, uses_triton, widened
+from ccmim_kernels.dispatch import check_pixels, choosable, operator, uses_triton, widened
 
 NORM_PIX_EPS = 1e-6  # MAE
 
@@ -69,13 +69,13 @@ def masked_patch_loss(
 ) -> Tensor:
     """Compute L_recons (Eq. 9): mean squared error between prediction and pixels, over the masked patches only.
 
-    The target is x = (u / 255 - mean) / std of the uint8 pixels u, with `norm_pix` normalised per patch as in MAE:
+    The target is x = (u / 255 - mean) / std of the pixels u, with `norm_pix` normalised per patch as in MAE:
     (x - E[x]) / sqrt(Var[x] + 1e-6), the variance unbiased.
 
     Args:
         pred_BMP: [B, M, P] float, rows in the order of `ids_masked_BM`, pixels as (row, column, channel); receives a
             gradient.
-        images_BHWC: [B, H, W, C] uint8.
+        images_BHWC: [B, H, W, C] uint8, or float32 with 255 for white.
         ids_masked_BM: [B, M] int64, 0 .. L - 1. IndexError for others on a CPU; CUDA looks at none.
         patch: pixels per side.
         mean_C, std_C: [C] float, on a 0..1 scale.
@@ -88,8 +88,7 @@ def masked_patch_loss(
     B, M = ids_masked_BM.shape
     _, H, W, C = images_BHWC.shape
     P = patch * patch * C
-    if images_BHWC.dtype != torch.uint8:
-        raise ValueError(f"images are {images_BHWC.dtype}, expected torch.uint8")
+    check_pixels(images_BHWC)
     if H % patch or W % patch:
         raise ValueError(f"image {H}x{W} is no multiple of patch={patch}")
     if len(images_BHWC) != B:
@@ -99,7 +98,8 @@ def masked_patch_loss(
     if tuple(pred_BMP.shape) != (B, M, P):
         raise ValueError(f"prediction is {list(pred_BMP.shape)}, expected [{B}, {M}, {P}]")
     inputs = (images_BHWC, ids_masked_BM, patch, mean_C, std_C, norm_pix)
-    if uses_triton(kernels, "masked_patch_loss", images_BHWC.device, pred_BMP, mean_C, std_C):
+    reals = [pred_BMP, mean_C, std_C, *([images_BHWC] if images_BHWC.is_floating_point() else [])]
+    if uses_triton(kernels, "masked_patch_loss", images_BHWC.device, *reals):
         return _masked_patch_loss(pred_BMP, *inputs)[0]
     return masked_patch_loss_reference(widened(pred_BMP), *inputs)
 

@@ -125,11 +125,12 @@ def test_an_export_tells_its_heads_and_images(tmp_path):
     tensors = {"patch_embed.proj.weight": torch.zeros(8, 3, 2, 2), "blocks.0.attn.qkv.weight": torch.zeros(32, 8)}
     arguments = '{"num_heads": 4, "img_size": [4, 6]}'
     about = {"arch": "test_vit", "timm_arguments": arguments, "mean": "[0.1]", "std": "[0.2]"}
+    about |= {"max_value": "[4095]"}
     save_file(tensors, tmp_path / "told.safetensors", metadata=about)
     save_file(tensors, tmp_path / "bare.safetensors")
     told, bare = (read_weights(str(tmp_path / f"{name}.safetensors")) for name in ("told", "bare"))
-    assert told[2:] == ("test_vit", 4, (0.1,), (0.2,), (4, 6), None)
-    assert bare[2:] == ("", 0, (), (), (), None)
+    assert told[2:] == ("test_vit", 4, (0.1,), (0.2,), (4, 6), None, (4095.0,))
+    assert bare[2:] == ("", 0, (), (), (), None, ())
     assert to_timm(told.tensors).keys() == tensors.keys()
     for key, value in (
         ("mean", "no"),
@@ -137,6 +138,7 @@ def test_an_export_tells_its_heads_and_images(tmp_path):
         ("timm_arguments", "[]"),
         ("timm_arguments", '{"img_size": 4}'),
         ("std", '{"a": 1}'),
+        ("max_value", "[0]"),
     ):
         save_file(tensors, tmp_path / "bad.safetensors", metadata=about | {key: value})
         with pytest.raises(CheckpointError, match="what it tells of itself is damaged"):

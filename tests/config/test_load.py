@@ -51,6 +51,16 @@ mask.strategy: random
     }
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("4095", (4095.0,)), ("[4095, 1, 2]", (4095.0, 1.0, 2.0)), ("null", ()), ("~", ()), ("[]", ()), ("", ())],
+)
+def test_a_list_that_may_be_empty_is_null_or_one_number(load, text, value):
+    assert load(f"data: {{max_value: {text}}}") == ({"data.max_value": value} if value else {})
+    assert load_config([f"--data.max_value={text}"], PROG).data.max_value == value
+    assert from_yaml(to_yaml(Config(data=DataConfig(max_value=value))), "x").data.max_value == value
+
+
 def test_every_type_on_the_command_line():
     argv = ["--seed=1", "--mask.ratio", "0.5", "--data.image_size=[32,64]", "--run.dir", "a b=c", "--data.flip=true"]
     config = load_config([*argv, "--contrast.loss", "align", "--optim.betas=[0, .5]"], PROG)

@@ -47,8 +47,8 @@ def test_every_number_has_a_range():
 @pytest.mark.parametrize("key", [*RANGES, "mask.ratio"])
 def test_numbers_that_are_none(key):
     default = settings()[key].default
-    for bad in (math.nan, math.inf, -math.inf, -1):
-        value = (bad, *default[1:]) if isinstance(default, tuple) else bad
+    for bad in (math.nan, math.inf, -math.inf, -2):
+        value = (bad, *default[1:]) if isinstance(default, tuple) else bad  # of max_value, which is empty, one
         message = message_of(**{key: value})
         assert message.startswith(f"{key}=")
         assert "nearest valid is" in message
@@ -58,6 +58,7 @@ def test_numbers_that_are_none(key):
 def test_ends_of_ranges(key):
     """A closed end is in the range and is what is named for values beyond it; an open end is not in it."""
     default, interval = settings()[key].default, RANGES[key]
+    default = (1.0,) if default == () else default
     low, high = interval[1:-1].split(", ")
     for end, closed, beyond in ((low, interval[0] == "[", -1), (high, interval[-1] == "]", 1)):
         if end == "inf":
@@ -89,6 +90,9 @@ REFUSED = [
     ("data.crop_scale=[0.5,1.1]", "in (0, 1]", "[0.5, 1.0]"),
     ("data.mean=[0.5] data.std=[1,1,1]", "of data.channels=3 values", "[0.5, 0.406, 0.406]"),
     ("data.std=[1,1,1] data.mean=[0.5] data.channels=1", "of data.channels=1 values", "[1.0]"),
+    ("data.mean=[0.5,123.7,0.4]", "in [-1, 1]", "[0.5, 1.0, 0.4]"),
+    ("data.max_value=[4095,1023]", "one value, or data.channels=3", "[4095.0]"),
+    ("data.max_value=0", "in (0, inf)", "[0.5]"),
     ("data.std=[0.5,0,0.5]", "in (0, inf)", "[0.5, 0.224, 0.5]"),
     ("data.crop_scale=[1,0.2]", "from small to large", "[0.2, 1.0]"),
     ("data.crop_ratio=[2,0.5]", "from small to large", "[0.5, 2.0]"),

@@ -12,7 +12,8 @@ from ccmim_fast.data.stream.torch_loader import TorchLoader, evaluation_batches
 class Ramps:
     """Images of many sizes whose red says how far down a pixel lies, and whose green how far right."""
 
-    channels, labels_N, class_names, fingerprint, excluded_X = 3, None, (), "ramps", NOTHING_EXCLUDED
+    channels, dtype, labels_N, class_names, fingerprint = 3, np.dtype(np.uint8), None, (), "ramps"
+    excluded_X = NOTHING_EXCLUDED
 
     def __init__(self):
         self.sizes_N2 = np.random.default_rng(0).integers(100, 300, (32, 2)).astype(np.int32)

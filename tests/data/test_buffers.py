@@ -11,7 +11,7 @@ def filled_with(value):
 
 
 def test_on_a_cpu_each_batch_has_its_own():
-    buffers = Buffers((2, 3), torch.device("cpu"), held=1)
+    buffers = Buffers((2, 3), torch.uint8, torch.device("cpu"), held=1)
     batches = [buffers.fill(filled_with(value)) for value in range(5)]
     assert [batch.tolist() for batch in batches] == [[[value] * 3] * 2 for value in range(5)]
     assert batches[0].dtype == torch.uint8
@@ -22,7 +22,7 @@ def test_on_a_cpu_each_batch_has_its_own():
 @pytest.mark.parametrize("held", [1, 3])
 def test_on_a_gpu_no_batch_is_overwritten_before_it_was_used(held):
     """The step is slow and asynchronous, the loader is not: what the step sums must be what was written for it."""
-    buffers = Buffers((1000, 1000), torch.device("cuda"), held)
+    buffers = Buffers((1000, 1000), torch.uint8, torch.device("cuda"), held)
     slow = torch.randn(4096, 4096, device="cuda")
     sums, places = [], set()
     for step in range(8):

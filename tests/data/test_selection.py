@@ -18,7 +18,7 @@ def selected(names, channels=3, image_key="", images=()):
 
 
 def test_no_ending_has_two_meanings():
-    every = [*IMAGES, *CONTAINERS, *UNREAD, *COMPANIONS, ".npy"]
+    every = [*IMAGES, *CONTAINERS, *UNREAD, *COMPANIONS]
     assert len(every) == len({*every})
     assert all(ending == ending.lower() and ending[0] == "." for ending in every)
     assert {".jpg", ".jpe", ".jfif", ".j2k", ".pbm", ".pnm", ".dib"} <= {*IMAGES}

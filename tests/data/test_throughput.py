@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 
 from ccmim_fast.data import throughput as module
@@ -88,6 +89,21 @@ def test_images_that_fail_are_left_out(tmp_path, write_image):
     assert measure_stage_times(Plan(source, 0, 1), (16, 16), 3) == (0, 0, 0)
 
 
+def test_advice_fits_the_images(tmp_path):
+    """Made images cannot be sharded; arrays are neither made smaller nor decoded by DALI."""
+    for name, pixels in (("five", np.zeros((8, 9, 5), np.uint8)), ("deep", np.zeros((8, 9, 3), np.uint16))):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "a.npy", pixels)
+    sources = [ShapesSource(0, 8, (32, 32)), open_images(str(tmp_path / "five"), 5)]
+    tifffile.imwrite(tmp_path / "deep/a.tif", np.zeros((8, 9, 3), np.uint16), photometric="rgb")
+    for source in (*sources, open_images(str(tmp_path / "deep"), 3)):
+        for slowest in range(3):
+            advice = StageTimes(*(9.0 if stage == slowest else 1.0 for stage in range(3))).advice(source)
+            assert "DALI" not in advice
+            assert "--side" not in advice
+            assert "shard" not in advice or source is not sources[0]
+
+
 @pytest.mark.parametrize(
     ("stages", "words"),
     [
@@ -96,11 +112,13 @@ def test_images_that_fail_are_left_out(tmp_path, write_image):
         (StageTimes(1.0, 2.0, 9.0), "give the run more cores"),
     ],
 )
-def test_advice_is_about_the_slowest(stages, words):
-    assert words in stages.advice()
-    assert stages.advice().startswith(f"milliseconds an image: read {stages.read:.1f}, decode {stages.decode:.1f}")
-    lines = Throughput(stages, 0.5, {"torch": 123.4, "dali": 567.8}, 4).lines()
-    assert lines[-1] == stages.advice()
+def test_advice_is_about_the_slowest(photo_folder, stages, words):
+    source = open_images(str(photo_folder))
+    advice = stages.advice(source)
+    assert words in advice
+    assert advice.startswith(f"milliseconds an image: read {stages.read:.1f}, decode {stages.decode:.1f}")
+    lines = Throughput(stages, 0.5, {"torch": 123.4, "dali": 567.8}, 4, source).lines()
+    assert lines[-1] == advice
     assert lines[0].split() == ["read", f"{stages.read:.2f}", "ms", "an", "image,", "one", "thread"]
     assert "4 threads could give 333 img/s without DALI" in lines
     assert [line.split()[:2] for line in lines[-3:-1]] == [["torch", "123"], ["dali", "568"]]

@@ -6,6 +6,7 @@ import os
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 from tiny import TINY
@@ -15,6 +16,8 @@ from ccmim_fast.data.throughput import StageTimes
 from ccmim_fast.engine import health
 from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.errors import DataError
+from ccmim_fast.export.embed import embed_folder
+from ccmim_fast.report.snapshots import take_snapshots
 
 
 @pytest.fixture
@@ -124,6 +127,41 @@ def test_another_set_of_images_is_told_when_a_run_resumes(tmp_path, photos, caps
     (photos / "00.jpg").unlink()
     run(tmp_path / "run", photos, resume="auto", allow=True, epochs=2)
     assert "not those of the checkpoint (20 then, 19 now)" in capsys.readouterr().out
+
+
+@pytest.fixture
+def bands(tmp_path):
+    """Twelve images of five bands of 11 bits in 16, in both layouts."""
+    root = tmp_path / "bands"
+    root.mkdir()
+    for number in range(12):
+        made = np.random.default_rng(number).integers(0, 2000, (5, 40, 48), dtype=np.uint16)
+        np.save(root / f"{number}.npy", np.moveaxis(made, 0, 2) if number % 2 else made)
+    return root
+
+
+BANDS = {"channels": 5, "mean": (0.25,) * 5, "std": (0.14,) * 5, "loader": "auto"}
+
+
+def test_images_of_16_bits_are_trained_as_they_are(tmp_path, bands, capsys):
+    run(tmp_path / "run", bands, data=BANDS, max_steps=1)
+    said = capsys.readouterr().out
+    assert "12 images · TorchLoader · float32 pixels" in said
+    assert said.count("pixels reach 1999, and 65535 is white: set --data.max_value=2047") == 1
+
+
+def test_a_run_on_wide_images_goes_on_and_is_drawn_and_embedded(tmp_path, bands, capsys):
+    data = BANDS | {"max_value": (2047.0,)}
+    for resume in ("never", "auto"):
+        run(tmp_path / "run", bands, data=data, epochs=1, resume=resume)
+    assert "pixels reach" not in capsys.readouterr().out
+    lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert all(0.5 < line["recons"] < 2 for line in lines if "recons" in line)
+    (snapshot,), remarks = take_snapshots(tmp_path / "run", 2, 1)
+    assert not remarks
+    assert snapshot.images_BHWC.dtype == snapshot.reconstruction_BHWC.dtype == np.uint8
+    assert snapshot.images_BHWC.std() > 40  # three deviations on both sides fill the screen's range
+    assert embed_folder(str(tmp_path / "run"), str(bands), tmp_path / "x.npy", device="cpu") == (12, 48, 0)
 
 
 def test_advice_comes_once_where_steps_wait(tmp_path, photos, monkeypatch, capsys):

@@ -30,6 +30,7 @@ class Noise:
     """Labelled images of noise, in memory; the interface is `data.source.Source`."""
 
     class_names, fingerprint, excluded_X = ("a", "b"), "noise", NOTHING_EXCLUDED
+    dtype = np.dtype(np.uint8)
 
     def __init__(self, count: int, channels: int):
         self.sizes_N2 = np.full((count, 2), (40, 50), dtype=np.int32)

@@ -135,6 +135,16 @@ def test_kernel_against_gold(batch, size, patch, cell, channels, bins, masked, d
     compare_hog(images, ids, dtype, patch=patch, cell=cell, bins=bins)
 
 
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+def test_float32_images(kernels, device):
+    """The reference computes them, whatever is asked for: bytes give the same, and so does any scale of them."""
+    images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8, device=device)
+    ids = some_ids(2, (16, 16), 8, 3).to(device)
+    expected = hog_target(images, ids, patch=8, kernels="reference")
+    assert torch.equal(hog_target(images.float(), ids, patch=8, kernels=kernels), expected)
+    torch.testing.assert_close(hog_target(images.float() / 64 - 1, ids, patch=8, kernels=kernels), expected)
+
+
 @pytest.mark.parametrize("bins", [2, 3, 4, 8, 9, 11, 18, 25, 38, 64])
 def test_cotangents_part_gradients_as_boundaries_do(bins):
     """All gradients of uint8 images, with the kernel's float32 arithmetic."""
@@ -223,8 +233,8 @@ def test_kernel_errors(options, message, device):
 def test_errors():
     with pytest.raises(ValueError, match="cell=8 must divide patch=4"):
         hog_target(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.tensor([[0]]), patch=4)
-    with pytest.raises(ValueError, match=r"expected torch\.uint8"):
-        hog_target(torch.zeros(1, 8, 8, 3), torch.tensor([[0]]), patch=8)
+    with pytest.raises(ValueError, match=r"images are torch\.int16, expected torch\.uint8 or torch\.float32"):
+        hog_target(torch.zeros(1, 8, 8, 3, dtype=torch.int16), torch.tensor([[0]]), patch=8)
     images = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
     for options, message in (
         ({"bins": 0}, "bins=0 must be at least 1"),

@@ -126,6 +126,22 @@ def test_kernel_against_gold(batch, size, patch, channels, masked, dtype, norm_p
     compare_loss(inputs, patch=patch, norm_pix=norm_pix)
 
 
+@pytest.mark.parametrize("norm_pix", [True, False])
+@pytest.mark.parametrize(("size", "patch", "channels"), [((32, 48), 16, 3), ((10, 35), 5, 4), ((15, 20), 5, 1)])
+def test_kernel_on_float32_images(size, patch, channels, norm_pix, device):
+    """Pixels between bytes, below black and beyond white, as wide images have."""
+    inputs = kernel_inputs(2, size, patch, channels, 4, torch.float32, device)
+    inputs["images_BHWC"] = 400 * torch.rand(inputs["images_BHWC"].shape, device=device) - 100
+    compare(masked_patch_loss, inputs, ["pred_BMP"], patch=patch, norm_pix=norm_pix)
+    bytes_too = inputs | {"images_BHWC": inputs["images_BHWC"].clamp(0, 255).to(torch.uint8)}
+    floats = bytes_too | {"images_BHWC": bytes_too["images_BHWC"].float()}
+    for kernels in ("triton", "reference"):
+        losses = [
+            masked_patch_loss(**one, patch=patch, norm_pix=norm_pix, kernels=kernels) for one in (bytes_too, floats)
+        ]
+        assert torch.equal(*losses)
+
+
 @pytest.mark.fault("mean of large numbers", "u * a + b - first", "u * a + b")
 @pytest.mark.parametrize("value", [0, 77, 255])
 @pytest.mark.parametrize("channels", [1, 3])
@@ -247,8 +263,8 @@ def test_errors():
     mean, std = stats(3)
     with pytest.raises(ValueError, match=r"prediction is \[1, 3, 12\], expected \[1, 4, 12\]"):
         masked_patch_loss(torch.zeros(1, 3, 12), images, torch.arange(4)[None], patch=2, mean_C=mean, std_C=std)
-    with pytest.raises(ValueError, match=r"expected torch\.uint8"):
-        masked_patch_loss(torch.zeros(1, 4, 12), images.float(), torch.arange(4)[None], patch=2, mean_C=mean, std_C=std)
+    with pytest.raises(ValueError, match=r"images are torch\.int16, expected torch\.uint8 or torch\.float32"):
+        masked_patch_loss(torch.zeros(1, 4, 12), images.short(), torch.arange(4)[None], patch=2, mean_C=mean, std_C=std)
     with pytest.raises(ValueError, match="image 4x4 is no multiple of patch=3"):
         patchify(images, 3)
     with pytest.raises(ValueError, match="image 4x4 is no multiple of patch=3"):

@@ -24,49 +24,19 @@ FORMATS = (
     Format("BMP", (".bmp", ".dib")),
     Format("PPM", (".ppm", ".pgm", ".pbm", ".pnm")),
     Format("GIF", (".gif",)),
+    Format("NPY", (".npy",)),
 )
 IMAGES = tuple(ending for kind in FORMATS if kind.read for ending in kind.endings)
-ARRAYS = (".npy", ".tif", ".tiff")  # of other channels than 1 and 3
+ARRAYS = (".npy", ".tif", ".tiff")  # of any number of channels
 TAR, TABLES, LISTS = ".tar", (".parquet", ".arrow", ".feather"), (".txt", ".lst", ".tsv")
 CONTAINERS = (TAR, *TABLES)
 # Images that nothing here decodes, and archives whose members cannot be read one by one: who has them wants to know.
 UNREAD = (
     *(ending for kind in FORMATS if not kind.read for ending in kind.endings),
-    *(
-        ".jxl",
-        ".heic",
-        ".heif",
-        ".hif",
-        ".svg",
-        ".psd",
-        ".tga",
-        ".ico",
-        ".exr",
-        ".hdr",
-        ".pfm",
-        ".dds",
-        ".eps",
-        ".qoi",
-        ".jxr",
-    ),
-    *(
-        ".raw",
-        ".dng",
-        ".cr2",
-        ".cr3",
-        ".nef",
-        ".arw",
-        ".orf",
-        ".rw2",
-        ".raf",
-        ".dcm",
-        ".nii",
-        ".nii.gz",
-        ".mrc",
-        ".fits",
-    ),
-    *(".czi", ".nd2", ".lif", ".svs", ".ndpi", ".mrxs", ".npz", ".h5", ".hdf5", ".lmdb", ".tfrecord", ".tfrecords"),
-    *(".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar"),
+    *(".jxl", ".heic", ".heif", ".hif", ".svg", ".psd", ".tga", ".ico", ".exr", ".hdr", ".pfm", ".dds", ".eps"),
+    *(".qoi", ".jxr", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".dcm", ".nii"),
+    *(".nii.gz", ".mrc", ".fits", ".czi", ".nd2", ".lif", ".svs", ".ndpi", ".mrxs", ".npz", ".h5", ".hdf5"),
+    *(".lmdb", ".tfrecord", ".tfrecords", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar"),
 )
 # What lies beside images and is none: it is not told of in every run.
 COMPANIONS = (
@@ -107,9 +77,3 @@ def begins_like_an_image(start: bytes) -> bool:
 
 
 _BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
-
-
-def suffix_of_format(name: str | None) -> str:
-    """Return the ending for a format by Pillow's name: of a row of a table, which has no name of its own."""
-    name = {"MPO": "JPEG", None: ""}.get(name, name)
-    return next((kind.endings[0] for kind in FORMATS if kind.name == name), f".{name.lower()}")

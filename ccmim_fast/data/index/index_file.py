@@ -153,9 +153,10 @@ class Index:
             part = self.table.slice(start, 4096).to_pydict()
             yield from map(Row, *(part[name] for name in SCHEMA.names))
 
-    def modes(self) -> Counter[str]:
-        """Count the samples of each mode, in the order of their names."""
-        counts = self.table.column("mode").value_counts().to_pylist()
+    def modes(self, of_N: np.ndarray | None = None) -> Counter[str]:
+        """Count the samples of each mode, in the order of their names; with `of_N` [N] bool, of those alone."""
+        column = self.table.column("mode")
+        counts = (column if of_N is None else column.filter(pa.array(of_N))).value_counts().to_pylist()
         return Counter(dict(sorted((str(count["values"]), count["counts"]) for count in counts)))
 
 

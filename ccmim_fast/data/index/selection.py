@@ -20,19 +20,9 @@ _PART = re.compile(rf"(?:.*_img_)?({_WORDS})[-_]?(?:\d+|images?|imgs?|set|data)?
 # The first or last word of a tar's or table's name: `train-00000-of-00002.parquet`, `mnist_test.parquet`.
 _FILE = re.compile(rf"({_WORDS})(?=[-_.\d])|.*[-_.]({_WORDS})(?=[-_\d]*\.\w+$)", re.IGNORECASE)
 # Members `x.seg.png` beside `x.jpg` that show something other than the photograph.
-_ANNOTATIONS = (
-    "seg",
-    "segm",
-    "segmentation",
-    "semantic",
-    "panoptic",
-    "instance",
-    "instances",
-    "mask",
-    "masks",
-    "matte",
-)
-_ANNOTATIONS += ("alpha", "depth", "disparity", "flow", "normal", "normals", "edge", "edges", "label", "labels", "gt")
+_ANNOTATIONS = ("seg", "segm", "segmentation", "semantic", "panoptic", "instance", "instances", "mask", "masks")
+_ANNOTATIONS += ("matte", "alpha", "depth", "disparity", "flow", "normal", "normals", "edge", "edges")
+_ANNOTATIONS += ("label", "labels", "gt")
 _ORDER = tuple(ending[1:] for kind in FORMATS for ending in kind.endings)  # of the images of one sample
 
 

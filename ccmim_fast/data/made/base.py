@@ -24,7 +24,7 @@ class GeneratedSource:
     None. `fields` are NumPy's (name, dtype, shape) of what `generate` returns after the image.
     """
 
-    channels = 3
+    channels, dtype = 3, np.dtype(np.uint8)
     excluded_X = NOTHING_EXCLUDED
     noun = "image"
 

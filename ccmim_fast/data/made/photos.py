@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ccmim_fast.config.schema import DataConfig
+from ccmim_fast.data.index.formats import open_picture
 from ccmim_fast.data.made.base import GeneratedSource
 from ccmim_fast.errors import MachineError
 
@@ -68,5 +69,5 @@ def photo_path(name: str) -> str:
 
 @lru_cache(maxsize=len(_PHOTOS))
 def _open_photo(path: str) -> Image.Image:
-    with Image.open(path) as image:
+    with open_picture(path) as image:
         return image.convert("RGB")

@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     mirrored crop, x is the right edge in the image and the width is negative.
     """
 
-    images_BHWC: Tensor  # uint8, crops of `data.image_size`
+    images_BHWC: Tensor  # uint8 or float32, 255 for white, as the source's pixels; crops of `data.image_size`
     ids_B: Tensor  # int64 sample ids: the index of each image in its source
     epochs_B: Tensor  # int64, the epoch of each sample; nearly always one epoch for all
     labels_B: Tensor | None = None  # int64 class indices, or None if the source has none
@@ -72,7 +72,7 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 class Buffers:
-    """Buffers hold the images of a loader on the device, in uint8 tensors of one shape.
+    """Buffers hold the images of a loader on the device, in tensors of one shape and type.
 
     On CUDA it is a ring of `2 * held` tensors, filled on a separate stream while a step reads earlier ones: a batch
     stays valid until `2 * held - 1` others were asked for. `held` batches, the micro-batches of a step, are asked for
@@ -80,17 +80,17 @@ class Buffers:
     it was asked for; of other work, only what reads the batch waits for the copy. On a CPU each batch has own memory.
     """
 
-    def __init__(self, shape: tuple[int, ...], device: torch.device, held: int):
-        self._shape, self._device, self._held, self._asked = shape, device, held, 0
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, held: int):
+        self._shape, self._dtype, self._device, self._held, self._asked = shape, dtype, device, held, 0
         if device.type == "cuda":
-            self._slots = [torch.empty(shape, dtype=torch.uint8, device=device) for _ in range(2 * held)]
+            self._slots = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2 * held)]
             self._asked_at: list[torch.cuda.Event | None] = [None] * (2 * held)
             self._stream = torch.cuda.Stream(device)
 
     def fill(self, copy: Callable[[Tensor, "torch.cuda.Stream | None"], object]) -> Tensor:
         """Return the next batch, written by `copy(tensor, stream)`, on CUDA in the order of that stream."""
         if self._device.type != "cuda":
-            images_BHWC = torch.empty(self._shape, dtype=torch.uint8)
+            images_BHWC = torch.empty(self._shape, dtype=self._dtype)
             copy(images_BHWC, None)
             return images_BHWC
         current = torch.cuda.current_stream(self._device)

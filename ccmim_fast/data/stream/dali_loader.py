@@ -36,6 +36,13 @@ def is_installed() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("nvidia", "nvidia.dali"))
 
 
+def _refusal(source: Source) -> str:
+    """Return what DALI reads and these images are not; empty if it reads them."""
+    if source.channels not in (1, 3):
+        return f"1 or 3 channels, not {source.channels}"
+    return "" if source.dtype == np.uint8 else "pixels of 8 bits, not of more"
+
+
 class DaliLoader(Loader):
     """This loader decodes images of 1 or 3 channels by DALI.
 
@@ -46,8 +53,8 @@ class DaliLoader(Loader):
     """
 
     def __init__(self, plan: Plan, *others: Any):
-        if (channels := plan.source.channels) not in (1, 3):
-            raise ConfigError(f"data.loader=dali reads 1 or 3 channels, not {channels}; set data.loader=torch")
+        if refusal := _refusal(plan.source):
+            raise ConfigError(f"data.loader=dali reads {refusal}; set data.loader=torch")
         try:
             import nvidia.dali.plugin.pytorch as dali_torch
         except (ImportError, OSError) as error:
@@ -61,7 +68,7 @@ class DaliLoader(Loader):
     @staticmethod
     def suits(source: Source) -> bool:
         """Tell whether DALI reads and speeds up such images; generated images are not encoded, so they gain nothing."""
-        return isinstance(source, IndexedSource) and source.channels in (1, 3) and is_installed()
+        return isinstance(source, IndexedSource) and not _refusal(source) and is_installed()
 
     def stream(self, cursor: int) -> Iterator[Batch]:
         buffers, flip = self.buffers(), self.plan.flip and self._device.type == "cuda"

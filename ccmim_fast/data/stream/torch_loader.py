@@ -77,7 +77,7 @@ def central_boxes(sizes_B2: np.ndarray, image_size: tuple[int, int], share: floa
 
 
 def load_crop(source: Source, sample: MicroBatch, image_size: tuple[int, int]) -> np.ndarray:
-    """Decode, crop and resize a micro-batch of one: [H, W, C] uint8. Raises DataError naming the image."""
+    """Decode, crop and resize a micro-batch of one: [H, W, C] as the source's. Raises DataError naming the image."""
     image_HWC = source.decode(sample.ids_B.item())
     return crop_and_resize(image_HWC, sample.boxes_B4[0], sample.flips_B.item(), image_size)
 
@@ -93,7 +93,7 @@ def crop_and_resize(image_HWC: np.ndarray, box_4: np.ndarray, flipped: bool, ima
 
 
 def resize(image_HWC: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-    """Resize [H, W, C] uint8 by antialiased bicubic interpolation.
+    """Resize [H, W, C] uint8 or float32 by antialiased bicubic interpolation; float32 is neither rounded nor cut off.
 
     torch's uint8 kernel has Pillow's filter, differs from Pillow by 0.2 levels on average on photographs, and takes a
     fifth of the time (500 x 375 to 224 x 224 pixels: 0.25 ms against 1.2, AMD EPYC; DALI's operator for CPUs: 2.1).
@@ -110,6 +110,6 @@ def _stack(images: list[np.ndarray], images_BHWC: torch.Tensor, stream: object) 
         np.stack(images, out=images_BHWC.numpy())
         return
     # The images are stacked in pinned memory at once: pinning a pageable tensor would copy it once more.
-    pinned_BHWC = torch.empty(images_BHWC.shape, dtype=torch.uint8, pin_memory=True)
+    pinned_BHWC = torch.empty(images_BHWC.shape, dtype=images_BHWC.dtype, pin_memory=True)
     np.stack(images, out=pinned_BHWC.numpy())
     images_BHWC.copy_(pinned_BHWC, non_blocking=True)

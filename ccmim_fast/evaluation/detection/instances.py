@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ccmim_fast.data.index.decode import decode
+from ccmim_fast.data.index.decode import BYTE, decode
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.source import NOTHING_EXCLUDED
 from ccmim_fast.errors import DataError, one_line
@@ -69,7 +69,7 @@ class CocoSource:
     Raises DataError: a file that is missing, damaged, or speaks of what is not there.
     """
 
-    channels = 3
+    channels, dtype = 3, BYTE
     labels_N = None  # an image has many
 
     def __init__(self, root: str, part: str, train: bool, class_names: tuple[str, ...] = ()) -> None:

@@ -20,7 +20,7 @@ from ccmim_fast.evaluation.masks.subject import PROG, Subject, read_subject
 from ccmim_fast.models.ccmim import Output
 from ccmim_fast.models.scores import PriorScores
 from ccmim_fast.ranks.session import open_session
-from ccmim_fast.report.snapshots import FewImages, few_images, prior_scores, reconstruct, spread
+from ccmim_fast.report.snapshots import FewImages, few_images, on_screen, prior_scores, reconstruct, spread
 from ccmim_fast.runs.folder import read_by, run_folder
 from ccmim_kernels import Partition, partition_from_mask
 
@@ -93,7 +93,7 @@ def _measure(subject: Subject, few: FewImages, object_BL: Tensor | None, count: 
         scored=scored,
         figures=figures_of(scored, object_BL),
         rows=rows,
-        images_DHWC=few.batch.images_BHWC[rows].numpy(),
+        images_DHWC=on_screen(batch.images_BHWC[rows], model.mean_C, model.std_C).cpu().numpy(),
         object_DL=None if object_BL is None else object_BL[rows].numpy(),
         reconstruction_DHWC=drawn_DHWC,
     )

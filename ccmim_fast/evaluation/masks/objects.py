@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ccmim_fast.data.index.formats import open_picture
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.source import Source
 from ccmim_fast.data.stream.batch import Batch
@@ -66,7 +66,7 @@ class MaskFolder:
         path = whole if whole.is_file() else self._folder / whole.name
         size = tuple(self._source.sizes_N2[index].tolist())
         try:
-            with Image.open(path, formats=["PNG"]) as image:
+            with open_picture(path) as image:
                 found = image.size[::-1]
                 # Read only if it is as large as its image.
                 pixels = (

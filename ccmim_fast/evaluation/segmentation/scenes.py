@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ccmim_fast.config.schema import DataConfig
+from ccmim_fast.data.index.decode import BYTE
+from ccmim_fast.data.index.formats import open_picture
 from ccmim_fast.data.index.indexed import IndexedSource, open_images
 from ccmim_fast.data.made.shapes import build
 from ccmim_fast.data.source import Source, UnreadableError
@@ -30,6 +31,8 @@ class Scenes:
     `labels` gives those of an id, [H, W] uint8, 0 .. K - 1 or `IGNORED`, of K `class_names`, at most 255; `sample` the
     pixels, too. Both raise DataError naming the file.
     """
+
+    channels, dtype = 3, BYTE
 
     def __init__(self, images: Source, class_names: tuple[str, ...], labels: Callable[[int], np.ndarray]):
         self.class_names, self.labels = class_names, labels
@@ -70,6 +73,8 @@ def folder_scenes(root: str) -> tuple[Scenes, Scenes]:
                     f"each with {PARTS[0]}/ and {PARTS[1]}/"
                 )
     images = [open_images(str(Path(root) / "images" / part), 3, quiet=False) for part in PARTS]
+    for one in images:
+        one.dtype = BYTE  # what the augmentation works on
     paths = [_annotations_of(found, root, part) for found, part in zip(images, PARTS)]
     names = Path(root) / NAMES
     class_names = _names_in(names) if names.is_file() else _numbered(images[0], paths[0])
@@ -105,7 +110,7 @@ def _read_annotation(path: str, images: IndexedSource, index: int) -> np.ndarray
     """Return the numbers in a PNG of whole numbers or a palette, [H, W]. Raises DataError naming the file."""
     expected = tuple(images.sizes_N2[index].tolist())
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with open_picture(path) as image:
             if (found := image.size[::-1]) == expected and image.mode in _MODES:
                 return np.array(image)
             mode = image.mode

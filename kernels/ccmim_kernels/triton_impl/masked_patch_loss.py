@@ -67,7 +67,7 @@ def inverse_root(x):
 @triton.jit(do_not_specialize=_INTEGERS)
 def ccmim_masked_patch_loss_kernel(
     pred_ptr,  # [B, M, P] fp32, fp16 or bf16
-    images_ptr,  # [B, H, W, C] uint8
+    images_ptr,  # [B, H, W, C] uint8 or fp32
     ids_ptr,  # [B, M] int64
     mean_ptr,  # [C] fp32
     std_ptr,  # [C] fp32
