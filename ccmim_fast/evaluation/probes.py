@@ -29,7 +29,7 @@ def linear(job: Job) -> dict[str, float]:
 
     @torch.no_grad()
     def inputs(images_BHWC: Tensor) -> Tensor:
-        return pooled(encoder(images_BHWC), encoder.prefix, pool)
+        return encoder.norm(pooled(encoder(images_BHWC), encoder.prefix, pool))
 
     names = ("accuracy",) if len(rates) == 1 else tuple(f"rate x {rate:g}" for rate in rates)
     groups = [(linear_.parameters(), rate) for linear_, rate in zip(head.linears, rates)]

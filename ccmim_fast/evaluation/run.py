@@ -42,7 +42,8 @@ def evaluate(name: str, checkpoint: str, settings: Mapping[str, str]) -> str:
     with open_session(config.train.device, config.watch.timeout) as here:
         # In the order in which a mistake is cheapest to find: weights' header, libraries, images, folder.
         with main_first(here):  # that downloads weights and indexes images, if nobody has
-            weights = read_encoder(checkpoint, config.model.arch, config.model.num_heads)
+            model = config.model
+            weights = read_encoder(checkpoint, model.arch, model.num_heads, model.pretrained_size)
             mean, std = config.data.mean or weights.mean, config.data.std or weights.std
             check_installed(f"eval {name}", row.needs, name)
             data = [images_of(config.data, mean, std, test) for test in (False, True)]

@@ -26,6 +26,8 @@ def import_weights(file: str, arch: str, out: str, settings: Sequence[str]) -> t
     architecture is known, or a setting is wrong; CheckpointError: a weight is missing, unexpected or of another shape.
     """
     found = read_weights(file)
+    if found.layout:
+        print(f"{file}: {found.layout}")
     if arch and not file.startswith(TIMM):
         found = found._replace(arch=arch)
     if not found.arch:

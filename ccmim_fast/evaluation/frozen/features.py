@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.batch import Batch
@@ -18,6 +18,7 @@ from ccmim_fast.ranks.session import gather_ranks
 
 _BATCH = 256  # images encoded at once by a rank
 _EXACT = nullcontext()  # in place of autocast: float32
+_UNCHANGED = nn.Identity()
 
 
 def pooled(tokens_BTD: Tensor, prefix: int, pool: Literal["avg", "cls"]) -> Tensor:
@@ -31,11 +32,13 @@ def extract(
     prefix: int = 1,
     pool: Literal["avg", "cls"] = "avg",
     autocast: AbstractContextManager = _EXACT,
+    norm: Callable[[Tensor], Tensor] = _UNCHANGED,
 ) -> tuple[Tensor, Tensor | None]:
     """Encode every image and pool its tokens to one vector, see `pooled`.
 
     `encode` turns uint8 images [B, H, W, C] into the normalised final tokens [B, T, D] of any float dtype, first
     `prefix` tokens (CLS, registers). It is called under `inference_mode` and `autocast`, and is in evaluation mode.
+    `norm` is of the pooled vector.
 
     Returns features [N, D] float32 and labels [N] int64, on the CPU and usable under autograd; None without labels.
     Raises ValueError: `pool` is neither name, or is `cls` with no prefix token; DataError: no batch at all;
@@ -47,7 +50,7 @@ def extract(
     for batch in batches:
         with torch.inference_mode(), autocast:
             tokens_BTD = encode(batch.images_BHWC).float()
-            features.append(pooled(tokens_BTD, prefix, pool).cpu())
+            features.append(norm(pooled(tokens_BTD, prefix, pool)).cpu())
         labels.append(batch.labels_B)
     if not features:
         raise DataError("no images to encode: the source gave no batch")
@@ -63,7 +66,7 @@ def features(job: Job, images: Images) -> tuple[Tensor, Tensor]:
     """Return features [S, D] float32 and labels [S] of this rank's share, every `world_size`-th image, on the CPU."""
     pool, device = job.config.model.pool, job.here.device
     encoder, precision = job.frozen_encoder(pool), choose_precision(job.config.train.precision, device)
-    return extract(encoder, job.batches(images, _BATCH), encoder.prefix, pool, precision.autocast(device))
+    return extract(encoder, job.batches(images, _BATCH), encoder.prefix, pool, precision.autocast(device), encoder.norm)
 
 
 def features_of_all_ranks(job: Job, images: Images) -> tuple[Tensor, Tensor]:
