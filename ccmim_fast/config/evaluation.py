@@ -60,7 +60,7 @@ class EvalModelConfig:
         "ours",
         "shape",
     )
-    pool: Literal["avg", "cls"] = setting("avg", "mean over the patches' tokens, or [CLS]", "paper, appendix C")
+    pool: Literal["avg", "cls"] = setting("avg", "mean over the patches' tokens, or [CLS]", "paper, section 4.1")
     drop_path: u.Decay = like(ModelConfig, "drop_path")
 
 

@@ -46,6 +46,7 @@ def import_weights(file: str, arch: str, out: str, settings: Sequence[str]) -> t
     describe_run(folder, config, torch.device("cpu"))
     # No moments yet; the rate and the decay are those of the run that goes on.
     of = config.optim
-    optimizer = build_optimizer("adamw", model, lr=of.base_lr, weight_decay=of.weight_decay, betas=of.betas)
+    options = {"weight_decay": of.weight_decay, "betas": of.betas, "decay_tokens": of.decay_tokens}
+    optimizer = build_optimizer("adamw", model, lr=of.base_lr, **options)
     state = capture(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), None, Progress(0, 0, 0, ""), config)
     return io.save(folder / CHECKPOINTS, 0, state, keep=1), new
