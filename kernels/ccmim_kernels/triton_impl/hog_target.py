@@ -177,10 +177,9 @@ def ccmim_hog_target_kernel(
             dx, dy = difference_0 + 2 * difference_1 + difference_2, smooth_2 - smooth_0
             for byte in tl.static_range(4):
                 counted = part + (4 * word + byte) // CHANNELS < CELL
-                x_byte, y_byte = take(dx, byte), take(dy, byte)
-                place = 4 * word + byte
                 # Bins are counted from the y axis, as in MaskFeat.
-                histogram = add_votes(histogram, y_byte, x_byte, counted, cotangent_ptr, place, BINS, CHANNELS)
+                a, b = take(dy, byte), take(dx, byte)
+                histogram = add_votes(histogram, a, b, counted, cotangent_ptr, 4 * word + byte, BINS, CHANNELS)
             difference_0, smooth_0 = difference_1, smooth_1
             difference_1, smooth_1 = difference_2, smooth_2
     feature = tl.arange(0, BLOCK_F)[:, None]
