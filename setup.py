@@ -9,7 +9,7 @@ from setuptools import find_packages, setup
 INSTALL_REQUIRES = [
     "torch>=2.7.1",
     "torchvision>=0.22.1",
-    "timm>=1.0.15",
+    "timm>=1.0.21",
     "numpy>=1.26",
     "pillow>=10",
     "pyarrow>=15",
@@ -67,7 +67,7 @@ setup(
     version="0.1.0",
     description="A fast trainer for masked image modelling with ccMIM (ICLR 2023)",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=[
         *find_packages(include=["ccmim_fast", "ccmim_fast.*"]),
         *find_packages("kernels", include=["ccmim_kernels", "ccmim_kernels.*"]),

@@ -2,7 +2,8 @@
 
 Twenty steps for each score source, contrastive loss, target and mask strategy, with averaged weights, stochastic depth,
 accumulation, clipping and register tokens; see `bit_equality.py`. With another torch, timm, NumPy, Pillow, C library or
-kind of processor than those of the record, the losses of the first steps are compared within a tolerance instead.
+kind of processor than those of the record, the losses of the first steps are compared within a tolerance instead. Runs
+with HOG are recorded of a later commit, which counts its bins from the other axis, and on one kind of processor alone.
 """
 
 import json
@@ -32,7 +33,7 @@ def test_same_as_recorded(found, name):
     record, of_this_kind = bit_equality.record_for(found, RECORDS)
     now, then = found["runs"][name], record["runs"][name]
     assert "error" not in now, now["error"]
-    if not of_this_kind:
+    if not (of_this_kind and "sha256" in then):
         for figure in ("loss", "recons"):
             assert now[figure][:STEPS] == pytest.approx(then[figure][:STEPS], rel=TOLERANCE), (
                 f"{figure} of {name}, compared within {TOLERANCE} since {found['machine']} is not the record's "

@@ -14,7 +14,7 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.losses.criteria import Objective
 from ccmim_fast.models.ccmim import CCMIM, Decoder
-from ccmim_fast.models.encoder import build_encoder, configure_blocks
+from ccmim_fast.models.encoder import build_encoder, configure_blocks, initialise
 from ccmim_fast.models.heads import Heads, build_predictor, build_projector
 from ccmim_fast.models.scores import ScoreSource
 from ccmim_fast.models.tokens import grid_of, patch_size_of
@@ -92,6 +92,9 @@ def _heads(config: Config, width: int) -> Heads | None:
         return None
     projector = build_projector(width, heads.dim, sync_bn=heads.sync_bn)
     predictor = build_predictor(heads.dim, sync_bn=heads.sync_bn) if contrast.predictor else None
+    if heads.init == "xavier":
+        for part in filter(None, (projector, predictor)):
+            initialise(part)
     return Heads(projector, predictor, contrast.negatives)
 
 

@@ -1,36 +1,30 @@
 """This file reads weights from any place: a run, a file (timm, MAE, ccMIM, `ccmim export`), or a name of timm's."""
 
-import argparse
+import contextlib
 import json
 import math
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ccmim_fast.checkpoints.claims import check_claims, check_size
-from ccmim_fast.checkpoints.convert import from_flat
+from ccmim_fast.checkpoints.layouts import recognised
+from ccmim_fast.checkpoints.positions import grid_of_file, resampled
 from ccmim_fast.checkpoints.run import open_run
+from ccmim_fast.checkpoints.weight_files import OF_WIDTH, is_model_folder, read_file, read_folder
 from ccmim_fast.config.keys import nearest
 from ccmim_fast.errors import CheckpointError, ConfigError, one_line
 from ccmim_fast.models.ccmim import CCMIM
 
 TIMM = "timm:"  # in front of a name of timm's
+_CLS, _POSITIONS = "encoder.cls_token", "encoder.pos_embed"
 _NEW = ("decoder", "projector", "predictor")  # parts that a file may lack as a whole: they start anew
 _SHOWN = 4  # names in one line
 _ASSUMED = "vit_base_patch16_224"
-_OF_WIDTH = {  # timm's, by width: what to propose; patch and blocks are read off the weights
-    192: "vit_tiny_patch16_224",
-    384: "vit_small_patch16_224",
-    768: "vit_base_patch16_224",
-    1024: "vit_large_patch16_224",
-    1280: "vit_huge_patch14_224",
-    1408: "vit_giant_patch14_224",
-    1664: "vit_gigantic_patch14_224",
-}
 
 
 class Weights(NamedTuple):
@@ -45,36 +39,38 @@ class Weights(NamedTuple):
     image_size: tuple[int, ...] = ()  # height and width of those images in pixels
     step: int | None = None  # optimizer steps of pretraining
     max_value: tuple[float, ...] = ()  # the number that was white in those images; see `data.max_value`
+    layout: str = ""  # what was recognised in a file, in words
 
 
 def read_weights(place: str) -> Weights:
     """Read weights; no code in a file is run.
 
     Args:
-        place: folder of a run or of one of its checkpoints (averaged weights where there are some); a file
-            `.safetensors`, or `.pth`, `.pt`, `.bin`; `timm:ARCH.TAG`, from timm's cache or the Hugging Face hub;
-            `timm:ARCH` for initial weights.
+        place: folder of a run or of one of its checkpoints (averaged weights where there are some), or one that
+            transformers or timm wrote; a file `.safetensors`, or `.pth`, `.pt`, `.bin`, see `layouts`; `timm:ARCH.TAG`,
+            from timm's cache or the Hugging Face hub; `timm:ARCH` for initial weights.
 
     Raises:
-        CheckpointError: missing, damaged, no dictionary of tensors, or not to be downloaded.
+        CheckpointError: missing, damaged, of a layout that is not known, or not to be downloaded.
         ConfigError: a name that timm does not know.
     """
     if place.startswith(TIMM):
         return _timms(place) if "." in place else Weights(place, {}, known_arch(place.removeprefix(TIMM)))
-    if Path(place).is_dir():
+    if is_run(place):
         run = open_run(place)
         model, data = run.config.model, run.config.data
         told = (model.arch, model.num_heads, data.mean, data.std, data.image_size, run.step, data.max_value)
         return Weights(str(run.path), run.weights, *told)
-    if Path(place).exists() and not Path(place).is_file():
+    if Path(place).is_dir():
+        found, told = read_folder(Path(place))
+    elif Path(place).exists() and not Path(place).is_file():
         raise CheckpointError(f"{place}: cannot be read as weights: it is no file")  # opening a FIFO would wait
-    found, about = _safetensors(place) if place.endswith(".safetensors") else (_pickled(place), {})
-    if not found or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()):
-        raise CheckpointError(f"{place}: holds no plain dictionary of tensors")
-    weights = Weights(place, _renamed(found), **_told(about, place))
-    check_claims(weights.tensors, place)
-    check_size(weights.image_size, len(weights.mean), weights.tensors, place)
-    return weights
+    else:
+        found, told = read_file(place)
+    tensors, layout = recognised(found, place)
+    check_claims(tensors, place)
+    check_size(told.image_size, len(told.mean), tensors, place)
+    return Weights(place, tensors, **told._asdict(), layout=layout)
 
 
 def known_arch(arch: str, key: str = "model.arch") -> str:
@@ -83,6 +79,18 @@ def known_arch(arch: str, key: str = "model.arch") -> str:
         names = timm.list_models("*vit*") + timm.list_models("*deit*")
         raise ConfigError(f"{key}={arch!r:.80}: no model of timm; nearest is {nearest(arch, names)}")
     return arch
+
+
+def is_run(place: str) -> bool:
+    """Tell whether a place is taken for a run or a checkpoint of one: a folder that no other library wrote."""
+    return Path(place).is_dir() and not is_model_folder(Path(place))
+
+
+@cache
+def timm_size(arch: str) -> tuple[int, int]:
+    """Return height and width in pixels of the images that timm builds an architecture for."""
+    with torch.device("meta"):
+        return timm.create_model(arch).patch_embed.img_size
 
 
 def with_arch(of: Weights, arch: str = "", num_heads: int = 0) -> Weights:
@@ -98,8 +106,8 @@ def with_arch(of: Weights, arch: str = "", num_heads: int = 0) -> Weights:
         return of._replace(arch=known_arch(arch))
     kernel = of.tensors.get("encoder.patch_embed.proj.weight")
     width = 0 if kernel is None or kernel.ndim != 4 else len(kernel)
-    if width and _OF_WIDTH.get(width) != _ASSUMED and not (num_heads or of.num_heads):
-        near = _OF_WIDTH[min(_OF_WIDTH, key=lambda known: abs(known - width))]
+    if width and OF_WIDTH.get(width) != _ASSUMED and not (num_heads or of.num_heads):
+        near = OF_WIDTH[min(OF_WIDTH, key=lambda known: abs(known - width))]
         raise ConfigError(
             f"{of.name}: does not tell its architecture and is {width} wide, which {_ASSUMED} is not; add "
             f"--model.arch=NAME or --model.num_heads=N; nearest is --model.arch={near}"
@@ -134,9 +142,11 @@ def derived(of: Weights, given: list[str]) -> list[str]:
         found |= {"data.channels": channels} if channels != 3 else {}
         positions = weights.get("encoder.pos_embed")
         if positions is not None and positions.ndim == 3:
-            side = math.isqrt(positions.shape[1] - (0 if own.no_embed_class else own.num_prefix_tokens))
-            height, width = of.image_size or (side * patch, side * patch)
-            found["data.image_size"] = f"[{height},{width}]"
+            patches = positions.shape[1]
+            if _CLS in weights and not own.no_embed_class:
+                patches -= own.num_prefix_tokens
+            rows, columns = _grid(of, patches, patch, _image_size(given))
+            found["data.image_size"] = f"[{rows * patch},{columns * patch}]"
     if "decoder.embed.weight" in weights:
         found["decoder.dim"] = len(weights["decoder.embed.weight"])
         found["decoder.depth"] = _blocks(weights, "decoder.blocks.")
@@ -154,12 +164,15 @@ def derived(of: Weights, given: list[str]) -> list[str]:
 def fill_(model: CCMIM, of: Weights) -> list[str]:
     """Load weights strictly; return the parts of the model that they lack as a whole, which stay as they are.
 
-    Raises CheckpointError naming what is missing, unexpected, or of another shape.
+    Positions are resampled to the model's grid, and a norm behind pooling becomes the final norm of every token. Raises
+    CheckpointError naming what is missing, unexpected, or of another shape.
     """
-    own, weights = model.state_dict(), of.tensors
+    own, weights = model.state_dict(), _fitted(model, of)
     owned, given = ({name.partition(".")[0] for name in of} for of in (own, weights))
     new = [part for part in _NEW if part in owned - given]
-    kept = {key: value for key, value in own.items() if key.partition(".")[0] in new}
+    if _CLS not in weights:
+        new.append(_CLS)
+    kept = {key: value for key, value in own.items() if key.partition(".")[0] in new or key in new}
     wrong = {
         "missing": own.keys() - weights.keys() - kept.keys(),
         "unexpected": weights.keys() - own.keys(),
@@ -173,6 +186,44 @@ def fill_(model: CCMIM, of: Weights) -> list[str]:
     except (RuntimeError, TypeError, NotImplementedError) as error:  # a dtype or layout that does not become float32
         raise CheckpointError(f"{of.name}: not the weights of this model: {one_line(error)}") from None
     return new
+
+
+def _fitted(model: CCMIM, of: Weights) -> dict[str, Tensor]:
+    """Return the weights with positions of the model's grid, and their last norm where the model has it."""
+    weights, own = dict(of.tensors), model.state_dict()
+    if "encoder.norm.weight" not in weights:
+        weights = {name.replace("encoder.fc_norm.", "encoder.norm."): value for name, value in weights.items()}
+    positions_1TD, mine_1TD = weights.get(_POSITIONS), own[_POSITIONS]
+    if positions_1TD is None or (positions_1TD.shape == mine_1TD.shape and not of.image_size):
+        return weights
+    if positions_1TD.ndim != 3 or positions_1TD.shape[2] != mine_1TD.shape[2]:
+        return weights  # of another shape, as is said
+    prefix = mine_1TD.shape[1] - math.prod(model.grid)
+    if _CLS not in weights:  # nor its position
+        positions_1TD = torch.cat([positions_1TD.new_zeros(1, prefix, mine_1TD.shape[2]), positions_1TD], dim=1)
+    height, width = (side * model.patch for side in model.grid)
+    old = _grid(of, positions_1TD.shape[1] - prefix, model.patch, (height, width))
+    weights[_POSITIONS] = resampled(positions_1TD, old, model.grid)
+    if "decoder.pos_embed" in weights:
+        weights["decoder.pos_embed"] = own["decoder.pos_embed"]  # computed from the grid
+    return weights
+
+
+def _grid(of: Weights, patches: int, patch: int, images: tuple[int, ...]) -> tuple[int, int]:
+    """Return the grid of positions that the file tells; else the architecture's, that of `images`, or a square."""
+    square = (math.isqrt(patches) * patch,) * 2  # `ccmim import` says the size
+    likely = [timm_size(of.arch), *([images] if len(images) == 2 else []), square]
+    return grid_of_file(of.name, patches, patch, of.image_size, likely, "--data.image_size")
+
+
+def _image_size(given: list[str]) -> tuple[int, ...]:
+    """Return the size of images that is among the user's options; empty without one."""
+    for option in reversed(given):
+        name, _, value = option.partition("=")
+        if name == "--data.image_size":
+            with contextlib.suppress(ValueError, TypeError):  # the parser says what is wrong
+                return tuple(map(int, json.loads(value)))
+    return ()
 
 
 def _blocks(weights: dict[str, Tensor], prefix: str) -> int:
@@ -198,48 +249,4 @@ def _timms(name: str) -> Weights:
         reason = one_line(error)
         raise CheckpointError(f"{name}: timm cannot load it: {reason}; without a network, name a file") from None
     said = vit.pretrained_cfg
-    return Weights(name, _renamed(vit.state_dict()), arch, 0, tuple(said["mean"]), tuple(said["std"]))
-
-
-def _safetensors(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(name, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError, MemoryError) as error:
-        raise CheckpointError(f"{name}: cannot be read as weights: {one_line(error)}") from None
-
-
-def _pickled(name: str) -> dict[str, Any]:
-    """Read a `.pth` file; only tensors and plain containers are accepted, code in it never runs."""
-    try:
-        # MAE's training checkpoints carry their command line beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(name, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds on damaged input
-        raise CheckpointError(f"{name}: cannot be read as weights: {one_line(error)}") from None
-    for key in ("model", "state_dict"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    return found if isinstance(found, dict) else {}
-
-
-def _renamed(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    ours = found if any(name.startswith("encoder.") for name in found) else from_flat(found)
-    return {name: value for name, value in ours.items() if not name.startswith("encoder.head.")}
-
-
-def _told(about: dict[str, str], name: str) -> dict[str, Any]:
-    """Return the fields of `Weights` from `arch` on, by name, from the texts that `ccmim export` writes."""
-    try:
-        arguments = json.loads(about.get("timm_arguments", "{}"))
-        heads, size = int(arguments.get("num_heads", 0)), tuple(map(int, arguments.get("img_size", ())))
-        if len(size) not in (0, 2):
-            raise ValueError(size)
-        told = {key: tuple(map(float, json.loads(about.get(key, "[]")))) for key in ("mean", "std", "max_value")}
-        if min(told["max_value"], default=1) <= 0:
-            raise ValueError(told["max_value"])
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-        raise CheckpointError(
-            f"{name}: what it tells of itself is damaged; expected what ccmim export writes"
-        ) from None
-    return {"arch": about.get("arch", ""), "num_heads": heads, "image_size": size, **told}
+    return Weights(name, recognised(vit.state_dict(), name)[0], arch, 0, tuple(said["mean"]), tuple(said["std"]))

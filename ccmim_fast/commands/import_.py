@@ -5,11 +5,11 @@ from ccmim_fast.config.parser import Parser, words
 from ccmim_fast.errors import say
 
 _HELP = """
-Make a checkpoint of published weights. FILE: MAE's or the authors' ccMIM .pth; timm's .pth or .safetensors of an
-encoder; our own .safetensors; or timm:ARCH.TAG, which timm downloads. OUT: a new run folder, for ccmim export, embed,
-and pretrain --run.resume OUT/checkpoints/step_00000000; or a .safetensors in our names. Sizes are read off the weights;
-the other settings are those of ccmim pretrain. What is missing in FILE or unexpected is an error, but for a whole
-decoder or head, which starts anew.
+Make a checkpoint of published weights. FILE: a .pth or .safetensors of MAE, the authors' ccMIM, timm, DINO, DINOv2,
+MoCo v3 or our own; a file or folder of transformers (ViT, ViTMAE, DeiT, DINOv2); or timm:ARCH.TAG, to download. OUT: a
+new run folder, for ccmim export, embed, and pretrain --run.resume OUT/checkpoints/step_00000000; or a
+.safetensors in our names. Sizes are read off the weights; the other settings are those of ccmim pretrain. What is
+missing in FILE or unexpected is an error, but for a whole decoder or head, which starts anew.
 """
 
 
@@ -25,7 +25,7 @@ def import_weights(argv: list[str]) -> None:
 def parser() -> Parser:
     """Return the parser of the command's own options, and of the settings."""
     parser = Parser("ccmim import", _HELP)
-    parser.add_argument("file", metavar="FILE", help="the published weights, or timm:ARCH.TAG")
+    parser.add_argument("file", metavar="FILE", help="the published weights, a file or folder, or timm:ARCH.TAG")
     parser.add_argument("--arch", metavar="NAME", default="", help="timm's name; not needed where FILE tells it")
     parser.add_argument("--out", metavar="OUT", required=True, help="a new run folder, or a .safetensors")
     parser.add_settings(presets=presets())

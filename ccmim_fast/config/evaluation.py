@@ -56,7 +56,13 @@ class EvalDataConfig:
 class EvalModelConfig:
     arch: u.Name = setting("", "timm's name, where the checkpoint has none", "ours: ViT-B/16 if 768 wide", "shape")
     num_heads: u.HeadsOr0 = setting(0, "heads of attention; 0: the run's, else the architecture's", "ours", "shape")
-    pool: Literal["avg", "cls"] = setting("avg", "mean over the patches' tokens, or [CLS]", "paper, appendix C")
+    pretrained_size: tuple[u.Side, ...] = setting(
+        (),
+        "height and width of the images of pretraining, where neither checkpoint nor architecture tells",
+        "ours",
+        "shape",
+    )
+    pool: Literal["avg", "cls"] = setting("avg", "mean over the patches' tokens, or [CLS]", "paper, section 4.1")
     drop_path: u.Decay = like(ModelConfig, "drop_path")
 
 
@@ -172,6 +178,8 @@ def validate_evaluation(config: EvalConfig) -> None:
     for key in ("knn.k", "logreg.c", "head.rates", "optim.milestones"):
         if (once := tuple(dict.fromkeys(values[key]))) != values[key]:
             refuse(key, values[key], "a list that names each number once", once)
+    if len(config.model.pretrained_size) not in (0, 2):
+        refuse("model.pretrained_size", config.model.pretrained_size, "two numbers", config.data.image_size)
     policies = ("rand", "augmix", "original", "v0")
     if config.augment.auto and not config.augment.auto.startswith(policies):
         refuse("augment.auto", config.augment.auto, "a policy of timm", nearest(config.augment.auto, policies))

@@ -112,6 +112,7 @@ class TargetConfig:
 class HeadsConfig:
     dim: u.Channels = setting(256, "width of the contrastive space", "authors' code", "shape")
     sync_bn: bool = setting(True, "BatchNorm statistics over all ranks", "ours")
+    init: Literal["torch", "xavier"] = setting("torch", "initial weights; xavier: the authors' code", "ours")
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,10 @@ class OptimConfig:
     )
     base_lr: u.Rate = setting(1.5e-4, "learning rate per 256 images", "paper, appendix C")
     min_lr: u.Rate = setting(0.0, "learning rate at the end of the schedule", "MAE")
-    weight_decay: u.Factor = setting(0.05, "decay of weights, but of biases, norms and tokens", "paper, appendix C")
+    weight_decay: u.Factor = setting(0.05, "decay of weights, but of biases and norms", "paper, appendix C")
+    decay_tokens: bool = setting(
+        False, "decay of [CLS], registers and mask token too, as in MAE's and the authors' code", "ours", "shape"
+    )
     betas: tuple[u.Decay, u.Decay] = setting((0.9, 0.95), "decays of AdamW's two averages", "MAE")
     warmup_epochs: u.WarmUp = setting(40.0, "linear warm-up of the learning rate", "MAE")
     clip_grad: u.Factor = setting(0.0, "largest gradient norm; 0: no clipping", "MAE")

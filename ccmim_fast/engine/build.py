@@ -117,6 +117,7 @@ def build_step(config: Config, here: Session) -> TrainStep:
         lr=scaled_lr(config.optim.base_lr, config.train.batch_size),
         weight_decay=config.optim.weight_decay,
         betas=config.optim.betas,
+        decay_tokens=config.optim.decay_tokens,
         capturable=config.train.cuda_graph,
     )
     return TrainStep(model, _wrapped(model, here), build_objective(config, model), optimizer, precision, config, ema)

@@ -2,41 +2,42 @@
 
 # B batch, H height, W width, C channels, T tokens (prefix tokens first), D width
 
-import math
-from pathlib import Path
-
 import timm
 import torch
-import torch.nn.functional as F
 from timm.layers import to_2tuple
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ccmim_fast.checkpoints.convert import to_timm
-from ccmim_fast.checkpoints.published import Weights, read_weights, with_arch
+from ccmim_fast.checkpoints.positions import grid_of_file, resampled
+from ccmim_fast.checkpoints.published import Weights, read_weights, timm_size, with_arch
 from ccmim_fast.errors import CheckpointError, ConfigError, one_line
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Shares = tuple[tuple[int, int], ...]  # numerator and denominator
 OUTPUTS: Shares = ((1, 3), (1, 2), (2, 3), (1, 1))  # blocks 3 5 7 11 of 12, 7 11 15 23 of 24; BEiT, CAE
 QUARTERS: Shares = ((1, 4), (1, 2), (3, 4), (1, 1))  # blocks 2 5 8 11 of 12; where ViTDet attends globally
-_HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")  # timm's names of what stands behind the tokens
+_HEADS = ("head.", "head_dist.", "attn_pool.")  # timm's names of what stands behind the tokens
+_POOLED_NORM = "fc_norm."  # of the pooled token, where the weights have no final norm of every token
 
 
-def read_encoder(checkpoint: str, arch: str = "", num_heads: int = 0) -> Weights:
+def read_encoder(checkpoint: str, arch: str = "", num_heads: int = 0, pretrained_size: tuple[int, ...] = ()) -> Weights:
     """Read the encoder of a checkpoint (see `read_weights`): its tensors under timm's names, empty for initial weights.
 
-    For `arch` and `num_heads` see `with_arch`; a run tells its architecture itself. Raises CheckpointError: missing,
+    For `arch` and `num_heads` see `with_arch`; a run tells its architecture itself. `pretrained_size` stands in place
+    of the size of images, height and width in pixels, that the checkpoint tells. Raises CheckpointError: missing,
     damaged, or without an encoder; ConfigError: a name that timm does not know, or one that must be told.
     """
     found = read_weights(checkpoint)
-    if not Path(checkpoint).is_dir():
+    if found.step is None:  # no run
         found = with_arch(found, arch, num_heads)
     tensors = {k: value for k, value in to_timm(found.tensors).items() if not k.startswith(_HEADS)}
+    if "norm.weight" in tensors:
+        tensors = {k: value for k, value in tensors.items() if not k.startswith(_POOLED_NORM)}
     if found.tensors and not {"patch_embed.proj.weight", "blocks.0.norm1.weight"} <= tensors.keys():
         raise CheckpointError(f"{found.name}: no vision transformer under timm's names in it")
     mean, std = (found.mean, found.std) if found.mean and found.std else IMAGENET
-    return found._replace(tensors=tensors, mean=mean, std=std)
+    return found._replace(tensors=tensors, mean=mean, std=std, image_size=pretrained_size or found.image_size)
 
 
 def width_and_patch(weights: Weights) -> tuple[int, int]:
@@ -78,7 +79,9 @@ def build_encoder(
     if weights.tensors:
         heads = num_heads or weights.num_heads
         options |= _sizes_in(weights.tensors) | ({"num_heads": heads} if heads else {})
-        options |= {"fc_norm": False, "global_pool": "token" if options["class_token"] else ""}
+        normed_once = f"{_POOLED_NORM}weight" in weights.tensors
+        pools = "avg" if normed_once else "token" if options["class_token"] else ""
+        options |= {"fc_norm": normed_once, "global_pool": pools}
     if pool == "cls" and not options.get("class_token", True):
         raise ConfigError(f"model.pool=cls: {weights.name} has no [CLS] token; nearest valid is avg")
     options |= {"drop_path_rate": drop_path} if drop_path else {}
@@ -116,19 +119,20 @@ def _fill(vit: VisionTransformer, weights: Weights) -> None:
 
 
 def _fitted(vit: VisionTransformer, weights: Weights) -> dict[str, Tensor]:
-    """Return the tensors, positions resampled to the module's grid, from the checkpoint's or timm's guess of it."""
-    tensors = dict(weights.tensors)
-    if not weights.image_size or "pos_embed" not in tensors:
-        return checkpoint_filter_fn(tensors, vit)
-    positions_1TD, new = tensors.pop("pos_embed"), tuple(vit.patch_embed.grid_size)
-    old = tuple(side // tensors["patch_embed.proj.weight"].shape[-1] for side in weights.image_size)
-    if new != old:
-        # As timm's `resample_abs_pos_embed`, which leaves alone what has as many patches as a new square.
-        prefix_1PD, x_1LD = positions_1TD.tensor_split([-math.prod(old)], dim=1)
-        x_1DRC = x_1LD.float().unflatten(1, old).permute(0, 3, 1, 2)
-        x_1DRC = F.interpolate(x_1DRC, size=new, mode="bicubic", antialias=True)
-        positions_1TD = torch.cat([prefix_1PD, x_1DRC.flatten(2).transpose(1, 2).to(x_1LD.dtype)], dim=1)
-    return checkpoint_filter_fn(tensors, vit) | {"pos_embed": positions_1TD}
+    """Return the tensors, positions resampled to the module's grid from that of the file."""
+    tensors, new = dict(weights.tensors), tuple(vit.patch_embed.grid_size)
+    if not isinstance(
+        vit.norm, nn.Identity
+    ):  # fine-tuned from [CLS], or maps of tokens: the one norm is of every token
+        tensors = {name.replace(_POOLED_NORM, "norm."): value for name, value in tensors.items()}
+    positions_1TD = tensors.pop("pos_embed", None)
+    if positions_1TD is None:
+        return tensors
+    patch, prefix = vit.patch_embed.patch_size[0], 0 if vit.no_embed_class else vit.num_prefix_tokens
+    likely = [timm_size(weights.arch)] + [vit.patch_embed.img_size] * (new[0] == new[1])
+    patches = positions_1TD.shape[1] - prefix
+    old = grid_of_file(weights.name, patches, patch, weights.image_size, likely, "--model.pretrained_size")
+    return tensors | {"pos_embed": resampled(positions_1TD, old, new)}
 
 
 def out_indices(depth: int, shares: Shares) -> tuple[int, ...]:
@@ -151,11 +155,15 @@ def maps_of(vit: VisionTransformer, blocks: tuple[int, ...], pixels_BCHW: Tensor
 
 
 class Tokens(nn.Module):
-    """This module turns images [B, C, H, W] in 0..1 into final tokens [B, T, D], prefix first; it normalises them."""
+    """This module turns images [B, C, H, W] in 0..1 into final tokens [B, T, D], prefix first; it normalises them.
+
+    `norm` is what the weights have behind the pooling of tokens, in place of a norm of every token.
+    """
 
     def __init__(self, vit: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
         self.vit, self.prefix, self.width = vit, vit.num_prefix_tokens, vit.num_features
+        self.norm = getattr(vit, "fc_norm", nn.Identity())
         self.register_buffer("mean_C11", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std_C11", torch.tensor(std)[:, None, None], persistent=False)
 

@@ -46,7 +46,8 @@ def prepare(job: Job) -> Work:
 def build_optimizer(vit: nn.Module, optim: EvalOptimConfig, *new: nn.Module) -> torch.optim.Optimizer:
     """Build AdamW whose rate falls by `layer_decay` from block to block downwards; no decay of vectors and tokens.
 
-    The head of `vit` has the whole rate; so have the modules `new`, which stand in its place.
+    The head of `vit` and its last norm have the whole rate, as in MAE; so have the modules `new`, which stand in their
+    place.
     """
     groups = param_groups_layer_decay(
         vit, optim.weight_decay, no_weight_decay_list=vit.no_weight_decay(), layer_decay=optim.layer_decay
@@ -54,6 +55,10 @@ def build_optimizer(vit: nn.Module, optim: EvalOptimConfig, *new: nn.Module) -> 
     for group in groups if new else ():
         # timm gives the last layer there is, a block here, the whole rate.
         group["lr_scale"] *= optim.layer_decay
+    last = list(vit.norm.parameters())  # whose rate timm lowers by the last block's
+    for group in groups:
+        group["params"] = [p for p in group["params"] if not any(p is of_norm for of_norm in last)]
+    groups.append({"params": last, "lr_scale": 1.0, "weight_decay": 0.0})
     for part in new:
         groups += param_groups_weight_decay(part, optim.weight_decay)
     return torch.optim.AdamW(groups, lr=optim.base_lr, betas=optim.betas)

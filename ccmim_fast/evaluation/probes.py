@@ -29,7 +29,7 @@ def linear(job: Job) -> Work:
 
     @torch.no_grad()
     def inputs(images_BHWC: Tensor) -> Tensor:
-        return pooled(encoder(images_BHWC), encoder.prefix, pool)
+        return encoder.norm(pooled(encoder(images_BHWC), encoder.prefix, pool))
 
     names = ("accuracy",) if len(rates) == 1 else tuple(f"rate x {rate:.12g}" for rate in rates)
     groups = [(linear_.parameters(), rate) for linear_, rate in zip(head.linears, rates)]
@@ -82,8 +82,8 @@ def _classifier(width: int, classes: int, init_std: float) -> nn.Linear:
 def build_head_optimizer(optim: EvalOptimConfig, groups: Groups) -> torch.optim.Optimizer:
     """Build the optimizer of groups of parameters and what their rate is multiplied by.
 
-    `lars` is MAE's: rates of matrices are adapted (timm's Lars leaves them alone at weight decay 0 unless it is told),
-    those of vectors are not and have no decay.
+    `lars` is MAE's: rates of matrices are adapted to the gradient with the decay in it, those of vectors are not and
+    have no decay.
     """
     if optim.name == "adamw":
         split = [{"params": list(of_group), "lr_scale": scale} for of_group, scale in groups]
@@ -97,8 +97,20 @@ def build_head_optimizer(optim: EvalOptimConfig, groups: Groups) -> torch.optim.
     if optim.name == "sgd":
         return torch.optim.SGD(split, lr=optim.base_lr, momentum=optim.momentum)
     for matrices in split[::2]:
-        matrices["always_adapt"] = True
-    return timm.optim.Lars(split, lr=optim.base_lr, momentum=optim.momentum, trust_coeff=TRUST, eps=0.0)
+        # timm's Lars leaves rates alone at weight decay 0 unless it is told to adapt, and adapts to |g| + decay |w|.
+        matrices |= {"always_adapt": True, "decay": optim.weight_decay, "weight_decay": 0.0}
+    lars = timm.optim.Lars(split, lr=optim.base_lr, momentum=optim.momentum, trust_coeff=TRUST, eps=0.0)
+    lars.register_step_pre_hook(_add_decay)
+    return lars
+
+
+def _add_decay(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Add a group's `decay` times its weights to their gradients."""
+    for group in optimizer.param_groups:
+        if decay := group.get("decay"):
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter.detach(), alpha=decay)
 
 
 def _prepared(

@@ -85,7 +85,10 @@ def _prepared(name: str, checkpoint: str, config: EvalConfig, here: Session, fol
     row = EVALUATIONS[name]
     check_installed(f"eval {name}", row.needs, name)
     with main_first(here):  # that downloads weights and indexes images, if nobody has
-        weights = read_encoder(checkpoint, config.model.arch, config.model.num_heads)
+        told = config.model
+        weights = read_encoder(checkpoint, told.arch, told.num_heads, told.pretrained_size)
+        if weights.layout and here.is_main:
+            say(f"{checkpoint}: {weights.layout}")
         mean, std = config.data.mean or weights.mean, config.data.std or weights.std
         shown = replace(config.data, max_value=config.data.max_value or weights.max_value)
         data = [images_of(shown, mean, std, test) for test in (False, True)]

@@ -13,7 +13,7 @@ from ccmim_fast.checkpoints.published import TIMM, derived, fill_, read_weights
 from ccmim_fast.checkpoints.run import OpenedRun
 from ccmim_fast.checkpoints.state import Progress, capture
 from ccmim_fast.config.load import load_config
-from ccmim_fast.errors import ConfigError
+from ccmim_fast.errors import ConfigError, say
 from ccmim_fast.export.plain import about, write_weights
 from ccmim_fast.optim.optimizer import build_optimizer
 from ccmim_fast.runs.folder import run_folder
@@ -26,6 +26,8 @@ def import_weights(file: str, arch: str, out: str, settings: Sequence[str]) -> t
     architecture is known, or a setting is wrong; CheckpointError: a weight is missing, unexpected or of another shape.
     """
     found = read_weights(file)
+    if found.layout:
+        say(f"{file}: {found.layout}")
     if arch and not file.startswith(TIMM):
         found = found._replace(arch=arch)
     if not found.arch:
@@ -42,7 +44,8 @@ def import_weights(file: str, arch: str, out: str, settings: Sequence[str]) -> t
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=out))
     # No moments yet; the rate and the decay are those of the run that goes on.
     of = config.optim
-    optimizer = build_optimizer("adamw", model, lr=of.base_lr, weight_decay=of.weight_decay, betas=of.betas)
+    options = {"weight_decay": of.weight_decay, "betas": of.betas, "decay_tokens": of.decay_tokens}
+    optimizer = build_optimizer("adamw", model, lr=of.base_lr, **options)
     state = capture(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), None, Progress(0, 0, 0, ""), config)
     with run_folder(config.run, {"FILE": file}, resumable=False) as folder:
         path = io.save(folder.path / CHECKPOINTS, 0, state, keep=1)

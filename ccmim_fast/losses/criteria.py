@@ -99,10 +99,10 @@ class Hog(nn.Module):
         self.width = (patch // hog_cell) ** 2 * len(mean) * HOG_BINS
 
     def forward(self, pred_BMP: Tensor, images_BHWC: Tensor, ids_masked_BM: Tensor) -> Tensor:
-        target_BMP = hog_target(
-            images_BHWC, ids_masked_BM, patch=self.patch, bins=HOG_BINS, cell=self.hog_cell, kernels=self.kernels
-        )
-        return (pred_BMP.float() - target_BMP).square().mean()
+        wide = torch.promote_types(pred_BMP.dtype, torch.float32)
+        sizes = {"patch": self.patch, "bins": HOG_BINS, "cell": self.hog_cell}
+        target_BMP = hog_target(images_BHWC, ids_masked_BM, **sizes, dtype=wide, kernels=self.kernels)
+        return (pred_BMP.to(wide) - target_BMP).square().mean()
 
 
 class InfoNCE(nn.Module):
@@ -130,7 +130,8 @@ class Align(nn.Module):
     """L_align (Eq. 8): the mean of 1 - cos(SG(hM_i), p(hV_i)); it compares with no other image."""
 
     def forward(self, visible_BE: Tensor, masked_BE: Tensor, gathered_NE: Tensor | None = None) -> Tensor:
-        return (1 - F.cosine_similarity(masked_BE.detach().float(), visible_BE.float(), dim=-1)).mean()
+        wide = torch.promote_types(visible_BE.dtype, torch.float32)
+        return (1 - F.cosine_similarity(masked_BE.detach().to(wide), visible_BE.to(wide), dim=-1)).mean()
 
 
 def _offset(visible_BE: Tensor, gathered_NE: Tensor | None) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.tokens import eps_of, prefix_tokens, with_prefix
+from ccmim_fast.models.watched import cls_attention, reading_block
 from ccmim_kernels import folded_logits
 
 
@@ -27,14 +28,12 @@ class PriorScores(NamedTuple):
 
 
 class ScoreSource:
-    """The base of all score sources; raises ConfigError where the encoder's blocks have no attention map."""
+    """The base of all score sources."""
 
     read_blocks = 0  # of the last blocks, in which both training passes read [CLS]'s attention
 
     def __init__(self, vit: VisionTransformer):
-        if not all(isinstance(block, ViTBlock) for block in vit.blocks):
-            kind = type(vit.blocks[0]).__name__
-            raise ConfigError(f"score.source: the encoder's {kind} has no attention map; use mask.strategy=random")
+        """Take the encoder; a source raises ConfigError for one that it cannot score by."""
 
     def direction(self, vit: VisionTransformer) -> Tensor | None:
         """Return v [D] where the source wants logits_i = LN(x_i) . v, which `embed_tokens` computes; else None."""
@@ -59,7 +58,6 @@ class OneBlock(ScoreSource):
     """Eq. 4 at one block, before which the others run without gradient."""
 
     def __init__(self, vit: VisionTransformer, *, block: int = 0):
-        super().__init__(vit)
         if not 0 <= block < len(vit.blocks):
             raise ConfigError(f"score.block={block} must be in 0..{len(vit.blocks) - 1}")
         self.block = block
@@ -68,7 +66,7 @@ class OneBlock(ScoreSource):
         x_BTD = vit.norm_pre(with_prefix(vit, x_BLD))
         for earlier in vit.blocks[: self.block]:
             x_BTD = earlier(x_BTD)
-        return vit.blocks[self.block].cls_attention(x_BTD, "logits")
+        return cls_attention(vit.blocks[self.block], x_BTD, vit.num_prefix_tokens, "logits")
 
 
 class FirstBlock(OneBlock):
@@ -79,7 +77,8 @@ class FirstBlock(OneBlock):
 
     @torch.no_grad()
     def direction(self, vit: VisionTransformer) -> Tensor | None:
-        return vit.blocks[0].folded_direction(prefix_tokens(vit)[None, :1]) if can_fold(vit) else None
+        # Detached: [CLS] without registers and position is a view of its weight, which would ask for a gradient.
+        return vit.blocks[0].folded_direction(prefix_tokens(vit)[None, :1].detach()) if can_fold(vit) else None
 
     def logits(self, vit: VisionTransformer, x_BLD: Tensor) -> Tensor:
         direction_D = self.direction(vit)
@@ -95,16 +94,15 @@ class AllBlocks(ScoreSource):
     """
 
     def __init__(self, vit: VisionTransformer, *, normalise: str = "renorm"):
-        super().__init__(vit)
         self.normalise = normalise
 
     def logits(self, vit: VisionTransformer, x_BLD: Tensor) -> Tensor:
         x_BTD, total_BL = vit.norm_pre(with_prefix(vit, x_BLD)), None
         *others, last = vit.blocks
         for block in others:
-            x_BTD, total_BL = block(x_BTD, reads_cls=True, total_BL=total_BL)
+            x_BTD, total_BL = reading_block(block, x_BTD, vit.num_prefix_tokens, total_BL)
         # Nothing follows the last block's keys.
-        total_BL = last.cls_attention(x_BTD, "softmax", total_BL)
+        total_BL = cls_attention(last, x_BTD, vit.num_prefix_tokens, "softmax", total_BL)
         # Up to a constant per row: renormalising subtracts log sum; a second softmax takes the sums as logits.
         return total_BL.log() if self.normalise == "renorm" else total_BL
 
@@ -117,7 +115,6 @@ class Bank(ScoreSource):
     """
 
     def __init__(self, vit: VisionTransformer, *, blocks: int = 0, unseen: str = "first"):
-        super().__init__(vit)
         if blocks > len(vit.blocks):
             raise ConfigError(f"score.blocks={blocks} must be in 0..{len(vit.blocks)}, the encoder's; 0 is all")
         self.read_blocks = blocks or len(vit.blocks)
@@ -143,6 +140,8 @@ class Bank(ScoreSource):
 def can_fold(vit: VisionTransformer) -> bool:
     """Return whether Eq. 4 at the first block is LN(x_i) . v: a LayerNorm alone before it, and no norm of the keys."""
     first = vit.blocks[0]
+    if not isinstance(first, ViTBlock):
+        return False
     plain = isinstance(first.attn.k_norm, nn.Identity) and isinstance(vit.norm_pre, nn.Identity)
     return plain and isinstance(first.norm1, nn.LayerNorm)
 
@@ -152,6 +151,6 @@ def eq4_of_blocks(vit: VisionTransformer, x_BLD: Tensor) -> list[Tensor]:
     """Compute Eq. 4's logits [B, L] at every block in one pass, from embedded patches."""
     found, x_BTD = [], vit.norm_pre(with_prefix(vit, x_BLD))
     for block in vit.blocks:
-        found.append(block.cls_attention(x_BTD, "logits"))
+        found.append(cls_attention(block, x_BTD, vit.num_prefix_tokens, "logits"))
         x_BTD = block(x_BTD)
     return found

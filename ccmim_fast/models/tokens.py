@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ccmim_fast.models.block import ViTBlock
+from ccmim_fast.models.watched import reading_block
 from ccmim_kernels import Embedded, embed_tokens, patchify
 
 
@@ -144,7 +145,7 @@ def encode(
 
     Args:
         cls_only: compute [CLS] alone in the last block.
-        read_blocks: read [CLS]'s attention in so many of the last blocks, which must be `ViTBlock`s.
+        read_blocks: read [CLS]'s attention in so many of the last blocks.
 
     Returns:
         Encoded tokens [B, T, D], or [CLS] alone [B, 1, D]; and, where attention is read, the log of the number of
@@ -158,7 +159,7 @@ def encode(
         if cls_only and index == depth - 1 and isinstance(block, ViTBlock):
             options["query_BQD"] = x_BTD[:, :1]
         if index >= depth - read_blocks:
-            x_BTD, total_BL = block(x_BTD, reads_cls=True, total_BL=total_BL, **options)
+            x_BTD, total_BL = reading_block(block, x_BTD, vit.num_prefix_tokens, total_BL, **options)
         else:
             x_BTD = block(x_BTD, **options)
     x_BTD = vit.norm(x_BTD[:, :1] if cls_only else x_BTD)

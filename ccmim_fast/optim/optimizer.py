@@ -14,7 +14,7 @@ from torch import nn
 from ccmim_fast.errors import MachineError
 
 # Tokens and positions are no matrices: decay would pull them to zero like biases.
-NO_DECAY = ("cls_token", "reg_token", "mask_token", "pos_embed")
+TOKENS, POSITIONS = ("cls_token", "reg_token", "mask_token"), "pos_embed"
 
 BUILD = (
     "build NVIDIA's from source: git clone https://github.com/NVIDIA/apex && cd apex && "
@@ -23,16 +23,25 @@ BUILD = (
 
 
 def build_optimizer(
-    name: str, model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], capturable: bool = False
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    decay_tokens: bool = False,
+    capturable: bool = False,
 ) -> torch.optim.Optimizer:
-    """Return the optimizer `optim.name` over the weights of `model`; biases, norms and tokens have no decay.
+    """Return the optimizer `optim.name` over the weights of `model`; biases, norms and positions have no decay.
 
     Args:
+        decay_tokens: tokens have it, too, as in MAE's and the authors' code.
         name: `adamw` (torch's, fused, on CPU and CUDA), `apex_adamw` or `apex_lamb` (CUDA, see `apex_optimizer`).
         lr: of the first step.
         capturable: for a CUDA graph: the rate is a device tensor, changed in place.
     """
-    exempt = [name for name, _ in model.named_parameters() if name.rsplit(".", 1)[-1] in NO_DECAY]
+    spared = (POSITIONS,) if decay_tokens else (POSITIONS, *TOKENS)
+    exempt = [name for name, _ in model.named_parameters() if name.rsplit(".", 1)[-1] in spared]
     groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
     if name != "adamw":
         return apex_optimizer(name, groups, lr=lr, betas=tuple(betas), capturable=capturable)

@@ -33,16 +33,16 @@ def boundaries(bins: int) -> list[tuple[float, float]]:
     return [(round(cos * 2**24) / 2**24, round(sin * 2**24) / 2**24) for cos, sin in angles]
 
 
-def orientation_bins(dx: Tensor, dy: Tensor, bins: int) -> Tensor:
-    """Count the boundaries reached: floor(angle / 180 degrees * bins) int64, angle = atan2(dy, dx) mod 180 degrees.
+def orientation_bins(a: Tensor, b: Tensor, bins: int) -> Tensor:
+    """Count the boundaries reached: floor(angle / 180 degrees * bins) int64, angle = atan2(b, a) mod 180 degrees.
 
-    `dx` and `dy` are whole numbers up to 1020. A gradient on a boundary (45, 90, 135 degrees) is in the bin above it.
+    `a` and `b` are whole numbers up to 1020. A gradient on a boundary (45, 90, 135 degrees) is in the bin above it.
     """
-    flipped = (dy < 0) | ((dy == 0) & (dx < 0))
-    dx, dy = torch.where(flipped, -dx, dx), torch.where(flipped, -dy, dy)
-    reached = torch.zeros_like(dx, dtype=torch.int64)
+    flipped = (b < 0) | ((b == 0) & (a < 0))
+    a, b = torch.where(flipped, -a, a), torch.where(flipped, -b, b)
+    reached = torch.zeros_like(a, dtype=torch.int64)
     for cos, sin in boundaries(bins):
-        reached += cos * dy - sin * dx >= 0
+        reached += cos * b - sin * a >= 0
     return reached
 
 
@@ -51,7 +51,7 @@ def hog_target_reference(
 ) -> Tensor:
     """Specify `hog_target` in plain PyTorch."""
     dx, dy = gradients(images_BHWC.permute(0, 3, 1, 2).to(dtype))
-    votes_BCHWQ = F.one_hot(orientation_bins(dx, dy, bins), bins) * (dx.square() + dy.square()).sqrt()[..., None]
+    votes_BCHWQ = F.one_hot(orientation_bins(dy, dx, bins), bins) * (dx.square() + dy.square()).sqrt()[..., None]
     B, C, H, W, _ = votes_BCHWQ.shape
     cells = votes_BCHWQ.reshape(B, C, H // cell, cell, W // cell, cell, bins).sum((3, 5))
     cells = cells / cells.square().sum(-1, keepdim=True).sqrt().clamp(min=EPS)
@@ -76,7 +76,7 @@ def hog_target(
     """Compute HOG features of the masked patches (MaskFeat, Wei et al. 2021; the T of Eq. 3).
 
     Per channel: Sobel gradients with reflected borders, each pixel votes with its gradient's length for one of `bins`
-    orientations over 180 degrees (bin floor(angle / 180 * bins), angle = atan2(dy, dx) mod 180, exactly), votes are
+    orientations over 180 degrees (bin floor(angle / 180 * bins), angle = atan2(dx, dy) mod 180, exactly), votes are
     summed over cells of `cell` x `cell` pixels, each cell's histogram is divided by its L2 norm.
 
     Args:

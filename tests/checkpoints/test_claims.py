@@ -223,7 +223,7 @@ def test_weights_as_they_are_published_pass(weights, tmp_path):
     """Half precision, a few numbers that are none of a tensor's, and MAE's arguments beside them."""
     halves = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
     torch.save({"model": halves, "args": argparse.Namespace(lr=1)}, tmp_path / "file.pth")
-    found = read_encoder(str(tmp_path / "file.pth"), ARCH)
+    found = read_encoder(str(tmp_path / "file.pth"), ARCH, pretrained_size=(32, 48))
     assert build_encoder(found, (32, 48), 3).blocks[2].attn.qkv.weight.shape == (144, 48)
     assert isinstance(make_run(tmp_path / "run")[0], ccmim.CCMIM)
     assert open_run(tmp_path / "run").model

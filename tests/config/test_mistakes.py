@@ -129,7 +129,9 @@ def test_what_is_no_file_or_endless_is_not_read(tmp_path, error_of):
         ("loop", "Too many levels of symbolic links"),
     ):
         path = str(tmp_path / f"{name}.yaml")
-        assert error_of(load_config, ["--config", path], PROG).startswith(f"--config={path}: {words}")
+        error = error_of(load_config, ["--config", path], PROG)
+        assert error.startswith(f"--config={path[:40]}")  # a long path is cut
+        assert f".yaml: {words}" in error or f"...: {words}" in error
 
 
 NESTED = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10 if i else ['x'])}]\n" for i in range(12))
@@ -145,7 +147,7 @@ NESTED = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10 if i else ['x'])}
         ("".join(f"a{i}: 1\n" for i in range(9000)) + "a7: 1", "a7 is given twice"),
         ("mask:\n  ratio: " + "9" * 9000, "mask.ratio=inf: must be"),
         ("data: {mean: [.nan, 0.5, 0.5]}", "data.mean=[.nan, 0.5, 0.5]"),
-        ("data: {mean: [nan, 0.5, 0.5]}", "must be in [0, 1]"),
+        ("data: {mean: [nan, 0.5, 0.5]}", "must be in [-1, 1]"),
         ("optim: {base_lr: inf}", "optim.base_lr=inf: must be"),
     ],
 )

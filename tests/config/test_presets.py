@@ -111,6 +111,8 @@ def test_figures_of_the_authors_code():
     assert (config.contrast.loss, config.contrast.temperature, config.contrast.weight) == ("moco", 0.5, 0.1)
     assert (config.score.source, config.score.normalise, config.mask.noise) == ("all", "softmax", "uniform")
     assert (config.decoder.depth, config.data.flip) == (8, True)
+    # BatchNorm of each process, Xavier for the heads, decay of tokens.
+    assert (config.heads.sync_bn, config.heads.init, config.optim.decay_tokens) == (False, "xavier", True)
     validate(config, world_size=32)
 
 
@@ -122,6 +124,7 @@ def test_mae_presets_differ_from_one_another_in_the_architecture_alone(size):
     assert {key for key, *_ in difference(preset("mae_vit_base"), config)} <= alone
     assert (config.mask.strategy, config.contrast.loss, config.decoder.depth) == ("random", "none", 8)
     assert (config.train.batch_size, config.train.epochs, config.data.flip) == (4096, 800, True)
+    assert config.optim.decay_tokens
     assert {key for key, *_ in difference(Config(), preset(f"ccmim_vit_{size}"))} <= alone
 
 

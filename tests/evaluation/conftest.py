@@ -60,7 +60,8 @@ def encoder(tmp_path_factory, cache):
             optimizer.step()
             optimizer.zero_grad()
     path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
-    save_file({name: value for name, value in vit.state_dict().items() if not name.startswith("head.")}, path)
+    told = {"timm_arguments": json.dumps({"img_size": [SIDE, SIDE]})}
+    save_file({name: value for name, value in vit.state_dict().items() if not name.startswith("head.")}, path, told)
     return path
 
 

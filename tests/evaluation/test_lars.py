@@ -8,12 +8,13 @@ from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.evaluation.probes import LinearHeads, build_head_optimizer
 
 
-def by_hand(weight, bias, gradients, lr, momentum, trust):
-    """Matrices: the gradient times trust |w| / |g|, where both are above 0; vectors: as it is. Then momentum."""
+def by_hand(weight, bias, gradients, lr, momentum, trust, decay):
+    """Matrices: g = gradient + decay w, times trust |w| / |g| where both are above 0; vectors as is. Then momentum."""
     values, moved = [weight.clone(), bias.clone()], [torch.zeros_like(weight), torch.zeros_like(bias)]
     for step in gradients:
         for i, gradient in enumerate(step):
             if gradient.ndim > 1:
+                gradient = gradient + decay * values[i]
                 w, g = values[i].norm(), gradient.norm()
                 gradient = gradient * (trust * w / g if w > 0 and g > 0 else 1.0)
             moved[i] = momentum * moved[i] + gradient
@@ -21,18 +22,18 @@ def by_hand(weight, bias, gradients, lr, momentum, trust):
     return values
 
 
-@pytest.mark.parametrize("rate", [1.0, 3.0])
-def test_equals_maes_rule_in_float64(rate):
-    """The trap: timm's Lars leaves rates alone at weight decay 0 unless `always_adapt` tells it to."""
+@pytest.mark.parametrize(("rate", "decay"), [(1.0, 0.0), (3.0, 0.0), (1.0, 0.3)])
+def test_equals_maes_rule_in_float64(rate, decay):
+    """timm's Lars leaves rates alone at weight decay 0, and with decay adapts them to another length than MAE's."""
     torch.manual_seed(0)
     layer = nn.Linear(5, 4).double()
     gradients = [(torch.randn(4, 5).double(), torch.randn(4).double()) for _ in range(7)]
-    expected = by_hand(layer.weight.detach(), layer.bias.detach(), gradients, 6.4 * rate, 0.9, 0.001)
-    optimizer = build_head_optimizer(EvalOptimConfig(name="lars"), [(layer.parameters(), rate)])
+    expected = by_hand(layer.weight.detach(), layer.bias.detach(), gradients, 6.4 * rate, 0.9, 0.001, decay)
+    optimizer = build_head_optimizer(EvalOptimConfig(name="lars", weight_decay=decay), [(layer.parameters(), rate)])
     for step in gradients:
         for group in optimizer.param_groups:
             group["lr"] = 6.4 * group["lr_scale"]
-        layer.weight.grad, layer.bias.grad = step
+        layer.weight.grad, layer.bias.grad = (gradient.clone() for gradient in step)
         optimizer.step()
     assert (layer.weight - expected[0]).abs().max() < 1.4e-12
     assert (layer.bias - expected[1]).abs().max() < 1.4e-12

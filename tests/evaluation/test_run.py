@@ -139,7 +139,7 @@ def test_maes_file_and_other_sizes(tmp_path):
     )
     flat = vit.state_dict() | {"mask_token": torch.zeros(1, 1, 8), "decoder_blocks.0.norm1.weight": torch.zeros(8)}
     torch.save({"model": flat}, tmp_path / "mae.pth")
-    weights = read_encoder(str(tmp_path / "mae.pth"), "vit_tiny_patch16_224")
+    weights = read_encoder(str(tmp_path / "mae.pth"), "vit_tiny_patch16_224", pretrained_size=(32, 32))
     pixels = torch.randn(2, 3, 32, 32)
     read = build_encoder(weights, (32, 32), num_heads=3).eval()
     torch.testing.assert_close(read.forward_features(pixels), vit.eval().forward_features(pixels))

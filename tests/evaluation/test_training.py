@@ -95,15 +95,16 @@ def test_odd_batches_cannot_be_mixed(evaluated):
         evaluated("finetune", "--train.batch_size=25")
 
 
-def test_rates_of_blocks_are_maes():
-    """decay^(depth + 1) at the embedding, decay^(depth - i) at block i, 1 at the head and its norm."""
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_rates_of_blocks_are_maes(pool):
+    """decay^(depth + 1) at the embedding, decay^(depth - i) at block i, 1 at the head and the last norm."""
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
-    vit = timm.create_model("vit_tiny_patch16_224", num_classes=4, global_pool="avg", fc_norm=True, **sizes)
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=4, global_pool=pool, fc_norm=pool == "avg", **sizes)
     optimizer = build_optimizer(vit, EvalOptimConfig(weight_decay=0.05, layer_decay=0.65))
     found = {id(p): (g["lr_scale"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     for name, parameter in vit.named_parameters():
         first, *rest = name.split(".")
-        power = 3 - int(rest[0]) if first == "blocks" else 0 if first in ("head", "fc_norm") else 4
+        power = 3 - int(rest[0]) if first == "blocks" else 0 if first in ("head", "fc_norm", "norm") else 4
         decay = 0.0 if parameter.ndim == 1 or first in ("cls_token", "pos_embed") else 0.05
         assert found[id(parameter)] == (pytest.approx(0.65**power), decay), name
 

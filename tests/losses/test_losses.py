@@ -6,17 +6,25 @@ import pytest
 import torch
 from tiny import images, tiny_model, total_loss
 
-from ccmim_fast.losses.criteria import Align, InfoNCE
-from ccmim_kernels import info_nce
+from ccmim_fast.losses.criteria import Align, Hog, InfoNCE
+from ccmim_kernels import hog_target, info_nce
 
 
 def test_align_against_loops():
-    masked, visible = torch.randn(2, 5, 7, dtype=torch.float64).float().unbind()
+    masked, visible = torch.randn(2, 5, 7, dtype=torch.float64).unbind()
     total = 0.0
-    for m, v in zip(masked.double().tolist(), visible.double().tolist()):
+    for m, v in zip(masked.tolist(), visible.tolist()):
         dot = sum(a * b for a, b in zip(m, v))
         total += 1 - dot / math.sqrt(sum(a * a for a in m)) / math.sqrt(sum(b * b for b in v))
-    assert Align()(visible, masked).item() == pytest.approx(total / 5, rel=1e-5)
+    assert Align()(visible, masked).item() == pytest.approx(total / 5, rel=1e-12)
+    assert Align()(visible.half(), masked.half()).dtype == torch.float32
+
+
+def test_hog_stays_in_float64():
+    hog, pictures, ids = Hog(8, (0.5,) * 3, (0.5,) * 3, hog_cell=8), images(2), torch.arange(3).expand(2, 3)
+    pred = torch.randn(2, 3, hog.width, dtype=torch.float64)
+    target = hog_target(pictures, ids, patch=8, cell=8, dtype=torch.float64)
+    assert hog(pred, pictures, ids).item() == pytest.approx((pred - target).square().mean().item(), rel=1e-14)
 
 
 def test_align_teaches_the_student_alone():

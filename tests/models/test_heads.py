@@ -38,3 +38,13 @@ def test_one_process_sends_nothing():
     assert finish_all_gather(None) is None
     model, _ = tiny_model()
     assert model(images(EACH), torch.arange(EACH), 0).gathered_NE is None
+
+
+@pytest.mark.parametrize(("init", "spreads"), [("xavier", (0.036, 0.044)), ("torch", (0.021, 0.021))])
+def test_initial_spread_of_the_projector(init, spreads):
+    """ViT-B's: sqrt(2 / (inputs + outputs)) by Xavier, as in the authors' code; sqrt(1 / (3 inputs)) by torch."""
+    torch.manual_seed(0)
+    sizes = {"arch": "vit_base_patch16_224", "patch_size": 16, "embed_dim": 0, "depth": 1, "num_heads": 0}
+    model, _ = tiny_model(torch.float32, model=sizes, heads={"init": init, "dim": 256})
+    matrices = [p for p in model.projector.parameters() if p.ndim == 2]
+    assert [m.std().item() for m in matrices] == pytest.approx(spreads, abs=5e-4)

@@ -1,9 +1,11 @@
 """Eq. 4 and the all-block scores against loops that read the weights themselves."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from timm.models.vision_transformer import Block, ParallelThingsBlock
 from tiny import images, tiny_model
 
 from ccmim_fast.build.model import build_score_source
@@ -11,6 +13,7 @@ from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.encoder import build_encoder
 from ccmim_fast.models.scores import AllBlocks, FirstBlock, OneBlock, can_fold, eq4_of_blocks
 from ccmim_fast.models.tokens import embed, folded_projection, prefix_tokens
+from ccmim_fast.models.watched import cls_attention, reading_block
 from ccmim_fast.profile.meter import flop_counter
 from ccmim_fast.registry import SCORE_SOURCES
 
@@ -146,8 +149,49 @@ def test_every_source_is_registered_with_its_cost(name):
 
 
 def test_errors():
-    with pytest.raises(ConfigError, match="ParallelThingsBlock has no attention map"):
-        tiny_model(model={"arch": "vit_small_patch16_18x2_224", "num_heads": 0, "embed_dim": 0})
     model, _ = tiny_model()
     with pytest.raises(ConfigError, match=r"score.block=3 must be in 0\.\.2"):
         OneBlock(model.encoder, block=3)
+
+
+class _Nothing(torch.nn.Module):
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("kind", ["logits", "softmax"])
+def test_a_block_of_another_class_is_watched(kind):
+    ours = tiny_model()[0].encoder.blocks[1].requires_grad_(False)
+    theirs = Block(48, 3, qkv_bias=True, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6)).double()
+    theirs.load_state_dict(ours.state_dict())
+    x, total = torch.randn(2, 9, 48, dtype=torch.float64), torch.rand(2, 8, dtype=torch.float64)
+    expected = ours.cls_attention(x, kind, total)
+    torch.testing.assert_close(cls_attention(theirs, x, 1, kind, total), expected, rtol=1e-12, atol=1e-12)
+    if kind == "softmax":
+        out, row = reading_block(theirs, x, 1, total)
+        torch.testing.assert_close(row, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(out, ours(x), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ConfigError, match=r"_Nothing has no attention map; use mask\.strategy=random"):
+        cls_attention(_Nothing(), x, 1, kind)
+
+
+def test_attentions_side_by_side_are_averaged():
+    block = ParallelThingsBlock(48, 3, num_parallel=2).double().requires_grad_(False)
+    x, rows = torch.randn(1, 7, 48, dtype=torch.float64), []
+    for part in block.attns:
+        qkv = part.attn.qkv(part.norm(x))[0].reshape(7, 3, 3, 16)
+        rows.append(torch.einsum("nd,tnd->nt", qkv[0, 0], qkv[:, 1]).div(4).softmax(-1).mean(0)[1:])
+    torch.testing.assert_close(cls_attention(block, x, 1, "softmax")[0], torch.stack(rows).mean(0))
+
+
+@pytest.mark.parametrize("arch", ["flexivit_small", "deit3_small_patch16_224", "vit_base_patch16_xp_224"])
+@pytest.mark.parametrize("source", SCORE_SOURCES)
+def test_flops_of_architectures_are_counted(arch, source):
+    """Their [CLS] has no position of its own, or they have other blocks: what counts FLOPs took them amiss."""
+    sizes = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    model, _ = tiny_model(torch.float32, model={"arch": arch, **sizes}, score={"source": source})
+    with flop_counter() as counter:
+        found = model(images(2), torch.arange(2), 0)
+    assert found.logits_BL.isfinite().all()
+    assert found.logits_BL.std() > 0
+    assert counter.get_total_flops() > 0

@@ -25,7 +25,7 @@ def hog_by_loops(image, patch, bins, cell):
             for c in range(C):
                 dx = sum(w * (at(y + o, x + 1, c) - at(y + o, x - 1, c)) for o, w in ((-1, 1), (0, 2), (1, 1)))
                 dy = sum(w * (at(y + 1, x + o, c) - at(y - 1, x + o, c)) for o, w in ((-1, 1), (0, 2), (1, 1)))
-                angle = math.atan2(dy, dx) % math.pi
+                angle = math.atan2(dx, dy) % math.pi
                 histogram = cells.setdefault((y // cell, x // cell, c), [0.0] * bins)
                 histogram[min(int(angle / math.pi * bins), bins - 1)] += math.hypot(dx, dy)
     out = []
@@ -62,7 +62,7 @@ def test_a_plane_votes_for_one_orientation(step_y, step_x):
     y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
     image = (100 + step_y * y + step_x * x).clamp(0, 255).to(torch.uint8)[None, :, :, None]
     histogram = hog_target(image, torch.tensor([[5]]), patch=8, bins=9, cell=8)[0, 0]
-    bin_index = int(math.atan2(step_y, step_x) % math.pi / math.pi * 9)
+    bin_index = int(math.atan2(step_x, step_y) % math.pi / math.pi * 9)
     expected = torch.zeros(9)
     expected[bin_index] = 1
     torch.testing.assert_close(histogram, expected)
@@ -172,7 +172,7 @@ def test_kernel_on_gradients_on_a_boundary(bins, device):
     ids = torch.arange(16).expand(4, 16).to(device)
     out = compare_hog(images, ids, patch=8, cell=8, bins=bins)
     # Patch 5 touches no border: all its votes are for one bin.
-    for histogram, quarters in zip(out[:, 5], (0, 2, 1, 3)):
+    for histogram, quarters in zip(out[:, 5], (2, 0, 1, 3)):
         assert histogram.argmax() == quarters * bins // 4
         torch.testing.assert_close(histogram.max(), torch.ones((), device=device))
 

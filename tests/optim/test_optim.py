@@ -43,12 +43,16 @@ def test_linear_scaling():
     assert scaled_lr(1.5e-4, 1024) == pytest.approx(6e-4)
 
 
-def test_no_decay_for_biases_norms_and_tokens():
+@pytest.mark.parametrize("decay_tokens", [False, True])
+def test_no_decay_for_biases_and_norms(decay_tokens):
+    """Tokens have none either, but in MAE's and the authors' code."""
     model, _ = tiny_model()
-    optimizer = build_optimizer("adamw", model, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95))
+    more = {"decay_tokens": decay_tokens}
+    optimizer = build_optimizer("adamw", model, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95), **more)
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert decay.keys() == {id(p) for p in trained.values()}
     for name, parameter in trained.items():
-        exempt = parameter.ndim == 1 or name in ("encoder.cls_token", "decoder.mask_token")
+        token = name in ("encoder.cls_token", "decoder.mask_token")
+        exempt = parameter.ndim == 1 or (token and not decay_tokens)
         assert decay[id(parameter)] == (0.0 if exempt else 0.05), name

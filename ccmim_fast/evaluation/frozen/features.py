@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.batch import Batch
@@ -22,6 +22,7 @@ from ccmim_fast.ranks.session import gather_ranks
 
 _BATCH = 256  # images encoded at once by a rank
 _EXACT = nullcontext()  # in place of autocast: float32
+_UNCHANGED = nn.Identity()
 
 
 def pooled(tokens_BTD: Tensor, prefix: int, pool: Literal["avg", "cls"]) -> Tensor:
@@ -35,11 +36,13 @@ def extract(
     prefix: int = 1,
     pool: Literal["avg", "cls"] = "avg",
     autocast: AbstractContextManager = _EXACT,
+    norm: Callable[[Tensor], Tensor] = _UNCHANGED,
 ) -> tuple[Tensor, Tensor | None]:
     """Encode every image and pool its tokens to one vector, see `pooled`.
 
     `encode` turns uint8 images [B, H, W, C] into the normalised final tokens [B, T, D] of any float dtype, first
     `prefix` tokens (CLS, registers). It is called under `inference_mode` and `autocast`, and is in evaluation mode.
+    `norm` is of the pooled vector.
 
     Returns features [N, D] float32 and labels [N] int64, on the CPU and usable under autograd; None without labels.
     Raises ValueError: `pool` is neither name, or is `cls` with no prefix token; DataError: no batch at all;
@@ -51,7 +54,7 @@ def extract(
     for batch in batches:
         with torch.inference_mode(), autocast:
             tokens_BTD = encode(batch.images_BHWC).float()
-            features.append(pooled(tokens_BTD, prefix, pool).cpu())
+            features.append(norm(pooled(tokens_BTD, prefix, pool)).cpu())
         labels.append(batch.labels_B)
     if not features:
         raise DataError("no images to encode: the source gave no batch")
@@ -85,7 +88,7 @@ def features(job: Job, encoder: Encoder, images: Images) -> Features:
     if first is None:  # fewer images than ranks, or none that can be read
         none = torch.zeros(0, dtype=torch.int64)
         return Features(torch.zeros(0, encoder.width), none, none)
-    found = extract(encoder, chain([first], batches), encoder.prefix, pool, precision.autocast(device))
+    found = extract(encoder, chain([first], batches), encoder.prefix, pool, precision.autocast(device), encoder.norm)
     return Features(*found, torch.cat(ids))
 
 

@@ -1,13 +1,12 @@
 """The subject of `ccmim eval masks` is a model, of a run or of published weights, with settings to measure it by."""
 
 import dataclasses
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from ccmim_fast.build.model import build_model, build_score_source
-from ccmim_fast.checkpoints.published import derived, fill_, read_weights, with_arch
+from ccmim_fast.checkpoints.published import derived, fill_, is_run, read_weights, with_arch
 from ccmim_fast.checkpoints.run import OpenedRun, open_run, portable
 from ccmim_fast.config.keys import show
 from ccmim_fast.config.load import difference, load_config
@@ -46,7 +45,7 @@ def read_subject(place: str, settings: list[str], images: str = "") -> Subject:
     damaged, or of another model; ConfigError: a setting that is wrong or changes nothing here, an architecture that
     must be told, or attention that cannot be read.
     """
-    if Path(place).is_dir():
+    if is_run(place):
         run = open_run(place)
         run = dataclasses.replace(run, config=_settled(run.config, place, settings, images))
         subject = Subject(str(run.path), run.model, run.config, True, run.step, run.epoch, run)
@@ -86,7 +85,7 @@ def _settled(base: Config, place: str, settings: list[str], images: str) -> Conf
     named = images or any(option.startswith("--data.root") for option in settings)
     if not named and config.data.root == base.data.root:
         config = dataclasses.replace(config, data=own_images(config.data))
-    free = COUNT if Path(place).is_dir() else (*COUNT, *_SIZES)
+    free = COUNT if is_run(place) else (*COUNT, *_SIZES)
     for key, _, value in difference(base, config):
         if not key.startswith(free):
             raise ConfigError(f"--{key}={show(value)}: changes nothing here; what does: {', '.join(free)}")

@@ -83,24 +83,22 @@ def take(x, BYTE: tl.constexpr):
 
 
 @triton.jit
-def add_votes(
-    histogram, dx, dy, counted, cotangent_ptr, BYTE: tl.constexpr, BINS: tl.constexpr, CHANNELS: tl.constexpr
-):
-    """Add the lengths of gradients [S] to the bins of their angles: `histogram` is [C * Q, S] fp32."""
+def add_votes(histogram, a, b, counted, cotangent_ptr, BYTE: tl.constexpr, BINS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Add the lengths of gradients (a, b) [S] to the bins of atan2(b, a), in `histogram` [C * Q, S] fp32."""
     FIRST: tl.constexpr = BYTE % CHANNELS * BINS
-    dx, dy = dx.to(tl.float32), dy.to(tl.float32)
-    length = tl.sqrt(dx * dx + dy * dy)
-    # A line has two directions; that of 0 to 180 degrees is taken: dy > 0, or dy = 0 and dx > 0.
-    sign = (dy * 4096 + dx).to(tl.int32, bitcast=True) & -(2**31)
-    dx = (dx.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
-    dy = tl.abs(dy)
+    a, b = a.to(tl.float32), b.to(tl.float32)
+    length = tl.sqrt(a * a + b * b)
+    # A line has two directions; that of 0 to 180 degrees is taken: b > 0, or b = 0 and a > 0.
+    sign = (b * 4096 + a).to(tl.int32, bitcast=True) & -(2**31)
+    a = (a.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    b = tl.abs(b)
     row = tl.arange(0, histogram.shape[0])[:, None]
     reached = counted
     for q in tl.static_range(BINS):
         voting = reached
         if q < BINS - 1:
             # Beyond one angle is beyond all before it.
-            reached = reached & (dx <= tl.load(cotangent_ptr + q) * dy)
+            reached = reached & (a <= tl.load(cotangent_ptr + q) * b)
             voting = voting & (reached == 0)
         mine = (row == FIRST + q) & voting[None, :]
         histogram = tl.where(mine, histogram + length[None, :], histogram)
@@ -179,10 +177,9 @@ def ccmim_hog_target_kernel(
             dx, dy = difference_0 + 2 * difference_1 + difference_2, smooth_2 - smooth_0
             for byte in tl.static_range(4):
                 counted = part + (4 * word + byte) // CHANNELS < CELL
-                x_byte, y_byte = take(dx, byte), take(dy, byte)
-                histogram = add_votes(
-                    histogram, x_byte, y_byte, counted, cotangent_ptr, 4 * word + byte, BINS, CHANNELS
-                )
+                # Bins are counted from the y axis, as in MaskFeat.
+                a, b = take(dy, byte), take(dx, byte)
+                histogram = add_votes(histogram, a, b, counted, cotangent_ptr, 4 * word + byte, BINS, CHANNELS)
             difference_0, smooth_0 = difference_1, smooth_1
             difference_1, smooth_1 = difference_2, smooth_2
     feature = tl.arange(0, BLOCK_F)[:, None]

@@ -1,0 +1,217 @@
+"""This file recognises by their names whose weights a file holds, and renames them to ours.
+
+An anchor, the weight of the patch embedding, tells the layout, and what stands before it tells the encoder from the
+rest of a file: heads, a second network, a wrapper's prefix.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ccmim_fast.checkpoints.convert import from_flat
+from ccmim_fast.errors import CheckpointError, one_line
+
+Tensors = dict[str, Tensor]
+
+# What may hold a network, of several the first: an average of weights or a teacher is what its authors evaluate.
+_NETWORKS = ("model_ema", "ema", "teacher", "target_encoder", "base_encoder", "student", "momentum_encoder")
+_CONTAINERS = ("model", "state_dict", "module", "backbone", "encoder", "net", "network", "weights")
+_DEEPEST = 4  # containers in each other
+
+
+class Layout(NamedTuple):
+    """A layout tells whose names they are; `rename` turns them, without prefix, into ours, and raises ValueError."""
+
+    words: str
+    anchor: str
+    rename: Callable[[Tensors], Tensors]
+
+
+def recognised(found: Mapping[str, Any], name: str) -> tuple[Tensors, str]:
+    """Return the weights in what a file holds, under our names, and in words what was recognised.
+
+    `name` is the file's, for messages. Raises CheckpointError: no layout that is known here, or one without what an
+    encoder of ours needs.
+    """
+    tensors, path = _unwrapped(found)
+    if not tensors:
+        raise CheckpointError(f"{name}: holds no plain dictionary of tensors")
+    if any(key.startswith("encoder.patch_embed.") for key in tensors) and not _has(tensors, "encoder.head."):
+        return tensors, _said("ccmim_fast's layout", path)
+    for layout in LAYOUTS:
+        prefixes = [key.removesuffix(layout.anchor) for key in tensors if f".{key}".endswith(f".{layout.anchor}")]
+        if prefixes:
+            prefix = min(prefixes, key=_rank)
+            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            own |= _decoder_beside(tensors, prefix)
+            try:
+                renamed = layout.rename(own)
+            except ValueError as error:
+                raise CheckpointError(f"{name}: {layout.words}: {one_line(error)}") from None
+            return renamed, _said(layout.words, (*path, *filter(None, [prefix.rstrip(".")])))
+    known = "; ".join(dict.fromkeys(layout.words for layout in LAYOUTS))
+    first = next(iter(tensors))
+    raise CheckpointError(f"{name}: no layout that is known: the first name is {first!r:.100}; known are {known}")
+
+
+def _said(words: str, path: tuple[str, ...]) -> str:
+    return words + (f", under {'.'.join(path)!r:.60}" if path else "")
+
+
+def _has(tensors: Tensors, prefix: str) -> bool:
+    return any(key.startswith(prefix) for key in tensors)
+
+
+def _unwrapped(found: Mapping[str, Any]) -> tuple[Tensors, tuple[str, ...]]:
+    """Return the dictionary of tensors in nested ones, without other values, and the keys that lead to it."""
+    path: tuple[str, ...] = ()
+    for _ in range(_DEEPEST):
+        tensors = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)}
+        inner = [key for key in (*_NETWORKS, *_CONTAINERS) if isinstance(found.get(key), Mapping)]
+        if not inner or any(f".{key}".endswith(f".{layout.anchor}") for key in tensors for layout in LAYOUTS):
+            return tensors, path
+        found, path = found[inner[0]], (*path, inner[0])
+    return {}, path
+
+
+def _rank(prefix: str) -> tuple[int, int]:
+    """Order prefixes: that of the network that its authors evaluate, then the shortest."""
+    parts = prefix.split(".")
+    return min((_NETWORKS.index(part) for part in parts if part in _NETWORKS), default=len(_NETWORKS)), len(prefix)
+
+
+def _decoder_beside(tensors: Tensors, prefix: str) -> Tensors:
+    """Return ViTMAE's decoder, which stands beside its encoder `vit.`."""
+    if not prefix.endswith("vit."):
+        return {}
+    outer = prefix.removesuffix("vit.") + "decoder."
+    return {key.removeprefix(outer[:-8]): value for key, value in tensors.items() if key.startswith(outer)}
+
+
+# timm, MAE, the authors' ccMIM, DINO, DINOv2, MoCo v3
+
+_HEADS = (
+    "head.",
+    "head_dist.",
+    "last_layer.",
+    "pooler.",
+    "classifier.",
+    "distillation_classifier.",
+    "cls_classifier.",
+)
+
+
+def _from_timm(own: Tensors) -> Tensors:
+    own = {key: value for key, value in own.items() if not key.startswith(_HEADS)}
+    if not _has(own, "decoder_"):
+        own.pop("mask_token", None)  # of another method, which masks patches in the encoder
+    if "register_tokens" in own:
+        own = _without_position_of_cls(own)
+    return from_flat({_of_dinov2(key): value for key, value in own.items()})
+
+
+def _of_dinov2(key: str) -> str:
+    """Rename what DINOv2 names otherwise than timm: registers, chunks of blocks, and SwiGLU's layers."""
+    key = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key.replace("register_tokens", "reg_token"))
+    return key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
+
+
+def _without_position_of_cls(own: Tensors) -> Tensors:
+    """Add the position of [CLS] to it: timm's models with registers have positions for patches alone."""
+    positions_1TD = own["pos_embed"]
+    return own | {"cls_token": own["cls_token"] + positions_1TD[:, :1], "pos_embed": positions_1TD[:, 1:]}
+
+
+# transformers: ViT, DeiT, ViTMAE, DINOv2 with and without registers, I-JEPA; as published and in memory since 5
+
+_PARTS = {
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attention.output.dense": "attn.proj",
+    "attention.o_proj": "attn.proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+    "mlp.weights_in": "mlp.fc1",
+    "mlp.weights_out": "mlp.fc2",
+    "mlp.up_proj": "mlp.fc1",
+    "mlp.down_proj": "mlp.fc2",
+    "layer_scale1": "ls1",
+    "layer_scale2": "ls2",
+}
+_THIRDS = {
+    "attention.attention.query": 0,
+    "attention.attention.key": 1,
+    "attention.attention.value": 2,
+    "attention.q_proj": 0,
+    "attention.k_proj": 1,
+    "attention.v_proj": 2,
+}
+_OUTER = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.register_tokens": "reg_token",
+    "embeddings.distillation_token": "dist_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
+    "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
+    "embeddings.patch_embeddings.weight": "patch_embed.proj.weight",
+    "embeddings.patch_embeddings.bias": "patch_embed.proj.bias",
+    "norm.weight": "norm.weight",
+    "norm.bias": "norm.bias",
+    "layernorm.weight": "norm.weight",
+    "layernorm.bias": "norm.bias",
+    "decoder.mask_token": "mask_token",
+    "decoder.decoder_pos_embed": "decoder_pos_embed",
+    **{
+        f"decoder.decoder_{part}.{kind}": f"decoder_{part}.{kind}"
+        for part in ("embed", "norm", "pred")
+        for kind in ("weight", "bias")
+    },
+}
+# ViTMAE's own files, the published ones and those that transformers 5 writes, name the decoder's blocks in two ways.
+_BLOCK = re.compile(
+    r"^(?P<decoder>decoder\.decoder_layers\.|decoder\.decoder_encoder\.layer\.)?"
+    r"(?(decoder)|(?:encoder\.layers?\.|layers?\.))(?P<number>\d+)\.(?P<part>.+)\.(?P<kind>weight|bias|lambda1)$"
+)
+
+
+def _from_transformers(own: Tensors) -> Tensors:
+    flat: Tensors = {}
+    thirds: dict[str, dict[int, Tensor]] = {}
+    for key, value in own.items():
+        if key.startswith(_HEADS) or key == "embeddings.mask_token":
+            continue
+        if key in _OUTER:
+            flat[_OUTER[key]] = value
+            continue
+        block = _BLOCK.match(key)
+        if block is None or block["part"] not in {*_PARTS, *_THIRDS}:
+            raise ValueError(f"{key!r:.100} has no place in a ViT of timm's")
+        to = f"{'decoder_' if block['decoder'] else ''}blocks.{block['number']}"
+        kind = "gamma" if block["kind"] == "lambda1" else block["kind"]
+        if block["part"] in _THIRDS:
+            thirds.setdefault(f"{to}.attn.qkv.{kind}", {})[_THIRDS[block["part"]]] = value
+        else:
+            flat[f"{to}.{_PARTS[block['part']]}.{kind}"] = value
+    if "pos_embed" not in flat:
+        raise ValueError("it has no positions that could be loaded; its are rotary")
+    for key, parts in thirds.items():
+        if parts.keys() != {0, 1, 2}:
+            raise ValueError(f"{key} is not whole: queries, keys or values are missing")
+        flat[key] = torch.cat([parts[0], parts[1], parts[2]])
+    if "reg_token" in flat:
+        flat = _without_position_of_cls(flat)
+    return from_flat(flat)
+
+
+LAYOUTS = (
+    Layout("timm's names, as of MAE, DINO, DINOv2 and MoCo v3", "patch_embed.proj.weight", _from_timm),
+    Layout("transformers' names", "embeddings.patch_embeddings.projection.weight", _from_transformers),
+    Layout("transformers' names of DINOv3", "embeddings.patch_embeddings.weight", _from_transformers),
+)

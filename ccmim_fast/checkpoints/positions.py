@@ -1,0 +1,53 @@
+"""This file tells the grid of a file's positions, and resamples them to another grid."""
+
+# T tokens, L patches, D width, R rows, C columns of patches
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ccmim_fast.errors import CheckpointError, ConfigError
+
+Pair = tuple[int, int]
+
+
+def grid_of_file(
+    name: str, patches: int, patch: int, told: tuple[int, ...], likely: Sequence[Pair], setting: str
+) -> Pair:
+    """Return rows and columns of a file's positions; they are known, or asked for, but never guessed.
+
+    Args:
+        name: the file's, for messages.
+        patches: the number of positions without those of the prefix.
+        patch: side of a patch in pixels.
+        told: height and width of the images of training, from the file or the user; empty where nobody tells them.
+        likely: heights and widths that are taken where their patches are as many.
+        setting: where a user tells them.
+
+    Raises CheckpointError: what the file tells does not fit its positions. ConfigError: nobody tells.
+    """
+    for height, width in [told] if told else likely:
+        rows, columns = height // patch, width // patch
+        if rows * columns == patches:
+            return rows, columns
+    if told:
+        raise CheckpointError(
+            f"{name}: has positions of {patches} patches; images of {told[0]} x {told[1]} pixels give {rows} x "
+            f"{columns}"
+        )
+    raise ConfigError(
+        f"{name}: has positions of {patches} patches and does not tell the size of its images; add {setting}=[H,W]"
+    )
+
+
+def resampled(positions_1TD: Tensor, old: Pair, new: Pair) -> Tensor:
+    """Return positions [1, T', D] for another grid, those of the prefix as they are; antialiased bicubic, as timm's."""
+    if old == new:
+        return positions_1TD
+    prefix_1PD, x_1LD = positions_1TD.tensor_split([-math.prod(old)], dim=1)
+    x_1DRC = x_1LD.float().unflatten(1, old).permute(0, 3, 1, 2)
+    x_1DRC = F.interpolate(x_1DRC, size=new, mode="bicubic", antialias=True)
+    return torch.cat([prefix_1PD, x_1DRC.flatten(2).transpose(1, 2).to(x_1LD.dtype)], dim=1)

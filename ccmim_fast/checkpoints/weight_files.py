@@ -1,0 +1,131 @@
+"""This file reads files of weights, and the folders that transformers and timm write, with what they tell."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ccmim_fast.errors import CheckpointError, one_line
+
+OF_WIDTH = {  # timm's plain ViTs, by width: patch and blocks are read off the weights
+    192: "vit_tiny_patch16_224",
+    384: "vit_small_patch16_224",
+    768: "vit_base_patch16_224",
+    1024: "vit_large_patch16_224",
+    1280: "vit_huge_patch14_224",
+    1408: "vit_giant_patch14_224",
+    1664: "vit_gigantic_patch14_224",
+}
+_SIZES = {384: "small", 768: "base", 1024: "large", 1536: "giant"}
+_DINOV2 = {"dinov2": "vit_{}_patch14_dinov2", "dinov2_with_registers": "vit_{}_patch14_reg4_dinov2"}
+_CONFIG, _WEIGHTS, _PREPROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
+_SHARDS = f"{_WEIGHTS}.index.json"
+
+
+class Told(NamedTuple):
+    """What a file tells of its weights, as the fields of `published.Weights` of these names."""
+
+    arch: str = ""
+    num_heads: int = 0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    image_size: tuple[int, ...] = ()
+    max_value: tuple[float, ...] = ()
+
+
+def read_file(name: str) -> tuple[Mapping[str, Any], Told]:
+    """Read a `.safetensors` file, or a pickled one, of which no code is run. Raises CheckpointError."""
+    if not name.endswith(".safetensors"):
+        return _pickled(name), Told()
+    weights, about = _safetensors(name)
+    try:
+        arguments = json.loads(about.get("timm_arguments", "{}"))
+        heads, size = int(arguments.get("num_heads", 0)), tuple(map(int, arguments.get("img_size", ())))
+        keys = ("mean", "std", "max_value")
+        mean, std, white = (tuple(map(float, json.loads(about.get(key, "[]")))) for key in keys)
+        if len(size) not in (0, 2) or min(white, default=1) <= 0:
+            raise ValueError(size, white)
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        raise CheckpointError(
+            f"{name}: what it tells of itself is damaged; expected what ccmim export writes"
+        ) from None
+    return weights, Told(about.get("arch", ""), heads, mean, std, size, white)
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Tell whether transformers or timm wrote a folder."""
+    return (folder / _CONFIG).is_file() and any((folder / name).is_file() for name in (_WEIGHTS, _SHARDS))
+
+
+def read_folder(folder: Path) -> tuple[Mapping[str, Any], Told]:
+    """Read a folder that transformers or timm wrote. Raises CheckpointError."""
+    names = [_WEIGHTS]
+    if not (folder / _WEIGHTS).is_file():
+        # Names of files in the folder, wherever the index says they are.
+        names = sorted({Path(str(name)).name for name in _json(folder / _SHARDS, "weight_map").values()})
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        weights |= _safetensors(str(folder / name))[0]
+    config, preparation = _json(folder / _CONFIG), {}
+    if (folder / _PREPROCESSOR).is_file():
+        preparation = _json(folder / _PREPROCESSOR)
+    try:
+        told = _of_timm(config) if "architecture" in config else _of_transformers(config, preparation)
+    except (ValueError, TypeError, AttributeError, OverflowError):
+        raise CheckpointError(f"{folder / _CONFIG}: what it tells of the model is damaged") from None
+    return weights, told
+
+
+def _of_timm(config: dict[str, Any]) -> Told:
+    of_images, arguments = config.get("pretrained_cfg", {}), config.get("model_args", {})
+    mean, std = (tuple(map(float, of_images.get(key, ()))) for key in ("mean", "std"))
+    heads, size = int(arguments.get("num_heads", 0)), arguments.get("img_size") or of_images.get("input_size", ())[1:]
+    return Told(str(config["architecture"]), heads, mean, std, _pair(size))
+
+
+def _of_transformers(config: dict[str, Any], preparation: dict[str, Any]) -> Told:
+    width, kind = int(config.get("hidden_size", 0)), config.get("model_type", "")
+    arch = OF_WIDTH.get(width, "")
+    if kind in _DINOV2:
+        arch = _DINOV2[kind].format(_SIZES[width]) if width in _SIZES else ""
+    mean, std = (tuple(map(float, preparation.get(f"image_{key}") or ())) for key in ("mean", "std"))
+    return Told(arch, int(config.get("num_attention_heads", 0)), mean, std, _pair(config.get("image_size") or ()))
+
+
+def _pair(size: Any) -> tuple[int, ...]:
+    return (size, size) if isinstance(size, int) else tuple(map(int, size))
+
+
+def _json(path: Path, key: str = "") -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        found = found[key] if key else found
+        if isinstance(found, dict):
+            return found
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        pass
+    raise CheckpointError(f"{path}: cannot be read; expected what transformers or timm writes")
+
+
+def _safetensors(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(name, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError, MemoryError) as error:
+        raise CheckpointError(f"{name}: cannot be read as weights: {one_line(error)}") from None
+
+
+def _pickled(name: str) -> dict[str, Any]:
+    """Read a `.pth` file; only tensors and plain containers are accepted, code in it never runs."""
+    try:
+        # MAE's training checkpoints carry their command line beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(name, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds on damaged input
+        raise CheckpointError(f"{name}: cannot be read as weights: {one_line(error)}") from None
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,69 @@
+"""This file reads [CLS]'s attention in blocks of any class: in ours as they tell it, in others by watching them.
+
+timm's other blocks (parallel, post-norm, differential, ...) compute their attention by
+`F.scaled_dot_product_attention`, whose queries and keys tell the map.
+"""
+
+# B batch, L patches, T tokens, D width, N heads, H head dim
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ccmim_fast.errors import ConfigError
+from ccmim_fast.models.block import ViTBlock
+from ccmim_kernels import cls_row
+
+
+def reading_block(
+    block: nn.Module, x_BTD: Tensor, prefix: int, total_BL: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Return the block's output [B, T, D], and [CLS]'s softmaxed attention to the patches added to `total_BL`.
+
+    The attention [B, L] is float32 without gradient, averaged over heads. `prefix` is the number of tokens before the
+    patches; `options` are those of `ViTBlock.forward`. Raises ConfigError where a block of another class has no
+    attention that can be watched.
+    """
+    if isinstance(block, ViTBlock):
+        return block(x_BTD, reads_cls=True, total_BL=total_BL, **options)
+    return _watched(block, x_BTD, prefix, "softmax", total_BL)
+
+
+def cls_attention(block: nn.Module, x_BTD: Tensor, prefix: int, kind: str, total_BL: Tensor | None = None) -> Tensor:
+    """Return [CLS]'s attention [B, L] as `ViTBlock.cls_attention` does, of a block of any class."""
+    if isinstance(block, ViTBlock):
+        return block.cls_attention(x_BTD, kind, total_BL)
+    return _watched(block, x_BTD, prefix, kind, total_BL)[1]
+
+
+@torch.compiler.disable
+def _watched(block: nn.Module, x_BTD: Tensor, prefix: int, kind: str, total_BL: Tensor | None) -> tuple[Tensor, Tensor]:
+    with _Watch(prefix, kind) as watch:
+        x_BTD = block(x_BTD)
+    if not watch.rows:
+        name = type(block).__name__
+        raise ConfigError(f"score.source: the encoder's {name} has no attention map; use mask.strategy=random")
+    # A block may have several attentions side by side: their mean.
+    row_BL = torch.stack(watch.rows).mean(0)
+    return x_BTD, row_BL if total_BL is None else total_BL + row_BL
+
+
+class _Watch(TorchFunctionMode):
+    """This mode keeps the row of [CLS] of each attention that is computed inside."""
+
+    def __init__(self, prefix: int, kind: str):
+        super().__init__()
+        self._prefix, self._kind, self.rows = prefix, kind, []
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            q_BNTH, k_BNTH = (x.detach() for x in args[:2])
+            scale = kwargs.get("scale") or q_BNTH.shape[-1] ** -0.5
+            self.rows.append(
+                cls_row(q_BNTH[:, :, 0], k_BNTH.transpose(1, 2), prefix=self._prefix, kind=self._kind, scale=scale)
+            )
+        return function(*args, **kwargs)
