@@ -102,7 +102,7 @@ def make_folder(folder: Path) -> None:
     with tarfile.open(folder / "all.tar", "w") as tar:
         tar.add(folder / "images", "images")
     (folder / "file").write_text("text")
-    torch.save({"cls_token": torch.zeros(1)}, folder / "weights.pth")
+    torch.save({"patch_embed.proj.weight": torch.zeros(192, 3, 16, 16)}, folder / "weights.pth")
     weights = {"decoder.embed.weight": torch.zeros(4, 1), "decoder.blocks.0.x": torch.zeros(64)}
     progress = {"step": 1, "seen": 4, "samples": 4, "images": ""}
     good = {"model": weights, "ema": None, "progress": progress, "config": "decoder: {dim: 4, depth: 1, num_heads: 1}"}

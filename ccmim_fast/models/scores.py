@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.tokens import eps_of, prefix_tokens, with_prefix
-from ccmim_fast.models.watched import cls_attention, reading_block
+from ccmim_fast.models.watched import cls_attention, watched
 from ccmim_kernels import folded_logits
 
 
@@ -100,7 +100,10 @@ class AllBlocks(ScoreSource):
         x_BTD, total_BL = vit.norm_pre(with_prefix(vit, x_BLD)), None
         *others, last = vit.blocks
         for block in others:
-            x_BTD, total_BL = reading_block(block, x_BTD, vit.num_prefix_tokens, total_BL)
+            if isinstance(block, ViTBlock):
+                x_BTD, total_BL = block(x_BTD, reads_cls=True, total_BL=total_BL)
+            else:
+                x_BTD, total_BL = watched(block, x_BTD, vit.num_prefix_tokens, "softmax", total_BL)
         # Nothing follows the last block's keys.
         total_BL = cls_attention(last, x_BTD, vit.num_prefix_tokens, "softmax", total_BL)
         # Up to a constant per row: renormalising subtracts log sum; a second softmax takes the sums as logits.

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ccmim_fast.models.block import ViTBlock
-from ccmim_fast.models.watched import reading_block
+from ccmim_fast.models.watched import watched
 from ccmim_kernels import Embedded, embed_tokens, patchify
 
 
@@ -159,7 +159,10 @@ def encode(
         if cls_only and index == depth - 1 and isinstance(block, ViTBlock):
             options["query_BQD"] = x_BTD[:, :1]
         if index >= depth - read_blocks:
-            x_BTD, total_BL = reading_block(block, x_BTD, vit.num_prefix_tokens, total_BL, **options)
+            if isinstance(block, ViTBlock):
+                x_BTD, total_BL = block(x_BTD, reads_cls=True, total_BL=total_BL, **options)
+            else:
+                x_BTD, total_BL = watched(block, x_BTD, vit.num_prefix_tokens, "softmax", total_BL)
         else:
             x_BTD = block(x_BTD, **options)
     x_BTD = vit.norm(x_BTD[:, :1] if cls_only else x_BTD)

@@ -1,4 +1,4 @@
-"""This file reads [CLS]'s attention in blocks of any class: in ours as they tell it, in others by watching them.
+"""This file reads [CLS]'s attention in blocks of any class: ours tell it, others are watched.
 
 timm's other blocks (parallel, post-norm, differential, ...) compute their attention by
 `F.scaled_dot_product_attention`, whose queries and keys tell the map.
@@ -18,29 +18,22 @@ from ccmim_fast.models.block import ViTBlock
 from ccmim_kernels import cls_row
 
 
-def reading_block(
-    block: nn.Module, x_BTD: Tensor, prefix: int, total_BL: Tensor | None = None, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """Return the block's output [B, T, D], and [CLS]'s softmaxed attention to the patches added to `total_BL`.
-
-    The attention [B, L] is float32 without gradient, averaged over heads. `prefix` is the number of tokens before the
-    patches; `options` are those of `ViTBlock.forward`. Raises ConfigError where a block of another class has no
-    attention that can be watched.
-    """
-    if isinstance(block, ViTBlock):
-        return block(x_BTD, reads_cls=True, total_BL=total_BL, **options)
-    return _watched(block, x_BTD, prefix, "softmax", total_BL)
-
-
 def cls_attention(block: nn.Module, x_BTD: Tensor, prefix: int, kind: str, total_BL: Tensor | None = None) -> Tensor:
     """Return [CLS]'s attention [B, L] as `ViTBlock.cls_attention` does, of a block of any class."""
     if isinstance(block, ViTBlock):
         return block.cls_attention(x_BTD, kind, total_BL)
-    return _watched(block, x_BTD, prefix, kind, total_BL)[1]
+    return watched(block, x_BTD, prefix, kind, total_BL)[1]
 
 
 @torch.compiler.disable
-def _watched(block: nn.Module, x_BTD: Tensor, prefix: int, kind: str, total_BL: Tensor | None) -> tuple[Tensor, Tensor]:
+def watched(
+    block: nn.Module, x_BTD: Tensor, prefix: int, kind: str, total_BL: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return a block's output [B, T, D], and [CLS]'s attention to the patches [B, L] added to `total_BL`.
+
+    The attention is as of `ViTBlock.cls_attention`: float32 without gradient, averaged over heads. `prefix` is the
+    number of tokens before the patches. Raises ConfigError where the block has no attention that can be watched.
+    """
     with _Watch(prefix, kind) as watch:
         x_BTD = block(x_BTD)
     if not watch.rows:

@@ -13,7 +13,7 @@ from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.encoder import build_encoder
 from ccmim_fast.models.scores import AllBlocks, FirstBlock, OneBlock, can_fold, eq4_of_blocks
 from ccmim_fast.models.tokens import embed, folded_projection, prefix_tokens
-from ccmim_fast.models.watched import cls_attention, reading_block
+from ccmim_fast.models.watched import cls_attention, watched
 from ccmim_fast.profile.meter import flop_counter
 from ccmim_fast.registry import SCORE_SOURCES
 
@@ -168,7 +168,7 @@ def test_a_block_of_another_class_is_watched(kind):
     expected = ours.cls_attention(x, kind, total)
     torch.testing.assert_close(cls_attention(theirs, x, 1, kind, total), expected, rtol=1e-12, atol=1e-12)
     if kind == "softmax":
-        out, row = reading_block(theirs, x, 1, total)
+        out, row = watched(theirs, x, 1, kind, total)
         torch.testing.assert_close(row, expected, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(out, ours(x), rtol=1e-12, atol=1e-12)
     with pytest.raises(ConfigError, match=r"_Nothing has no attention map; use mask\.strategy=random"):
