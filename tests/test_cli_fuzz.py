@@ -33,7 +33,7 @@ CODES = (0, 2, 3, 4, 5, 6, BEGUN)
 WORKING = [
     ["pretrain", "--config", "demo", "--run.dir=new"],
     ["pretrain", "--data.root=images", "--train.batch_size=2", "--mask.ratio", "0.5", "--overwrite"],
-    ["demo", "--run.dir=new", "--train.epochs=1"],
+    ["demo", "--run.dir=new", "--train.epochs=2"],
     ["submit", "--nodes", "2", "--gpus-per-node=8", "--print", "--", "--config", "demo", "--train.batch_size=256"],
     ["submit", "--print", "--", "--config", "demo", "--run.dir=\udcff"],
     ["submit", "--time", "1:00:00", "--no-requeue", "--partition=gpu", "--", "--config", "demo"],
@@ -163,6 +163,8 @@ def test_fault_27_command_lines(monkeypatch):
         make_folder(folder)
         for command in COMMANDS:  # whatever is drawn
             run = example([command, "--no-such-option"])(run)
+        for line in WORKING:
+            run = example(line)(run)
         run()
         monkeypatch.undo()
     assert sum(seen.values()) >= CASES
