@@ -38,8 +38,10 @@ def grid_of_file(
             f"{name}: has positions of {patches} patches; images of {told[0]} x {told[1]} pixels give {rows} x "
             f"{columns}"
         )
+    tried = ", ".join(f"{height} x {width}" for height, width in likely)
     raise ConfigError(
-        f"{name}: has positions of {patches} patches and does not tell the size of its images; add {setting}=[H,W]"
+        f"{name}: has positions of {patches} patches, and does not tell the size of its images; {tried} pixels do not "
+        f"give as many; add {setting}=[H,W]"
     )
 
 

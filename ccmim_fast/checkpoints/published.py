@@ -70,6 +70,8 @@ def read_weights(place: str) -> Weights:
     tensors, layout = recognised(found, place)
     check_claims(tensors, place)
     check_size(told.image_size, len(told.mean), tensors, place)
+    if wrong := [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise CheckpointError(f"{place}: not finite: {_named(set(wrong))}")
     return Weights(place, tensors, **told._asdict(), layout=layout)
 
 

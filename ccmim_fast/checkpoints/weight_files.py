@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ OF_WIDTH = {  # timm's plain ViTs, by width: patch and blocks are read off the w
 _SIZES = {384: "small", 768: "base", 1024: "large", 1536: "giant"}
 _DINOV2 = {"dinov2": "vit_{}_patch14_dinov2", "dinov2_with_registers": "vit_{}_patch14_reg4_dinov2"}
 _CONFIG, _WEIGHTS, _PREPROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
+_PICKLED = "pytorch_model.bin"  # of older versions
 _SHARDS = f"{_WEIGHTS}.index.json"
 
 
@@ -59,18 +62,21 @@ def read_file(name: str) -> tuple[Mapping[str, Any], Told]:
 
 def is_model_folder(folder: Path) -> bool:
     """Tell whether transformers or timm wrote a folder."""
-    return (folder / _CONFIG).is_file() and any((folder / name).is_file() for name in (_WEIGHTS, _SHARDS))
+    names = (_WEIGHTS, _SHARDS, _PICKLED)
+    return (folder / _CONFIG).is_file() and any((folder / name).is_file() for name in names)
 
 
 def read_folder(folder: Path) -> tuple[Mapping[str, Any], Told]:
     """Read a folder that transformers or timm wrote. Raises CheckpointError."""
     names = [_WEIGHTS]
-    if not (folder / _WEIGHTS).is_file():
+    if not any((folder / name).is_file() for name in (_WEIGHTS, _SHARDS)):
+        names = [_PICKLED]
+    elif not (folder / _WEIGHTS).is_file():
         # Names of files in the folder, wherever the index says they are.
         names = sorted({Path(str(name)).name for name in _json(folder / _SHARDS, "weight_map").values()})
     weights: dict[str, Tensor] = {}
     for name in names:
-        weights |= _safetensors(str(folder / name))[0]
+        weights |= read_file(str(folder / name))[0]
     config, preparation = _json(folder / _CONFIG), {}
     if (folder / _PREPROCESSOR).is_file():
         preparation = _json(folder / _PREPROCESSOR)
@@ -124,8 +130,17 @@ def _pickled(name: str) -> dict[str, Any]:
     """Read a `.pth` file; only tensors and plain containers are accepted, code in it never runs."""
     try:
         # MAE's training checkpoints carry their command line beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle protocol
             found = torch.load(name, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds on damaged input
+    except OSError as error:
         raise CheckpointError(f"{name}: cannot be read as weights: {one_line(error)}") from None
+    except pickle.UnpicklingError:  # torch's words advise to run what is in the file
+        reason = (
+            "it is damaged, or holds more than tensors and plain containers, as a whole model; save its state_dict()"
+        )
+        raise CheckpointError(f"{name}: cannot be read as weights: {reason}") from None
+    except Exception as error:  # torch.load raises many kinds on damaged input
+        reason = f"it is cut short, or no file of torch ({type(error).__name__})"
+        raise CheckpointError(f"{name}: cannot be read as weights: {reason}") from None
     return found if isinstance(found, dict) else {}

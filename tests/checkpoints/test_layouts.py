@@ -188,9 +188,9 @@ def test_a_grid_that_nobody_tells_is_asked_for(tmp_path, capsys):
             build_encoder(wrong, size, 2)
     command = ["import", str(tmp_path / "oblong.pth"), "--arch=vit_tiny_patch16_224", "--model.num_heads=2"]
     assert main([*command, f"--out={tmp_path / 'a'}"]) == 2
+    error = capsys.readouterr().err
     assert (
-        "positions of 24 patches and does not tell the size of its images; add --data.image_size=[H,W]"
-        in capsys.readouterr().err
+        "positions of 24 patches, and does not tell the size of its images; 224 x 224, 32 x 32 pixels do not" in error
     )
     assert main([*command, f"--out={tmp_path / 'a'}", "--data.image_size=[32,48]"]) == 0
 
@@ -242,3 +242,30 @@ def test_a_folder_that_is_damaged(tmp_path):
     (tmp_path / "config.json").write_text('{"hidden_size": "wide"}')
     with pytest.raises(CheckpointError, match="what it tells of the model is damaged"):
         read_weights(str(tmp_path))
+
+
+def test_a_folder_of_older_versions(tmp_path):
+    vit, pixels = small_vit(), torch.rand(1, 3, 32, 32)
+    timm.models.save_for_hf(vit, tmp_path, model_args={"img_size": 32, "num_heads": 2}, safe_serialization=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "pytorch_model.bin"]
+    found = build_encoder(read_encoder(str(tmp_path)), (32, 32)).eval()
+    torch.testing.assert_close(found.forward_features(pixels), vit.forward_features(pixels))
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (lambda path: path.write_text("hello"), r"it is cut short, or no file of torch \(KeyError\)"),
+        (lambda path: path.touch(), r"it is cut short, or no file of torch \(EOFError\)"),
+        (lambda path: torch.save(torch.nn.Linear(2, 2), path), r"as a whole model; save its state_dict\(\)"),
+        (
+            lambda path: torch.save({"patch_embed.proj.weight": torch.full((8, 3, 2, 2), torch.nan)}, path),
+            "not finite: enc",
+        ),
+    ],
+)
+def test_reasons_name_the_cause(tmp_path, write, words, recwarn):
+    write(tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=words):
+        read_weights(str(tmp_path / "w.pth"))
+    assert not recwarn.list
