@@ -156,6 +156,17 @@ def test_a_row_group_that_cannot_be_read_is_tried_once(tmp_path, monkeypatch, er
     assert source.index.reason(5) == words
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_table_without_rows_costs_no_image(tmp_path, kind):
+    table = image_table([encode(0), encode(1)], [0, 1], ["a", "b"])
+    write = pq.write_table if kind == "parquet" else feather.write_feather
+    write(table, tmp_path / f"a.{kind}")
+    write(table.slice(0, 0), tmp_path / f"b.{kind}")
+    source = open_images(str(tmp_path))
+    assert (source.labels_N.tolist(), source.class_names) == ([0, 1], ("a", "b"))
+    assert source.index.notes == []
+
+
 def test_groups_in_memory_have_a_bound(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "_GROUP_BYTES", 10_000)
     datas = [encode(i, 30, 30) for i in range(12)]  # 2.7 kB each

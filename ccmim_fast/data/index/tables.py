@@ -126,6 +126,8 @@ def _parquet_table(file: pa.NativeFile) -> Table:
         rows = max(1, sizes[group] * _READ_AT_ONCE // max(1, column_bytes))
         with lock:  # parts, because a struct of more than 2 GiB cannot be read at once
             parts = list(parquet.iter_batches(rows, [group], inside, use_threads=False))
+        if not parts:
+            return pa.chunked_array([], schema.field(number).type)
         part = pa.Table.from_batches(parts, parts[0].schema)
         return [column for field, column in zip(part.schema, part.columns) if field.name == name][before]
 
