@@ -111,6 +111,19 @@ def test_rows_without_bytes_say_what_they_have(tmp_path):
     ]
 
 
+def test_a_gap_among_the_numbers_of_an_image_costs_that_row_alone(tmp_path):
+    column = pa.array([[137, None, 3], [*encode(0)], [None, 137], None], pa.list_(pa.uint8()))
+    pq.write_table(pa.table({"image": column}), tmp_path / "a.parquet")
+    source = open_images(str(tmp_path))
+    assert [reason for _, _, reason in summary(source)] == [
+        "a row with a gap among the numbers of its image",
+        "",
+        "a row without an image",
+        "a row without an image",
+    ]
+    assert source.encoded(1) == encode(0)
+
+
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_columns_of_one_name(tmp_path, kind):
     datas = [encode(i) for i in range(3)]

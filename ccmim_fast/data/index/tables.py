@@ -85,6 +85,8 @@ def bytes_of(scalar: pa.Scalar) -> bytes:
                 raise DataError(f"a row without bytes, only with a path: {value['path']!r:.100}")
             value = value.get("bytes")
         elif isinstance(value, list) and value and isinstance(value[0], int):
+            if None in value:
+                raise DataError("a row with a gap among the numbers of its image")
             value = bytes(value)
         elif isinstance(value, list):
             value = value[0] if value else None
