@@ -6,9 +6,11 @@ import os
 import re
 import threading
 
+import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from fsspec import AbstractFileSystem
 from fsspec.implementations.http import HTTPFileSystem
 from made_containers import encode, image_table, summary, write_tar
 
@@ -199,6 +201,24 @@ def test_a_server_that_is_not_there_is_no_missing_file():
     with pytest.raises(DataError, match=r"^cannot read 'http://127\.0\.0\.1:9/x\.tar': .*[Cc]onnect") as error:
         open_images("http://ann:hunter2@127.0.0.1:9/x.tar")
     assert "hunter2" not in str(error.value)
+
+
+class Connecting(AbstractFileSystem):
+    """This file system connects when it is made, as those of ftp:// and github:// do."""
+
+    cachable = False
+
+    def __init__(self, *_, **how):
+        raise how.get("error") or ConnectionRefusedError(111, "Connection refused")
+
+
+@pytest.mark.parametrize("origin", ["connecting://ann:hunter2@host/photos", "connecting://ann:hunter2@host/x.tar"])
+@pytest.mark.parametrize("error", [ConnectionRefusedError(111, "Connection refused"), RuntimeError("no way")])
+def test_a_file_system_that_fails_to_connect_is_one_line_that_names_the_place(monkeypatch, origin, error):
+    fsspec.register_implementation("connecting", Connecting, clobber=True)
+    monkeypatch.setitem(fsspec.config.conf, "connecting", {"error": error})
+    with pytest.raises(DataError, match=rf"'connecting://host.*' cannot be read: {error.args[-1]}$"):
+        open_images(origin)
 
 
 def test_what_a_server_did_not_give_is_asked_for_by_the_next_run(server):

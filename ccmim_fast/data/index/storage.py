@@ -36,7 +36,7 @@ def join(root: str, path: str) -> str:
 
 
 def file_system(url: str) -> Any:
-    """Return fsspec's file system of a URL. Raises MachineError: a package is missing; DataError: no such protocol."""
+    """Return fsspec's file system of a URL. Raises MachineError: a package is missing; DataError: no such place."""
     try:
         import fsspec
 
@@ -50,8 +50,8 @@ def file_system(url: str) -> Any:
     except ImportError as error:
         what = f"{without_secrets(url)!r} cannot be read: {error}"
         raise MachineError(f"{what}; pip install 'ccmim_fast[remote]'") from error
-    except ValueError as error:
-        raise DataError(f"{without_secrets(url)!r} cannot be read: {error}") from error
+    except Exception as error:  # some connect at once, and fail with the errors of their own clients
+        raise DataError(f"{without_secrets(url)!r} cannot be read: {reason_of(error)}") from error
 
 
 def reason_of(error: Exception) -> str:
