@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
-from made_containers import encode, image_table, open_images_again, pixels_of, summary
+from made_containers import encode, image_table, open_images_again, pixels_of, summary, touch_later, write_tar
 
 from ccmim_fast.data.index import storage, tables
 from ccmim_fast.data.index.indexed import open_images
@@ -210,6 +210,28 @@ def test_numbers_alone_mean_the_names_that_all_others_agree_on(tmp_path):
     pq.write_table(pa.table({"image": [encode(2)], "label": [1]}), tmp_path / "b.parquet")
     source = open_images(str(tmp_path))
     assert (source.class_names, source.labels_N.tolist()) == (("cat", "dog"), [1, 0, 1])
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_names_that_change_are_those_of_the_numbers_beside_them_too(tmp_path, kind):
+    def write_names(*names):
+        pq.write_table(image_table([encode(0), encode(1)], [0, 1], names), tmp_path / "a.parquet")
+        touch_later(tmp_path / "a.parquet")
+
+    if kind == "tar":
+        members = [("0.png", encode(2)), ("0.cls", b"0 "), ("1.png", encode(3)), ("1.cls", b"1 ")]
+        write_tar(tmp_path / "b.tar", members)
+    else:
+        pq.write_table(pa.table({"image": [encode(2), encode(3)], "label": [0, 1]}), tmp_path / "b.parquet")
+    for names in (("cat", "dog"), ("dog", "cat")):
+        write_names(*names)
+        source = open_images(str(tmp_path))
+        assert (source.class_names, source.labels_N.tolist()) == (names, [0, 1, 0, 1])
+    (tmp_path / "a.parquet").unlink()
+    for _ in range(2):
+        source = open_images(str(tmp_path))
+        assert (source.class_names, source.labels_N.tolist()[:2]) == (("0", "1"), [0, 1])
+        write_tar(tmp_path / "c.tar", [("0.png", encode(4))])  # now as numbers in the index before
 
 
 @pytest.mark.parametrize("names", ["ab", {"0": "a"}, 7, ["a", "a"], [["a"], ["b"]], True, None])

@@ -1,5 +1,6 @@
 """This module lists the samples of tars and tables, with the classes that they agree on."""
 
+import io
 import os
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -63,13 +64,18 @@ def _list_container(path: str, url: str, channels: int, image_key: str) -> _Foun
             rows = list_tar(file, channels, notes, image_key, local=not is_remote(path))
             highest = max((row.label for row in rows), default=-1)
             return _Found(rows, tuple(map(str, range(highest + 1))), list(notes))
-        table = open_table(path, file if is_remote(path) else None)
-        labels = [label_of(label) for label in table.labels()]
-    highest = max(labels, default=-1)
-    # A number beyond the names, or without any, is its own name.
-    names = (*table.class_names, *map(str, range(len(table.class_names), highest + 1)))
+        labels, names = _labels_of_table(path, file if is_remote(path) else None)
     rows = [Row(b"row %d" % row, offset=row, label=label) for row, label in enumerate(labels)]
     return _Found(rows, names, list(notes))
+
+
+def _labels_of_table(path: str, file: io.IOBase | None) -> tuple[list[int], tuple[str, ...]]:
+    """Return the label of each row of a table and the names that it gives them; for `file` see `open_table`."""
+    table = open_table(path, file)
+    labels = [label_of(label) for label in table.labels()]
+    highest = max(labels, default=-1)
+    # A number beyond the names, or without any, is its own name.
+    return labels, (*table.class_names, *map(str, range(len(table.class_names), highest + 1)))
 
 
 def _unreadable(path: str, error: Exception) -> _Found:
@@ -80,7 +86,10 @@ def _unreadable(path: str, error: Exception) -> _Found:
 
 
 def _unchanged(previous: Index | None, container: str, path: str, mtime_ns: int) -> _Found | None:
-    """Return what the previous index has of a container; None if the container changed since."""
+    """Return what the previous index has of a container; None if it changed since, or if its own labels are not known.
+
+    The labels of an index are those that its containers agreed on: a table's own ones are read again.
+    """
     if previous is None or not mtime_ns or previous.dependencies.get(path) != mtime_ns:
         return None
     notes = [note for note in previous.notes if note.container == path]
@@ -91,7 +100,14 @@ def _unchanged(previous: Index | None, container: str, path: str, mtime_ns: int)
     rows = [previous.row(index).bad(bad.get(index)) for index in ids]
     if not previous.labelled:
         return _Found([row._replace(label=-1) for row in rows], (), notes)
-    return _Found(rows, previous.class_names, notes)
+    if is_tar(path):
+        own = {label: previous.class_names[label] for label in {row.label for row in rows} - {-1}}
+        if not _numbers(own.values()):  # the names of other containers stand for its numbers
+            return None
+        names = tuple(map(str, range(max(map(int, own.values()), default=-1) + 1)))
+        return _Found([row._replace(label=int(own.get(row.label, -1))) for row in rows], names, notes)
+    labels, names = _labels_of_table(path, None)
+    return _Found([row._replace(label=label) for row, label in zip(rows, labels)], names, notes)
 
 
 def _united(found: list[_Found]) -> tuple[tuple[str, ...], list[Row]]:
@@ -122,4 +138,4 @@ def _by_folder(found: list[_Found]) -> tuple[tuple[str, ...], list[Row]]:
 
 
 def _numbers(names: Iterable[str]) -> bool:
-    return all(name.isdigit() for name in names)
+    return all(name.isdecimal() for name in names)
