@@ -165,6 +165,17 @@ def test_a_place_that_is_no_folder_is_told_as_that(server, tmp_path):
     assert open_images(f"file://{tmp_path}/d").class_names == ("a",)
 
 
+def test_names_and_labels_behind_a_url_are_those_of_the_folder(server):
+    names = ["\u00e9/0.png", "A/1.png", "a b/2.png", "a&d/3 x%41.png", "a&d/~.png", "a&d/\u00e9.png", "Z/4#5.png"]
+    for number, name in enumerate(names):
+        (server.folder / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (server.folder / "set" / name).write_bytes(encode(number))
+    there, here = open_images(f"{server.url}/set"), open_images(str(server.folder / "set"))
+    assert there.class_names == here.class_names == ("A", "Z", "a b", "a&d", "\u00e9")
+    assert there.labels_N.tolist() == here.labels_N.tolist()
+    assert [there.encoded(n) for n in range(7)] == [here.encoded(n) for n in range(7)]
+
+
 @pytest.mark.parametrize("slash", ["", "/"])
 def test_a_folder_with_a_query(server, slash):
     for number, name in enumerate(["a/0.png", "a/1.png", "b/2.png"]):

@@ -5,6 +5,7 @@ import os
 import posixpath
 import re
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from ccmim_fast.data.index.annotations import annotation_reader
 from ccmim_fast.data.index.endings import CONTAINERS, LISTS
@@ -95,13 +96,19 @@ def _remote_folder(origin: str, channels: int, image_key: str) -> Listing:
     fs = file_system(place)
     root = without_secrets(fs.unstrip_protocol(fs._strip_protocol(place)).partition("?")[0].rstrip("/"))
     paths = [url.removeprefix(root + "/") for url in _files_below(place.rstrip("/") + "/", query)]
+    place_of = {_plain(path) if is_web(origin) else path: path for path in paths}
     notes = Notes(f"{root}/")
-    images, containers = select(paths, channels, image_key, notes, is_image=lambda name: False)
+    images, containers = select([*place_of], channels, image_key, notes, is_image=lambda name: False)
     names, labels = folder_labels(images)
     last = len(names)
     order = sorted(zip(images, labels), key=lambda one: (one[1] % (last + 1), os.fsencode(one[0])))  # -1 comes last
-    rows = [Row(os.fsencode(path), label=label) for path, label in order]
-    return Listing(root, rows, names, {}, list(notes), containers)
+    rows = [Row(os.fsencode(place_of[name]), label=label) for name, label in order]
+    return Listing(root, rows, names, {}, list(notes), [place_of[name] for name in containers])
+
+
+def _plain(path: str) -> str:
+    """Return a name of the web as it is on a disk; a slash within a name stays encoded."""
+    return os.fsdecode(unquote_to_bytes(re.sub("%2f", "%252F", path, flags=re.IGNORECASE)))
 
 
 def _files_below(url: str, query: str) -> list[str]:
