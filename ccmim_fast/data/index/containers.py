@@ -10,8 +10,8 @@ import numpy as np
 from ccmim_fast.data.index.bad_samples import read_bad_samples
 from ccmim_fast.data.index.endings import is_tar
 from ccmim_fast.data.index.index_file import Index, Listing, Row
-from ccmim_fast.data.index.left_out import LOST, UNREAD, Note, Notes
-from ccmim_fast.data.index.selection import folder_labels
+from ccmim_fast.data.index.left_out import LOST, UNREAD, Note, Notes, merged
+from ccmim_fast.data.index.selection import OUTSIDE, folder_labels, outside_training
 from ccmim_fast.data.index.storage import Storage, is_remote, join, open_binary, reason_of
 from ccmim_fast.data.index.tables import open_table
 from ccmim_fast.data.index.tars import label_of, list_tar
@@ -50,6 +50,7 @@ def list_containers(
         if mtime_ns:
             dependencies[path] = mtime_ns
         found.append(one._replace(rows=[row._replace(mtime_ns=mtime_ns) for row in one.rows]))
+    found = _training_part(found, [join(listing.root, container) for container in listing.containers])
     labelled = any(row.label >= 0 for one in found for row in one.rows)
     names, rows = _united(found) if labelled else _by_folder(found)
     notes = [*listing.notes, *(note for one in found for note in one.notes)]
@@ -78,6 +79,24 @@ def _labels_of_table(path: str, file: io.IOBase | None) -> tuple[list[int], tupl
     return labels, (*table.class_names, *map(str, range(len(table.class_names), highest + 1)))
 
 
+def _training_part(found: list[_Found], paths: list[str]) -> list[_Found]:
+    """Return the containers without the samples that all tars together tell to be held out, which are noted."""
+    names = [os.fsdecode(row.location) for one, path in zip(found, paths) if is_tar(path) for row in one.rows]
+    outside = outside_training(names)
+    if not outside:
+        return found
+    kept = []
+    for one, path in zip(found, paths):
+        rows, notes = [], Notes(f"{path}::", path)
+        for row in one.rows:
+            reason = outside.get(os.fsdecode(row.location)) if is_tar(path) else None
+            rows += [] if reason else [row]
+            if reason:
+                notes.add(os.fsdecode(row.location), *reason)
+        kept.append(one._replace(rows=rows, notes=merged([*one.notes, *notes])))
+    return kept
+
+
 def _unreadable(path: str, error: Exception) -> _Found:
     if isinstance(error, DataError):
         reason = one_line(str(error).removeprefix(f"{path!r} is "), None)
@@ -93,7 +112,7 @@ def _unchanged(previous: Index | None, container: str, path: str, mtime_ns: int)
     if previous is None or not mtime_ns or previous.dependencies.get(path) != mtime_ns:
         return None
     notes = [note for note in previous.notes if note.container == path]
-    if any(note.kind == UNREAD for note in notes):
+    if any(note.kind == UNREAD or note.reason in OUTSIDE for note in notes):  # what is held out may differ now
         return None
     bad = read_bad_samples(previous)
     ids = np.flatnonzero(previous.containers_N == previous.containers.index(container)).tolist()
