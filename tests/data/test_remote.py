@@ -4,11 +4,14 @@ import functools
 import http.server
 import os
 import re
+import socket
 import threading
 
+import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from fsspec import AbstractFileSystem
 from fsspec.implementations.http import HTTPFileSystem
 from made_containers import encode, image_table, summary, write_tar
 
@@ -30,12 +33,14 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     def do_GET(self):
         path = self.translate_path(self.path)
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        name = os.path.basename(path)
+        name = os.path.basename(path.rstrip("/"))
         self.server.headers_asked.append((self.path, self.headers.get("Authorization", "")))
         if name in self.server.silent:
             self.server.silent_until.wait(20)
-        if name in self.server.refused:
-            self.send_error(503)
+        if name in self.server.cut:
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif name in self.server.refused | self.server.gone:
+            self.send_error(503 if name in self.server.refused else 404)
         elif os.path.isdir(path) or not os.path.exists(path):
             super().do_GET()
         else:
@@ -69,6 +74,7 @@ def server(tmp_path):
     made.daemon_threads = True
     made.handle_error = lambda *_: None  # the client may have heard enough
     made.asked, made.refused, made.ranges = [], set(), True
+    made.cut, made.gone = set(), set()
     made.headers_asked, made.silent, made.silent_until = [], set(), threading.Event()
     made.folder, made.url = tmp_path / "www", f"http://127.0.0.1:{made.server_port}"
     thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
@@ -128,6 +134,62 @@ def test_remote_folder(server, classes):
     gone = next(n for n in range(len(source)) if source.index.location(n) == names[1])
     with pytest.raises(DataError, match=r"cannot read 'http://.*0\.png'"):
         source.decode(gone)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"), [("cut", ".*[Dd]isconnected"), ("gone", "not found"), ("refused", ".*503")]
+)
+def test_a_folder_that_a_server_does_not_list_is_no_empty_one(server, fault, words):
+    for number, name in enumerate(["ok/c0/0.png", "ok/c1/1.png", "ok/c1/deep/2.png"]):
+        (server.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (server.folder / name).write_bytes(encode(number))
+    for name in ("c1", "deep", "ok"):
+        setattr(server, fault, {name})
+        with pytest.raises(DataError, match=rf"^cannot list 'http://.*/{name}': {words}"):
+            open_images(f"{server.url}/ok")
+    setattr(server, fault, set())
+    assert len(open_images(f"{server.url}/ok")) == 3
+
+
+def test_a_place_that_is_no_folder_is_told_as_that(server, tmp_path):
+    (server.folder / "a.png").write_bytes(encode(0))
+    (server.folder / "list.txt").write_text("a.png")
+    for name in ("a.png", "list.txt"):
+        with pytest.raises(DataError, match=rf"'http://.*/{name}'.*; a URL names a folder .*, no image or list"):
+            open_images(f"{server.url}/{name}")
+    for origin in ("http://127.0.0.1:9/photos", f"{server.url}/nothere", f"file://{tmp_path}/nope"):
+        with pytest.raises(DataError, match=r"^cannot list '.*': (not found|No such file.*|.*[Cc]onnect.*); a URL"):
+            open_images(origin)
+    (tmp_path / "d/a").mkdir(parents=True)
+    (tmp_path / "d/a/0.png").write_bytes(encode(0))
+    assert open_images(f"file://{tmp_path}/d").class_names == ("a",)
+
+
+def test_names_and_labels_behind_a_url_are_those_of_the_folder(server):
+    names = ["\u00e9/0.png", "A/1.png", "a b/2.png", "a&d/3 x%41.png", "a&d/~.png", "a&d/\u00e9.png", "Z/4#5.png"]
+    for number, name in enumerate(names):
+        (server.folder / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (server.folder / "set" / name).write_bytes(encode(number))
+    there, here = open_images(f"{server.url}/set"), open_images(str(server.folder / "set"))
+    assert there.class_names == here.class_names == ("A", "Z", "a b", "a&d", "\u00e9")
+    assert there.labels_N.tolist() == here.labels_N.tolist()
+    assert [there.encoded(n) for n in range(7)] == [here.encoded(n) for n in range(7)]
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_a_folder_with_a_query(server, slash):
+    for number, name in enumerate(["a/0.png", "a/1.png", "b/2.png"]):
+        (server.folder / "ok" / name).parent.mkdir(parents=True, exist_ok=True)
+        (server.folder / "ok" / name).write_bytes(encode(number))
+    for folder, count in (("ok", 3), ("ok/a", 2)):
+        server.headers_asked.clear()
+        source = open_images(f"{server.url}/{folder}{slash}?token=topsecret")
+        assert [source.encoded(n) for n in range(len(source))] == [encode(n) for n in range(count)]
+        assert source.class_names == (("a", "b") if folder == "ok" else ())
+        assert all(path.endswith("?token=topsecret") for path, _ in server.headers_asked)
+        assert len(server.headers_asked) < 12
+        with open(source.index.path, "rb") as file:
+            assert b"topsecret" not in file.read()
 
 
 def test_remote_folder_and_pattern_of_tars(server):
@@ -199,6 +261,24 @@ def test_a_server_that_is_not_there_is_no_missing_file():
     with pytest.raises(DataError, match=r"^cannot read 'http://127\.0\.0\.1:9/x\.tar': .*[Cc]onnect") as error:
         open_images("http://ann:hunter2@127.0.0.1:9/x.tar")
     assert "hunter2" not in str(error.value)
+
+
+class Connecting(AbstractFileSystem):
+    """This file system connects when it is made, as those of ftp:// and github:// do."""
+
+    cachable = False
+
+    def __init__(self, *_, **how):
+        raise how.get("error") or ConnectionRefusedError(111, "Connection refused")
+
+
+@pytest.mark.parametrize("origin", ["connecting://ann:hunter2@host/photos", "connecting://ann:hunter2@host/x.tar"])
+@pytest.mark.parametrize("error", [ConnectionRefusedError(111, "Connection refused"), RuntimeError("no way")])
+def test_a_file_system_that_fails_to_connect_is_one_line_that_names_the_place(monkeypatch, origin, error):
+    fsspec.register_implementation("connecting", Connecting, clobber=True)
+    monkeypatch.setitem(fsspec.config.conf, "connecting", {"error": error})
+    with pytest.raises(DataError, match=rf"'connecting://host.*' cannot be read: {error.args[-1]}$"):
+        open_images(origin)
 
 
 def test_what_a_server_did_not_give_is_asked_for_by_the_next_run(server):

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
-from made_containers import encode, image_table, open_images_again, pixels_of, summary
+from made_containers import encode, image_table, open_images_again, pixels_of, summary, touch_later, write_tar
 
 from ccmim_fast.data.index import storage, tables
 from ccmim_fast.data.index.indexed import open_images
@@ -111,6 +111,19 @@ def test_rows_without_bytes_say_what_they_have(tmp_path):
     ]
 
 
+def test_a_gap_among_the_numbers_of_an_image_costs_that_row_alone(tmp_path):
+    column = pa.array([[137, None, 3], [*encode(0)], [None, 137], None], pa.list_(pa.uint8()))
+    pq.write_table(pa.table({"image": column}), tmp_path / "a.parquet")
+    source = open_images(str(tmp_path))
+    assert [reason for _, _, reason in summary(source)] == [
+        "a row with a gap among the numbers of its image",
+        "",
+        "a row without an image",
+        "a row without an image",
+    ]
+    assert source.encoded(1) == encode(0)
+
+
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_columns_of_one_name(tmp_path, kind):
     datas = [encode(i) for i in range(3)]
@@ -156,6 +169,17 @@ def test_a_row_group_that_cannot_be_read_is_tried_once(tmp_path, monkeypatch, er
     assert source.index.reason(5) == words
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_table_without_rows_costs_no_image(tmp_path, kind):
+    table = image_table([encode(0), encode(1)], [0, 1], ["a", "b"])
+    write = pq.write_table if kind == "parquet" else feather.write_feather
+    write(table, tmp_path / f"a.{kind}")
+    write(table.slice(0, 0), tmp_path / f"b.{kind}")
+    source = open_images(str(tmp_path))
+    assert (source.labels_N.tolist(), source.class_names) == ([0, 1], ("a", "b"))
+    assert source.index.notes == []
+
+
 def test_groups_in_memory_have_a_bound(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "_GROUP_BYTES", 10_000)
     datas = [encode(i, 30, 30) for i in range(12)]  # 2.7 kB each
@@ -186,6 +210,28 @@ def test_numbers_alone_mean_the_names_that_all_others_agree_on(tmp_path):
     pq.write_table(pa.table({"image": [encode(2)], "label": [1]}), tmp_path / "b.parquet")
     source = open_images(str(tmp_path))
     assert (source.class_names, source.labels_N.tolist()) == (("cat", "dog"), [1, 0, 1])
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_names_that_change_are_those_of_the_numbers_beside_them_too(tmp_path, kind):
+    def write_names(*names):
+        pq.write_table(image_table([encode(0), encode(1)], [0, 1], names), tmp_path / "a.parquet")
+        touch_later(tmp_path / "a.parquet")
+
+    if kind == "tar":
+        members = [("0.png", encode(2)), ("0.cls", b"0 "), ("1.png", encode(3)), ("1.cls", b"1 ")]
+        write_tar(tmp_path / "b.tar", members)
+    else:
+        pq.write_table(pa.table({"image": [encode(2), encode(3)], "label": [0, 1]}), tmp_path / "b.parquet")
+    for names in (("cat", "dog"), ("dog", "cat")):
+        write_names(*names)
+        source = open_images(str(tmp_path))
+        assert (source.class_names, source.labels_N.tolist()) == (names, [0, 1, 0, 1])
+    (tmp_path / "a.parquet").unlink()
+    for _ in range(2):
+        source = open_images(str(tmp_path))
+        assert (source.class_names, source.labels_N.tolist()[:2]) == (("0", "1"), [0, 1])
+        write_tar(tmp_path / "c.tar", [("0.png", encode(4))])  # now as numbers in the index before
 
 
 @pytest.mark.parametrize("names", ["ab", {"0": "a"}, 7, ["a", "a"], [["a"], ["b"]], True, None])

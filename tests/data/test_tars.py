@@ -251,6 +251,23 @@ def test_only_changed_tars_are_read_again(tmp_path, monkeypatch):
     assert len(read) == 5
 
 
+def test_the_training_part_of_several_tars_is_that_of_the_folder(tmp_path):
+    parts = [["train/a/0.png", "train/a/1.png"], ["train/b/2.png", "val/a/3.png"], ["val/b/4.png"]]
+    for number, names in enumerate(parts):
+        write_tar(tmp_path / f"part{number}.tar", [(name, encode(int(name[-5]))) for name in names])
+    for _ in range(2):
+        source = open_images(str(tmp_path))
+        assert [row[0] for row in summary(source)] == [*parts[0], parts[1][0]]
+        assert source.labels_N.tolist() == [0, 0, 1]
+        assert source.class_names == ("a", "b")
+        assert [(note.kind, note.count) for note in source.index.notes] == [(MEANT, 1)] * 2
+        touch_later(tmp_path / "part0.tar")
+    (tmp_path / "part0.tar").unlink()
+    (tmp_path / "part1.tar").unlink()
+    source = open_images(str(tmp_path))  # what was held out is all that is there now
+    assert [row[0] for row in summary(source)] == ["val/b/4.png"]
+
+
 def test_a_tar_that_changes_later_is_named(tmp_path):
     write_tar(tmp_path / "a.tar", [(f"{i}.png", encode(i, 90)) for i in range(3)])
     source = open_images(str(tmp_path / "a.tar"))

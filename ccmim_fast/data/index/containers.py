@@ -1,5 +1,6 @@
 """This module lists the samples of tars and tables, with the classes that they agree on."""
 
+import io
 import os
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -9,8 +10,8 @@ import numpy as np
 from ccmim_fast.data.index.bad_samples import read_bad_samples
 from ccmim_fast.data.index.endings import is_tar
 from ccmim_fast.data.index.index_file import Index, Listing, Row
-from ccmim_fast.data.index.left_out import LOST, UNREAD, Note, Notes
-from ccmim_fast.data.index.selection import folder_labels
+from ccmim_fast.data.index.left_out import LOST, UNREAD, Note, Notes, merged
+from ccmim_fast.data.index.selection import OUTSIDE, folder_labels, outside_training
 from ccmim_fast.data.index.storage import Storage, is_remote, join, open_binary, reason_of
 from ccmim_fast.data.index.tables import open_table
 from ccmim_fast.data.index.tars import label_of, list_tar
@@ -49,6 +50,7 @@ def list_containers(
         if mtime_ns:
             dependencies[path] = mtime_ns
         found.append(one._replace(rows=[row._replace(mtime_ns=mtime_ns) for row in one.rows]))
+    found = _training_part(found, [join(listing.root, container) for container in listing.containers])
     labelled = any(row.label >= 0 for one in found for row in one.rows)
     names, rows = _united(found) if labelled else _by_folder(found)
     notes = [*listing.notes, *(note for one in found for note in one.notes)]
@@ -63,13 +65,36 @@ def _list_container(path: str, url: str, channels: int, image_key: str) -> _Foun
             rows = list_tar(file, channels, notes, image_key, local=not is_remote(path))
             highest = max((row.label for row in rows), default=-1)
             return _Found(rows, tuple(map(str, range(highest + 1))), list(notes))
-        table = open_table(path, file if is_remote(path) else None)
-        labels = [label_of(label) for label in table.labels()]
-    highest = max(labels, default=-1)
-    # A number beyond the names, or without any, is its own name.
-    names = (*table.class_names, *map(str, range(len(table.class_names), highest + 1)))
+        labels, names = _labels_of_table(path, file if is_remote(path) else None)
     rows = [Row(b"row %d" % row, offset=row, label=label) for row, label in enumerate(labels)]
     return _Found(rows, names, list(notes))
+
+
+def _labels_of_table(path: str, file: io.IOBase | None) -> tuple[list[int], tuple[str, ...]]:
+    """Return the label of each row of a table and the names that it gives them; for `file` see `open_table`."""
+    table = open_table(path, file)
+    labels = [label_of(label) for label in table.labels()]
+    highest = max(labels, default=-1)
+    # A number beyond the names, or without any, is its own name.
+    return labels, (*table.class_names, *map(str, range(len(table.class_names), highest + 1)))
+
+
+def _training_part(found: list[_Found], paths: list[str]) -> list[_Found]:
+    """Return the containers without the samples that all tars together tell to be held out, which are noted."""
+    names = [os.fsdecode(row.location) for one, path in zip(found, paths) if is_tar(path) for row in one.rows]
+    outside = outside_training(names)
+    if not outside:
+        return found
+    kept = []
+    for one, path in zip(found, paths):
+        rows, notes = [], Notes(f"{path}::", path)
+        for row in one.rows:
+            reason = outside.get(os.fsdecode(row.location)) if is_tar(path) else None
+            rows += [] if reason else [row]
+            if reason:
+                notes.add(os.fsdecode(row.location), *reason)
+        kept.append(one._replace(rows=rows, notes=merged([*one.notes, *notes])))
+    return kept
 
 
 def _unreadable(path: str, error: Exception) -> _Found:
@@ -80,18 +105,28 @@ def _unreadable(path: str, error: Exception) -> _Found:
 
 
 def _unchanged(previous: Index | None, container: str, path: str, mtime_ns: int) -> _Found | None:
-    """Return what the previous index has of a container; None if the container changed since."""
+    """Return what the previous index has of a container; None if it changed since, or if its own labels are not known.
+
+    The labels of an index are those that its containers agreed on: a table's own ones are read again.
+    """
     if previous is None or not mtime_ns or previous.dependencies.get(path) != mtime_ns:
         return None
     notes = [note for note in previous.notes if note.container == path]
-    if any(note.kind == UNREAD for note in notes):
+    if any(note.kind == UNREAD or note.reason in OUTSIDE for note in notes):  # what is held out may differ now
         return None
     bad = read_bad_samples(previous)
     ids = np.flatnonzero(previous.containers_N == previous.containers.index(container)).tolist()
     rows = [previous.row(index).bad(bad.get(index)) for index in ids]
     if not previous.labelled:
         return _Found([row._replace(label=-1) for row in rows], (), notes)
-    return _Found(rows, previous.class_names, notes)
+    if is_tar(path):
+        own = {label: previous.class_names[label] for label in {row.label for row in rows} - {-1}}
+        if not _numbers(own.values()):  # the names of other containers stand for its numbers
+            return None
+        names = tuple(map(str, range(max(map(int, own.values()), default=-1) + 1)))
+        return _Found([row._replace(label=int(own.get(row.label, -1))) for row in rows], names, notes)
+    labels, names = _labels_of_table(path, None)
+    return _Found([row._replace(label=label) for row, label in zip(rows, labels)], names, notes)
 
 
 def _united(found: list[_Found]) -> tuple[tuple[str, ...], list[Row]]:
@@ -122,4 +157,4 @@ def _by_folder(found: list[_Found]) -> tuple[tuple[str, ...], list[Row]]:
 
 
 def _numbers(names: Iterable[str]) -> bool:
-    return all(name.isdigit() for name in names)
+    return all(name.isdecimal() for name in names)

@@ -4,6 +4,8 @@ import glob
 import os
 import posixpath
 import re
+from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from ccmim_fast.data.index.annotations import annotation_reader
 from ccmim_fast.data.index.endings import CONTAINERS, LISTS
@@ -12,12 +14,13 @@ from ccmim_fast.data.index.index_file import Listing, Row
 from ccmim_fast.data.index.left_out import Notes
 from ccmim_fast.data.index.lists import read_list
 from ccmim_fast.data.index.selection import folder_labels, select, training_part
-from ccmim_fast.data.index.storage import as_os_errors, file_system, is_remote, reason_of
+from ccmim_fast.data.index.storage import as_os_errors, file_system, is_remote, is_web, reason_of
 from ccmim_fast.errors import DataError
 from ccmim_fast.secrets import credentials, with_credentials, without_secrets
 
 _MOST_PATHS = 500_000  # of a pattern; the largest set that we know of, LAION-5B, has 231,349 tars
 _DEEPEST = 24  # folders within each other behind a URL: a server that follows links in a loop has no end
+_TAKEN = "a URL names a folder that lists its files, or a tar or table, no image or list"
 
 
 def find_origin(origin: str, channels: int, image_key: str = "") -> Listing:
@@ -88,27 +91,80 @@ def _matching(pattern: str, user: str, query: str) -> list[str]:
 
 def _remote_folder(origin: str, channels: int, image_key: str) -> Listing:
     """List everything below a URL, by the rule of a folder; contents are not looked at."""
-    fs = file_system(origin)
-    root = without_secrets(fs.unstrip_protocol(fs._strip_protocol(origin)).partition("?")[0].rstrip("/"))
-    bounds = {"maxdepth": _DEEPEST} if origin.startswith(("http://", "https://")) else {}
-    paths = [url.removeprefix(root + "/") for url in _listed(origin.rstrip("/") + "/", "find", **bounds)]
-    if bounds:  # of a page, `?C=N;O=D` is a link that sorts it
-        paths = [path for path in paths if "?" not in path]
+    query = credentials(origin)[1] if is_web(origin) else ""
+    place = origin.partition("?")[0] if query else origin
+    fs = file_system(place)
+    root = without_secrets(fs.unstrip_protocol(fs._strip_protocol(place)).partition("?")[0].rstrip("/"))
+    paths = [url.removeprefix(root + "/") for url in _files_below(place.rstrip("/") + "/", query)]
+    place_of = {_plain(path) if is_web(origin) else path: path for path in paths}
     notes = Notes(f"{root}/")
-    images, containers = select(paths, channels, image_key, notes, is_image=lambda name: False)
+    images, containers = select([*place_of], channels, image_key, notes, is_image=lambda name: False)
     names, labels = folder_labels(images)
     last = len(names)
     order = sorted(zip(images, labels), key=lambda one: (one[1] % (last + 1), os.fsencode(one[0])))  # -1 comes last
-    rows = [Row(os.fsencode(path), label=label) for path, label in order]
-    return Listing(root, rows, names, {}, list(notes), containers)
+    rows = [Row(os.fsencode(place_of[name]), label=label) for name, label in order]
+    return Listing(root, rows, names, {}, list(notes), [place_of[name] for name in containers])
 
 
-def _listed(url: str, method: str, **bounds: int) -> list[str]:
+def _plain(path: str) -> str:
+    """Return a name of the web as it is on a disk; a slash within a name stays encoded."""
+    return os.fsdecode(unquote_to_bytes(re.sub("%2f", "%252F", path, flags=re.IGNORECASE)))
+
+
+def _files_below(url: str, query: str) -> list[str]:
+    """Return the clean URLs of the files below a folder, sorted. Raises DataError if any folder cannot be listed.
+
+    fsspec's own walk passes over such folders; a file system that lists all of a folder at once is asked for that.
+    """
+    fs, web = file_system(url, query), is_web(url)
+    if _finds_by_itself(fs) and (found := _listed(url, "find")):
+        return found
+    found, seen, waiting = set(), {url}, [(url, 1)]
+    while waiting:
+        folder, depth = waiting.pop()
+        for entry in _entries(fs, folder):
+            # Of a page, `?C=N;O=D` is a link that sorts it.
+            name = entry["name"].partition("?")[0] if web else entry["name"].rstrip("/")
+            if name.rstrip("/") == fs._strip_protocol(folder).rstrip("/"):
+                continue
+            inside = fs.unstrip_protocol(name)
+            if not (name.endswith("/") if web else entry["type"] == "directory"):
+                found.add(without_secrets(inside))
+            elif inside not in seen and depth < _DEEPEST:
+                seen.add(inside)
+                waiting.append((inside, depth + 1))
+    if not found:
+        raise DataError(f"{without_secrets(url).rstrip('/')!r} lists no file; {_TAKEN}")
+    return sorted(found)
+
+
+def _finds_by_itself(fs: Any) -> bool:
+    """Tell whether a file system has a `find` of its own, as those of object stores do."""
+    from fsspec import AbstractFileSystem
+    from fsspec.asyn import AsyncFileSystem
+
+    inner = getattr(type(fs), "_find", AsyncFileSystem._find)
+    return type(fs).find is not AbstractFileSystem.find or inner is not AsyncFileSystem._find
+
+
+def _entries(fs: Any, folder: str) -> list[dict[str, Any]]:
+    try:
+        with as_os_errors(folder):
+            return fs.ls(folder, detail=True)
+    except OSError as error:
+        raise _unlisted(folder, error) from error
+
+
+def _listed(url: str, method: str) -> list[str]:
     """Return the clean URLs that fsspec's `glob` or `find` gives, sorted."""
     fs = file_system(url)
     try:
         with as_os_errors(url):
-            return sorted(without_secrets(fs.unstrip_protocol(path)) for path in getattr(fs, method)(url, **bounds))
+            return sorted(without_secrets(fs.unstrip_protocol(path)) for path in getattr(fs, method)(url))
     except OSError as error:
-        what = f"cannot list {without_secrets(url).rstrip('/')!r}"
-        raise DataError(f"{what}: {reason_of(error)}; name a tar or table by its URL") from error
+        raise _unlisted(url, error) from error
+
+
+def _unlisted(url: str, error: OSError) -> DataError:
+    what = f"cannot list {without_secrets(url).rstrip('/')!r}"
+    return DataError(f"{what}: {reason_of(error)}; {_TAKEN}")

@@ -13,6 +13,10 @@ from ccmim_fast.data.index.endings import COMPANIONS, CONTAINERS, FORMATS, UNREA
 from ccmim_fast.data.index.left_out import LOST, MEANT, OTHER, Notes
 from ccmim_fast.data.index.own import BESIDE
 
+OUTSIDE = {  # the training part of a set, and the kinds of these reasons
+    "held out: of the parts of the set the training part alone is used": MEANT,
+    "beside the training part of the set, in none of its parts": LOST,
+}
 _TRAIN, _HELD_OUT = ("train", "training"), ("val", "valid", "validation", "test", "testing", "dev", "eval")
 _WORDS = "|".join((*_TRAIN, *_HELD_OUT))
 # A folder `train`, `train2017`, `test_images`, `ILSVRC2012_img_val`; of classes `bullet_train` and `test_tube` neither.
@@ -94,17 +98,22 @@ def training_part(names: list[str], notes: Notes) -> list[str]:
 
     That may be below folders that all names share. Tars and tables with such names are told apart alike.
     """
+    outside = outside_training(names)
+    for name in names if outside else []:
+        if name in outside:
+            notes.add(name, *outside[name])
+    return [name for name in names if name not in outside] if outside else names
+
+
+def outside_training(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Return the names that `training_part` leaves out, each with the reason and its kind."""
     depth = _shared(names).count("/")
     words = [_split_of(name, depth) for name in names]
     found = {*words}
     if not (found & {*_TRAIN} and found & {*_HELD_OUT}):
-        return names
-    for name, word in zip(names, words):
-        if word in _HELD_OUT:
-            notes.add(name, "held out: of the parts of the set the training part alone is used", MEANT)
-        elif word not in _TRAIN:
-            notes.add(name, "beside the training part of the set, in none of its parts")
-    return [name for name, word in zip(names, words) if word in _TRAIN]
+        return {}
+    held_out, beside = OUTSIDE.items()
+    return {name: held_out if word in _HELD_OUT else beside for name, word in zip(names, words) if word not in _TRAIN}
 
 
 def _shared(names: Sequence[str]) -> str:

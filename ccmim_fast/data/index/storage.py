@@ -28,6 +28,11 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def is_web(url: str) -> bool:
+    """Tell whether a URL is of the web: its folders are pages with links, its names are percent-encoded."""
+    return url.startswith(("http://", "https://"))
+
+
 def join(root: str, path: str) -> str:
     """Join `path` to `root`, both of a disk or of a URL."""
     if not path or is_remote(path):
@@ -35,23 +40,26 @@ def join(root: str, path: str) -> str:
     return f"{root.rstrip('/')}/{path}" if is_remote(root) else os.path.join(root, path)
 
 
-def file_system(url: str) -> Any:
-    """Return fsspec's file system of a URL. Raises MachineError: a package is missing; DataError: no such protocol."""
+def file_system(url: str, query: str = "") -> Any:
+    """Return fsspec's file system of a URL; one of the web adds `query` to each request.
+
+    Raises MachineError: a package is missing; DataError: no such place.
+    """
     try:
         import fsspec
 
         options = {}
-        if url.startswith(("http://", "https://")):
+        if is_web(url):
             from aiohttp import ClientTimeout
 
             bounds = ClientTimeout(total=_REQUEST, sock_connect=_SILENCE, sock_read=_SILENCE)
-            options = {"client_kwargs": {"timeout": bounds}}
+            options = {"client_kwargs": {"timeout": bounds}, **({"params": query[1:]} if query else {})}
         return fsspec.core.url_to_fs(url, **options)[0]
     except ImportError as error:
         what = f"{without_secrets(url)!r} cannot be read: {error}"
         raise MachineError(f"{what}; pip install 'ccmim_fast[remote]'") from error
-    except ValueError as error:
-        raise DataError(f"{without_secrets(url)!r} cannot be read: {error}") from error
+    except Exception as error:  # some connect at once, and fail with the errors of their own clients
+        raise DataError(f"{without_secrets(url)!r} cannot be read: {reason_of(error)}") from error
 
 
 def reason_of(error: Exception) -> str:

@@ -85,6 +85,8 @@ def bytes_of(scalar: pa.Scalar) -> bytes:
                 raise DataError(f"a row without bytes, only with a path: {value['path']!r:.100}")
             value = value.get("bytes")
         elif isinstance(value, list) and value and isinstance(value[0], int):
+            if None in value:
+                raise DataError("a row with a gap among the numbers of its image")
             value = bytes(value)
         elif isinstance(value, list):
             value = value[0] if value else None
@@ -126,6 +128,8 @@ def _parquet_table(file: pa.NativeFile) -> Table:
         rows = max(1, sizes[group] * _READ_AT_ONCE // max(1, column_bytes))
         with lock:  # parts, because a struct of more than 2 GiB cannot be read at once
             parts = list(parquet.iter_batches(rows, [group], inside, use_threads=False))
+        if not parts:
+            return pa.chunked_array([], schema.field(number).type)
         part = pa.Table.from_batches(parts, parts[0].schema)
         return [column for field, column in zip(part.schema, part.columns) if field.name == name][before]
 
