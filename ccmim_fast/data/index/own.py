@@ -13,7 +13,7 @@ BESIDE = "ccmim-index.arrow"  # the index's name in a folder of tars, where `ccm
 _LOCK = ".ccmim.lock"  # lies where a command is at work, or was when it was killed; as in runs/claim.py
 _MARK = b"ccmim"  # the key of our metadata in an Arrow file's schema
 _RUN = "config.yaml", ("environment.json", "metrics.jsonl", "state.json")  # as in runs/state.py and runs/folder.py
-_RECORD = b'{"index": '  # how each line of the records beside an index begins
+_RECORD = b'{"index": "'  # how each line of the records beside an index begins, with its fingerprint
 
 
 def output_of(names: Collection[str]) -> str:
@@ -89,4 +89,4 @@ def _is_record(path: str) -> bool:
             start = file.read(len(_RECORD))
     except OSError:
         return False
-    return _RECORD.startswith(start[: len(_RECORD)])
+    return start == _RECORD
