@@ -78,7 +78,7 @@ class _Walk:
         self.folders: list[str] = []
         try:
             self._is_new(_identity(os.stat(root)))
-            own = output_of({*os.listdir(root)} - {BESIDE})
+            own = output_of(root, {*os.listdir(root)} - {BESIDE})
         except OSError as error:
             raise DataError(f"cannot look into {root!r}: {error.strerror}") from error
         if own:
@@ -96,14 +96,14 @@ class _Walk:
         except OSError as error:
             self.notes.add(folder, error.strerror, UNREAD)
             return
-        own = output_of({*names}) if folder else ""
+        own = output_of(place, {*names}) if folder else ""
         if own:
             self.notes.add(folder, own, MEANT)
             self.folders = [name for name in self.folders if not f"{folder}/".startswith(f"{name}/")]
             return
         if folder:
             self.folders.append(folder)
-        for name in outputs_among(names):
+        for name in outputs_among(place, names):
             self.notes.add(f"{folder}/{name}" if folder else name, "an output of this program", MEANT)
             names.remove(name)
         for name in names:
