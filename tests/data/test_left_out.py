@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from made_containers import encode, image_table, summary, write_tar
+from made_formats import tiff
+from PIL import Image
 
 from ccmim_fast.config.load import load_config
 from ccmim_fast.data.index import containers, folders, scan
@@ -60,6 +62,31 @@ def test_the_lines_name_the_reason_the_count_and_the_first(tmp_path):
     BadSamples(source, "skip", 4 / 10)
     with pytest.raises(DataError, match=r"4 of 10 samples cannot be used, more than data\.max_bad=0\.39"):
         BadSamples(source, "skip", 0.39)
+
+
+def test_what_begins_as_an_image_counts_whatever_its_name_is(tmp_path):
+    pixels = Image.fromarray(np.zeros((6, 7, 3), np.uint8))
+    for kind in ("BMP", "DIB", "PPM", "TIFF"):
+        pixels.save(tmp_path / kind, kind)
+    (tmp_path / "BigTIFF").write_bytes(tiff(np.zeros((6, 7), np.uint8), bigtiff=True))
+    (tmp_path / "DICOM").write_bytes(bytes(128) + b"DICM")
+    images = sorted(os.listdir(tmp_path))
+    for name, content in (("BMX", b"BMX bikes"), ("P1", b"P1 comes first"), ("zeros", bytes(200))):
+        (tmp_path / name).write_bytes(content)
+    for name in ("x.tbz2", "x.txz", "x.tar.lz4", "x.pef"):
+        (tmp_path / name).write_bytes(b"II*\0")
+    write(tmp_path, "a.png")
+    with tarfile.open(tmp_path / "deep.tar", "w") as tar:
+        for name in [*images, "BMX", "P1", "zeros", "x.txz", "a.png"]:
+            tar.add(tmp_path / name, name)
+    for place, archives in ((tmp_path / "deep.tar", 1), (tmp_path, 4)):
+        found = {note.reason.partition(";")[0]: (note.kind, note.count) for note in told(open_images(str(place)))}
+        assert found == {
+            "an image whose name ends in none of an image's endings": (LOST, len(images)),
+            "a format that is not read": (LOST, archives),
+            "an unknown ending": (MEANT, 3),
+        }
+        (tmp_path / "deep.tar").unlink(missing_ok=True)
 
 
 def test_reasons_and_names_are_printed_as_they_are_safe(tmp_path):

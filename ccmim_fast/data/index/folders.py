@@ -6,14 +6,12 @@ import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ccmim_fast.data.index.endings import CONTAINERS, begins_like_an_image
+from ccmim_fast.data.index.endings import CONTAINERS, SNIFFED, begins_like_an_image
 from ccmim_fast.data.index.index_file import UNSEEN, Listing, Row
 from ccmim_fast.data.index.left_out import LOST, MEANT, UNREAD, Notes
 from ccmim_fast.data.index.own import BESIDE, is_marked, open_regular, output_of, outputs_among
 from ccmim_fast.data.index.selection import folder_labels, select
 from ccmim_fast.errors import DataError
-
-_SNIFFED = 16  # bytes of a file of an unknown ending
 
 
 class _File(NamedTuple):
@@ -151,7 +149,7 @@ class _Walk:
         """Tell whether the content of a file is an image's by its first bytes."""
         try:
             with open(self._prefix + name, "rb", buffering=0, opener=open_regular) as file:
-                return begins_like_an_image(file.read(_SNIFFED))
+                return begins_like_an_image(file.read(SNIFFED))
         except OSError:
             return False
 
