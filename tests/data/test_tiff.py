@@ -141,6 +141,15 @@ def test_thumbnails_and_more_images_are_told(tmp_path):
     assert source.decode(0).shape == (8, 9, 1)
 
 
+def test_all_pages_are_counted_where_some_are_of_another_kind():
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as file:
+        for kind in ("minisblack", "miniswhite", "minisblack"):
+            file.write(np.zeros((6, 8), np.uint8), photometric=kind, metadata=None)
+    with pytest.raises(DataError, match=r"3 pages, 2 of them alike, which are neither 3 channels nor one image: "):
+        read_header(buffer.getvalue(), 3)
+
+
 def test_mixed_kinds_of_bits_are_refused_not_guessed():
     complex_data = tiff(np.zeros((4, 4), np.complex64))
     for data in (complex_data, b"II*\0" + bytes(60), tiff(np.zeros((4, 4), np.float32), "miniswhite")):

@@ -173,7 +173,9 @@ class _Image:
         if kept == self._channels or gray_or_rgb:
             return
         if self.pages > 1:
-            words = f"a TIFF of {self.pages} pages, which are neither {self._channels} channels nor one image"
+            total = len(self._page.parent.pages)  # without those of another size or kind, as thumbnails are
+            alike = f"{total} pages, {self.pages} of them alike" if total > self.pages else f"{self.pages} pages"
+            words = f"a TIFF of {alike}, which are neither {self._channels} channels nor one image"
             raise DataError(f"{words}: data.channels={self.pages} takes pages as channels; else write each to a file")
         raise DataError(not_channels(found, self._channels))
 
