@@ -11,7 +11,17 @@ from rich.table import Table
 from ccmim_fast.commands import take_name
 from ccmim_fast.config.parser import Parser, whole_number
 from ccmim_fast.data.index.indexed import IndexedSource, open_images
-from ccmim_fast.data.index.left_out import MEANT, OTHER, Note, left_out_lines, merged, without_name
+from ccmim_fast.data.index.left_out import (
+    MEANT,
+    OTHER,
+    Note,
+    Notes,
+    kind_of,
+    left_out_lines,
+    merged,
+    note_lines,
+    without_name,
+)
 from ccmim_fast.data.progress import progress_bar
 from ccmim_fast.data.verify import summary, verify
 from ccmim_fast.errors import printable
@@ -89,6 +99,11 @@ def _stats(parser: Parser, argv: list[str]) -> None:
         print(better.words().partition(":")[0], "now")
         settings["max_value"] = source.max_value = better.max_value
     found = measure_stats(source, given.images, given.workers)
+    notes = Notes()
+    for number, reason in found.failed:
+        notes.add(source.name(number), kind_of(reason))
+    for line in note_lines(merged(notes)):
+        print(line, file=sys.stderr)
     print(f"of {_count(found.images, 'image')}:")
     # A channel of one value has no deviation; it is divided by one.
     settings |= {"mean": found.mean_C, "std": tuple(value or 1.0 for value in found.std_C)}

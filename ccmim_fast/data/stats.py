@@ -22,11 +22,12 @@ _BEYOND = 2.0  # times white from which on real numbers have another
 
 
 class Stats(NamedTuple):
-    """The statistics cover all pixels of so many `images`; white is 1."""
+    """The statistics cover all pixels of so many `images`; white is 1. `failed` did not decode: numbers, reasons."""
 
     mean_C: tuple[float, ...]
     std_C: tuple[float, ...]
     images: int
+    failed: tuple[tuple[int, str], ...] = ()
 
 
 class Range(NamedTuple):
@@ -61,20 +62,22 @@ def measure_stats(source: Source, images: int, workers: int = 0) -> Stats:
     """Measure `images` images drawn by a fixed key, or all, as far as they decode. Raises DataError: none does."""
     count, threads = min(images, usable_count(source)), thread_count(workers)
 
-    def measure(index: int) -> _Moments | None:
+    def measure(index: int) -> _Moments | tuple[int, str]:
         try:
             return _moments(source.decode(index))
-        except DataError:
-            return None
+        except DataError as error:
+            return index, str(error)
 
-    total, used = _Moments(0, np.zeros(source.channels), np.zeros(source.channels)), 0
+    total, used, failed = _Moments(0, np.zeros(source.channels), np.zeros(source.channels)), 0, []
     for found in map_ahead(measure, _drawn(source, count), threads, 8 * threads):
-        if found is not None:
+        if isinstance(found, _Moments):
             total, used = total.joined(found), used + 1
+        else:
+            failed.append(found)
     if not used:
-        raise DataError(f"none of {count} images can be decoded")
+        raise DataError(f"none of {count} images can be decoded: {failed[0][1]}")
     std_C = np.sqrt(total.squares_C / total.count)
-    return Stats(tuple((total.mean_C / WHITE).tolist()), tuple((std_C / WHITE).tolist()), used)
+    return Stats(tuple((total.mean_C / WHITE).tolist()), tuple((std_C / WHITE).tolist()), used, tuple(failed))
 
 
 def find_range(source: Source) -> Range | None:

@@ -67,6 +67,9 @@ def verify(
     decoded = _decode_chunks(partial(_open_index, index.path, origin), chunks, processes or os.cpu_count() or 1)
     try:
         with open(log, "a", encoding="utf-8", opener=open_regular) as file, contextlib.closing(decoded):
+            # A call that is stopped before its first chunk leaves no empty file, which would be nobody's.
+            file.write(json.dumps({"index": index.fingerprint, "done": [], "bad": []}) + "\n")
+            file.flush()
             for chunk, found in decoded:
                 file.write(json.dumps({"index": index.fingerprint, "done": chunk, "bad": found}) + "\n")
                 file.flush()

@@ -182,6 +182,7 @@ def test_what_is_left_out_is_told_first(folder, run, tmp_path, capsys):
             "1 left out: not an image that Pillow knows",
             "1 not taken: a name that begins with a dot",
             "1 not taken: an unknown ending",
+            *(["1 left out: image file is truncated (N bytes not processed)"] if command[0] == "stats" else []),
         ]
     lines = run("index", folder)
     assert lines[0] == "24 samples of 2 classes, 1 of them cannot be used"
@@ -226,6 +227,16 @@ def test_stats_are_settings(folder, run):
     config = load_config(["--data.root=x", *shlex.split(" ".join(lines[1:]))], "test")
     assert config.data.mean == pytest.approx(found.mean_C, abs=6e-5)
     assert config.data.std == pytest.approx(found.std_C, abs=6e-5)
+
+
+def test_stats_tell_of_images_that_do_not_decode(folder, capsys):
+    for path in sorted(folder.glob("class0/*.jpg"))[-2:]:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert main(["data", "stats", str(folder), "--workers=2"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("of 20 images:\n")
+    last = printed.err.splitlines()[-1]
+    assert last.startswith(f"3 left out: image file is truncated (N bytes not processed); the first '{folder}/class")
 
 
 def test_bench(folder, run):

@@ -9,6 +9,7 @@ from PIL import Image, PngImagePlugin
 
 from ccmim_fast.data.index.bad_samples import BadSamples
 from ccmim_fast.data.index.decode import decode, read_header
+from ccmim_fast.data.index.formats import suffix_of
 from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.data.stream.dali_loader import DaliLoader, is_installed
 from ccmim_fast.data.stream.plan import Plan
@@ -79,6 +80,18 @@ def write_kinds(image, root):
     image.save(root / "exif6.webp", exif=exif(6), lossless=True)
     image.quantize(64).save(root / "palette.gif")
     image.save(root / "rgb.bmp")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
+def test_a_dib_is_a_bmp_without_the_header_of_its_file(mode):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8)).convert(mode)
+    whole, bare = io.BytesIO(), io.BytesIO()
+    image.save(whole, "BMP")
+    image.save(bare, "DIB")
+    assert not bare.getvalue().startswith(b"BM")
+    assert suffix_of(bare.getvalue()) == ".dib"
+    assert read_header(bare.getvalue(), 3) == read_header(whole.getvalue(), 3)
+    assert (decode(bare.getvalue(), 3) == decode(whole.getvalue(), 3)).all()
 
 
 @pytest.fixture(scope="module")

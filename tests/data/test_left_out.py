@@ -8,8 +8,12 @@ import tarfile
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from made_containers import encode, image_table, summary, write_tar
+from made_formats import tiff
+from PIL import Image
 
+from ccmim_fast.config.load import load_config
 from ccmim_fast.data.index import containers, folders, scan
 from ccmim_fast.data.index.bad_samples import BadSamples, bad_samples_path
 from ccmim_fast.data.index.indexed import open_images
@@ -18,6 +22,8 @@ from ccmim_fast.data.index.own import BESIDE, output_of
 from ccmim_fast.data.shard import write_shards
 from ccmim_fast.errors import DataError
 from ccmim_fast.runs import state
+from ccmim_fast.runs.folder import describe_run, environment
+from ccmim_fast.runs.metrics import Metrics
 
 
 def write(root, *names):
@@ -26,6 +32,13 @@ def write(root, *names):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode(seed, kind="JPEG" if name.lower().endswith((".jpg", ".jfif")) else "PNG"))
+
+
+def ablation(prefix):
+    """Write a drawing of `ablate`, and beside it a table and figures."""
+    figures = {"environment": environment(torch.device("cpu")), "runs": []}
+    for ending, content in ((".md", b"# a"), (".json", json.dumps(figures, indent=1).encode()), (".png", encode(0))):
+        prefix.with_suffix(ending).write_bytes(content)
 
 
 def locations(source):
@@ -49,6 +62,31 @@ def test_the_lines_name_the_reason_the_count_and_the_first(tmp_path):
     BadSamples(source, "skip", 4 / 10)
     with pytest.raises(DataError, match=r"4 of 10 samples cannot be used, more than data\.max_bad=0\.39"):
         BadSamples(source, "skip", 0.39)
+
+
+def test_what_begins_as_an_image_counts_whatever_its_name_is(tmp_path):
+    pixels = Image.fromarray(np.zeros((6, 7, 3), np.uint8))
+    for kind in ("BMP", "DIB", "PPM", "TIFF"):
+        pixels.save(tmp_path / kind, kind)
+    (tmp_path / "BigTIFF").write_bytes(tiff(np.zeros((6, 7), np.uint8), bigtiff=True))
+    (tmp_path / "DICOM").write_bytes(bytes(128) + b"DICM")
+    images = sorted(os.listdir(tmp_path))
+    for name, content in (("BMX", b"BMX bikes"), ("P1", b"P1 comes first"), ("zeros", bytes(200))):
+        (tmp_path / name).write_bytes(content)
+    for name in ("x.tbz2", "x.txz", "x.tar.lz4", "x.pef"):
+        (tmp_path / name).write_bytes(b"II*\0")
+    write(tmp_path, "a.png")
+    with tarfile.open(tmp_path / "deep.tar", "w") as tar:
+        for name in [*images, "BMX", "P1", "zeros", "x.txz", "a.png"]:
+            tar.add(tmp_path / name, name)
+    for place, archives in ((tmp_path / "deep.tar", 1), (tmp_path, 4)):
+        found = {note.reason.partition(";")[0]: (note.kind, note.count) for note in told(open_images(str(place)))}
+        assert found == {
+            "an image whose name ends in none of an image's endings": (LOST, len(images)),
+            "a format that is not read": (LOST, archives),
+            "an unknown ending": (MEANT, 3),
+        }
+        (tmp_path / "deep.tar").unlink(missing_ok=True)
 
 
 def test_reasons_and_names_are_printed_as_they_are_safe(tmp_path):
@@ -82,12 +120,10 @@ def test_outputs_of_this_program_are_no_images(tmp_path):
     write(
         tmp_path, *(f"{i}.jpg" for i in range(4)), "runs/a/x.png", "runs/b/deep/y.png", "runs/kept.png", "tables/z.png"
     )
-    (tmp_path / "runs/a/config.yaml").touch()
-    (tmp_path / "runs/a/environment.json").touch()
+    describe_run(tmp_path / "runs/a", load_config(["--data.root=x"], "test"), torch.device("cpu"))
     (tmp_path / "runs/b/config.yaml").touch()
-    (tmp_path / "runs/b/metrics.jsonl").touch()
-    for ending in (".md", ".json", ".png"):
-        (tmp_path / f"table{ending}").write_bytes(encode(0))
+    Metrics(tmp_path / "runs/b", tensorboard=False).write("train", 1, loss=0.5)
+    ablation(tmp_path / "table")
     first = open_images(str(tmp_path), path=str(tmp_path / "index.arrow"))
     assert locations(first) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "runs/kept.png", "tables/z.png"]
     write_shards(first, str(tmp_path / "shards"))
@@ -108,15 +144,31 @@ def test_outputs_of_this_program_are_no_images(tmp_path):
 def test_features_are_no_images(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((6, 7, 5), np.uint8))
     np.save(tmp_path / "features.npy", np.zeros((9, 5), np.float32))
-    (tmp_path / "features.jsonl").touch()
+    (tmp_path / "features.jsonl").write_text('{"name": "a.png", "label": 3}\n{"name": "b.png", "label": 0}\n')
     assert locations(open_images(str(tmp_path), channels=5)) == ["a.npy"]
 
 
-def test_a_run_is_known_by_the_files_that_it_writes():
-    assert output_of({state.CONFIG, state.METRICS})
-    assert output_of({state.CONFIG, state.FILE})
-    assert not output_of({state.CONFIG, "a.jpg"})
-    assert not output_of({state.METRICS, "a.jpg"})
+def test_a_run_is_known_by_the_files_that_it_writes(tmp_path):
+    describe_run(tmp_path, load_config(["--data.root=x"], "test"), torch.device("cpu"))
+    assert output_of(str(tmp_path), {state.CONFIG, state.ENVIRONMENT})
+    assert not output_of(str(tmp_path), {state.ENVIRONMENT, "a.jpg"})
+    (tmp_path / state.ENVIRONMENT).unlink()
+    assert not output_of(str(tmp_path), {state.CONFIG, "a.jpg"})
+    state.write_state(tmp_path, state.RunState("running", 1, "here", None))
+    assert output_of(str(tmp_path), {state.CONFIG, state.FILE})
+
+
+def test_images_beside_files_with_the_names_of_outputs_are_images(tmp_path):
+    write(tmp_path, "a/p.png", "b/0.png", "b/1.png")
+    (tmp_path / "a/p.md").write_text("# A photograph\n")
+    (tmp_path / "a/p.json").write_text('{\n "author": "me"\n}\n')
+    (tmp_path / "b/config.yaml").write_text("camera: 3\n")
+    (tmp_path / "b/metrics.jsonl").write_text('{"step": 1, "sharpness": 0.5}\n')
+    assert locations(open_images(str(tmp_path))) == ["a/p.png", "b/0.png", "b/1.png"]
+    np.save(tmp_path / "s0.npy", np.zeros((6, 7, 5), np.uint8))
+    for line in ('{"caption": "a cat"}\n', '{"name": "s0", "caption": "a cat"}\n', "", "[1]\n", '{"name": '):
+        (tmp_path / "s0.jsonl").write_text(line)
+        assert locations(open_images(str(tmp_path), channels=5, path=str(tmp_path / "i.arrow"))) == ["s0.npy"]
 
 
 @pytest.fixture

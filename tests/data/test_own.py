@@ -29,6 +29,8 @@ def foreign(path, kind):
     """Make something at a path that is no index."""
     if kind == "image":
         path.write_bytes(encode(0))
+    elif kind == "actions":  # of a bulk upload to a search engine
+        path.write_text('{"index": {"_id": 1}}\n{"title": "mine"}\n')
     elif kind == "empty":
         path.touch()
     elif kind == "table":
@@ -58,6 +60,7 @@ def foreign(path, kind):
 
 KINDS = [
     "image",
+    "actions",
     "empty",
     "features",
     "table",
@@ -76,8 +79,6 @@ KINDS = [
 def test_what_is_not_ours_is_refused_by_name_and_stays(tmp_path, images, kind, beside, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / f"mine{beside}"
-    if beside and kind == "empty":
-        return  # nothing is lost in it
     before = foreign(path, kind)
     with pytest.raises(DataError, match=rf"mine{beside}' is no (index|record).*set data\.index to another file"):
         open_images(images, path=str(tmp_path / "mine"))
@@ -162,3 +163,16 @@ def test_a_log_of_verify_that_no_call_has_written_is_passed_over(tmp_path, image
         file.write(f'{{"index": "{index.fingerprint}", {line}}}\n')
     assert verify(index, 1).bad == []
     assert open_images(images, path=str(tmp_path / "i.arrow")).index.status_N.tolist() == [1, 1, 1]
+
+
+def test_a_verify_that_is_stopped_at_once_leaves_a_log_that_is_taken_up(tmp_path, images, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr("ccmim_fast.data.verify._decode_chunks", stopped)
+    place = str(tmp_path / "i.arrow")
+    with pytest.raises(KeyboardInterrupt):
+        verify(open_images(images, path=place).index, 1)
+    assert (tmp_path / "i.arrow.verify").stat().st_size
+    assert len(open_images(images, path=place)) == 3

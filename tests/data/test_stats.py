@@ -61,8 +61,9 @@ def test_what_does_not_decode_is_left_out():
     source = Pictures(10, bad=[0, 4])
     found = measure_stats(source, 10, workers=2)
     assert found.images == 8
+    assert sorted(found.failed) == [(0, "bad"), (4, "bad")]
     check(found, by_numpy(source, [i for i in range(10) if i not in (0, 4)]))
-    with pytest.raises(DataError, match="none of 3 images can be decoded"):
+    with pytest.raises(DataError, match="none of 3 images can be decoded: bad"):
         measure_stats(Pictures(3, bad=range(3)), 10)
 
 

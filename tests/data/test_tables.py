@@ -317,3 +317,9 @@ def test_a_table_is_read_alike_by_threads_and_by_a_copy_of_the_process(tmp_path)
         os._exit(0 if right else 1)
     assert os.waitpid(pid, 0)[1] == 0
     assert right
+
+
+def test_feather_of_the_first_version_is_named(tmp_path):
+    (tmp_path / "t.feather").write_bytes(b"FEA1" + bytes(64) + b"FEA1")
+    with pytest.raises(DataError, match="Feather V1, which is no Arrow file; write it anew"):
+        tables.open_table(str(tmp_path / "t.feather"), None)

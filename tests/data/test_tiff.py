@@ -105,6 +105,32 @@ def test_no_data_that_is_black_is_black():
     assert decode(data, 2, REAL).ravel().tolist() == [0, np.float32(7 / 257)]
 
 
+@pytest.mark.parametrize("mark", ["-9999.9", "1e+20"])
+def test_no_data_of_float32_is_known_as_it_was_rounded(mark):
+    array = np.zeros((8, 9, 5), np.float32)
+    array[0, 0] = np.float32(mark)
+    data = tiff(array, planarconfig="contig", extratags=[(42113, 2, len(mark) + 1, mark, True)])
+    with pytest.raises(DataError, match=r"5 of 360 values are .*, by which the file marks pixels without data"):
+        decode(data, 5, REAL)
+
+
+def test_each_page_may_mark_its_own_pixels_without_data():
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as file:
+        for value in range(1, 5):
+            page, mark = np.full((6, 8), value, np.float32), [(42113, 2, 2, "7", True)] if value == 2 else []
+            file.write(page, photometric="minisblack", metadata=None, extratags=mark)
+    data = buffer.getvalue()
+    assert decode(data, 4, REAL).max() == 4 * 255
+    for value, is_marked in ((2, True), (3, False)):
+        spoiled = data.replace(np.full(48, value, "<f4").tobytes(), np.full(48, 7, "<f4").tobytes())
+        if is_marked:
+            with pytest.raises(DataError, match="48 of 48 values are 7, by which the file marks"):
+                decode(spoiled, 4, REAL)
+        else:
+            assert decode(spoiled, 4, REAL).max() == 7 * 255
+
+
 def test_thumbnails_and_more_images_are_told(tmp_path):
     with tifffile.TiffWriter(tmp_path / "a.tif") as file:
         file.write(np.full((8, 9), 500, np.uint16), photometric="minisblack", metadata=None)
@@ -113,6 +139,15 @@ def test_thumbnails_and_more_images_are_told(tmp_path):
     assert source.index.modes() == {"uint16, the first of 2 images": 1}
     assert "1 images are uint16, the first of 2 images" in pixel_notes(source)
     assert source.decode(0).shape == (8, 9, 1)
+
+
+def test_all_pages_are_counted_where_some_are_of_another_kind():
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as file:
+        for kind in ("minisblack", "miniswhite", "minisblack"):
+            file.write(np.zeros((6, 8), np.uint8), photometric=kind, metadata=None)
+    with pytest.raises(DataError, match=r"3 pages, 2 of them alike, which are neither 3 channels nor one image: "):
+        read_header(buffer.getvalue(), 3)
 
 
 def test_mixed_kinds_of_bits_are_refused_not_guessed():

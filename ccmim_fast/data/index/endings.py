@@ -1,5 +1,6 @@
 """The one list of endings: what a file is by the end of its name, for folders, lists, URLs, tars and shards alike."""
 
+import re
 from typing import NamedTuple
 
 from PIL import features
@@ -35,8 +36,10 @@ UNREAD = (
     *(ending for kind in FORMATS if not kind.read for ending in kind.endings),
     *(".jxl", ".heic", ".heif", ".hif", ".svg", ".psd", ".tga", ".ico", ".exr", ".hdr", ".pfm", ".dds", ".eps"),
     *(".qoi", ".jxr", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".dcm", ".nii"),
+    *(".pef", ".srw", ".nrw", ".3fr", ".iiq", ".dcr", ".kdc", ".mrw", ".erf", ".mef", ".mos", ".rwl", ".sr2", ".x3f"),
     *(".nii.gz", ".mrc", ".fits", ".czi", ".nd2", ".lif", ".svs", ".ndpi", ".mrxs", ".npz", ".h5", ".hdf5"),
-    *(".lmdb", ".tfrecord", ".tfrecords", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar"),
+    *(".lmdb", ".tfrecord", ".tfrecords", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz"),
+    *(".tar.zst", ".tzst", ".tar.lz4", ".zip", ".7z", ".rar"),
 )
 # What lies beside images and is none: it is not told of in every run.
 COMPANIONS = (
@@ -46,8 +49,12 @@ COMPANIONS = (
 )
 _BEGINNINGS = (
     *(b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"),
-    *(b"\xff\x0a", b"\0\0\0\x0cJXL ", b"\x93NUMPY", b"8BPS"),
+    *(b"\xff\x0a", b"\0\0\0\x0cJXL ", b"\x93NUMPY", b"8BPS", b"II+\0", b"MM\0+"),
 )
+# A BMP, of which two letters would be too few to know it by, one without the header of its file, and a PPM.
+_LIKELY = re.compile(rb"BM.{12}[\x0c(48@l|]\0{3}|[(48@l|]\0{3}.{8}\x01\0|P[1-6]\s+(?:#|\d)", re.DOTALL)
+_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
+SNIFFED = 132  # bytes by which an image is known; DICOM's name stands at their end
 
 
 def file_suffixes(channels: int) -> tuple[str, ...]:
@@ -72,8 +79,7 @@ def is_tar(name: str) -> bool:
 
 
 def begins_like_an_image(start: bytes) -> bool:
-    """Tell whether the first 16 bytes of a file are those of an image, whatever its name is."""
-    return start.startswith(_BEGINNINGS) or start[8:12] == b"WEBP" or (start[4:8] == b"ftyp" and start[8:12] in _BRANDS)
-
-
-_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
+    """Tell whether the first `SNIFFED` bytes of a file are those of an image, whatever its name is."""
+    film = start[4:8] == b"ftyp" and start[8:12] in _BRANDS
+    known = start.startswith(_BEGINNINGS) or _LIKELY.match(start) is not None
+    return known or film or start[8:12] == b"WEBP" or start[128:132] == b"DICM"

@@ -6,14 +6,12 @@ import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ccmim_fast.data.index.endings import CONTAINERS, begins_like_an_image
+from ccmim_fast.data.index.endings import CONTAINERS, SNIFFED, begins_like_an_image
 from ccmim_fast.data.index.index_file import UNSEEN, Listing, Row
 from ccmim_fast.data.index.left_out import LOST, MEANT, UNREAD, Notes
 from ccmim_fast.data.index.own import BESIDE, is_marked, open_regular, output_of, outputs_among
 from ccmim_fast.data.index.selection import folder_labels, select
 from ccmim_fast.errors import DataError
-
-_SNIFFED = 16  # bytes of a file of an unknown ending
 
 
 class _File(NamedTuple):
@@ -78,7 +76,7 @@ class _Walk:
         self.folders: list[str] = []
         try:
             self._is_new(_identity(os.stat(root)))
-            own = output_of({*os.listdir(root)} - {BESIDE})
+            own = output_of(root, {*os.listdir(root)} - {BESIDE})
         except OSError as error:
             raise DataError(f"cannot look into {root!r}: {error.strerror}") from error
         if own:
@@ -96,14 +94,14 @@ class _Walk:
         except OSError as error:
             self.notes.add(folder, error.strerror, UNREAD)
             return
-        own = output_of({*names}) if folder else ""
+        own = output_of(place, {*names}) if folder else ""
         if own:
             self.notes.add(folder, own, MEANT)
             self.folders = [name for name in self.folders if not f"{folder}/".startswith(f"{name}/")]
             return
         if folder:
             self.folders.append(folder)
-        for name in outputs_among(names):
+        for name in outputs_among(place, names):
             self.notes.add(f"{folder}/{name}" if folder else name, "an output of this program", MEANT)
             names.remove(name)
         for name in names:
@@ -151,7 +149,7 @@ class _Walk:
         """Tell whether the content of a file is an image's by its first bytes."""
         try:
             with open(self._prefix + name, "rb", buffering=0, opener=open_regular) as file:
-                return begins_like_an_image(file.read(_SNIFFED))
+                return begins_like_an_image(file.read(SNIFFED))
         except OSError:
             return False
 

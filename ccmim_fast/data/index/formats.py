@@ -17,6 +17,7 @@ _PLUGINS = {
     "WEBP": "WebPImagePlugin",
     "TIFF": "TiffImagePlugin",
     "BMP": "BmpImagePlugin",
+    "DIB": "BmpImagePlugin",  # a BMP without the header of its file
     "GIF": "GifImagePlugin",
     "JPEG2000": "Jpeg2KImagePlugin",
     "PPM": "PpmImagePlugin",
@@ -43,6 +44,7 @@ _STARTS = {
     b"\0\0\0\x0cjP  \r\n\x87\n": "JPEG2000",
     **{b"P%d" % number: "PPM" for number in range(1, 7)},
 }
+_DIB_HEADERS = tuple(size.to_bytes(4, "little") for size in (40, 52, 56, 64, 108, 124))  # behind it one plane
 # What people have images in, and no reader here reads.
 _OTHERS = {
     b"\xff\x0a": "a JPEG XL file",
@@ -66,6 +68,8 @@ def format_of(data: bytes) -> str:
             return name
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
+    if data[:4] in _DIB_HEADERS and data[12:14] == b"\1\0":
+        return "DIB"
     return "AVIF" if data[4:12] in (b"ftypavif", b"ftypavis") else ""
 
 

@@ -79,7 +79,11 @@ def left_out_lines(source: object, samples: bool = True) -> list[str]:
     `pretrain`, `embed`, `eval` and the commands of `ccmim data` print them first. Nothing left out: no line. For
     `samples` see `told`.
     """
-    notes = told(source, samples)
+    return note_lines(told(source, samples))
+
+
+def note_lines(notes: list[Note]) -> list[str]:
+    """Return a line for each of the first notes, with the name of the first place, and one for those behind them."""
     lines = [
         f"{note.count:,} {'not taken' if note.kind == MEANT else 'left out'}: "
         f"{printable(note.reason)}; the first {note.paths[0]!r}"

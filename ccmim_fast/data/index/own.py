@@ -12,27 +12,59 @@ from ccmim_fast.errors import DataError
 BESIDE = "ccmim-index.arrow"  # the index's name in a folder of tars, where `ccmim data shard` writes it
 _LOCK = ".ccmim.lock"  # lies where a command is at work, or was when it was killed; as in runs/claim.py
 _MARK = b"ccmim"  # the key of our metadata in an Arrow file's schema
-_RUN = "config.yaml", ("environment.json", "metrics.jsonl", "state.json")  # as in runs/state.py and runs/folder.py
-_RECORD = b'{"index": '  # how each line of the records beside an index begins
+# How files of ours begin, as runs/state.py, runs/folder.py, runs/metrics.py and ablation/run.py write them.
+_CONFIG = "config.yaml"
+_RUN = {
+    "environment.json": b'{\n "command": "',
+    "state.json": b'{\n "state": "',
+    "metrics.jsonl": b'{"kind": "',
+}
+_ABLATION = b'{\n "environment": {'
+_LONGEST_ROW = 2**16  # bytes of a line beside features; a path has 4096 at most
+_RECORD = b'{"index": "'  # how each line of the records beside an index begins, with its fingerprint
 
 
-def output_of(names: Collection[str]) -> str:
+def output_of(folder: str, names: Collection[str]) -> str:
     """Return which output of ours a folder with these entries is: a run, shards, an unfinished one; "" if none."""
-    if _RUN[0] in names and any(name in names for name in _RUN[1]):
+    if _CONFIG in names and any(_begins(os.path.join(folder, name), start) for name, start in _RUN.items()):
         return "a run's folder"
     if _LOCK in names:
         return "a folder that a command of ccmim has not finished; run it again"
     return "a folder of shards that ccmim data shard wrote" if BESIDE in names else ""
 
 
-def outputs_among(names: Collection[str]) -> list[str]:
+def outputs_among(folder: str, names: Collection[str]) -> list[str]:
     """Return the files among a folder's entries that are outputs of ours: features and the drawings of `ablate`."""
+    known = {*names}
     return [
-        name
-        for name in names
-        if (name.endswith(".npy") and f"{name[:-4]}.jsonl" in names)
-        or (name.endswith(".png") and {f"{name[:-4]}.md", f"{name[:-4]}.json"} <= {*names})
+        name for name in names if name.endswith((".npy", ".png")) and _is_output(folder, name[:-4], name[-4:], known)
     ]
+
+
+def _is_output(folder: str, stem: str, ending: str, names: Collection[str]) -> bool:
+    """Tell by the content of the files beside it, as users have captions or notes with such names, too."""
+    beside = os.path.join(folder, stem)
+    if ending == ".npy":
+        return f"{stem}.jsonl" in names and _names_rows(f"{beside}.jsonl")
+    return {f"{stem}.md", f"{stem}.json"} <= names and _begins(f"{beside}.json", _ABLATION)
+
+
+def _names_rows(path: str) -> bool:
+    """Tell whether the first line of a file is that of features: the name of an image, and its label if it has one."""
+    try:
+        with open(path, "rb", opener=open_regular) as file:
+            row = json.loads(file.readline(_LONGEST_ROW))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and list(row) in (["name"], ["name", "label"])
+
+
+def _begins(path: str, start: bytes) -> bool:
+    try:
+        with open(path, "rb", opener=open_regular) as file:
+            return file.read(len(start)) == start
+    except OSError:
+        return False
 
 
 def open_regular(path: str, flags: int = os.O_RDONLY) -> int:
@@ -79,14 +111,5 @@ def check_index_place(path: str) -> None:
     if os.path.lexists(path) and not is_index(path):
         raise DataError(f"{path!r} is no index, and is not written over; set data.index to another file")
     for beside in (f"{path}.bad", f"{path}.verify"):
-        if os.path.lexists(beside) and not _is_record(beside):
+        if os.path.lexists(beside) and not _begins(beside, _RECORD):
             raise DataError(f"{beside!r} is no record of an index, and is not touched; set data.index to another file")
-
-
-def _is_record(path: str) -> bool:
-    try:
-        with open(path, "rb", opener=open_regular) as file:
-            start = file.read(len(_RECORD))
-    except OSError:
-        return False
-    return _RECORD.startswith(start[: len(_RECORD)])

@@ -27,6 +27,7 @@ _FILE = re.compile(rf"({_WORDS})(?=[-_.\d])|.*[-_.]({_WORDS})(?=[-_\d]*\.\w+$)",
 _ANNOTATIONS = ("seg", "segm", "segmentation", "semantic", "panoptic", "instance", "instances", "mask", "masks")
 _ANNOTATIONS += ("matte", "alpha", "depth", "disparity", "flow", "normal", "normals", "edge", "edges")
 _ANNOTATIONS += ("label", "labels", "gt")
+_UNNAMED = "an image whose name ends in none of an image's endings"
 _ORDER = tuple(ending[1:] for kind in FORMATS for ending in kind.endings)  # of the images of one sample
 
 
@@ -87,7 +88,7 @@ def by_ending(
         elif lower.endswith(UNREAD):
             notes.add(name, "a format that is not read; write it as PNG, TIFF or JPEG, an archive as .tar")
         elif is_image(name):
-            notes.add(name, "an image whose name ends in none of an image's endings; rename it")
+            notes.add(name, f"{_UNNAMED}; rename it, or write it as PNG, TIFF or JPEG")
         else:
             notes.add(name, "an unknown ending", MEANT)
     return images, containers

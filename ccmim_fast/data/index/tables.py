@@ -139,6 +139,9 @@ def _parquet_table(file: pa.NativeFile) -> Table:
 
 def _arrow_table(file: pa.NativeFile) -> Table:
     """Open an Arrow file or stream (`datasets.save_to_disk`); its batches are the row groups."""
+    if file.read(4) == b"FEA1":
+        raise DataError("Feather V1, which is no Arrow file; write it anew, as Feather V2 or Parquet")
+    file.seek(0)
     try:
         table = pa.ipc.open_file(file).read_all()
     except pa.ArrowInvalid:

@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ccmim_fast.data.index.endings import begins_like_an_image
+from ccmim_fast.data.index.endings import SNIFFED, begins_like_an_image
 from ccmim_fast.data.index.index_file import Row
 from ccmim_fast.data.index.left_out import LOST, UNREAD, Notes
 from ccmim_fast.data.index.selection import by_ending, key_of, samples, training_part, visible
@@ -117,7 +117,7 @@ class _Members:
         member = self.members[name]
         if self._file is None or member.target or member.refusal:
             return False
-        return begins_like_an_image(os.pread(self._file.fileno(), min(member.size, 16), member.offset))
+        return begins_like_an_image(os.pread(self._file.fileno(), min(member.size, SNIFFED), member.offset))
 
     def once(self, names: list[str]) -> list[str]:
         """Return the names without links to what is a sample already: a folder counts each file once, too."""

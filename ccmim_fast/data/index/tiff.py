@@ -14,7 +14,7 @@ import re
 import struct
 
 import numpy as np
-from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC, TIFF, TiffFile, TiffPageSeries
+from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC, TIFF, TiffFile, TiffPage, TiffPageSeries
 
 from ccmim_fast.data.index.arrays import (
     Stored,
@@ -124,7 +124,7 @@ class _Image:
         page, alpha, missing = self._page, self._extras, self._missing()
         if self._channels not in (1, 3) or self._series.dtype.kind not in "bu" or page.compression not in _PILLOWS:
             return False
-        if self.pages > 1 or self._rows_are_pages or self._nodata() is not None:
+        if self.pages > 1 or self._rows_are_pages or _nodata(page) is not None:
             return False
         kind = self.photometric, self._colours
         gray = kind in ((PHOTOMETRIC.MINISWHITE, 1), (PHOTOMETRIC.MINISBLACK, 1)) and alpha in ((), _UNBLENDED)
@@ -173,7 +173,9 @@ class _Image:
         if kept == self._channels or gray_or_rgb:
             return
         if self.pages > 1:
-            words = f"a TIFF of {self.pages} pages, which are neither {self._channels} channels nor one image"
+            total = len(self._page.parent.pages)  # without those of another size or kind, as thumbnails are
+            alike = f"{total} pages, {self.pages} of them alike" if total > self.pages else f"{self.pages} pages"
+            words = f"a TIFF of {alike}, which are neither {self._channels} channels nor one image"
             raise DataError(f"{words}: data.channels={self.pages} takes pages as channels; else write each to a file")
         raise DataError(not_channels(found, self._channels))
 
@@ -213,31 +215,36 @@ class _Image:
         packed = page.bitspersample not in (1, 8, 16, 32, 64) and importlib.util.find_spec("imagecodecs") is None
         return f"a TIFF of {page.bitspersample} bits a sample" if packed else ""
 
-    def _nodata(self) -> float | None:
-        """Return GDAL's value for pixels without data; None without one, or for zero, which is black."""
-        tag = self._page.tags.get(42113)
-        try:
-            value = float(str(tag.value).strip("\0 ")) if tag is not None else 0.0
-        except ValueError:
-            return None
-        return value if value and not math.isnan(value) else None
-
     def read(self) -> Stored:
         """Read the pixels; raises DataError as `read_tiff` says."""
         for page in self._series.pages:
             if any(start + size > len(self._data) for start, size in zip(page.dataoffsets, page.databytecounts)):
                 raise DataError(f"cut off: it has {len(self._data):,} bytes, and pixels beyond them")
         array = self._series.asarray()
-        nodata = self._nodata()
-        if nodata is not None and (count := np.count_nonzero(array == np.asarray(nodata, dtype=np.float64))):
-            words = f"{count:,} of {array.size:,} values are {nodata:g}, by which the file marks pixels without data"
-            raise DataError(f"{words}; fill them, or take the mark away")
+        self._check_marked(array)
         values_HWS, full = self._upright(array), full_scale(array.dtype)
         if array.dtype.kind == "u":
             full = float(2**self._page.bitspersample - 1)
         values_HWS, full = self._as_colours(values_HWS, full)
         rgb = self._is_rgb()
         return Stored(np.ascontiguousarray(with_channels(values_HWS, self._channels, rgb)), full)
+
+    def _check_marked(self, array: np.ndarray) -> None:
+        """Raise DataError if values are those that mark pixels without data; each page may have a mark of its own."""
+        pages = [page for page in self._series.pages if page is not None and not getattr(page, "is_virtual", False)]
+        apart = len(pages) == self.pages > 1
+        for page, values in zip(pages, array.reshape(self.pages, -1)) if apart else [(self._page, array)]:
+            if (nodata := _nodata(page.aspage())) is None:
+                continue
+            mark = np.float64(nodata)
+            if array.dtype.kind == "f":  # it stands there in decimals, and in the pixels as near as their type comes
+                with np.errstate(over="ignore"):
+                    mark = mark.astype(array.dtype)
+            if count := np.count_nonzero(values == mark):
+                words = (
+                    f"{count:,} of {values.size:,} values are {nodata:g}, by which the file marks pixels without data"
+                )
+                raise DataError(f"{words}; fill them, or take the mark away")
 
     def _upright(self, array: np.ndarray) -> np.ndarray:
         if self._rows_are_pages:
@@ -263,6 +270,16 @@ class _Image:
                 values_HWS = _unblended(values_HWS, kept, full)
             values_HWS = values_HWS[..., :kept]
         return values_HWS, full
+
+
+def _nodata(page: TiffPage) -> float | None:
+    """Return GDAL's value for pixels without data; None without one, or for zero, which is black."""
+    tag = page.tags.get(42113)
+    try:
+        value = float(str(tag.value).strip("\0 ")) if tag is not None else 0.0
+    except ValueError:
+        return None
+    return value if value and not math.isnan(value) else None
 
 
 def _unblended(values_HWS: np.ndarray, colours: int, full: float) -> np.ndarray:
