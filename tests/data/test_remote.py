@@ -151,6 +151,20 @@ def test_a_folder_that_a_server_does_not_list_is_no_empty_one(server, fault, wor
     assert len(open_images(f"{server.url}/ok")) == 3
 
 
+def test_a_pattern_misses_no_folder_and_takes_a_query(server):
+    for number in range(2):
+        (server.folder / f"s{number}/deep").mkdir(parents=True)
+        write_tar(server.folder / f"s{number}/x.tar", [(f"{number}.png", encode(number))])
+    for query in ("", "?token=topsecret"):
+        server.gone = {"deep"}  # which is deeper than the pattern
+        source = open_images(f"{server.url}/s*/*.tar{query}")
+        assert source.index.containers == ["s0/x.tar", "s1/x.tar"]
+        assert source.encoded(1) == encode(1)
+        server.gone = {"s1"}
+        with pytest.raises(DataError, match=r"^cannot list 'http://.*/s1': not found"):
+            open_images(f"{server.url}/s*/*.tar{query}", rescan=True)
+
+
 def test_a_place_that_is_no_folder_is_told_as_that(server, tmp_path):
     (server.folder / "a.png").write_bytes(encode(0))
     (server.folder / "list.txt").write_text("a.png")

@@ -83,7 +83,14 @@ def _matching(pattern: str, user: str, query: str) -> list[str]:
     """Return what matches a pattern, sorted; in a URL only `*` is one, since a `?` begins a query."""
     if not is_remote(pattern):
         return sorted(glob.glob(pattern)) or [pattern]
-    found = _listed(with_credentials(pattern, user, query), "glob") if "*" in pattern else [pattern]
+    found = [pattern]
+    if "*" in pattern and is_web(pattern):
+        folder = pattern[: pattern.index("*")].rpartition("/")[0] + "/"
+        deepest = _DEEPEST if "**" in pattern else pattern.count("/", len(folder)) + 1
+        wanted = re.compile(re.escape(pattern).replace(r"\*\*", ".*").replace(r"\*", "[^/]*"))
+        found = [*filter(wanted.fullmatch, _files_below(with_credentials(folder, user, ""), query, deepest))]
+    elif "*" in pattern:
+        found = _listed(with_credentials(pattern, user, query), "glob")
     if not found:
         raise DataError(f"no file {pattern!r}")
     return found
@@ -111,10 +118,11 @@ def _plain(path: str) -> str:
     return os.fsdecode(unquote_to_bytes(re.sub("%2f", "%252F", path, flags=re.IGNORECASE)))
 
 
-def _files_below(url: str, query: str) -> list[str]:
-    """Return the clean URLs of the files below a folder, sorted. Raises DataError if any folder cannot be listed.
+def _files_below(url: str, query: str, deepest: int = _DEEPEST) -> list[str]:
+    """Return the clean URLs of the files in `deepest` levels of a folder, sorted.
 
-    fsspec's own walk passes over such folders; a file system that lists all of a folder at once is asked for that.
+    Raises DataError if any folder cannot be listed, over which fsspec's own walk passes in silence. A file system that
+    lists all of a folder at once is asked for that.
     """
     fs, web = file_system(url, query), is_web(url)
     if _finds_by_itself(fs) and (found := _listed(url, "find")):
@@ -130,7 +138,7 @@ def _files_below(url: str, query: str) -> list[str]:
             inside = fs.unstrip_protocol(name)
             if not (name.endswith("/") if web else entry["type"] == "directory"):
                 found.add(without_secrets(inside))
-            elif inside not in seen and depth < _DEEPEST:
+            elif inside not in seen and depth < deepest:
                 seen.add(inside)
                 waiting.append((inside, depth + 1))
     if not found:
