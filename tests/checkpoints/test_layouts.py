@@ -189,9 +189,7 @@ def test_a_grid_that_nobody_tells_is_asked_for(tmp_path, capsys):
     command = ["import", str(tmp_path / "oblong.pth"), "--arch=vit_tiny_patch16_224", "--model.num_heads=2"]
     assert main([*command, f"--out={tmp_path / 'a'}"]) == 2
     error = capsys.readouterr().err
-    assert (
-        "positions of 24 patches, and does not tell the size of its images; 224 x 224, 32 x 32 pixels" in error
-    )
+    assert "positions of 24 patches, and does not tell the size of its images; 224 x 224, 32 x 32 pixels" in error
     assert main([*command, f"--out={tmp_path / 'a'}", "--data.image_size=[32,48]"]) == 0
 
 

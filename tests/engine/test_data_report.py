@@ -161,7 +161,8 @@ def test_a_run_on_wide_images_goes_on_and_is_drawn_and_embedded(tmp_path, bands,
     assert not remarks
     assert snapshot.images_BHWC.dtype == snapshot.reconstruction_BHWC.dtype == np.uint8
     assert snapshot.images_BHWC.std() > 40  # three deviations on both sides fill the screen's range
-    assert embed_folder(str(tmp_path / "run"), str(bands), tmp_path / "x.npy", device="cpu") == (12, 48, 0)
+    made = embed_folder(str(tmp_path / "run"), str(bands), tmp_path / "x.npy", device="cpu")
+    assert (made.images, made.width, made.left_out) == (12, 48, 0)
 
 
 def test_advice_comes_once_where_steps_wait(tmp_path, photos, monkeypatch, capsys):
