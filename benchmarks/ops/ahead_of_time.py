@@ -66,7 +66,7 @@ def compile_for(launch: Launch, architecture: int) -> Resources:
 
 def describe(launch: Launch) -> str:
     """Name a variant in one line: its types and constants, as far as they vary."""
-    types = dict.fromkeys(kind for kind in launch.arguments if kind in ("*fp16", "*bf16"))
+    types = dict.fromkeys(kind for kind in launch.arguments if kind in ("*fp16", "*bf16", "*u8"))
     specialised = any(not p.do_not_specialize for p, k in zip(launch.kernel.params, launch.arguments) if k[0] == "i")
     aligned = any(kind.endswith(":16") for kind in launch.arguments)
     unaligned = "unaligned" if specialised and not aligned else ""

@@ -2,6 +2,8 @@
 
 # B batch, M masked, P values of a patch, C channels
 
+import itertools
+
 import torch
 from registry import (
     BYTE,
@@ -49,6 +51,7 @@ def launches() -> None:
     # Rows of 48 bytes, of 42 (not a multiple of 16), of a single one, and a patch of four warps.
     for dtype in DTYPES:
         for patch, C in ((16, 3), (14, 3), (1, 1), (32, 3)):
-            pred, images = empty(2, 3, patch**2 * C, dtype=dtype), empty(2, 2 * patch, 2 * patch, C, dtype=torch.uint8)
-            for norm_pix in (True, False):
+            pred = empty(2, 3, patch**2 * C, dtype=dtype)
+            for pixels, norm_pix in itertools.product((torch.uint8, torch.float32), (True, False)):
+                images = empty(2, 2 * patch, 2 * patch, C, dtype=pixels)
                 launchers.masked_patch_loss(pred, images, ids(2, 3), patch, empty(C), empty(C), norm_pix)

@@ -147,8 +147,8 @@ def masked_patch_loss(
     sizes = (M, H // patch, W // patch, tiles)
     shape = {"CHUNKS": tile // (lanes * values), "LANES": lanes, "VALUES": values}
     # 24 values a lane need no more than lets 32 programs, all there may be, fit on a multiprocessor. Without norm_pix
-    # most need fewer, and the others would spill.
-    limited = norm_pix and values == 8 and warps == 1 and patch * C % values == 0
+    # most need fewer, and the others would spill, as float32 pixels would.
+    limited = norm_pix and values == 8 and warps == 1 and patch * C % values == 0 and images_BHWC.dtype == torch.uint8
     registers = 64 if limited else MOST_REGISTERS
     options = {"PATCH": patch, "CHANNELS": C, "NORM_PIX": norm_pix, "PATCHES": _PATCHES, **shape}
     compiled = {"warps": warps, "fp_fusion": True, "registers": registers}
