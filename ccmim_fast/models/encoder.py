@@ -1,4 +1,4 @@
-"""Building the encoder: a timm VisionTransformer of `ViTBlock`s, with fixed positions and MAE's initial weights.
+"""Building the encoder: a ViT of timm's of `ViTBlock`s, with fixed or rotary positions and MAE's initial weights.
 
 Nothing wraps the module, so its weights keep timm's names and load into timm as they are.
 """
@@ -11,12 +11,16 @@ from collections.abc import Iterable
 import timm
 import torch
 from timm.layers import Attention
+from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.block import ViTBlock
+from ccmim_fast.models.eva import grouped_heads, prepare_
 from ccmim_fast.models.tokens import grid_of, patch_size_of
+
+ENCODERS = (VisionTransformer, Eva)  # timm's classes that an encoder may be of
 
 
 def build_encoder(
@@ -30,10 +34,11 @@ def build_encoder(
     num_heads: int = 0,
     drop_path: float = 0.0,
 ) -> VisionTransformer:
-    """Build a timm VisionTransformer with a [CLS] token, fixed sine-cosine positions, MAE's initial weights, no head.
+    """Build one of `ENCODERS` with a [CLS] token, MAE's initial weights, no head.
 
-    Its blocks are `ViTBlock`s where the architecture has timm's standard ones; other blocks stay as they are.
-    `patch_size`, `embed_dim`, `depth` and `num_heads` stand in place of the architecture's own where not 0.
+    Its blocks are `ViTBlock`s where the architecture has timm's standard ones, or Eva's; other blocks stay as they are.
+    `patch_size`, `embed_dim`, `depth` and `num_heads` stand in place of the architecture's own where not 0. Positions
+    that the architecture adds to its patches are fixed sines and cosines; rotary ones are as it has them.
 
     Raises ConfigError for an unknown name, another class of model, or sizes that do not fit each other.
     """
@@ -53,15 +58,21 @@ def build_encoder(
             drop_path_rate=drop_path,
             **({"block_fn": ViTBlock} if standard else {}),
             **{key: value for key, value in sizes.items() if value},
+            # Rotations of one grid are computed once.
+            **({"dynamic_img_size": False} if isinstance(own, Eva) else {}),
+            **grouped_heads(own, depth, num_heads),
         )
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise ConfigError(f"model.arch={arch}: timm cannot build it with these sizes: {error}") from None
     _check_sizes(vit, arch, image_size)
-    if vit.pos_embed is None:
+    if vit.pos_embed is not None:
+        prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches
+        positions_SD = sincos_positions(vit.embed_dim, grid_of(vit), prefix)
+        vit.pos_embed = nn.Parameter(positions_SD[None], requires_grad=False)
+    elif getattr(vit, "rope", None) is None:
         raise ConfigError("model.arch: a ViT without positions cannot reconstruct patches")
-    prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches
-    positions_SD = sincos_positions(vit.embed_dim, grid_of(vit), prefix)
-    vit.pos_embed = nn.Parameter(positions_SD[None], requires_grad=False)
+    if isinstance(vit, Eva):
+        prepare_(vit)
     initialise(vit)
     configure_blocks(vit.blocks, num_prefix_tokens=vit.num_prefix_tokens)
     return vit
@@ -75,23 +86,24 @@ def configure_blocks(blocks: Iterable[nn.Module], **attributes: object) -> None:
                 setattr(block, name, value)
 
 
-def _own(arch: str) -> VisionTransformer:
+def _own(arch: str) -> VisionTransformer | Eva:
     """Build the architecture as timm has it, without memory."""
     with torch.device("meta"):
         own = timm.create_model(arch, pretrained=False)
-    if type(own) is not VisionTransformer:
-        raise ConfigError(f"model.arch={arch} is a {type(own).__name__}, expected a timm VisionTransformer")
+    if type(own) not in ENCODERS:
+        expected = " or ".join(known.__name__ for known in ENCODERS)
+        raise ConfigError(f"model.arch={arch} is a {type(own).__name__}; expected timm's {expected}")
     return own
 
 
 def _check_width(own: VisionTransformer, embed_dim: int, num_heads: int) -> None:
-    """Refuse a width that is no multiple of the heads, and of 4 (sine and cosine of two axes)."""
+    """Refuse a width that is no multiple of the heads, and of 4: sine and cosine of two axes, of a head if rotary."""
     width = embed_dim or own.embed_dim
     heads = num_heads or getattr(getattr(own.blocks[0], "attn", None), "num_heads", 1)
     if width % heads and num_heads:
         nearest = min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - heads))
         raise ConfigError(f"model.num_heads={heads} must divide the width {width}; nearest: {nearest}")
-    unit = math.lcm(heads, 4)
+    unit = math.lcm(heads, 4) if getattr(own, "rope", None) is None else heads * 4
     if width % unit:
         nearest = max(unit, round(width / unit) * unit)
         raise ConfigError(f"model.embed_dim={width} must be a multiple of {unit} ({heads} heads); nearest: {nearest}")
