@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ccmim_fast.checkpoints.claims import check_claims, check_size
+from ccmim_fast.checkpoints.convert import to_timm
 from ccmim_fast.checkpoints.layouts import recognised
 from ccmim_fast.checkpoints.positions import grid_of_file, resampled
 from ccmim_fast.checkpoints.run import open_run
@@ -19,6 +20,7 @@ from ccmim_fast.checkpoints.weight_files import OF_WIDTH, is_model_folder, read_
 from ccmim_fast.config.keys import nearest
 from ccmim_fast.errors import CheckpointError, ConfigError, one_line
 from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.models.parts import parts_in, settings_of
 
 TIMM = "timm:"  # in front of a name of timm's
 _CLS, _POSITIONS = "encoder.cls_token", "encoder.pos_embed"
@@ -40,6 +42,8 @@ class Weights(NamedTuple):
     step: int | None = None  # optimizer steps of pretraining
     max_value: tuple[float, ...] = ()  # the number that was white in those images; see `data.max_value`
     layout: str = ""  # what was recognised in a file, in words
+    layer_scale: float = 0.0  # the initial one, which no weight tells
+    positions: str = ""  # as the setting `model.positions`, where it is not the default
 
 
 def read_weights(place: str) -> Weights:
@@ -89,10 +93,15 @@ def is_run(place: str) -> bool:
 
 
 @cache
+def timms_own(arch: str) -> nn.Module:
+    """Return an architecture as timm has it, without memory; not to be changed."""
+    with torch.device("meta"):
+        return timm.create_model(arch)
+
+
 def timm_size(arch: str) -> tuple[int, int]:
     """Return height and width in pixels of the images that timm builds an architecture for."""
-    with torch.device("meta"):
-        return timm.create_model(arch).patch_embed.img_size
+    return timms_own(arch).patch_embed.img_size
 
 
 def with_arch(of: Weights, arch: str = "", num_heads: int = 0) -> Weights:
@@ -142,6 +151,9 @@ def derived(of: Weights, given: list[str]) -> list[str]:
         # Only what differs: a run that goes on from here is compared setting by setting.
         found |= {f"model.{key}": value for key, value in told.items() if value != owned[key]}
         found |= {"data.channels": channels} if channels != 3 else {}
+        parts = settings_of(parts_in(to_timm(weights), own), of.layer_scale)
+        found |= {f"model.{key}": value for key, value in parts.items()}
+        found |= {"model.positions": of.positions} if of.positions else {}
         positions = weights.get("encoder.pos_embed")
         if positions is not None and positions.ndim == 3:
             patches = positions.shape[1]

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -39,6 +40,8 @@ class Told(NamedTuple):
     std: tuple[float, ...] = ()
     image_size: tuple[int, ...] = ()
     max_value: tuple[float, ...] = ()
+    layer_scale: float = 0.0
+    positions: str = ""
 
 
 def read_file(name: str) -> tuple[Mapping[str, Any], Told]:
@@ -51,13 +54,15 @@ def read_file(name: str) -> tuple[Mapping[str, Any], Told]:
         heads, size = int(arguments.get("num_heads", 0)), tuple(map(int, arguments.get("img_size", ())))
         keys = ("mean", "std", "max_value")
         mean, std, white = (tuple(map(float, json.loads(about.get(key, "[]")))) for key in keys)
-        if len(size) not in (0, 2) or min(white, default=1) <= 0:
-            raise ValueError(size, white)
+        scale, positions = float(arguments.get("init_values", 0)), about.get("positions", "sincos")
+        if len(size) not in (0, 2) or min(white, default=1) <= 0 or not 0 <= scale < math.inf:
+            raise ValueError(size, white, scale)
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise CheckpointError(
             f"{name}: what it tells of itself is damaged; expected what ccmim export writes"
         ) from None
-    return weights, Told(about.get("arch", ""), heads, mean, std, size, white)
+    positions = "" if positions == "sincos" else positions
+    return weights, Told(about.get("arch", ""), heads, mean, std, size, white, scale, positions)
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -76,7 +81,10 @@ def read_folder(folder: Path) -> tuple[Mapping[str, Any], Told]:
         names = sorted({Path(str(name)).name for name in _json(folder / _SHARDS, "weight_map").values()})
     weights: dict[str, Tensor] = {}
     for name in names:
-        weights |= read_file(str(folder / name))[0]
+        found, of_file = read_file(str(folder / name))
+        weights |= found
+    if of_file.arch:  # an export of ours, which tells more than its config.json
+        return weights, of_file
     config, preparation = _json(folder / _CONFIG), {}
     if (folder / _PREPROCESSOR).is_file():
         preparation = _json(folder / _PREPROCESSOR)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ccmim_fast.checkpoints.convert import to_timm
 from ccmim_fast.checkpoints.positions import grid_of_file, resampled
-from ccmim_fast.checkpoints.published import Weights, read_weights, timm_size, with_arch
+from ccmim_fast.checkpoints.published import Weights, read_weights, timm_size, timms_own, with_arch
 from ccmim_fast.errors import CheckpointError, ConfigError, one_line
+from ccmim_fast.models.parts import parts_in
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Shares = tuple[tuple[int, int], ...]  # numerator and denominator
@@ -79,6 +80,7 @@ def build_encoder(
     if weights.tensors:
         heads = num_heads or weights.num_heads
         options |= _sizes_in(weights.tensors) | ({"num_heads": heads} if heads else {})
+        options |= parts_in(weights.tensors, timms_own(weights.arch))
         normed_once = f"{_POOLED_NORM}weight" in weights.tensors
         pools = "avg" if normed_once else "token" if options["class_token"] else ""
         options |= {"fc_norm": normed_once, "global_pool": pools}
@@ -111,7 +113,7 @@ def _fill(vit: VisionTransformer, weights: Weights) -> None:
         result = vit.load_state_dict(_fitted(vit, weights), strict=False)
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{weights.name}: does not fit {weights.arch}: {one_line(error, 300)}") from None
-    missing = [name for name in result.missing_keys if not name.startswith(("head.", "fc_norm."))]
+    missing = [name for name in result.missing_keys if not name.startswith(("head.", "head_dist.", "fc_norm."))]
     surplus = [name for name in result.unexpected_keys if not name.startswith("norm.")]
     if missing or surplus:
         which = f"lacks {missing[0]}" if missing else f"has {surplus[0]}, which it has not"

@@ -14,7 +14,8 @@ from ccmim_fast.checkpoints.convert import to_timm
 from ccmim_fast.checkpoints.run import OpenedRun
 from ccmim_fast.config.load import to_yaml
 from ccmim_fast.config.schema import Config, RunConfig
-from ccmim_fast.errors import CheckpointError
+from ccmim_fast.errors import CheckpointError, ConfigError
+from ccmim_fast.export.timm_model import rebuilds, timm_model
 from ccmim_fast.models.tokens import patch_size_of
 
 
@@ -28,13 +29,6 @@ def method(config: Config) -> str:
     return "MAE" if config.contrast.loss == "none" and config.mask.strategy == "random" else "ccMIM"
 
 
-def timm_arguments(config: Config) -> dict[str, Any]:
-    """Return what `timm.create_model` needs beside the architecture's name to build the encoder."""
-    sizes = {key: getattr(config.model, key) for key in ("patch_size", "embed_dim", "depth", "num_heads")}
-    fixed = {"img_size": list(config.data.image_size), "in_chans": config.data.channels, "class_token": True}
-    return fixed | {"global_pool": "token"} | {key: value for key, value in sizes.items() if value}
-
-
 def commit_of(folder: Path) -> str:
     """Return the commit that the run noted; `unknown` where it noted none."""
     with contextlib.suppress(OSError, ValueError, TypeError, LookupError, RecursionError):
@@ -45,11 +39,14 @@ def commit_of(folder: Path) -> str:
 def about(run: OpenedRun) -> dict[str, str]:
     """Return what every exported file carries, texts by name; what is no word or number is JSON."""
     vit, data = run.model.encoder, run.config.data
+    name, arguments = timm_model(run.config)
     return {
         "format": "pt",
         "method": method(run.config),
         "arch": run.config.model.arch,
-        "timm_arguments": json.dumps(timm_arguments(run.config)),
+        "timm_arch": name,
+        "timm_arguments": json.dumps(arguments),
+        "positions": run.config.model.positions,
         "image_size": json.dumps(list(data.image_size)),
         "patch_size": str(patch_size_of(vit)),
         "prefix_tokens": str(vit.num_prefix_tokens),
@@ -67,21 +64,25 @@ WEIGHTS = "model.safetensors"
 
 
 def export_timm(run: OpenedRun, out: Path) -> list[Path]:
-    """Write the encoder for `timm.create_model(arch, num_classes=0, checkpoint_path=FILE, **timm_arguments)`.
+    """Write the encoder for `timm.create_model(timm_arch, num_classes=0, checkpoint_path=FILE, **timm_arguments)`.
 
     A folder gets a config.json, too: `timm.create_model("local-dir:FOLDER", pretrained=True)` then needs no more, nor
-    does `hf-hub:OWNER/NAME` once it is pushed.
+    does `hf-hub:OWNER/NAME` once it is pushed. Raises ConfigError where timm has no name for the encoder's MLP.
     """
+    name, arguments = timm_model(run.config)
+    if name != run.config.model.arch and not rebuilds(run.model.encoder, name, arguments):
+        reason = f"timm has no name that builds {run.config.model.arch} with model.mlp={run.config.model.mlp}"
+        raise ConfigError(f"ccmim export timm: {reason}; take safetensors, onnx or torch-export")
     file = write_weights(to_timm(run.model.state_dict()), about(run), out)
     if file == out:
         return [file]
     height, width = run.config.data.image_size
     config = {
-        "architecture": run.config.model.arch,
+        "architecture": name,
         "num_classes": 0,
         "num_features": run.model.encoder.num_features,
         "global_pool": "token",
-        "model_args": timm_arguments(run.config),
+        "model_args": arguments,
         "pretrained_cfg": {
             "input_size": [run.config.data.channels, height, width],
             "fixed_input_size": True,

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 import timm
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, HybridEmbed
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.eva import grouped_heads, prepare_
-from ccmim_fast.models.tokens import grid_of, patch_size_of
+from ccmim_fast.models.parts import check_parts, chosen_parts
+from ccmim_fast.models.tokens import TOKENS, grid_of, patch_size_of
 
-ENCODERS = (VisionTransformer, Eva)  # timm's classes that an encoder may be of
+ENCODERS = (VisionTransformer, VisionTransformerDistilled, Eva)  # timm's classes that an encoder may be of
 
 
 def build_encoder(
@@ -33,18 +35,25 @@ def build_encoder(
     depth: int = 0,
     num_heads: int = 0,
     drop_path: float = 0.0,
+    positions: str = "sincos",
+    registers: int = 0,
+    layer_scale: float = 0.0,
+    qk_norm: bool = False,
+    mlp: str = "own",
 ) -> VisionTransformer:
     """Build one of `ENCODERS` with a [CLS] token, MAE's initial weights, no head.
 
     Its blocks are `ViTBlock`s where the architecture has timm's standard ones, or Eva's; other blocks stay as they are.
-    `patch_size`, `embed_dim`, `depth` and `num_heads` stand in place of the architecture's own where not 0. Positions
-    that the architecture adds to its patches are fixed sines and cosines; rotary ones are as it has them.
+    `patch_size`, `embed_dim`, `depth` and `num_heads` stand in place of the architecture's own where not 0, and so do
+    `registers`, `layer_scale`, `qk_norm` and `mlp`, see `parts.chosen_parts`. Positions that the architecture adds to
+    its patches are fixed sines and cosines, or `learned` from timm's initial ones; rotary ones are as it has them.
 
     Raises ConfigError for an unknown name, another class of model, or sizes that do not fit each other.
     """
     sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-    own = _own(arch)
+    own = own_encoder(arch)
     _check_width(own, embed_dim, num_heads)
+    parts = {"registers": registers, "layer_scale": layer_scale, "qk_norm": qk_norm}
     standard = type(own.blocks[0]) is Block and type(own.blocks[0].attn) is Attention
     try:
         vit = timm.create_model(
@@ -61,16 +70,13 @@ def build_encoder(
             # Rotations of one grid are computed once.
             **({"dynamic_img_size": False} if isinstance(own, Eva) else {}),
             **grouped_heads(own, depth, num_heads),
+            **chosen_parts(own, arch, embed_dim or own.embed_dim, **parts, mlp=mlp),
         )
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise ConfigError(f"model.arch={arch}: timm cannot build it with these sizes: {error}") from None
     _check_sizes(vit, arch, image_size)
-    if vit.pos_embed is not None:
-        prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches
-        positions_SD = sincos_positions(vit.embed_dim, grid_of(vit), prefix)
-        vit.pos_embed = nn.Parameter(positions_SD[None], requires_grad=False)
-    elif getattr(vit, "rope", None) is None:
-        raise ConfigError("model.arch: a ViT without positions cannot reconstruct patches")
+    check_parts(vit, arch, **parts)
+    _place(vit, arch, positions)
     if isinstance(vit, Eva):
         prepare_(vit)
     initialise(vit)
@@ -86,14 +92,29 @@ def configure_blocks(blocks: Iterable[nn.Module], **attributes: object) -> None:
                 setattr(block, name, value)
 
 
-def _own(arch: str) -> VisionTransformer | Eva:
-    """Build the architecture as timm has it, without memory."""
+def own_encoder(arch: str) -> VisionTransformer | Eva:
+    """Build the architecture as timm has it, without memory. Raises ConfigError: it cannot be an encoder."""
     with torch.device("meta"):
         own = timm.create_model(arch, pretrained=False)
     if type(own) not in ENCODERS:
-        expected = " or ".join(known.__name__ for known in ENCODERS)
-        raise ConfigError(f"model.arch={arch} is a {type(own).__name__}; expected timm's {expected}")
+        raise ConfigError(f"model.arch={arch} is a {type(own).__name__}; expected timm's VisionTransformer or Eva")
+    if isinstance(own.patch_embed, HybridEmbed):
+        reason = "embeds patches by a convolutional network, by which visible tokens would see masked pixels"
+        raise ConfigError(f"model.arch={arch}: {reason}; take a ViT without one, as vit_base_patch16_224")
     return own
+
+
+def _place(vit: VisionTransformer, arch: str, positions: str) -> None:
+    """Give an encoder its positions; learned ones stay as timm drew them, N(0, 0.02)."""
+    if vit.pos_embed is None:
+        if getattr(vit, "rope", None) is None:
+            raise ConfigError(f"model.arch={arch}: a ViT without positions cannot reconstruct patches")
+        if positions == "learned":
+            raise ConfigError(f"model.positions=learned: {arch} has rotary ones alone; nearest valid is sincos")
+    elif positions == "sincos":
+        prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches
+        positions_SD = sincos_positions(vit.embed_dim, grid_of(vit), prefix)
+        vit.pos_embed = nn.Parameter(positions_SD[None], requires_grad=False)
 
 
 def _check_width(own: VisionTransformer, embed_dim: int, num_heads: int) -> None:
@@ -127,7 +148,7 @@ def initialise(module: nn.Module) -> None:
         elif isinstance(part, nn.Conv2d):
             # As if it were the linear layer it is, over a flattened patch.
             nn.init.xavier_uniform_(part.weight.view(part.weight.shape[0], -1))
-    for name in ("cls_token", "reg_token", "mask_token"):
+    for name in TOKENS:
         if getattr(module, name, None) is not None:
             nn.init.normal_(getattr(module, name), std=0.02)
 
