@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file

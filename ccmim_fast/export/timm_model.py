@@ -4,6 +4,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -31,12 +32,11 @@ def timm_model(config: Config) -> tuple[str, dict[str, Any]]:
         return model.arch, arguments
     own = own_encoder(model.arch)
     parts = chosen_parts(own, model.arch, model.embed_dim or own.embed_dim, **asked)
-    kind = parts.pop("mlp_layer", None)
-    if "act_layer" in parts:
-        parts["act_layer"] = _ACTIVATIONS[parts["act_layer"]]
-    if kind is None:
-        return model.arch, arguments | parts
-    return _WITHOUT if parts["act_layer"] == "gelu" else _WITH_GATES, _of_plain(own) | arguments | parts
+    kind, activation = parts.pop("mlp_layer", None), parts.pop("act_layer", None)
+    if kind is Mlp:
+        return _WITHOUT, _of_plain(own) | arguments | parts
+    parts |= {"act_layer": _ACTIVATIONS[activation]} if activation else {}
+    return (model.arch, arguments | parts) if kind is None else (_WITH_GATES, _of_plain(own) | arguments | parts)
 
 
 def _of_plain(own: VisionTransformer) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Nothing wraps the module, so its weights keep timm's names and load into timm as
 
 import math
 from collections.abc import Iterable
+from functools import cache
 
 import timm
 import torch
@@ -92,8 +93,9 @@ def configure_blocks(blocks: Iterable[nn.Module], **attributes: object) -> None:
                 setattr(block, name, value)
 
 
+@cache
 def own_encoder(arch: str) -> VisionTransformer | Eva:
-    """Build the architecture as timm has it, without memory. Raises ConfigError: it cannot be an encoder."""
+    """Build the architecture as timm has it, without memory, not to be changed. Raises ConfigError: no encoder."""
     with torch.device("meta"):
         own = timm.create_model(arch, pretrained=False)
     if type(own) not in ENCODERS:
