@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ccmim_fast.checkpoints.claims import check_claims, check_size
+from ccmim_fast.checkpoints.eva import ANCHORS, likely_arch
 from ccmim_fast.checkpoints.layouts import recognised
 from ccmim_fast.checkpoints.positions import grid_of_file, resampled
 from ccmim_fast.checkpoints.run import open_run
@@ -72,6 +73,7 @@ def read_weights(place: str) -> Weights:
     check_size(told.image_size, len(told.mean), tensors, place)
     if wrong := [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise CheckpointError(f"{place}: not finite: {_named(set(wrong))}")
+    told = told._replace(arch=told.arch or likely_arch(tensors, told.num_heads))
     return Weights(place, tensors, **told._asdict(), layout=layout)
 
 
@@ -89,10 +91,15 @@ def is_run(place: str) -> bool:
 
 
 @cache
+def timm_model(arch: str) -> nn.Module:
+    """Return an architecture as timm builds it, without memory; not to be changed."""
+    with torch.device("meta"):
+        return timm.create_model(arch, num_classes=0)
+
+
 def timm_size(arch: str) -> tuple[int, int]:
     """Return height and width in pixels of the images that timm builds an architecture for."""
-    with torch.device("meta"):
-        return timm.create_model(arch).patch_embed.img_size
+    return timm_model(arch).patch_embed.img_size
 
 
 def with_arch(of: Weights, arch: str = "", num_heads: int = 0) -> Weights:
@@ -108,6 +115,10 @@ def with_arch(of: Weights, arch: str = "", num_heads: int = 0) -> Weights:
         return of._replace(arch=known_arch(arch))
     kernel = of.tensors.get("encoder.patch_embed.proj.weight")
     width = 0 if kernel is None or kernel.ndim != 4 else len(kernel)
+    if any(f"encoder.{anchor}" in of.tensors for anchor in ANCHORS):
+        raise ConfigError(
+            f"{of.name}: does not tell its architecture, which is of timm's Eva family; add --model.arch=NAME"
+        )
     if width and OF_WIDTH.get(width) != _ASSUMED and not (num_heads or of.num_heads):
         near = OF_WIDTH[min(OF_WIDTH, key=lambda known: abs(known - width))]
         raise ConfigError(
@@ -149,6 +160,8 @@ def derived(of: Weights, given: list[str]) -> list[str]:
                 patches -= own.num_prefix_tokens
             rows, columns = _grid(of, patches, patch, _image_size(given))
             found["data.image_size"] = f"[{rows * patch},{columns * patch}]"
+        elif of.image_size and own.pos_embed is None:
+            found["data.image_size"] = list(of.image_size)
     if "decoder.embed.weight" in weights:
         found["decoder.dim"] = len(weights["decoder.embed.weight"])
         found["decoder.depth"] = _blocks(weights, "decoder.blocks.")
@@ -195,8 +208,8 @@ def _fitted(model: CCMIM, of: Weights) -> dict[str, Tensor]:
     weights, own = dict(of.tensors), model.state_dict()
     if "encoder.norm.weight" not in weights:
         weights = {name.replace("encoder.fc_norm.", "encoder.norm."): value for name, value in weights.items()}
-    positions_1TD, mine_1TD = weights.get(_POSITIONS), own[_POSITIONS]
-    if positions_1TD is None or (positions_1TD.shape == mine_1TD.shape and not of.image_size):
+    positions_1TD, mine_1TD = weights.get(_POSITIONS), own.get(_POSITIONS)
+    if positions_1TD is None or mine_1TD is None or (positions_1TD.shape == mine_1TD.shape and not of.image_size):
         return weights
     if positions_1TD.ndim != 3 or positions_1TD.shape[2] != mine_1TD.shape[2]:
         return weights  # of another shape, as is said

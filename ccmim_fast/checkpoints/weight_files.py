@@ -25,6 +25,7 @@ OF_WIDTH = {  # timm's plain ViTs, by width: patch and blocks are read off the w
 }
 _SIZES = {384: "small", 768: "base", 1024: "large", 1536: "giant"}
 _DINOV2 = {"dinov2": "vit_{}_patch14_dinov2", "dinov2_with_registers": "vit_{}_patch14_reg4_dinov2"}
+_DINOV3 = "dinov3_vit"  # whose weights tell the architecture
 _CONFIG, _WEIGHTS, _PREPROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
 _PICKLED = "pytorch_model.bin"  # of older versions
 _SHARDS = f"{_WEIGHTS}.index.json"
@@ -96,7 +97,7 @@ def _of_timm(config: dict[str, Any]) -> Told:
 
 def _of_transformers(config: dict[str, Any], preparation: dict[str, Any]) -> Told:
     width, kind = int(config.get("hidden_size", 0)), config.get("model_type", "")
-    arch = OF_WIDTH.get(width, "")
+    arch = "" if kind == _DINOV3 else OF_WIDTH.get(width, "")
     if kind in _DINOV2:
         arch = _DINOV2[kind].format(_SIZES[width]) if width in _SIZES else ""
     mean, std = (tuple(map(float, preparation.get(f"image_{key}") or ())) for key in ("mean", "std"))
