@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
 from ccmim_fast.evaluation.classifier import Logits, OpenedClassifier
 from ccmim_fast.export.graphs import write_onnx, write_program
 from ccmim_fast.export.hugging_face import config_of, expressed, obstacles, refuse, renamed, whole_images, write_folder
@@ -86,20 +89,65 @@ def _logits(of: OpenedClassifier) -> Logits:
 
 
 def export_vit(of: OpenedClassifier, out: Path) -> list[Path]:
-    """Write it as a ViTForImageClassification. Raises ConfigError: transformers cannot express the architecture."""
-    vit, pool = of.vit, of.vit.global_pool
-    if pool != "token":
-        refuse("hf-vit", [f"a classifier of pooled tokens ({pool}): ViTForImageClassification reads [CLS]"])
-    refuse("hf-vit", obstacles(vit))
-    weights = expressed(vit)
-    head = {f"classifier.{part}": weights.pop(f"head.{part}") for part in ("weight", "bias")}
-    settings = config_of(vit) | {
-        "model_type": "vit",
-        "architectures": ["ViTForImageClassification"],
+    """Write it as a ViTForImageClassification, which reads [CLS], or as a BeitForImageClassification, which pools.
+
+    Raises ConfigError: transformers cannot express the architecture, or the pooling.
+    """
+    vit = of.vit
+    kind = (vit.global_pool, "fc_norm.weight" in vit.state_dict())
+    if kind not in _FORMS:
+        refuse("hf-vit", ["a classifier of the mean of tokens that are normed one by one"])
+    model_type, class_name, more = _FORMS[kind]
+    weights = _WEIGHTS_OF[model_type](vit)
+    settings = config_of(vit) | more
+    settings |= {
+        "model_type": model_type,
+        "architectures": [class_name],
         "id2label": dict(enumerate(of.classes)),
         "label2id": {name: label for label, name in enumerate(of.classes)},
     }
-    return write_folder(out, settings, renamed(weights, "vit.") | head, about(of), shown_images(of), of.encoder)
+    return write_folder(out, settings, weights, about(of), shown_images(of), of.encoder)
+
+
+def _vit_weights(vit: VisionTransformer) -> dict[str, Tensor]:
+    refuse("hf-vit", obstacles(vit))
+    weights = expressed(vit)
+    head = {f"classifier.{part}": weights.pop(f"head.{part}") for part in ("weight", "bias")}
+    return renamed(weights, "vit.") | head
+
+
+def _beit_weights(vit: VisionTransformer) -> dict[str, Tensor]:
+    """Return weights of the same function as a BEiT, which has no bias of keys: it shifts all logits of a query alike.
+
+    BEiT's positions are resampled wherever images are not square, as if their grid were.
+    """
+    height, width = vit.patch_embed.img_size
+    found = {
+        f"a classifier of pooled tokens of images that are not square ([{height}, {width}])": height != width,
+        "queries, keys and values without bias": vit.blocks[0].attn.qkv.bias is None,
+    }
+    refuse("hf-vit", obstacles(vit, norm="fc_norm"))
+    refuse("hf-vit", [words for words, there in found.items() if there])
+    weights = expressed(vit)
+    others = {f"classifier.{part}": weights.pop(f"head.{part}") for part in ("weight", "bias")}
+    others |= {f"beit.pooler.layernorm.{part}": weights.pop(f"fc_norm.{part}") for part in ("weight", "bias")}
+    named = renamed(weights, "beit.")
+    return {name: value for name, value in named.items() if not name.endswith(".key.bias")} | others
+
+
+_BEIT = {
+    "use_absolute_position_embeddings": True,
+    "use_relative_position_bias": False,
+    "use_mean_pooling": True,
+    "layer_scale_init_value": 0.0,
+    "drop_path_rate": 0.0,
+}
+# timm's pooling, and whether a norm stands behind it -> `model_type`, class, and what its config.json has besides
+_FORMS: dict[tuple[str, bool], tuple[str, str, dict[str, Any]]] = {
+    ("token", False): ("vit", "ViTForImageClassification", {}),
+    ("avg", True): ("beit", "BeitForImageClassification", _BEIT),
+}
+_WEIGHTS_OF = {"vit": _vit_weights, "beit": _beit_weights}
 
 
 def shown_images(of: OpenedClassifier) -> dict[str, Any]:
@@ -111,7 +159,10 @@ def shown_images(of: OpenedClassifier) -> dict[str, Any]:
     crop = of.config.data.test_crop
     if height != width:
         return whole_images((height, width))  # the card tells of the crop
-    size, crop_size = ({"height": side, "width": side} for side in (height, height / crop))
+    # It rounds size / crop_size * side down.
+    larger = height / crop
+    larger = round(larger) if larger.is_integer() else larger * (1 - 1e-9)
+    size, crop_size = ({"height": side, "width": side} for side in (height, larger))
     return {
         "image_processor_type": "PerceiverImageProcessor",
         "size": size,

@@ -93,12 +93,16 @@ def export_vitmae(run: OpenedRun, out: Path) -> list[Path]:
     return write_folder(out, settings, weights, about(run), whole_images(config.data.image_size), config.data)
 
 
-def obstacles(vit: VisionTransformer) -> list[str]:
-    """Return in words what of an encoder, without its head, transformers' ViTModel cannot express."""
+def obstacles(vit: VisionTransformer, norm: str = "norm") -> list[str]:
+    """Return in words what of an encoder, without its head, transformers' ViTs cannot express.
+
+    `norm` is timm's name of the last norm that they have: of every token, or `fc_norm`, of the pooled one.
+    """
     if not all(type(block) in (Block, ViTBlock) and type(block.attn) is Attention for block in vit.blocks):
         return ["blocks that are not timm's standard one"]
     names = {f"{part}.{kind}" for part in (*_BLOCK, _QKV) for kind in ("weight", "bias")}
-    theirs = {*_EMBEDDING, *(f"blocks.{number}.{name}" for number in range(len(vit.blocks)) for name in names)}
+    embedding = {re.sub("^norm", norm, name) for name in _EMBEDDING}
+    theirs = {*embedding, *(f"blocks.{number}.{name}" for number in range(len(vit.blocks)) for name in names)}
     ours = {name for name in vit.state_dict() if not name.startswith("head.") and not name.endswith(_LAYER_SCALE)}
     surplus, missing = ours - theirs, {name for name in theirs - ours if not name.endswith(f"{_QKV}.bias")}
     eps = {part.eps for part in vit.modules() if isinstance(part, nn.LayerNorm)}
@@ -156,7 +160,7 @@ def config_of(vit: VisionTransformer) -> dict[str, Any]:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "initializer_range": 0.02,
-        "layer_norm_eps": vit.norm.eps,
+        "layer_norm_eps": block.norm1.eps,
         "image_size": height if height == width else [height, width],
         "patch_size": patch_size_of(vit),
         "num_channels": vit.patch_embed.proj.in_channels,

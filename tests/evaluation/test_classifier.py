@@ -1,4 +1,4 @@
-"""Classifiers that evaluations have trained: exported, they give their logits; `ccmim predict` names what they named."""
+"""Classifiers that evaluations have trained: exported, they give their logits, and `ccmim predict` their classes."""
 
 import csv
 import json
@@ -164,22 +164,95 @@ def test_safetensors_under_our_names(trained, tmp_path):
     torch.testing.assert_close(found, reference(run, images), **NEAR)
 
 
-def test_transformers_gives_the_logits(trained, tmp_path):
+@pytest.mark.parametrize(("name", "kind"), [("cls", "ViT"), ("avg", "Beit")])
+def test_transformers_gives_the_logits(trained, tmp_path, name, kind):
     """From pictures of another size: the processor shows what the evaluation showed."""
     transformers = pytest.importorskip("transformers")
-    run, images = trained("cls"), torch.randint(0, 256, (2, 80, 64, 3), dtype=torch.uint8)
+    run, images = trained(name), torch.randint(0, 256, (2, 80, 64, 3), dtype=torch.uint8)
     assert main(["export", "hf-vit", str(run), str(tmp_path / "out")]) == 0
     model, said = transformers.AutoModelForImageClassification.from_pretrained(
         tmp_path / "out", output_loading_info=True
     )
     assert not any(said[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), said
-    assert type(model) is transformers.ViTForImageClassification
+    assert type(model) is getattr(transformers, f"{kind}ForImageClassification")
     assert list(model.config.id2label.values()) == list(open_classifier(str(run)).classes)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out", backend="pil")
     pixels = processor([Image.fromarray(one.numpy()) for one in images], return_tensors="pt")["pixel_values"]
-    # The central 56 of 64 pixels.
-    shown = [np.asarray(Image.fromarray(one[12:68, 4:60].numpy()).resize((SIDE, SIDE), 3)) for one in images]
+    # The central 56 of 64 pixels, or all 64.
+    cut = [one[12:68, 4:60] if name == "cls" else one[8:72] for one in images]
+    shown = [np.asarray(Image.fromarray(one.numpy()).resize((SIDE, SIDE), 3)) for one in cut]
     torch.testing.assert_close(pixels, normalised(torch.tensor(np.stack(shown))), **NEAR)
     with torch.no_grad():
         logits = model.eval()(pixel_values=pixels).logits
     torch.testing.assert_close(logits, reference(run, torch.tensor(np.stack(shown))), **NEAR)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("probe avg", "hf-vit: cannot express a classifier of the mean of tokens that are normed one by one"),
+        ("attentive", "an attentive probe is no module of timm's"),
+    ],
+)
+def test_what_has_no_such_form_is_refused(trained, tmp_path, capsys, name, words):
+    assert main(["export", "hf-vit", str(trained(name)), str(tmp_path / "out")]) in (2, 5)
+    assert words in capsys.readouterr().err.splitlines()[-1]
+    assert main(["export", "hf-vitmae", str(trained("avg")), str(tmp_path / "out")]) == 2
+    assert "is a classifier, without a decoder; take timm, hf-vit, safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_card_tells_classes_and_accuracy(trained, tmp_path):
+    run = trained("cls")
+    assert main(["export", "timm", str(run), str(tmp_path / "out"), f"--result={run / 'result.json'}"]) == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    figures = json.loads((run / "result.json").read_text())["figures"]
+    for words in (
+        f"| test images named right | {figures['accuracy, averaged weights']:.2%} |",
+        "| weights | moving average |",
+        "| finetune, finetune, accuracy | ",
+        "0. disc\n1. square\n2. triangle\n",
+        "the central 0.875 of an image's shorter side, cut out and resized to 32 x 32. timm resizes first",
+        "| `model.pool` | cls |",
+    ):
+        assert words in text, words
+    assert str(tmp_path) not in text
+    assert "cache" not in text
+
+
+def test_places_that_hold_no_classifier(trained, encoder, tested, tmp_path, capsys):
+    """The encoder of a probe that is gone or another, runs of pretraining, other files."""
+    from made_run import make_run
+
+    make_run(tmp_path / "run")
+    run = trained("probe avg")
+    state = io.newest(run / "checkpoints").state
+    moved, other, old = ({**state} for _ in range(3))
+    told = state["classifier"]
+    moved["classifier"] = told | {"encoder": told["encoder"] | {"name": str(tmp_path / "gone.safetensors")}}
+    other["encoder"] = "0" * 64
+    del old["classifier"]
+    for name, made in (("moved", moved), ("other", other), ("old", old)):
+        io.save(tmp_path / name / "checkpoints", 3, made, keep=1)
+    for place, words in (
+        (tmp_path / "run", "a run of pretraining, which knows no classes; name the folder of ccmim eval finetune"),
+        (encoder, "tells no classes; expected a classifier as ccmim export writes it"),
+        (tested, "no complete checkpoint in it"),
+        (tmp_path / "moved", "a linear probe needs the encoder that it was trained on: "),
+        (tmp_path / "other", "is not the encoder that this linear probe was trained on"),
+        (tmp_path / "old", "no classifier that can be taken out"),
+    ):
+        assert main(["predict", str(place), str(tested), f"--out={tmp_path / 'x.csv'}", "--device=cpu"]) == 5, place
+        (line,) = capsys.readouterr().err.splitlines()
+        assert words in line, line
+    assert not (tmp_path / "x.csv").exists()
+
+
+def test_a_table_takes_no_others_place(trained, tested, tmp_path, capsys):
+    (tmp_path / "x.csv").write_text("mine")
+    line = ["predict", str(trained("avg")), str(tested)]
+    assert main([*line, f"--out={tmp_path / 'x.csv'}"]) == 2
+    assert "exists; remove it, or name another file" in capsys.readouterr().err
+    assert (tmp_path / "x.csv").read_text() == "mine"
+    assert main([*line, f"--out={tmp_path / 'x.xlsx'}"]) == 2
+    assert "must end in .csv, .tsv, .parquet, .jsonl" in capsys.readouterr().err
