@@ -74,7 +74,16 @@ def read_weights(place: str) -> Weights:
     if wrong := [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise CheckpointError(f"{place}: not finite: {_named(set(wrong))}")
     told = told._replace(arch=told.arch or likely_arch(tensors, told.num_heads))
-    return Weights(place, tensors, **told._asdict(), layout=layout)
+    return Weights(place, tensors, **told._asdict(), layout=layout + _without_positions(tensors))
+
+
+def _without_positions(tensors: dict[str, Tensor]) -> str:
+    """Say which fixed positions are all zero, behind what was recognised; "": none."""
+    found = [name for name in (_POSITIONS, "decoder.pos_embed") if name in tensors and not tensors[name].any()]
+    if not found:
+        return ""
+    cause = "as transformers 5 leaves those of a new ViTMAEForPreTraining: fill them before it is trained"
+    return f"; {' and '.join(found)} all zero, so that it knows no places, {cause}"
 
 
 def known_arch(arch: str, key: str = "model.arch") -> str:
@@ -156,8 +165,8 @@ def derived(of: Weights, given: list[str]) -> list[str]:
         positions = weights.get("encoder.pos_embed")
         if positions is not None and positions.ndim == 3:
             patches = positions.shape[1]
-            if _CLS in weights and not own.no_embed_class:
-                patches -= own.num_prefix_tokens
+            if not own.no_embed_class:
+                patches -= _prefix_in(weights)
             rows, columns = _grid(of, patches, patch, _image_size(given))
             found["data.image_size"] = f"[{rows * patch},{columns * patch}]"
         elif of.image_size and own.pos_embed is None:
@@ -214,14 +223,23 @@ def _fitted(model: CCMIM, of: Weights) -> dict[str, Tensor]:
     if positions_1TD.ndim != 3 or positions_1TD.shape[2] != mine_1TD.shape[2]:
         return weights  # of another shape, as is said
     prefix = mine_1TD.shape[1] - math.prod(model.grid)
-    if _CLS not in weights:  # nor its position
-        positions_1TD = torch.cat([positions_1TD.new_zeros(1, prefix, mine_1TD.shape[2]), positions_1TD], dim=1)
+    if prefix and prefix != (told := _prefix_in(weights)):
+        if _CLS in weights or told > prefix:
+            return weights  # with other tokens than the model, as is said
+        # Without [CLS], and so without its position.
+        positions_1TD = torch.cat([positions_1TD.new_zeros(1, prefix - told, mine_1TD.shape[2]), positions_1TD], dim=1)
     height, width = (side * model.patch for side in model.grid)
     old = _grid(of, positions_1TD.shape[1] - prefix, model.patch, (height, width))
     weights[_POSITIONS] = resampled(positions_1TD, old, model.grid)
     if "decoder.pos_embed" in weights:
         weights["decoder.pos_embed"] = own["decoder.pos_embed"]  # computed from the grid
     return weights
+
+
+def _prefix_in(weights: dict[str, Tensor]) -> int:
+    """Return how many tokens a file has before those of the patches: [CLS], registers, DeiT's of distillation."""
+    tokens = (_CLS, "encoder.reg_token", "encoder.dist_token")
+    return sum(weights[name].shape[1] for name in tokens if name in weights and weights[name].ndim == 3)
 
 
 def _grid(of: Weights, patches: int, patch: int, images: tuple[int, ...]) -> tuple[int, int]:
