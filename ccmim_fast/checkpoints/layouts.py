@@ -97,6 +97,7 @@ def _decoder_beside(tensors: Tensors, prefix: str) -> Tensors:
 _HEADS = (
     "head.",
     "head_dist.",
+    "attn_pool.",
     "last_layer.",
     "pooler.",
     "classifier.",

@@ -41,6 +41,7 @@ class Weights(NamedTuple):
     step: int | None = None  # optimizer steps of pretraining
     max_value: tuple[float, ...] = ()  # the number that was white in those images; see `data.max_value`
     layout: str = ""  # what was recognised in a file, in words
+    positions: str = ""  # `rope` where they are in place of the architecture's
 
 
 def read_weights(place: str) -> Weights:
@@ -61,7 +62,7 @@ def read_weights(place: str) -> Weights:
         run = open_run(place)
         model, data = run.config.model, run.config.data
         told = (model.arch, model.num_heads, data.mean, data.std, data.image_size, run.step, data.max_value)
-        return Weights(str(run.path), run.weights, *told)
+        return Weights(str(run.path), run.weights, *told, positions=model.positions)
     if Path(place).is_dir():
         found, told = read_folder(Path(place))
     elif Path(place).exists() and not Path(place).is_file():
@@ -152,6 +153,7 @@ def derived(of: Weights, given: list[str]) -> list[str]:
     except Exception as error:  # whatever timm raises on a name or class that is none of these
         raise ConfigError(f"--arch={of.arch!r:.80}: {one_line(error)}") from None
     found |= {"model.num_heads": of.num_heads} if of.num_heads else {}
+    found |= {"model.positions": of.positions} if of.positions == "rope" else {}
     found |= {"data.mean": list(of.mean), "data.std": list(of.std)} if of.mean and of.std else {}
     found |= {"data.max_value": list(of.max_value)} if of.max_value else {}
     kernel = weights.get("encoder.patch_embed.proj.weight")
@@ -169,7 +171,7 @@ def derived(of: Weights, given: list[str]) -> list[str]:
                 patches -= _prefix_in(weights)
             rows, columns = _grid(of, patches, patch, _image_size(given))
             found["data.image_size"] = f"[{rows * patch},{columns * patch}]"
-        elif of.image_size and own.pos_embed is None:
+        elif of.image_size and (own.pos_embed is None or of.positions == "rope"):
             found["data.image_size"] = list(of.image_size)
     if "decoder.embed.weight" in weights:
         found["decoder.dim"] = len(weights["decoder.embed.weight"])

@@ -16,7 +16,7 @@ from ccmim_fast.checkpoints.positions import grid_of_file, resampled
 from ccmim_fast.checkpoints.published import Weights, read_weights, timm_model, timm_size, with_arch
 from ccmim_fast.errors import CheckpointError, ConfigError, one_line
 from ccmim_fast.models.encoder import ENCODERS
-from ccmim_fast.models.eva import grouped_heads
+from ccmim_fast.models.eva import grouped_heads, rotary_form
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Shares = tuple[tuple[int, int], ...]  # numerator and denominator
@@ -92,9 +92,12 @@ def build_encoder(
     options |= {"dynamic_img_size": True} if any_size else {}
     options |= {"global_pool": {"avg": "avg", "cls": "token"}[pool], "fc_norm": pool == "avg"} if pool else {}
     try:
-        if isinstance(timm_model(weights.arch), Eva):
-            options = _of_eva(weights, options)
-        vit = timm.create_model(weights.arch, pretrained=False, **options)
+        name, rotary = weights.arch, {}
+        if weights.positions == "rope":
+            name, rotary = rotary_form(weights.arch, timm_model(weights.arch))
+        if rotary or isinstance(timm_model(weights.arch), Eva):
+            options = _of_eva(weights, rotary | options)
+        vit = timm.create_model(name, pretrained=False, **options)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         line = f"model.arch={weights.arch}: timm cannot build it for these images: {one_line(error)}"
         raise ConfigError(line) from None

@@ -10,7 +10,8 @@ from timm.layers import DropPath
 from tiny import images, tiny_model, total_loss
 
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.models.encoder import build_encoder
+from ccmim_fast.models.block import ViTBlock
+from ccmim_fast.models.encoder import build_encoder, timm_form
 from ccmim_fast.models.eva import EvaViTBlock
 from ccmim_fast.models.tokens import embed, encode, folded_projection, places, tokens_of, with_prefix
 from ccmim_fast.models.watched import watched
@@ -245,3 +246,71 @@ def test_other_classes_are_refused():
     sizes = SIZE | {"embed_dim": 60, "num_heads": 6}
     with pytest.raises(ConfigError, match=r"model\.embed_dim=60 must be a multiple of 24 \(6 heads\); nearest: 48"):
         build_encoder("vit_small_patch16_rope_224", channels=3, **sizes)
+
+
+@pytest.mark.parametrize("arch", ["vit_small_patch16_224", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224"])
+def test_rotary_positions_in_place_of_added_ones(arch):
+    """A plain ViT keeps its weights' names but for its positions; one that is rotary stays as it is."""
+    torch.manual_seed(0)
+    ours = randomised(build_encoder(arch, channels=3, **SIZE, positions="rope")).double().eval()
+    sizes = {key: value for key, value in SIZE.items() if key != "image_size"}
+    name, arguments = timm_form(arch, "rope", **sizes)
+    theirs = timm.create_model(name, num_classes=0, img_size=(32, 48), **arguments)
+    theirs.load_state_dict(ours.state_dict())
+    pictures = images(2)
+    with torch.no_grad():
+        close(tokens_of(ours, MEAN, STD)(pictures), theirs.double().eval().forward_features(normalised(pictures)))
+    own = build_encoder(arch, channels=3, **SIZE).state_dict()
+    if arch == "vit_small_patch16_224":
+        del own["pos_embed"]
+    assert {key: value.shape for key, value in own.items()} == {k: v.shape for k, v in ours.state_dict().items()}
+
+
+def test_rotations_of_a_plain_vit_are_rope_vits():
+    """timm's vit_small_patch16_rope_224 without its layer scale."""
+    plain = build_encoder("vit_small_patch16_224", channels=3, **SIZE, positions="rope")
+    assert torch.equal(
+        places(plain)[0]["rope"], places(build_encoder("vit_small_patch16_rope_224", channels=3, **SIZE))[0]["rope"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arch", "reason"),
+    [
+        ("vit_base_patch16_clip_224", "a norm before its blocks"),
+        ("vit_small_patch14_reg4_dinov2", None),
+        ("vit_giant_patch14_dinov2", "an MLP other than GELU's"),
+        ("vit_base_patch16_xp_224", "blocks of another kind"),
+        ("eva_giant_patch14_224", "blocks of another kind"),
+        ("vit_pwee_patch16_reg1_gap_256", "blocks of another kind"),
+    ],
+)
+def test_what_has_no_rotary_form(arch, reason):
+    sizes = SIZE | {"depth": 1}
+    if reason is None:
+        vit = build_encoder(arch, channels=3, **sizes, positions="rope")
+        assert vit.num_prefix_tokens == 5
+        assert vit.blocks[0].gamma_1 is not None
+    else:
+        with pytest.raises(ConfigError, match=f"model.positions=rope: {arch} has {reason}"):
+            build_encoder(arch, channels=3, **sizes, positions="rope")
+
+
+@pytest.mark.parametrize("what", ["blocks", "step"])
+def test_compiles_whole(what):
+    """As torch.compile traces it for a GPU, without a break; here its graph is run as it is."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, _ = tiny_model(torch.float32, model={"arch": "vit_small_patch16_dinov3", "depth": 2}, **METHODS["bank"])
+    pictures, ids_B = images(4), torch.arange(4)
+    expected = model(pictures, ids_B, 0)
+    if what == "step":
+        run = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    else:
+        compute = torch.compile(ViTBlock.compute, fullgraph=True, backend="eager")
+        for block in (*model.encoder.blocks, *model.decoder.blocks):
+            block.compute = compute
+        run = model
+    found = run(pictures, ids_B, 0, partition=expected.partition)
+    torch.testing.assert_close(found.pred_BMP, expected.pred_BMP, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.cls_attention_BL, expected.cls_attention_BL, rtol=1e-4, atol=1e-5)
