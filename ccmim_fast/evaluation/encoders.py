@@ -104,7 +104,7 @@ def build_encoder(
         raise ConfigError(f"model.arch={weights.arch} is a {type(vit).__name__}; it must be a VisionTransformer here")
     if weights.tensors:
         _fill(vit, weights, resample)
-    if any_size and resample == "plain" and isinstance(vit, VisionTransformer):
+    if any_size and resample == "plain" and isinstance(vit, VisionTransformer) and vit.pos_embed is not None:
         vit._pos_embed = MethodType(_add_positions, vit)
     return vit
 
