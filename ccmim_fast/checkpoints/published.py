@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from ccmim_fast.checkpoints.claims import check_claims, check_size
 from ccmim_fast.checkpoints.eva import ANCHORS, likely_arch
 from ccmim_fast.checkpoints.layouts import recognised
-from ccmim_fast.checkpoints.positions import grid_of_file, resampled
+from ccmim_fast.checkpoints.positions import Pair, grid_of_file, resampled
 from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.checkpoints.weight_files import OF_WIDTH, is_model_folder, read_file, read_folder
 from ccmim_fast.config.keys import nearest
 from ccmim_fast.errors import CheckpointError, ConfigError, one_line
 from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.models.encoder import sincos_positions
 
 TIMM = "timm:"  # in front of a name of timm's
 _CLS, _POSITIONS = "encoder.cls_token", "encoder.pos_embed"
@@ -187,13 +188,13 @@ def derived(of: Weights, given: list[str]) -> list[str]:
     return [f"--{key}={value}" for key, value in found.items()]
 
 
-def fill_(model: CCMIM, of: Weights) -> list[str]:
+def fill_(model: CCMIM, of: Weights, antialias: bool = True) -> list[str]:
     """Load weights strictly; return the parts of the model that they lack as a whole, which stay as they are.
 
-    Positions are resampled to the model's grid, and a norm behind pooling becomes the final norm of every token. Raises
-    CheckpointError naming what is missing, unexpected, or of another shape.
+    Positions become those of the model's grid (for `antialias` see `positions.resampled`), a norm behind pooling that
+    of every token. Raises CheckpointError naming what is missing, unexpected, or of another shape.
     """
-    own, weights = model.state_dict(), _fitted(model, of)
+    own, weights = model.state_dict(), _fitted(model, of, antialias)
     owned, given = ({name.partition(".")[0] for name in of} for of in (own, weights))
     new = [part for part in _NEW if part in owned - given]
     if _CLS not in weights:
@@ -214,7 +215,7 @@ def fill_(model: CCMIM, of: Weights) -> list[str]:
     return new
 
 
-def _fitted(model: CCMIM, of: Weights) -> dict[str, Tensor]:
+def _fitted(model: CCMIM, of: Weights, antialias: bool) -> dict[str, Tensor]:
     """Return the weights with positions of the model's grid, and their last norm where the model has it."""
     weights, own = dict(of.tensors), model.state_dict()
     if "encoder.norm.weight" not in weights:
@@ -232,7 +233,7 @@ def _fitted(model: CCMIM, of: Weights) -> dict[str, Tensor]:
         positions_1TD = torch.cat([positions_1TD.new_zeros(1, prefix - told, mine_1TD.shape[2]), positions_1TD], dim=1)
     height, width = (side * model.patch for side in model.grid)
     old = _grid(of, positions_1TD.shape[1] - prefix, model.patch, (height, width))
-    weights[_POSITIONS] = resampled(positions_1TD, old, model.grid)
+    weights[_POSITIONS] = _of_grid(positions_1TD, old, model.grid, prefix, antialias)
     if "decoder.pos_embed" in weights:
         weights["decoder.pos_embed"] = own["decoder.pos_embed"]  # computed from the grid
     return weights
@@ -242,6 +243,16 @@ def _prefix_in(weights: dict[str, Tensor]) -> int:
     """Return how many tokens a file has before those of the patches: [CLS], registers, DeiT's of distillation."""
     tokens = (_CLS, "encoder.reg_token", "encoder.dist_token")
     return sum(weights[name].shape[1] for name in tokens if name in weights and weights[name].ndim == 3)
+
+
+def _of_grid(positions_1TD: Tensor, old: Pair, new: Pair, prefix: int, antialias: bool) -> Tensor:
+    """Return positions of another grid: the fixed sine-cosine ones, in any dtype, are computed, others resampled."""
+    width = positions_1TD.shape[2]
+    if old != new and width % 4 == 0:
+        fixed_TD = sincos_positions(width, old, prefix)
+        if torch.allclose(positions_1TD[0].float(), fixed_TD, atol=0.01):
+            return sincos_positions(width, new, prefix)[None]
+    return resampled(positions_1TD, old, new, antialias)
 
 
 def _grid(of: Weights, patches: int, patch: int, images: tuple[int, ...]) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 # B batch, H height, W width, C channels, T tokens (prefix tokens first), D width
 
-from typing import Any
+from types import MethodType
+from typing import Any, Literal
 
 import timm
 import torch
@@ -61,7 +62,9 @@ def build_encoder(
     *,
     num_classes: int = 0,
     pool: str = "",
+    fc_norm: bool = True,
     drop_path: float = 0.0,
+    resample: Literal["antialias", "plain"] = "antialias",
     any_size: bool = False,
     plain: bool = False,
 ) -> nn.Module:
@@ -71,8 +74,10 @@ def build_encoder(
         image_size: height and width in pixels.
         num_heads: in place of the checkpoint's or the architecture's own where not 0.
         num_classes: of a new head.
-        pool: for fine-tuning, `avg` (mean of the patches' tokens, then a new norm; MAE) or `cls`; empty: frozen, tokens
-            are asked for by `forward_features`.
+        pool: for fine-tuning, `avg` (mean of the patches' tokens) or `cls`; empty: frozen, tokens are asked for by
+            `forward_features`.
+        fc_norm: with `avg`, a norm of the mean in place of that of every token, new unless the weights have one (MAE).
+        resample: how positions are, see `positions.resampled`.
         any_size: images may have any multiple of the patch as sides; positions are resampled again for each batch.
         plain: of one of `ENCODERS` alone, as are all weights of a checkpoint.
 
@@ -90,7 +95,8 @@ def build_encoder(
         raise ConfigError(f"model.pool=cls: {weights.name} has no [CLS] token; nearest valid is avg")
     options |= {"drop_path_rate": drop_path} if drop_path else {}
     options |= {"dynamic_img_size": True} if any_size else {}
-    options |= {"global_pool": {"avg": "avg", "cls": "token"}[pool], "fc_norm": pool == "avg"} if pool else {}
+    if pool:
+        options |= {"global_pool": "token" if pool == "cls" else "avg", "fc_norm": pool == "avg" and fc_norm}
     try:
         name, rotary = weights.arch, {}
         if weights.positions == "rope":
@@ -105,8 +111,20 @@ def build_encoder(
         known = " or ".join(of.__name__ for of in ENCODERS)
         raise ConfigError(f"model.arch={weights.arch} is a {type(vit).__name__}; it must be timm's {known} here")
     if weights.tensors:
-        _fill(vit, weights)
+        _fill(vit, weights, resample)
+    if any_size and resample == "plain" and isinstance(vit, VisionTransformer) and vit.pos_embed is not None:
+        vit._pos_embed = MethodType(_add_positions, vit)
     return vit
+
+
+def _add_positions(vit: VisionTransformer, x_BRCD: Tensor) -> Tensor:
+    """Stand in for timm's method of an encoder of any size of images, whose filter is antialiased."""
+    positions_1TD = resampled(vit.pos_embed, vit.patch_embed.grid_size, tuple(x_BRCD.shape[1:3]), antialias=False)
+    x_BTD, tokens = x_BRCD.flatten(1, 2), [token for token in (vit.cls_token, vit.reg_token) if token is not None]
+    if vit.no_embed_class:
+        x_BTD, positions_1TD = x_BTD + positions_1TD, 0
+    x_BTD = torch.cat([*(token.expand(len(x_BTD), -1, -1) for token in tokens), x_BTD], dim=1)
+    return vit.pos_drop(x_BTD + positions_1TD)
 
 
 def _sizes_in(tensors: dict[str, Tensor]) -> dict[str, int | bool]:
@@ -128,10 +146,10 @@ def _of_eva(weights: Weights, options: dict[str, Any]) -> dict[str, Any]:
     return options | grouped_heads(timm_model(weights.arch), options.get("depth", 0), options.get("num_heads", 0))
 
 
-def _fill(vit: VisionTransformer, weights: Weights) -> None:
+def _fill(vit: VisionTransformer, weights: Weights, resample: str) -> None:
     """Load what the checkpoint has; only a new head and its norm may be missing, and only the old norm be left over."""
     try:
-        result = vit.load_state_dict(_fitted(vit, weights), strict=False)
+        result = vit.load_state_dict(_fitted(vit, weights, resample), strict=False)
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{weights.name}: does not fit {weights.arch}: {one_line(error, 300)}") from None
     missing = [name for name in result.missing_keys if not name.startswith(("head.", "fc_norm."))]
@@ -141,7 +159,7 @@ def _fill(vit: VisionTransformer, weights: Weights) -> None:
         raise CheckpointError(f"{weights.name}: does not fit {weights.arch}: it {which}")
 
 
-def _fitted(vit: VisionTransformer, weights: Weights) -> dict[str, Tensor]:
+def _fitted(vit: VisionTransformer, weights: Weights, resample: str) -> dict[str, Tensor]:
     """Return the tensors, positions resampled to the module's grid from that of the file."""
     tensors, new = dict(weights.tensors), tuple(vit.patch_embed.grid_size)
     if not isinstance(
@@ -155,7 +173,7 @@ def _fitted(vit: VisionTransformer, weights: Weights) -> dict[str, Tensor]:
     likely = [timm_size(weights.arch)] + [vit.patch_embed.img_size] * (new[0] == new[1])
     patches = positions_1TD.shape[1] - prefix
     old = grid_of_file(weights.name, patches, patch, weights.image_size, likely, "--model.pretrained_size")
-    return tensors | {"pos_embed": resampled(positions_1TD, old, new)}
+    return tensors | {"pos_embed": resampled(positions_1TD, old, new, resample == "antialias")}
 
 
 def out_indices(depth: int, shares: Shares) -> tuple[int, ...]:
