@@ -9,8 +9,10 @@ from ccmim_fast.checkpoints.eva import likely_arch
 from ccmim_fast.checkpoints.layouts import recognised
 from ccmim_fast.checkpoints.published import read_weights
 from ccmim_fast.cli import main
+from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.errors import CheckpointError, ConfigError
 from ccmim_fast.evaluation.encoders import build_encoder, read_encoder
+from ccmim_fast.evaluation.finetune import build_optimizer
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -190,3 +192,19 @@ def test_a_dinov3_is_imported(transformers, tmp_path, capsys, kind):
     assert f"{place}: " in capsys.readouterr().out
     imported = to_timm(read_weights(str(tmp_path / "run")).tensors)
     torch.testing.assert_close(imported, vit.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("arch", ["vit_small_patch16_dinov3_qkvb", "vit_base_patch16_rope_mixed_224"])
+def test_rates_of_fine_tuning_fall_from_block_to_block(arch):
+    """Tokens, patches and learned frequencies (positions) have the lowest; the head and its norm the whole."""
+    vit = timm.create_model(arch, **SMALL | {"num_classes": 5, "global_pool": "token", "use_fc_norm": False})
+    optimizer = build_optimizer(vit, EvalOptimConfig(layer_decay=0.5, weight_decay=0.1))
+    names = {id(parameter): name for name, parameter in vit.named_parameters()}
+    rate = {names[id(p)]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    decay = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert set(rate) == set(names.values())
+    for name, scale in rate.items():
+        block = int(name.split(".")[1]) if name.startswith("blocks.") else -1
+        expected = 1.0 if name.startswith(("head", "norm")) else 0.5 ** (2 - block)
+        assert scale == expected, name
+        assert not (decay[name] and (vit.get_parameter(name).ndim == 1 or "token" in name or "freqs" in name)), name
