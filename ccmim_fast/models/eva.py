@@ -108,7 +108,6 @@ def rotary_form(arch: str, own: nn.Module) -> tuple[str, dict[str, Any]]:
         "num_heads": block.attn.num_heads,
         "mlp_ratio": block.mlp.fc1.out_features / own.embed_dim,
         "qkv_bias": block.attn.qkv.bias is not None,
-        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
         "num_reg_tokens": own.num_reg_tokens,
         "attn_type": "rope",
         "use_abs_pos_emb": False,
@@ -116,8 +115,11 @@ def rotary_form(arch: str, own: nn.Module) -> tuple[str, dict[str, Any]]:
         "rope_grid_indexing": "xy",
         "rope_temperature": 100.0,
     }
-    scale = getattr(block.ls1, "init_values", 0.0)
-    return ROTARY, arguments | ({"init_values": scale} if scale else {})
+    if not isinstance(block.attn.q_norm, nn.Identity):
+        arguments["qk_norm"] = True
+    if not isinstance(block.ls1, nn.Identity):
+        arguments["init_values"] = block.ls1.init_values
+    return ROTARY, arguments
 
 
 def _obstacle(own: nn.Module) -> str:

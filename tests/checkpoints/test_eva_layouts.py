@@ -11,7 +11,8 @@ from ccmim_fast.checkpoints.published import read_weights
 from ccmim_fast.cli import main
 from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.errors import CheckpointError, ConfigError
-from ccmim_fast.evaluation.encoders import build_encoder, read_encoder
+from ccmim_fast.evaluation.detection.detector import use_windows_
+from ccmim_fast.evaluation.encoders import OUTPUTS, build_encoder, keep_blocks_, maps_of, read_encoder
 from ccmim_fast.evaluation.finetune import build_optimizer
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -129,6 +130,8 @@ FILES = {
 def test_files(tmp_path, kind):
     """As frozen features are read: the tokens before a norm that stands behind the pooling."""
     arch, theirs, words = FILES[kind]
+    if not timm.is_model(arch):
+        pytest.skip("an older timm")
     vit, pixels = small(arch, **({"num_kv_heads": 2} if "sapiens2" in arch else {})), torch.randn(2, 3, 32, 32)
     torch.save(theirs(vit.state_dict()), tmp_path / "w.pth")
     with torch.no_grad():
@@ -192,6 +195,26 @@ def test_a_dinov3_is_imported(transformers, tmp_path, capsys, kind):
     assert f"{place}: " in capsys.readouterr().out
     imported = to_timm(read_weights(str(tmp_path / "run")).tensors)
     torch.testing.assert_close(imported, vit.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "arch", ["eva02_small_patch14_224", "vit_small_patch16_dinov3", "vit_base_patch16_rope_mixed_ape_224"]
+)
+def test_maps_of_images_of_any_size(tmp_path, arch):
+    """Rotations and positions are those of the size that a batch has; windows, which know none, are refused."""
+    torch.save(small(arch).state_dict(), tmp_path / "w.pth")
+    weights, pixels = (
+        read_encoder(str(tmp_path / "w.pth"), arch, 2, pretrained_size=(32, 32)),
+        torch.randn(2, 3, 48, 40),
+    )
+    found = []
+    for options in ({"image_size": (32, 32), "any_size": True}, {"image_size": (48, 40)}):
+        vit = build_encoder(weights, num_heads=2, plain=True, **options).eval()
+        found.append(maps_of(vit, keep_blocks_(vit, OUTPUTS), pixels))
+    assert [tuple(one.shape) for one in found[0]] == [(2, 32, 6, 5)] * 4
+    torch.testing.assert_close(*found)
+    with pytest.raises(ConfigError, match="detect.window=2: rotary positions are of the whole grid"):
+        use_windows_(vit, 2, ())
 
 
 @pytest.mark.parametrize("arch", ["vit_small_patch16_dinov3_qkvb", "vit_base_patch16_rope_mixed_224"])

@@ -75,11 +75,6 @@ def detector_of(job: Job) -> nn.Module:
         )
     if section.window and not jitter:
         raise ConfigError(f"detect.window={section.window}: needs images of one size; use detect.resize=jitter")
-    if section.window and getattr(vit, "rope", None) is not None:
-        raise ConfigError(
-            f"detect.window={section.window}: {job.weights.name} has rotary positions, which are of the whole grid; "
-            "use detect.window=0"
-        )
     if section.window:
         use_windows_(vit, section.window, out_indices(len(vit.blocks), QUARTERS))
     model = build_detector(
