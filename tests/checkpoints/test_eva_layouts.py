@@ -213,7 +213,7 @@ def test_maps_of_images_of_any_size(tmp_path, arch):
         found.append(maps_of(vit, keep_blocks_(vit, OUTPUTS), pixels))
     assert [tuple(one.shape) for one in found[0]] == [(2, 32, 6, 5)] * 4
     torch.testing.assert_close(*found)
-    with pytest.raises(ConfigError, match="detect.window=2: rotary positions are of the whole grid"):
+    with pytest.raises(ConfigError, match=r"detect\.window=2: rotary positions are of the whole grid"):
         use_windows_(vit, 2, ())
 
 
