@@ -15,13 +15,12 @@ from ccmim_fast.checkpoints.claims import check_claims, check_size
 from ccmim_fast.checkpoints.convert import to_timm
 from ccmim_fast.checkpoints.eva import ANCHORS, likely_arch
 from ccmim_fast.checkpoints.layouts import recognised
-from ccmim_fast.checkpoints.positions import Pair, grid_of_file, resampled
+from ccmim_fast.checkpoints.positions import grid_of_file, of_grid
 from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.checkpoints.weight_files import OF_WIDTH, is_model_folder, read_file, read_folder
 from ccmim_fast.config.keys import nearest
 from ccmim_fast.errors import CheckpointError, ConfigError, one_line
 from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.models.encoder import sincos_positions
 from ccmim_fast.models.parts import parts_in, settings_of
 
 TIMM = "timm:"  # in front of a name of timm's
@@ -239,7 +238,7 @@ def _fitted(model: CCMIM, of: Weights, antialias: bool) -> dict[str, Tensor]:
         positions_1TD = torch.cat([positions_1TD.new_zeros(1, prefix - told, mine_1TD.shape[2]), positions_1TD], dim=1)
     height, width = (side * model.patch for side in model.grid)
     old = _grid(of, positions_1TD.shape[1] - prefix, model.patch, (height, width))
-    weights[_POSITIONS] = _of_grid(positions_1TD, old, model.grid, prefix, antialias)
+    weights[_POSITIONS] = of_grid(positions_1TD, old, model.grid, prefix, antialias)
     if "decoder.pos_embed" in weights:
         weights["decoder.pos_embed"] = own["decoder.pos_embed"]  # computed from the grid
     return weights
@@ -249,16 +248,6 @@ def _prefix_in(weights: dict[str, Tensor]) -> int:
     """Return how many tokens a file has before those of the patches: [CLS], registers, DeiT's of distillation."""
     tokens = (_CLS, "encoder.reg_token", "encoder.dist_token")
     return sum(weights[name].shape[1] for name in tokens if name in weights and weights[name].ndim == 3)
-
-
-def _of_grid(positions_1TD: Tensor, old: Pair, new: Pair, prefix: int, antialias: bool) -> Tensor:
-    """Return positions of another grid: the fixed sine-cosine ones, in any dtype, are computed, others resampled."""
-    width = positions_1TD.shape[2]
-    if old != new and width % 4 == 0:
-        fixed_TD = sincos_positions(width, old, prefix)
-        if torch.allclose(positions_1TD[0].float(), fixed_TD, atol=0.01):
-            return sincos_positions(width, new, prefix)[None]
-    return resampled(positions_1TD, old, new, antialias)
 
 
 def _grid(of: Weights, patches: int, patch: int, images: tuple[int, ...]) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 # B batch, H height, W width, C channels, T tokens (prefix tokens first), D width
 
+from collections.abc import Mapping
 from types import MethodType
 from typing import Any, Literal
 
@@ -100,11 +101,9 @@ def build_encoder(
     if pool:
         options |= {"global_pool": "token" if pool == "cls" else "avg", "fc_norm": pool == "avg" and fc_norm}
     try:
-        name, own, rotary = weights.arch, timms_own(weights.arch), {}
-        if weights.positions == "rope":
-            name, rotary = rotary_form(weights.arch, own)
-        if rotary or isinstance(own, Eva):
-            options = _of_eva(weights, rotary | as_eva(options))
+        name = weights.arch
+        if weights.positions == "rope" or isinstance(timms_own(name), Eva):
+            name, options = eva_form(weights, weights.tensors, {"dynamic_img_size": False} | options)
         vit = timm.create_model(name, pretrained=False, **options)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         line = f"model.arch={weights.arch}: timm cannot build it for these images: {one_line(error)}"
@@ -135,17 +134,22 @@ def _sizes_in(tensors: dict[str, Tensor]) -> dict[str, int | bool]:
     return {"patch_size": patch, "embed_dim": width, "depth": depth, "class_token": "cls_token" in tensors}
 
 
-def _of_eva(weights: Weights, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a VisionTransformer as timm's Eva has them: its norms stand where the weights have them."""
-    options = {"dynamic_img_size": False} | options
+def eva_form(of: Weights, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the name and options by which timm's Eva is built; `options` are those of a VisionTransformer.
+
+    `tensors` are the module's; none for initial weights. Norms stand where they have them.
+    """
+    own = timms_own(of.arch)
+    name, rotary = rotary_form(of.arch, own) if of.positions == "rope" else (of.arch, {})
+    options = rotary | as_eva(parts_in(tensors, own) | options)
     if "fc_norm" in options:
         options["use_fc_norm"] = options.pop("fc_norm")
-        normed = not weights.tensors or {"norm.weight", f"{_POOLED_NORM}weight"} & weights.tensors.keys()
+        normed = not tensors or {"norm.weight", f"{_POOLED_NORM}weight"} & tensors.keys()
         options["use_post_transformer_norm"] = bool(normed) and not options["use_fc_norm"]
-    if weights.tensors:
-        registers = weights.tensors.get("reg_token")
+    if tensors:
+        registers = tensors.get("reg_token")
         options["num_reg_tokens"] = 0 if registers is None else registers.shape[1]
-    return options | grouped_heads(timms_own(weights.arch), options.get("depth", 0), options.get("num_heads", 0))
+    return name, options | grouped_heads(own, options.get("depth", 0), options.get("num_heads", 0))
 
 
 def _fill(vit: VisionTransformer, weights: Weights, resample: str) -> None:

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ccmim_fast.evaluation.classifier import Logits, OpenedClassifier
+from ccmim_fast.evaluation.encoders import eva_form
 from ccmim_fast.export.graphs import write_onnx, write_program
 from ccmim_fast.export.hugging_face import config_of, expressed, obstacles, refuse, renamed, whole_images, write_folder
 from ccmim_fast.export.plain import commit_of, public, timm_config, timm_images, to_yaml, write_json, write_weights
@@ -15,19 +17,25 @@ from ccmim_fast.models.tokens import patch_size_of
 
 
 def timm_arguments(of: OpenedClassifier) -> dict[str, Any]:
-    """Return what `timm.create_model` needs beside the architecture's name and the number of classes."""
-    vit = of.vit
-    return {
+    """Return what `timm.create_model` needs beside `timm_arch` and the number of classes."""
+    return _form(of)[1]
+
+
+def _form(of: OpenedClassifier) -> tuple[str, dict[str, Any]]:
+    vit, weights = of.vit, of.vit.state_dict()
+    sizes = {
         "img_size": list(of.config.data.image_size),
         "in_chans": vit.patch_embed.proj.in_channels,
-        "class_token": vit.has_class_token,
+        "class_token": vit.cls_token is not None,
         "global_pool": vit.global_pool,
-        "fc_norm": "fc_norm.weight" in vit.state_dict(),
         "patch_size": patch_size_of(vit),
         "embed_dim": vit.embed_dim,
         "depth": len(vit.blocks),
         "num_heads": vit.blocks[0].attn.num_heads,
     }
+    if isinstance(vit, Eva):
+        return eva_form(of.encoder, weights, sizes | {"fc_norm": "fc_norm.weight" in weights})
+    return of.encoder.arch, sizes | {"fc_norm": "fc_norm.weight" in weights}
 
 
 def about(of: OpenedClassifier) -> dict[str, str]:
@@ -39,7 +47,9 @@ def about(of: OpenedClassifier) -> dict[str, str]:
         "classes": json.dumps(of.classes),
         "accuracy": json.dumps(of.accuracy),
         "arch": encoder.arch,
+        "timm_arch": _form(of)[0],
         "timm_arguments": json.dumps(timm_arguments(of)),
+        "positions": encoder.positions or "sincos",
         "image_size": json.dumps(list(data.image_size)),
         "test_crop": str(data.test_crop),
         "patch_size": str(patch_size_of(of.vit)),
@@ -55,7 +65,7 @@ def about(of: OpenedClassifier) -> dict[str, str]:
 
 
 def export_timm(of: OpenedClassifier, out: Path) -> list[Path]:
-    """Write it for `timm.create_model(arch, num_classes=K, checkpoint_path=FILE, **timm_arguments)`.
+    """Write it for `timm.create_model(timm_arch, num_classes=K, checkpoint_path=FILE, **timm_arguments)`.
 
     A folder gets a config.json, too: `timm.create_model("local-dir:FOLDER", pretrained=True)` then needs no more.
     """
@@ -64,7 +74,7 @@ def export_timm(of: OpenedClassifier, out: Path) -> list[Path]:
         return [file]
     data = of.config.data
     shown = timm_images(data.image_size, of.encoder.mean, of.encoder.std, crop_pct=data.test_crop, crop_mode="center")
-    config = timm_config(of.encoder.arch, of.vit, timm_arguments(of), shown)
+    config = timm_config(_form(of)[0], of.vit, timm_arguments(of), shown)
     return [file, write_json(out / "config.json", config | {"label_names": list(of.classes)})]
 
 
@@ -121,12 +131,12 @@ def _beit_weights(vit: VisionTransformer) -> dict[str, Tensor]:
 
     BEiT's positions are resampled wherever images are not square, as if their grid were.
     """
+    refuse("hf-vit", obstacles(vit, norm="fc_norm"))
     height, width = vit.patch_embed.img_size
     found = {
         f"a classifier of pooled tokens of images that are not square ([{height}, {width}])": height != width,
         "queries, keys and values without bias": vit.blocks[0].attn.qkv.bias is None,
     }
-    refuse("hf-vit", obstacles(vit, norm="fc_norm"))
     refuse("hf-vit", [words for words, there in found.items() if there])
     weights = expressed(vit)
     others = {f"classifier.{part}": weights.pop(f"head.{part}") for part in ("weight", "bias")}
