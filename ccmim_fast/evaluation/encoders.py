@@ -42,7 +42,7 @@ def read_encoder(checkpoint: str, arch: str = "", num_heads: int = 0, pretrained
     tensors = {k: value for k, value in to_timm(found.tensors).items() if not k.startswith(_HEADS)}
     if "norm.weight" in tensors:
         tensors = {k: value for k, value in tensors.items() if not k.startswith(_POOLED_NORM)}
-    if found.tensors and not {"patch_embed.proj.weight", "blocks.0.norm1.weight"} <= tensors.keys():
+    if found.tensors and not ("patch_embed.proj.weight" in tensors and any(k.startswith("blocks.0.") for k in tensors)):
         raise CheckpointError(f"{found.name}: no vision transformer under timm's names in it")
     mean, std = (found.mean, found.std) if found.mean and found.std else IMAGENET
     return found._replace(tensors=tensors, mean=mean, std=std, image_size=pretrained_size or found.image_size)

@@ -48,6 +48,7 @@ def write_card(
         mean=list(config.data.mean),
         std=list(config.data.std),
         white=_white(target, config.data.max_value),
+        backend=_backend(config.data.max_value),
         changed=[(key, _cell(show(value))) for key, _, value in difference(Config(), public(config))],
         losses=_last_losses(run.folder),
         evaluation=evaluation,
@@ -87,6 +88,7 @@ def write_classifier_card(
         mean=list(encoder.mean),
         std=list(encoder.std),
         white=_white(target, encoder.max_value),
+        backend=_backend(encoder.max_value),
         changed=[(key, _cell(show(value))) for key, _, value in difference(EvalConfig(), public(of.config))],
         classes=[_cell(one) for one in of.classes],
         evaluation=evaluation,
@@ -106,15 +108,21 @@ def _size(image_size: tuple[int, int]) -> str:
 
 
 def _white(target: str, max_value: tuple[float, ...]) -> str:
-    """Say what number becomes 1: for transformers, whose processor divides by one that was written down."""
+    """Say what number of a pixel becomes 1, and how transformers' processor is given pixels of more than 8 bits."""
     said = ", ".join(f"{value:g}" for value in max_value)
-    white = f"{said} of a stored pixel is white (data.max_value)" if said else "255 is white in images of 8 bits"
+    white = f"In the stored pixels {said} is white (`data.max_value`)." if said else ""
     if TARGETS[target].library != "transformers":
-        return white if said else ""
+        return white
     if said:
-        return f"{white}, and the processor's rescale_factor is 1 / {max_value[0]:g}"
-    other = "in deeper ones it is what their format makes it, as 65535 of 16 bits and 1 of floats"
-    return f"{white}, as the processor's rescale_factor says; {other}: give it images that were scaled to 8 bits"
+        how = f"`rescale_factor` is 1 / {max_value[0]:g}: give the processor the stored numbers"
+    else:
+        how = "The processor takes 255 for white, as in images of 8 bits: scale others so, and give them"
+    return f"{white} {how} as float32 arrays (uint16 wraps around where it is resized).".strip()
+
+
+def _backend(max_value: tuple[float, ...]) -> str:
+    """Return the backend of transformers' processor: Pillow has our pixels, torchvision resizes floats, too."""
+    return "torchvision" if max_value else "pil"
 
 
 def _facts(target: str, run: OpenedRun) -> dict[str, Any]:

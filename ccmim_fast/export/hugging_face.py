@@ -107,6 +107,7 @@ def obstacles(vit: VisionTransformer, norm: str = "norm") -> list[str]:
     surplus, missing = ours - theirs, {name for name in theirs - ours if not name.endswith(f"{_QKV}.bias")}
     eps = {part.eps for part in vit.modules() if isinstance(part, nn.LayerNorm)}
     activations = [getattr(block.mlp, "act", None) for block in vit.blocks]
+    shapes = {(b.attn.num_heads, *(value.shape for value in b.state_dict().values())) for b in vit.blocks}
     projection = vit.patch_embed.proj
     found = {
         f"a {type(vit).__name__}": type(vit) is not VisionTransformer,
@@ -118,7 +119,7 @@ def obstacles(vit: VisionTransformer, norm: str = "norm") -> list[str]:
         "heads of another width than the encoder's over their number": any(
             block.attn.head_dim * block.attn.num_heads != vit.embed_dim for block in vit.blocks
         ),
-        "blocks of several shapes": len({(b.attn.num_heads, b.mlp.fc1.out_features) for b in vit.blocks}) > 1,
+        "blocks of several shapes": len(shapes) > 1,
         "patches that are not square, or overlap": len({*projection.kernel_size, *projection.stride}) > 1,
     }
     return [words for words, there in found.items() if there]
