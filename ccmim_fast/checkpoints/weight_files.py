@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ccmim_fast.errors import CheckpointError, one_line
+from ccmim_fast.models.eva import ROTARY
 
 OF_WIDTH = {  # timm's plain ViTs, by width: patch and blocks are read off the weights
     192: "vit_tiny_patch16_224",
@@ -25,6 +26,7 @@ OF_WIDTH = {  # timm's plain ViTs, by width: patch and blocks are read off the w
 }
 _SIZES = {384: "small", 768: "base", 1024: "large", 1536: "giant"}
 _DINOV2 = {"dinov2": "vit_{}_patch14_dinov2", "dinov2_with_registers": "vit_{}_patch14_reg4_dinov2"}
+_DINOV3 = "dinov3_vit"  # whose weights tell the architecture
 WEIGHTS = "model.safetensors"  # in a folder of transformers, of timm, or of ours
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
 _PICKLED = "pytorch_model.bin"  # of older versions
@@ -40,6 +42,7 @@ class Told(NamedTuple):
     std: tuple[float, ...] = ()
     image_size: tuple[int, ...] = ()
     max_value: tuple[float, ...] = ()
+    positions: str = ""
 
 
 def read_file(name: str) -> tuple[Mapping[str, Any], Told]:
@@ -58,7 +61,8 @@ def read_file(name: str) -> tuple[Mapping[str, Any], Told]:
         raise CheckpointError(
             f"{name}: what it tells of itself is damaged; expected what ccmim export writes"
         ) from None
-    return weights, Told(about.get("arch", ""), heads, mean, std, size, white)
+    arch, positions = _plain(about.get("arch", ""), arguments)
+    return weights, Told(arch, heads, mean, std, size, white, positions)
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -92,12 +96,20 @@ def _of_timm(config: dict[str, Any]) -> Told:
     of_images, arguments = config.get("pretrained_cfg", {}), config.get("model_args", {})
     mean, std = (tuple(map(float, of_images.get(key, ()))) for key in ("mean", "std"))
     heads, size = int(arguments.get("num_heads", 0)), arguments.get("img_size") or of_images.get("input_size", ())[1:]
-    return Told(str(config["architecture"]), heads, mean, std, _pair(size))
+    arch, positions = _plain(str(config["architecture"]), arguments)
+    return Told(arch, heads, mean, std, _pair(size), positions=positions)
+
+
+def _plain(arch: str, arguments: dict[str, Any]) -> tuple[str, str]:
+    """Return our name and `rope` for a plain ViT with rotary positions, which timm builds as another architecture."""
+    if arch == ROTARY and arguments.get("use_rot_pos_emb"):
+        return OF_WIDTH.get(arguments.get("embed_dim"), "vit_base_patch16_224"), "rope"
+    return arch, ""
 
 
 def _of_transformers(config: dict[str, Any], preparation: dict[str, Any]) -> Told:
     width, kind = int(config.get("hidden_size", 0)), config.get("model_type", "")
-    arch = OF_WIDTH.get(width, "")
+    arch = "" if kind == _DINOV3 else OF_WIDTH.get(width, "")
     if kind in _DINOV2:
         arch = _DINOV2[kind].format(_SIZES[width]) if width in _SIZES else ""
     mean, std = (tuple(map(float, preparation.get(f"image_{key}") or ())) for key in ("mean", "std"))

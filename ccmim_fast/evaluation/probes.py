@@ -24,7 +24,7 @@ TRUST = 0.001  # coefficient of LARS; MAE, util/lars.py
 def linear(job: Job) -> Work:
     """Prepare the linear probe: one linear layer, or one for each of `head.rates`, all on the same batches."""
     pool, rates = job.config.model.pool, job.config.head.rates
-    encoder = job.frozen_encoder(pool)
+    encoder = job.frozen_encoder()
     head = LinearHeads(encoder.width, job.test.classes, len(rates), job.config.head.init_std)
 
     @torch.no_grad()
@@ -42,7 +42,7 @@ def head_names(rates: tuple[float, ...]) -> tuple[str, ...]:
 
 def attentive(job: Job) -> Work:
     """Prepare the attentive probe: a learned query attends to all tokens."""
-    encoder = job.frozen_encoder()
+    encoder = job.frozen_encoder(pools=False)
     heads = job.config.head.num_heads or encoder.vit.blocks[0].attn.num_heads
     if encoder.width % heads:
         raise ConfigError(f"head.num_heads={heads}: must be a divisor of the width {encoder.width}; nearest valid is 1")

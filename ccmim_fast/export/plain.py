@@ -18,6 +18,7 @@ from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.load import to_yaml
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import CheckpointError
+from ccmim_fast.models.encoder import timm_form
 from ccmim_fast.models.tokens import patch_size_of
 
 
@@ -34,9 +35,17 @@ def method(config: Config) -> str:
 
 def timm_arguments(config: Config) -> dict[str, Any]:
     """Return what `timm.create_model` needs beside the architecture's name to build the encoder."""
+    return {"img_size": list(config.data.image_size), "in_chans": config.data.channels} | _form(config)[1]
+
+
+def timm_arch(config: Config) -> str:
+    """Return timm's name for these arguments."""
+    return _form(config)[0]
+
+
+def _form(config: Config) -> tuple[str, dict[str, Any]]:
     sizes = {key: getattr(config.model, key) for key in ("patch_size", "embed_dim", "depth", "num_heads")}
-    fixed = {"img_size": list(config.data.image_size), "in_chans": config.data.channels, "class_token": True}
-    return fixed | {"global_pool": "token"} | {key: value for key, value in sizes.items() if value}
+    return timm_form(config.model.arch, config.model.positions, **sizes)
 
 
 def commit_of(folder: Path) -> str:
@@ -52,7 +61,7 @@ def about(run: OpenedRun) -> dict[str, str]:
     return {
         "format": "pt",
         "method": method(run.config),
-        "arch": run.config.model.arch,
+        "arch": timm_arch(run.config),
         "timm_arguments": json.dumps(timm_arguments(run.config)),
         "image_size": json.dumps(list(data.image_size)),
         "patch_size": str(patch_size_of(vit)),
@@ -78,11 +87,11 @@ def export_timm(run: OpenedRun, out: Path) -> list[Path]:
         return [file]
     data, vit = run.config.data, run.model.encoder
     shown = timm_images(data.image_size, data.mean, data.std, crop_pct=1.0, crop_mode="squash")
-    config = timm_config(run.config.model.arch, vit, timm_arguments(run.config), shown)
+    config = timm_config(timm_arch(run.config), timm_arguments(run.config), vit, shown)
     return [file, write_json(out / "config.json", config)]
 
 
-def timm_config(arch: str, vit: VisionTransformer, arguments: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
+def timm_config(arch: str, arguments: dict[str, Any], vit: VisionTransformer, images: dict[str, Any]) -> dict[str, Any]:
     """Return what a folder's config.json tells timm: how to build the module, and how `images` are prepared."""
     return {
         "architecture": arch,
