@@ -72,10 +72,11 @@ def _check_arch(config: Config) -> None:
     import timm  # takes seconds to import, which --help need not wait for
     from timm.models import is_model_in_modules
 
-    modules = ("vision_transformer", "deit", "eva")
+    # Of names in the last two the encoder says why they do not train.
+    modules = ("vision_transformer", "deit", "eva", "vision_transformer_hybrid", "vitamin")
     if not is_model_in_modules(config.model.arch, modules):
-        names = [name for module in modules for name in timm.list_models(module=module, exclude_filters="test_*")]
-        refuse("model.arch", config.model.arch, "a timm VisionTransformer", nearest(config.model.arch, names))
+        names = [name for module in modules[:3] for name in timm.list_models(module=module, exclude_filters="test_*")]
+        refuse("model.arch", config.model.arch, "a ViT of timm's", nearest(config.model.arch, names))
 
 
 def _check_widths(config: Config) -> None:

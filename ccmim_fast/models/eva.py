@@ -6,11 +6,12 @@ their names stay timm's.
 
 # B batch, T tokens, P prefix tokens, N heads, H head dim, D width
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, LayerNorm, Mlp, apply_rot_embed_cat
+from timm.layers import Attention, LayerNorm, Mlp, SwiGLUPacked, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -120,6 +121,16 @@ def rotary_form(arch: str, own: nn.Module) -> tuple[str, dict[str, Any]]:
     if not isinstance(block.ls1, nn.Identity):
         arguments["init_values"] = block.ls1.init_values
     return ROTARY, arguments
+
+
+def as_eva(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments of timm's VisionTransformer, as of `parts.chosen_parts`, as its Eva takes them."""
+    found = {"num_reg_tokens" if key == "reg_tokens" else key: value for key, value in arguments.items()}
+    found.pop("act_layer", None)
+    if found.pop("mlp_layer", None) is SwiGLUPacked:
+        # Of a ViT the ratio counts the gates too.
+        found |= {"swiglu_mlp": True, "mlp_ratio": math.nextafter(found["mlp_ratio"] / 2, math.inf)}
+    return found
 
 
 def _obstacle(own: nn.Module) -> str:

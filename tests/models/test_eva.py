@@ -258,7 +258,8 @@ def test_rotary_positions_in_place_of_added_ones(arch):
     torch.manual_seed(0)
     ours = randomised(build_encoder(arch, channels=3, **SIZE, positions="rope")).double().eval()
     sizes = {key: value for key, value in SIZE.items() if key != "image_size"}
-    name, arguments = timm_form(arch, "rope", **sizes)
+    parts = {"registers": 0, "layer_scale": 0.0, "qk_norm": False, "mlp": "own"}
+    name, arguments = timm_form(arch, "rope", **parts, **sizes)
     theirs = timm.create_model(name, num_classes=0, img_size=(32, 48), **arguments)
     theirs.load_state_dict(ours.state_dict())
     pictures = images(2)
