@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -34,7 +35,7 @@ class OpenedClassifier:
 
     path: Path  # folder of the checkpoint, or what was exported
     folder: Path  # folder of the run
-    vit: VisionTransformer  # normalised images [B, C, H, W] -> logits [B, K]; evaluating, float32, on the CPU
+    vit: VisionTransformer | Eva  # normalised images [B, C, H, W] -> logits [B, K]; evaluating, float32, on the CPU
     encoder: Weights  # what the run knew of the encoder that it began with; no tensors
     classes: tuple[str, ...]  # names of the K classes
     config: EvalConfig
@@ -106,7 +107,9 @@ def _told(told: dict[str, Any]) -> Weights:
     return encoder._replace(arch=known_arch(encoder.arch))
 
 
-def _fine_tuned(tensors: dict[str, Tensor], encoder: Weights, config: EvalConfig, place: str) -> VisionTransformer:
+def _fine_tuned(
+    tensors: dict[str, Tensor], encoder: Weights, config: EvalConfig, place: str
+) -> VisionTransformer | Eva:
     """Build the module that was trained: its positions are those of the settings' images."""
     check_claims({f"encoder.{name}": value for name, value in tensors.items()}, place)
     head = {kind: tensors[f"head.{kind}"] for kind in ("weight", "bias") if f"head.{kind}" in tensors}
@@ -129,7 +132,7 @@ def _best_head(rates: tuple[float, ...], figures: dict[str, float], averages: st
 
 def _probe(
     tensors: dict[str, Tensor], head: int, encoder: Weights, config: EvalConfig, expected: str, place: str
-) -> VisionTransformer:
+) -> VisionTransformer | Eva:
     """Build the frozen encoder with one of the heads, BatchNorm folded into it."""
     try:
         found = read_encoder(encoder.name, encoder.arch, encoder.num_heads, config.model.pretrained_size)
@@ -143,22 +146,27 @@ def _probe(
         heads.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{place}: the weights do not fit the settings: {one_line(error)}") from None
-    found = found._replace(mean=encoder.mean, std=encoder.std)
-    size, pool = config.data.image_size, _TIMMS[config.model.pool]
-    return with_head(found, size, config.model.num_heads, pool, heads.folded(head))
+    found, model = found._replace(mean=encoder.mean, std=encoder.std), config.model
+    options = {"resample": model.resample, "pool": "avg" if model.pool == "avg" and model.fc_norm else ""}
+    return with_head(found, config.data.image_size, model.num_heads, _TIMMS[model.pool], heads.folded(head), **options)
 
 
 def with_head(
-    encoder: Weights, image_size: tuple[int, int], num_heads: int, pool: str, head: dict[str, Tensor]
-) -> VisionTransformer:
-    """Build timm's module of an encoder and a linear head; `pool` is timm's `global_pool`, before the head's norm.
+    encoder: Weights,
+    image_size: tuple[int, int],
+    num_heads: int,
+    global_pool: str,
+    head: dict[str, Tensor],
+    **options: Any,
+) -> VisionTransformer | Eva:
+    """Build timm's module of an encoder and a linear head behind `global_pool`; `options` are of `build_encoder`.
 
     Raises CheckpointError: shapes that do not fit; ConfigError: see `build_encoder`.
     """
-    vit = build_encoder(encoder, image_size, num_heads, plain=True)
+    vit = build_encoder(encoder, image_size, num_heads, plain=True, **options)
     if head.keys() != {"weight", "bias"} or head["weight"].ndim != 2:
         raise CheckpointError(f"{encoder.name}: its head is no linear layer with a bias")
-    vit.reset_classifier(len(head["weight"]), pool)
+    vit.reset_classifier(len(head["weight"]), global_pool)
     try:
         vit.head.load_state_dict(head)
     except RuntimeError as error:

@@ -8,21 +8,21 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from ccmim_fast.checkpoints.published import timms_own
+from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.classifier import Logits, OpenedClassifier
 from ccmim_fast.evaluation.encoders import eva_form
 from ccmim_fast.export.graphs import write_onnx, write_program
 from ccmim_fast.export.hugging_face import config_of, expressed, obstacles, refuse, renamed, whole_images, write_folder
 from ccmim_fast.export.plain import commit_of, public, timm_config, timm_images, to_yaml, write_json, write_weights
+from ccmim_fast.export.timm_model import rebuilds, written_form
+from ccmim_fast.models.parts import parts_in
 from ccmim_fast.models.tokens import patch_size_of
 
 
-def timm_arguments(of: OpenedClassifier) -> dict[str, Any]:
-    """Return what `timm.create_model` needs beside `timm_arch` and the number of classes."""
-    return _form(of)[1]
-
-
 def _form(of: OpenedClassifier) -> tuple[str, dict[str, Any]]:
-    vit, weights = of.vit, of.vit.state_dict()
+    """Return timm's name, and what `timm.create_model` needs beside it and the number of classes."""
+    vit, weights, arch = of.vit, of.vit.state_dict(), of.encoder.arch
     sizes = {
         "img_size": list(of.config.data.image_size),
         "in_chans": vit.patch_embed.proj.in_channels,
@@ -32,23 +32,25 @@ def _form(of: OpenedClassifier) -> tuple[str, dict[str, Any]]:
         "embed_dim": vit.embed_dim,
         "depth": len(vit.blocks),
         "num_heads": vit.blocks[0].attn.num_heads,
+        "fc_norm": "fc_norm.weight" in weights,
     }
     if isinstance(vit, Eva):
-        return eva_form(of.encoder, weights, sizes | {"fc_norm": "fc_norm.weight" in weights})
-    return of.encoder.arch, sizes | {"fc_norm": "fc_norm.weight" in weights}
+        return eva_form(of.encoder, weights, sizes)
+    return written_form(arch, arch, sizes | parts_in(weights, timms_own(arch)))
 
 
 def about(of: OpenedClassifier) -> dict[str, str]:
     """Return what every exported file carries, texts by name; what is no word or number is JSON."""
     encoder, data = of.encoder, of.config.data
+    name, form = _form(of)
     return {
         "format": "pt",
         "classifier": of.kind,
         "classes": json.dumps(of.classes),
         "accuracy": json.dumps(of.accuracy),
         "arch": encoder.arch,
-        "timm_arch": _form(of)[0],
-        "timm_arguments": json.dumps(timm_arguments(of)),
+        "timm_arch": name,
+        "timm_arguments": json.dumps(form),
         "positions": encoder.positions or "sincos",
         "image_size": json.dumps(list(data.image_size)),
         "test_crop": str(data.test_crop),
@@ -69,12 +71,16 @@ def export_timm(of: OpenedClassifier, out: Path) -> list[Path]:
 
     A folder gets a config.json, too: `timm.create_model("local-dir:FOLDER", pretrained=True)` then needs no more.
     """
+    name, form = _form(of)
+    if not rebuilds(of.vit, name, form):
+        reason = f"timm has no arguments that build {of.encoder.arch} as it was trained"
+        raise ConfigError(f"ccmim export timm: {reason}; take safetensors, onnx or torch-export")
     file = write_weights(of.vit.state_dict(), about(of), out)
     if file == out:
         return [file]
     data = of.config.data
     shown = timm_images(data.image_size, of.encoder.mean, of.encoder.std, crop_pct=data.test_crop, crop_mode="center")
-    config = timm_config(_form(of)[0], of.vit, timm_arguments(of), shown)
+    config = timm_config(name, of.vit, form, shown)
     return [file, write_json(out / "config.json", config | {"label_names": list(of.classes)})]
 
 

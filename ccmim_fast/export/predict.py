@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from ccmim_fast.data.index.decode import BYTE
 from ccmim_fast.errors import MachineError, NumericsError
 from ccmim_fast.evaluation.classifier import Logits, open_classifier
 from ccmim_fast.export.shown import Shown, chosen_device
@@ -56,7 +56,7 @@ def predict_folder(
     data, encoder = of.config.data, of.encoder
     shown = Shown(folder, len(encoder.mean), data.image_key, encoder.max_value)
     if of.whole_bytes:
-        shown.source.dtype = np.dtype(np.uint8)
+        shown.source.dtype = BYTE
     logits, autocast = Logits(of.vit, encoder.mean, encoder.std).to(at), choose_precision(precision, at).autocast(at)
     top, known, right = min(top, len(of.classes)), 0, 0
 

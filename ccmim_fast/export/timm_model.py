@@ -26,13 +26,22 @@ def timm_model(config: Config) -> tuple[str, dict[str, Any]]:
     asked = {key: value for key, value in vars(model).items() if key not in ("arch", "drop_path")}
     name, form = timm_form(model.arch, **asked)
     arguments = {"img_size": list(config.data.image_size), "in_chans": config.data.channels} | form
+    return written_form(name, model.arch, arguments)
+
+
+def written_form(name: str, arch: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the name of an architecture and its arguments without classes, as a JSON file can hold them.
+
+    With an MLP of another class than `arch` has it is the name of another architecture.
+    """
+    arguments = dict(arguments)
     kind = arguments.pop("mlp_layer", None)
     if "act_layer" in arguments:
         arguments["act_layer"] = _ACTIVATIONS[arguments["act_layer"]]
     if kind is None:
         return name, arguments
     other = _WITHOUT if arguments["act_layer"] == "gelu" else _WITH_GATES
-    return other, _of_plain(own_encoder(model.arch)) | arguments
+    return other, _of_plain(own_encoder(arch)) | arguments
 
 
 def _of_plain(own: VisionTransformer) -> dict[str, Any]:
@@ -51,9 +60,9 @@ def _of_plain(own: VisionTransformer) -> dict[str, Any]:
 
 
 def rebuilds(vit: VisionTransformer, name: str, arguments: dict[str, Any]) -> bool:
-    """Tell whether timm builds the encoder `vit` by a name and arguments: the same modules, in words and in shapes."""
+    """Tell whether timm builds the module `vit` by a name and arguments: the same modules, in words and in shapes."""
     with torch.device("meta"):
-        theirs = timm.create_model(name, num_classes=0, **arguments)
+        theirs = timm.create_model(name, num_classes=vit.num_classes, **arguments)
     shapes = ({key: value.shape for key, value in one.state_dict().items()} for one in (vit, theirs))
     same_words = repr(vit).replace("ViTBlock(", "Block(") == repr(theirs)
     return same_words and vit.no_embed_class == theirs.no_embed_class and next(shapes) == next(shapes)

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
+from made_run import make_run
 from PIL import Image
 from safetensors import safe_open
 
@@ -25,7 +26,8 @@ RUNS = {
     "avg": ["finetune", *TUNED],
     "cls": ["finetune", *TUNED, "--model.pool=cls", "--optim.ema=0.5", "--data.test_crop=0.875"],
     "probe": ["linear", *SHORT, "--head.rates=[1,10]", "--optim.base_lr=100", "--model.pool=cls"],
-    "probe avg": ["linear", *SHORT, "--optim.base_lr=100"],
+    "probe avg": ["linear", *SHORT, "--optim.base_lr=100", "--model.pool=avg", "--model.fc_norm=false"],
+    "probe fc": ["linear", *SHORT, "--optim.base_lr=100", "--model.pool=avg", "--head.rates=[0.1]"],
     "attentive": ["attentive", *SHORT, "--optim.base_lr=0.25"],
 }
 
@@ -69,7 +71,8 @@ def rows_of(path):
 
 
 @pytest.mark.parametrize(
-    ("name", "suffix"), [("avg", "csv"), ("cls", "parquet"), ("probe", "jsonl"), ("probe avg", "tsv")]
+    ("name", "suffix"),
+    [("avg", "csv"), ("cls", "parquet"), ("probe", "jsonl"), ("probe avg", "tsv"), ("probe fc", "csv")],
 )
 def test_predictions_are_those_of_the_evaluation(trained, tested, tmp_path, capsys, name, suffix):
     run, out = trained(name), tmp_path / "new" / f"table.{suffix}"
@@ -110,8 +113,8 @@ def reference(run, images):
         return vit(((images / 255 - mean) / std).permute(0, 3, 1, 2).contiguous())
 
 
-def probed(run, encoder, images, head, pool):
-    """The logits of a linear probe, step by step."""
+def probed(run, encoder, images, head, name):
+    """The logits of a linear probe, step by step; the fresh norm of the mean has no weights yet."""
     from safetensors.torch import load_file
 
     weights = io.newest(run / "checkpoints").state["model"]
@@ -120,8 +123,11 @@ def probed(run, encoder, images, head, pool):
     vit.load_state_dict(load_file(encoder))
     mean, std = (torch.tensor(values) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.no_grad():
+        if name == "probe fc":
+            vit.norm = torch.nn.Identity()
         tokens = vit.forward_features(((images / 255 - mean) / std).permute(0, 3, 1, 2))
-        x = tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(1)
+        x = tokens[:, 0] if name == "probe" else tokens[:, 1:].mean(1)
+        x = torch.nn.functional.layer_norm(x, (48,), eps=1e-6) if name == "probe fc" else x
         x = (x - weights["norm.running_mean"]) / (weights["norm.running_var"] + 1e-6).sqrt()
         return x @ weights[f"linears.{head}.weight"].T + weights[f"linears.{head}.bias"]
 
@@ -130,14 +136,14 @@ def normalised(images, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
     return ((images / 255 - torch.tensor(mean)) / torch.tensor(std)).permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("name", ["avg", "cls", "probe", "probe avg"])
+@pytest.mark.parametrize("name", ["avg", "cls", "probe", "probe avg", "probe fc"])
 def test_timm_gives_the_logits(trained, encoder, tmp_path, name):
     """By arguments, strictly, and as a folder; what was exported predicts the same."""
     run, images = trained(name), pictures()
     if name.startswith("probe"):
         figures = json.loads((run / "result.json").read_text())["figures"]
         head = 0 if len(figures) == 1 else int(figures["rate x 10"] > figures["rate x 1"])
-        expected = probed(run, encoder, images, head, "avg" if name == "probe avg" else "cls")
+        expected = probed(run, encoder, images, head, name)
     else:
         expected = reference(run, images)
     file = tmp_path / "classifier.safetensors"
@@ -146,9 +152,11 @@ def test_timm_gives_the_logits(trained, encoder, tmp_path, name):
     with safe_open(file, "pt") as opened:
         about = opened.metadata()
         weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    by_hand = timm.create_model(about["arch"], num_classes=CLASSES, **json.loads(about["timm_arguments"])).eval()
+    by_hand = timm.create_model(about["timm_arch"], num_classes=CLASSES, **json.loads(about["timm_arguments"])).eval()
     by_hand.load_state_dict(weights)
     folder = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    assert str(run.parent) not in str(about), "places of this machine are told to nobody"
+    assert str(encoder) not in str(about)
     classes = json.loads(about["classes"])
     assert folder.pretrained_cfg["label_names"] == classes == list(open_classifier(str(run)).classes)
     for vit in (by_hand, folder, *(open_classifier(str(tmp_path / one)).vit for one in ("folder", file.name))):
@@ -185,6 +193,8 @@ def test_transformers_gives_the_logits(trained, tmp_path, name, kind):
     with torch.no_grad():
         logits = model.eval()(pixel_values=pixels).logits
     torch.testing.assert_close(logits, reference(run, torch.tensor(np.stack(shown))), **NEAR)
+    with torch.no_grad():  # and ours again
+        torch.testing.assert_close(open_classifier(str(tmp_path / "out")).vit(pixels), logits, **NEAR)
 
 
 @pytest.mark.parametrize(
@@ -222,8 +232,6 @@ def test_the_card_tells_classes_and_accuracy(trained, tmp_path):
 
 def test_places_that_hold_no_classifier(trained, encoder, tested, tmp_path, capsys):
     """The encoder of a probe that is gone or another, runs of pretraining, other files."""
-    from made_run import make_run
-
     make_run(tmp_path / "run")
     run = trained("probe avg")
     state = io.newest(run / "checkpoints").state
@@ -256,3 +264,33 @@ def test_a_table_takes_no_others_place(trained, tested, tmp_path, capsys):
     assert (tmp_path / "x.csv").read_text() == "mine"
     assert main([*line, f"--out={tmp_path / 'x.xlsx'}"]) == 2
     assert "must end in .csv, .tsv, .parquet, .jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"arch": "eva02_tiny_patch14_224"},
+        {"arch": "vit_small_patch16_dinov3"},
+        {"arch": "deit3_small_patch16_224"},
+        {"arch": "vit_tiny_patch16_224", "positions": "rope"},
+        {"arch": "vit_tiny_patch16_224", "registers": 2, "mlp": "swiglu", "layer_scale": 0.1, "qk_norm": True},
+    ],
+)
+def test_classifiers_of_other_encoders(tmp_path, model):
+    """Rotary positions, registers, layer scale, gates: the same function by timm, and from what was exported."""
+    sizes = {"patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
+    make_run(tmp_path / "run", data={"image_size": (32, 32)}, model=sizes | model)
+    what = ["--data.source=shapes", f"--data.root={tmp_path / 'cache'}", "--data.samples=24", "--data.test_samples=12"]
+    what += ["--data.classes=3", "--data.image_size=[32,32]", "--data.test_crop=1", "--train.batch_size=12"]
+    what += ["--train.epochs=1", "--optim.warmup_epochs=0", "--train.device=cpu", "--train.precision=fp32"]
+    run = tmp_path / "run" / "eval" / "finetune"
+    assert main(["eval", "finetune", str(tmp_path / "run"), *what, "--data.workers=1"]) == 0
+    assert main(["export", "timm", str(run), str(tmp_path / "out")]) == 0
+    vit, images = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval(), pictures()
+    opened, again = open_classifier(str(run)), open_classifier(str(tmp_path / "out"))
+    trained = io.newest(run / "checkpoints").state["model"]
+    assert all(torch.equal(opened.vit.state_dict()[name], value) for name, value in trained.items())
+    with torch.no_grad():
+        expected = vit(normalised(images))
+        torch.testing.assert_close(opened.vit(normalised(images)), expected, **NEAR)
+        torch.testing.assert_close(again.vit(normalised(images)), expected, **NEAR)
