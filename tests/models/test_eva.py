@@ -7,8 +7,9 @@ import pytest
 import timm
 import torch
 from timm.layers import DropPath
-from tiny import images, tiny_model, total_loss
+from tiny import images, tiny_config, tiny_model, total_loss
 
+from ccmim_fast.engine.build import build_step
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.encoder import build_encoder, timm_form
@@ -16,6 +17,7 @@ from ccmim_fast.models.eva import EvaViTBlock
 from ccmim_fast.models.tokens import embed, encode, folded_projection, places, tokens_of, with_prefix
 from ccmim_fast.models.watched import watched
 from ccmim_fast.optim.optimizer import build_optimizer
+from ccmim_fast.ranks.session import Session
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).double(), torch.tensor([0.2, 0.25, 0.3]).double()
 SIZE = {"image_size": (32, 48), "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -214,6 +216,14 @@ def test_recomputing_and_reading_change_nothing(arch):
         total_loss(model, output, pictures, config).total.backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(("key", "value"), [("attention", "plain"), ("recompute", True)])
+def test_settings_of_our_blocks_are_refused_for_timms_own(key, value):
+    config = tiny_config(model={"arch": "eva02_enormous_patch14_clip_224"}, train={key: value, "device": "cpu"})
+    words = rf"train\.{key}={str(value).lower()}: eva02_enormous_patch14_clip_224 has timm's EvaBlockPostNorm"
+    with pytest.raises(ConfigError, match=words):
+        build_step(config, Session(0, 1, torch.device("cpu")))
 
 
 def test_learned_frequencies_have_no_decay():
