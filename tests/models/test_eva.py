@@ -14,6 +14,7 @@ from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.encoder import build_encoder, timm_form
 from ccmim_fast.models.eva import EvaViTBlock
+from ccmim_fast.models.scores import AllBlocks, FirstBlock, OneBlock, eq4_of_blocks
 from ccmim_fast.models.tokens import embed, encode, folded_projection, places, tokens_of, with_prefix
 from ccmim_fast.models.watched import watched
 from ccmim_fast.optim.optimizer import build_optimizer
@@ -155,6 +156,22 @@ def test_block_is_timms_where_timm_makes_it(arch):
     for kind in ("logits", "softmax"):
         expected_BL = watched(their_block, x_BTD, prefix, kind, **place)[1]
         torch.testing.assert_close(block.cls_attention(x_BTD, kind, **place), expected_BL)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_scores_are_those_that_timms_blocks_show(arch):
+    """Of the first block, of one, of each and of all; no vector stands in for keys that are rotated."""
+    ours, theirs = ours_and_timms(arch)
+    ours.requires_grad_(False)
+    x_BLD, prefix = embedded(ours, images(2)), ours.num_prefix_tokens
+    x_BTD, total_BL, shown = theirs.norm_pre(with_prefix(ours, x_BLD)), None, []
+    for block, place in zip(theirs.blocks, places(ours)):
+        shown.append(watched(block, x_BTD, prefix, "logits", **place)[1])
+        x_BTD, total_BL = watched(block, x_BTD, prefix, "softmax", total_BL, **place)
+    close(eq4_of_blocks(ours, x_BLD), shown)
+    close(FirstBlock(ours)(ours, x_BLD).softmax(1), shown[0].softmax(1))
+    close(OneBlock(ours, block=1)(ours, x_BLD), shown[1])
+    close(AllBlocks(ours)(ours, x_BLD), total_BL.log())
 
 
 METHODS = {
