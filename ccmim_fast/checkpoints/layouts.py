@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ccmim_fast.checkpoints import eva
 from ccmim_fast.checkpoints.convert import from_flat
 from ccmim_fast.errors import CheckpointError, one_line
 
@@ -96,6 +97,7 @@ def _decoder_beside(tensors: Tensors, prefix: str) -> Tensors:
 _HEADS = (
     "head.",
     "head_dist.",
+    "attn_pool.",
     "last_layer.",
     "pooler.",
     "classifier.",
@@ -160,12 +162,12 @@ _OUTER = {
     "embeddings.position_embeddings": "pos_embed",
     "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
     "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
-    "embeddings.patch_embeddings.weight": "patch_embed.proj.weight",
-    "embeddings.patch_embeddings.bias": "patch_embed.proj.bias",
     "norm.weight": "norm.weight",
     "norm.bias": "norm.bias",
     "layernorm.weight": "norm.weight",
     "layernorm.bias": "norm.bias",
+    "pooler.layernorm.weight": "fc_norm.weight",  # BEiT's, of the mean over the patches
+    "pooler.layernorm.bias": "fc_norm.bias",
     "decoder.mask_token": "mask_token",
     "decoder.decoder_pos_embed": "decoder_pos_embed",
     **{
@@ -185,10 +187,10 @@ def _from_transformers(own: Tensors) -> Tensors:
     flat: Tensors = {}
     thirds: dict[str, dict[int, Tensor]] = {}
     for key, value in own.items():
-        if key.startswith(_HEADS) or key == "embeddings.mask_token":
-            continue
         if key in _OUTER:
             flat[_OUTER[key]] = value
+            continue
+        if key.startswith(_HEADS) or key == "embeddings.mask_token":
             continue
         block = _BLOCK.match(key)
         if block is None or block["part"] not in {*_PARTS, *_THIRDS}:
@@ -200,8 +202,10 @@ def _from_transformers(own: Tensors) -> Tensors:
         else:
             flat[f"{to}.{_PARTS[block['part']]}.{kind}"] = value
     if "pos_embed" not in flat:
-        raise ValueError("it has no positions that could be loaded; its are rotary")
+        raise ValueError("it has no positions that could be loaded")
     for key, parts in thirds.items():
+        if parts.keys() == {0, 2} and key.endswith(".bias"):
+            parts[1] = torch.zeros_like(parts[0])  # BEiT's keys have none
         if parts.keys() != {0, 1, 2}:
             raise ValueError(f"{key} is not whole: queries, keys or values are missing")
         flat[key] = torch.cat([parts[0], parts[1], parts[2]])
@@ -210,8 +214,18 @@ def _from_transformers(own: Tensors) -> Tensors:
     return from_flat(flat)
 
 
+def _from_eva(own: Tensors) -> Tensors:
+    return from_flat(eva.from_files(own))
+
+
+def _from_dinov3(own: Tensors) -> Tensors:
+    return from_flat(eva.from_transformers(own))
+
+
 LAYOUTS = (
+    Layout("DINOv3's own names", "storage_tokens", _from_eva),
+    *(Layout("timm's names of its Eva family, as of EVA-02 and DINOv3", anchor, _from_eva) for anchor in eva.ANCHORS),
     Layout("timm's names, as of MAE, DINO, DINOv2 and MoCo v3", "patch_embed.proj.weight", _from_timm),
     Layout("transformers' names", "embeddings.patch_embeddings.projection.weight", _from_transformers),
-    Layout("transformers' names of DINOv3", "embeddings.patch_embeddings.weight", _from_transformers),
+    Layout("transformers' names of DINOv3", "embeddings.patch_embeddings.weight", _from_dinov3),
 )

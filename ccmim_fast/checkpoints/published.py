@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ccmim_fast.checkpoints.claims import check_claims, check_size
 from ccmim_fast.checkpoints.convert import to_timm
+from ccmim_fast.checkpoints.eva import ANCHORS, likely_arch
 from ccmim_fast.checkpoints.layouts import recognised
-from ccmim_fast.checkpoints.positions import grid_of_file, resampled
+from ccmim_fast.checkpoints.positions import grid_of_file, of_grid
 from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.checkpoints.weight_files import OF_WIDTH, is_model_folder, read_file, read_folder
 from ccmim_fast.config.keys import nearest
@@ -64,7 +65,8 @@ def read_weights(place: str) -> Weights:
         run = open_run(place)
         model, data = run.config.model, run.config.data
         told = (model.arch, model.num_heads, data.mean, data.std, data.image_size, run.step, data.max_value)
-        return Weights(str(run.path), run.weights, *told)
+        positions = "" if model.positions == "sincos" else model.positions
+        return Weights(str(run.path), run.weights, *told, layer_scale=model.layer_scale, positions=positions)
     if Path(place).is_dir():
         found, told = read_folder(Path(place))
     elif Path(place).exists() and not Path(place).is_file():
@@ -76,7 +78,17 @@ def read_weights(place: str) -> Weights:
     check_size(told.image_size, len(told.mean), tensors, place)
     if wrong := [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise CheckpointError(f"{place}: not finite: {_named(set(wrong))}")
-    return Weights(place, tensors, **told._asdict(), layout=layout)
+    told = told._replace(arch=told.arch or likely_arch(tensors, told.num_heads))
+    return Weights(place, tensors, **told._asdict(), layout=layout + _without_positions(tensors))
+
+
+def _without_positions(tensors: dict[str, Tensor]) -> str:
+    """Say which fixed positions are all zero, behind what was recognised; "": none."""
+    found = [name for name in (_POSITIONS, "decoder.pos_embed") if name in tensors and not tensors[name].any()]
+    if not found:
+        return ""
+    cause = "as transformers 5 leaves those of a new ViTMAEForPreTraining: fill them before it is trained"
+    return f"; {' and '.join(found)} all zero, so that it knows no places, {cause}"
 
 
 def known_arch(arch: str, key: str = "model.arch") -> str:
@@ -117,6 +129,10 @@ def with_arch(of: Weights, arch: str = "", num_heads: int = 0) -> Weights:
         return of._replace(arch=known_arch(arch))
     kernel = of.tensors.get("encoder.patch_embed.proj.weight")
     width = 0 if kernel is None or kernel.ndim != 4 else len(kernel)
+    if any(f"encoder.{anchor}" in of.tensors for anchor in ANCHORS):
+        raise ConfigError(
+            f"{of.name}: does not tell its architecture, which is of timm's Eva family; add --model.arch=NAME"
+        )
     if width and OF_WIDTH.get(width) != _ASSUMED and not (num_heads or of.num_heads):
         near = OF_WIDTH[min(OF_WIDTH, key=lambda known: abs(known - width))]
         raise ConfigError(
@@ -161,6 +177,8 @@ def derived(of: Weights, given: list[str]) -> list[str]:
                 patches -= _prefix_in(weights)
             rows, columns = _grid(of, patches, patch, _image_size(given))
             found["data.image_size"] = f"[{rows * patch},{columns * patch}]"
+        elif of.image_size and (own.pos_embed is None or of.positions == "rope"):
+            found["data.image_size"] = list(of.image_size)
     if "decoder.embed.weight" in weights:
         found["decoder.dim"] = len(weights["decoder.embed.weight"])
         found["decoder.depth"] = _blocks(weights, "decoder.blocks.")
@@ -175,13 +193,13 @@ def derived(of: Weights, given: list[str]) -> list[str]:
     return [f"--{key}={value}" for key, value in found.items()]
 
 
-def fill_(model: CCMIM, of: Weights) -> list[str]:
+def fill_(model: CCMIM, of: Weights, antialias: bool = True) -> list[str]:
     """Load weights strictly; return the parts of the model that they lack as a whole, which stay as they are.
 
-    Positions are resampled to the model's grid, and a norm behind pooling becomes the final norm of every token. Raises
-    CheckpointError naming what is missing, unexpected, or of another shape.
+    Positions become those of the model's grid (for `antialias` see `positions.resampled`), a norm behind pooling that
+    of every token. Raises CheckpointError naming what is missing, unexpected, or of another shape.
     """
-    own, weights = model.state_dict(), _fitted(model, of)
+    own, weights = model.state_dict(), _fitted(model, of, antialias)
     owned, given = ({name.partition(".")[0] for name in of} for of in (own, weights))
     new = [part for part in _NEW if part in owned - given]
     if _CLS not in weights:
@@ -202,13 +220,13 @@ def fill_(model: CCMIM, of: Weights) -> list[str]:
     return new
 
 
-def _fitted(model: CCMIM, of: Weights) -> dict[str, Tensor]:
+def _fitted(model: CCMIM, of: Weights, antialias: bool) -> dict[str, Tensor]:
     """Return the weights with positions of the model's grid, and their last norm where the model has it."""
     weights, own = dict(of.tensors), model.state_dict()
     if "encoder.norm.weight" not in weights:
         weights = {name.replace("encoder.fc_norm.", "encoder.norm."): value for name, value in weights.items()}
-    positions_1TD, mine_1TD = weights.get(_POSITIONS), own[_POSITIONS]
-    if positions_1TD is None or (positions_1TD.shape == mine_1TD.shape and not of.image_size):
+    positions_1TD, mine_1TD = weights.get(_POSITIONS), own.get(_POSITIONS)
+    if positions_1TD is None or mine_1TD is None or (positions_1TD.shape == mine_1TD.shape and not of.image_size):
         return weights
     if positions_1TD.ndim != 3 or positions_1TD.shape[2] != mine_1TD.shape[2]:
         return weights  # of another shape, as is said
@@ -220,7 +238,7 @@ def _fitted(model: CCMIM, of: Weights) -> dict[str, Tensor]:
         positions_1TD = torch.cat([positions_1TD.new_zeros(1, prefix - told, mine_1TD.shape[2]), positions_1TD], dim=1)
     height, width = (side * model.patch for side in model.grid)
     old = _grid(of, positions_1TD.shape[1] - prefix, model.patch, (height, width))
-    weights[_POSITIONS] = resampled(positions_1TD, old, model.grid)
+    weights[_POSITIONS] = of_grid(positions_1TD, old, model.grid, prefix, antialias)
     if "decoder.pos_embed" in weights:
         weights["decoder.pos_embed"] = own["decoder.pos_embed"]  # computed from the grid
     return weights

@@ -4,23 +4,28 @@ import contextlib
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ccmim_fast.checkpoints.convert import to_timm
 from ccmim_fast.checkpoints.run import OpenedRun
+from ccmim_fast.checkpoints.weight_files import WEIGHTS
+from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.load import to_yaml
-from ccmim_fast.config.schema import Config, RunConfig
+from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import CheckpointError, ConfigError
 from ccmim_fast.export.timm_model import rebuilds, timm_model
 from ccmim_fast.models.tokens import patch_size_of
 
 
-def public(config: Config) -> Config:
+def public(config: Config | EvalConfig) -> Config | EvalConfig:
     """Return the settings without the folders of the machine, which are nobody else's business."""
-    return dataclasses.replace(config, run=RunConfig(), data=dataclasses.replace(config.data, root="", index=""))
+    places = {key: "" for key in ("root", "index", "test") if hasattr(config.data, key)}
+    return dataclasses.replace(config, run=type(config.run)(), data=dataclasses.replace(config.data, **places))
 
 
 def method(config: Config) -> str:
@@ -59,9 +64,6 @@ def about(run: OpenedRun) -> dict[str, str]:
     }
 
 
-WEIGHTS = "model.safetensors"
-
-
 def export_timm(run: OpenedRun, out: Path) -> list[Path]:
     """Write the encoder for `timm.create_model(timm_arch, num_classes=0, checkpoint_path=FILE, **timm_arguments)`.
 
@@ -69,33 +71,44 @@ def export_timm(run: OpenedRun, out: Path) -> list[Path]:
     does `hf-hub:OWNER/NAME` once it is pushed. Raises ConfigError where timm has no name for the encoder's MLP.
     """
     name, arguments = timm_model(run.config)
-    if name != run.config.model.arch and not rebuilds(run.model.encoder, name, arguments):
+    dropping = {"drop_path_rate": run.config.model.drop_path}
+    if name != run.config.model.arch and not rebuilds(run.model.encoder, name, arguments | dropping):
         reason = f"timm has no name that builds {run.config.model.arch} with model.mlp={run.config.model.mlp}"
         raise ConfigError(f"ccmim export timm: {reason}; take safetensors, onnx or torch-export")
     file = write_weights(to_timm(run.model.state_dict()), about(run), out)
     if file == out:
         return [file]
-    height, width = run.config.data.image_size
-    config = {
-        "architecture": name,
-        "num_classes": 0,
-        "num_features": run.model.encoder.num_features,
-        "global_pool": "token",
-        "model_args": arguments,
-        "pretrained_cfg": {
-            "input_size": [run.config.data.channels, height, width],
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "crop_mode": "squash",
-            "mean": list(run.config.data.mean),
-            "std": list(run.config.data.std),
-            "num_classes": 0,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        },
-    }
+    data, vit = run.config.data, run.model.encoder
+    shown = timm_images(data.image_size, data.mean, data.std, crop_pct=1.0, crop_mode="squash")
+    config = timm_config(name, vit, arguments, shown)
     return [file, write_json(out / "config.json", config)]
+
+
+def timm_config(arch: str, vit: VisionTransformer, arguments: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
+    """Return what a folder's config.json tells timm: how to build the module, and how `images` are prepared."""
+    return {
+        "architecture": arch,
+        "num_classes": vit.num_classes,
+        "num_features": vit.num_features,
+        "global_pool": arguments["global_pool"],
+        "model_args": arguments,
+        "pretrained_cfg": images
+        | {"num_classes": vit.num_classes, "first_conv": "patch_embed.proj", "classifier": "head"},
+    }
+
+
+def timm_images(
+    image_size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...], **crop: Any
+) -> dict[str, Any]:
+    """Return the preparation of images under timm's names; `crop` is `crop_pct`, a share, and `crop_mode`."""
+    return {
+        "input_size": [len(mean), *image_size],
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        **crop,
+        "mean": list(mean),
+        "std": list(std),
+    }
 
 
 def export_safetensors(run: OpenedRun, out: Path) -> list[Path]:

@@ -9,8 +9,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ccmim_fast.config.schema import Config
-from ccmim_fast.models.encoder import own_encoder
-from ccmim_fast.models.parts import chosen_parts, has_layer_scale
+from ccmim_fast.models.encoder import own_encoder, timm_form
+from ccmim_fast.models.parts import has_layer_scale
 
 # A class is no JSON. For an MLP of another class these names of timm's stand in, which have it and every other part
 # that an argument cannot change as plain ViTs do.
@@ -21,22 +21,26 @@ _ACTIVATIONS = {nn.GELU: "gelu", nn.SiLU: "silu"}
 def timm_model(config: Config) -> tuple[str, dict[str, Any]]:
     """Return the name of an architecture, and what `timm.create_model` needs beside it to build the encoder.
 
-    The name is that of the run, or one that has its MLP (`model.mlp`).
+    The name is that of the run, or one that has its MLP (`model.mlp`) or rotary positions (`model.positions`).
     """
     model = config.model
-    sizes = {key: getattr(model, key) for key in ("patch_size", "embed_dim", "depth", "num_heads")}
-    fixed = {"img_size": list(config.data.image_size), "in_chans": config.data.channels, "class_token": True}
-    arguments = fixed | {"global_pool": "token"} | {key: value for key, value in sizes.items() if value}
-    asked = {key: getattr(model, key) for key in ("registers", "layer_scale", "qk_norm", "mlp")}
-    if not any(asked[key] for key in ("registers", "layer_scale", "qk_norm")) and model.mlp == "own":
-        return model.arch, arguments
-    own = own_encoder(model.arch)
-    parts = chosen_parts(own, model.arch, model.embed_dim or own.embed_dim, **asked)
-    kind, activation = parts.pop("mlp_layer", None), parts.pop("act_layer", None)
-    if kind is Mlp:
-        return _WITHOUT, _of_plain(own) | arguments | parts
-    parts |= {"act_layer": _ACTIVATIONS[activation]} if activation else {}
-    return (model.arch, arguments | parts) if kind is None else (_WITH_GATES, _of_plain(own) | arguments | parts)
+    asked = {key: value for key, value in vars(model).items() if key not in ("arch", "drop_path")}
+    name, form = timm_form(model.arch, **asked)
+    arguments = {"img_size": list(config.data.image_size), "in_chans": config.data.channels} | form
+    return written_form(name, model.arch, arguments)
+
+
+def written_form(name: str, arch: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the name of an architecture and its arguments without classes, as a JSON file can hold them.
+
+    With an MLP of another class than `arch` has it is the name of another architecture.
+    """
+    arguments = dict(arguments)
+    kind, activation = arguments.pop("mlp_layer", None), arguments.pop("act_layer", None)
+    if kind is Mlp:  # whose activation it is
+        return _WITHOUT, _of_plain(own_encoder(arch)) | arguments
+    arguments |= {"act_layer": _ACTIVATIONS[activation]} if activation else {}
+    return (name, arguments) if kind is None else (_WITH_GATES, _of_plain(own_encoder(arch)) | arguments)
 
 
 def _of_plain(own: VisionTransformer) -> dict[str, Any]:
@@ -55,9 +59,9 @@ def _of_plain(own: VisionTransformer) -> dict[str, Any]:
 
 
 def rebuilds(vit: VisionTransformer, name: str, arguments: dict[str, Any]) -> bool:
-    """Tell whether timm builds the encoder `vit` by a name and arguments: the same modules, in words and in shapes."""
+    """Tell whether timm builds the module `vit` by a name and arguments: the same modules, in words and in shapes."""
     with torch.device("meta"):
-        theirs = timm.create_model(name, num_classes=0, **arguments)
+        theirs = timm.create_model(name, num_classes=vit.num_classes, **arguments)
     shapes = ({key: value.shape for key, value in one.state_dict().items()} for one in (vit, theirs))
     same_words = repr(vit).replace("ViTBlock(", "Block(") == repr(theirs)
     return same_words and vit.no_embed_class == theirs.no_embed_class and next(shapes) == next(shapes)

@@ -8,6 +8,7 @@ Nothing wraps the module, so its weights keep timm's names and load into timm as
 import math
 from collections.abc import Iterable
 from functools import cache
+from typing import Any
 
 import timm
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.block import ViTBlock
-from ccmim_fast.models.eva import grouped_heads, prepare_
+from ccmim_fast.models.eva import as_eva, grouped_heads, prepare_, rotary_form
 from ccmim_fast.models.parts import check_parts, chosen_parts
 from ccmim_fast.models.tokens import TOKENS, grid_of, patch_size_of
 
@@ -41,37 +42,35 @@ def build_encoder(
     layer_scale: float = 0.0,
     qk_norm: bool = False,
     mlp: str = "own",
-) -> VisionTransformer:
+) -> VisionTransformer | Eva:
     """Build one of `ENCODERS` with a [CLS] token, MAE's initial weights, no head.
 
     Its blocks are `ViTBlock`s where the architecture has timm's standard ones, or Eva's; other blocks stay as they are.
     `patch_size`, `embed_dim`, `depth` and `num_heads` stand in place of the architecture's own where not 0, and so do
     `registers`, `layer_scale`, `qk_norm` and `mlp`, see `parts.chosen_parts`. Positions that the architecture adds to
     its patches are fixed sines and cosines, or `learned` from timm's initial ones; rotary ones are as it has them.
+    With `rope` a plain ViT has rotary ones in their place, see `eva.rotary_form`.
 
     Raises ConfigError for an unknown name, another class of model, or sizes that do not fit each other.
     """
     sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-    own = own_encoder(arch)
-    _check_width(own, embed_dim, num_heads)
-    parts = {"registers": registers, "layer_scale": layer_scale, "qk_norm": qk_norm}
-    standard = type(own.blocks[0]) is Block and type(own.blocks[0].attn) is Attention
+    own, parts = own_encoder(arch), {"registers": registers, "layer_scale": layer_scale, "qk_norm": qk_norm}
+    _check_width(own, embed_dim, num_heads, rotary=positions == "rope")
+    name, arguments = timm_form(arch, positions, **parts, mlp=mlp, **sizes)
+    eva = isinstance(own, Eva) or positions == "rope"
+    standard = not eva and type(own.blocks[0]) is Block and type(own.blocks[0].attn) is Attention
     try:
         vit = timm.create_model(
-            arch,
+            name,
             pretrained=False,
             num_classes=0,
             img_size=image_size,
             in_chans=channels,
-            class_token=True,
-            global_pool="token",
             drop_path_rate=drop_path,
             **({"block_fn": ViTBlock} if standard else {}),
-            **{key: value for key, value in sizes.items() if value},
             # Rotations of one grid are computed once.
-            **({"dynamic_img_size": False} if isinstance(own, Eva) else {}),
-            **grouped_heads(own, depth, num_heads),
-            **chosen_parts(own, arch, embed_dim or own.embed_dim, **parts, mlp=mlp),
+            **({"dynamic_img_size": False} if eva else {}),
+            **arguments,
         )
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise ConfigError(f"model.arch={arch}: timm cannot build it with these sizes: {error}") from None
@@ -83,6 +82,37 @@ def build_encoder(
     initialise(vit)
     configure_blocks(vit.blocks, num_prefix_tokens=vit.num_prefix_tokens)
     return vit
+
+
+def timm_form(
+    arch: str,
+    positions: str,
+    *,
+    registers: int,
+    layer_scale: float,
+    qk_norm: bool,
+    mlp: str,
+    **sizes: int,
+) -> tuple[str, dict[str, Any]]:
+    """Return the name and the arguments, beside images, by which timm makes an encoder's module; see `build_encoder`.
+
+    Raises ConfigError: the architecture cannot have these parts or positions, or is of another class.
+    """
+    own, given = own_encoder(arch), {key: value for key, value in sizes.items() if value}
+    parts = chosen_parts(
+        own,
+        arch,
+        given.get("embed_dim", own.embed_dim),
+        registers=registers,
+        layer_scale=layer_scale,
+        qk_norm=qk_norm,
+        mlp=mlp,
+    )
+    form = {"class_token": True, "global_pool": "token"} | grouped_heads(own, **given)
+    if positions != "rope":
+        return arch, form | given | parts
+    name, rotary = rotary_form(arch, own)
+    return name, form | rotary | given | as_eva(parts)
 
 
 def configure_blocks(blocks: Iterable[nn.Module], **attributes: object) -> None:
@@ -106,27 +136,28 @@ def own_encoder(arch: str) -> VisionTransformer | Eva:
     return own
 
 
-def _place(vit: VisionTransformer, arch: str, positions: str) -> None:
+def _place(vit: VisionTransformer | Eva, arch: str, positions: str) -> None:
     """Give an encoder its positions; learned ones stay as timm drew them, N(0, 0.02)."""
     if vit.pos_embed is None:
         if getattr(vit, "rope", None) is None:
             raise ConfigError(f"model.arch={arch}: a ViT without positions cannot reconstruct patches")
         if positions == "learned":
             raise ConfigError(f"model.positions=learned: {arch} has rotary ones alone; nearest valid is sincos")
-    elif positions == "sincos":
+    elif positions != "learned":
         prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches
         positions_SD = sincos_positions(vit.embed_dim, grid_of(vit), prefix)
         vit.pos_embed = nn.Parameter(positions_SD[None], requires_grad=False)
 
 
-def _check_width(own: VisionTransformer, embed_dim: int, num_heads: int) -> None:
+def _check_width(own: VisionTransformer | Eva, embed_dim: int, num_heads: int, rotary: bool) -> None:
     """Refuse a width that is no multiple of the heads, and of 4: sine and cosine of two axes, of a head if rotary."""
     width = embed_dim or own.embed_dim
     heads = num_heads or getattr(getattr(own.blocks[0], "attn", None), "num_heads", 1)
     if width % heads and num_heads:
         nearest = min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - heads))
         raise ConfigError(f"model.num_heads={heads} must divide the width {width}; nearest: {nearest}")
-    unit = math.lcm(heads, 4) if getattr(own, "rope", None) is None else heads * 4
+    rotary = rotary or getattr(own, "rope", None) is not None
+    unit = heads * 4 if rotary else math.lcm(heads, 4)
     if width % unit:
         nearest = max(unit, round(width / unit) * unit)
         raise ConfigError(f"model.embed_dim={width} must be a multiple of {unit} ({heads} heads); nearest: {nearest}")

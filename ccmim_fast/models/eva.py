@@ -6,15 +6,20 @@ their names stay timm's.
 
 # B batch, T tokens, P prefix tokens, N heads, H head dim, D width
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import apply_rot_embed_cat
+from timm.layers import Attention, LayerNorm, Mlp, SwiGLUPacked, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaBlock
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.block import ViTBlock
+
+ROTARY = "eva_giant_patch14_224"  # timm's Eva without a part that cannot be left out: any plain ViT by its arguments
 
 
 class EvaViTBlock(ViTBlock):
@@ -82,7 +87,67 @@ def prepare_(vit: Eva) -> None:
         vit.rope.aug_active = False
 
 
-def grouped_heads(own: nn.Module, depth: int, num_heads: int) -> dict[str, Any]:
+def rotary_form(arch: str, own: nn.Module) -> tuple[str, dict[str, Any]]:
+    """Return timm's name and arguments of an architecture with rotary positions in place of those that it adds.
+
+    They are RoPE-ViT's axial ones: angles of row and column, frequencies down to those of temperature 100. `own` is
+    the architecture `arch` as timm has it; one that is rotary stays as it is. Raises ConfigError for one that has what
+    timm's Eva cannot build.
+    """
+    if getattr(own, "rope", None) is not None:
+        return arch, {}
+    if reason := _obstacle(own):
+        raise ConfigError(
+            f"model.positions=rope: {arch} has {reason}, for which timm has no rotary form; take a plain ViT, as "
+            "vit_base_patch16_224, or vit_base_patch16_rope_224"
+        )
+    block = own.blocks[0]
+    arguments = {
+        "patch_size": own.patch_embed.patch_size[0],
+        "embed_dim": own.embed_dim,
+        "depth": len(own.blocks),
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": block.mlp.fc1.out_features / own.embed_dim,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "num_reg_tokens": own.num_reg_tokens,
+        "attn_type": "rope",
+        "use_abs_pos_emb": False,
+        "use_rot_pos_emb": True,
+        "rope_grid_indexing": "xy",
+        "rope_temperature": 100.0,
+    }
+    if not isinstance(block.attn.q_norm, nn.Identity):
+        arguments["qk_norm"] = True
+    if not isinstance(block.ls1, nn.Identity):
+        arguments["init_values"] = block.ls1.init_values
+    return ROTARY, arguments
+
+
+def as_eva(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments of timm's VisionTransformer, as of `parts.chosen_parts`, as its Eva takes them."""
+    found = {"num_reg_tokens" if key == "reg_tokens" else key: value for key, value in arguments.items()}
+    found.pop("act_layer", None)
+    if found.pop("mlp_layer", None) is SwiGLUPacked:
+        # Of a ViT the ratio counts the gates too.
+        found |= {"swiglu_mlp": True, "mlp_ratio": math.nextafter(found["mlp_ratio"] / 2, math.inf)}
+    return found
+
+
+def _obstacle(own: nn.Module) -> str:
+    """Return in words what of an architecture timm's Eva has not; empty: nothing."""
+    block = own.blocks[0]
+    if type(own) is not VisionTransformer or type(block) is not Block or type(block.attn) is not Attention:
+        return f"blocks of another kind ({type(block).__name__})"
+    norms = {(type(norm), getattr(norm, "eps", None)) for norm in (block.norm1, block.norm2, own.norm)}
+    found = {
+        "a norm before its blocks": not isinstance(own.norm_pre, nn.Identity),
+        "norms other than LayerNorm of eps 1e-6": norms != {(LayerNorm, 1e-6)},
+        "an MLP other than GELU's": type(block.mlp) is not Mlp or type(block.mlp.act) is not nn.GELU,
+    }
+    return next((words for words, there in found.items() if there), "")
+
+
+def grouped_heads(own: nn.Module, depth: int = 0, num_heads: int = 0, **_: int) -> dict[str, Any]:
     """Return timm's `num_kv_heads` for another depth or other heads, 0: as the architecture `own` has; or nothing.
 
     Where heads share keys, the architecture's first and last blocks do not: there are as many such blocks then, and

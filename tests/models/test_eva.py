@@ -7,14 +7,18 @@ import pytest
 import timm
 import torch
 from timm.layers import DropPath
-from tiny import images, tiny_model, total_loss
+from tiny import images, tiny_config, tiny_model, total_loss
 
+from ccmim_fast.engine.build import build_step
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.models.encoder import build_encoder
+from ccmim_fast.models.block import ViTBlock
+from ccmim_fast.models.encoder import build_encoder, timm_form
 from ccmim_fast.models.eva import EvaViTBlock
+from ccmim_fast.models.scores import AllBlocks, FirstBlock, OneBlock, eq4_of_blocks
 from ccmim_fast.models.tokens import embed, encode, folded_projection, places, tokens_of, with_prefix
 from ccmim_fast.models.watched import watched
 from ccmim_fast.optim.optimizer import build_optimizer
+from ccmim_fast.ranks.session import Session
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).double(), torch.tensor([0.2, 0.25, 0.3]).double()
 SIZE = {"image_size": (32, 48), "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -33,6 +37,8 @@ ARCHS = {
     "vit_small_plus_patch16_dinov3_qkvb": "SwiGLU, a bias of queries and values",
     "vit_base_patch16_sapiens2": "norms of queries and keys",
 }
+OF_NEWER_TIMM = pytest.mark.skipif(not timm.is_model("vit_base_patch16_sapiens2"), reason="timm 1.0.31 has Sapiens2")
+ARCHS = [pytest.param(arch, marks=OF_NEWER_TIMM if "sapiens2" in arch else ()) for arch in ARCHS]
 
 
 # In float64, but for timm's tables of rotations, which are float32.
@@ -127,7 +133,7 @@ def test_rotations_by_loops(half):
         assert found_BL[0, place].item() == pytest.approx(logit / 3 / 4, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("arch", [arch for arch in ARCHS if "enormous" not in arch])
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if "enormous" not in arch.values[0]])
 def test_block_is_timms_where_timm_makes_it(arch):
     """In training with stochastic depth, with timm's masks, and with [CLS]'s attention as it is seen in timm's."""
     ours, theirs = ours_and_timms(arch)
@@ -150,6 +156,22 @@ def test_block_is_timms_where_timm_makes_it(arch):
     for kind in ("logits", "softmax"):
         expected_BL = watched(their_block, x_BTD, prefix, kind, **place)[1]
         torch.testing.assert_close(block.cls_attention(x_BTD, kind, **place), expected_BL)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_scores_are_those_that_timms_blocks_show(arch):
+    """Of the first block, of one, of each and of all; no vector stands in for keys that are rotated."""
+    ours, theirs = ours_and_timms(arch)
+    ours.requires_grad_(False)
+    x_BLD, prefix = embedded(ours, images(2)), ours.num_prefix_tokens
+    x_BTD, total_BL, shown = theirs.norm_pre(with_prefix(ours, x_BLD)), None, []
+    for block, place in zip(theirs.blocks, places(ours)):
+        shown.append(watched(block, x_BTD, prefix, "logits", **place)[1])
+        x_BTD, total_BL = watched(block, x_BTD, prefix, "softmax", total_BL, **place)
+    close(eq4_of_blocks(ours, x_BLD), shown)
+    close(FirstBlock(ours)(ours, x_BLD).softmax(1), shown[0].softmax(1))
+    close(OneBlock(ours, block=1)(ours, x_BLD), shown[1])
+    close(AllBlocks(ours)(ours, x_BLD), total_BL.log())
 
 
 METHODS = {
@@ -213,6 +235,14 @@ def test_recomputing_and_reading_change_nothing(arch):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize(("key", "value"), [("attention", "plain"), ("recompute", True)])
+def test_settings_of_our_blocks_are_refused_for_timms_own(key, value):
+    config = tiny_config(model={"arch": "eva02_enormous_patch14_clip_224"}, train={key: value, "device": "cpu"})
+    words = rf"train\.{key}={str(value).lower()}: eva02_enormous_patch14_clip_224 has timm's EvaBlockPostNorm"
+    with pytest.raises(ConfigError, match=words):
+        build_step(config, Session(0, 1, torch.device("cpu")))
+
+
 def test_learned_frequencies_have_no_decay():
     model, _ = tiny_model(model={"arch": "vit_small_patch16_rope_mixed_224"})
     optimizer = build_optimizer("adamw", model, lr=0.1, weight_decay=0.1, betas=(0.9, 0.95))
@@ -220,6 +250,7 @@ def test_learned_frequencies_have_no_decay():
     assert id(model.encoder.rope.freqs) in spared
 
 
+@OF_NEWER_TIMM
 def test_coordinates_stay_in_training():
     """Sapiens2 rescales them at random in its own training."""
     vit = build_encoder("vit_base_patch16_sapiens2", channels=3, **SIZE).train()
@@ -228,6 +259,7 @@ def test_coordinates_stay_in_training():
     assert torch.equal(first, places(vit.eval())[0]["rope"])
 
 
+@OF_NEWER_TIMM
 @pytest.mark.parametrize("depth", [4, 17, 24])
 def test_heads_share_keys_in_the_middle_alone(depth):
     """Sapiens2: eight blocks at each end have keys for every head."""
@@ -245,3 +277,72 @@ def test_other_classes_are_refused():
     sizes = SIZE | {"embed_dim": 60, "num_heads": 6}
     with pytest.raises(ConfigError, match=r"model\.embed_dim=60 must be a multiple of 24 \(6 heads\); nearest: 48"):
         build_encoder("vit_small_patch16_rope_224", channels=3, **sizes)
+
+
+@pytest.mark.parametrize("arch", ["vit_small_patch16_224", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224"])
+def test_rotary_positions_in_place_of_added_ones(arch):
+    """A plain ViT keeps its weights' names but for its positions; one that is rotary stays as it is."""
+    torch.manual_seed(0)
+    ours = randomised(build_encoder(arch, channels=3, **SIZE, positions="rope")).double().eval()
+    sizes = {key: value for key, value in SIZE.items() if key != "image_size"}
+    parts = {"registers": 0, "layer_scale": 0.0, "qk_norm": False, "mlp": "own"}
+    name, arguments = timm_form(arch, "rope", **parts, **sizes)
+    theirs = timm.create_model(name, num_classes=0, img_size=(32, 48), **arguments)
+    theirs.load_state_dict(ours.state_dict())
+    pictures = images(2)
+    with torch.no_grad():
+        close(tokens_of(ours, MEAN, STD)(pictures), theirs.double().eval().forward_features(normalised(pictures)))
+    own = build_encoder(arch, channels=3, **SIZE).state_dict()
+    if arch == "vit_small_patch16_224":
+        del own["pos_embed"]
+    assert {key: value.shape for key, value in own.items()} == {k: v.shape for k, v in ours.state_dict().items()}
+
+
+def test_rotations_of_a_plain_vit_are_rope_vits():
+    """timm's vit_small_patch16_rope_224 without its layer scale."""
+    plain = build_encoder("vit_small_patch16_224", channels=3, **SIZE, positions="rope")
+    assert torch.equal(
+        places(plain)[0]["rope"], places(build_encoder("vit_small_patch16_rope_224", channels=3, **SIZE))[0]["rope"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arch", "reason"),
+    [
+        ("vit_base_patch16_clip_224", "a norm before its blocks"),
+        ("vit_small_patch14_reg4_dinov2", None),
+        ("vit_giant_patch14_dinov2", "an MLP other than GELU's"),
+        ("vit_base_patch16_xp_224", "blocks of another kind"),
+        ("eva_giant_patch14_224", "blocks of another kind"),
+        ("vit_pwee_patch16_reg1_gap_256", "blocks of another kind"),
+    ],
+)
+def test_what_has_no_rotary_form(arch, reason):
+    sizes = SIZE | {"depth": 1}
+    if reason is None:
+        vit = build_encoder(arch, channels=3, **sizes, positions="rope")
+        assert vit.num_prefix_tokens == 5
+        assert vit.blocks[0].gamma_1 is not None
+    else:
+        with pytest.raises(ConfigError, match=f"model.positions=rope: {arch} has {reason}"):
+            build_encoder(arch, channels=3, **sizes, positions="rope")
+
+
+@pytest.mark.parametrize("what", ["blocks", "step"])
+def test_compiles_whole(what):
+    """As torch.compile traces it for a GPU, without a break; here its graph is run as it is."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, _ = tiny_model(torch.float32, model={"arch": "vit_small_patch16_dinov3", "depth": 2}, **METHODS["bank"])
+    pictures, ids_B = images(4), torch.arange(4)
+    expected = model(pictures, ids_B, 0)
+    if what == "step":
+        run = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    else:
+        compute = torch.compile(ViTBlock.compute, fullgraph=True, backend="eager")
+        for block in (*model.encoder.blocks, *model.decoder.blocks):
+            block.compute = compute
+        run = model
+    found = run(pictures, ids_B, 0, partition=expected.partition)
+    torch.testing.assert_close(found.pred_BMP, expected.pred_BMP, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.cls_attention_BL, expected.cls_attention_BL, rtol=1e-4, atol=1e-5)
