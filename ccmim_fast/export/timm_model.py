@@ -37,7 +37,7 @@ def written_form(name: str, arch: str, arguments: dict[str, Any]) -> tuple[str, 
     """
     arguments = dict(arguments)
     kind, activation = arguments.pop("mlp_layer", None), arguments.pop("act_layer", None)
-    if kind is Mlp:
+    if kind is Mlp:  # whose activation it is
         return _WITHOUT, _of_plain(own_encoder(arch)) | arguments
     arguments |= {"act_layer": _ACTIVATIONS[activation]} if activation else {}
     return (name, arguments) if kind is None else (_WITH_GATES, _of_plain(own_encoder(arch)) | arguments)
