@@ -35,8 +35,8 @@ def test_every_equation_has_its_function(number):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_settings_that_are_named_exist(page):
-    """Every `section.key`, in words and in commands, but for files such as `data.md`; one page has evaluations'."""
-    pages = {"evaluation.md": settings(EvalConfig)}
+    """Every `section.key`, in words and in commands, but for files such as `data.md`; two pages have evaluations'."""
+    pages = {"evaluation.md": settings(EvalConfig), "export.md": {*settings(), *settings(EvalConfig)}}
     known = pages.get(page.name, settings())
     code = re.findall(r"`+[^`]+`+", re.sub(r"^```python\n.*?^```", "", page.read_text(), flags=re.M | re.S))
     named = re.findall(rf"(?<![\w./])(?:{'|'.join(sections())})\.\w+(?![\w(])", " ".join(code))

@@ -75,6 +75,11 @@ def decoder_variants(base: Config) -> Variants:
     return {f"{depth} block{'s' * (depth > 1)}": [f"--decoder.depth={depth}"] for depth in (1, 2, 4, 8)}
 
 
+def heads_variants(base: Config) -> Variants:
+    """Vary the initial weights of projector and predictor."""
+    return {init: [f"--heads.init={init}"] for init in ("torch", "xavier")}
+
+
 ABLATIONS = {
     "score": Ablation(
         "Where scores come from", score_variants, ("random", "first", "all", "bank"), (("bank", "all"),), "bank"
@@ -95,4 +100,5 @@ ABLATIONS = {
     "decoder": Ablation(
         "How deep the decoder is", decoder_variants, ("1 block", "2 blocks", "8 blocks"), (("2 blocks", "8 blocks"),)
     ),
+    "heads": Ablation("How the contrastive heads begin", heads_variants, ("torch", "xavier"), (("xavier", "torch"),)),
 }

@@ -45,11 +45,15 @@ def grid_of_file(
     )
 
 
-def resampled(positions_1TD: Tensor, old: Pair, new: Pair) -> Tensor:
-    """Return positions [1, T', D] for another grid, those of the prefix as they are; antialiased bicubic, as timm's."""
+def resampled(positions_1TD: Tensor, old: Pair, new: Pair, antialias: bool = True) -> Tensor:
+    """Return positions [1, T', D] for another grid by bicubic interpolation, those of the prefix as they are.
+
+    With `antialias` as timm, without it as MAE, BEiT, DINO and ViTDet. The two differ at larger grids too: their cubic
+    kernels do (a of -0.5 and -0.75).
+    """
     if old == new:
         return positions_1TD
     prefix_1PD, x_1LD = positions_1TD.tensor_split([-math.prod(old)], dim=1)
     x_1DRC = x_1LD.float().unflatten(1, old).permute(0, 3, 1, 2)
-    x_1DRC = F.interpolate(x_1DRC, size=new, mode="bicubic", antialias=True)
+    x_1DRC = F.interpolate(x_1DRC, size=new, mode="bicubic", align_corners=False, antialias=antialias)
     return torch.cat([prefix_1PD, x_1DRC.flatten(2).transpose(1, 2).to(x_1LD.dtype)], dim=1)

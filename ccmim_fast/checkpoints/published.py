@@ -9,16 +9,18 @@ from typing import NamedTuple
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ccmim_fast.checkpoints.claims import check_claims, check_size
+from ccmim_fast.checkpoints.eva import ANCHORS, likely_arch
 from ccmim_fast.checkpoints.layouts import recognised
-from ccmim_fast.checkpoints.positions import grid_of_file, resampled
+from ccmim_fast.checkpoints.positions import Pair, grid_of_file, resampled
 from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.checkpoints.weight_files import OF_WIDTH, is_model_folder, read_file, read_folder
 from ccmim_fast.config.keys import nearest
 from ccmim_fast.errors import CheckpointError, ConfigError, one_line
 from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.models.encoder import sincos_positions
 
 TIMM = "timm:"  # in front of a name of timm's
 _CLS, _POSITIONS = "encoder.cls_token", "encoder.pos_embed"
@@ -40,6 +42,7 @@ class Weights(NamedTuple):
     step: int | None = None  # optimizer steps of pretraining
     max_value: tuple[float, ...] = ()  # the number that was white in those images; see `data.max_value`
     layout: str = ""  # what was recognised in a file, in words
+    positions: str = ""  # `rope` where they are in place of the architecture's
 
 
 def read_weights(place: str) -> Weights:
@@ -60,7 +63,7 @@ def read_weights(place: str) -> Weights:
         run = open_run(place)
         model, data = run.config.model, run.config.data
         told = (model.arch, model.num_heads, data.mean, data.std, data.image_size, run.step, data.max_value)
-        return Weights(str(run.path), run.weights, *told)
+        return Weights(str(run.path), run.weights, *told, positions=model.positions)
     if Path(place).is_dir():
         found, told = read_folder(Path(place))
     elif Path(place).exists() and not Path(place).is_file():
@@ -72,7 +75,17 @@ def read_weights(place: str) -> Weights:
     check_size(told.image_size, len(told.mean), tensors, place)
     if wrong := [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise CheckpointError(f"{place}: not finite: {_named(set(wrong))}")
-    return Weights(place, tensors, **told._asdict(), layout=layout)
+    told = told._replace(arch=told.arch or likely_arch(tensors, told.num_heads))
+    return Weights(place, tensors, **told._asdict(), layout=layout + _without_positions(tensors))
+
+
+def _without_positions(tensors: dict[str, Tensor]) -> str:
+    """Say which fixed positions are all zero, behind what was recognised; "": none."""
+    found = [name for name in (_POSITIONS, "decoder.pos_embed") if name in tensors and not tensors[name].any()]
+    if not found:
+        return ""
+    cause = "as transformers 5 leaves those of a new ViTMAEForPreTraining: fill them before it is trained"
+    return f"; {' and '.join(found)} all zero, so that it knows no places, {cause}"
 
 
 def known_arch(arch: str, key: str = "model.arch") -> str:
@@ -89,10 +102,15 @@ def is_run(place: str) -> bool:
 
 
 @cache
+def timm_model(arch: str) -> nn.Module:
+    """Return an architecture as timm builds it, without memory; not to be changed."""
+    with torch.device("meta"):
+        return timm.create_model(arch, num_classes=0)
+
+
 def timm_size(arch: str) -> tuple[int, int]:
     """Return height and width in pixels of the images that timm builds an architecture for."""
-    with torch.device("meta"):
-        return timm.create_model(arch).patch_embed.img_size
+    return timm_model(arch).patch_embed.img_size
 
 
 def with_arch(of: Weights, arch: str = "", num_heads: int = 0) -> Weights:
@@ -108,6 +126,10 @@ def with_arch(of: Weights, arch: str = "", num_heads: int = 0) -> Weights:
         return of._replace(arch=known_arch(arch))
     kernel = of.tensors.get("encoder.patch_embed.proj.weight")
     width = 0 if kernel is None or kernel.ndim != 4 else len(kernel)
+    if any(f"encoder.{anchor}" in of.tensors for anchor in ANCHORS):
+        raise ConfigError(
+            f"{of.name}: does not tell its architecture, which is of timm's Eva family; add --model.arch=NAME"
+        )
     if width and OF_WIDTH.get(width) != _ASSUMED and not (num_heads or of.num_heads):
         near = OF_WIDTH[min(OF_WIDTH, key=lambda known: abs(known - width))]
         raise ConfigError(
@@ -132,6 +154,7 @@ def derived(of: Weights, given: list[str]) -> list[str]:
     except Exception as error:  # whatever timm raises on a name or class that is none of these
         raise ConfigError(f"--arch={of.arch!r:.80}: {one_line(error)}") from None
     found |= {"model.num_heads": of.num_heads} if of.num_heads else {}
+    found |= {"model.positions": of.positions} if of.positions == "rope" else {}
     found |= {"data.mean": list(of.mean), "data.std": list(of.std)} if of.mean and of.std else {}
     found |= {"data.max_value": list(of.max_value)} if of.max_value else {}
     kernel = weights.get("encoder.patch_embed.proj.weight")
@@ -145,10 +168,12 @@ def derived(of: Weights, given: list[str]) -> list[str]:
         positions = weights.get("encoder.pos_embed")
         if positions is not None and positions.ndim == 3:
             patches = positions.shape[1]
-            if _CLS in weights and not own.no_embed_class:
-                patches -= own.num_prefix_tokens
+            if not own.no_embed_class:
+                patches -= _prefix_in(weights)
             rows, columns = _grid(of, patches, patch, _image_size(given))
             found["data.image_size"] = f"[{rows * patch},{columns * patch}]"
+        elif of.image_size and (own.pos_embed is None or of.positions == "rope"):
+            found["data.image_size"] = list(of.image_size)
     if "decoder.embed.weight" in weights:
         found["decoder.dim"] = len(weights["decoder.embed.weight"])
         found["decoder.depth"] = _blocks(weights, "decoder.blocks.")
@@ -163,13 +188,13 @@ def derived(of: Weights, given: list[str]) -> list[str]:
     return [f"--{key}={value}" for key, value in found.items()]
 
 
-def fill_(model: CCMIM, of: Weights) -> list[str]:
+def fill_(model: CCMIM, of: Weights, antialias: bool = True) -> list[str]:
     """Load weights strictly; return the parts of the model that they lack as a whole, which stay as they are.
 
-    Positions are resampled to the model's grid, and a norm behind pooling becomes the final norm of every token. Raises
-    CheckpointError naming what is missing, unexpected, or of another shape.
+    Positions become those of the model's grid (for `antialias` see `positions.resampled`), a norm behind pooling that
+    of every token. Raises CheckpointError naming what is missing, unexpected, or of another shape.
     """
-    own, weights = model.state_dict(), _fitted(model, of)
+    own, weights = model.state_dict(), _fitted(model, of, antialias)
     owned, given = ({name.partition(".")[0] for name in of} for of in (own, weights))
     new = [part for part in _NEW if part in owned - given]
     if _CLS not in weights:
@@ -190,25 +215,44 @@ def fill_(model: CCMIM, of: Weights) -> list[str]:
     return new
 
 
-def _fitted(model: CCMIM, of: Weights) -> dict[str, Tensor]:
+def _fitted(model: CCMIM, of: Weights, antialias: bool) -> dict[str, Tensor]:
     """Return the weights with positions of the model's grid, and their last norm where the model has it."""
     weights, own = dict(of.tensors), model.state_dict()
     if "encoder.norm.weight" not in weights:
         weights = {name.replace("encoder.fc_norm.", "encoder.norm."): value for name, value in weights.items()}
-    positions_1TD, mine_1TD = weights.get(_POSITIONS), own[_POSITIONS]
-    if positions_1TD is None or (positions_1TD.shape == mine_1TD.shape and not of.image_size):
+    positions_1TD, mine_1TD = weights.get(_POSITIONS), own.get(_POSITIONS)
+    if positions_1TD is None or mine_1TD is None or (positions_1TD.shape == mine_1TD.shape and not of.image_size):
         return weights
     if positions_1TD.ndim != 3 or positions_1TD.shape[2] != mine_1TD.shape[2]:
         return weights  # of another shape, as is said
     prefix = mine_1TD.shape[1] - math.prod(model.grid)
-    if _CLS not in weights:  # nor its position
-        positions_1TD = torch.cat([positions_1TD.new_zeros(1, prefix, mine_1TD.shape[2]), positions_1TD], dim=1)
+    if prefix and prefix != (told := _prefix_in(weights)):
+        if _CLS in weights or told > prefix:
+            return weights  # with other tokens than the model, as is said
+        # Without [CLS], and so without its position.
+        positions_1TD = torch.cat([positions_1TD.new_zeros(1, prefix - told, mine_1TD.shape[2]), positions_1TD], dim=1)
     height, width = (side * model.patch for side in model.grid)
     old = _grid(of, positions_1TD.shape[1] - prefix, model.patch, (height, width))
-    weights[_POSITIONS] = resampled(positions_1TD, old, model.grid)
+    weights[_POSITIONS] = _of_grid(positions_1TD, old, model.grid, prefix, antialias)
     if "decoder.pos_embed" in weights:
         weights["decoder.pos_embed"] = own["decoder.pos_embed"]  # computed from the grid
     return weights
+
+
+def _prefix_in(weights: dict[str, Tensor]) -> int:
+    """Return how many tokens a file has before those of the patches: [CLS], registers, DeiT's of distillation."""
+    tokens = (_CLS, "encoder.reg_token", "encoder.dist_token")
+    return sum(weights[name].shape[1] for name in tokens if name in weights and weights[name].ndim == 3)
+
+
+def _of_grid(positions_1TD: Tensor, old: Pair, new: Pair, prefix: int, antialias: bool) -> Tensor:
+    """Return positions of another grid: the fixed sine-cosine ones, in any dtype, are computed, others resampled."""
+    width = positions_1TD.shape[2]
+    if old != new and width % 4 == 0:
+        fixed_TD = sincos_positions(width, old, prefix)
+        if torch.allclose(positions_1TD[0].float(), fixed_TD, atol=0.01):
+            return sincos_positions(width, new, prefix)[None]
+    return resampled(positions_1TD, old, new, antialias)
 
 
 def _grid(of: Weights, patches: int, patch: int, images: tuple[int, ...]) -> tuple[int, int]:

@@ -18,7 +18,7 @@ def import_weights(argv: list[str]) -> None:
     given = parser().parse_args(argv)
     from ccmim_fast.export import imported
 
-    path, new = imported.import_weights(given.file, given.arch, given.out, words(given.settings))
+    path, new = imported.import_weights(given.file, given.arch, given.out, words(given.settings), given.resample)
     say(f"{path}; not in the file, starts anew: {', '.join(new)}" if new else str(path))
 
 
@@ -28,5 +28,7 @@ def parser() -> Parser:
     parser.add_argument("file", metavar="FILE", help="the published weights, a file or folder, or timm:ARCH.TAG")
     parser.add_argument("--arch", metavar="NAME", default="", help="timm's name; not needed where FILE tells it")
     parser.add_argument("--out", metavar="OUT", required=True, help="a new run folder, or a .safetensors")
+    of_positions = "learned positions of another data.image_size: bicubic, with timm's filter or, as MAE, without"
+    parser.add_argument("--resample", choices=("antialias", "plain"), default="antialias", help=of_positions)
     parser.add_settings(presets=presets())
     return parser

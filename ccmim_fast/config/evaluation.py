@@ -43,8 +43,11 @@ class EvalDataConfig:
     mean: tuple[u.Mean, ...] = like(DataConfig, "mean", (), "the checkpoint's, else ImageNet's")
     std: tuple[u.Positive, ...] = like(DataConfig, "std", (), "the checkpoint's, else ImageNet's")
     crop_scale: tuple[u.Part, u.Part] = like(DataConfig, "crop_scale", (0.08, 1.0))
+    crop_rule: u.CropRule = like(DataConfig, "crop_rule", source="MAE, fine-tuning")
     flip: bool = like(DataConfig, "flip", True, "MAE")
-    test_crop: u.Part = setting(0.875, "share of the shorter side that a test image shows: 224 of 256", "MAE")
+    test_crop: u.Share = setting(
+        0.875, "share of a test image's shorter side that is shown; 0: 224 of 256, all for images above 224", "MAE"
+    )
     workers: u.Threads = like(DataConfig, "workers")
     samples: u.Images = like(DataConfig, "samples")
     test_samples: u.Images = setting(1000, "shapes: number of test images", "ours")
@@ -63,6 +66,12 @@ class EvalModelConfig:
         "shape",
     )
     pool: Literal["avg", "cls"] = setting("avg", "mean over the patches' tokens, or [CLS]", "paper, section 4.1")
+    fc_norm: bool = setting(
+        True, "pool=avg: a new norm of the mean, in place of the encoder's of each token", "MAE", "shape"
+    )
+    resample: u.Resample = setting(
+        "plain", "bicubic positions of another grid: antialias as timm, or plain as the protocols' code", "MAE"
+    )
     drop_path: u.Decay = like(ModelConfig, "drop_path")
 
 
@@ -184,6 +193,11 @@ def validate_evaluation(config: EvalConfig) -> None:
     if config.augment.auto and not config.augment.auto.startswith(policies):
         refuse("augment.auto", config.augment.auto, "a policy of timm", nearest(config.augment.auto, policies))
     check_order(config, "data.crop_scale", "segment.sides", "segment.ratio", "detect.jitter")
+
+
+def protocol_crop(image_size: tuple[int, int]) -> float:
+    """Return what MAE's fine-tuning shows of a test image's shorter side: 224 of 256 pixels, all for larger images."""
+    return 0.875 if min(image_size) <= 224 else 1.0
 
 
 def images_of(data: EvalDataConfig, mean: tuple[float, ...], std: tuple[float, ...], test: bool) -> DataConfig:

@@ -45,6 +45,9 @@ class DataConfig:
     std: tuple[u.Positive, ...] = setting((0.229, 0.224, 0.225), "per channel, white is 1", "ImageNet, as in MAE")
     crop_scale: tuple[u.Part, u.Part] = setting((0.2, 1.0), "random resized crop, share of the image's area", "MAE")
     crop_ratio: tuple[u.Positive, u.Positive] = setting((0.75, 4 / 3), "width / height of the crop", "MAE")
+    crop_rule: u.CropRule = setting(
+        "torchvision", "a crop beyond the image is drawn again, or (mae) cut to the image, as MAE's linear probe", "MAE"
+    )
     flip: bool = setting(False, "horizontal flip of training images, p = 0.5", "paper, appendix C: the crop only")
     workers: u.Threads = setting(0, "decoding threads of a rank; 0: its share of the cores", "ours", "free")
     samples: u.Images = setting(4000, "made sources: number of images", "ours")
@@ -60,6 +63,9 @@ class ModelConfig:
     depth: u.BlocksOr0 = setting(0, "blocks of the encoder; 0: the architecture's own", "paper", "shape")
     num_heads: u.HeadsOr0 = setting(0, "heads of attention; 0: the architecture's own", "paper", "shape")
     drop_path: u.Decay = setting(0.0, "stochastic depth rate", "MAE")
+    positions: Literal["sincos", "rope"] = setting(
+        "sincos", "added to patches, or rotary, for a plain ViT: docs/method.md", "MAE; RoPE-ViT", "shape"
+    )
 
 
 @dataclass(frozen=True)

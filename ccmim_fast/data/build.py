@@ -73,7 +73,7 @@ def build_loader(
     `division` is accumulate, rank, world_size and partitions, see `Plan`. Raises the errors of `Plan`, of `BadSamples`
     and of the loader.
     """
-    own = {name: getattr(data, name) for name in ("crop_scale", "crop_ratio", "flip", "window")}
+    own = {name: getattr(data, name) for name in ("crop_scale", "crop_ratio", "crop_rule", "flip", "window")}
     plan = Plan(source, seed, global_batch, **own, **division)
     bad_samples = BadSamples(source, data.on_error, data.max_bad)
     name = next(iter(suitable_loaders(source))) if data.loader == "auto" else data.loader

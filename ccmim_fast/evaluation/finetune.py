@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.errors import ConfigError
+from ccmim_fast.evaluation.images import round_pixels_
 from ccmim_fast.evaluation.job import Job, Work
 from ccmim_fast.evaluation.loader import SampleLoader
 from ccmim_fast.evaluation.supervised import Classifier, seed_generators
@@ -25,15 +26,17 @@ def prepare(job: Job) -> Work:
     config, here, mixes = job.config, job.here, job.config.augment.mixup or job.config.augment.cutmix
     if len(job.weights.mean) != 3:
         raise ConfigError(f"data.mean: {len(job.weights.mean)} channels; timm's augmentation needs 3")
+    if config.data.crop_rule != "torchvision":
+        raise ConfigError(f"data.crop_rule={config.data.crop_rule}: timm's augmentation has torchvision's; use that")
     batch, parts = config.train.batch_size, config.train.accumulate * here.world_size
     if mixes and batch // parts % 2:
         near = (batch // parts + 1) * parts
         raise ConfigError(f"train.batch_size={batch}: mixup needs pairs; nearest valid is {near}")
     model = config.model
-    vit = job.build_encoder(num_classes=job.test.classes, pool=model.pool, drop_path=model.drop_path).to(here.device)
+    pooling = {"pool": model.pool, "fc_norm": model.fc_norm}
+    vit = job.build_encoder(num_classes=job.test.classes, drop_path=model.drop_path, **pooling).to(here.device)
     nn.init.trunc_normal_(vit.head.weight, std=config.head.init_std)
-    for images in (job.train, job.test):
-        images.source.dtype = np.dtype(np.uint8)  # what timm's augmentation works on
+    round_pixels_((job.train, job.test), here)
     mean_C, std_C = (torch.tensor(values, device=here.device) for values in (job.weights.mean, job.weights.std))
 
     def inputs(images: Tensor) -> Tensor:
@@ -55,10 +58,15 @@ def build_optimizer(vit: nn.Module, optim: EvalOptimConfig, *new: nn.Module) -> 
     for group in groups if new else ():
         # timm gives the last layer there is, a block here, the whole rate.
         group["lr_scale"] *= optim.layer_decay
-    last = list(vit.norm.parameters())  # whose rate timm lowers by the last block's
-    for group in groups:
-        group["params"] = [p for p in group["params"] if not any(p is of_norm for of_norm in last)]
-    groups.append({"params": last, "lr_scale": 1.0, "weight_decay": 0.0})
+    # timm lowers the rate of the last norm by the last block's, and gives learned rotary frequencies that of the head:
+    # they are positions, with the rate of the first layer.
+    moved = [(list(vit.norm.parameters()), 1.0)]
+    if hasattr(getattr(vit, "rope", None), "freqs"):
+        moved.append(([vit.rope.freqs], min(group["lr_scale"] for group in groups)))
+    for parameters, scale in moved:
+        for group in groups:
+            group["params"] = [p for p in group["params"] if not any(p is one for one in parameters)]
+        groups.append({"params": parameters, "lr_scale": scale, "weight_decay": 0.0})
     for part in new:
         groups += param_groups_weight_decay(part, optim.weight_decay)
     return torch.optim.AdamW(groups, lr=optim.base_lr, betas=optim.betas)

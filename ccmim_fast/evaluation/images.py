@@ -15,11 +15,12 @@ from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.build import build_source
 from ccmim_fast.data.index.annotations import flowers_origins, inaturalist_origins
 from ccmim_fast.data.index.bad_samples import BadSamples
+from ccmim_fast.data.index.decode import BYTE
 from ccmim_fast.data.progress import progress_bar
 from ccmim_fast.data.source import Source, usable_count, usable_ids, without
 from ccmim_fast.data.stream.prefetch import attempted
 from ccmim_fast.data.threads import map_ahead, thread_count
-from ccmim_fast.errors import ConfigError, DataError
+from ccmim_fast.errors import ConfigError, DataError, say
 from ccmim_fast.ranks.session import Session, gather_values
 
 _AHEAD = 2  # images that each thread has read ahead
@@ -80,6 +81,14 @@ class Images:
     def _failed(self) -> dict[int, str]:
         """Return the reasons of all ranks by sample id."""
         return {index: reason for of_rank in gather_values(self.bad.reasons) for index, reason in of_rank.items()}
+
+
+def round_pixels_(both: Sequence[Images], here: Session) -> None:
+    """Have both sets give pixels of 8 bits, on which augmentation works; say so where there are more."""
+    if here.is_main and any(images.source.dtype != BYTE for images in both):
+        say("pixels are rounded to 8 bits, on which the augmentation of this evaluation works")
+    for images in both:
+        images.source.dtype = BYTE
 
 
 def open_both(config: EvalConfig, *data: DataConfig) -> list[Source]:

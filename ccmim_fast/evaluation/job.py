@@ -30,12 +30,19 @@ class Job(NamedTuple):
 
     def build_encoder(self, **options: Any) -> nn.Module:
         """Build timm's module for the settings' images, on the CPU; for the options see `encoders.build_encoder`."""
-        return build_encoder(self.weights, self.config.data.image_size, self.config.model.num_heads, **options)
+        size, model = self.config.data.image_size, self.config.model
+        return build_encoder(self.weights, size, model.num_heads, resample=model.resample, **options)
 
-    def frozen_encoder(self, pool: str = "avg") -> Encoder:
-        """Return the encoder, on the device, without gradient. Raises ConfigError if it has no [CLS] for `pool`."""
-        encoder = Encoder(self.build_encoder(), self.weights.mean, self.weights.std).to(self.here.device)
-        if pool == "cls" and not encoder.prefix:
+    def frozen_encoder(self, pools: bool = True) -> Encoder:
+        """Return the encoder, on the device, without gradient; `pools`: see `model.pool` and `model.fc_norm`.
+
+        Raises ConfigError if it has no [CLS] for `model.pool`.
+        """
+        model = self.config.model
+        pool, fc_norm = (model.pool, model.fc_norm) if pools else ("", False)
+        vit = self.build_encoder(pool="avg" if pool == "avg" and fc_norm else "")
+        encoder = Encoder(vit, self.weights.mean, self.weights.std).to(self.here.device)
+        if pool == "cls" and (not encoder.prefix or getattr(vit, "cls_token", vit) is None):
             raise ConfigError(f"model.pool=cls: {self.weights.arch} has no [CLS] token; nearest valid is avg")
         return encoder.eval().requires_grad_(False)
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ccmim_fast.config.evaluation import EvalConfig
+from ccmim_fast.config.evaluation import EvalConfig, protocol_crop
 from ccmim_fast.config.keys import flatten, show
 from ccmim_fast.config.load import from_yaml, presets
 from ccmim_fast.data.source import usable_count
@@ -50,6 +50,8 @@ def protocol(evaluation: str, preset: str = "") -> Protocol:
 def deviations(of: Protocol, job: Job) -> list[str]:
     """Return every figure of the protocol that a run does not keep: `what: run's (protocol's)`."""
     asked, given = flatten(of.config), flatten(job.config)
+    for figures in (asked, given):
+        figures["data.test_crop"] = figures["data.test_crop"] or protocol_crop(job.config.data.image_size)
     found = [
         f"{key}: {show(given[key])} ({show(value)})"
         for key, value in asked.items()

@@ -8,11 +8,11 @@ from ccmim_fast.errors import MachineError
 PACKAGE = "ccmim_fast.evaluation"
 
 _IMAGES = ("images", "shapes", "inaturalist", "flowers")
-_SHOWN = ("data.image_size", "data.test_crop", "model.pool")
+_SHOWN = ("data.image_size", "data.test_crop", "model.pool", "model.fc_norm", "model.resample")
 _LENGTH = ("train.epochs", "train.steps", "train.batch_size", "train.max_steps")
-_TRAINED = (*_SHOWN, "data.crop_scale", "data.flip", "optim.", *_LENGTH)
+_TRAINED = (*_SHOWN, "data.crop_scale", "data.crop_rule", "data.flip", "optim.", *_LENGTH)
 _FINETUNED = (*_TRAINED, "head.init_std", "augment.", "model.drop_path")
-_DENSE = ("data.image_size", "data.flip", "optim.", *_LENGTH, "model.drop_path")
+_DENSE = ("data.image_size", "data.flip", "optim.", *_LENGTH, "model.drop_path", "model.resample")
 
 
 class Evaluation(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ccmim_fast.config.evaluation import EvalConfig, images_of, validate_evaluation
+from ccmim_fast.config.evaluation import EvalConfig, images_of, protocol_crop, validate_evaluation
 from ccmim_fast.config.keys import flatten, nearest
 from ccmim_fast.config.load import make_config
 from ccmim_fast.data.index.left_out import left_out_lines
@@ -36,6 +36,8 @@ def evaluate(name: str, checkpoint: str, settings: Mapping[str, str]) -> str:
         if given not in valid:
             near = nearest(given, valid)
             raise ConfigError(f"{key}={given}: {name} has {', '.join(valid)}; nearest valid is {near}")
+    if not config.data.test_crop:
+        config = replace(config, data=replace(config.data, test_crop=protocol_crop(config.data.image_size)))
     if not config.run.dir:
         config = replace(config, run=replace(config.run, dir=evaluation_folder(checkpoint, name)))
     reads = {"checkpoint": checkpoint, **read_by(config.data)}

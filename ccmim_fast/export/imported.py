@@ -19,7 +19,9 @@ from ccmim_fast.optim.optimizer import build_optimizer
 from ccmim_fast.runs.folder import run_folder
 
 
-def import_weights(file: str, arch: str, out: str, settings: Sequence[str]) -> tuple[Path, list[str]]:
+def import_weights(
+    file: str, arch: str, out: str, settings: Sequence[str], resample: str = "antialias"
+) -> tuple[Path, list[str]]:
     """Make a checkpoint of published weights; return its path, and the parts that `file` lacks, which start anew.
 
     The arguments are those of `ccmim import --help`; `settings` are options of `ccmim pretrain`. Raises ConfigError: no
@@ -37,7 +39,7 @@ def import_weights(file: str, arch: str, out: str, settings: Sequence[str]) -> t
     config = load_config([*derived(found, settings), *settings], "ccmim import FILE --arch NAME --out OUT")
     torch.manual_seed(config.seed)
     model = build_model(config)
-    new = fill_(model, found)
+    new = fill_(model, found, resample == "antialias")
     if out.endswith(".safetensors"):
         run = OpenedRun(Path(out), Path(out).parent, config, model.state_dict())
         return write_weights(run.weights, about(run), Path(out)), new

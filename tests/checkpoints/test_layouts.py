@@ -7,10 +7,12 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from ccmim_fast.checkpoints.layouts import recognised
+from ccmim_fast.checkpoints.positions import resampled
 from ccmim_fast.checkpoints.published import read_weights
 from ccmim_fast.cli import main
 from ccmim_fast.errors import CheckpointError, ConfigError
 from ccmim_fast.evaluation.encoders import Encoder, build_encoder, read_encoder
+from ccmim_fast.models.encoder import sincos_positions
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 
@@ -202,6 +204,21 @@ def test_going_on_at_another_size_resamples(tmp_path):
 
     expected = resample_abs_pos_embed(vit.pos_embed, new_size=(8, 6), old_size=(4, 4))
     torch.testing.assert_close(read_weights(str(tmp_path / "run")).tensors["encoder.pos_embed"], expected)
+    assert main([*command, f"--out={tmp_path / 'maes'}", "--data.image_size=[64,48]", "--resample=plain"]) == 0
+    expected = resampled(vit.pos_embed, (4, 4), (8, 6), antialias=False)
+    assert torch.equal(read_weights(str(tmp_path / "maes")).tensors["encoder.pos_embed"], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_fixed_positions_are_computed_at_another_size(tmp_path, dtype):
+    """As MAE's: what is resampled would be no sine and cosine any more."""
+    vit = small_vit()
+    vit.pos_embed.data = sincos_positions(vit.embed_dim, (4, 4), 1)[None]
+    torch.save({name: value.to(dtype) for name, value in vit.state_dict().items()}, tmp_path / "w.pth")
+    command = ["import", str(tmp_path / "w.pth"), "--arch=vit_tiny_patch16_224", "--model.num_heads=2"]
+    assert main([*command, f"--out={tmp_path / 'run'}", "--data.image_size=[64,48]"]) == 0
+    found = read_weights(str(tmp_path / "run")).tensors["encoder.pos_embed"]
+    assert torch.equal(found[0], sincos_positions(vit.embed_dim, (8, 6), 1))
 
 
 @pytest.mark.parametrize(
@@ -211,10 +228,10 @@ def test_going_on_at_another_size_resamples(tmp_path):
             {"conv_proj.weight": torch.zeros(1), "class_token": torch.zeros(1)},
             "no layout that is known: the first name is 'conv_proj",
         ),
-        ({"layer1.0.conv1.weight": torch.zeros(1)}, "known are timm's names"),
+        ({"layer1.0.conv1.weight": torch.zeros(1)}, "known are DINOv3's own names"),
         (
-            {"embeddings.patch_embeddings.weight": torch.zeros(8, 3, 2, 2)},
-            "DINOv3: it has no positions that could be loaded",
+            {"embeddings.patch_embeddings.projection.weight": torch.zeros(8, 3, 2, 2)},
+            "transformers' names: it has no positions that could be loaded",
         ),
         (
             {

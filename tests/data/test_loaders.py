@@ -16,6 +16,7 @@ from ccmim_fast.data.index.indexed import IndexedSource, open_images
 from ccmim_fast.data.made.photos import PhotosSource
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.stream import dali_loader
+from ccmim_fast.data.stream.crops import crop_boxes
 from ccmim_fast.data.stream.dali_loader import DaliLoader
 from ccmim_fast.data.stream.torch_loader import TorchLoader, crop_and_resize, evaluation_batches, resize
 from ccmim_fast.errors import ConfigError, DataError, MachineError
@@ -59,6 +60,19 @@ def test_batches_are_as_promised(source, kind):
         assert batch.labels_B.tolist() == source.labels_N[batch.ids_B].tolist()
     assert sorted(torch.cat([batch.ids_B for batch in batches]).tolist()[:22]) == list(range(22))
     assert torch.cat([batch.epochs_B for batch in batches]).tolist() == [0] * 22 + [1] * 2
+
+
+@both
+@pytest.mark.parametrize("rule", ["torchvision", "mae"])
+def test_crops_follow_the_rule(source, kind, rule):
+    data = DataConfig(loader=kind, image_size=SIZE, workers=1, crop_scale=(0.08, 1.0), crop_rule=rule)
+    [batch] = take(build_loader(source, data, 3, 8), 1)
+    sizes_B2 = source.sizes_N2[batch.host_ids_B]
+    boxes_B4 = crop_boxes(3, 0, batch.host_ids_B, sizes_B2, (0.08, 1.0), (0.75, 4 / 3), rule)
+    np.testing.assert_allclose(batch.boxes_B4 * np.tile(sizes_B2, 2), boxes_B4)
+    for image_HWC, index, box_4 in zip(batch.images_BHWC, batch.host_ids_B.tolist(), boxes_B4):
+        expected_HWC = crop_and_resize(source.decode(index), box_4, False, SIZE)
+        assert (image_HWC.int() - torch.from_numpy(expected_HWC.copy()).int()).abs().float().mean() < 1
 
 
 @both

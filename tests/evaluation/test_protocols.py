@@ -1,5 +1,6 @@
 """Whose encoder the figures of a preset are of."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ PRESETS = {
     "finetune": "ViT-B/16",
     "finetune_large": "ViT-L/16",
     "finetune_huge": "ViT-H/14",
+    "finetune_ccmim": "ViT-B/16",
     "detection": "ViT-B/16",
     "detection_vitdet": "ViT-B/16",
     "segmentation": "ViT-B/16",
@@ -34,12 +36,24 @@ class Counted(SimpleNamespace):
         return self.count
 
 
-def found(name, weights):
-    """Deviations of a run that keeps all of the preset's figures and images."""
+def found(name, weights, config=None):
+    """Deviations of a run that keeps all of the preset's images and, without other settings, figures."""
     of = protocol(next(one for one in EVALUATIONS if name.startswith(one)), name)
     *counts, classes = of.images or (2, 2, 2)
     train, test = (Images(Counted(count=count, class_names=range(classes)), DataConfig()) for count in counts)
-    return deviations(of, SimpleNamespace(config=of.config, weights=weights, train=train, test=test))
+    return deviations(of, SimpleNamespace(config=config or of.config, weights=weights, train=train, test=test))
+
+
+@pytest.mark.parametrize("side", [224, 384])
+def test_a_larger_image_that_is_shown_whole_is_the_protocols(side):
+    """MAE fine-tunes at 224 pixels, and shows all of a larger test image."""
+    of = protocol("finetune")
+    size = replace(of.config.data, image_size=(side, side))
+    for test_crop, expected in ((0.875, side > 224), (1.0, side == 224)):
+        config = replace(of.config, data=replace(size, test_crop=test_crop))
+        words = " ".join(found("finetune", of_size(768, 16), config))
+        assert ("data.test_crop" in words) == expected
+        assert ("data.image_size" in words) == (side == 384)
 
 
 def of_size(width, patch):

@@ -4,6 +4,8 @@ Chance is 1/3 of 150 test images, with a standard deviation of 0.039. Margins ar
 """
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,13 +14,14 @@ from tiny import tiny_config
 
 from ccmim_fast import cli
 from ccmim_fast.checkpoints.run import open_run
-from ccmim_fast.config.evaluation import EvalConfig
+from ccmim_fast.config.evaluation import EvalConfig, EvalModelConfig, protocol_crop
 from ccmim_fast.config.load import presets
 from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.evaluation.encoders import build_encoder, read_encoder
 from ccmim_fast.evaluation.masks.subject import read_subject
 from ccmim_fast.evaluation.protocols import protocol
 from ccmim_fast.evaluation.registry import EVALUATIONS
+from ccmim_fast.evaluation.supervised import Supervised
 from ccmim_fast.export.plain import export_timm
 from ccmim_fast.models.encoder import build_encoder as ours
 
@@ -75,10 +78,13 @@ def test_presets_hold_the_figures_of_their_protocols(name):
         "attentive": ("sgd", 0.4, 8192, 90, 10, 0.0),
         "finetune": ("adamw", 2e-3, 1024, 100, 5, 0.05),
         "finetune_large": ("adamw", 4e-3, 1024, 50, 5, 0.05),
+        "linear_ccmim": ("lars", 6.4, 16384, 90, 10, 0.0),
         "finetune_huge": ("adamw", 4e-3, 1024, 50, 5, 0.05),
+        "finetune_ccmim": ("adamw", 4e-3, 1024, 100, 5, 0.05),
     }
     if name.startswith("finetune"):
-        size = {"finetune": (0.65, 0.1), "finetune_large": (0.75, 0.2), "finetune_huge": (0.75, 0.3)}[name]
+        sizes = {"finetune": (0.65, 0.1), "finetune_large": (0.75, 0.2), "finetune_huge": (0.75, 0.3)}
+        size = sizes.get(name, (0.75, 0.1))
         augment = of.config.augment
         assert (optim.layer_decay, of.config.model.drop_path) == size
         assert (optim.betas, optim.min_lr, of.config.head.init_std) == ((0.9, 0.999), 1e-6, 2e-5)
@@ -89,7 +95,59 @@ def test_presets_hold_the_figures_of_their_protocols(name):
         assert (optim.name, pytest.approx(peak)) == (rule, rate)
         assert [train.batch_size, train.epochs, optim.warmup_epochs, optim.weight_decay] == rest
     elif of.evaluation in ("knn", "logreg"):
-        assert of.config == EvalConfig()
+        assert of.config == replace(EvalConfig(), model=EvalModelConfig(fc_norm=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "pool", "crop_rule", "test_crops", "expected"),
+    [
+        ("linear", "cls", "mae", (0.875, 0.875), "67.8"),
+        ("linear_ccmim", "avg", "mae", (0.875, 0.875), "68.9"),
+        ("finetune", "avg", "torchvision", (0.875, 1.0), "83.57"),
+        ("finetune_large", "avg", "torchvision", (0.875, 1.0), "85.9"),
+        ("finetune_huge", "avg", "torchvision", (0.875, 1.0), "86.9"),
+        ("finetune_ccmim", "avg", "torchvision", (0.875, 1.0), "84.2"),
+        ("attentive", "avg", "torchvision", (0.875, 0.875), ""),
+        ("transfer_flowers", "avg", "torchvision", (0.875, 0.875), "99.2"),
+    ],
+)
+def test_presets_crop_and_pool_as_their_sources(name, pool, crop_rule, test_crops, expected):
+    """What is shown of a test image at 224 and at 384 pixels; the result beside the pooling that it is of."""
+    of = protocol(next(evaluation for evaluation in EVALUATIONS if name.startswith(evaluation)), name)
+    data, model = of.config.data, of.config.model
+    assert (model.pool, model.fc_norm, model.resample, data.crop_rule) == (pool, True, "plain", crop_rule)
+    assert data.crop_scale == (0.08, 1.0)
+    assert tuple(data.test_crop or protocol_crop((side, side)) for side in (224, 384)) == test_crops
+    heads = presets("eval")[name].read_text().partition("# Expected: ")
+    assert expected in heads[2].split(". ")[0]
+
+
+@pytest.mark.parametrize(
+    ("preset", "rates"),
+    [
+        ("finetune", {0: 0, 2.5: 1e-3, 5: 2e-3, 52.5: 1.0005e-3, 100: 1e-6}),
+        ("finetune_ccmim", {0: 0, 2.5: 2e-3, 5: 4e-3, 52.5: 2.0005e-3, 100: 1e-6}),
+        ("finetune_large", {1: 8e-4, 5: 4e-3, 27.5: 2.0005e-3, 50: 1e-6}),
+        ("linear", {0: 0, 5: 3.2, 10: 6.4, 50: 3.2, 70: 6.4 * 0.14644661, 90: 0}),
+        ("transfer", {2.5: 1.5e-4, 5: 3e-4, 182.5: 1.55e-4, 360: 1e-5}),
+        ("segmentation", {750 / 160000: 0.5e-4 * (1 - 750 / 160000), 0.5: 0.5e-4, 1: 0}),
+    ],
+)
+def test_rates_of_a_whole_run(preset, rates):
+    """By epochs of ImageNet's size; of segmentation, by shares of its steps."""
+    config = protocol(next(evaluation for evaluation in EVALUATIONS if preset.startswith(evaluation)), preset).config
+    samples, train = 1281167, config.train
+    run = SimpleNamespace(config=config, loader=SimpleNamespace(plan=SimpleNamespace(samples=samples)))
+    one = train.steps * train.batch_size or samples
+    for at, rate in rates.items():
+        assert Supervised._rate(run, at * one) == pytest.approx(rate, rel=1e-6, abs=1e-12), at
+
+
+def test_a_test_crop_that_is_left_to_the_size(evaluated):
+    """What is recorded is a number, and no deviation."""
+    result = evaluated("knn", "--knn.k=[1]", "--data.test_crop=0", "--data.samples=20", "--data.test_samples=10")
+    assert result["config"]["data.test_crop"] == 0.875
+    assert not any(line.startswith("data.test_crop") for line in result["deviations"])
 
 
 def tiny_run(folder, size=(32, 32), **model):

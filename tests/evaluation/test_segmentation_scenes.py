@@ -1,11 +1,14 @@
 """Folders of ADE20K's layout, shapes with labels, and every way in which a folder can be wrong."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.errors import DataError
+from ccmim_fast.evaluation.images import Images, round_pixels_
 from ccmim_fast.evaluation.segmentation.scenes import IGNORED, NAMES, folder_scenes, shape_scenes
 
 HEADING = "Idx\tRatio\tTrain\tVal\tName\n"
@@ -118,3 +121,19 @@ def test_shapes_are_labelled_by_their_masks():
     found = {tuple(np.unique(scenes.labels(index))) for index in range(12)}
     assert found == {(0, 1), (0, 2), (0, 3), (0, 4)}
     assert scenes.labels(0).shape == (24, 40) == scenes.decode(0).shape[:2]
+
+
+def test_wide_pixels_are_rounded_aloud(miniature, capsys):
+    for part, count in (("training", 5), ("validation", 3)):
+        for index in range(count):
+            file = miniature / "images" / part / f"ADE_{part}_{index}.jpg"
+            np.save(file.with_suffix(".npy"), np.full((20 + index, 24, 3), 257 * 90 + 100, np.uint16))
+            file.unlink()
+    both = [Images(scenes, DataConfig()) for scenes in folder_scenes(str(miniature))]
+    assert both[0].source.sample(0)[0].dtype == np.float32
+    round_pixels_(both, SimpleNamespace(is_main=True))
+    assert capsys.readouterr().out.count("pixels are rounded to 8 bits") == 1
+    for images in both:
+        image_HWC = images.source.sample(0)[0]
+        assert image_HWC.dtype == images.source.dtype == np.uint8
+        assert (image_HWC == 90).all()

@@ -95,6 +95,27 @@ def test_odd_batches_cannot_be_mixed(evaluated):
         evaluated("finetune", "--train.batch_size=25")
 
 
+def test_the_crop_of_the_linear_probe_is_refused(evaluated):
+    with pytest.raises(ConfigError, match=r"data\.crop_rule=mae: timm's augmentation has torchvision's; use that"):
+        evaluated("finetune", "--data.crop_rule=mae")
+
+
+def test_wide_pixels_are_rounded_aloud(evaluated, tmp_path, capsys):
+    """Fine-tuning has 8 bits; a frozen encoder sees pixels as they are."""
+    for part in ("train", "val"):
+        for label in "ab":
+            (tmp_path / "wide" / part / label).mkdir(parents=True)
+            for number in range(4):
+                pixels = np.random.default_rng(number).integers(0, 65536, (32, 32, 3)).astype(np.uint16)
+                np.save(tmp_path / "wide" / part / label / f"{number}.npy", pixels)
+    where = ["--data.source=images", f"--data.root={tmp_path / 'wide'}"]
+    words = "pixels are rounded to 8 bits, on which the augmentation of this evaluation works\n"
+    evaluated("knn", *where, "--knn.k=[1]", folder="knn")
+    assert words not in capsys.readouterr().out
+    evaluated("finetune", *where, "--train.batch_size=4", "--train.epochs=1", "--augment.auto=")
+    assert capsys.readouterr().out.count(words) == 1
+
+
 @pytest.mark.parametrize("pool", ["avg", "token"])
 def test_rates_of_blocks_are_maes(pool):
     """decay^(depth + 1) at the embedding, decay^(depth - i) at block i, 1 at the head and the last norm."""

@@ -2,6 +2,8 @@
 
 # B batch, A attempts
 
+from typing import Literal
+
 import numpy as np
 import torch
 
@@ -17,19 +19,25 @@ def crop_boxes(
     sizes_B2: np.ndarray,
     scale: tuple[float, float],
     ratio: tuple[float, float],
+    rule: Literal["torchvision", "mae"] = "torchvision",
 ) -> np.ndarray:
-    """Draw boxes of a random resized crop by torchvision's rule, [B, 4] int64: y, x, height, width in pixels.
+    """Draw boxes of a random resized crop, [B, 4] int64: y, x, height, width in pixels.
 
     The area is uniform in `scale` (share of the image), the aspect width / height log-uniform in `ratio`, the position
-    uniform. The first of ten attempts that fits in the image counts; if none fits, the box is central with the aspect
-    clamped to `ratio`. Seed and epochs are 0 .. 2**32 - 1; `sizes_B2` is the height and width of the images, >= 1.
+    uniform. A box that does not fit in the image is drawn again by torchvision's rule: the first of ten attempts that
+    fits counts; if none fits, the box is central with the aspect clamped to `ratio`. By the rule of MAE's linear probe
+    (BYOL's) there is one attempt, whose sides are cut to the image's: the crops are larger. Seed and epochs are
+    0 .. 2**32 - 1; `sizes_B2` is the height and width of the images, >= 1.
     """
-    u_area, u_aspect, u_y, u_x = _uniforms(seed, epochs_B, ids_B, range(_ATTEMPTS))
+    attempts = range(_ATTEMPTS if rule == "torchvision" else 1)
+    u_area, u_aspect, u_y, u_x = _uniforms(seed, epochs_B, ids_B, attempts)
     height_B1, width_B1 = sizes_B2.astype(np.float64)[:, :1], sizes_B2.astype(np.float64)[:, 1:]
     area_BA = height_B1 * width_B1 * (scale[0] + u_area * (scale[1] - scale[0]))
     log_low, log_high = np.log(ratio)
     aspect_BA = np.exp(log_low + u_aspect * (log_high - log_low))
     w_BA, h_BA = np.rint(np.sqrt(area_BA * aspect_BA)), np.rint(np.sqrt(area_BA / aspect_BA))
+    if rule == "mae":
+        w_BA, h_BA = np.clip(w_BA, 1, width_B1), np.clip(h_BA, 1, height_B1)
     fits_BA = (w_BA > 0) & (w_BA <= width_B1) & (h_BA > 0) & (h_BA <= height_B1)
     y_BA, x_BA = np.floor(u_y * (height_B1 - h_BA + 1)), np.floor(u_x * (width_B1 - w_BA + 1))
     drawn_BA4 = np.stack([y_BA, x_BA, h_BA, w_BA], axis=-1)

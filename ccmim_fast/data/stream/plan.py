@@ -17,7 +17,7 @@ different crops (repeated augmentation: Hoffer et al., 2020, as in DeiT).
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -68,6 +68,7 @@ class Plan:
     world_size: int = 1
     crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width / height
+    crop_rule: Literal["torchvision", "mae"] = "torchvision"  # of crops that do not fit, see `crop_boxes`
     flip: bool = False  # mirror left to right, p = 0.5
     window: int = 0  # samples shuffled among each other; 0: all
     partitions: int = 1  # parts of the samples, each of which belongs to some ranks
@@ -137,7 +138,7 @@ class Plan:
     def micro_batch(self, ids_B: np.ndarray, epochs_B: np.ndarray) -> MicroBatch:
         """Add crops and flips to samples; both depend on (seed, epoch, id) alone."""
         sizes_B2 = self.source.sizes_N2[ids_B]
-        boxes_B4 = crop_boxes(self.seed, epochs_B, ids_B, sizes_B2, self.crop_scale, self.crop_ratio)
+        boxes_B4 = crop_boxes(self.seed, epochs_B, ids_B, sizes_B2, self.crop_scale, self.crop_ratio, self.crop_rule)
         flips_B = flips(self.seed, epochs_B, ids_B) if self.flip else np.zeros(len(ids_B), dtype=bool)
         return MicroBatch(ids_B, epochs_B, boxes_B4, flips_B)
 

@@ -20,7 +20,7 @@ CHUNK_BYTES = 2**28  # of one chunk's similarity matrix, so that memory does not
 
 def knn(job: Job) -> Work:
     """Prepare accuracies by the number of neighbours."""
-    config, images, encoder = job.config.knn, usable_count(job.train.source), job.frozen_encoder(job.config.model.pool)
+    config, images, encoder = job.config.knn, usable_count(job.train.source), job.frozen_encoder()
     if max(config.k) > images:
         most = f"at most the {images} training images; nearest valid is {images}"
         raise ConfigError(f"knn.k={max(config.k)}: must be {most}")

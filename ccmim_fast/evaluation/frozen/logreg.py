@@ -21,7 +21,7 @@ _FOLDS = 5  # of which one is held out
 
 def logreg(job: Job) -> Work:
     """Prepare the accuracy of a fit by the first rank."""
-    encoder = job.frozen_encoder(job.config.model.pool)
+    encoder = job.frozen_encoder()
 
     def work() -> dict[str, float]:
         test, train = (features_of_all_ranks(job, encoder, images) for images in (job.test, job.train))

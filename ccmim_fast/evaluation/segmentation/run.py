@@ -16,6 +16,7 @@ from ccmim_fast.config.schema import DataConfig
 from ccmim_fast.data.source import usable_count, usable_ids
 from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.evaluation.finetune import build_optimizer
+from ccmim_fast.evaluation.images import round_pixels_
 from ccmim_fast.evaluation.job import Job, Work
 from ccmim_fast.evaluation.loader import samples_to_test
 from ccmim_fast.evaluation.segmentation.model import build_segmenter
@@ -90,6 +91,7 @@ def prepare(job: Job) -> Work:
         root = job.config.data.root
         raise DataError(f"{root}: no pixel of the {usable_count(scenes)} images to test on has a class")
     model = build_segmenter(job)
+    round_pixels_((job.train, job.test), job.here)
     optimizer = build_optimizer(model.vit, job.config.optim, *model.new_parts())
     return Segmentation(job, model, optimizer, SceneLoader(job)).run
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from ccmim_fast.config.schema import DataConfig
-from ccmim_fast.data.index.decode import BYTE
 from ccmim_fast.data.index.formats import open_picture
 from ccmim_fast.data.index.indexed import IndexedSource, open_images
 from ccmim_fast.data.made.shapes import build
@@ -32,7 +31,7 @@ class Scenes:
     pixels, too. Both raise DataError naming the file.
     """
 
-    channels, dtype = 3, BYTE
+    channels = 3
 
     def __init__(self, images: Source, class_names: tuple[str, ...], labels: Callable[[int], np.ndarray]):
         self.class_names, self.labels = class_names, labels
@@ -40,6 +39,16 @@ class Scenes:
         self.name, self.decode, self.fingerprint = images.name, images.decode, images.fingerprint
         # Images that cannot be decoded are put down there; made ones have none.
         self.index = getattr(images, "index", None)
+        self._images = images
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Return the type of the pixels; it can be set."""
+        return self._images.dtype
+
+    @dtype.setter
+    def dtype(self, dtype: np.dtype) -> None:
+        self._images.dtype = dtype
 
     def __len__(self) -> int:
         return len(self.sizes_N2)
@@ -73,8 +82,6 @@ def folder_scenes(root: str) -> tuple[Scenes, Scenes]:
                     f"each with {PARTS[0]}/ and {PARTS[1]}/"
                 )
     images = [open_images(str(Path(root) / "images" / part), 3, quiet=False) for part in PARTS]
-    for one in images:
-        one.dtype = BYTE  # what the augmentation works on
     paths = [_annotations_of(found, root, part) for found, part in zip(images, PARTS)]
     names = Path(root) / NAMES
     class_names = _names_in(names) if names.is_file() else _numbered(images[0], paths[0])
