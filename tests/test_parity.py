@@ -1,6 +1,8 @@
 """What MAE's repository and the authors' code begin with and are told to do, as figures: docs/parity.md."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,9 @@ from ccmim_fast.config.load import load_config
 from ccmim_fast.data.stream.crops import crop_boxes
 from ccmim_fast.models.encoder import sincos_positions
 from ccmim_fast.optim.update import lr_at, scaled_lr
+from ccmim_kernels import sample_partition
+
+METHOD = (Path(__file__).parents[1] / "docs" / "method.md").read_text()
 
 # Deviations of initial weights: Xavier's sqrt(2 / (inputs + outputs)), uniform within sqrt(3) of them; those of the
 # patches' bias are torch's, 1 / sqrt(3 inputs).
@@ -86,9 +91,7 @@ def test_rates_of_pretraining(epoch, rate):
     """At fractions of an epoch, before each optimizer step: a line of 40 epochs, half a cosine of 760."""
     config = load_config(["--config=mae_vit_base"], "test")
     peak, train = scaled_lr(config.optim.base_lr, config.train.batch_size), config.train
-    found = lr_at(
-        epoch, peak=peak, floor=config.optim.min_lr, warmup=config.optim.warmup_epochs, epochs=train.epochs
-    )
+    found = lr_at(epoch, peak=peak, floor=config.optim.min_lr, warmup=config.optim.warmup_epochs, epochs=train.epochs)
     assert found == pytest.approx(rate, abs=1e-7)
 
 
@@ -110,3 +113,37 @@ def test_running_statistics_of_the_heads_are_torchs():
     model, _ = tiny_model(heads={"sync_bn": False})
     norms = [part for part in model.projector.modules() if isinstance(part, torch.nn.BatchNorm1d)]
     assert [(norm.eps, norm.momentum, norm.affine) for norm in norms] == [(1e-5, 0.1, True), (1e-5, 0.1, False)]
+
+
+@pytest.mark.parametrize(("name", "noise"), [("Gumbel noise", "gumbel"), ("division by random numbers", "uniform")])
+def test_shares_masked_by_both_readings_of_eq_5_are_those_of_the_page(name, noise):
+    told = re.search(rf"^\| {name} \| (\S+) \| (\S+) \| (\S+) \|$", METHOD, re.M).groups()
+    quantiles_L = torch.distributions.Normal(0, 0.5).icdf((torch.arange(196) + 0.5) / 196)
+    share_L = quantiles_L.softmax(0)
+    logits_L = share_L.log() if noise == "gumbel" else 12 * share_L  # the sums of 12 blocks are the logits of a softmax
+    options = {"keep": 49, "grid": (14, 14), "seed": 0, "epoch": 0, "noise": noise}
+    masked_L = sample_partition(logits_L.expand(4000, -1), torch.arange(4000), **options).mask_BL.float().mean(0)
+    for figure, six in zip(told, (masked_L[-6:], masked_L[95:101], masked_L[:6])):
+        assert six.mean().item() == pytest.approx(float(figure), abs=0.01)
+
+
+def test_the_page_tells_what_the_presets_hold():
+    paper, code = load_config([], "test"), official()
+    rows = dict(
+        re.findall(r"^\| ([^|]+?) \| (.+?) \|$", METHOD.partition("## Where the authors' code differs")[2], re.M)
+    )
+    both = {name: row.split(" | ") for name, row in rows.items()}
+    assert f"`{paper.score.source}`;" in METHOD.partition("The default, and that of `ccmim_vit_base`, is ")[2]
+    for side, config in enumerate((paper, code)):
+        rate = scaled_lr(config.optim.base_lr, config.train.batch_size)
+        assert re.findall(r"\d+", both["decoder"][side]) == [str(config.decoder.depth)]
+        assert f"{config.train.batch_size}" in both["batch, rate"][side]
+        assert re.findall(r"\d\.?\d*e-\d", both["batch, rate"][side])[-1] == f"{rate:.1e}".replace("e-0", "e-").replace(
+            ".0e", "e"
+        )
+        assert ("flip" in both["augmentation"][side]) == config.data.flip
+        assert ("all ranks" in both["BatchNorm of the heads"][side]) == config.heads.sync_bn
+        assert ("Xavier" in both["initial weights of the heads"][side]) == (config.heads.init == "xavier")
+        assert ("none" not in both["decay of [CLS] and mask token"][side]) == config.optim.decay_tokens
+    assert f"λ = {paper.contrast.weight}" in both["contrast"][0]
+    assert f"τ = {code.contrast.temperature}, weight {code.contrast.weight} (0.2 in an earlier" in both["contrast"][1]

@@ -52,5 +52,7 @@ def _row(name: str, folder: str, label: int) -> Row:
     if name.lower().endswith(LISTS):
         return row.bad("a list in a list; name images, or the list itself in data.root")
     if name.lower().endswith(CONTAINERS):
-        return row.bad("a tar or table among images, with a class, or behind a URL; name tars and tables in a list of their own")
+        return row.bad(
+            "a tar or table among images, with a class, or behind a URL; name tars and tables in a list of their own"
+        )
     return row

@@ -42,7 +42,8 @@ def build_index(
 
     Args:
         origin: an ImageFolder tree or flat folder; a folder of tars or of tables; a tar or table, or a pattern of some
-            (`*`, `?`, `{000..127}`); a list of files or of tars and tables (.txt); a label file; a URL of a folder, tar or table.
+            (`*`, `?`, `{000..127}`); a list of files, or of tars and tables (.txt); a label file; a URL of a folder,
+            tar or table.
         channels: 1 (gray), 3 (RGB), or the C of uint8 [H, W, C] .npy and TIFF files.
         previous: an index of the same place; rows that did not change since are taken from it.
         report: takes the rows done, and the rows in all.

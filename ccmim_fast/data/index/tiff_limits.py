@@ -12,7 +12,7 @@ from ccmim_fast.errors import DataError
 MOST_PAGES = 65536
 # Compressions that tifffile undoes with Python's own libraries, whatever comes out, and how many times its length a
 # stream may give; imagecodecs, which undoes the others, is told how many bytes to give.
-_STREAMS = {kind: (zlib.decompressobj, 1032) for kind in (8, 32946, 50013)} | {34925: (lzma.LZMADecompressor, 2**13)}
+_STREAMS = dict.fromkeys((8, 32946, 50013), (zlib.decompressobj, 1032)) | {34925: (lzma.LZMADecompressor, 2**13)}
 _SPARE = 2**26  # bytes that a strip may give beyond those of its image: some writers fill the last one up
 
 
