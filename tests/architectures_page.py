@@ -33,7 +33,7 @@ one of all tokens here.
 Fixed sine-cosine positions stand in place of those that an architecture adds to its patches; rotary ones stay.
 
 Blocks other than timm's `Block` with its `Attention`, and `EvaBlock`, are slower: their last one computes all tokens,
-and `train.attention` and `train.recompute` do not reach them.
+and a named `train.attention` and `train.recompute` are refused.
 
 ## Parts of one's own
 

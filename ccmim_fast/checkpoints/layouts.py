@@ -50,7 +50,7 @@ def recognised(found: Mapping[str, Any], name: str) -> tuple[Tensors, str]:
             own |= _decoder_beside(tensors, prefix)
             try:
                 renamed = layout.rename(own)
-            except ValueError as error:
+            except (ValueError, RuntimeError) as error:  # torch's, of parts that do not fit each other
                 raise CheckpointError(f"{name}: {layout.words}: {one_line(error)}") from None
             return renamed, _said(layout.words, (*path, *filter(None, [prefix.rstrip(".")])))
     known = "; ".join(dict.fromkeys(layout.words for layout in LAYOUTS))

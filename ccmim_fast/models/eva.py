@@ -138,10 +138,14 @@ def _obstacle(own: nn.Module) -> str:
     block = own.blocks[0]
     if type(own) is not VisionTransformer or type(block) is not Block or type(block.attn) is not Attention:
         return f"blocks of another kind ({type(block).__name__})"
-    norms = {(type(norm), getattr(norm, "eps", None)) for norm in (block.norm1, block.norm2, own.norm)}
+    # Behind the blocks, or behind the pooling, which becomes the former.
+    last = own.fc_norm if isinstance(own.norm, nn.Identity) else own.norm
+    norms = {(type(norm), getattr(norm, "eps", None)) for norm in (block.norm1, block.norm2, last)}
+    inner = [getattr(block.attn, "norm", None), getattr(block.mlp, "norm", None), getattr(block.attn, "gate", None)]
     found = {
         "a norm before its blocks": not isinstance(own.norm_pre, nn.Identity),
         "norms other than LayerNorm of eps 1e-6": norms != {(LayerNorm, 1e-6)},
+        "norms or gates within attention or MLP": not all(one is None or isinstance(one, nn.Identity) for one in inner),
         "an MLP other than GELU's": type(block.mlp) is not Mlp or type(block.mlp.act) is not nn.GELU,
     }
     return next((words for words, there in found.items() if there), "")

@@ -311,7 +311,9 @@ def test_rotations_of_a_plain_vit_are_rope_vits():
     [
         ("vit_base_patch16_clip_224", "a norm before its blocks"),
         ("vit_small_patch14_reg4_dinov2", None),
+        ("vit_medium_patch16_reg4_gap_256", None),
         ("vit_giant_patch14_dinov2", "an MLP other than GELU's"),
+        ("beit3_base_patch16_224", "norms "),
         ("vit_base_patch16_xp_224", "blocks of another kind"),
         ("eva_giant_patch14_224", "blocks of another kind"),
         ("vit_pwee_patch16_reg1_gap_256", "blocks of another kind"),
