@@ -82,11 +82,11 @@ class NaiveCCMIM(CCMIM):
             masked_BTD = _gather_with_prefix(x_BLD.detach(), partition.ids_masked_BM, prefix_PD.detach())
         return Divided(visible_BTD, masked_BTD, partition, logits_BL)
 
-    def encode_masked(self, masked_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
+    def encode_masked(self, masked_BTD: Tensor, ids_BM: Tensor) -> tuple[Tensor, Tensor | None]:
         with torch.set_grad_enabled("masked_no_grad" in self.savings_off and torch.is_grad_enabled()):
             cls_only = "cls_only" not in self.savings_off
             encoded_BTD, attention_BM = encode(
-                self.encoder, masked_BTD, cls_only=cls_only, read_blocks=self.read_blocks
+                self.encoder, masked_BTD, ids_BM, cls_only=cls_only, read_blocks=self.read_blocks
             )
             return self.projector(encoded_BTD[:, 0]).detach(), attention_BM
 

@@ -51,6 +51,7 @@ WORKING = [
     ["export", "safetensors", "runs/bad", "encoder.safetensors"],
     ["export", "hf-vit", "runs/good", "new", "--push", "me/model", "--dry-run"],
     ["embed", "runs/good", "images", "--out", "features.npy", "--batch=2", "--pool", "cls", "--device", "cpu"],
+    ["predict", "runs/tuned", "images", "--out", "classes.csv", "--top=2", "--device", "cpu"],
     ["import", "weights.pth", "--arch", "vit_tiny_patch16_224", "--out", "new", "--decoder.depth=1"],
     ["eval", "knn", "timm:vit_tiny_patch16_224", "--data.source=shapes", "--knn.k=[5]", "--run.dir=new"],
     ["eval", "linear", "timm:vit_tiny_patch16_224", "--config", "linear", "--data.source", "shapes", "--overwrite"],
@@ -106,7 +107,10 @@ def make_folder(folder: Path) -> None:
     weights = {"decoder.embed.weight": torch.zeros(4, 1), "decoder.blocks.0.x": torch.zeros(64)}
     progress = {"step": 1, "seen": 4, "samples": 4, "images": ""}
     good = {"model": weights, "ema": None, "progress": progress, "config": "decoder: {dim: 4, depth: 1, num_heads: 1}"}
-    for name, state in (("good", good), ("bad", {"model": 5})):
+    told = {"encoder": {"name": "x", "arch": "vit_tiny_patch16_224"}, "classes": ["a", "b"]}
+    head = {"head.weight": torch.zeros(2, 4), "head.bias": torch.zeros(2)}
+    tuned = good | {"model": head, "config": "model: {pool: cls}", "encoder": "x", "classifier": told}
+    for name, state in (("good", good), ("bad", {"model": 5}), ("tuned", tuned)):
         checkpoints.save(folder / "runs" / name / "checkpoints", 1, state, keep=1)
         (folder / "runs" / name / "config.yaml").write_text("run: {log_every: 1}\n" if name == "good" else "[" * 9)
         (folder / "runs" / name / "metrics.jsonl").write_text(json.dumps({"kind": "train", "epoch": 1}) + "\n{")
@@ -136,7 +140,7 @@ def test_fault_27_command_lines(monkeypatch):
         *("engine.pretraining.fit", "ablation.demo.run_demo", "commands.submit.submit_job", "ablation.run.run_all"),
         *("data.throughput.measure_throughput", "data.verify.verify", "doctor.parts.gpus"),
         *("evaluation.run.Job", "evaluation.masks.subject.build_model"),
-        "checkpoints.run.build_model",
+        *("checkpoints.run.build_model", "evaluation.classifier.with_head"),
         *("export.imported.build_model", "export.hub.push"),
     ):
         monkeypatch.setattr(f"ccmim_fast.{name}", begin)

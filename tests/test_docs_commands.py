@@ -5,7 +5,8 @@ What is only parsed, by the parser of the command itself, and why:
 
 - torchrun with several processes (eight models on two cores): its options, the settings, and that the batch divides;
 - `ccmim bench`, `ccmim ablate` (minutes to hours; tests/benchmarks and tests/ablation run them small);
-- `ccmim eval`, `ccmim import` (of ImageNet, of published weights; tests/evaluation and tests/export run them small);
+- `ccmim eval`, `ccmim import` (of ImageNet, of published weights; tests/evaluation and tests/export run them small),
+  and `ccmim predict`, which needs a classifier of the first;
   `ccmim eval masks` is carried out on the page's own run;
 - `make` (installs, or runs this suite): `make -n`; `pytest` and `python` with a file: that it is there;
 - `ccmim submit` is carried out with --print: there is no Slurm.
@@ -27,7 +28,7 @@ from PIL import Image
 
 from ccmim_fast.ablation.variants import ABLATIONS
 from ccmim_fast.cli import main
-from ccmim_fast.commands import COMMANDS, ablate, data, eval, import_
+from ccmim_fast.commands import COMMANDS, ablate, data, eval, import_, predict
 from ccmim_fast.commands.bench import SCRIPTS
 from ccmim_fast.config.evaluation import EvalConfig, validate_evaluation
 from ccmim_fast.config.load import load_config, make_config
@@ -91,7 +92,7 @@ def carry_out(words, images):
     elif words[0] in ("pytest", "python", "pip"):
         for path in (word for word in words[1:] if "/" in word):
             assert (ROOT / path).exists(), path
-    elif words[1] in ("bench", "ablate", "eval", "import") and not is_carried_out(words):
+    elif words[1] in ("bench", "ablate", "eval", "import", "predict") and not is_carried_out(words):
         parse_only(words[1], words[2:])
     elif "--print_config" in words:
         with pytest.raises(SystemExit) as ended:
@@ -159,6 +160,9 @@ def parse_only(command, words):
     if command == "import":
         given = import_.parser().parse_args(words)
         make_config({**given.settings, "model.arch": given.arch})
+        return
+    if command == "predict":
+        predict.parser().parse_args(words)
         return
     assert words[0] in ABLATIONS
     make_config({"config": "demo", **ablate.parser_of(words[0]).parse_args(words[1:]).settings})

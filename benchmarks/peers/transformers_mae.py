@@ -25,6 +25,17 @@ def build(arch: str, images_BHWC: Tensor, precision: str) -> Callable[[], Tensor
         intermediate_size=vit.blocks[0].mlp.fc1.out_features,
         norm_pix_loss=True,
     )
-    model = ViTMAEForPreTraining(config).to(images_BHWC.device).train()
+    model = ViTMAEForPreTraining(config)
+    fill_positions_(model)
+    model = model.to(images_BHWC.device).train()
     images_BCHW = normalised(images_BHWC)
     return plain_step(model, lambda: model(images_BCHW).loss, precision)
+
+
+def fill_positions_(model: ViTMAEForPreTraining) -> None:
+    """Fill the fixed positions of a new model, which transformers 5 leaves zero; 4 has filled them."""
+    embeddings, decoder = model.vit.embeddings, model.decoder
+    # Once it is marked as initialised the method does nothing.
+    embeddings.patch_embeddings.projection._is_hf_initialized = False
+    embeddings.initialize_weights()
+    decoder.initialize_weights(embeddings.patch_embeddings.num_patches)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ccmim_fast.checkpoints import eva
 from ccmim_fast.checkpoints.convert import from_flat
 from ccmim_fast.errors import CheckpointError, one_line
 
@@ -96,6 +97,7 @@ def _decoder_beside(tensors: Tensors, prefix: str) -> Tensors:
 _HEADS = (
     "head.",
     "head_dist.",
+    "attn_pool.",
     "last_layer.",
     "pooler.",
     "classifier.",
@@ -160,8 +162,6 @@ _OUTER = {
     "embeddings.position_embeddings": "pos_embed",
     "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
     "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
-    "embeddings.patch_embeddings.weight": "patch_embed.proj.weight",
-    "embeddings.patch_embeddings.bias": "patch_embed.proj.bias",
     "norm.weight": "norm.weight",
     "norm.bias": "norm.bias",
     "layernorm.weight": "norm.weight",
@@ -200,7 +200,7 @@ def _from_transformers(own: Tensors) -> Tensors:
         else:
             flat[f"{to}.{_PARTS[block['part']]}.{kind}"] = value
     if "pos_embed" not in flat:
-        raise ValueError("it has no positions that could be loaded; its are rotary")
+        raise ValueError("it has no positions that could be loaded")
     for key, parts in thirds.items():
         if parts.keys() != {0, 1, 2}:
             raise ValueError(f"{key} is not whole: queries, keys or values are missing")
@@ -210,8 +210,18 @@ def _from_transformers(own: Tensors) -> Tensors:
     return from_flat(flat)
 
 
+def _from_eva(own: Tensors) -> Tensors:
+    return from_flat(eva.from_files(own))
+
+
+def _from_dinov3(own: Tensors) -> Tensors:
+    return from_flat(eva.from_transformers(own))
+
+
 LAYOUTS = (
+    Layout("DINOv3's own names", "storage_tokens", _from_eva),
+    *(Layout("timm's names of its Eva family, as of EVA-02 and DINOv3", anchor, _from_eva) for anchor in eva.ANCHORS),
     Layout("timm's names, as of MAE, DINO, DINOv2 and MoCo v3", "patch_embed.proj.weight", _from_timm),
     Layout("transformers' names", "embeddings.patch_embeddings.projection.weight", _from_transformers),
-    Layout("transformers' names of DINOv3", "embeddings.patch_embeddings.weight", _from_transformers),
+    Layout("transformers' names of DINOv3", "embeddings.patch_embeddings.weight", _from_dinov3),
 )

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ccmim_fast.checkpoints.claims import check_claims, check_size
+from ccmim_fast.checkpoints.eva import ANCHORS, likely_arch
 from ccmim_fast.checkpoints.layouts import recognised
 from ccmim_fast.checkpoints.positions import Pair, grid_of_file, resampled
 from ccmim_fast.checkpoints.run import open_run
@@ -41,6 +42,7 @@ class Weights(NamedTuple):
     step: int | None = None  # optimizer steps of pretraining
     max_value: tuple[float, ...] = ()  # the number that was white in those images; see `data.max_value`
     layout: str = ""  # what was recognised in a file, in words
+    positions: str = ""  # `rope` where they are in place of the architecture's
 
 
 def read_weights(place: str) -> Weights:
@@ -61,7 +63,7 @@ def read_weights(place: str) -> Weights:
         run = open_run(place)
         model, data = run.config.model, run.config.data
         told = (model.arch, model.num_heads, data.mean, data.std, data.image_size, run.step, data.max_value)
-        return Weights(str(run.path), run.weights, *told)
+        return Weights(str(run.path), run.weights, *told, positions=model.positions)
     if Path(place).is_dir():
         found, told = read_folder(Path(place))
     elif Path(place).exists() and not Path(place).is_file():
@@ -73,7 +75,17 @@ def read_weights(place: str) -> Weights:
     check_size(told.image_size, len(told.mean), tensors, place)
     if wrong := [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise CheckpointError(f"{place}: not finite: {_named(set(wrong))}")
-    return Weights(place, tensors, **told._asdict(), layout=layout)
+    told = told._replace(arch=told.arch or likely_arch(tensors, told.num_heads))
+    return Weights(place, tensors, **told._asdict(), layout=layout + _without_positions(tensors))
+
+
+def _without_positions(tensors: dict[str, Tensor]) -> str:
+    """Say which fixed positions are all zero, behind what was recognised; "": none."""
+    found = [name for name in (_POSITIONS, "decoder.pos_embed") if name in tensors and not tensors[name].any()]
+    if not found:
+        return ""
+    cause = "as transformers 5 leaves those of a new ViTMAEForPreTraining: fill them before it is trained"
+    return f"; {' and '.join(found)} all zero, so that it knows no places, {cause}"
 
 
 def known_arch(arch: str, key: str = "model.arch") -> str:
@@ -90,10 +102,15 @@ def is_run(place: str) -> bool:
 
 
 @cache
+def timm_model(arch: str) -> nn.Module:
+    """Return an architecture as timm builds it, without memory; not to be changed."""
+    with torch.device("meta"):
+        return timm.create_model(arch, num_classes=0)
+
+
 def timm_size(arch: str) -> tuple[int, int]:
     """Return height and width in pixels of the images that timm builds an architecture for."""
-    with torch.device("meta"):
-        return timm.create_model(arch).patch_embed.img_size
+    return timm_model(arch).patch_embed.img_size
 
 
 def with_arch(of: Weights, arch: str = "", num_heads: int = 0) -> Weights:
@@ -109,6 +126,10 @@ def with_arch(of: Weights, arch: str = "", num_heads: int = 0) -> Weights:
         return of._replace(arch=known_arch(arch))
     kernel = of.tensors.get("encoder.patch_embed.proj.weight")
     width = 0 if kernel is None or kernel.ndim != 4 else len(kernel)
+    if any(f"encoder.{anchor}" in of.tensors for anchor in ANCHORS):
+        raise ConfigError(
+            f"{of.name}: does not tell its architecture, which is of timm's Eva family; add --model.arch=NAME"
+        )
     if width and OF_WIDTH.get(width) != _ASSUMED and not (num_heads or of.num_heads):
         near = OF_WIDTH[min(OF_WIDTH, key=lambda known: abs(known - width))]
         raise ConfigError(
@@ -133,6 +154,7 @@ def derived(of: Weights, given: list[str]) -> list[str]:
     except Exception as error:  # whatever timm raises on a name or class that is none of these
         raise ConfigError(f"--arch={of.arch!r:.80}: {one_line(error)}") from None
     found |= {"model.num_heads": of.num_heads} if of.num_heads else {}
+    found |= {"model.positions": of.positions} if of.positions == "rope" else {}
     found |= {"data.mean": list(of.mean), "data.std": list(of.std)} if of.mean and of.std else {}
     found |= {"data.max_value": list(of.max_value)} if of.max_value else {}
     kernel = weights.get("encoder.patch_embed.proj.weight")
@@ -146,10 +168,12 @@ def derived(of: Weights, given: list[str]) -> list[str]:
         positions = weights.get("encoder.pos_embed")
         if positions is not None and positions.ndim == 3:
             patches = positions.shape[1]
-            if _CLS in weights and not own.no_embed_class:
-                patches -= own.num_prefix_tokens
+            if not own.no_embed_class:
+                patches -= _prefix_in(weights)
             rows, columns = _grid(of, patches, patch, _image_size(given))
             found["data.image_size"] = f"[{rows * patch},{columns * patch}]"
+        elif of.image_size and (own.pos_embed is None or of.positions == "rope"):
+            found["data.image_size"] = list(of.image_size)
     if "decoder.embed.weight" in weights:
         found["decoder.dim"] = len(weights["decoder.embed.weight"])
         found["decoder.depth"] = _blocks(weights, "decoder.blocks.")
@@ -196,20 +220,29 @@ def _fitted(model: CCMIM, of: Weights, antialias: bool) -> dict[str, Tensor]:
     weights, own = dict(of.tensors), model.state_dict()
     if "encoder.norm.weight" not in weights:
         weights = {name.replace("encoder.fc_norm.", "encoder.norm."): value for name, value in weights.items()}
-    positions_1TD, mine_1TD = weights.get(_POSITIONS), own[_POSITIONS]
-    if positions_1TD is None or (positions_1TD.shape == mine_1TD.shape and not of.image_size):
+    positions_1TD, mine_1TD = weights.get(_POSITIONS), own.get(_POSITIONS)
+    if positions_1TD is None or mine_1TD is None or (positions_1TD.shape == mine_1TD.shape and not of.image_size):
         return weights
     if positions_1TD.ndim != 3 or positions_1TD.shape[2] != mine_1TD.shape[2]:
         return weights  # of another shape, as is said
     prefix = mine_1TD.shape[1] - math.prod(model.grid)
-    if _CLS not in weights:  # nor its position
-        positions_1TD = torch.cat([positions_1TD.new_zeros(1, prefix, mine_1TD.shape[2]), positions_1TD], dim=1)
+    if prefix and prefix != (told := _prefix_in(weights)):
+        if _CLS in weights or told > prefix:
+            return weights  # with other tokens than the model, as is said
+        # Without [CLS], and so without its position.
+        positions_1TD = torch.cat([positions_1TD.new_zeros(1, prefix - told, mine_1TD.shape[2]), positions_1TD], dim=1)
     height, width = (side * model.patch for side in model.grid)
     old = _grid(of, positions_1TD.shape[1] - prefix, model.patch, (height, width))
     weights[_POSITIONS] = _of_grid(positions_1TD, old, model.grid, prefix, antialias)
     if "decoder.pos_embed" in weights:
         weights["decoder.pos_embed"] = own["decoder.pos_embed"]  # computed from the grid
     return weights
+
+
+def _prefix_in(weights: dict[str, Tensor]) -> int:
+    """Return how many tokens a file has before those of the patches: [CLS], registers, DeiT's of distillation."""
+    tokens = (_CLS, "encoder.reg_token", "encoder.dist_token")
+    return sum(weights[name].shape[1] for name in tokens if name in weights and weights[name].ndim == 3)
 
 
 def _of_grid(positions_1TD: Tensor, old: Pair, new: Pair, prefix: int, antialias: bool) -> Tensor:

@@ -5,7 +5,7 @@
 import dataclasses
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -60,32 +60,55 @@ def open_run(path: str | Path, weights: Literal["averaged", "trained"] = "averag
         CheckpointError: no checkpoint loads, or the checkpoint is not one of pretraining.
         ConfigError: the checkpoint has settings of another version.
     """
+    return pretraining_in(newest_of(path), weights)
+
+
+class Found(NamedTuple):
+    """This tuple holds a checkpoint of a run that loads."""
+
+    path: Path  # folder of the checkpoint
+    folder: Path  # folder of the run
+    state: dict[str, Any]
+    problems: list[str]  # a line for each newer checkpoint that is damaged
+
+
+def newest_of(path: str | Path) -> Found:
+    """Load the newest checkpoint of a run that loads, or the one checkpoint `path`. Raises CheckpointError: none."""
     path = Path(path)
     if (path / MANIFEST).is_file():
-        found, folder = io.Newest(path, io.load(path), []), path.resolve().parent.parent
-    else:
-        found, folder = io.newest(path / CHECKPOINTS), path
+        return Found(path, path.resolve().parent.parent, io.load(path), [])
+    found = io.newest(path / CHECKPOINTS)
     if found.state is None:
         reason = "; ".join(found.problems) or "none at all"
         raise CheckpointError(f"{path}: no complete checkpoint in it; {reason}")
+    return Found(found.path, path, found.state, found.problems)
+
+
+def weights_in(state: dict[str, Any], weights: Literal["averaged", "trained"]) -> tuple[dict[str, Tensor], bool]:
+    """Return the weights of a checkpoint's model, and whether they are their moving average, for `open_run`."""
+    if state["ema"] is None or weights == "trained":
+        return state["model"], False
+    return {name.removeprefix(_EMA): value for name, value in state["ema"].items() if name.startswith(_EMA)}, True
+
+
+def pretraining_in(found: Found, weights: Literal["averaged", "trained"] = "averaged") -> OpenedRun:
+    """Return the run that a checkpoint is of; for the arguments and errors see `open_run`."""
     state = found.state
     try:
-        text, tensors, averages, progress = state["config"], state["model"], state["ema"], state["progress"]
+        text, progress = state["config"], state["progress"]
         step, seen, samples = (int(progress[key]) for key in ("step", "seen", "samples"))
-        images, averaged = progress["images"], averages is not None and weights == "averaged"
-        if averaged:
-            tensors = {name.removeprefix(_EMA): value for name, value in averages.items() if name.startswith(_EMA)}
+        images, (tensors, averaged) = progress["images"], weights_in(state, weights)
         if not all(name.partition(".")[0] in _PARTS for name in tensors):
             raise KeyError("an evaluation has other parts")
         maps_NGG, config = state.get("maps"), from_yaml(text, str(found.path), check=_check_model)
     except (KeyError, TypeError, AttributeError, ValueError):
         raise CheckpointError(f"{found.path}: not a checkpoint of pretraining; name the folder of such a run") from None
-    _check_own(config, tensors, str(found.path))
+    path, folder, _, problems = found
+    _check_own(config, tensors, str(path))
     epoch = round(seen / max(samples, 1), 2)
     epoch = int(epoch) if epoch == int(epoch) else epoch
-    return OpenedRun(
-        found.path, folder, config, tensors, averaged, step, epoch, samples, images, maps_NGG, tuple(found.problems)
-    )
+    told = (averaged, step, epoch, samples, images, maps_NGG, tuple(problems))
+    return OpenedRun(path, folder, config, tensors, *told)
 
 
 def _check_model(config: Config) -> None:

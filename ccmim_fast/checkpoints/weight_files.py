@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ccmim_fast.errors import CheckpointError, one_line
+from ccmim_fast.models.eva import ROTARY
 
 OF_WIDTH = {  # timm's plain ViTs, by width: patch and blocks are read off the weights
     192: "vit_tiny_patch16_224",
@@ -25,9 +26,11 @@ OF_WIDTH = {  # timm's plain ViTs, by width: patch and blocks are read off the w
 }
 _SIZES = {384: "small", 768: "base", 1024: "large", 1536: "giant"}
 _DINOV2 = {"dinov2": "vit_{}_patch14_dinov2", "dinov2_with_registers": "vit_{}_patch14_reg4_dinov2"}
-_CONFIG, _WEIGHTS, _PREPROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
+_DINOV3 = "dinov3_vit"  # whose weights tell the architecture
+WEIGHTS = "model.safetensors"  # in a folder of transformers, of timm, or of ours
+_CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
 _PICKLED = "pytorch_model.bin"  # of older versions
-_SHARDS = f"{_WEIGHTS}.index.json"
+_SHARDS = f"{WEIGHTS}.index.json"
 
 
 class Told(NamedTuple):
@@ -39,13 +42,14 @@ class Told(NamedTuple):
     std: tuple[float, ...] = ()
     image_size: tuple[int, ...] = ()
     max_value: tuple[float, ...] = ()
+    positions: str = ""
 
 
 def read_file(name: str) -> tuple[Mapping[str, Any], Told]:
     """Read a `.safetensors` file, or a pickled one, of which no code is run. Raises CheckpointError."""
     if not name.endswith(".safetensors"):
         return _pickled(name), Told()
-    weights, about = _safetensors(name)
+    weights, about = read_safetensors(name)
     try:
         arguments = json.loads(about.get("timm_arguments", "{}"))
         heads, size = int(arguments.get("num_heads", 0)), tuple(map(int, arguments.get("img_size", ())))
@@ -57,21 +61,22 @@ def read_file(name: str) -> tuple[Mapping[str, Any], Told]:
         raise CheckpointError(
             f"{name}: what it tells of itself is damaged; expected what ccmim export writes"
         ) from None
-    return weights, Told(about.get("arch", ""), heads, mean, std, size, white)
+    arch, positions = _plain(about.get("arch", ""), arguments)
+    return weights, Told(arch, heads, mean, std, size, white, positions)
 
 
 def is_model_folder(folder: Path) -> bool:
     """Tell whether transformers or timm wrote a folder."""
-    names = (_WEIGHTS, _SHARDS, _PICKLED)
+    names = (WEIGHTS, _SHARDS, _PICKLED)
     return (folder / _CONFIG).is_file() and any((folder / name).is_file() for name in names)
 
 
 def read_folder(folder: Path) -> tuple[Mapping[str, Any], Told]:
     """Read a folder that transformers or timm wrote. Raises CheckpointError."""
-    names = [_WEIGHTS]
-    if not any((folder / name).is_file() for name in (_WEIGHTS, _SHARDS)):
+    names = [WEIGHTS]
+    if not any((folder / name).is_file() for name in (WEIGHTS, _SHARDS)):
         names = [_PICKLED]
-    elif not (folder / _WEIGHTS).is_file():
+    elif not (folder / WEIGHTS).is_file():
         # Names of files in the folder, wherever the index says they are.
         names = sorted({Path(str(name)).name for name in _json(folder / _SHARDS, "weight_map").values()})
     weights: dict[str, Tensor] = {}
@@ -91,12 +96,20 @@ def _of_timm(config: dict[str, Any]) -> Told:
     of_images, arguments = config.get("pretrained_cfg", {}), config.get("model_args", {})
     mean, std = (tuple(map(float, of_images.get(key, ()))) for key in ("mean", "std"))
     heads, size = int(arguments.get("num_heads", 0)), arguments.get("img_size") or of_images.get("input_size", ())[1:]
-    return Told(str(config["architecture"]), heads, mean, std, _pair(size))
+    arch, positions = _plain(str(config["architecture"]), arguments)
+    return Told(arch, heads, mean, std, _pair(size), positions=positions)
+
+
+def _plain(arch: str, arguments: dict[str, Any]) -> tuple[str, str]:
+    """Return our name and `rope` for a plain ViT with rotary positions, which timm builds as another architecture."""
+    if arch == ROTARY and arguments.get("use_rot_pos_emb"):
+        return OF_WIDTH.get(arguments.get("embed_dim"), "vit_base_patch16_224"), "rope"
+    return arch, ""
 
 
 def _of_transformers(config: dict[str, Any], preparation: dict[str, Any]) -> Told:
     width, kind = int(config.get("hidden_size", 0)), config.get("model_type", "")
-    arch = OF_WIDTH.get(width, "")
+    arch = "" if kind == _DINOV3 else OF_WIDTH.get(width, "")
     if kind in _DINOV2:
         arch = _DINOV2[kind].format(_SIZES[width]) if width in _SIZES else ""
     mean, std = (tuple(map(float, preparation.get(f"image_{key}") or ())) for key in ("mean", "std"))
@@ -118,7 +131,8 @@ def _json(path: Path, key: str = "") -> dict[str, Any]:
     raise CheckpointError(f"{path}: cannot be read; expected what transformers or timm writes")
 
 
-def _safetensors(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors of a file, and the texts that it tells of itself. Raises CheckpointError."""
     try:
         with safe_open(name, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -33,6 +33,7 @@ COMMANDS = {
     "eval": Command("eval:evaluate", "measure a checkpoint by a published protocol, or draw its scores and masks"),
     "export": Command("export:export", "write a run's weights for another library"),
     "embed": Command("embed:embed", "write features of a folder's images"),
+    "predict": Command("predict:predict", "name the classes of a folder's images by a trained classifier"),
     "import": Command("import_:import_weights", "make a checkpoint of published weights"),
     "ablate": Command("ablate:ablate", "train variants side by side, several seeds, one table"),
     "bench": Command("bench:bench", "measure speed, in a checkout"),

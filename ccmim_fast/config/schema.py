@@ -63,6 +63,9 @@ class ModelConfig:
     depth: u.BlocksOr0 = setting(0, "blocks of the encoder; 0: the architecture's own", "paper", "shape")
     num_heads: u.HeadsOr0 = setting(0, "heads of attention; 0: the architecture's own", "paper", "shape")
     drop_path: u.Decay = setting(0.0, "stochastic depth rate", "MAE")
+    positions: Literal["sincos", "rope"] = setting(
+        "sincos", "added to patches, or rotary, for a plain ViT: docs/method.md", "MAE; RoPE-ViT", "shape"
+    )
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def _check_arch(config: Config) -> None:
     import timm  # takes seconds to import, which --help need not wait for
     from timm.models import is_model_in_modules
 
-    modules = ("vision_transformer", "deit")
+    modules = ("vision_transformer", "deit", "eva")
     if not is_model_in_modules(config.model.arch, modules):
         names = [name for module in modules for name in timm.list_models(module=module, exclude_filters="test_*")]
         refuse("model.arch", config.model.arch, "a timm VisionTransformer", nearest(config.model.arch, names))

@@ -3,18 +3,21 @@
 # B batch, H height, W width, C channels, T tokens (prefix tokens first), D width
 
 from types import MethodType
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
 from timm.layers import to_2tuple
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ccmim_fast.checkpoints.convert import to_timm
 from ccmim_fast.checkpoints.positions import grid_of_file, resampled
-from ccmim_fast.checkpoints.published import Weights, read_weights, timm_size, with_arch
+from ccmim_fast.checkpoints.published import Weights, read_weights, timm_model, timm_size, with_arch
 from ccmim_fast.errors import CheckpointError, ConfigError, one_line
+from ccmim_fast.models.encoder import ENCODERS
+from ccmim_fast.models.eva import grouped_heads, rotary_form
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Shares = tuple[tuple[int, int], ...]  # numerator and denominator
@@ -37,7 +40,7 @@ def read_encoder(checkpoint: str, arch: str = "", num_heads: int = 0, pretrained
     tensors = {k: value for k, value in to_timm(found.tensors).items() if not k.startswith(_HEADS)}
     if "norm.weight" in tensors:
         tensors = {k: value for k, value in tensors.items() if not k.startswith(_POOLED_NORM)}
-    if found.tensors and not {"patch_embed.proj.weight", "blocks.0.norm1.weight"} <= tensors.keys():
+    if found.tensors and not ("patch_embed.proj.weight" in tensors and any(k.startswith("blocks.0.") for k in tensors)):
         raise CheckpointError(f"{found.name}: no vision transformer under timm's names in it")
     mean, std = (found.mean, found.std) if found.mean and found.std else IMAGENET
     return found._replace(tensors=tensors, mean=mean, std=std, image_size=pretrained_size or found.image_size)
@@ -48,8 +51,7 @@ def width_and_patch(weights: Weights) -> tuple[int, int]:
     if weights.tensors:
         sizes = _sizes_in(weights.tensors)
         return sizes["embed_dim"], sizes["patch_size"]
-    with torch.device("meta"):
-        vit = timm.create_model(weights.arch, num_classes=0)
+    vit = timm_model(weights.arch)
     return vit.num_features, to_2tuple(getattr(getattr(vit, "patch_embed", None), "patch_size", 0))[0]
 
 
@@ -77,10 +79,10 @@ def build_encoder(
         fc_norm: with `avg`, a norm of the mean in place of that of every token, new unless the weights have one (MAE).
         resample: how positions are, see `positions.resampled`.
         any_size: images may have any multiple of the patch as sides; positions are resampled again for each batch.
-        plain: of a VisionTransformer alone, as are all weights of a checkpoint.
+        plain: of one of `ENCODERS` alone, as are all weights of a checkpoint.
 
     Raises CheckpointError: names or shapes that do not fit the architecture; ConfigError: an architecture that takes no
-    images of this size, or is no VisionTransformer.
+    images of this size, or is none of `ENCODERS`.
     """
     options = {"img_size": image_size, "num_classes": num_classes, "in_chans": len(weights.mean)}
     if weights.tensors:
@@ -96,12 +98,18 @@ def build_encoder(
     if pool:
         options |= {"global_pool": "token" if pool == "cls" else "avg", "fc_norm": pool == "avg" and fc_norm}
     try:
-        vit = timm.create_model(weights.arch, pretrained=False, **options)
+        name, rotary = weights.arch, {}
+        if weights.positions == "rope":
+            name, rotary = rotary_form(weights.arch, timm_model(weights.arch))
+        if rotary or isinstance(timm_model(weights.arch), Eva):
+            options = _of_eva(weights, rotary | options)
+        vit = timm.create_model(name, pretrained=False, **options)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         line = f"model.arch={weights.arch}: timm cannot build it for these images: {one_line(error)}"
         raise ConfigError(line) from None
-    if (plain or weights.tensors) and not isinstance(vit, VisionTransformer):
-        raise ConfigError(f"model.arch={weights.arch} is a {type(vit).__name__}; it must be a VisionTransformer here")
+    if (plain or weights.tensors) and not isinstance(vit, ENCODERS):
+        known = " or ".join(of.__name__ for of in ENCODERS)
+        raise ConfigError(f"model.arch={weights.arch} is a {type(vit).__name__}; it must be timm's {known} here")
     if weights.tensors:
         _fill(vit, weights, resample)
     if any_size and resample == "plain" and isinstance(vit, VisionTransformer) and vit.pos_embed is not None:
@@ -123,6 +131,19 @@ def _sizes_in(tensors: dict[str, Tensor]) -> dict[str, int | bool]:
     width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
     return {"patch_size": patch, "embed_dim": width, "depth": depth, "class_token": "cls_token" in tensors}
+
+
+def _of_eva(weights: Weights, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a VisionTransformer as timm's Eva has them: its norms stand where the weights have them."""
+    options = {"dynamic_img_size": False} | options
+    if "fc_norm" in options:
+        options["use_fc_norm"] = options.pop("fc_norm")
+        normed = not weights.tensors or {"norm.weight", f"{_POOLED_NORM}weight"} & weights.tensors.keys()
+        options["use_post_transformer_norm"] = bool(normed) and not options["use_fc_norm"]
+    if weights.tensors:
+        registers = weights.tensors.get("reg_token")
+        options["num_reg_tokens"] = 0 if registers is None else registers.shape[1]
+    return options | grouped_heads(timm_model(weights.arch), options.get("depth", 0), options.get("num_heads", 0))
 
 
 def _fill(vit: VisionTransformer, weights: Weights, resample: str) -> None:

@@ -58,10 +58,15 @@ def build_optimizer(vit: nn.Module, optim: EvalOptimConfig, *new: nn.Module) -> 
     for group in groups if new else ():
         # timm gives the last layer there is, a block here, the whole rate.
         group["lr_scale"] *= optim.layer_decay
-    last = list(vit.norm.parameters())  # whose rate timm lowers by the last block's
-    for group in groups:
-        group["params"] = [p for p in group["params"] if not any(p is of_norm for of_norm in last)]
-    groups.append({"params": last, "lr_scale": 1.0, "weight_decay": 0.0})
+    # timm lowers the rate of the last norm by the last block's, and gives learned rotary frequencies that of the head:
+    # they are positions, with the rate of the first layer.
+    moved = [(list(vit.norm.parameters()), 1.0)]
+    if hasattr(getattr(vit, "rope", None), "freqs"):
+        moved.append(([vit.rope.freqs], min(group["lr_scale"] for group in groups)))
+    for parameters, scale in moved:
+        for group in groups:
+            group["params"] = [p for p in group["params"] if not any(p is one for one in parameters)]
+        groups.append({"params": parameters, "lr_scale": scale, "weight_decay": 0.0})
     for part in new:
         groups += param_groups_weight_decay(part, optim.weight_decay)
     return torch.optim.AdamW(groups, lr=optim.base_lr, betas=optim.betas)

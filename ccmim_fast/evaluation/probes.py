@@ -31,9 +31,13 @@ def linear(job: Job) -> Work:
     def inputs(images_BHWC: Tensor) -> Tensor:
         return encoder.norm(pooled(encoder(images_BHWC), encoder.prefix, pool))
 
-    names = ("accuracy",) if len(rates) == 1 else tuple(f"rate x {rate:.12g}" for rate in rates)
     groups = [(linear_.parameters(), rate) for linear_, rate in zip(head.linears, rates)]
-    return _prepared(job, head, inputs, groups, names)
+    return _prepared(job, head, inputs, groups, head_names(rates))
+
+
+def head_names(rates: tuple[float, ...]) -> tuple[str, ...]:
+    """Return the names of the figures of a linear probe's heads."""
+    return ("accuracy",) if len(rates) == 1 else tuple(f"rate x {rate:.12g}" for rate in rates)
 
 
 def attentive(job: Job) -> Work:
@@ -57,6 +61,14 @@ class LinearHeads(nn.Module):
     def forward(self, x_BD: Tensor) -> Tensor:
         x_BD = self.norm(x_BD)
         return torch.stack([linear_(x_BD) for linear_ in self.linears])
+
+    @torch.no_grad()
+    def folded(self, head: int) -> dict[str, Tensor]:
+        """Return weight [C, D] and bias [C] float32 of the layer that gives one head's logits without the norm."""
+        linear_ = self.linears[head].double()
+        weight_CD = linear_.weight / (self.norm.running_var.double() + self.norm.eps).sqrt()
+        bias_C = linear_.bias - weight_CD @ self.norm.running_mean.double()
+        return {"weight": weight_CD.float(), "bias": bias_C.float()}
 
 
 class AttentiveHead(nn.Module):

@@ -231,6 +231,11 @@ class Classifier(Supervised):
             raise DataError(f"none of the {usable_count(images.source)} images to test on can be read any more")
         return dict(zip(names, (right / seen).flatten().tolist()))
 
+    def state(self) -> dict[str, Any]:
+        """See `Task`. With it `evaluation.classifier` builds the classifier without its images."""
+        told = self.job.weights._replace(tensors={})._asdict()
+        return super().state() | {"classifier": {"encoder": told, "classes": list(self.job.train.source.class_names)}}
+
     def _logits(self, model: nn.Module, images: Tensor) -> Tensor:
         logits = model(self._inputs(images))
         return logits if logits.ndim == 3 else logits[None]

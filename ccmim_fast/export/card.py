@@ -1,4 +1,4 @@
-"""The model card is README.md in an exported folder, filled from the run; card.md is its template."""
+"""The model card is README.md in an exported folder, filled from the run; card.md and classifier_card.md are forms."""
 
 import json
 import math
@@ -9,10 +9,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ccmim_fast.checkpoints.run import OpenedRun
+from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.keys import show
 from ccmim_fast.config.load import difference
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
+from ccmim_fast.evaluation.classifier import OpenedClassifier
 from ccmim_fast.export.graphs import OPSET
 from ccmim_fast.export.plain import commit_of, method, public
 from ccmim_fast.export.targets import TARGETS
@@ -27,9 +29,9 @@ def write_card(
 ) -> Path:
     """Write README.md into the folder `out`; `name` is OWNER/NAME on the hub, `evaluation` from `read_result`."""
     config = run.config
-    height, width = config.data.image_size
-    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined)
-    text = templates.get_template("card.md").render(
+    return _written(
+        "card.md",
+        out,
         target=target,
         library=TARGETS[target].library,
         method=method(config),
@@ -42,23 +44,91 @@ def write_card(
         name=name,
         folder=out.name,  # not its path: where it lies on this machine is nobody's business
         prefix=run.model.encoder.num_prefix_tokens,
-        size=f"{height} x {width}",
+        size=_size(config.data.image_size),
         mean=list(config.data.mean),
         std=list(config.data.std),
+        white=_white(target, config.data.max_value),
+        backend=_backend(config.data.max_value),
         changed=[(key, _cell(show(value))) for key, _, value in difference(Config(), public(config))],
         losses=_last_losses(run.folder),
         evaluation=evaluation,
     )
+
+
+def write_classifier_card(
+    target: str, of: OpenedClassifier, out: Path, name: str = "", evaluation: Sequence[tuple[str, str]] = ()
+) -> Path:
+    """Write README.md of a classifier; the arguments are those of `write_card`."""
+    data, encoder = of.config.data, of.encoder
+    facts = {
+        "classes": len(of.classes),
+        "test images named right": "unknown" if of.accuracy is None else f"{of.accuracy:.2%}",
+        "image size": f"{_size(data.image_size)}, {len(encoder.mean)} channels",
+        "patch": patch_size_of(of.vit),
+        "pooling": "[CLS]" if of.vit.global_pool == "token" else "mean over the patches",
+        "width, blocks": f"{of.vit.embed_dim}, {len(of.vit.blocks)}",
+        "parameters": f"{sum(p.numel() for p in of.vit.parameters()) / 1e6:.1f} M",
+        "optimizer steps of the classifier": f"{of.step:,}",
+        "weights": "moving average" if of.averaged else "of the last step",
+    }
+    return _written(
+        "classifier_card.md",
+        out,
+        target=target,
+        library=TARGETS[target].library,
+        kind=of.kind,
+        arch=encoder.arch,
+        commit=commit_of(of.folder),
+        facts=facts | ({"ONNX opset": OPSET} if target == "onnx" else {}),
+        name=name,
+        folder=out.name,
+        size=_size(data.image_size),
+        crop=f"{data.test_crop:.4g}",
+        exact=data.image_size[0] == data.image_size[1],
+        mean=list(encoder.mean),
+        std=list(encoder.std),
+        white=_white(target, encoder.max_value),
+        backend=_backend(encoder.max_value),
+        changed=[(key, _cell(show(value))) for key, _, value in difference(EvalConfig(), public(of.config))],
+        classes=[_cell(one) for one in of.classes],
+        evaluation=evaluation,
+    )
+
+
+def _written(template: str, out: Path, **words: Any) -> Path:
+    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined)
     path = out / "README.md"
-    path.write_text(text, errors="replace")
+    path.write_text(templates.get_template(template).render(**words), errors="replace")
     return path
+
+
+def _size(image_size: tuple[int, int]) -> str:
+    height, width = image_size
+    return f"{height} x {width}"
+
+
+def _white(target: str, max_value: tuple[float, ...]) -> str:
+    """Say what number of a pixel becomes 1, and how transformers' processor is given pixels of more than 8 bits."""
+    said = ", ".join(f"{value:g}" for value in max_value)
+    white = f"In the stored pixels {said} is white (`data.max_value`)." if said else ""
+    if TARGETS[target].library != "transformers":
+        return white
+    if said:
+        how = f"`rescale_factor` is 1 / {max_value[0]:g}: give the processor the stored numbers"
+    else:
+        how = "The processor takes 255 for white, as in images of 8 bits: scale others so, and give them"
+    return f"{white} {how} as float32 arrays (uint16 wraps around where it is resized).".strip()
+
+
+def _backend(max_value: tuple[float, ...]) -> str:
+    """Return the backend of transformers' processor: Pillow has our pixels, torchvision resizes floats, too."""
+    return "torchvision" if max_value else "pil"
 
 
 def _facts(target: str, run: OpenedRun) -> dict[str, Any]:
     vit, config = run.model.encoder, run.config
-    height, width = config.data.image_size
     facts = {
-        "image size": f"{height} x {width}, {config.data.channels} channels",
+        "image size": f"{_size(config.data.image_size)}, {config.data.channels} channels",
         "patch": patch_size_of(vit),
         "width, blocks": f"{vit.embed_dim}, {len(vit.blocks)}",
         "parameters of the encoder": f"{sum(p.numel() for p in vit.parameters()) / 1e6:.1f} M",

@@ -5,26 +5,19 @@
 import contextlib
 import json
 import os
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from ccmim_fast.checkpoints.run import open_run
-from ccmim_fast.data.index.bad_samples import BadSamples
-from ccmim_fast.data.index.indexed import open_images
-from ccmim_fast.data.index.left_out import left_out_lines
 from ccmim_fast.data.index.own import marked
-from ccmim_fast.data.progress import progress_bar
-from ccmim_fast.data.source import usable_count
-from ccmim_fast.data.stream.torch_loader import evaluation_batches
-from ccmim_fast.errors import DataError, MachineError
+from ccmim_fast.errors import MachineError
 from ccmim_fast.evaluation.frozen.features import extract
+from ccmim_fast.export.shown import Shown, chosen_device
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.models.tokens import tokens_of
 from ccmim_fast.runs.claim import folder_made
@@ -59,38 +52,24 @@ def embed_folder(
     checkpoint, device or file that cannot be used, or no image that can.
     """
     _check_place(out)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise MachineError("--device=cuda: there is no CUDA device; use --device=cpu")
-    at = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    at = chosen_device(device)
     opened = open_run(run)
     model, config = opened.model.to(at), opened.config.data
-    options = {"image_key": config.image_key, "max_value": config.max_value}
-    source = open_images(folder, config.channels, quiet=False, **options)
-    for line in left_out_lines(source):
-        print(line, file=sys.stderr)
+    shown = Shown(folder, config.channels, config.image_key, config.max_value)
     encode, autocast = tokens_of(model.encoder, model.mean_C, model.std_C), choose_precision(precision, at).autocast(at)
-    count, width = usable_count(source), model.encoder.embed_dim
+    width = model.encoder.embed_dim
 
-    bad = BadSamples(source, "skip", max_bad=1.0)
-
-    def rows(report: Callable[[int, int], None]) -> Rows:
-        done = 0
-        for images in evaluation_batches(source, config.image_size, batch, at, workers, bad_samples=bad):
+    def rows() -> Rows:
+        for names, images in shown.batches("embedding", config.image_size, batch, at, workers):
             features_BD, labels_B = extract(encode, [images], model.encoder.num_prefix_tokens, pool, autocast)
-            names = [source.name(number).encode(errors="replace").decode() for number in images.host_ids_B.tolist()]
             yield {"name": names} | ({} if labels_B is None else {"label": labels_B.tolist()}), features_BD.numpy()
-            done += len(names)
-            report(done, count)
-        if not done:
-            raise DataError(f"none of {count} images can be read: {next(iter(bad.reasons.values()))}")
 
-    with progress_bar("embedding") as report, _written(out) as parts:
+    with _written(out) as parts:
         if out.suffix == ".npy":
-            _write_npy(parts, count, width, rows(report))
+            _write_npy(parts, shown.count, width, rows())
         else:
-            _write_arrow(parts, width, source.labels_N is not None, rows(report))
-    made = count - len(bad.reasons)
-    return Embedded(made, width, len(source) - made, next(iter(bad.reasons.values()), ""))
+            _write_arrow(parts, width, shown.source.labels_N is not None, rows())
+    return Embedded(shown.made, width, shown.left_out, shown.reason)
 
 
 def _check_place(out: Path) -> None:

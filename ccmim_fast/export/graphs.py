@@ -27,43 +27,58 @@ _ONE_FILE = 1.9e9
 
 def export_onnx(run: OpenedRun, out: Path) -> list[Path]:
     """Write `images` -> `tokens` of any batch, see `Tokens`. Raises MachineError: onnx or onnxscript is missing."""
+    return write_onnx(_tokens(run), run.config.data.image_size, "tokens", about(run), out)
+
+
+def export_program(run: OpenedRun, out: Path) -> list[Path]:
+    """Write `Tokens` of any batch, for `torch.export.load(FILE).module()`; `about.json` in it says what the file is."""
+    return write_program(_tokens(run), run.config.data.image_size, about(run), out)
+
+
+def _tokens(run: OpenedRun) -> Tokens:
+    return Tokens(run.model.encoder, run.config.data.mean, run.config.data.std)
+
+
+def write_onnx(
+    module: Tokens, image_size: tuple[int, int], output: str, facts: dict[str, str], out: Path
+) -> list[Path]:
+    """Write a module as a graph `images` [B, C, H, W] -> `output`, any B. Raises MachineError: a package is missing."""
     check_installed("export onnx", ("onnx", "onnxscript"), "export")
     file = out / "model.onnx" if out.is_dir() else out
     with _quiet():
         program = torch.onnx.export(
-            *_tokens_and_example(run),
+            module.eval(),
+            _example(module, image_size),
             dynamo=True,
             opset_version=OPSET,
             input_names=["images"],
-            output_names=["tokens"],
+            output_names=[output],
             dynamic_shapes=_ANY_BATCH,
             verbose=False,
         )
         for node in chain(program.model.graph, *program.model.functions.values()):
             node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # paths of this machine
-        program.model.metadata_props.update(about(run))
-        beside = sum(p.nbytes for p in run.model.encoder.parameters()) > _ONE_FILE
+        program.model.metadata_props.update(facts)
+        beside = sum(p.nbytes for p in module.parameters()) > _ONE_FILE
         program.save(file, external_data=beside)
     return [file, file.with_name(f"{file.name}.data")] if beside else [file]
 
 
-def export_program(run: OpenedRun, out: Path) -> list[Path]:
-    """Write `Tokens` of any batch, for `torch.export.load(FILE).module()`; `about.json` in it says what the file is."""
+def write_program(module: Tokens, image_size: tuple[int, int], facts: dict[str, str], out: Path) -> list[Path]:
+    """Write a module of images [B, C, H, W], any B, as a file of torch.export with `facts` in it."""
     file = out / "model.pt2" if out.is_dir() else out
     with _quiet():
-        program = torch.export.export(*_tokens_and_example(run), dynamic_shapes=_ANY_BATCH)
-        for module in program.graph_module.modules():
-            for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+        program = torch.export.export(module.eval(), _example(module, image_size), dynamic_shapes=_ANY_BATCH)
+        for part in program.graph_module.modules():
+            for node in part.graph.nodes if isinstance(part, GraphModule) else ():
                 node.meta.pop("stack_trace", None)  # paths of this machine
-        torch.export.save(program, file, extra_files={"about.json": json.dumps(about(run))})
+        torch.export.save(program, file, extra_files={"about.json": json.dumps(facts)})
     return [file]
 
 
-def _tokens_and_example(run: OpenedRun) -> tuple[Tokens, tuple[Tensor]]:
-    data = run.config.data
+def _example(module: Tokens, image_size: tuple[int, int]) -> tuple[Tensor]:
     # More than one: a batch of one would be taken for a constant.
-    example_BCHW = torch.zeros(2, data.channels, *data.image_size)
-    return Tokens(run.model.encoder, data.mean, data.std).eval(), (example_BCHW,)
+    return (torch.zeros(2, len(module.mean_C11), *image_size),)
 
 
 @contextlib.contextmanager

@@ -6,10 +6,10 @@ The names of the weights are those of the published checkpoints, which every ver
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -17,9 +17,19 @@ from ccmim_fast.checkpoints.convert import to_flat
 from ccmim_fast.checkpoints.run import OpenedRun
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.export.plain import about, write_json, write_weights
+from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.tokens import patch_size_of
 
 _BICUBIC = 3  # Pillow's number, which preprocessor_config.json holds
+
+
+class Images(Protocol):
+    """What the settings say of the images' numbers: `DataConfig`, or `Weights`."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    max_value: tuple[float, ...]
+
 
 # Of a block, timm's name -> theirs; the fused query, key and value are taken apart.
 _BLOCK = {
@@ -46,15 +56,17 @@ def export_vit(run: OpenedRun, out: Path) -> list[Path]:
 
     Raises ConfigError: ViTModel cannot express the architecture.
     """
-    vit = run.model.encoder
-    _refuse("hf-vit", obstacles(vit))
-    settings = {"model_type": "vit", "architectures": ["ViTModel"], **_settings(vit)}
-    return _write(run, out, settings, _renamed(_expressed(vit), ""))
+    vit, data = run.model.encoder, run.config.data
+    refuse("hf-vit", obstacles(vit))
+    settings = {"model_type": "vit", "architectures": ["ViTModel"], **config_of(vit)}
+    weights = renamed(expressed(vit), "")
+    return write_folder(out, settings, weights, about(run), whole_images(data.image_size), data)
 
 
 def export_vitmae(run: OpenedRun, out: Path) -> list[Path]:
     """Write a ViTMAEForPreTraining; its loss is our L_recons on the same mask. Raises ConfigError as `export_vit`."""
     vit, config = run.model.encoder, run.config
+    refuse("hf-vitmae", obstacles(vit))
     height, width = config.data.image_size
     found = {
         f"images that are not square (data.image_size=[{height}, {width}])": height != width,
@@ -62,13 +74,13 @@ def export_vitmae(run: OpenedRun, out: Path) -> list[Path]:
         "another eps in the decoder's norms": vit.norm.eps != run.model.decoder.norm.eps,
         "queries, keys and values without bias": vit.blocks[0].attn.qkv.bias is None,
     }
-    _refuse("hf-vitmae", [*obstacles(vit), *(words for words, there in found.items() if there)])
+    refuse("hf-vitmae", [words for words, there in found.items() if there])
     flat = to_flat({name: value for name, value in run.model.state_dict().items() if name.startswith("decoder.")})
     blocks = {name.removeprefix("decoder_"): flat.pop(name) for name in list(flat) if name.startswith("decoder_blocks")}
-    weights = _renamed(_expressed(vit), "vit.")
+    weights = renamed(expressed(vit), "vit.")
     weights |= {f"decoder.{name}": value for name, value in flat.items()}
     weights |= dict(_blocks(blocks, "decoder.decoder_layers."))
-    settings = _settings(vit) | {
+    settings = config_of(vit) | {
         "model_type": "vit_mae",
         "architectures": ["ViTMAEForPreTraining"],
         "decoder_num_attention_heads": config.decoder.num_heads,
@@ -78,25 +90,37 @@ def export_vitmae(run: OpenedRun, out: Path) -> list[Path]:
         "mask_ratio": config.mask.ratio,
         "norm_pix_loss": config.target.norm_pix,
     }
-    return _write(run, out, settings, weights)
+    return write_folder(out, settings, weights, about(run), whole_images(config.data.image_size), config.data)
 
 
-def obstacles(vit: VisionTransformer) -> list[str]:
-    """Return in words what of `vit` transformers' ViTModel cannot express."""
-    if not all(isinstance(block, Block) and type(block.attn) is Attention for block in vit.blocks):
+def obstacles(vit: VisionTransformer, norm: str = "norm") -> list[str]:
+    """Return in words what of an encoder, without its head, transformers' ViTs cannot express.
+
+    `norm` is timm's name of the last norm that they have: of every token, or `fc_norm`, of the pooled one.
+    """
+    if not all(type(block) in (Block, ViTBlock) and type(block.attn) is Attention for block in vit.blocks):
         return ["blocks that are not timm's standard one"]
     names = {f"{part}.{kind}" for part in (*_BLOCK, _QKV) for kind in ("weight", "bias")}
-    theirs = {*_EMBEDDING, *(f"blocks.{number}.{name}" for number in range(len(vit.blocks)) for name in names)}
-    ours = {name for name in vit.state_dict() if not name.endswith(_LAYER_SCALE)}
+    embedding = {re.sub("^norm", norm, name) for name in _EMBEDDING}
+    theirs = {*embedding, *(f"blocks.{number}.{name}" for number in range(len(vit.blocks)) for name in names)}
+    ours = {name for name in vit.state_dict() if not name.startswith("head.") and not name.endswith(_LAYER_SCALE)}
     surplus, missing = ours - theirs, {name for name in theirs - ours if not name.endswith(f"{_QKV}.bias")}
     eps = {part.eps for part in vit.modules() if isinstance(part, nn.LayerNorm)}
     activations = [getattr(block.mlp, "act", None) for block in vit.blocks]
+    shapes = {(b.attn.num_heads, *(value.shape for value in b.state_dict().values())) for b in vit.blocks}
+    projection = vit.patch_embed.proj
     found = {
+        f"a {type(vit).__name__}": type(vit) is not VisionTransformer,
         f"the weights {_shown(surplus)}": surplus,
         f"an encoder without {_shown(missing)}": missing,
         "norms other than LayerNorm of one eps": len(eps) != 1,
+        "an MLP with gates": any(type(block.mlp) is not Mlp for block in vit.blocks),
         "an activation other than GELU": any(repr(act) != repr(nn.GELU()) for act in activations),
-        "heads that do not divide the width": vit.embed_dim % vit.blocks[0].attn.num_heads,
+        "heads of another width than the encoder's over their number": any(
+            block.attn.head_dim * block.attn.num_heads != vit.embed_dim for block in vit.blocks
+        ),
+        "blocks of several shapes": len(shapes) > 1,
+        "patches that are not square, or overlap": len({*projection.kernel_size, *projection.stride}) > 1,
     }
     return [words for words, there in found.items() if there]
 
@@ -106,7 +130,7 @@ def _shown(names: set[str]) -> str:
     return ", ".join(sorted({re.sub(r"blocks\.\d+", "blocks.*", name) for name in names}))
 
 
-def _renamed(timm_weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def renamed(timm_weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Rename the weights of a plain ViT as transformers' published ViTs have them."""
     blocks = {name: value for name, value in timm_weights.items() if name.startswith("blocks.")}
     others = {prefix + _EMBEDDING[name]: value for name, value in timm_weights.items() if name not in blocks}
@@ -124,7 +148,8 @@ def _blocks(weights: dict[str, Tensor], prefix: str) -> Iterator[tuple[str, Tens
             yield f"{prefix}{number}.attention.attention.{which}.{kind}", third
 
 
-def _settings(vit: VisionTransformer) -> dict[str, Any]:
+def config_of(vit: VisionTransformer) -> dict[str, Any]:
+    """Return what config.json of any of their ViTs says of the encoder."""
     block = vit.blocks[0]
     height, width = vit.patch_embed.img_size
     return {
@@ -136,7 +161,7 @@ def _settings(vit: VisionTransformer) -> dict[str, Any]:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "initializer_range": 0.02,
-        "layer_norm_eps": vit.norm.eps,
+        "layer_norm_eps": block.norm1.eps,
         "image_size": height if height == width else [height, width],
         "patch_size": patch_size_of(vit),
         "num_channels": vit.patch_embed.proj.in_channels,
@@ -145,26 +170,41 @@ def _settings(vit: VisionTransformer) -> dict[str, Any]:
     }
 
 
-def _write(run: OpenedRun, out: Path, settings: dict[str, Any], weights: dict[str, Tensor]) -> list[Path]:
-    height, width = run.config.data.image_size
-    # As images are prepared for evaluation here: whole, without regard to their aspect.
-    preparation = {
-        "image_processor_type": "ViTImageProcessor",
+def whole_images(image_size: tuple[int, int]) -> dict[str, Any]:
+    """Return the preparation of images that are resized whole, without regard to their aspect."""
+    height, width = image_size
+    return {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
+
+
+def write_folder(
+    out: Path,
+    settings: dict[str, Any],
+    weights: dict[str, Tensor],
+    facts: dict[str, str],
+    shown: dict[str, Any],
+    data: Images,
+) -> list[Path]:
+    """Write weights with `facts`, config.json, and the image processor: `shown`, and how numbers become values.
+
+    (number * rescale_factor - mean) / std is (number / white - mean) / std with the white of `data.max_value`.
+    """
+    white_C = data.max_value or (255.0,)
+    shares = [value / white_C[0] for value in (white_C if len(white_C) > 1 else white_C * len(data.mean))]
+    preparation = shown | {
         "do_resize": True,
-        "size": {"height": height, "width": width},
         "resample": _BICUBIC,
         "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        "rescale_factor": 1 / white_C[0],
         "do_normalize": True,
-        "image_mean": list(run.config.data.mean),
-        "image_std": list(run.config.data.std),
+        "image_mean": [mean * share for mean, share in zip(data.mean, shares)],
+        "image_std": [std * share for std, share in zip(data.std, shares)],
     }
     contents = {"config.json": settings, "preprocessor_config.json": preparation}
     written = [write_json(out / name, content) for name, content in contents.items()]
-    return [write_weights(weights, about(run), out), *written]
+    return [write_weights(weights, facts, out), *written]
 
 
-def _expressed(vit: VisionTransformer) -> dict[str, Tensor]:
+def expressed(vit: VisionTransformer) -> dict[str, Tensor]:
     """Return the weights of the same function without layer scale and with a position for [CLS]."""
     weights = vit.state_dict()
     if vit.no_embed_class:
@@ -180,6 +220,7 @@ def _expressed(vit: VisionTransformer) -> dict[str, Tensor]:
     return weights
 
 
-def _refuse(target: str, found: list[str]) -> None:
+def refuse(target: str, found: list[str]) -> None:
+    """Raise ConfigError if anything was found that the target cannot express."""
     if found:
         raise ConfigError(f"ccmim export {target}: cannot express {', '.join(found)}; take timm, onnx or torch-export")

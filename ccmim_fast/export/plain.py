@@ -8,19 +8,24 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ccmim_fast.checkpoints.convert import to_timm
 from ccmim_fast.checkpoints.run import OpenedRun
+from ccmim_fast.checkpoints.weight_files import WEIGHTS
+from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.load import to_yaml
-from ccmim_fast.config.schema import Config, RunConfig
+from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import CheckpointError
+from ccmim_fast.models.encoder import timm_form
 from ccmim_fast.models.tokens import patch_size_of
 
 
-def public(config: Config) -> Config:
+def public(config: Config | EvalConfig) -> Config | EvalConfig:
     """Return the settings without the folders of the machine, which are nobody else's business."""
-    return dataclasses.replace(config, run=RunConfig(), data=dataclasses.replace(config.data, root="", index=""))
+    places = {key: "" for key in ("root", "index", "test") if hasattr(config.data, key)}
+    return dataclasses.replace(config, run=type(config.run)(), data=dataclasses.replace(config.data, **places))
 
 
 def method(config: Config) -> str:
@@ -30,9 +35,17 @@ def method(config: Config) -> str:
 
 def timm_arguments(config: Config) -> dict[str, Any]:
     """Return what `timm.create_model` needs beside the architecture's name to build the encoder."""
+    return {"img_size": list(config.data.image_size), "in_chans": config.data.channels} | _form(config)[1]
+
+
+def timm_arch(config: Config) -> str:
+    """Return timm's name for these arguments."""
+    return _form(config)[0]
+
+
+def _form(config: Config) -> tuple[str, dict[str, Any]]:
     sizes = {key: getattr(config.model, key) for key in ("patch_size", "embed_dim", "depth", "num_heads")}
-    fixed = {"img_size": list(config.data.image_size), "in_chans": config.data.channels, "class_token": True}
-    return fixed | {"global_pool": "token"} | {key: value for key, value in sizes.items() if value}
+    return timm_form(config.model.arch, config.model.positions, **sizes)
 
 
 def commit_of(folder: Path) -> str:
@@ -48,7 +61,7 @@ def about(run: OpenedRun) -> dict[str, str]:
     return {
         "format": "pt",
         "method": method(run.config),
-        "arch": run.config.model.arch,
+        "arch": timm_arch(run.config),
         "timm_arguments": json.dumps(timm_arguments(run.config)),
         "image_size": json.dumps(list(data.image_size)),
         "patch_size": str(patch_size_of(vit)),
@@ -63,9 +76,6 @@ def about(run: OpenedRun) -> dict[str, str]:
     }
 
 
-WEIGHTS = "model.safetensors"
-
-
 def export_timm(run: OpenedRun, out: Path) -> list[Path]:
     """Write the encoder for `timm.create_model(arch, num_classes=0, checkpoint_path=FILE, **timm_arguments)`.
 
@@ -75,27 +85,37 @@ def export_timm(run: OpenedRun, out: Path) -> list[Path]:
     file = write_weights(to_timm(run.model.state_dict()), about(run), out)
     if file == out:
         return [file]
-    height, width = run.config.data.image_size
-    config = {
-        "architecture": run.config.model.arch,
-        "num_classes": 0,
-        "num_features": run.model.encoder.num_features,
-        "global_pool": "token",
-        "model_args": timm_arguments(run.config),
-        "pretrained_cfg": {
-            "input_size": [run.config.data.channels, height, width],
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "crop_mode": "squash",
-            "mean": list(run.config.data.mean),
-            "std": list(run.config.data.std),
-            "num_classes": 0,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        },
-    }
+    data, vit = run.config.data, run.model.encoder
+    shown = timm_images(data.image_size, data.mean, data.std, crop_pct=1.0, crop_mode="squash")
+    config = timm_config(timm_arch(run.config), timm_arguments(run.config), vit, shown)
     return [file, write_json(out / "config.json", config)]
+
+
+def timm_config(arch: str, arguments: dict[str, Any], vit: VisionTransformer, images: dict[str, Any]) -> dict[str, Any]:
+    """Return what a folder's config.json tells timm: how to build the module, and how `images` are prepared."""
+    return {
+        "architecture": arch,
+        "num_classes": vit.num_classes,
+        "num_features": vit.num_features,
+        "global_pool": arguments["global_pool"],
+        "model_args": arguments,
+        "pretrained_cfg": images
+        | {"num_classes": vit.num_classes, "first_conv": "patch_embed.proj", "classifier": "head"},
+    }
+
+
+def timm_images(
+    image_size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...], **crop: Any
+) -> dict[str, Any]:
+    """Return the preparation of images under timm's names; `crop` is `crop_pct`, a share, and `crop_mode`."""
+    return {
+        "input_size": [len(mean), *image_size],
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        **crop,
+        "mean": list(mean),
+        "std": list(std),
+    }
 
 
 def export_safetensors(run: OpenedRun, out: Path) -> list[Path]:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -160,6 +159,7 @@ class ViTBlock(Block):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         *,
+        rope: Tensor | None = None,
         query_BQD: Tensor | None = None,
         reads_cls: bool = False,
         total_BL: Tensor | None = None,
@@ -169,7 +169,9 @@ class ViTBlock(Block):
         Args:
             x_BTD: tokens, prefix first.
             attn_mask, is_causal: timm's; with either, timm's own arithmetic runs.
-            query_BQD: some of `x_BTD`, whose output alone is computed; keys and values are those of all tokens.
+            rope: angles that queries and keys of the patches are rotated by, see `tokens.places`; for `EvaViTBlock`.
+            query_BQD: some of `x_BTD`, whose output alone is computed; keys and values are those of all tokens. With
+                `rope` they are of the prefix, which is not rotated.
             reads_cls: return [CLS]'s attention too; [CLS] must be the first query token.
             total_BL: the sum of earlier blocks' rows, which this block's is added to; None: nothing yet.
 
@@ -180,22 +182,26 @@ class ViTBlock(Block):
         if attn_mask is not None or is_causal:
             return super().forward(x_BTD, attn_mask, is_causal)
         if self.recompute and x_BTD.requires_grad:
-            return checkpoint(self.compute, self, x_BTD, query_BQD, reads_cls, total_BL, use_reentrant=False)
-        return self.compute(self, x_BTD, query_BQD, reads_cls, total_BL)
+            return checkpoint(self.compute, self, x_BTD, query_BQD, reads_cls, total_BL, rope, use_reentrant=False)
+        return self.compute(self, x_BTD, query_BQD, reads_cls, total_BL, rope)
 
     @staticmethod
     def compute(
-        block: "ViTBlock", x_BTD: Tensor, query_BQD: Tensor | None, reads_cls: bool, total_BL: Tensor | None
+        block: "ViTBlock",
+        x_BTD: Tensor,
+        query_BQD: Tensor | None,
+        reads_cls: bool,
+        total_BL: Tensor | None,
+        rope: Tensor | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         attn, normed_BTD = block.attn, block.norm1(x_BTD)
         if query_BQD is None:
             query_BQD, normed_BQD = x_BTD, normed_BTD
-            q_BQNH, k_BTNH, v_BTNH = _project(attn, normed_BTD, slice(0, 3))
+            q_BQNH, k_BTNH, v_BTNH = block.project(normed_BTD, slice(0, 3), rope)
         else:
             normed_BQD = block.norm1(query_BQD)
-            (q_BQNH,) = _project(attn, normed_BQD, slice(0, 1))
-            k_BTNH, v_BTNH = _project(attn, normed_BTD, slice(1, 3))
-        q_BQNH, k_BTNH = attn.q_norm(q_BQNH), attn.k_norm(k_BTNH)
+            (q_BQNH,) = block.project(normed_BQD, slice(0, 1))
+            k_BTNH, v_BTNH = block.project(normed_BTD, slice(1, 3), rope)
         if reads_cls:
             total_BL = block._row(q_BQNH, k_BTNH, "softmax", total_BL)
         dropout = attn.attn_drop.p if attn.training else 0.0
@@ -208,15 +214,33 @@ class ViTBlock(Block):
         x_BQD = x_BQD + block.drop_path2(block.ls2(block.mlp(block.norm2(x_BQD))))
         return (x_BQD, total_BL) if reads_cls else x_BQD
 
-    def cls_attention(self, x_BTD: Tensor, kind: str, total_BL: Tensor | None = None) -> Tensor:
+    def project(self, x_BTD: Tensor, parts: slice, rope: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return some of queries, keys and values, each [B, T, N, H], queries and keys normed and rotated by `rope`."""
+        attn = self.attn
+        width = attn.num_heads * attn.head_dim
+        weight, bias = attn.qkv.weight, attn.qkv.bias
+        if parts != slice(0, 3):
+            rows = slice(parts.start * width, parts.stop * width)
+            weight, bias = weight[rows], None if bias is None else bias[rows]
+        shape = (parts.stop - parts.start, attn.num_heads, attn.head_dim)
+        return self.normed(F.linear(x_BTD, weight, bias).unflatten(-1, shape).unbind(2), parts)
+
+    def normed(self, projected: tuple[Tensor, ...], parts: slice) -> tuple[Tensor, ...]:
+        """Return those of queries, keys and values that there are, queries and keys behind their norms."""
+        norms = (self.attn.q_norm, self.attn.k_norm)[parts]
+        return *(norm(x_BTNH) for norm, x_BTNH in zip(norms, projected)), *projected[len(norms) :]
+
+    def cls_attention(
+        self, x_BTD: Tensor, kind: str, total_BL: Tensor | None = None, *, rope: Tensor | None = None
+    ) -> Tensor:
         """Return [CLS]'s attention to the patches [B, L], added to `total_BL`, and compute nothing else of the block.
 
         `kind` is `logits`: E_h[q_0 K^T / sqrt(H)] (Eq. 4), or `softmax`: the mean over heads of the softmaxed row.
         """
         normed_BTD = self.norm1(x_BTD)
-        (q_B1NH,) = _project(self.attn, normed_BTD[:, :1], slice(0, 1))
-        (k_BTNH,) = _project(self.attn, normed_BTD, slice(1, 2))
-        return self._row(self.attn.q_norm(q_B1NH), self.attn.k_norm(k_BTNH), kind, total_BL)
+        (q_B1NH,) = self.project(normed_BTD[:, :1], slice(0, 1))
+        (k_BTNH,) = self.project(normed_BTD, slice(1, 2), rope)
+        return self._row(q_B1NH, k_BTNH, kind, total_BL)
 
     def folded_direction(self, cls_11D: Tensor) -> Tensor:
         """Return v [D] with Eq. 4's logits_i = LN(x_i) . v: gamma * W_K^T q_0 / (heads * sqrt(H)).
@@ -228,8 +252,8 @@ class ViTBlock(Block):
         attn = self.attn
         # Always float32: the fold multiplies three tensors, and the result is one vector.
         with torch.autocast(cls_11D.device.type, enabled=False):
-            (q_11NH,) = _project(attn, self.norm1(cls_11D.to(attn.qkv.weight.dtype)), slice(0, 1))
-            q_D = attn.q_norm(q_11NH).flatten()
+            (q_11NH,) = self.project(self.norm1(cls_11D.to(attn.qkv.weight.dtype)), slice(0, 1))
+            q_D = q_11NH.flatten()
             width = len(q_D)
             direction_D = q_D @ attn.qkv.weight[width : 2 * width] * (attn.scale / attn.num_heads)
             return direction_D if self.norm1.weight is None else direction_D * self.norm1.weight
@@ -244,14 +268,3 @@ class ViTBlock(Block):
             total_BL=total_BL,
             kernels=self.kernels,
         )
-
-
-def _project(attn: Attention, x_BTD: Tensor, parts: slice) -> tuple[Tensor, ...]:
-    """Return some of queries, keys and values, each [B, T, N, H], by one product, before their norms."""
-    width = attn.num_heads * attn.head_dim
-    weight, bias = attn.qkv.weight, attn.qkv.bias
-    if parts != slice(0, 3):
-        rows = slice(parts.start * width, parts.stop * width)
-        weight, bias = weight[rows], None if bias is None else bias[rows]
-    projected = F.linear(x_BTD, weight, bias).unflatten(-1, (parts.stop - parts.start, attn.num_heads, attn.head_dim))
-    return projected.unbind(2)

@@ -115,14 +115,14 @@ class CCMIM(nn.Module):
             prior: the scores that a bank has; None: it has none. Ignored where scores do not come from a bank.
         """
         divided = self.embed_and_divide(images_BHWC, ids_B, epoch, partition, prior)
-        encoded_BTD, visible_BK = self._encode(divided.visible)
+        encoded_BTD, visible_BK = self._encode(divided.visible, divided.partition.ids_visible_BK)
         visible_BE, masked_BE, attention_BL, gathering = None, None, None, None
         if self.projector is not None:
             visible_BE = self.projector(encoded_BTD[:, 0])
             # What the other ranks need is sent as soon as it is known, and travels while the rest is computed.
             if self.negatives == "visible" and self.training:
                 gathering = start_all_gather(visible_BE, self.alone)
-            masked_BE, masked_BM = self.encode_masked(divided.masked)
+            masked_BE, masked_BM = self.encode_masked(divided.masked, divided.partition.ids_masked_BM)
             if self.negatives == "masked" and self.training:
                 gathering = start_all_gather(masked_BE, self.alone)
             if self.banked:
@@ -138,7 +138,7 @@ class CCMIM(nn.Module):
         visible_BTD = gather_tokens(
             self.embed(images_BHWC), partition.ids_visible_BK, prefix_tokens(self.encoder), kernels=self.kernels
         )
-        return self._decode(self._encode(visible_BTD)[0], partition)
+        return self._decode(self._encode(visible_BTD, partition.ids_visible_BK)[0], partition)
 
     def embed(self, images_BHWC: Tensor) -> Tensor:
         """Embed patches, with positions: images [B, H, W, C] -> [B, L, D]."""
@@ -207,16 +207,16 @@ class CCMIM(nn.Module):
         )
 
     @torch.no_grad()
-    def encode_masked(self, masked_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
+    def encode_masked(self, masked_BTD: Tensor, ids_BM: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return SG(hM) [B, E] of Eq. 7 and 8, and [CLS]'s attention [B, M], which a bank keeps, or None.
 
         The teacher runs without gradient, saves no activation, and computes its last block for [CLS] alone.
         """
-        encoded_B1D, attention_BM = self._encode(masked_BTD, cls_only=True)
+        encoded_B1D, attention_BM = self._encode(masked_BTD, ids_BM, cls_only=True)
         return self.projector(encoded_B1D[:, 0]), attention_BM
 
-    def _encode(self, x_BTD: Tensor, cls_only: bool = False) -> tuple[Tensor, Tensor | None]:
-        return encode(self.encoder, x_BTD, cls_only=cls_only, read_blocks=self.read_blocks)
+    def _encode(self, x_BTD: Tensor, ids_BK: Tensor, cls_only: bool = False) -> tuple[Tensor, Tensor | None]:
+        return encode(self.encoder, x_BTD, ids_BK, cls_only=cls_only, read_blocks=self.read_blocks)
 
     def _decode(self, encoded_BTD: Tensor, partition: Partition) -> Tensor:
         # Registers stay in the encoder: the decoder sees [CLS] and patches, as in MAE.

@@ -1,4 +1,4 @@
-"""Building the encoder: a timm VisionTransformer of `ViTBlock`s, with fixed positions and MAE's initial weights.
+"""Building the encoder: a ViT of timm's of `ViTBlock`s, with fixed or rotary positions and MAE's initial weights.
 
 Nothing wraps the module, so its weights keep timm's names and load into timm as they are.
 """
@@ -7,16 +7,22 @@ Nothing wraps the module, so its weights keep timm's names and load into timm as
 
 import math
 from collections.abc import Iterable
+from functools import cache
+from typing import Any
 
 import timm
 import torch
 from timm.layers import Attention
+from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.block import ViTBlock
+from ccmim_fast.models.eva import grouped_heads, prepare_, rotary_form
 from ccmim_fast.models.tokens import grid_of, patch_size_of
+
+ENCODERS = (VisionTransformer, Eva)  # timm's classes that an encoder may be of
 
 
 def build_encoder(
@@ -29,42 +35,60 @@ def build_encoder(
     depth: int = 0,
     num_heads: int = 0,
     drop_path: float = 0.0,
-) -> VisionTransformer:
-    """Build a timm VisionTransformer with a [CLS] token, fixed sine-cosine positions, MAE's initial weights, no head.
+    positions: str = "sincos",
+) -> VisionTransformer | Eva:
+    """Build one of `ENCODERS` with a [CLS] token, MAE's initial weights, no head.
 
-    Its blocks are `ViTBlock`s where the architecture has timm's standard ones; other blocks stay as they are.
-    `patch_size`, `embed_dim`, `depth` and `num_heads` stand in place of the architecture's own where not 0.
+    Its blocks are `ViTBlock`s where the architecture has timm's standard ones, or Eva's; other blocks stay as they are.
+    `patch_size`, `embed_dim`, `depth` and `num_heads` stand in place of the architecture's own where not 0. Positions
+    that the architecture adds to its patches are fixed sines and cosines; rotary ones are as it has them. `positions`
+    may be `rope`: rotary ones in place of those of a plain ViT, see `eva.rotary_form`.
 
     Raises ConfigError for an unknown name, another class of model, or sizes that do not fit each other.
     """
     sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-    own = _own(arch)
-    _check_width(own, embed_dim, num_heads)
-    standard = type(own.blocks[0]) is Block and type(own.blocks[0].attn) is Attention
+    own, (name, arguments) = _own(arch), timm_form(arch, positions, **sizes)
+    _check_width(own, embed_dim, num_heads, rotary=positions == "rope")
+    eva = isinstance(own, Eva) or positions == "rope"
+    standard = not eva and type(own.blocks[0]) is Block and type(own.blocks[0].attn) is Attention
     try:
         vit = timm.create_model(
-            arch,
+            name,
             pretrained=False,
             num_classes=0,
             img_size=image_size,
             in_chans=channels,
-            class_token=True,
-            global_pool="token",
             drop_path_rate=drop_path,
             **({"block_fn": ViTBlock} if standard else {}),
-            **{key: value for key, value in sizes.items() if value},
+            # Rotations of one grid are computed once.
+            **({"dynamic_img_size": False} if eva else {}),
+            **arguments,
         )
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise ConfigError(f"model.arch={arch}: timm cannot build it with these sizes: {error}") from None
     _check_sizes(vit, arch, image_size)
-    if vit.pos_embed is None:
+    if vit.pos_embed is not None:
+        prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches
+        positions_SD = sincos_positions(vit.embed_dim, grid_of(vit), prefix)
+        vit.pos_embed = nn.Parameter(positions_SD[None], requires_grad=False)
+    elif getattr(vit, "rope", None) is None:
         raise ConfigError("model.arch: a ViT without positions cannot reconstruct patches")
-    prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches
-    positions_SD = sincos_positions(vit.embed_dim, grid_of(vit), prefix)
-    vit.pos_embed = nn.Parameter(positions_SD[None], requires_grad=False)
+    if isinstance(vit, Eva):
+        prepare_(vit)
     initialise(vit)
     configure_blocks(vit.blocks, num_prefix_tokens=vit.num_prefix_tokens)
     return vit
+
+
+def timm_form(arch: str, positions: str = "sincos", **sizes: int) -> tuple[str, dict[str, Any]]:
+    """Return the name and the arguments, beside images, by which timm makes an encoder's module; see `build_encoder`.
+
+    Raises ConfigError: the architecture cannot have these positions, or is of another class.
+    """
+    own, given = _own(arch), {key: value for key, value in sizes.items() if value}
+    form = {"class_token": True, "global_pool": "token"} | grouped_heads(own, **given)
+    name, rotary = rotary_form(arch, own) if positions == "rope" else (arch, {})
+    return name, form | rotary | given
 
 
 def configure_blocks(blocks: Iterable[nn.Module], **attributes: object) -> None:
@@ -75,23 +99,26 @@ def configure_blocks(blocks: Iterable[nn.Module], **attributes: object) -> None:
                 setattr(block, name, value)
 
 
-def _own(arch: str) -> VisionTransformer:
+@cache
+def _own(arch: str) -> VisionTransformer | Eva:
     """Build the architecture as timm has it, without memory."""
     with torch.device("meta"):
         own = timm.create_model(arch, pretrained=False)
-    if type(own) is not VisionTransformer:
-        raise ConfigError(f"model.arch={arch} is a {type(own).__name__}, expected a timm VisionTransformer")
+    if type(own) not in ENCODERS:
+        expected = " or ".join(known.__name__ for known in ENCODERS)
+        raise ConfigError(f"model.arch={arch} is a {type(own).__name__}; expected timm's {expected}")
     return own
 
 
-def _check_width(own: VisionTransformer, embed_dim: int, num_heads: int) -> None:
-    """Refuse a width that is no multiple of the heads, and of 4 (sine and cosine of two axes)."""
+def _check_width(own: VisionTransformer | Eva, embed_dim: int, num_heads: int, rotary: bool) -> None:
+    """Refuse a width that is no multiple of the heads, and of 4: sine and cosine of two axes, of a head if rotary."""
     width = embed_dim or own.embed_dim
     heads = num_heads or getattr(getattr(own.blocks[0], "attn", None), "num_heads", 1)
     if width % heads and num_heads:
         nearest = min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - heads))
         raise ConfigError(f"model.num_heads={heads} must divide the width {width}; nearest: {nearest}")
-    unit = math.lcm(heads, 4)
+    rotary = rotary or getattr(own, "rope", None) is not None
+    unit = heads * 4 if rotary else math.lcm(heads, 4)
     if width % unit:
         nearest = max(unit, round(width / unit) * unit)
         raise ConfigError(f"model.embed_dim={width} must be a multiple of {unit} ({heads} heads); nearest: {nearest}")

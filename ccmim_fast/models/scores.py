@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.block import ViTBlock
-from ccmim_fast.models.tokens import eps_of, prefix_tokens, with_prefix
+from ccmim_fast.models.eva import EvaViTBlock
+from ccmim_fast.models.tokens import eps_of, places, prefix_tokens, with_prefix
 from ccmim_fast.models.watched import cls_attention, watched
 from ccmim_kernels import folded_logits
 
@@ -63,10 +64,10 @@ class OneBlock(ScoreSource):
         self.block = block
 
     def logits(self, vit: VisionTransformer, x_BLD: Tensor) -> Tensor:
-        x_BTD = vit.norm_pre(with_prefix(vit, x_BLD))
-        for earlier in vit.blocks[: self.block]:
-            x_BTD = earlier(x_BTD)
-        return cls_attention(vit.blocks[self.block], x_BTD, vit.num_prefix_tokens, "logits")
+        x_BTD, at = vit.norm_pre(with_prefix(vit, x_BLD)), places(vit)
+        for earlier, place in zip(vit.blocks[: self.block], at):
+            x_BTD = earlier(x_BTD, **place)
+        return cls_attention(vit.blocks[self.block], x_BTD, vit.num_prefix_tokens, "logits", **at[self.block])
 
 
 class FirstBlock(OneBlock):
@@ -98,14 +99,15 @@ class AllBlocks(ScoreSource):
 
     def logits(self, vit: VisionTransformer, x_BLD: Tensor) -> Tensor:
         x_BTD, total_BL = vit.norm_pre(with_prefix(vit, x_BLD)), None
-        *others, last = vit.blocks
-        for block in others:
+        *others, last = zip(vit.blocks, places(vit))
+        for block, place in others:
             if isinstance(block, ViTBlock):
-                x_BTD, total_BL = block(x_BTD, reads_cls=True, total_BL=total_BL)
+                x_BTD, total_BL = block(x_BTD, reads_cls=True, total_BL=total_BL, **place)
             else:
-                x_BTD, total_BL = watched(block, x_BTD, vit.num_prefix_tokens, "softmax", total_BL)
+                x_BTD, total_BL = watched(block, x_BTD, vit.num_prefix_tokens, "softmax", total_BL, **place)
         # Nothing follows the last block's keys.
-        total_BL = cls_attention(last, x_BTD, vit.num_prefix_tokens, "softmax", total_BL)
+        block, place = last
+        total_BL = cls_attention(block, x_BTD, vit.num_prefix_tokens, "softmax", total_BL, **place)
         # Up to a constant per row: renormalising subtracts log sum; a second softmax takes the sums as logits.
         return total_BL.log() if self.normalise == "renorm" else total_BL
 
@@ -141,9 +143,12 @@ class Bank(ScoreSource):
 
 
 def can_fold(vit: VisionTransformer) -> bool:
-    """Return whether Eq. 4 at the first block is LN(x_i) . v: a LayerNorm alone before it, and no norm of the keys."""
+    """Return whether Eq. 4 at the first block is LN(x_i) . v.
+
+    So it is with a LayerNorm alone before the block, and keys as they are: without norm or rotation.
+    """
     first = vit.blocks[0]
-    if not isinstance(first, ViTBlock):
+    if not isinstance(first, ViTBlock) or isinstance(first, EvaViTBlock):
         return False
     plain = isinstance(first.attn.k_norm, nn.Identity) and isinstance(vit.norm_pre, nn.Identity)
     return plain and isinstance(first.norm1, nn.LayerNorm)
@@ -153,7 +158,7 @@ def can_fold(vit: VisionTransformer) -> bool:
 def eq4_of_blocks(vit: VisionTransformer, x_BLD: Tensor) -> list[Tensor]:
     """Compute Eq. 4's logits [B, L] at every block in one pass, from embedded patches."""
     found, x_BTD = [], vit.norm_pre(with_prefix(vit, x_BLD))
-    for block in vit.blocks:
-        found.append(cls_attention(block, x_BTD, vit.num_prefix_tokens, "logits"))
-        x_BTD = block(x_BTD)
+    for block, place in zip(vit.blocks, places(vit)):
+        found.append(cls_attention(block, x_BTD, vit.num_prefix_tokens, "logits", **place))
+        x_BTD = block(x_BTD, **place)
     return found

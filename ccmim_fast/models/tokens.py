@@ -4,7 +4,8 @@ The normalisation of the images is folded into the patch embedding, and its grad
 alone.
 """
 
-# B batch, H height, W width, C channels, L patches, K visible, P prefix tokens, T tokens, D width, A values
+# B batch, H height, W width, C channels, L patches, K visible, P prefix tokens, T tokens, D width, A values, N heads,
+# R sines and cosines of a rotation, two for each channel of a head
 
 import math
 from collections.abc import Callable
@@ -64,6 +65,8 @@ def embed(
     weight_DA, bias_D = projection
     x_BLD = F.linear(patchify(images_BHWC, patch_size_of(vit)).to(weight_DA.dtype), weight_DA, bias_D)
     x_BLD = vit.patch_embed.norm(x_BLD)
+    if vit.pos_embed is None:  # rotary ones alone
+        return Embedded(x_BLD, None)
     positions_LD = vit.pos_embed[0, -x_BLD.shape[1] :]
     if direction_D is None:
         return Embedded(x_BLD + positions_LD, None)
@@ -128,7 +131,7 @@ def patches_of(images_BHWC: Tensor, ids_BK: Tensor, patch: int) -> Tensor:
 def prefix_tokens(vit: VisionTransformer) -> Tensor:
     """Return [CLS], then registers, with their positions where the model has them: [P, D]."""
     prefix_1PD = vit.cls_token if vit.reg_token is None else torch.cat([vit.cls_token, vit.reg_token], dim=1)
-    if not vit.no_embed_class:
+    if not vit.no_embed_class and vit.pos_embed is not None:
         prefix_1PD = prefix_1PD + vit.pos_embed[:, : prefix_1PD.shape[1]]
     return prefix_1PD[0]
 
@@ -138,12 +141,38 @@ def with_prefix(vit: VisionTransformer, x_BLD: Tensor) -> Tensor:
     return torch.cat([prefix_tokens(vit).to(x_BLD.dtype).expand(len(x_BLD), -1, -1), x_BLD], dim=1)
 
 
+def places(vit: VisionTransformer, ids_BK: Tensor | None = None) -> list[dict[str, Tensor]]:
+    """Return what tells each block where its patches lie, as keyword arguments: `rope`, or nothing without one.
+
+    `rope` is timm's table of sines and cosines, [L, R] for all patches, or [N, L, R] where each block and head has
+    frequencies of its own, which receive gradients. For some patches of each image, `ids_BK` int64, it has their rows:
+    [B, 1, K, R] or [B, N, K, R].
+    """
+    rope, depth = getattr(vit, "rope", None), len(vit.blocks)
+    if rope is None:
+        return [{}] * depth
+    # A table that timm does not keep is made for a grid.
+    table = rope.get_embed() if getattr(rope, "feat_shape", None) else rope.get_embed(shape=grid_of(vit))
+    of_blocks = table.unbind() if table.ndim == 4 else [table] * depth
+    if ids_BK is None:
+        return [{"rope": table} for table in of_blocks]
+    if table.ndim == 4:
+        return [{"rope": table_NLR[:, ids_BK].transpose(0, 1)} for table_NLR in of_blocks]
+    return [{"rope": table[ids_BK][:, None]}] * depth
+
+
 def encode(
-    vit: VisionTransformer, x_BTD: Tensor, *, cls_only: bool = False, read_blocks: int = 0
+    vit: VisionTransformer,
+    x_BTD: Tensor,
+    ids_BK: Tensor | None = None,
+    *,
+    cls_only: bool = False,
+    read_blocks: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """Run all blocks and the final norm.
 
     Args:
+        ids_BK: the patches that `x_BTD` has behind the prefix, int64; None: all. Only rotary positions need them.
         cls_only: compute [CLS] alone in the last block.
         read_blocks: read [CLS]'s attention in so many of the last blocks.
 
@@ -154,15 +183,15 @@ def encode(
     """
     x_BTD, total_BL = vit.norm_pre(x_BTD), None
     depth = len(vit.blocks)
-    for index, block in enumerate(vit.blocks):
-        options = {}
+    for index, (block, place) in enumerate(zip(vit.blocks, places(vit, ids_BK))):
+        options = dict(place)
         if cls_only and index == depth - 1 and isinstance(block, ViTBlock):
             options["query_BQD"] = x_BTD[:, :1]
         if index >= depth - read_blocks:
             if isinstance(block, ViTBlock):
                 x_BTD, total_BL = block(x_BTD, reads_cls=True, total_BL=total_BL, **options)
             else:
-                x_BTD, total_BL = watched(block, x_BTD, vit.num_prefix_tokens, "softmax", total_BL)
+                x_BTD, total_BL = watched(block, x_BTD, vit.num_prefix_tokens, "softmax", total_BL, **place)
         else:
             x_BTD = block(x_BTD, **options)
     x_BTD = vit.norm(x_BTD[:, :1] if cls_only else x_BTD)

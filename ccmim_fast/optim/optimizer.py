@@ -13,8 +13,9 @@ from torch import nn
 
 from ccmim_fast.errors import MachineError
 
-# Tokens and positions are no matrices: decay would pull them to zero like biases.
-TOKENS, POSITIONS = ("cls_token", "reg_token", "mask_token"), "pos_embed"
+# Tokens and positions, learned frequencies of rotary ones among them, are no matrices: decay would pull them to zero
+# like biases.
+TOKENS, POSITIONS = ("cls_token", "reg_token", "mask_token"), ("pos_embed", "freqs")
 
 BUILD = (
     "build NVIDIA's from source: git clone https://github.com/NVIDIA/apex && cd apex && "
@@ -40,7 +41,7 @@ def build_optimizer(
         lr: of the first step.
         capturable: for a CUDA graph: the rate is a device tensor, changed in place.
     """
-    spared = (POSITIONS,) if decay_tokens else (POSITIONS, *TOKENS)
+    spared = POSITIONS if decay_tokens else (*POSITIONS, *TOKENS)
     exempt = [name for name, _ in model.named_parameters() if name.rsplit(".", 1)[-1] in spared]
     groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
     if name != "adamw":

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
 
+from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.ranks.session import Session
 
@@ -42,7 +43,7 @@ def shard(model: CCMIM, here: Session, dtype: torch.dtype | None) -> None:
     for block in [*model.encoder.blocks, *model.decoder.blocks]:
         policy = exact if block is model.encoder.blocks[0] else half
         divide(block, mp_policy=policy)
-        for method in ("cls_attention", "folded_direction"):
+        for method in ("cls_attention", "folded_direction") if isinstance(block, ViTBlock) else ():
             register_fsdp_forward_method(block, method)
     divide(model, mp_policy=exact)
     # Before the first block of the last pass torch sees the last block of the pass before, which is done with by then,

@@ -228,10 +228,10 @@ def test_fixed_positions_are_computed_at_another_size(tmp_path, dtype):
             {"conv_proj.weight": torch.zeros(1), "class_token": torch.zeros(1)},
             "no layout that is known: the first name is 'conv_proj",
         ),
-        ({"layer1.0.conv1.weight": torch.zeros(1)}, "known are timm's names"),
+        ({"layer1.0.conv1.weight": torch.zeros(1)}, "known are DINOv3's own names"),
         (
-            {"embeddings.patch_embeddings.weight": torch.zeros(8, 3, 2, 2)},
-            "DINOv3: it has no positions that could be loaded",
+            {"embeddings.patch_embeddings.projection.weight": torch.zeros(8, 3, 2, 2)},
+            "transformers' names: it has no positions that could be loaded",
         ),
         (
             {

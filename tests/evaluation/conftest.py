@@ -65,7 +65,7 @@ def encoder(tmp_path_factory, cache):
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared_settings():
     """What every evaluation of the tests is told."""
     return SETTINGS

@@ -101,3 +101,23 @@ def test_parts_of_a_vit(options, words):
     assert all(one.startswith(word) for one, word in zip(found, words))
     other = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1, block_fn=ParallelScalingBlock)
     assert obstacles(other) == ["blocks that are not timm's standard one"]
+
+
+def test_wide_pixels_have_the_runs_white(tmp_path):
+    """One for all channels, or one for each: pixels that were stored become the values of training."""
+    for number, white in enumerate([(4095.0,), (4095.0, 1000.0, 500.0)]):
+        _, config = make_run(tmp_path / f"run{number}", data={"max_value": white})
+        out = tmp_path / f"out{number}"
+        assert main(["export", "hf-vit", str(tmp_path / f"run{number}"), str(out)]) == 0
+        stored = torch.rand(32, 48, 3) * torch.tensor(white)
+        processor = transformers.AutoImageProcessor.from_pretrained(out, backend="torchvision")
+        found = processor(stored.numpy(), return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+        mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)
+        torch.testing.assert_close(found[0].permute(1, 2, 0), (stored / torch.tensor(white) - mean) / std, **NEAR)
+        card = (out / "README.md").read_text()
+        said = ", ".join(f"{one:g}" for one in white)
+        assert f"In the stored pixels {said} is white (`data.max_value`). `rescale_factor` is 1 / 4095: give" in card
+        assert 'backend="torchvision")' in card
+    make_run(tmp_path / "bytes")
+    assert main(["export", "hf-vit", str(tmp_path / "bytes"), str(tmp_path / "out")]) == 0
+    assert "The processor takes 255 for white, as in images of 8 bits" in (tmp_path / "out" / "README.md").read_text()

@@ -117,9 +117,9 @@ def test_attention_that_rounds_to_zero_is_finite():
 def test_the_encoders_tokens_are_the_same():
     model = bank_model()
     tokens = torch.randn(B, 1 + K, 48, dtype=torch.float64)
-    encoded, _ = model._encode(tokens)
+    encoded, _ = model._encode(tokens, None)
     torch.testing.assert_close(encoded, encode(model.encoder, tokens)[0])
-    cls, _ = model._encode(tokens, cls_only=True)
+    cls, _ = model._encode(tokens, None, cls_only=True)
     torch.testing.assert_close(cls, encoded[:, :1])
 
 

@@ -66,6 +66,12 @@ def evaluation(folder: Path, kind: str) -> list[str]:
     return ["eval", kind, f"{folder / TRAINED}", "--train.device=cuda", *images, *steps, *dense, *windows, *few]
 
 
+def predict(folder: Path) -> list[str]:
+    """Return what is done with the fine-tuned run."""
+    run, images = folder / TRAINED / "eval" / "finetune", folder / "images"
+    return ["predict", f"{run}", f"{images}", f"--out={folder / 'classes.csv'}", "--device=cuda"]
+
+
 # As small as benchmarks of steps go.
 _SMALL = ("--device=cuda", "--arch=vit_tiny_patch16_224", "--batch=8", "--rounds=1")
 LADDER = (*_SMALL, "--steps=1", "--model.depth=2", "--decoder.depth=1")

@@ -22,7 +22,10 @@ ENDS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Runs of the quick tests, and images to embed."""
-    folder = tmp_path_factory.mktemp("runs")
+    return with_images(tmp_path_factory.mktemp("runs"))
+
+
+def with_images(folder):
     (folder / "images").mkdir()
     for index in range(4):
         pixels = np.random.default_rng(index).integers(0, 256, (70, 80, 3), dtype=np.uint8)
@@ -47,9 +50,9 @@ def more(more_folder) -> Result:
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory) -> Result:
-    folder = tmp_path_factory.mktemp("evaluated")
+    folder = with_images(tmp_path_factory.mktemp("evaluated"))
     trained = {"trained": commands.pretrain(folder, commands.TRAINED)}
-    lines = {kind: commands.evaluation(folder, kind) for kind in EVALUATIONS}
+    lines = {kind: commands.evaluation(folder, kind) for kind in EVALUATIONS} | {"predict": commands.predict(folder)}
     # Fresh memory is zero, so that a number of boxes, which no kernel has computed, is none.
     return run(SCRIPT, given=trained | lines, timeout=1200, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
@@ -110,6 +113,11 @@ def test_what_commands_say_and_write(more, more_folder):
     assert "ccmim_divide_tokens_kernel" in ended(more, "recompute, our kernels")["own kernels"]
     ended(more, "profile")
     assert (more_folder / "profile" / "profile" / "table.md").exists()
+
+
+@pytest.mark.slow
+def test_predictions_come_from_the_device(evaluated):
+    assert ended(evaluated, "predict")["launches"] > 0
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
+from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.encoders import OUTPUTS, keep_blocks_, maps_of
 
 LEVELS = ("0", "1", "2", "3", "pool")  # torchvision's names; the last is every second pixel of the fourth
@@ -105,7 +106,12 @@ class Windowed(nn.Module):
 
 
 def use_windows_(vit: VisionTransformer, side: int, whole: tuple[int, ...]) -> None:
-    """Let all blocks but those in `whole` attend within windows; [CLS] and registers, which are in none, go."""
+    """Let all blocks but those in `whole` attend within windows; [CLS] and registers, which are in none, go.
+
+    Raises ConfigError for an encoder with rotary positions.
+    """
+    if getattr(vit, "rope", None) is not None:
+        raise ConfigError(f"detect.window={side}: rotary positions are of the whole grid; use detect.window=0")
     prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     vit.pos_embed = nn.Parameter(vit.pos_embed[:, prefix:].detach().clone())
     vit.cls_token, vit.reg_token, vit.num_prefix_tokens = None, None, 0
