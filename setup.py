@@ -42,7 +42,7 @@ EXTRAS = {
     # Images behind http(s):// URLs; s3:// wants s3fs, gs:// gcsfs, and so on.
     "remote": ["fsspec[http]>=2024.2"],
     # TIFFs compressed by LZW, ZSTD, LERC, JPEG and others, or of 12 bits; images of 3 channels and 8 bits need it not.
-    "tiff": ["imagecodecs>=2024.1.1"],
+    "tiff": ["imagecodecs>=2024.6.1"],
     # `ccmim submit`; its --print needs nothing.
     "slurm": ["submitit>=1.5.4"],  # has a teardown
     # What `ccmim bench throughput` compares with, but for lightly: its list has pytorch_lightning, which is not to be
