@@ -23,10 +23,16 @@ def normalised(images_BHWC, mean, std):
 
 @pytest.mark.parametrize(
     "arch",
-    ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_base_patch16_clip_224", "deit3_small_patch16_224"],
+    [
+        "vit_tiny_patch16_224",
+        "vit_small_patch14_reg4_dinov2",
+        "vit_base_patch16_clip_224",
+        "deit3_small_patch16_224",
+        "deit_tiny_distilled_patch16_224",
+    ],
 )
 def test_equals_timm(arch):
-    """[CLS], registers, pre-norm, positions with and without a place for [CLS]: all as timm runs them."""
+    """[CLS], registers, DeiT's token of distillation, pre-norm, positions with and without a place for [CLS]."""
     size = (28, 42) if "14" in arch else (32, 48)
     vit = build_encoder(arch, image_size=size, channels=3, depth=2).double().eval()
     with torch.no_grad():
