@@ -1,6 +1,6 @@
 # make demo        sets up and does the main job: pretrains, compares, writes runs/demo/report.html
 # make test        sets up and passes the tests that cover every part in minutes; ENV=torch211 or ENV=pascal: those that
-#                  another torch could break
+#                  another torch could break; ENV=oldest: all of them, with the oldest versions that setup.py allows
 # make test-all    those, and then the slow ones (make test-slow)
 # make test-gpu    the tests marked `gpu`, with $(PYTHON) and its own torch: nothing is installed
 # make sanitize-gpu  memcheck and racecheck of the small kernel tests (compute-sanitizer is part of the CUDA toolkit)
@@ -19,13 +19,9 @@ ifeq ($(filter $(ENV),$(ENVS)),)
 $(error ENV=$(ENV) must be one of: $(ENVS))
 endif
 
-ifeq ($(ENV),current)
-VENV := .venv
-TESTS :=
-else
-VENV := .venv-$(ENV)
-TESTS := tests/ops tests/engine/test_environment.py
-endif
+VENV := .venv$(patsubst %,-%,$(filter-out current,$(ENV)))
+# What another torch could break; the oldest versions of all packages could break anything.
+TESTS := $(if $(filter pascal torch211,$(ENV)),tests/ops tests/engine/test_environment.py)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check

@@ -5,7 +5,8 @@ There is no `kernels/__init__.py`: an import package named `kernels` would shado
 
 from setuptools import find_packages, setup
 
-# Lower bounds are what the code needs; the exact versions CI runs are in requirements/*.txt.
+# Lower bounds are what requirements/oldest.txt installs, which `make test ENV=oldest` tests; the exact versions CI runs
+# are in requirements/current.txt.
 INSTALL_REQUIRES = [
     "torch>=2.7.1",
     "torchvision>=0.22.1",
@@ -18,24 +19,25 @@ INSTALL_REQUIRES = [
     "argcomplete>=3.1",  # the shell's completion of commands and settings: register-python-argcomplete ccmim
     "pyyaml>=6",
     "rich>=13",
-    "tensorboard>=2.16",
+    "tensorboard>=2.16.2",  # 2.16.0 and 2.16.1 install TensorFlow, nightly
     "matplotlib>=3.8",
     "jinja2>=3.1",
     "scipy>=1.11",
     "scikit-learn>=1.4",
     "scikit-image>=0.22",
-    "safetensors>=0.4",
+    "safetensors>=0.4.3",
 ]
 
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5"]  # `make docs`
 
 EXTRAS = {
     # NVIDIA apex is no extra: the package index's `apex` is an unrelated web toolkit; build NVIDIA's from its source.
+    # DALI 1.36 to 1.52 are no wheels on the package index, but fetch one from NVIDIA's.
     # xformers' wheel is built for CUDA 12, of which it needs the runtime beside that of CUDA 13.
     "cuda13": ["nvidia-dali-cuda130>=2.0", "xformers>=0.0.33", "nvidia-cuda-runtime-cu12>=12.6"],
-    "cuda12": ["nvidia-dali-cuda120>=1.50", "xformers>=0.0.31"],
+    "cuda12": ["nvidia-dali-cuda120>=1.53", "xformers>=0.0.31"],
     # The last releases that carry code for compute capability 6.x (GTX 1080 Ti).
-    "pascal": ["torch==2.7.1", "torchvision==0.22.1", "xformers==0.0.31.post1", "nvidia-dali-cuda120>=1.50"],
+    "pascal": ["torch==2.7.1", "torchvision==0.22.1", "xformers==0.0.31.post1", "nvidia-dali-cuda120>=1.53"],
     # Images behind http(s):// URLs; s3:// wants s3fs, gs:// gcsfs, and so on.
     "remote": ["fsspec[http]>=2024.2"],
     # TIFFs compressed by LZW, ZSTD, LERC, JPEG and others, or of 12 bits; images of 3 channels and 8 bits need it not.
@@ -52,7 +54,7 @@ EXTRAS = {
     # `ccmim eval detection`: average precision, and COCO's masks.
     "detection": ["torchmetrics>=1.9", "faster-coco-eval>=1.8"],
     "dev": [
-        *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.11"),
+        *("pytest>=8", "pytest-xdist>=3.6.1", "hypothesis>=6.100", "ruff>=0.11"),
         *("fsspec[http]>=2024.2", "submitit>=1.5"),
         # What exports are loaded by in the tests.
         *("transformers>=5", "onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"),

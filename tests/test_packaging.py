@@ -1,14 +1,21 @@
 """The wheel: two top-level names, the presets and the page template inside, and a command that works from it."""
 
 import os
+import re
+import runpy
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
+REQUIREMENTS = sorted((ROOT / "requirements").glob("*.txt"))
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +87,37 @@ def test_installed_command_works_without_the_checkout(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(site))
     assert "source: first" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def declared():
+    """What setup.py tells setuptools."""
+    told = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(setuptools, "setup", told.update)
+        runpy.run_path(str(ROOT / "setup.py"))
+    return told
+
+
+def test_the_oldest_environment_has_the_lower_bounds(declared):
+    """Of every package that the program, its options and its tests need, but for tools and for the newest GPUs."""
+    lines = (ROOT / "requirements" / "oldest.txt").read_text().splitlines()
+    pins = {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] for line in lines if line[0] != "#"}
+    extras = [*declared["extras_require"]["cuda12"], *declared["extras_require"]["dev"]]
+    for requirement in map(Requirement, [*declared["install_requires"], *extras]):
+        (bound,) = [one.version for one in requirement.specifier if one.operator == ">="]
+        name = canonicalize_name(requirement.name)
+        if name not in ("ruff", "mkdocs", "mkdocs-material"):
+            assert Version(pins[name]) == Version(bound), requirement
+
+
+def test_every_place_names_the_same_python(declared):
+    least = declared["python_requires"].removeprefix(">=")
+    told = {
+        name: re.findall(r"[Pp]ython (3\.\d+)", (ROOT / name).read_text())
+        for name in ("README.md", "docs/index.md", *(f"requirements/{path.name}" for path in REQUIREMENTS))
+    }
+    assert {name: {*found} for name, found in told.items()} == {name: {least} for name in told}
+    assert f'target-version = "py{least.replace(".", "")}"' in (ROOT / "pyproject.toml").read_text()
+    assert sys.version_info[:2] >= tuple(map(int, least.split(".")))

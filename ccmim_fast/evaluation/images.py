@@ -5,7 +5,6 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ class Images:
         ids = usable_ids(self.source, np.arange(here.rank, usable_count(self.source), here.world_size)).tolist()
 
         def look(index: int) -> None:
-            attempted(partial(read, index), index, self.bad)
+            attempted(read, index, index, self.bad)
 
         with progress_bar("reading the images to test on", quiet=not here.is_main) as report:
             for count, _ in enumerate(map_ahead(look, ids, threads, _AHEAD * threads), 1):

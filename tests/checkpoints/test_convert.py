@@ -71,7 +71,7 @@ def made_pair(contrast="none"):
     return mae, model, config
 
 
-def test_same_loss_on_the_same_mask():
+def test_same_loss_and_gradients_on_the_same_mask():
     mae, model, config = made_pair()
     pictures = images()
     part = model(pictures, torch.arange(4), 0).partition
@@ -79,7 +79,13 @@ def test_same_loss_on_the_same_mask():
     ours = total_loss(model, model(pictures, torch.arange(4), 0, partition=part), pictures, config).recons
     mean, std = model.mean_C, model.std_C
     x = ((pictures.double() / 255 - mean) / std).permute(0, 3, 1, 2)
-    torch.testing.assert_close(ours, mae.loss(x, part.ids_visible_BK, part.ids_masked_BM))
+    theirs = mae.loss(x, part.ids_visible_BK, part.ids_masked_BM)
+    torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+    ours.backward()
+    theirs.backward()
+    found = to_flat({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
+    expected = {name: weight.grad for name, weight in mae.named_parameters() if weight.requires_grad}
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
 
 
 def test_authors_projector_loads_strictly():

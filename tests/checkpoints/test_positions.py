@@ -44,6 +44,19 @@ def test_plain_positions_are_sums_over_four_neighbours(new):
         torch.testing.assert_close(found[0, 2:, channel].double().view(new), expected.double(), rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize(
+    ("antialias", "kernel"),
+    [(False, (-0.0352, -0.1055, 0.2617, 0.8789)), (True, (-0.0234, -0.0703, 0.2266, 0.8672))],
+)
+def test_kernels_at_twice_the_grid(antialias, kernel):
+    """One position that differs, as it is spread: a is -0.75, but -0.5 of torch's antialiased filter, as Pillow's."""
+    positions = torch.zeros(1, 7, 1)
+    positions[0, 3] = 1
+    found = resampled(positions, (1, 7), (1, 14), antialias)[0, :, 0]
+    expected = torch.tensor([0, 0, 0, *kernel, *kernel[::-1], 0, 0, 0])
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
+
+
 def test_antialiased_positions_are_timms_and_others():
     positions = torch.randn(1, 1 + 20, 3)
     for new in ((3, 7), (6, 10)):

@@ -3,7 +3,9 @@
 import os
 
 import pytest
+from made_containers import encode, write_tar
 
+from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.data.index.origin import _expand_braces, find_origin
 from ccmim_fast.data.index.storage import join
 from ccmim_fast.errors import DataError
@@ -79,6 +81,32 @@ def test_what_a_list_cannot_name(tmp_path):
     assert [reason.split(";")[0] for reason in reasons] == [
         "a list in a list",
         "a list in a list",
-        "a tar or table in a list",
+        "a tar or table among images, with a class, or behind a URL",
         "a folder, not an image",
     ]
+
+
+def test_a_list_names_tars_and_tables_of_all_parts(tmp_path):
+    """Each once, in the order of the lines; of a folder of the same tars the training part alone is taken."""
+    for name in ("train-0.tar", "train-1.tar", "val.tar"):
+        part = name.partition("-")[0].removesuffix(".tar")
+        write_tar(tmp_path / name, [(f"{part}/{name[:-4]}.png", encode(len(name)))])
+    (tmp_path / "lists").mkdir()
+    place = tmp_path / "lists" / "all.txt"
+    place.write_text(f"../val.tar\r\n{tmp_path}/train-{{0..1}}.tar\n../train-*.tar\n")
+    source = open_images(str(place))
+    found = [os.path.basename(source.index.location(n)) for n in range(len(source))]
+    assert found == ["val.png", "train-0.png", "train-1.png"]
+    assert source.index.notes == []
+    assert len(open_images(str(tmp_path))) == 2
+    write_tar(tmp_path / "train-2.tar", [("2.png", encode(2))])
+    assert len(open_images(str(place))) == 4
+    place.write_text("../val.tar\n../gone.tar\n")
+    with pytest.raises(DataError, match=r"no file '.*gone\.tar'"):
+        open_images(str(place))
+
+
+@pytest.mark.parametrize("line", ["x.tar\tcat", "https://host/x.tar"])
+def test_what_a_list_of_tars_cannot_name(tmp_path, line):
+    (reason,) = [reason for _, reason in read(tmp_path, line.encode())]
+    assert reason.endswith("name tars and tables in a list of their own")

@@ -11,7 +11,7 @@ from made_containers import encode, image_table
 
 from ccmim_fast.data.index.bad_samples import bad_samples_path, read_bad_samples
 from ccmim_fast.data.index.indexed import open_images
-from ccmim_fast.data.index.own import is_index, marked
+from ccmim_fast.data.index.own import is_index, marked, read_regular
 from ccmim_fast.data.verify import verify
 from ccmim_fast.errors import DataError
 
@@ -176,3 +176,12 @@ def test_a_verify_that_is_stopped_at_once_leaves_a_log_that_is_taken_up(tmp_path
         verify(open_images(images, path=place).index, 1)
     assert (tmp_path / "i.arrow.verify").stat().st_size
     assert len(open_images(images, path=place)) == 3
+
+
+@pytest.mark.parametrize("most", [None, 0, 3, 10, 99])
+def test_a_file_is_read_whole_although_the_system_gives_less_at_once(tmp_path, monkeypatch, most):
+    path, data = tmp_path / "file", bytes(range(10))
+    path.write_bytes(data)
+    read = os.read
+    monkeypatch.setattr(os, "read", lambda descriptor, size: read(descriptor, min(size, 4)))
+    assert read_regular(str(path), most) == data[:most]

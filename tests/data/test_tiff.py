@@ -2,13 +2,16 @@
 
 import importlib.util
 import io
+import lzma
 import struct
+import zlib
 
 import numpy as np
 import pytest
 import tifffile
 from made_formats import tiff
 
+from ccmim_fast.data.index import tiff_limits
 from ccmim_fast.data.index.decode import REAL, decode, read_header
 from ccmim_fast.data.index.indexed import open_images
 from ccmim_fast.data.index.tiff import turned
@@ -88,6 +91,20 @@ def test_claimed_sizes_are_held_before_memory_is_touched():
             read_header(patched(data, tag, value), 4)
     with pytest.raises(DataError, match="channels"):
         read_header(patched(data, 277, 60000), 4)
+
+
+@pytest.mark.parametrize(("compression", "pack"), [("zlib", zlib.compress), ("lzma", lzma.compress)])
+def test_a_strip_gives_no_more_than_its_image(compression, pack, monkeypatch):
+    """Which is counted where it might give 64 MiB more; a last strip that its writer has filled up is read."""
+    image = RANDOM.integers(0, 2**16, (32, 40), np.uint16)
+    honest, filled = tiff(image, compression=compression), pack(bytes(image.nbytes + 4096))
+    grown = patched(patched(honest + filled, 273, len(honest)), 279, len(filled))
+    for data in (honest, grown):
+        assert decode(data, 1).shape == (32, 40, 1)
+    monkeypatch.setattr(tiff_limits, "_SPARE", 0)
+    assert decode(honest, 1).shape == (32, 40, 1)
+    with pytest.raises(DataError, match="a TIFF of 2,560 bytes with a strip that gives more"):
+        decode(grown, 1)
 
 
 def test_a_chain_of_pages_without_end_is_refused():

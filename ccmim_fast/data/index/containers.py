@@ -50,7 +50,8 @@ def list_containers(
         if mtime_ns:
             dependencies[path] = mtime_ns
         found.append(one._replace(rows=[row._replace(mtime_ns=mtime_ns) for row in one.rows]))
-    found = _training_part(found, [join(listing.root, container) for container in listing.containers])
+    if not listing.all_parts:
+        found = _training_part(found, [join(listing.root, container) for container in listing.containers])
     labelled = any(row.label >= 0 for one in found for row in one.rows)
     names, rows = _united(found) if labelled else _by_folder(found)
     notes = [*listing.notes, *(note for one in found for note in one.notes)]

@@ -87,6 +87,7 @@ class Listing(NamedTuple):
     notes: Sequence[Note]  # what gives no sample, such as an unreadable folder
     containers: Sequence[str] = ()  # tars or tables
     labelled: bool = False  # the containers say the labels themselves; else they are the names' first folders
+    all_parts: bool = False  # the containers were named one by one: what is held out of a training part is used too
 
 
 class Index:

@@ -4,6 +4,7 @@ import glob
 import os
 import posixpath
 import re
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -30,7 +31,7 @@ def find_origin(origin: str, channels: int, image_key: str = "") -> Listing:
     """
     user, query = credentials(origin) if is_remote(origin) else ("", "")
     if origin.removesuffix(query).lower().endswith(CONTAINERS) and not os.path.isdir(origin):
-        return _named_containers(without_secrets(origin.removesuffix(query)), user, query)
+        return _named_containers([without_secrets(origin.removesuffix(query))], user, query)
     if is_remote(origin):
         return _remote_folder(origin, channels, image_key)
     if os.path.isdir(origin):
@@ -42,23 +43,32 @@ def find_origin(origin: str, channels: int, image_key: str = "") -> Listing:
         )
     if read is None:
         raise DataError(f"no folder {origin!r}; set data.root to a folder of images, to tars, tables or a list")
-    return read(origin)
+    listing = read(origin)
+    if listing.all_parts:
+        found = _named_containers(listing.containers, all_parts=True)
+        return found._replace(dependencies=listing.dependencies, all_parts=True)
+    return listing
 
 
-def _named_containers(origin: str, user: str, query: str) -> Listing:
-    """Return the containers that a path, a clean URL or a pattern names, in order; it is read with user and query."""
-    paths = [path for one in _expand_braces(origin) for path in _matching(one, user, query)]
+def _named_containers(origins: Sequence[str], user: str = "", query: str = "", all_parts: bool = False) -> Listing:
+    """Return the containers that paths, clean URLs or patterns name, in order, each once.
+
+    They are read with user and query. `all_parts`: a pattern takes what is held out of a training part, too.
+    """
+    expanded = [one for origin in origins for one in _expand_braces(origin)]
+    paths = [path for one in expanded for path in _matching(one, user, query)]
     missing = [path for path in paths if not (is_remote(path) or os.path.isfile(path))]
     if missing:
         what = "no file" if not os.path.exists(missing[0]) else "not a regular file:"
         raise DataError(f"{what} {missing[0]!r}" + (f", nor {len(missing) - 1} others" if missing[1:] else ""))
-    start = paths[0].find("://") + 3 if is_remote(origin) else 0
+    remote = is_remote(paths[0])
+    start = paths[0].find("://") + 3 if remote else 0
     root = paths[0][:start] + posixpath.commonpath([posixpath.dirname(path[start:]) for path in paths])
-    inside = (lambda path: path.removeprefix(root + "/")) if is_remote(origin) else (lambda p: os.path.relpath(p, root))
+    inside = (lambda path: path.removeprefix(root + "/")) if remote else (lambda p: os.path.relpath(p, root))
     notes = Notes(f"{root}/")
-    containers = [inside(path) for path in paths]
+    containers = [*dict.fromkeys(map(inside, paths))]
     # A pattern that names both `train-*.tar` and `val-*.tar` is no choice of the training part; `*` may be meant.
-    if "*" in origin or "?" in origin:
+    if not all_parts and any("*" in one or "?" in one for one in expanded):
         containers = training_part(containers, notes)
     return Listing(root, [], (), {}, list(notes), containers)
 

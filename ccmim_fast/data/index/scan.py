@@ -14,7 +14,7 @@ import pyarrow as pa
 from ccmim_fast.data.index.bad_samples import bad_samples_path, read_bad_samples
 from ccmim_fast.data.index.containers import list_containers
 from ccmim_fast.data.index.decode import HEADER_BYTES, HEADER_FIRST, Header, read_header
-from ccmim_fast.data.index.endings import CONTAINERS, file_suffixes
+from ccmim_fast.data.index.endings import file_suffixes
 from ccmim_fast.data.index.index_file import UNSEEN, UNUSABLE, Index, Listing, Row, metadata_of, table_of, write_table
 from ccmim_fast.data.index.left_out import OTHER, UNREAD, merged
 from ccmim_fast.data.index.origin import find_origin
@@ -42,7 +42,8 @@ def build_index(
 
     Args:
         origin: an ImageFolder tree or flat folder; a folder of tars or of tables; a tar or table, or a pattern of some
-            (`*`, `?`, `{000..127}`); a list of files (.txt); a label file; a URL of a folder, tar or table.
+            (`*`, `?`, `{000..127}`); a list of files, or of tars and tables (.txt); a label file; a URL of a folder,
+            tar or table.
         channels: 1 (gray), 3 (RGB), or the C of uint8 [H, W, C] .npy and TIFF files.
         previous: an index of the same place; rows that did not change since are taken from it.
         report: takes the rows done, and the rows in all.
@@ -76,7 +77,7 @@ def changed(index: Index) -> bool:
     try:
         if any(map(_can_be_read, unread)):
             return True
-        if index.origin.lower().endswith(CONTAINERS) and not os.path.isdir(index.origin):
+        if index.containers and not os.path.isdir(index.origin):
             found = find_origin(index.origin, index.channels, index.image_key)
             if found.containers != index.containers:
                 return True

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from ccmim_fast.data.index.endings import is_tar
-from ccmim_fast.data.index.own import open_regular
+from ccmim_fast.data.index.own import open_regular, read_regular
 from ccmim_fast.data.index.tables import Table, bytes_of, open_table
 from ccmim_fast.errors import CcmimError, DataError, MachineError, one_line
 from ccmim_fast.secrets import credentials, with_credentials, without_secrets
@@ -151,8 +151,7 @@ class Storage:
     def _read_file(self, path: str, most: int | None) -> bytes:
         if self._remote is not None:
             return self._remote.cat_file(self.url(path), *((0, most) if most else ()))
-        with open(path, "rb", buffering=0, opener=open_regular) as file:
-            return file.read(most or -1)
+        return read_regular(path, most)
 
     def _read_span(self, container: int, offset: int, size: int) -> bytes:
         if self._remote is not None:

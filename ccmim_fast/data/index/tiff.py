@@ -11,7 +11,6 @@ import io
 import logging
 import math
 import re
-import struct
 
 import numpy as np
 from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC, TIFF, TiffFile, TiffPage, TiffPageSeries
@@ -25,6 +24,7 @@ from ccmim_fast.data.index.arrays import (
     with_channels,
 )
 from ccmim_fast.data.index.formats import MAX_PIXELS, check_size
+from ccmim_fast.data.index.tiff_limits import MOST_PAGES, check_chain, check_segments
 from ccmim_fast.errors import DataError
 
 # It logs what is odd in a file; what keeps pixels from being right is a reason here.
@@ -33,7 +33,6 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 _GRAY = (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK)
 _BLENDED, _UNBLENDED = (EXTRASAMPLE.ASSOCALPHA,), (EXTRASAMPLE.UNASSALPHA,)
 _ALPHA = _BLENDED + _UNBLENDED
-_MOST_PAGES = 65536
 # What libtiff, which is built into Pillow, undoes: none, fax, LZW, JPEG, deflate, packed bits, LZMA, Zstandard.
 _PILLOWS = (1, 2, 3, 4, 5, 7, 8, 32773, 32946, 34925, 50000)
 # Stored pixels -> upright ones, by the tag Orientation.
@@ -59,7 +58,7 @@ def read_tiff(data: bytes, channels: int) -> Unread | None:
     None: Pillow is to read it. Raises DataError with the reason for one that cannot be used, and from `read` for pixels
     that are cut off, not finite, or marked as no data.
     """
-    _check_chain(data)
+    check_chain(data)
     # The files of a set that OME's XML names are not opened: an image is what its own file holds.
     file = TiffFile(io.BytesIO(data), is_ome=False)
     if not file.series:
@@ -74,23 +73,6 @@ def read_tiff(data: bytes, channels: int) -> Unread | None:
     pages = f", {image.pages} pages" if image.pages > 1 else ""
     size = image.size[::-1] if image.orientation >= 5 else image.size
     return Unread(size, f"{series.dtype.name}{pages}{others}", image.read, image.orientation)
-
-
-def _check_chain(data: bytes) -> None:
-    """Raise DataError if the pages of a TIFF, each of which says where the next one is, have no end or are too many."""
-    order, is_big = "<" if data.startswith(b"II") else ">", data[2:4] in (b"+\0", b"\0+")
-    count, entry, offset, start = ("Q", 20, "Q", 8) if is_big else ("H", 12, "I", 4)
-    seen: set[int] = set()
-    try:
-        (place,) = struct.unpack_from(order + offset, data, start)
-        while place:
-            if place in seen or len(seen) >= _MOST_PAGES:
-                raise DataError("a TIFF whose chain of pages has no end")
-            seen.add(place)
-            (tags,) = struct.unpack_from(order + count, data, place)
-            (place,) = struct.unpack_from(order + offset, data, place + struct.calcsize(order + count) + tags * entry)
-    except struct.error:
-        raise DataError("a TIFF that is cut off, or says that pages lie beyond its end") from None
 
 
 class _Image:
@@ -149,7 +131,7 @@ class _Image:
     def check(self) -> None:
         """Raise DataError if these pixels cannot be given, with the reason."""
         kind = self.photometric
-        if self.pages * self.samples > _MOST_PAGES:
+        if self.pages * self.samples > MOST_PAGES:
             raise DataError(f"{self.pages} pages of {self.samples} channels")
         if self._series.size > MAX_PIXELS * max(self._channels, 4):
             raise DataError(f"{self._series.size:,} values are more than {MAX_PIXELS * max(self._channels, 4):,}")
@@ -217,9 +199,7 @@ class _Image:
 
     def read(self) -> Stored:
         """Read the pixels; raises DataError as `read_tiff` says."""
-        for page in self._series.pages:
-            if any(start + size > len(self._data) for start, size in zip(page.dataoffsets, page.databytecounts)):
-                raise DataError(f"cut off: it has {len(self._data):,} bytes, and pixels beyond them")
+        check_segments(self._data, self._series)
         array = self._series.asarray()
         self._check_marked(array)
         values_HWS, full = self._upright(array), full_scale(array.dtype)

@@ -4,12 +4,11 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 
 from ccmim_fast.data.index.bad_samples import BadSamples
 from ccmim_fast.data.source import UnreadableError
 from ccmim_fast.data.stream.plan import MicroBatch, Plan
-from ccmim_fast.data.threads import Result, look_ahead
+from ccmim_fast.data.threads import Item, Result, look_ahead
 from ccmim_fast.errors import DataError
 
 # Micro-batches in work while one is used: the next one, and one more so that no thread is idle between the two.
@@ -56,26 +55,26 @@ def load_with_fallback(
     every run, on every rank, with every loader. `bad_samples` records each failure. Raises DataError if it allows no
     more, or if no fallback can be loaded either.
     """
-    index, epoch = sample.ids_B.item(), sample.epochs_B.item()
+    first = sample
     for attempt in range(_ATTEMPTS):
-        loaded, reason = attempted(partial(load, sample), sample.ids_B.item(), bad_samples)
+        loaded, reason = attempted(load, sample, sample.ids_B.item(), bad_samples)
         if reason is None:
             return sample, loaded
-        sample = plan.fallback(index, epoch, attempt)
+        sample = plan.fallback(first.ids_B.item(), first.epochs_B.item(), attempt)
     raise DataError(f"{reason}; and {_ATTEMPTS - 1} samples drawn in its place cannot be used either")
 
 
 def attempted(
-    load: Callable[[], Result], index: int, bad_samples: BadSamples
+    load: Callable[[Item], Result], item: Item, index: int, bad_samples: BadSamples
 ) -> tuple[Result, None] | tuple[None, str]:
-    """Return what `load` gives of the sample `index`, and None; or None, and why it raised DataError.
+    """Return `load(item)`, of the sample `index`, and None; or None, and why it raised DataError.
 
     `bad_samples` records the failure, and raises DataError if it allows no more; what it knows to fail is not tried.
     """
     reason, lasting = bad_samples.known.get(index), True
     if reason is None:
         try:
-            return load(), None
+            return load(item), None
         except DataError as error:
             reason, lasting = str(error), not isinstance(error, UnreadableError)
     bad_samples.add(index, reason, lasting)

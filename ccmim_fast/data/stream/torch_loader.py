@@ -59,8 +59,10 @@ def evaluation_batches(
                 boxes_B4 = central_boxes(sizes_B2, image_size, central)
             yield MicroBatch(ids_B, np.zeros_like(ids_B), boxes_B4, np.zeros(len(ids_B), dtype=bool))
 
+    load_one = partial(load_crop, source, image_size=image_size)
+
     def load(sample: MicroBatch) -> tuple[MicroBatch, np.ndarray | None]:
-        image, reason = attempted(lambda: load_crop(source, sample, image_size), sample.ids_B.item(), bad_samples)
+        image, reason = attempted(load_one, sample, sample.ids_B.item(), bad_samples)
         return (sample if reason is None else sample.part(0, 0)), image
 
     for samples, images in prefetch(load, micro_batches(), thread_count(workers)):
