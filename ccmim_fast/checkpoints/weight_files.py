@@ -85,9 +85,9 @@ def read_folder(folder: Path) -> tuple[Mapping[str, Any], Told]:
     for name in names:
         found, of_file = read_file(str(folder / name))
         weights |= found
-    if of_file.arch:  # an export of ours, which tells more than its config.json
-        return weights, of_file
     config, preparation = _json(folder / _CONFIG), {}
+    if of_file.arch and "architecture" in config:  # an export of ours, which tells more than its config.json
+        return weights, of_file
     if (folder / _PREPROCESSOR).is_file():
         preparation = _json(folder / _PREPROCESSOR)
     try:

@@ -4,6 +4,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -35,13 +36,11 @@ def written_form(name: str, arch: str, arguments: dict[str, Any]) -> tuple[str, 
     With an MLP of another class than `arch` has it is the name of another architecture.
     """
     arguments = dict(arguments)
-    kind = arguments.pop("mlp_layer", None)
-    if "act_layer" in arguments:
-        arguments["act_layer"] = _ACTIVATIONS[arguments["act_layer"]]
-    if kind is None:
-        return name, arguments
-    other = _WITHOUT if arguments["act_layer"] == "gelu" else _WITH_GATES
-    return other, _of_plain(own_encoder(arch)) | arguments
+    kind, activation = arguments.pop("mlp_layer", None), arguments.pop("act_layer", None)
+    if kind is Mlp:
+        return _WITHOUT, _of_plain(own_encoder(arch)) | arguments
+    arguments |= {"act_layer": _ACTIVATIONS[activation]} if activation else {}
+    return (name, arguments) if kind is None else (_WITH_GATES, _of_plain(own_encoder(arch)) | arguments)
 
 
 def _of_plain(own: VisionTransformer) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def configure_blocks(blocks: Iterable[nn.Module], **attributes: object) -> None:
 
 @cache
 def own_encoder(arch: str) -> VisionTransformer | Eva:
-    """Build the architecture as timm has it, without memory. Raises ConfigError: it cannot be an encoder."""
+    """Build the architecture as timm has it, without memory, not to be changed. Raises ConfigError: no encoder."""
     with torch.device("meta"):
         own = timm.create_model(arch, pretrained=False)
     if type(own) not in ENCODERS:

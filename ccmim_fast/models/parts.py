@@ -100,7 +100,7 @@ def parts_in(weights: Mapping[str, Tensor], own: nn.Module) -> dict[str, Any]:
 
 
 def settings_of(parts: Mapping[str, Any], layer_scale: float) -> dict[str, Any]:
-    """Return the settings of the section `model` for what `parts_in` found; `layer_scale` is what a file tells."""
+    """Return the settings of the section `model` for what `parts_in` found; `layer_scale`: the file's, 0 if unknown."""
     told = {"registers": parts.get("reg_tokens"), "qk_norm": parts.get("qk_norm")}
     if "init_values" in parts:
         told["layer_scale"] = layer_scale or 1e-5  # DINOv2's
