@@ -9,6 +9,7 @@
 # make bench       sets up, installs the peers, and writes benchmarks/results/: throughput, ladder, attention, bank, scaling, data, ops; CPU, 40 minutes
 # make bench-gpu   the same on the GPU, with $(PYTHON) and what it has; BENCH=ops ARGS="--op info_nce": one of them
 # make formats     measures what each image format is read as, and writes docs/formats.md
+# make architectures  trains each of timm's ViTs for a step, and writes docs/architectures.md
 # make docs        builds the pages of docs/ into site/, strictly
 PYTHON ?= python3
 # Not from the environment, where ENV is the name of a shell's start-up file.
@@ -20,14 +21,16 @@ $(error ENV=$(ENV) must be one of: $(ENVS))
 endif
 
 VENV := .venv$(patsubst %,-%,$(filter-out current,$(ENV)))
-# What another torch could break; the oldest versions of all packages could break anything.
+# What another torch could break; the oldest versions of all packages could break anything but the CUDA device that
+# computes nothing, which stands in front of the current torch's libraries.
 TESTS := $(if $(filter pascal torch211,$(ENV)),tests/ops tests/engine/test_environment.py)
+TESTS += $(if $(filter oldest,$(ENV)),--ignore tests/nullgpu)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 AT_HAND := PYTHONPATH=.:kernels $(PYTHON)
 
-.PHONY: demo test test-slow test-all test-gpu verify-gpu sanitize-gpu bench bench-gpu docs formats lint format clean
+.PHONY: demo test test-slow test-all test-gpu verify-gpu sanitize-gpu bench bench-gpu docs formats architectures lint format clean
 
 demo: $(STAMP)
 	$(BIN)/ccmim demo --overwrite
@@ -79,6 +82,10 @@ docs: $(STAMP)
 formats: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python tests/formats_page.py > docs/formats.md.new
 	mv docs/formats.md.new docs/formats.md
+
+architectures: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python tests/architectures_page.py > docs/architectures.md.new
+	mv docs/architectures.md.new docs/architectures.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -38,6 +38,8 @@ CASES = {
     "recompute": {"score": {"source": "bank"}, "train": {"recompute": True}},
     "compiled": {"score": {"source": "bank"}},
     "mae": {"mask": {"strategy": "random"}, "contrast": {"loss": "none"}},
+    "rotary": {"score": {"source": "bank"}, "model": {"arch": "vit_small_patch16_rope_mixed_ape_224", "depth": 2}},
+    "watched": {"score": {"source": "bank"}, "model": {"arch": "eva02_enormous_patch14_clip_224", "depth": 2}},
 }
 
 

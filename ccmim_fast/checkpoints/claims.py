@@ -13,6 +13,8 @@ _MOST_CHANNELS = 4096  # of an image
 _TELLING = {
     "encoder.patch_embed.proj.weight": 4,
     "encoder.pos_embed": 3,
+    "encoder.cls_token": 3,
+    "encoder.reg_token": 3,
     "decoder.embed.weight": 2,
     "projector.3.weight": 2,
 }

@@ -50,7 +50,7 @@ def recognised(found: Mapping[str, Any], name: str) -> tuple[Tensors, str]:
             own |= _decoder_beside(tensors, prefix)
             try:
                 renamed = layout.rename(own)
-            except ValueError as error:
+            except (ValueError, RuntimeError) as error:  # torch's, of parts that do not fit each other
                 raise CheckpointError(f"{name}: {layout.words}: {one_line(error)}") from None
             return renamed, _said(layout.words, (*path, *filter(None, [prefix.rstrip(".")])))
     known = "; ".join(dict.fromkeys(layout.words for layout in LAYOUTS))
@@ -166,6 +166,8 @@ _OUTER = {
     "norm.bias": "norm.bias",
     "layernorm.weight": "norm.weight",
     "layernorm.bias": "norm.bias",
+    "pooler.layernorm.weight": "fc_norm.weight",  # BEiT's, of the mean over the patches
+    "pooler.layernorm.bias": "fc_norm.bias",
     "decoder.mask_token": "mask_token",
     "decoder.decoder_pos_embed": "decoder_pos_embed",
     **{
@@ -185,10 +187,10 @@ def _from_transformers(own: Tensors) -> Tensors:
     flat: Tensors = {}
     thirds: dict[str, dict[int, Tensor]] = {}
     for key, value in own.items():
-        if key.startswith(_HEADS) or key == "embeddings.mask_token":
-            continue
         if key in _OUTER:
             flat[_OUTER[key]] = value
+            continue
+        if key.startswith(_HEADS) or key == "embeddings.mask_token":
             continue
         block = _BLOCK.match(key)
         if block is None or block["part"] not in {*_PARTS, *_THIRDS}:
@@ -202,6 +204,8 @@ def _from_transformers(own: Tensors) -> Tensors:
     if "pos_embed" not in flat:
         raise ValueError("it has no positions that could be loaded")
     for key, parts in thirds.items():
+        if parts.keys() == {0, 2} and key.endswith(".bias"):
+            parts[1] = torch.zeros_like(parts[0])  # BEiT's keys have none
         if parts.keys() != {0, 1, 2}:
             raise ValueError(f"{key} is not whole: queries, keys or values are missing")
         flat[key] = torch.cat([parts[0], parts[1], parts[2]])

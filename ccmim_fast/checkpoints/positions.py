@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ccmim_fast.errors import CheckpointError, ConfigError
+from ccmim_fast.models.encoder import sincos_positions
 
 Pair = tuple[int, int]
 
@@ -57,3 +58,13 @@ def resampled(positions_1TD: Tensor, old: Pair, new: Pair, antialias: bool = Tru
     x_1DRC = x_1LD.float().unflatten(1, old).permute(0, 3, 1, 2)
     x_1DRC = F.interpolate(x_1DRC, size=new, mode="bicubic", align_corners=False, antialias=antialias)
     return torch.cat([prefix_1PD, x_1DRC.flatten(2).transpose(1, 2).to(x_1LD.dtype)], dim=1)
+
+
+def of_grid(positions_1TD: Tensor, old: Pair, new: Pair, prefix: int, antialias: bool) -> Tensor:
+    """Return positions of another grid: the fixed sine-cosine ones, in any dtype, are computed, others resampled."""
+    width = positions_1TD.shape[2]
+    if old != new and width % 4 == 0:
+        fixed_TD = sincos_positions(width, old, prefix)
+        if torch.allclose(positions_1TD[0].float(), fixed_TD, atol=0.01):
+            return sincos_positions(width, new, prefix)[None]
+    return resampled(positions_1TD, old, new, antialias)

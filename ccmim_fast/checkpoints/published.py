@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ccmim_fast.checkpoints.claims import check_claims, check_size
+from ccmim_fast.checkpoints.convert import to_timm
 from ccmim_fast.checkpoints.eva import ANCHORS, likely_arch
 from ccmim_fast.checkpoints.layouts import recognised
-from ccmim_fast.checkpoints.positions import Pair, grid_of_file, resampled
+from ccmim_fast.checkpoints.positions import grid_of_file, of_grid
 from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.checkpoints.weight_files import OF_WIDTH, is_model_folder, read_file, read_folder
 from ccmim_fast.config.keys import nearest
 from ccmim_fast.errors import CheckpointError, ConfigError, one_line
 from ccmim_fast.models.ccmim import CCMIM
-from ccmim_fast.models.encoder import sincos_positions
+from ccmim_fast.models.parts import parts_in, settings_of
 
 TIMM = "timm:"  # in front of a name of timm's
 _CLS, _POSITIONS = "encoder.cls_token", "encoder.pos_embed"
@@ -42,7 +43,8 @@ class Weights(NamedTuple):
     step: int | None = None  # optimizer steps of pretraining
     max_value: tuple[float, ...] = ()  # the number that was white in those images; see `data.max_value`
     layout: str = ""  # what was recognised in a file, in words
-    positions: str = ""  # `rope` where they are in place of the architecture's
+    layer_scale: float = 0.0  # the initial one, which no weight tells
+    positions: str = ""  # as the setting `model.positions`, where it is not the default
 
 
 def read_weights(place: str) -> Weights:
@@ -63,7 +65,8 @@ def read_weights(place: str) -> Weights:
         run = open_run(place)
         model, data = run.config.model, run.config.data
         told = (model.arch, model.num_heads, data.mean, data.std, data.image_size, run.step, data.max_value)
-        return Weights(str(run.path), run.weights, *told, positions=model.positions)
+        positions = "" if model.positions == "sincos" else model.positions
+        return Weights(str(run.path), run.weights, *told, layer_scale=model.layer_scale, positions=positions)
     if Path(place).is_dir():
         found, told = read_folder(Path(place))
     elif Path(place).exists() and not Path(place).is_file():
@@ -102,15 +105,15 @@ def is_run(place: str) -> bool:
 
 
 @cache
-def timm_model(arch: str) -> nn.Module:
-    """Return an architecture as timm builds it, without memory; not to be changed."""
+def timms_own(arch: str) -> nn.Module:
+    """Return an architecture as timm has it, without memory; not to be changed."""
     with torch.device("meta"):
-        return timm.create_model(arch, num_classes=0)
+        return timm.create_model(arch)
 
 
 def timm_size(arch: str) -> tuple[int, int]:
     """Return height and width in pixels of the images that timm builds an architecture for."""
-    return timm_model(arch).patch_embed.img_size
+    return timms_own(arch).patch_embed.img_size
 
 
 def with_arch(of: Weights, arch: str = "", num_heads: int = 0) -> Weights:
@@ -154,7 +157,6 @@ def derived(of: Weights, given: list[str]) -> list[str]:
     except Exception as error:  # whatever timm raises on a name or class that is none of these
         raise ConfigError(f"--arch={of.arch!r:.80}: {one_line(error)}") from None
     found |= {"model.num_heads": of.num_heads} if of.num_heads else {}
-    found |= {"model.positions": of.positions} if of.positions == "rope" else {}
     found |= {"data.mean": list(of.mean), "data.std": list(of.std)} if of.mean and of.std else {}
     found |= {"data.max_value": list(of.max_value)} if of.max_value else {}
     kernel = weights.get("encoder.patch_embed.proj.weight")
@@ -165,6 +167,9 @@ def derived(of: Weights, given: list[str]) -> list[str]:
         # Only what differs: a run that goes on from here is compared setting by setting.
         found |= {f"model.{key}": value for key, value in told.items() if value != owned[key]}
         found |= {"data.channels": channels} if channels != 3 else {}
+        parts = settings_of(parts_in(to_timm(weights), own), of.layer_scale)
+        found |= {f"model.{key}": value for key, value in parts.items()}
+        found |= {"model.positions": of.positions} if of.positions else {}
         positions = weights.get("encoder.pos_embed")
         if positions is not None and positions.ndim == 3:
             patches = positions.shape[1]
@@ -233,7 +238,7 @@ def _fitted(model: CCMIM, of: Weights, antialias: bool) -> dict[str, Tensor]:
         positions_1TD = torch.cat([positions_1TD.new_zeros(1, prefix - told, mine_1TD.shape[2]), positions_1TD], dim=1)
     height, width = (side * model.patch for side in model.grid)
     old = _grid(of, positions_1TD.shape[1] - prefix, model.patch, (height, width))
-    weights[_POSITIONS] = _of_grid(positions_1TD, old, model.grid, prefix, antialias)
+    weights[_POSITIONS] = of_grid(positions_1TD, old, model.grid, prefix, antialias)
     if "decoder.pos_embed" in weights:
         weights["decoder.pos_embed"] = own["decoder.pos_embed"]  # computed from the grid
     return weights
@@ -243,16 +248,6 @@ def _prefix_in(weights: dict[str, Tensor]) -> int:
     """Return how many tokens a file has before those of the patches: [CLS], registers, DeiT's of distillation."""
     tokens = (_CLS, "encoder.reg_token", "encoder.dist_token")
     return sum(weights[name].shape[1] for name in tokens if name in weights and weights[name].ndim == 3)
-
-
-def _of_grid(positions_1TD: Tensor, old: Pair, new: Pair, prefix: int, antialias: bool) -> Tensor:
-    """Return positions of another grid: the fixed sine-cosine ones, in any dtype, are computed, others resampled."""
-    width = positions_1TD.shape[2]
-    if old != new and width % 4 == 0:
-        fixed_TD = sincos_positions(width, old, prefix)
-        if torch.allclose(positions_1TD[0].float(), fixed_TD, atol=0.01):
-            return sincos_positions(width, new, prefix)[None]
-    return resampled(positions_1TD, old, new, antialias)
 
 
 def _grid(of: Weights, patches: int, patch: int, images: tuple[int, ...]) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -13,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ccmim_fast.errors import CheckpointError, one_line
-from ccmim_fast.models.eva import ROTARY
 
 OF_WIDTH = {  # timm's plain ViTs, by width: patch and blocks are read off the weights
     192: "vit_tiny_patch16_224",
@@ -42,6 +42,7 @@ class Told(NamedTuple):
     std: tuple[float, ...] = ()
     image_size: tuple[int, ...] = ()
     max_value: tuple[float, ...] = ()
+    layer_scale: float = 0.0
     positions: str = ""
 
 
@@ -55,14 +56,15 @@ def read_file(name: str) -> tuple[Mapping[str, Any], Told]:
         heads, size = int(arguments.get("num_heads", 0)), tuple(map(int, arguments.get("img_size", ())))
         keys = ("mean", "std", "max_value")
         mean, std, white = (tuple(map(float, json.loads(about.get(key, "[]")))) for key in keys)
-        if len(size) not in (0, 2) or min(white, default=1) <= 0:
-            raise ValueError(size, white)
+        scale, positions = float(arguments.get("init_values", 0)), about.get("positions", "sincos")
+        if len(size) not in (0, 2) or min(white, default=1) <= 0 or not 0 <= scale < math.inf:
+            raise ValueError(size, white, scale)
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise CheckpointError(
             f"{name}: what it tells of itself is damaged; expected what ccmim export writes"
         ) from None
-    arch, positions = _plain(about.get("arch", ""), arguments)
-    return weights, Told(arch, heads, mean, std, size, white, positions)
+    positions = "" if positions == "sincos" else positions
+    return weights, Told(about.get("arch", ""), heads, mean, std, size, white, scale, positions)
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -81,8 +83,11 @@ def read_folder(folder: Path) -> tuple[Mapping[str, Any], Told]:
         names = sorted({Path(str(name)).name for name in _json(folder / _SHARDS, "weight_map").values()})
     weights: dict[str, Tensor] = {}
     for name in names:
-        weights |= read_file(str(folder / name))[0]
+        found, of_file = read_file(str(folder / name))
+        weights |= found
     config, preparation = _json(folder / _CONFIG), {}
+    if of_file.arch and "architecture" in config:  # an export of ours, which tells more than its config.json
+        return weights, of_file
     if (folder / _PREPROCESSOR).is_file():
         preparation = _json(folder / _PREPROCESSOR)
     try:
@@ -96,15 +101,7 @@ def _of_timm(config: dict[str, Any]) -> Told:
     of_images, arguments = config.get("pretrained_cfg", {}), config.get("model_args", {})
     mean, std = (tuple(map(float, of_images.get(key, ()))) for key in ("mean", "std"))
     heads, size = int(arguments.get("num_heads", 0)), arguments.get("img_size") or of_images.get("input_size", ())[1:]
-    arch, positions = _plain(str(config["architecture"]), arguments)
-    return Told(arch, heads, mean, std, _pair(size), positions=positions)
-
-
-def _plain(arch: str, arguments: dict[str, Any]) -> tuple[str, str]:
-    """Return our name and `rope` for a plain ViT with rotary positions, which timm builds as another architecture."""
-    if arch == ROTARY and arguments.get("use_rot_pos_emb"):
-        return OF_WIDTH.get(arguments.get("embed_dim"), "vit_base_patch16_224"), "rope"
-    return arch, ""
+    return Told(str(config["architecture"]), heads, mean, std, _pair(size))
 
 
 def _of_transformers(config: dict[str, Any], preparation: dict[str, Any]) -> Told:

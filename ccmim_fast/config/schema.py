@@ -63,8 +63,14 @@ class ModelConfig:
     depth: u.BlocksOr0 = setting(0, "blocks of the encoder; 0: the architecture's own", "paper", "shape")
     num_heads: u.HeadsOr0 = setting(0, "heads of attention; 0: the architecture's own", "paper", "shape")
     drop_path: u.Decay = setting(0.0, "stochastic depth rate", "MAE")
-    positions: Literal["sincos", "rope"] = setting(
-        "sincos", "added to patches, or rotary, for a plain ViT: docs/method.md", "MAE; RoPE-ViT", "shape"
+    positions: Literal["sincos", "learned", "rope"] = setting(
+        "sincos", "fixed sines and cosines, or learned, added to patches; or rotary", "MAE", "shape"
+    )
+    registers: u.whole("tokens", 0, 64) = setting(0, "register tokens; 0: the architecture's own", "paper", "shape")
+    layer_scale: u.Factor = setting(0.0, "initial layer scale; 0: the architecture's own", "paper", "shape")
+    qk_norm: bool = setting(False, "norms of queries and keys; false: the architecture's own", "paper", "shape")
+    mlp: Literal["own", "gelu", "swiglu"] = setting(
+        "own", "MLP of a block, with as many weights; own: the architecture's", "paper", "shape"
     )
 
 

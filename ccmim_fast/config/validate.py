@@ -13,6 +13,9 @@ from ccmim_fast.config.schema import Config, RunConfig
 from ccmim_fast.config.values import check_values, refuse
 from ccmim_fast.registry import CONTRASTS, SCORE_SOURCES
 
+VIT_MODULES = ("vision_transformer", "deit", "eva")  # of timm's, with the names of encoders
+STEM_MODULES = ("vision_transformer_hybrid", "vitamin")  # ViTs behind a convolutional network, refused by the encoder
+
 
 def validate(config: Config, world_size: int = 1, trains: bool = True) -> None:
     """Return if `config` can run on `world_size` ranks; else raise ConfigError, of several mistakes for the first.
@@ -72,10 +75,9 @@ def _check_arch(config: Config) -> None:
     import timm  # takes seconds to import, which --help need not wait for
     from timm.models import is_model_in_modules
 
-    modules = ("vision_transformer", "deit", "eva")
-    if not is_model_in_modules(config.model.arch, modules):
-        names = [name for module in modules for name in timm.list_models(module=module, exclude_filters="test_*")]
-        refuse("model.arch", config.model.arch, "a timm VisionTransformer", nearest(config.model.arch, names))
+    if not is_model_in_modules(config.model.arch, VIT_MODULES + STEM_MODULES):
+        names = [name for module in VIT_MODULES for name in timm.list_models(module=module, exclude_filters="test_*")]
+        refuse("model.arch", config.model.arch, "a ViT of timm's", nearest(config.model.arch, names))
 
 
 def _check_widths(config: Config) -> None:

@@ -19,7 +19,7 @@ from ccmim_fast.engine.compile import GraphedStep, choose_compile, compile_step,
 from ccmim_fast.engine.step import TrainStep
 from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.models import memory_efficient
-from ccmim_fast.models.block import check_attention, check_heads
+from ccmim_fast.models.block import ViTBlock, check_attention, check_heads
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.optim.ema import build_ema
@@ -104,6 +104,7 @@ def build_step(config: Config, here: Session) -> TrainStep:
         memory_efficient.load()
     model = build_model(config).to(here.device).train()
     precision = choose_precision(config.train.precision, here.device)
+    _check_blocks(config, model)
     check_heads([*model.encoder.blocks, *model.decoder.blocks], here.device, precision.dtype or torch.float32)
     ema = build_ema(model, config.optim.ema_decay)
     if is_divided(config, here):
@@ -121,6 +122,18 @@ def build_step(config: Config, here: Session) -> TrainStep:
         capturable=config.train.cuda_graph,
     )
     return TrainStep(model, _wrapped(model, here), build_objective(config, model), optimizer, precision, config, ema)
+
+
+def _check_blocks(config: Config, model: CCMIM) -> None:
+    """Refuse settings of our blocks where an encoder has timm's own (parallel, post-norm, ...), which have none."""
+    others = [type(block).__name__ for block in model.encoder.blocks if not isinstance(block, ViTBlock)]
+    for key, plain in (("attention", ("auto", "sdpa")), ("recompute", (False,))):
+        value = getattr(config.train, key)
+        if others and value not in plain:
+            shown = str(value).lower()
+            raise ConfigError(
+                f"train.{key}={shown}: {config.model.arch} has timm's {others[0]}, which knows none; leave it out"
+            )
 
 
 def is_divided(config: Config, here: Session) -> bool:

@@ -2,6 +2,7 @@
 
 # B batch, H height, W width, C channels, T tokens (prefix tokens first), D width
 
+from collections.abc import Mapping
 from types import MethodType, SimpleNamespace
 from typing import Any, Literal
 
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 
 from ccmim_fast.checkpoints.convert import to_timm
 from ccmim_fast.checkpoints.positions import grid_of_file, resampled
-from ccmim_fast.checkpoints.published import Weights, read_weights, timm_model, timm_size, with_arch
+from ccmim_fast.checkpoints.published import Weights, read_weights, timm_size, timms_own, with_arch
 from ccmim_fast.errors import CheckpointError, ConfigError, one_line
 from ccmim_fast.models.encoder import ENCODERS
-from ccmim_fast.models.eva import grouped_heads, rotary_form
+from ccmim_fast.models.eva import as_eva, grouped_heads, rotary_form
+from ccmim_fast.models.parts import parts_in
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Shares = tuple[tuple[int, int], ...]  # numerator and denominator
@@ -51,7 +53,7 @@ def width_and_patch(weights: Weights) -> tuple[int, int]:
     if weights.tensors:
         sizes = _sizes_in(weights.tensors)
         return sizes["embed_dim"], sizes["patch_size"]
-    vit = timm_model(weights.arch)
+    vit = timms_own(weights.arch)
     return vit.num_features, to_2tuple(getattr(getattr(vit, "patch_embed", None), "patch_size", 0))[0]
 
 
@@ -88,6 +90,7 @@ def build_encoder(
     if weights.tensors:
         heads = num_heads or weights.num_heads
         options |= _sizes_in(weights.tensors) | ({"num_heads": heads} if heads else {})
+        options |= parts_in(weights.tensors, timms_own(weights.arch))
         normed_once = f"{_POOLED_NORM}weight" in weights.tensors
         pools = "avg" if normed_once else "token" if options["class_token"] else ""
         options |= {"fc_norm": normed_once, "global_pool": pools}
@@ -98,11 +101,9 @@ def build_encoder(
     if pool:
         options |= {"global_pool": "token" if pool == "cls" else "avg", "fc_norm": pool == "avg" and fc_norm}
     try:
-        name, rotary = weights.arch, {}
-        if weights.positions == "rope":
-            name, rotary = rotary_form(weights.arch, timm_model(weights.arch))
-        if rotary or isinstance(timm_model(weights.arch), Eva):
-            options = _of_eva(weights, rotary | options)
+        name = weights.arch
+        if weights.positions == "rope" or isinstance(timms_own(name), Eva):
+            name, options = eva_form(weights, weights.tensors, {"dynamic_img_size": False} | options)
         vit = timm.create_model(name, pretrained=False, **options)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         line = f"model.arch={weights.arch}: timm cannot build it for these images: {one_line(error)}"
@@ -139,17 +140,22 @@ def _sizes_in(tensors: dict[str, Tensor]) -> dict[str, int | bool]:
     return {"patch_size": patch, "embed_dim": width, "depth": depth, "class_token": "cls_token" in tensors}
 
 
-def _of_eva(weights: Weights, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a VisionTransformer as timm's Eva has them: its norms stand where the weights have them."""
-    options = {"dynamic_img_size": False} | options
+def eva_form(of: Weights, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the name and options by which timm's Eva is built; `options` are those of a VisionTransformer.
+
+    `tensors` are the module's; none for initial weights. Norms stand where they have them.
+    """
+    own = timms_own(of.arch)
+    name, rotary = rotary_form(of.arch, own) if of.positions == "rope" else (of.arch, {})
+    options = rotary | as_eva(parts_in(tensors, own) | options)
     if "fc_norm" in options:
         options["use_fc_norm"] = options.pop("fc_norm")
-        normed = not weights.tensors or {"norm.weight", f"{_POOLED_NORM}weight"} & weights.tensors.keys()
+        normed = not tensors or {"norm.weight", f"{_POOLED_NORM}weight"} & tensors.keys()
         options["use_post_transformer_norm"] = bool(normed) and not options["use_fc_norm"]
-    if weights.tensors:
-        registers = weights.tensors.get("reg_token")
+    if tensors:
+        registers = tensors.get("reg_token")
         options["num_reg_tokens"] = 0 if registers is None else registers.shape[1]
-    return options | grouped_heads(timm_model(weights.arch), options.get("depth", 0), options.get("num_heads", 0))
+    return name, options | grouped_heads(own, options.get("depth", 0), options.get("num_heads", 0))
 
 
 def _fill(vit: VisionTransformer, weights: Weights, resample: str) -> None:
@@ -158,7 +164,7 @@ def _fill(vit: VisionTransformer, weights: Weights, resample: str) -> None:
         result = vit.load_state_dict(_fitted(vit, weights, resample), strict=False)
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{weights.name}: does not fit {weights.arch}: {one_line(error, 300)}") from None
-    missing = [name for name in result.missing_keys if not name.startswith(("head.", "fc_norm."))]
+    missing = [name for name in result.missing_keys if not name.startswith(("head.", "head_dist.", "fc_norm."))]
     surplus = [name for name in result.unexpected_keys if not name.startswith("norm.")]
     if missing or surplus:
         which = f"lacks {missing[0]}" if missing else f"has {surplus[0]}, which it has not"

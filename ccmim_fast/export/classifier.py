@@ -4,60 +4,54 @@ import json
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
+from ccmim_fast.checkpoints.published import timms_own
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.classifier import Logits, OpenedClassifier
+from ccmim_fast.evaluation.encoders import eva_form
 from ccmim_fast.export.graphs import write_onnx, write_program
 from ccmim_fast.export.hugging_face import config_of, expressed, obstacles, refuse, renamed, whole_images, write_folder
 from ccmim_fast.export.plain import commit_of, public, timm_config, timm_images, to_yaml, write_json, write_weights
-from ccmim_fast.models.encoder import timm_form
+from ccmim_fast.export.timm_model import rebuilds, written_form
+from ccmim_fast.models.parts import parts_in
 from ccmim_fast.models.tokens import patch_size_of
 
 
-def _form_of(of: OpenedClassifier) -> tuple[str, dict[str, Any]]:
+def _form(of: OpenedClassifier) -> tuple[str, dict[str, Any]]:
     """Return timm's name, and what `timm.create_model` needs beside it and the number of classes."""
-    vit, weights = of.vit, of.vit.state_dict()
-    sizes = {"embed_dim": vit.embed_dim, "depth": len(vit.blocks), "num_heads": vit.blocks[0].attn.num_heads}
-    name, form = timm_form(of.encoder.arch, of.encoder.positions or "sincos", patch_size=patch_size_of(vit), **sizes)
-    normed = {"fc_norm": "fc_norm.weight" in weights, "norm": "norm.weight" in weights}
+    vit, weights, arch = of.vit, of.vit.state_dict(), of.encoder.arch
+    sizes = {
+        "img_size": list(of.config.data.image_size),
+        "in_chans": vit.patch_embed.proj.in_channels,
+        "class_token": vit.cls_token is not None,
+        "global_pool": vit.global_pool,
+        "patch_size": patch_size_of(vit),
+        "embed_dim": vit.embed_dim,
+        "depth": len(vit.blocks),
+        "num_heads": vit.blocks[0].attn.num_heads,
+        "fc_norm": "fc_norm.weight" in weights,
+    }
     if isinstance(vit, Eva):
-        form |= {"use_fc_norm": normed["fc_norm"], "use_post_transformer_norm": normed["norm"]}
-    else:
-        form |= {"fc_norm": normed["fc_norm"], "reg_tokens": vit.num_reg_tokens}
-        form |= {"init_values": 1e-5} if "blocks.0.ls1.gamma" in weights else {}
-        form |= {"qk_norm": True} if "blocks.0.attn.q_norm.weight" in weights else {}
-    form |= {"img_size": list(of.config.data.image_size), "in_chans": vit.patch_embed.proj.in_channels}
-    return name, form | {"class_token": vit.cls_token is not None, "global_pool": vit.global_pool}
-
-
-def _check_form(vit: nn.Module, name: str, form: dict[str, Any]) -> None:
-    """Raise ConfigError where timm would build another module, as with an MLP that no argument in a file names."""
-    with torch.device("meta"):
-        theirs = timm.create_model(name, num_classes=vit.num_classes, **form)
-    shapes = [{key: value.shape for key, value in one.state_dict().items()} for one in (vit, theirs)]
-    if repr(vit) != repr(theirs) or shapes[0] != shapes[1]:
-        raise ConfigError(
-            f"ccmim export timm: no arguments have timm build {name} as it was trained; "
-            "take safetensors, onnx or torch-export"
-        )
+        return eva_form(of.encoder, weights, sizes)
+    return written_form(arch, arch, sizes | parts_in(weights, timms_own(arch)))
 
 
 def about(of: OpenedClassifier) -> dict[str, str]:
     """Return what every exported file carries, texts by name; what is no word or number is JSON."""
     encoder, data = of.encoder, of.config.data
-    name, form = _form_of(of)
+    name, form = _form(of)
     return {
         "format": "pt",
         "classifier": of.kind,
         "classes": json.dumps(of.classes),
         "accuracy": json.dumps(of.accuracy),
-        "arch": name,
+        "arch": encoder.arch,
+        "timm_arch": name,
         "timm_arguments": json.dumps(form),
+        "positions": encoder.positions or "sincos",
         "image_size": json.dumps(list(data.image_size)),
         "test_crop": str(data.test_crop),
         "patch_size": str(patch_size_of(of.vit)),
@@ -73,18 +67,20 @@ def about(of: OpenedClassifier) -> dict[str, str]:
 
 
 def export_timm(of: OpenedClassifier, out: Path) -> list[Path]:
-    """Write it for `timm.create_model(arch, num_classes=K, checkpoint_path=FILE, **timm_arguments)`.
+    """Write it for `timm.create_model(timm_arch, num_classes=K, checkpoint_path=FILE, **timm_arguments)`.
 
     A folder gets a config.json, too: `timm.create_model("local-dir:FOLDER", pretrained=True)` then needs no more.
     """
-    name, form = _form_of(of)
-    _check_form(of.vit, name, form)
+    name, form = _form(of)
+    if not rebuilds(of.vit, name, form):
+        reason = f"timm has no arguments that build {of.encoder.arch} as it was trained"
+        raise ConfigError(f"ccmim export timm: {reason}; take safetensors, onnx or torch-export")
     file = write_weights(of.vit.state_dict(), about(of), out)
     if file == out:
         return [file]
     data = of.config.data
     shown = timm_images(data.image_size, of.encoder.mean, of.encoder.std, crop_pct=data.test_crop, crop_mode="center")
-    config = timm_config(name, form, of.vit, shown)
+    config = timm_config(name, of.vit, form, shown)
     return [file, write_json(out / "config.json", config | {"label_names": list(of.classes)})]
 
 
@@ -141,12 +137,12 @@ def _beit_weights(vit: VisionTransformer) -> dict[str, Tensor]:
 
     BEiT's positions are resampled wherever images are not square, as if their grid were.
     """
+    refuse("hf-vit", obstacles(vit, norm="fc_norm"))
     height, width = vit.patch_embed.img_size
     found = {
         f"a classifier of pooled tokens of images that are not square ([{height}, {width}])": height != width,
         "queries, keys and values without bias": vit.blocks[0].attn.qkv.bias is None,
     }
-    refuse("hf-vit", obstacles(vit, norm="fc_norm"))
     refuse("hf-vit", [words for words, there in found.items() if there])
     weights = expressed(vit)
     others = {f"classifier.{part}": weights.pop(f"head.{part}") for part in ("weight", "bias")}

@@ -17,8 +17,8 @@ from ccmim_fast.checkpoints.weight_files import WEIGHTS
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.load import to_yaml
 from ccmim_fast.config.schema import Config
-from ccmim_fast.errors import CheckpointError
-from ccmim_fast.models.encoder import timm_form
+from ccmim_fast.errors import CheckpointError, ConfigError
+from ccmim_fast.export.timm_model import rebuilds, timm_model
 from ccmim_fast.models.tokens import patch_size_of
 
 
@@ -33,21 +33,6 @@ def method(config: Config) -> str:
     return "MAE" if config.contrast.loss == "none" and config.mask.strategy == "random" else "ccMIM"
 
 
-def timm_arguments(config: Config) -> dict[str, Any]:
-    """Return what `timm.create_model` needs beside the architecture's name to build the encoder."""
-    return {"img_size": list(config.data.image_size), "in_chans": config.data.channels} | _form(config)[1]
-
-
-def timm_arch(config: Config) -> str:
-    """Return timm's name for these arguments."""
-    return _form(config)[0]
-
-
-def _form(config: Config) -> tuple[str, dict[str, Any]]:
-    sizes = {key: getattr(config.model, key) for key in ("patch_size", "embed_dim", "depth", "num_heads")}
-    return timm_form(config.model.arch, config.model.positions, **sizes)
-
-
 def commit_of(folder: Path) -> str:
     """Return the commit that the run noted; `unknown` where it noted none."""
     with contextlib.suppress(OSError, ValueError, TypeError, LookupError, RecursionError):
@@ -58,11 +43,14 @@ def commit_of(folder: Path) -> str:
 def about(run: OpenedRun) -> dict[str, str]:
     """Return what every exported file carries, texts by name; what is no word or number is JSON."""
     vit, data = run.model.encoder, run.config.data
+    name, arguments = timm_model(run.config)
     return {
         "format": "pt",
         "method": method(run.config),
-        "arch": timm_arch(run.config),
-        "timm_arguments": json.dumps(timm_arguments(run.config)),
+        "arch": run.config.model.arch,
+        "timm_arch": name,
+        "timm_arguments": json.dumps(arguments),
+        "positions": run.config.model.positions,
         "image_size": json.dumps(list(data.image_size)),
         "patch_size": str(patch_size_of(vit)),
         "prefix_tokens": str(vit.num_prefix_tokens),
@@ -77,21 +65,26 @@ def about(run: OpenedRun) -> dict[str, str]:
 
 
 def export_timm(run: OpenedRun, out: Path) -> list[Path]:
-    """Write the encoder for `timm.create_model(arch, num_classes=0, checkpoint_path=FILE, **timm_arguments)`.
+    """Write the encoder for `timm.create_model(timm_arch, num_classes=0, checkpoint_path=FILE, **timm_arguments)`.
 
     A folder gets a config.json, too: `timm.create_model("local-dir:FOLDER", pretrained=True)` then needs no more, nor
-    does `hf-hub:OWNER/NAME` once it is pushed.
+    does `hf-hub:OWNER/NAME` once it is pushed. Raises ConfigError where timm has no name for the encoder's MLP.
     """
+    name, arguments = timm_model(run.config)
+    dropping = {"drop_path_rate": run.config.model.drop_path}
+    if name != run.config.model.arch and not rebuilds(run.model.encoder, name, arguments | dropping):
+        reason = f"timm has no name that builds {run.config.model.arch} with model.mlp={run.config.model.mlp}"
+        raise ConfigError(f"ccmim export timm: {reason}; take safetensors, onnx or torch-export")
     file = write_weights(to_timm(run.model.state_dict()), about(run), out)
     if file == out:
         return [file]
     data, vit = run.config.data, run.model.encoder
     shown = timm_images(data.image_size, data.mean, data.std, crop_pct=1.0, crop_mode="squash")
-    config = timm_config(timm_arch(run.config), timm_arguments(run.config), vit, shown)
+    config = timm_config(name, vit, arguments, shown)
     return [file, write_json(out / "config.json", config)]
 
 
-def timm_config(arch: str, arguments: dict[str, Any], vit: VisionTransformer, images: dict[str, Any]) -> dict[str, Any]:
+def timm_config(arch: str, vit: VisionTransformer, arguments: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
     """Return what a folder's config.json tells timm: how to build the module, and how `images` are prepared."""
     return {
         "architecture": arch,

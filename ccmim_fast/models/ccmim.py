@@ -25,6 +25,7 @@ from ccmim_fast.models.tokens import (
     encode,
     folded_projection,
     grid_of,
+    learned_positions,
     patch_size_of,
     prefix_tokens,
     with_gradient,
@@ -164,7 +165,8 @@ class CCMIM(nn.Module):
             x_BLD, folded_BL = self._embed(images_BHWC, projection, scored)
             divided = self.divide(x_BLD, ids_B, epoch, partition, prior, folded_BL)
         prefix_PD, ids_BK = prefix_tokens(self.encoder), divided.partition.ids_visible_BK
-        visible_BTD = with_gradient(divided.visible, projection, prefix_PD, images_BHWC, ids_BK)
+        positions_LD = learned_positions(self.encoder)
+        visible_BTD = with_gradient(divided.visible, projection, prefix_PD, positions_LD, images_BHWC, ids_BK)
         # In full: torch.compile 2.7 does not trace `_replace`.
         return Divided(visible_BTD, divided.masked, divided.partition, divided.logits)
 

@@ -12,17 +12,19 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, HybridEmbed
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.block import ViTBlock
-from ccmim_fast.models.eva import grouped_heads, prepare_, rotary_form
-from ccmim_fast.models.tokens import grid_of, patch_size_of
+from ccmim_fast.models.eva import as_eva, grouped_heads, prepare_, rotary_form
+from ccmim_fast.models.parts import check_parts, chosen_parts
+from ccmim_fast.models.tokens import TOKENS, grid_of, patch_size_of
 
-ENCODERS = (VisionTransformer, Eva)  # timm's classes that an encoder may be of
+ENCODERS = (VisionTransformer, VisionTransformerDistilled, Eva)  # timm's classes that an encoder may be of
 
 
 def build_encoder(
@@ -36,19 +38,25 @@ def build_encoder(
     num_heads: int = 0,
     drop_path: float = 0.0,
     positions: str = "sincos",
+    registers: int = 0,
+    layer_scale: float = 0.0,
+    qk_norm: bool = False,
+    mlp: str = "own",
 ) -> VisionTransformer | Eva:
     """Build one of `ENCODERS` with a [CLS] token, MAE's initial weights, no head.
 
     Its blocks are `ViTBlock`s where the architecture has timm's standard ones, or Eva's; other blocks stay as they are.
-    `patch_size`, `embed_dim`, `depth` and `num_heads` stand in place of the architecture's own where not 0. Positions
-    that the architecture adds to its patches are fixed sines and cosines; rotary ones are as it has them. `positions`
-    may be `rope`: rotary ones in place of those of a plain ViT, see `eva.rotary_form`.
+    `patch_size`, `embed_dim`, `depth` and `num_heads` stand in place of the architecture's own where not 0, and so do
+    `registers`, `layer_scale`, `qk_norm` and `mlp`, see `parts.chosen_parts`. Positions that the architecture adds to
+    its patches are fixed sines and cosines, or `learned` from timm's initial ones; rotary ones are as it has them.
+    With `rope` a plain ViT has rotary ones in their place, see `eva.rotary_form`.
 
     Raises ConfigError for an unknown name, another class of model, or sizes that do not fit each other.
     """
     sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-    own, (name, arguments) = _own(arch), timm_form(arch, positions, **sizes)
+    own, parts = own_encoder(arch), {"registers": registers, "layer_scale": layer_scale, "qk_norm": qk_norm}
     _check_width(own, embed_dim, num_heads, rotary=positions == "rope")
+    name, arguments = timm_form(arch, positions, **parts, mlp=mlp, **sizes)
     eva = isinstance(own, Eva) or positions == "rope"
     standard = not eva and type(own.blocks[0]) is Block and type(own.blocks[0].attn) is Attention
     try:
@@ -67,12 +75,8 @@ def build_encoder(
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise ConfigError(f"model.arch={arch}: timm cannot build it with these sizes: {error}") from None
     _check_sizes(vit, arch, image_size)
-    if vit.pos_embed is not None:
-        prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches
-        positions_SD = sincos_positions(vit.embed_dim, grid_of(vit), prefix)
-        vit.pos_embed = nn.Parameter(positions_SD[None], requires_grad=False)
-    elif getattr(vit, "rope", None) is None:
-        raise ConfigError("model.arch: a ViT without positions cannot reconstruct patches")
+    check_parts(vit, arch, **parts)
+    _place(vit, arch, positions)
     if isinstance(vit, Eva):
         prepare_(vit)
     initialise(vit)
@@ -80,15 +84,35 @@ def build_encoder(
     return vit
 
 
-def timm_form(arch: str, positions: str = "sincos", **sizes: int) -> tuple[str, dict[str, Any]]:
+def timm_form(
+    arch: str,
+    positions: str,
+    *,
+    registers: int,
+    layer_scale: float,
+    qk_norm: bool,
+    mlp: str,
+    **sizes: int,
+) -> tuple[str, dict[str, Any]]:
     """Return the name and the arguments, beside images, by which timm makes an encoder's module; see `build_encoder`.
 
-    Raises ConfigError: the architecture cannot have these positions, or is of another class.
+    Raises ConfigError: the architecture cannot have these parts or positions, or is of another class.
     """
-    own, given = _own(arch), {key: value for key, value in sizes.items() if value}
+    own, given = own_encoder(arch), {key: value for key, value in sizes.items() if value}
+    parts = chosen_parts(
+        own,
+        arch,
+        given.get("embed_dim", own.embed_dim),
+        registers=registers,
+        layer_scale=layer_scale,
+        qk_norm=qk_norm,
+        mlp=mlp,
+    )
     form = {"class_token": True, "global_pool": "token"} | grouped_heads(own, **given)
-    name, rotary = rotary_form(arch, own) if positions == "rope" else (arch, {})
-    return name, form | rotary | given
+    if positions != "rope":
+        return arch, form | given | parts
+    name, rotary = rotary_form(arch, own)
+    return name, form | rotary | given | as_eva(parts)
 
 
 def configure_blocks(blocks: Iterable[nn.Module], **attributes: object) -> None:
@@ -100,14 +124,29 @@ def configure_blocks(blocks: Iterable[nn.Module], **attributes: object) -> None:
 
 
 @cache
-def _own(arch: str) -> VisionTransformer | Eva:
-    """Build the architecture as timm has it, without memory."""
+def own_encoder(arch: str) -> VisionTransformer | Eva:
+    """Build the architecture as timm has it, without memory, not to be changed. Raises ConfigError: no encoder."""
     with torch.device("meta"):
         own = timm.create_model(arch, pretrained=False)
     if type(own) not in ENCODERS:
-        expected = " or ".join(known.__name__ for known in ENCODERS)
-        raise ConfigError(f"model.arch={arch} is a {type(own).__name__}; expected timm's {expected}")
+        raise ConfigError(f"model.arch={arch} is a {type(own).__name__}; expected timm's VisionTransformer or Eva")
+    if isinstance(own.patch_embed, HybridEmbed):
+        reason = "embeds patches by a convolutional network, by which visible tokens would see masked pixels"
+        raise ConfigError(f"model.arch={arch}: {reason}; take a ViT without one, as vit_base_patch16_224")
     return own
+
+
+def _place(vit: VisionTransformer | Eva, arch: str, positions: str) -> None:
+    """Give an encoder its positions; learned ones stay as timm drew them, N(0, 0.02)."""
+    if vit.pos_embed is None:
+        if getattr(vit, "rope", None) is None:
+            raise ConfigError(f"model.arch={arch}: a ViT without positions cannot reconstruct patches")
+        if positions == "learned":
+            raise ConfigError(f"model.positions=learned: {arch} has rotary ones alone; nearest valid is sincos")
+    elif positions != "learned":
+        prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches
+        positions_SD = sincos_positions(vit.embed_dim, grid_of(vit), prefix)
+        vit.pos_embed = nn.Parameter(positions_SD[None], requires_grad=False)
 
 
 def _check_width(own: VisionTransformer | Eva, embed_dim: int, num_heads: int, rotary: bool) -> None:
@@ -142,7 +181,7 @@ def initialise(module: nn.Module) -> None:
         elif isinstance(part, nn.Conv2d):
             # As if it were the linear layer it is, over a flattened patch.
             nn.init.xavier_uniform_(part.weight.view(part.weight.shape[0], -1))
-    for name in ("cls_token", "reg_token", "mask_token"):
+    for name in TOKENS:
         if getattr(module, name, None) is not None:
             nn.init.normal_(getattr(module, name), std=0.02)
 

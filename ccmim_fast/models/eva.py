@@ -6,11 +6,12 @@ their names stay timm's.
 
 # B batch, T tokens, P prefix tokens, N heads, H head dim, D width
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, LayerNorm, Mlp, apply_rot_embed_cat
+from timm.layers import Attention, LayerNorm, Mlp, SwiGLUPacked, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -122,15 +123,29 @@ def rotary_form(arch: str, own: nn.Module) -> tuple[str, dict[str, Any]]:
     return ROTARY, arguments
 
 
+def as_eva(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments of timm's VisionTransformer, as of `parts.chosen_parts`, as its Eva takes them."""
+    found = {"num_reg_tokens" if key == "reg_tokens" else key: value for key, value in arguments.items()}
+    found.pop("act_layer", None)
+    if found.pop("mlp_layer", None) is SwiGLUPacked:
+        # Of a ViT the ratio counts the gates too.
+        found |= {"swiglu_mlp": True, "mlp_ratio": math.nextafter(found["mlp_ratio"] / 2, math.inf)}
+    return found
+
+
 def _obstacle(own: nn.Module) -> str:
     """Return in words what of an architecture timm's Eva has not; empty: nothing."""
     block = own.blocks[0]
     if type(own) is not VisionTransformer or type(block) is not Block or type(block.attn) is not Attention:
         return f"blocks of another kind ({type(block).__name__})"
-    norms = {(type(norm), getattr(norm, "eps", None)) for norm in (block.norm1, block.norm2, own.norm)}
+    # Behind the blocks, or behind the pooling, which becomes the former.
+    last = own.fc_norm if isinstance(own.norm, nn.Identity) else own.norm
+    norms = {(type(norm), getattr(norm, "eps", None)) for norm in (block.norm1, block.norm2, last)}
+    inner = [getattr(block.attn, "norm", None), getattr(block.mlp, "norm", None), getattr(block.attn, "gate", None)]
     found = {
         "a norm before its blocks": not isinstance(own.norm_pre, nn.Identity),
         "norms other than LayerNorm of eps 1e-6": norms != {(LayerNorm, 1e-6)},
+        "norms or gates within attention or MLP": not all(one is None or isinstance(one, nn.Identity) for one in inner),
         "an MLP other than GELU's": type(block.mlp) is not Mlp or type(block.mlp.act) is not nn.GELU,
     }
     return next((words for words, there in found.items() if there), "")

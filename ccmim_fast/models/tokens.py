@@ -19,6 +19,8 @@ from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.watched import watched
 from ccmim_kernels import Embedded, embed_tokens, patchify
 
+TOKENS = ("cls_token", "dist_token", "reg_token", "mask_token")  # the names of weights that are single tokens
+
 
 def patch_size_of(vit: VisionTransformer) -> int:
     """Return the side of a patch in pixels."""
@@ -82,10 +84,11 @@ class _VisibleGradient(torch.autograd.Function):
     """Forward: the visible tokens as they are. Backward: the projection's gradient, from visible patches alone."""
 
     @staticmethod
-    def forward(ctx, visible_BTD, weight_DA, bias_D, prefix_PD, images_BHWC, ids_BK, patch, dtype):
+    def forward(ctx, visible_BTD, weight_DA, bias_D, prefix_PD, positions_LD, images_BHWC, ids_BK, patch, dtype):
         ctx.save_for_backward(images_BHWC, ids_BK)
         ctx.patch, ctx.prefix, ctx.dtype = patch, len(prefix_PD), dtype
         ctx.dtypes = weight_DA.dtype, bias_D.dtype, prefix_PD.dtype
+        ctx.positions = None if positions_LD is None else (len(positions_LD), positions_LD.dtype)
         return visible_BTD.view_as(visible_BTD)
 
     @staticmethod
@@ -96,11 +99,23 @@ class _VisibleGradient(torch.autograd.Function):
         grad_KD = grad_BTD[:, ctx.prefix :].flatten(0, 1)
         grad_weight_DA = (grad_KD.to(ctx.dtype).T @ pixels_KA).to(weight)
         grad_prefix_PD = grad_BTD[:, : ctx.prefix].sum(0, dtype=prefix)
-        return None, grad_weight_DA, grad_KD.sum(0, dtype=bias), grad_prefix_PD, None, None, None, None
+        grad_positions_LD = None
+        if ctx.positions is not None:
+            patches, positions = ctx.positions
+            at_BKD = ids_BK[:, :, None].expand(-1, -1, grad_BTD.shape[2])
+            grad_BLD = grad_BTD.new_zeros(len(ids_BK), patches, grad_BTD.shape[2])
+            grad_positions_LD = grad_BLD.scatter(1, at_BKD, grad_BTD[:, ctx.prefix :]).sum(0, dtype=positions)
+        grads = grad_weight_DA, grad_KD.sum(0, dtype=bias), grad_prefix_PD, grad_positions_LD
+        return None, *grads, None, None, None, None
 
 
 def with_gradient(
-    visible_BTD: Tensor, projection: tuple[Tensor, Tensor], prefix_PD: Tensor, images_BHWC: Tensor, ids_BK: Tensor
+    visible_BTD: Tensor,
+    projection: tuple[Tensor, Tensor],
+    prefix_PD: Tensor,
+    positions_LD: Tensor | None,
+    images_BHWC: Tensor,
+    ids_BK: Tensor,
 ) -> Tensor:
     """Attach the patch embedding's gradient to visible tokens that were computed without gradient.
 
@@ -109,14 +124,15 @@ def with_gradient(
 
     Args:
         visible_BTD: [B, P + K, D] prefix and embedded patches, as `divide_tokens` gives them.
-        projection: from `folded_projection`; receives gradients, as does `prefix_PD` [P, D].
+        projection: from `folded_projection`; receives gradients, as do `prefix_PD` [P, D] and `positions_LD` of the
+            patches, None if they are fixed.
         images_BHWC: as `embed` took them; `ids_BK` int64, the patches in `visible_BTD`.
     """
     patch = math.isqrt(projection[0].shape[1] // images_BHWC.shape[3])
     kind = images_BHWC.device.type
     # As autocast does with a linear layer's gradient.
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else projection[0].dtype
-    return _VisibleGradient.apply(visible_BTD, *projection, prefix_PD, images_BHWC, ids_BK, patch, dtype)
+    return _VisibleGradient.apply(visible_BTD, *projection, prefix_PD, positions_LD, images_BHWC, ids_BK, patch, dtype)
 
 
 def patches_of(images_BHWC: Tensor, ids_BK: Tensor, patch: int) -> Tensor:
@@ -129,11 +145,19 @@ def patches_of(images_BHWC: Tensor, ids_BK: Tensor, patch: int) -> Tensor:
 
 
 def prefix_tokens(vit: VisionTransformer) -> Tensor:
-    """Return [CLS], then registers, with their positions where the model has them: [P, D]."""
-    prefix_1PD = vit.cls_token if vit.reg_token is None else torch.cat([vit.cls_token, vit.reg_token], dim=1)
+    """Return [CLS], then DeiT's token of distillation or registers, with positions where the model has them: [P, D]."""
+    others = [token for token in (getattr(vit, "dist_token", None), vit.reg_token) if token is not None]
+    prefix_1PD = torch.cat([vit.cls_token, *others], dim=1) if others else vit.cls_token
     if not vit.no_embed_class and vit.pos_embed is not None:
         prefix_1PD = prefix_1PD + vit.pos_embed[:, : prefix_1PD.shape[1]]
     return prefix_1PD[0]
+
+
+def learned_positions(vit: VisionTransformer) -> Tensor | None:
+    """Return the patches' positions [L, D] where they are trained, else None."""
+    if vit.pos_embed is None or not vit.pos_embed.requires_grad:
+        return None
+    return vit.pos_embed[0, -vit.patch_embed.num_patches :]
 
 
 def with_prefix(vit: VisionTransformer, x_BLD: Tensor) -> Tensor:

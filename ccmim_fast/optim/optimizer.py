@@ -12,10 +12,11 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from ccmim_fast.errors import MachineError
+from ccmim_fast.models.tokens import TOKENS
 
 # Tokens and positions, learned frequencies of rotary ones among them, are no matrices: decay would pull them to zero
 # like biases.
-TOKENS, POSITIONS = ("cls_token", "reg_token", "mask_token"), ("pos_embed", "freqs")
+POSITIONS = ("pos_embed", "freqs")
 
 BUILD = (
     "build NVIDIA's from source: git clone https://github.com/NVIDIA/apex && cd apex && "

@@ -163,6 +163,18 @@ def test_architectures_that_weights_tell(tmp_path, capsys):
         read_encoder(str(tmp_path / "w.pth"))
 
 
+def test_shapes_that_do_not_fit_end_in_a_line(tmp_path):
+    weights = small("vit_small_patch16_dinov3_qkvb").state_dict()
+    for name, value in (("reg_token", torch.zeros(())), ("cls_token", torch.zeros(32))):
+        torch.save(weights | {name: value}, tmp_path / "w.pth")
+        with pytest.raises(CheckpointError, match=rf"encoder\.{name} is of shape .* must have 3 dimensions"):
+            read_weights(str(tmp_path / "w.pth"))
+    own = dinov3s_own(weights)
+    torch.save(own | {"blocks.0.attn.qkv.bias": torch.zeros(())}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="DINOv3's own names: chunk expects"):
+        read_weights(str(tmp_path / "w.pth"))
+
+
 @pytest.mark.parametrize(
     ("name", "weight", "words"),
     [

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
+from made_run import make_run
 from PIL import Image
 from safetensors import safe_open
 
@@ -151,9 +152,11 @@ def test_timm_gives_the_logits(trained, encoder, tmp_path, name):
     with safe_open(file, "pt") as opened:
         about = opened.metadata()
         weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    by_hand = timm.create_model(about["arch"], num_classes=CLASSES, **json.loads(about["timm_arguments"])).eval()
+    by_hand = timm.create_model(about["timm_arch"], num_classes=CLASSES, **json.loads(about["timm_arguments"])).eval()
     by_hand.load_state_dict(weights)
     folder = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    assert str(run.parent) not in str(about), "places of this machine are told to nobody"
+    assert str(encoder) not in str(about)
     classes = json.loads(about["classes"])
     assert folder.pretrained_cfg["label_names"] == classes == list(open_classifier(str(run)).classes)
     for vit in (by_hand, folder, *(open_classifier(str(tmp_path / one)).vit for one in ("folder", file.name))):
@@ -190,6 +193,8 @@ def test_transformers_gives_the_logits(trained, tmp_path, name, kind):
     with torch.no_grad():
         logits = model.eval()(pixel_values=pixels).logits
     torch.testing.assert_close(logits, reference(run, torch.tensor(np.stack(shown))), **NEAR)
+    with torch.no_grad():  # and ours again
+        torch.testing.assert_close(open_classifier(str(tmp_path / "out")).vit(pixels), logits, **NEAR)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +232,6 @@ def test_the_card_tells_classes_and_accuracy(trained, tmp_path):
 
 def test_places_that_hold_no_classifier(trained, encoder, tested, tmp_path, capsys):
     """The encoder of a probe that is gone or another, runs of pretraining, other files."""
-    from made_run import make_run
-
     make_run(tmp_path / "run")
     run = trained("probe avg")
     state = io.newest(run / "checkpoints").state
@@ -263,13 +266,20 @@ def test_a_table_takes_no_others_place(trained, tested, tmp_path, capsys):
     assert "must end in .csv, .tsv, .parquet, .jsonl" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arch", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "deit3_small_patch16_224"])
-def test_classifiers_of_other_encoders(tmp_path, arch):
-    """Rotary positions, registers, layer scale: the same function by timm, and from what was exported."""
-    from made_run import make_run
-
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"arch": "eva02_tiny_patch14_224"},
+        {"arch": "vit_small_patch16_dinov3"},
+        {"arch": "deit3_small_patch16_224"},
+        {"arch": "vit_tiny_patch16_224", "positions": "rope"},
+        {"arch": "vit_tiny_patch16_224", "registers": 2, "mlp": "swiglu", "layer_scale": 0.1, "qk_norm": True},
+    ],
+)
+def test_classifiers_of_other_encoders(tmp_path, model):
+    """Rotary positions, registers, layer scale, gates: the same function by timm, and from what was exported."""
     sizes = {"patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
-    make_run(tmp_path / "run", data={"image_size": (32, 32)}, model={"arch": arch, **sizes})
+    make_run(tmp_path / "run", data={"image_size": (32, 32)}, model=sizes | model)
     what = ["--data.source=shapes", f"--data.root={tmp_path / 'cache'}", "--data.samples=24", "--data.test_samples=12"]
     what += ["--data.classes=3", "--data.image_size=[32,32]", "--data.test_crop=1", "--train.batch_size=12"]
     what += ["--train.epochs=1", "--optim.warmup_epochs=0", "--train.device=cpu", "--train.precision=fp32"]

@@ -12,6 +12,7 @@ from tiny import images
 
 from ccmim_fast.checkpoints.published import read_weights
 from ccmim_fast.cli import main
+from ccmim_fast.evaluation.classifier import open_classifier
 from ccmim_fast.evaluation.encoders import build_encoder, read_encoder
 from ccmim_fast.models.tokens import tokens_of
 
@@ -22,6 +23,14 @@ MODELS = {
     "learned frequencies": {"arch": "vit_base_patch16_rope_mixed_224"},
     "few keys": {"arch": "vit_large_patch16_sapiens2", "depth": 17, "num_heads": 4, "embed_dim": 64},
     "a plain one with rotations": {"positions": "rope"},
+    "with parts of its own": {
+        "positions": "rope",
+        "registers": 2,
+        "layer_scale": 0.1,
+        "qk_norm": True,
+        "mlp": "swiglu",
+        "drop_path": 0.1,
+    },
 }
 
 
@@ -45,7 +54,7 @@ def test_to_timm_and_back(tmp_path, kind):
         torch.testing.assert_close(target.forward_features(normalised(pictures, config)), expected, **NEAR)
         with safe_open(tmp_path / "timm" / "model.safetensors", "pt") as file:
             about = file.metadata()
-        by_file = timm.create_model(about["arch"], num_classes=0, **json.loads(about["timm_arguments"]))
+        by_file = timm.create_model(about["timm_arch"], num_classes=0, **json.loads(about["timm_arguments"]))
         by_file.load_state_dict(weights)
         for place in ("run", "timm", "timm/model.safetensors"):
             vit = build_encoder(read_encoder(str(tmp_path / place)), (32, 48)).eval()
@@ -54,6 +63,27 @@ def test_to_timm_and_back(tmp_path, kind):
     back = {k: v for k, v in read_weights(str(tmp_path / "back")).tensors.items() if k.startswith("encoder.")}
     own = {k: v for k, v in model.state_dict().items() if k.startswith("encoder.")}
     torch.testing.assert_close(back, own, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("pool", ["avg", "cls"])
+@pytest.mark.parametrize("kind", ["dinov3", "learned frequencies", "a plain one with rotations"])
+def test_a_fine_tuned_classifier(tmp_path, capsys, kind, pool):
+    """To timm, which needs nothing but the folder, and read again; in words for transformers."""
+    make_run(tmp_path / "run", model=MODELS[kind] | {"layer_scale": 0.1})
+    images_of = ["--data.source=shapes", f"--data.root={tmp_path / 'shapes'}", "--data.samples=12", "--data.classes=3"]
+    images_of += ["--data.test_samples=6", "--data.image_size=[32,48]", "--train.device=cpu", "--train.precision=fp32"]
+    short = ["--train.epochs=1", "--train.batch_size=6", "--optim.warmup_epochs=0", "--data.workers=1"]
+    where = f"--run.dir={tmp_path / 'tuned'}"
+    assert main(["eval", "finetune", str(tmp_path / "run"), *images_of, *short, where, f"--model.pool={pool}"]) == 0
+    assert main(["export", "timm", str(tmp_path / "tuned"), str(tmp_path / "timm")]) == 0
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    pixels = torch.randn(2, 3, 32, 48)
+    for place in ("tuned", "timm"):
+        ours = open_classifier(str(tmp_path / place)).vit
+        torch.testing.assert_close(ours(pixels), theirs(pixels), **NEAR)
+    capsys.readouterr()
+    assert main(["export", "hf-vit", str(tmp_path / "tuned"), str(tmp_path / "hf")]) == 2
+    assert "cannot express blocks that are not timm's standard one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("target", ["hf-vit", "hf-vitmae"])

@@ -65,6 +65,9 @@ def test_the_page(tmp_path, monkeypatch):
     with torch.no_grad():
         logits = Logits(of.vit, of.encoder.mean, of.encoder.std)(picture.permute(2, 0, 1)[None] / 255)
     torch.testing.assert_close(names["logits"], logits, rtol=0, atol=1e-5)
+    session = names["onnxruntime"].InferenceSession("classifier.onnx")
+    (found,) = session.run(["logits"], {"images": names["images"]})
+    torch.testing.assert_close(torch.from_numpy(found), logits, rtol=0, atol=1e-5)
     assert names["name"] == of.classes[int(logits.argmax())] == of.classes[int(names["label"])]
     assert f",{names['name']}," in Path("classes.csv").read_text().splitlines()[1]
     assert names["new"].vit.embeddings.position_embeddings.any()

@@ -7,15 +7,18 @@ import pytest
 import timm
 import torch
 from timm.layers import DropPath
-from tiny import images, tiny_model, total_loss
+from tiny import images, tiny_config, tiny_model, total_loss
 
+from ccmim_fast.engine.build import build_step
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.encoder import build_encoder, timm_form
 from ccmim_fast.models.eva import EvaViTBlock
+from ccmim_fast.models.scores import AllBlocks, FirstBlock, OneBlock, eq4_of_blocks
 from ccmim_fast.models.tokens import embed, encode, folded_projection, places, tokens_of, with_prefix
 from ccmim_fast.models.watched import watched
 from ccmim_fast.optim.optimizer import build_optimizer
+from ccmim_fast.ranks.session import Session
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).double(), torch.tensor([0.2, 0.25, 0.3]).double()
 SIZE = {"image_size": (32, 48), "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -155,6 +158,22 @@ def test_block_is_timms_where_timm_makes_it(arch):
         torch.testing.assert_close(block.cls_attention(x_BTD, kind, **place), expected_BL)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_scores_are_those_that_timms_blocks_show(arch):
+    """Of the first block, of one, of each and of all; no vector stands in for keys that are rotated."""
+    ours, theirs = ours_and_timms(arch)
+    ours.requires_grad_(False)
+    x_BLD, prefix = embedded(ours, images(2)), ours.num_prefix_tokens
+    x_BTD, total_BL, shown = theirs.norm_pre(with_prefix(ours, x_BLD)), None, []
+    for block, place in zip(theirs.blocks, places(ours)):
+        shown.append(watched(block, x_BTD, prefix, "logits", **place)[1])
+        x_BTD, total_BL = watched(block, x_BTD, prefix, "softmax", total_BL, **place)
+    close(eq4_of_blocks(ours, x_BLD), shown)
+    close(FirstBlock(ours)(ours, x_BLD).softmax(1), shown[0].softmax(1))
+    close(OneBlock(ours, block=1)(ours, x_BLD), shown[1])
+    close(AllBlocks(ours)(ours, x_BLD), total_BL.log())
+
+
 METHODS = {
     "bank": {"score": {"source": "bank"}},
     "bank, unseen at random": {"score": {"source": "bank", "unseen": "random"}},
@@ -216,6 +235,14 @@ def test_recomputing_and_reading_change_nothing(arch):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize(("key", "value"), [("attention", "plain"), ("recompute", True)])
+def test_settings_of_our_blocks_are_refused_for_timms_own(key, value):
+    config = tiny_config(model={"arch": "eva02_enormous_patch14_clip_224"}, train={key: value, "device": "cpu"})
+    words = rf"train\.{key}={str(value).lower()}: eva02_enormous_patch14_clip_224 has timm's EvaBlockPostNorm"
+    with pytest.raises(ConfigError, match=words):
+        build_step(config, Session(0, 1, torch.device("cpu")))
+
+
 def test_learned_frequencies_have_no_decay():
     model, _ = tiny_model(model={"arch": "vit_small_patch16_rope_mixed_224"})
     optimizer = build_optimizer("adamw", model, lr=0.1, weight_decay=0.1, betas=(0.9, 0.95))
@@ -258,7 +285,8 @@ def test_rotary_positions_in_place_of_added_ones(arch):
     torch.manual_seed(0)
     ours = randomised(build_encoder(arch, channels=3, **SIZE, positions="rope")).double().eval()
     sizes = {key: value for key, value in SIZE.items() if key != "image_size"}
-    name, arguments = timm_form(arch, "rope", **sizes)
+    parts = {"registers": 0, "layer_scale": 0.0, "qk_norm": False, "mlp": "own"}
+    name, arguments = timm_form(arch, "rope", **parts, **sizes)
     theirs = timm.create_model(name, num_classes=0, img_size=(32, 48), **arguments)
     theirs.load_state_dict(ours.state_dict())
     pictures = images(2)
@@ -283,7 +311,9 @@ def test_rotations_of_a_plain_vit_are_rope_vits():
     [
         ("vit_base_patch16_clip_224", "a norm before its blocks"),
         ("vit_small_patch14_reg4_dinov2", None),
+        ("vit_medium_patch16_reg4_gap_256", None),
         ("vit_giant_patch14_dinov2", "an MLP other than GELU's"),
+        ("beit3_base_patch16_224", "norms "),
         ("vit_base_patch16_xp_224", "blocks of another kind"),
         ("eva_giant_patch14_224", "blocks of another kind"),
         ("vit_pwee_patch16_reg1_gap_256", "blocks of another kind"),

@@ -117,7 +117,9 @@ def test_what_commands_say_and_write(more, more_folder):
 
 @pytest.mark.slow
 def test_predictions_come_from_the_device(evaluated):
-    assert ended(evaluated, "predict")["launches"] > 0
+    found = evaluated.told["predict"]
+    assert found["launches"] > 0
+    assert (found["code"] in (0, 4), found["error"]) == (True, None), found["err"]  # 4: no kernel made finite weights
 
 
 @pytest.mark.slow
