@@ -10,10 +10,11 @@ from setuptools import find_packages, setup
 INSTALL_REQUIRES = [
     "torch>=2.7.1",
     "torchvision>=0.22.1",
-    "timm>=1.0.21",
+    # 1.0.26 reads the folders that `ccmim export timm` writes; from 1.0.28 on registers are of the first layer's rate.
+    "timm>=1.0.28",
     "numpy>=1.26",
-    "pillow>=10",
-    "pyarrow>=15",
+    "pillow>=10.1",
+    "pyarrow>=16",  # knows binary views
     "tifffile>=2024.1.30",
     "fsspec>=2024.2",
     "argcomplete>=3.1",  # the shell's completion of commands and settings: register-python-argcomplete ccmim
@@ -22,7 +23,7 @@ INSTALL_REQUIRES = [
     "tensorboard>=2.16.2",  # 2.16.0 and 2.16.1 install TensorFlow, nightly
     "matplotlib>=3.8",
     "jinja2>=3.1",
-    "scipy>=1.11",
+    "scipy>=1.11.1",
     "scikit-learn>=1.4",
     "scikit-image>=0.22",
     "safetensors>=0.4.3",
@@ -41,23 +42,23 @@ EXTRAS = {
     # Images behind http(s):// URLs; s3:// wants s3fs, gs:// gcsfs, and so on.
     "remote": ["fsspec[http]>=2024.2"],
     # TIFFs compressed by LZW, ZSTD, LERC, JPEG and others, or of 12 bits; images of 3 channels and 8 bits need it not.
-    "tiff": ["imagecodecs>=2024.1.1"],
+    "tiff": ["imagecodecs>=2024.6.1"],
     # `ccmim submit`; its --print needs nothing.
-    "slurm": ["submitit>=1.5"],
+    "slurm": ["submitit>=1.5.4"],  # has a teardown
     # What `ccmim bench throughput` compares with, but for lightly: its list has pytorch_lightning, which is not to be
     # installed. Its MAE needs torch, torchvision, timm and numpy only: pip install --no-deps lightly
     "bench": ["transformers>=5"],
     # `ccmim export onnx`; the other targets need nothing.
-    "export": ["onnx>=1.16", "onnxscript>=0.2"],
+    "export": ["onnx>=1.16", "onnxscript>=0.2.2"],  # which knows torch 2.7
     # `ccmim eval segmentation`: UPerNet's decoder.
     "segmentation": ["segmentation_models_pytorch>=0.5"],
     # `ccmim eval detection`: average precision, and COCO's masks.
     "detection": ["torchmetrics>=1.9", "faster-coco-eval>=1.8"],
     "dev": [
         *("pytest>=8", "pytest-xdist>=3.6.1", "hypothesis>=6.100", "ruff>=0.11"),
-        *("fsspec[http]>=2024.2", "submitit>=1.5"),
+        *("fsspec[http]>=2024.2", "submitit>=1.5.4"),
         # What exports are loaded by in the tests.
-        *("transformers>=5", "onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"),
+        *("transformers>=5", "onnx>=1.16", "onnxscript>=0.2.2", "onnxruntime>=1.18"),
         "segmentation_models_pytorch>=0.5",
         *("torchmetrics>=1.9", "faster-coco-eval>=1.8"),
         *DOCS,

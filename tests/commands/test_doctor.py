@@ -98,6 +98,7 @@ def test_the_lines_that_install(on_cuda, cuda, dali, monkeypatch):
 
 
 def test_xformers_for_each_cuda(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.15.0+cu132")
     monkeypatch.setattr(torch.version, "cuda", "13.2")
     (line,) = (one.install for one in parts(True) if one.name == "xformers")
     assert line == "pip install xformers nvidia-cuda-runtime-cu12"

@@ -98,6 +98,7 @@ def test_a_list_names_tars_and_tables_of_all_parts(tmp_path):
     found = [os.path.basename(source.index.location(n)) for n in range(len(source))]
     assert found == ["val.png", "train-0.png", "train-1.png"]
     assert source.index.notes == []
+    assert source.decode(0).shape == (8, 9, 3)
     assert len(open_images(str(tmp_path))) == 2
     write_tar(tmp_path / "train-2.tar", [("2.png", encode(2))])
     assert len(open_images(str(place))) == 4

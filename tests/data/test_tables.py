@@ -87,7 +87,10 @@ def test_forms_of_a_column_of_images(tmp_path, form, kind):
     table = pa.table({**more, "picture": columns_of_images(datas)[form]})
     if kind == "parquet":
         rows = 5 if form == "struct of a view" else 2  # Arrow cannot slice such a struct
-        pq.write_table(table, tmp_path / "t.parquet", row_group_size=rows)
+        try:
+            pq.write_table(table, tmp_path / "t.parquet", row_group_size=rows)
+        except pa.ArrowNotImplementedError as error:
+            pytest.skip(str(error))  # views, up to pyarrow 20
     else:
         feather.write_feather(table, tmp_path / "t.arrow", compression="uncompressed")
     source = open_images(str(tmp_path))

@@ -58,7 +58,7 @@ def test_timm_folder_needs_no_arguments(tmp_path):
         cls = target(normalised(pictures, config))
     torch.testing.assert_close(cls, ours(model, pictures)[:, 0], **NEAR)
     wanted = timm.data.resolve_data_config(model=target)
-    assert wanted["input_size"] == (3, 32, 48)
+    assert tuple(wanted["input_size"]) == (3, 32, 48)
     assert tuple(wanted["mean"]) == config.data.mean
 
 

@@ -14,14 +14,19 @@ class Format(NamedTuple):
     read: bool = True
 
 
+def _has(feature: str) -> bool:
+    """Tell whether Pillow decodes a format; an older Pillow does not know the name of a newer one, and would warn."""
+    return feature in (*features.modules, *features.codecs) and bool(features.check(feature))
+
+
 # In the order in which the image of a sample is chosen where it has several.
 FORMATS = (
     Format("JPEG", (".jpg", ".jpeg", ".jpe", ".jfif")),
     Format("PNG", (".png",)),
-    Format("WEBP", (".webp",), features.check("webp")),
-    Format("AVIF", (".avif",), bool(features.check("avif"))),
+    Format("WEBP", (".webp",), _has("webp")),
+    Format("AVIF", (".avif",), _has("avif")),
     Format("TIFF", (".tif", ".tiff")),
-    Format("JPEG2000", (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), features.check("jpg_2000")),
+    Format("JPEG2000", (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), _has("jpg_2000")),
     Format("BMP", (".bmp", ".dib")),
     Format("PPM", (".ppm", ".pgm", ".pbm", ".pnm")),
     Format("GIF", (".gif",)),

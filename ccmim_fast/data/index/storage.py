@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
+import pyarrow as pa
+
 from ccmim_fast.data.index.endings import is_tar
 from ccmim_fast.data.index.own import open_regular, read_regular
 from ccmim_fast.data.index.tables import Table, bytes_of, open_table
@@ -203,7 +205,13 @@ class _ThreadCache:
     def _shrink(self) -> None:
         """Drop the oldest results while there are too many or too large ones, but for the last."""
         with self._lock:
-            sizes = [getattr(found[0], "nbytes", 0) if found else 0 for _, found in self._results.values()]
+            sizes = [_size_of(*found) for _, found in self._results.values()]
             while len(sizes) > 1 and (len(sizes) > self._most or sum(sizes) > self._most_bytes):
                 self._results.popitem(last=False)
                 sizes.pop(0)
+
+
+def _size_of(result: Any = None) -> int:
+    """Return the bytes that an array of Arrow's holds; of other results 0."""
+    # Up to pyarrow 22 `nbytes` raises for views.
+    return result.get_total_buffer_size() if isinstance(result, pa.ChunkedArray) else 0
