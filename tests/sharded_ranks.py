@@ -38,6 +38,10 @@ CASES = {
     "recompute": {"score": {"source": "bank"}, "train": {"recompute": True}},
     "compiled": {"score": {"source": "bank"}},
     "mae": {"mask": {"strategy": "random"}, "contrast": {"loss": "none"}},
+    "own parts": {
+        "score": {"source": "bank"},
+        "model": {"positions": "learned", "registers": 2, "layer_scale": 0.1, "qk_norm": True, "mlp": "swiglu"},
+    },
     "rotary": {"score": {"source": "bank"}, "model": {"arch": "vit_small_patch16_rope_mixed_ape_224", "depth": 2}},
     "watched": {"score": {"source": "bank"}, "model": {"arch": "eva02_enormous_patch14_clip_224", "depth": 2}},
 }

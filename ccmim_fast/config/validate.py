@@ -77,7 +77,12 @@ def _check_arch(config: Config) -> None:
 
     if not is_model_in_modules(config.model.arch, VIT_MODULES + STEM_MODULES):
         names = [name for module in VIT_MODULES for name in timm.list_models(module=module, exclude_filters="test_*")]
-        refuse("model.arch", config.model.arch, "a ViT of timm's", nearest(config.model.arch, names))
+        refuse(
+            "model.arch",
+            config.model.arch,
+            "of timm's class VisionTransformer or Eva",
+            nearest(config.model.arch, names),
+        )
 
 
 def _check_widths(config: Config) -> None:

@@ -96,7 +96,7 @@ REFUSED = [
     ("data.std=[0.5,0,0.5]", "in (0, inf)", "[0.5, 0.224, 0.5]"),
     ("data.crop_scale=[1,0.2]", "from small to large", "[0.2, 1.0]"),
     ("data.crop_ratio=[2,0.5]", "from small to large", "[0.5, 2.0]"),
-    ("model.arch=vit_bass_patch16_224", "a ViT of timm's", "vit_base_patch16_224"),
+    ("model.arch=vit_bass_patch16_224", "of timm's class VisionTransformer or Eva", "vit_base_patch16_224"),
     ("model.patch_size=1", "0 (the architecture's own) or in [2, 32]", "2"),
     ("model.patch_size=33", "in [0, 32]", "32"),
     ("model.embed_dim=90", "a multiple of 4", "92"),
@@ -177,7 +177,7 @@ def test_architectures():
     for arch in ("vit_tiny_patch16_224", "vit_huge_patch14_224", "deit_small_patch16_224", "vit_base_patch16_224.mae"):
         validate(config_of(model__arch=arch))
     for arch in ("", "x" * 5000, "swin_base_patch4_window7_224", "\udcff"):
-        assert "must be a ViT of timm's" in message_of(model__arch=arch)
+        assert "must be of timm's class VisionTransformer or Eva" in message_of(model__arch=arch)
 
 
 @pytest.mark.parametrize(

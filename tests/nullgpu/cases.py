@@ -26,6 +26,13 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "stochastic depth": ("--model.drop_path=0.1",),
     "one channel": ("--data.channels=1", "--data.mean=[0.5]", "--data.std=[0.2]"),
     "pixels as they are": ("--target.norm_pix=false",),
+    "parts of one's own": (
+        "--model.positions=learned",
+        "--model.registers=2",
+        "--model.layer_scale=0.1",
+        "--model.qk_norm=true",
+        "--model.mlp=swiglu",
+    ),
     "rotary positions": ("--model.positions=rope",),
     "rotary positions of DINOv3": ("--model.arch=vit_small_patch16_dinov3", "--score.source=first"),
     "learned frequencies": ("--model.arch=vit_small_patch16_rope_mixed_ape_224",),
