@@ -120,7 +120,7 @@ def test_to_timm_loads_strictly():
 
 def test_file_with_its_command_line(tmp_path):
     path = tmp_path / "mae.pth"
-    weights = {"cls_token": torch.zeros(1), "patch_embed.proj.weight": torch.zeros(1, 3, 2, 2)}
+    weights = {"cls_token": torch.zeros(1, 1, 1), "patch_embed.proj.weight": torch.zeros(1, 3, 2, 2)}
     torch.save({"model": weights, "args": argparse.Namespace(lr=1.0)}, path)
     assert read_weights(str(path)).tensors.keys() == {f"encoder.{name}" for name in weights}
 
