@@ -57,7 +57,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    arch: u.Name = setting("vit_base_patch16_224", "timm's name of a VisionTransformer", "paper", "shape")
+    arch: u.Name = setting("vit_base_patch16_224", "timm's name of a ViT: docs/architectures.md", "paper", "shape")
     patch_size: u.whole("pixels", 0, 32) = setting(0, "side of a patch; 0: the architecture's own", "paper", "shape")
     embed_dim: u.WidthOr0 = setting(0, "width of the encoder; 0: the architecture's own", "paper", "shape")
     depth: u.BlocksOr0 = setting(0, "blocks of the encoder; 0: the architecture's own", "paper", "shape")

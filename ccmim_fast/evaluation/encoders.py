@@ -94,8 +94,7 @@ def build_encoder(
         normed_once = f"{_POOLED_NORM}weight" in weights.tensors
         pools = "avg" if normed_once else "token" if options["class_token"] else ""
         options |= {"fc_norm": normed_once, "global_pool": pools}
-    if pool == "cls" and not options.get("class_token", True):
-        raise ConfigError(f"model.pool=cls: {weights.name} has no [CLS] token; nearest valid is avg")
+    _check_pool(weights, pool)
     options |= {"drop_path_rate": drop_path} if drop_path else {}
     options |= {"dynamic_img_size": True} if any_size else {}
     if pool:
@@ -132,6 +131,14 @@ class _OfGrid:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._vit, name)
+
+
+def _check_pool(weights: Weights, pool: str) -> None:
+    """Refuse a pooling that is not of the weights' tokens."""
+    if pool == "cls" and weights.tensors and "cls_token" not in weights.tensors:
+        raise ConfigError(f"model.pool=cls: {weights.name} has no [CLS] token; nearest valid is avg")
+    if pool == "avg" and "dist_token" in weights.tensors:
+        raise ConfigError(f"model.pool=avg: {weights.name} has the heads of a distilled DeiT; nearest valid is cls")
 
 
 def _sizes_in(tensors: dict[str, Tensor]) -> dict[str, int | bool]:

@@ -8,11 +8,15 @@ import torch
 from made_run import make_run
 from safetensors import safe_open
 from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
 from tiny import images
 
 from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.cli import main
+from ccmim_fast.config.evaluation import EvalOptimConfig
+from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.encoders import Encoder, build_encoder, read_encoder
+from ccmim_fast.evaluation.finetune import build_optimizer
 from ccmim_fast.models.tokens import tokens_of
 
 NEAR = {"rtol": 0, "atol": 1e-5}
@@ -77,7 +81,7 @@ def test_round_trip(tmp_path, name):
 
 
 def test_timms_weights_with_parts_come_in(tmp_path):
-    """A file of timm's tells its parts by its weights; another size of images resamples learned positions."""
+    """A file of timm's tells its parts by its weights; the initial layer scale is DINOv2's, which no weight tells."""
     made = timm.create_model(
         "vit_tiny_patch16_224", img_size=(32, 48), patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0,
         reg_tokens=2, init_values=0.1, qk_norm=True,
@@ -91,11 +95,21 @@ def test_timms_weights_with_parts_come_in(tmp_path):
     assert (model.registers, model.layer_scale, model.qk_norm, model.mlp) == (2, 1e-5, True, "own")
 
 
+def test_learned_positions_are_resampled_for_images_of_another_size(tmp_path):
+    """As timm does; they stay learned, and those of the prefix stay what they are."""
+    model, _ = make_run(tmp_path / "run", model={"positions": "learned", "registers": 2})
+    file, back = tmp_path / "encoder.safetensors", tmp_path / "back"
+    assert main(["export", "timm", str(tmp_path / "run"), str(file)]) == 0
+    assert main(["import", str(file), "--out", str(back), "--data.image_size=[16,64]", *HEADS]) == 0
+    found, own = open_run(str(back)).model.encoder.pos_embed, model.encoder.pos_embed
+    expected = resample_abs_pos_embed(own, new_size=(2, 8), old_size=(4, 6), num_prefix_tokens=3)
+    torch.testing.assert_close(found, expected, **NEAR)
+    assert found.requires_grad
+    assert torch.equal(found[:, :3], own[:, :3])
+
+
 def test_a_fine_tuned_encoder_has_them(tmp_path):
     """Fine-tuning and its rates by depth: registers and positions with the patch embedding, gamma with its block."""
-    from ccmim_fast.config.evaluation import EvalOptimConfig
-    from ccmim_fast.evaluation.finetune import build_optimizer
-
     make_run(tmp_path / "run", model=PARTS["all"])
     vit = build_encoder(read_encoder(str(tmp_path / "run")), (32, 48), num_classes=5, pool="avg", drop_path=0.1)
     assert vit(torch.zeros(2, 3, 32, 48)).shape == (2, 5)
@@ -110,6 +124,15 @@ def test_a_fine_tuned_encoder_has_them(tmp_path):
     assert found["blocks.0.ls1.gamma"] == found["blocks.0.attn.q_norm.weight"] == (2 * first, 0.0)
     assert found["blocks.0.mlp.fc1.weight"] == (2 * first, 0.05)
     assert found["head.weight"] == (1.0, 0.05)
+
+
+def test_a_distilled_encoder_is_fine_tuned_from_its_two_tokens(tmp_path):
+    make_run(tmp_path / "run", model=PARTS["distilled"])
+    weights = read_encoder(str(tmp_path / "run"))
+    vit = build_encoder(weights, (32, 48), num_classes=5, pool="cls")
+    assert vit(torch.zeros(2, 3, 32, 48)).shape == (2, 5)
+    with pytest.raises(ConfigError, match=r"model\.pool=avg: .* distilled DeiT; nearest valid is cls"):
+        build_encoder(weights, (32, 48), num_classes=5, pool="avg")
 
 
 @pytest.mark.parametrize(
