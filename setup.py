@@ -10,8 +10,9 @@ from setuptools import find_packages, setup
 INSTALL_REQUIRES = [
     "torch>=2.7.1",
     "torchvision>=0.22.1",
-    # 1.0.26 reads the folders that `ccmim export timm` writes; from 1.0.28 on registers are of the first layer's rate.
-    "timm>=1.0.28",
+    # 1.0.26 reads the folders that `ccmim export timm` writes, 1.0.28 counts registers to the first layer, 1.0.30 has
+    # norms of queries and keys in Eva, 1.0.31 mixed rotary positions in float64.
+    "timm>=1.0.31",
     "numpy>=1.26",
     "pillow>=10.1",
     "pyarrow>=16",  # knows binary views

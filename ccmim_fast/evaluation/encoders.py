@@ -3,7 +3,7 @@
 # B batch, H height, W width, C channels, T tokens (prefix tokens first), D width
 
 from collections.abc import Mapping
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any, Literal
 
 import timm
@@ -112,19 +112,25 @@ def build_encoder(
         raise ConfigError(f"model.arch={weights.arch} is a {type(vit).__name__}; it must be timm's {known} here")
     if weights.tensors:
         _fill(vit, weights, resample)
-    if any_size and resample == "plain" and isinstance(vit, VisionTransformer) and vit.pos_embed is not None:
+    if any_size and resample == "plain" and isinstance(vit, ENCODERS) and vit.pos_embed is not None:
         vit._pos_embed = MethodType(_add_positions, vit)
     return vit
 
 
-def _add_positions(vit: VisionTransformer, x_BRCD: Tensor) -> Tensor:
-    """Stand in for timm's method of an encoder of any size of images, whose filter is antialiased."""
-    positions_1TD = resampled(vit.pos_embed, vit.patch_embed.grid_size, tuple(x_BRCD.shape[1:3]), antialias=False)
-    x_BTD, tokens = x_BRCD.flatten(1, 2), [token for token in (vit.cls_token, vit.reg_token) if token is not None]
-    if vit.no_embed_class:
-        x_BTD, positions_1TD = x_BTD + positions_1TD, 0
-    x_BTD = torch.cat([*(token.expand(len(x_BTD), -1, -1) for token in tokens), x_BTD], dim=1)
-    return vit.pos_drop(x_BTD + positions_1TD)
+def _add_positions(vit: nn.Module, x_BRCD: Tensor) -> Any:
+    """Stand in for timm's `_pos_embed` of an encoder of any size of images, whose filter is antialiased."""
+    return type(vit)._pos_embed(_OfGrid(vit, tuple(x_BRCD.shape[1:3])), x_BRCD)
+
+
+class _OfGrid:
+    """This is an encoder, as timm's method sees it, that has positions of the very grid of a batch."""
+
+    def __init__(self, vit: nn.Module, grid: tuple[int, int]):
+        self._vit, self.patch_embed = vit, SimpleNamespace(grid_size=grid)
+        self.pos_embed = resampled(vit.pos_embed, vit.patch_embed.grid_size, grid, antialias=False)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._vit, name)
 
 
 def _check_pool(weights: Weights, pool: str) -> None:

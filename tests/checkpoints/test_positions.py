@@ -67,7 +67,8 @@ def test_antialiased_positions_are_timms_and_others():
 
 @pytest.mark.parametrize("resample", ["antialias", "plain"])
 @pytest.mark.parametrize(
-    "arch", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_wee_patch16_reg1_gap_256"]
+    "arch",
+    ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_wee_patch16_reg1_gap_256", "eva02_tiny_patch14_224"],
 )
 def test_an_encoder_of_any_size_is_that_of_each_size(resample, arch):
     """Its positions are resampled for each batch as those of an encoder built for that size; with registers too."""

@@ -1,6 +1,5 @@
 """The encoder's parts against timm's own forward pass."""
 
-import inspect
 from functools import partial
 
 import pytest
@@ -93,9 +92,8 @@ def test_block_is_timms_where_timm_makes_it(options):
     torch.testing.assert_close(found, theirs(x_BCHW))
     block, x_BTD = ours.blocks[0].eval(), torch.randn(2, 7, 48, dtype=torch.float64)
     torch.testing.assert_close(block(x_BTD, query_BQD=x_BTD[:, 2:5]), theirs.blocks[0].eval()(x_BTD)[:, 2:5])
-    causal = block(x_BTD, is_causal=True)
-    if "is_causal" in inspect.signature(Block.forward).parameters:  # not of timm 1.0.21
-        torch.testing.assert_close(causal, theirs.blocks[0](x_BTD, is_causal=True))
+    causal = theirs.blocks[0](x_BTD, is_causal=True)
+    torch.testing.assert_close(block(x_BTD, is_causal=True), causal)
     assert not torch.equal(causal, block(x_BTD))
 
 
