@@ -77,6 +77,7 @@ def test_dropout_drops():
 
 
 def test_missing_xformers_is_named(monkeypatch):
+    monkeypatch.delitem(sys.modules, "xformers", raising=False)  # another test may have it
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MachineError, match=r"train\.attention=xformers: not installed; pip install xformers"):
         check_attention("xformers", torch.device("cuda"))
