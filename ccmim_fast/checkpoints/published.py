@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ccmim_fast.checkpoints.claims import check_claims, check_size
 from ccmim_fast.checkpoints.convert import to_timm
 from ccmim_fast.checkpoints.eva import ANCHORS, likely_arch
-from ccmim_fast.checkpoints.layouts import recognised
+from ccmim_fast.checkpoints.layouts import as_architecture, recognised
 from ccmim_fast.checkpoints.positions import grid_of_file, of_grid
 from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.checkpoints.weight_files import OF_WIDTH, is_model_folder, read_file, read_folder
@@ -79,6 +79,7 @@ def read_weights(place: str) -> Weights:
     if wrong := [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise CheckpointError(f"{place}: not finite: {_named(set(wrong))}")
     told = told._replace(arch=told.arch or likely_arch(tensors, told.num_heads))
+    tensors = as_architecture(tensors, layout, told.arch, told.image_size)
     return Weights(place, tensors, **told._asdict(), layout=layout + _without_positions(tensors))
 
 
