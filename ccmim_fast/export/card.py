@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from torch import nn
 
 from ccmim_fast.checkpoints.run import OpenedRun
 from ccmim_fast.config.evaluation import EvalConfig
@@ -20,6 +21,7 @@ from ccmim_fast.export.plain import commit_of, method, public
 from ccmim_fast.export.targets import TARGETS
 from ccmim_fast.models.tokens import patch_size_of
 from ccmim_fast.report.curves import read_metrics
+from ccmim_fast.runs.state import METRICS
 
 _LOSSES = ("epoch", "loss", "recons", "contrast")
 
@@ -40,7 +42,8 @@ def write_card(
         by_score=config.mask.strategy.startswith("importance"),
         contrast=config.contrast.loss != "none",
         commit=commit_of(run.folder),
-        facts=_facts(target, run),
+        facts={"optimizer steps": f"{run.step:,}", "images of an epoch": f"{run.samples:,}"}
+        | _facts(target, run, run.model.encoder, config.data.channels),
         name=name,
         folder=out.name,  # not its path: where it lies on this machine is nobody's business
         prefix=run.model.encoder.num_prefix_tokens,
@@ -63,13 +66,8 @@ def write_classifier_card(
     facts = {
         "classes": len(of.classes),
         "test images named right": "unknown" if of.accuracy is None else f"{of.accuracy:.2%}",
-        "image size": f"{_size(data.image_size)}, {len(encoder.mean)} channels",
-        "patch": patch_size_of(of.vit),
         "pooling": "[CLS]" if of.vit.global_pool == "token" else "mean over the patches",
-        "width, blocks": f"{of.vit.embed_dim}, {len(of.vit.blocks)}",
-        "parameters": f"{sum(p.numel() for p in of.vit.parameters()) / 1e6:.1f} M",
         "optimizer steps of the classifier": f"{of.step:,}",
-        "weights": "moving average" if of.averaged else "of the last step",
     }
     return _written(
         "classifier_card.md",
@@ -79,7 +77,7 @@ def write_classifier_card(
         kind=of.kind,
         arch=encoder.arch,
         commit=commit_of(of.folder),
-        facts=facts | ({"ONNX opset": OPSET} if target == "onnx" else {}),
+        facts=facts | _facts(target, of, of.vit, len(encoder.mean)),
         name=name,
         folder=out.name,
         size=_size(data.image_size),
@@ -98,7 +96,7 @@ def write_classifier_card(
 def _written(template: str, out: Path, **words: Any) -> Path:
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined)
     path = out / "README.md"
-    path.write_text(templates.get_template(template).render(**words), errors="replace")
+    path.write_text(templates.get_template(template).render(**words), encoding="utf-8", errors="replace")
     return path
 
 
@@ -125,16 +123,14 @@ def _backend(max_value: tuple[float, ...]) -> str:
     return "torchvision" if max_value else "pil"
 
 
-def _facts(target: str, run: OpenedRun) -> dict[str, Any]:
-    vit, config = run.model.encoder, run.config
+def _facts(target: str, of: OpenedRun | OpenedClassifier, vit: nn.Module, channels: int) -> dict[str, Any]:
+    """Return the rows of the table that a run and a classifier have alike."""
     facts = {
-        "image size": f"{_size(config.data.image_size)}, {config.data.channels} channels",
+        "image size": f"{_size(of.config.data.image_size)}, {channels} channels",
         "patch": patch_size_of(vit),
         "width, blocks": f"{vit.embed_dim}, {len(vit.blocks)}",
-        "parameters of the encoder": f"{sum(p.numel() for p in vit.parameters()) / 1e6:.1f} M",
-        "optimizer steps": f"{run.step:,}",
-        "images of an epoch": f"{run.samples:,}",
-        "weights": "moving average" if run.averaged else "of the last step",
+        "parameters of the ViT": f"{sum(p.numel() for p in vit.parameters()) / 1e6:.1f} M",
+        "weights": "moving average" if of.averaged else "of the last step",
     }
     return facts | {"ONNX opset": OPSET} if target == "onnx" else facts
 
@@ -151,7 +147,7 @@ def read_result(path: str) -> list[tuple[str, str]]:
 
 
 def _last_losses(run: Path) -> list[tuple[str, str]]:
-    found = (read_metrics(run / "metrics.jsonl") or [{}])[-1]
+    found = (read_metrics(run / METRICS) or [{}])[-1]
     figures = {key: found[key] for key in _LOSSES if type(found.get(key)) in (int, float)}
     return [(key, f"{value:.4g}") for key, value in figures.items() if math.isfinite(value)]
 
