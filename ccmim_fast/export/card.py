@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
 from ccmim_fast.checkpoints.run import OpenedRun
@@ -66,7 +67,7 @@ def write_classifier_card(
     facts = {
         "classes": len(of.classes),
         "test images named right": "unknown" if of.accuracy is None else f"{of.accuracy:.2%}",
-        "pooling": "[CLS]" if of.vit.global_pool == "token" else "mean over the patches",
+        "pooling": _pooling(of.vit),
         "optimizer steps of the classifier": f"{of.step:,}",
     }
     return _written(
@@ -103,6 +104,12 @@ def _written(template: str, out: Path, **words: Any) -> Path:
 def _size(image_size: tuple[int, int]) -> str:
     height, width = image_size
     return f"{height} x {width}"
+
+
+def _pooling(vit: nn.Module) -> str:
+    if isinstance(vit, VisionTransformerDistilled):
+        return "[CLS] and the distillation token"
+    return "[CLS]" if vit.global_pool == "token" else "mean over the patches"
 
 
 def _white(target: str, max_value: tuple[float, ...]) -> str:

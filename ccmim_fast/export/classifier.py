@@ -100,9 +100,9 @@ def export_vit(of: OpenedClassifier, out: Path) -> list[Path]:
     Raises ConfigError: transformers cannot express the architecture, or the pooling.
     """
     vit, norm = of.vit, "fc_norm" if "fc_norm.weight" in of.vit.state_dict() else "norm"
+    refuse("hf-vit", obstacles(vit, norm))
     if (vit.global_pool, norm) == ("avg", "norm"):
         refuse("hf-vit", ["a classifier of the mean of tokens that are normed one by one"])
-    refuse("hf-vit", obstacles(vit, norm))
     weights, theirs = _as_vit(vit, norm) if vit.global_pool == "token" else _as_beit(vit)
     settings = config_of(vit) | theirs
     settings |= {

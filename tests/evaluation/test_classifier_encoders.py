@@ -74,12 +74,22 @@ def by_hand(run, features_BD):
         {"arch": "deit3_small_patch16_224"},
         {"arch": "vit_tiny_patch16_224", "positions": "rope"},
         {"arch": "vit_tiny_patch16_224", "registers": 2, "mlp": "swiglu", "layer_scale": 0.1, "qk_norm": True},
-        {"arch": "deit_tiny_distilled_patch16_224"},
     ],
 )
 def test_classifiers_of_other_encoders(tmp_path, model):
-    """Rotary positions, registers, layer scale, gates, two heads: the same function by timm, and from each export."""
-    run = fine_tuned(tmp_path, model, "cls" if "distilled" in model["arch"] else "avg")
+    """Rotary positions, registers, layer scale, gates: the same function by timm, and from each export."""
+    check_exports(fine_tuned(tmp_path, model, "avg"), tmp_path)
+
+
+def test_a_distilled_classifier_keeps_both_heads(tmp_path, capsys):
+    check_exports(fine_tuned(tmp_path, {"arch": "deit_tiny_distilled_patch16_224"}, "cls"), tmp_path)
+    assert "| pooling | [CLS] and the distillation token |" in (tmp_path / "out" / "README.md").read_text()
+    assert main(["export", "hf-vit", str(tmp_path / "run" / "eval" / "finetune"), str(tmp_path / "hf")]) == 2
+    assert "cannot express a VisionTransformerDistilled, the weights dist_token; " in capsys.readouterr().err
+
+
+def check_exports(run, tmp_path):
+    """The weights are those that were trained; timm's module of the export gives the logits of each way to open it."""
     assert main(["export", "timm", str(run), str(tmp_path / "out")]) == 0
     vit, images = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval(), pixels()
     opened, trained = open_classifier(str(run)).vit.state_dict(), io.newest(run / "checkpoints").state["model"]
