@@ -113,6 +113,7 @@ def write_timm(weights: dict[str, Tensor], facts: dict[str, str], config: dict[s
 
 def timm_config(arch: str, vit: nn.Module, arguments: dict[str, Any], preprocessing: dict[str, Any]) -> dict[str, Any]:
     """Return what a folder's config.json tells timm: how to build the module, and how images are prepared."""
+    heads = ["head", "head_dist"] if hasattr(vit, "head_dist") else "head"  # that start anew for other classes
     return {
         "architecture": arch,
         "num_classes": vit.num_classes,
@@ -120,7 +121,7 @@ def timm_config(arch: str, vit: nn.Module, arguments: dict[str, Any], preprocess
         "global_pool": arguments["global_pool"],
         "model_args": arguments,
         "pretrained_cfg": preprocessing
-        | {"num_classes": vit.num_classes, "first_conv": "patch_embed.proj", "classifier": "head"},
+        | {"num_classes": vit.num_classes, "first_conv": "patch_embed.proj", "classifier": heads},
     }
 
 

@@ -83,6 +83,8 @@ def test_classifiers_of_other_encoders(tmp_path, model):
 
 def test_a_distilled_classifier_keeps_both_heads(tmp_path, capsys):
     check_exports(fine_tuned(tmp_path, {"arch": "deit_tiny_distilled_patch16_224"}, "cls"), tmp_path)
+    other = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=7)
+    assert (len(other.head.weight), len(other.head_dist.weight)) == (7, 7), "heads for other classes start anew"
     assert "| pooling | [CLS] and the distillation token |" in (tmp_path / "out" / "README.md").read_text()
     assert main(["export", "hf-vit", str(tmp_path / "run" / "eval" / "finetune"), str(tmp_path / "hf")]) == 2
     assert "cannot express a VisionTransformerDistilled, the weights dist_token; " in capsys.readouterr().err
