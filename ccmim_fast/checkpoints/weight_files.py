@@ -86,7 +86,7 @@ def read_folder(folder: Path) -> tuple[Mapping[str, Any], Told]:
         found, of_file = read_file(str(folder / name))
         weights |= found
     config, preparation = _json(folder / _CONFIG), {}
-    if of_file.arch and "architecture" in config:  # an export of ours, which tells more than its config.json
+    if of_file.arch:  # an export of ours, which tells more than its config.json
         return weights, of_file
     if (folder / _PREPROCESSOR).is_file():
         preparation = _json(folder / _PREPROCESSOR)
