@@ -132,14 +132,16 @@ def test_a_probe_of_a_distilled_encoder_has_one_head(trained_probe, tmp_path, po
         torch.testing.assert_close(theirs(images), expected, **NEAR)
 
 
-def test_a_probe_of_cls_whose_norm_stands_behind_pooling(trained_probe, tmp_path):
-    """A norm of [CLS] alone is one of every token, as transformers has it."""
+@pytest.mark.parametrize("pool", ["cls", "avg"])
+def test_a_probe_whose_norm_stands_behind_pooling(trained_probe, tmp_path, pool):
+    """A norm of [CLS] alone is one of every token, as transformers' ViT has it; one of the mean is BEiT's."""
     transformers = pytest.importorskip("transformers")
-    run, vit = trained_probe("vit_tiny_patch16_224", "cls", "fc_norm")
-    images = pixels()
+    run, vit = trained_probe("vit_tiny_patch16_224", pool, "fc_norm")
+    images, norm, vit.norm = pixels(), vit.norm, torch.nn.Identity()
     assert main(["export", "hf-vit", str(run), str(tmp_path / "out")]) == 0
     model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
-        expected = by_hand(run, vit.forward_features(images)[:, 0])
+        tokens = vit.forward_features(images)
+        expected = by_hand(run, norm(tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(1)))
         torch.testing.assert_close(model(pixel_values=images).logits, expected, **NEAR)
         torch.testing.assert_close(open_classifier(str(tmp_path / "out")).vit(images), expected, **NEAR)
