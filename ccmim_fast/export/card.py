@@ -43,8 +43,8 @@ def write_card(
         by_score=config.mask.strategy.startswith("importance"),
         contrast=config.contrast.loss != "none",
         commit=commit_of(run.folder),
-        facts={"optimizer steps": f"{run.step:,}", "images of an epoch": f"{run.samples:,}"}
-        | _facts(target, run, run.model.encoder, config.data.channels),
+        facts=_facts(target, run, run.model.encoder, config.data.channels)
+        | {"optimizer steps": f"{run.step:,}", "images of an epoch": f"{run.samples:,}"},
         name=name,
         folder=out.name,  # not its path: where it lies on this machine is nobody's business
         prefix=run.model.encoder.num_prefix_tokens,

@@ -12,9 +12,10 @@ import timm
 import torch
 from made_run import make_run
 from PIL import Image
-from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ccmim_fast.checkpoints import io
+from ccmim_fast.checkpoints.weight_files import read_safetensors
 from ccmim_fast.cli import main
 from ccmim_fast.commands.eval import evaluate
 from ccmim_fast.commands.predict import SUFFIXES
@@ -153,9 +154,7 @@ def test_timm_gives_the_logits(trained, encoder, tmp_path, name):
     file = tmp_path / "classifier.safetensors"
     assert main(["export", "timm", str(run), str(file)]) == 0
     assert main(["export", "timm", str(run), str(tmp_path / "folder")]) == 0
-    with safe_open(file, "pt") as opened:
-        about = opened.metadata()
-        weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    weights, about = read_safetensors(str(file))
     by_hand = timm.create_model(about["timm_arch"], num_classes=CLASSES, **json.loads(about["timm_arguments"])).eval()
     by_hand.load_state_dict(weights)
     folder = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
@@ -261,6 +260,43 @@ def test_places_that_hold_no_classifier(trained, encoder, tested, tmp_path, caps
         (line,) = capsys.readouterr().err.splitlines()
         assert words in line, line
     assert not (tmp_path / "x.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"classes": "5"}, "what it tells of itself is damaged"),
+        ({"classes": '["disc"]'}, "3 logits for 1 classes"),
+        ({"timm_arguments": '{"img_size": [32, 32], "num_heads": 3}'}, "what it tells of itself is damaged"),
+        ({"timm_arguments": '{"img_size": [32, 32], "num_heads": 3, "global_pool": "map"}'}, "its head does not fit"),
+        ({"timm_arguments": '{"img_size": [32, 32], "num_heads": 3, "global_pool": {}}'}, "its head does not fit"),
+    ],
+)
+def test_an_export_that_tells_nonsense_of_itself_is_a_line(trained, tested, tmp_path, capsys, told, words):
+    file = tmp_path / "classifier.safetensors"
+    assert main(["export", "timm", str(trained("avg")), str(file)]) == 0
+    weights, about = read_safetensors(str(file))
+    save_file(weights, file, about | told)
+    assert main(["predict", str(file), str(tested), f"--out={tmp_path / 'x.csv'}", "--device=cpu"]) == 5
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+def test_a_head_of_another_kind_is_a_line(trained, tmp_path, capsys, tested):
+    """Without a bias, or two heads for an encoder that has one: what is there and what is expected are named."""
+    file = tmp_path / "classifier.safetensors"
+    assert main(["export", "timm", str(trained("avg")), str(file)]) == 0
+    weights, about = read_safetensors(str(file))
+    two = weights | {f"head_dist.{kind}": weights[f"head.{kind}"].clone() for kind in ("weight", "bias")}
+    for changed, found in (
+        ({name: value for name, value in weights.items() if name != "head.bias"}, "head.weight"),
+        ({name: value for name, value in weights.items() if not name.startswith("head.")}, "none"),
+        (two, "head.bias, head.weight, head_dist.bias, head_dist.weight"),
+    ):
+        save_file(changed, file, about)
+        assert main(["predict", str(file), str(tested), f"--out={tmp_path / 'x.csv'}", "--device=cpu"]) == 5
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith(f"expected head.bias, head.weight, found {found}"), line
 
 
 def test_a_table_takes_no_others_place(trained, tested, tmp_path, capsys):
