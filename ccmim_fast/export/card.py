@@ -11,14 +11,12 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
 from ccmim_fast.checkpoints.run import OpenedRun
-from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.keys import show
 from ccmim_fast.config.load import difference
-from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.classifier import OpenedClassifier
 from ccmim_fast.export.graphs import OPSET
-from ccmim_fast.export.plain import commit_of, method, public
+from ccmim_fast.export.plain import Images, commit_of, method, public
 from ccmim_fast.export.targets import TARGETS
 from ccmim_fast.models.tokens import patch_size_of
 from ccmim_fast.report.curves import read_metrics
@@ -34,28 +32,21 @@ def write_card(
     config = run.config
     return _written(
         "card.md",
+        target,
+        run,
+        config.data,
         out,
-        target=target,
-        library=TARGETS[target].library,
+        name,
+        evaluation,
         method=method(config),
         arch=config.model.arch,
         ratio=f"{config.mask.ratio:.0%}",
         by_score=config.mask.strategy.startswith("importance"),
         contrast=config.contrast.loss != "none",
-        commit=commit_of(run.folder),
         facts=_facts(target, run, run.model.encoder, config.data.channels)
         | {"optimizer steps": f"{run.step:,}", "images of an epoch": f"{run.samples:,}"},
-        name=name,
-        folder=out.name,  # not its path: where it lies on this machine is nobody's business
         prefix=run.model.encoder.num_prefix_tokens,
-        size=_size(config.data.image_size),
-        mean=list(config.data.mean),
-        std=list(config.data.std),
-        white=_white(target, config.data.max_value),
-        backend=_backend(config.data.max_value),
-        changed=[(key, _cell(show(value))) for key, _, value in difference(Config(), public(config))],
         losses=_last_losses(run.folder),
-        evaluation=evaluation,
     )
 
 
@@ -72,29 +63,46 @@ def write_classifier_card(
     }
     return _written(
         "classifier_card.md",
+        target,
+        of,
+        encoder,
         out,
-        target=target,
-        library=TARGETS[target].library,
+        name,
+        evaluation,
         kind=of.kind,
         arch=encoder.arch,
-        commit=commit_of(of.folder),
         facts=facts | _facts(target, of, of.vit, len(encoder.mean)),
-        name=name,
-        folder=out.name,
-        size=_size(data.image_size),
         crop=f"{data.test_crop:.4g}",
         exact=data.image_size[0] == data.image_size[1],
-        mean=list(encoder.mean),
-        std=list(encoder.std),
-        white=_white(target, encoder.max_value),
-        backend=_backend(encoder.max_value),
-        changed=[(key, _cell(show(value))) for key, _, value in difference(EvalConfig(), public(of.config))],
         classes=[_cell(one) for one in of.classes],
-        evaluation=evaluation,
     )
 
 
-def _written(template: str, out: Path, **words: Any) -> Path:
+def _written(
+    template: str,
+    target: str,
+    of: OpenedRun | OpenedClassifier,
+    images: Images,
+    out: Path,
+    name: str,
+    evaluation: Sequence[tuple[str, str]],
+    **words: Any,
+) -> Path:
+    """Fill a form with `words`, and with what the cards of a run and of a classifier say alike."""
+    words |= {
+        "target": target,
+        "library": TARGETS[target].library,
+        "commit": commit_of(of.folder),
+        "name": name,
+        "folder": out.name,  # not its path: where it lies on this machine is nobody's business
+        "size": _size(of.config.data.image_size),
+        "mean": list(images.mean),
+        "std": list(images.std),
+        "white": _white(target, images.max_value),
+        "backend": _backend(images.max_value),
+        "changed": [(key, _cell(show(value))) for key, _, value in difference(type(of.config)(), public(of.config))],
+        "evaluation": evaluation,
+    }
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined)
     path = out / "README.md"
     path.write_text(templates.get_template(template).render(**words), encoding="utf-8", errors="replace")
