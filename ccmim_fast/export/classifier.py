@@ -8,7 +8,6 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from ccmim_fast.checkpoints.published import timms_own
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.classifier import Logits, OpenedClassifier
 from ccmim_fast.evaluation.encoders import eva_form
@@ -16,6 +15,7 @@ from ccmim_fast.export.graphs import write_onnx, write_program
 from ccmim_fast.export.hugging_face import config_of, expressed, obstacles, refuse, renamed, whole_images, write_folder
 from ccmim_fast.export.plain import commit_of, public, timm_config, timm_images, to_yaml, write_json, write_weights
 from ccmim_fast.export.timm_model import rebuilds, written_form
+from ccmim_fast.models.encoder import timms_own
 from ccmim_fast.models.parts import parts_in
 from ccmim_fast.models.tokens import patch_size_of
 
@@ -34,9 +34,10 @@ def _form(of: OpenedClassifier) -> tuple[str, dict[str, Any]]:
         "num_heads": vit.blocks[0].attn.num_heads,
         "fc_norm": "fc_norm.weight" in weights,
     }
+    sizes |= parts_in(weights, timms_own(arch))
     if isinstance(vit, Eva):
         return eva_form(of.encoder, weights, sizes)
-    return written_form(arch, arch, sizes | parts_in(weights, timms_own(arch)))
+    return written_form(arch, arch, sizes)
 
 
 def about(of: OpenedClassifier) -> dict[str, str]:
