@@ -44,20 +44,23 @@ def _mlp(own: nn.Module, arch: str, width: int, kind: str) -> dict[str, Any]:
     if kind == "gelu":
         if not gated:
             return {} if type(mlp.act) is nn.GELU else {"act_layer": nn.GELU}
-        return {"mlp_layer": Mlp, "act_layer": nn.GELU, "mlp_ratio": _ratio(_rounded(hidden * 3 / 2), width)}
+        return {"mlp_layer": Mlp, "act_layer": nn.GELU, "mlp_ratio": ratio(_rounded(hidden * 3 / 2), width)}
     if gated and isinstance(mlp.act, nn.SiLU):
         return {}
     # The first layer has the gates, and what they let through.
     rows = 2 * _rounded(hidden if gated else hidden * 2 / 3)
-    return {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": _ratio(rows, width)}
+    return {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": ratio(rows, width)}
 
 
 def _rounded(hidden: float) -> int:
     return math.ceil(round(hidden, 6) / _ALIGNED) * _ALIGNED
 
 
-def _ratio(hidden: int, width: int) -> float:
-    """Return a number whose product with `width` timm cuts off to `hidden`."""
+def ratio(hidden: int, width: int) -> float:
+    """Return `mlp_ratio`, whose product with `width` timm cuts off to `hidden` channels.
+
+    Half of it cuts off to half as many: it is the very number of `hidden / 2`.
+    """
     return math.nextafter(hidden / width, math.inf)
 
 
@@ -94,8 +97,8 @@ def parts_in(weights: Mapping[str, Tensor], own: nn.Module) -> dict[str, Any]:
         found |= (
             {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU} if gated else {"mlp_layer": Mlp, "act_layer": nn.GELU}
         )
-    if rows * own.embed_dim != len(names["blocks.0.mlp.fc1.weight"]) * width:
-        found["mlp_ratio"] = _ratio(rows, width)
+    if "mlp_layer" in found or rows * own.embed_dim != len(names["blocks.0.mlp.fc1.weight"]) * width:
+        found["mlp_ratio"] = ratio(rows, width)
     return found
 
 

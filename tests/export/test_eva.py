@@ -23,6 +23,8 @@ MODELS = {
     "learned frequencies": {"arch": "vit_base_patch16_rope_mixed_224"},
     "few keys": {"arch": "vit_large_patch16_sapiens2", "depth": 17, "num_heads": 4, "embed_dim": 64},
     "a plain one with rotations": {"positions": "rope"},
+    "its rotations alone": {"arch": "eva02_small_patch14_224", "positions": "rope"},
+    "new rotations alone": {"arch": "eva_giant_patch14_224", "positions": "rope"},
     "with parts of its own": {
         "positions": "rope",
         "registers": 2,
