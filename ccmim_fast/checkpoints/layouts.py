@@ -21,6 +21,7 @@ Tensors = dict[str, Tensor]
 _NETWORKS = ("model_ema", "ema", "teacher", "target_encoder", "base_encoder", "student", "momentum_encoder")
 _CONTAINERS = ("model", "state_dict", "module", "backbone", "encoder", "net", "network", "weights")
 _DEEPEST = 4  # containers in each other
+_RELATIVE = re.compile(r"\brel(ative)?_pos")  # BEiT, Swin, SAM, timm's vit_relpos_*: other names are alike
 
 
 class Layout(NamedTuple):
@@ -48,6 +49,9 @@ def recognised(found: Mapping[str, Any], name: str) -> tuple[Tensors, str]:
             prefix = min(prefixes, key=_rank)
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             own |= _decoder_beside(tensors, prefix)
+            if relative := [key for key in own if _RELATIVE.search(key)]:
+                reason = "relative positions, as of BEiT, which no encoder here has"
+                raise CheckpointError(f"{name}: {relative[0]!r:.100} tells {reason}; take a ViT without them")
             try:
                 renamed = layout.rename(own)
             except (ValueError, RuntimeError) as error:  # torch's, of parts that do not fit each other

@@ -250,6 +250,16 @@ def test_other_files_are_refused_by_name(weights, words):
         recognised(weights, "w.pth")
 
 
+@pytest.mark.parametrize("arch", ["beit_base_patch16_224", "vit_relpos_small_patch16_224", "samvit_base_patch16"])
+def test_relative_positions_are_refused_by_name(tmp_path, arch):
+    """BEiT has the very names of a DINOv3 but for these."""
+    model = timm.create_model(arch, img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=0)
+    for wrapped in (model.state_dict(), {"model": {f"module.{k}": v for k, v in model.state_dict().items()}}):
+        torch.save(wrapped, tmp_path / "w.pth")
+        with pytest.raises(CheckpointError, match=r"w\.pth: '.*rel.*_pos.*' tells relative positions, as of BEiT"):
+            read_weights(str(tmp_path / "w.pth"))
+
+
 def test_a_folder_that_is_damaged(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     save_file({"patch_embed.proj.weight": torch.zeros(8, 3, 2, 2)}, tmp_path / "model.safetensors")
@@ -257,6 +267,11 @@ def test_a_folder_that_is_damaged(tmp_path):
         read_weights(str(tmp_path))
     (tmp_path / "config.json").write_text('{"hidden_size": "wide"}')
     with pytest.raises(CheckpointError, match="what it tells of the model is damaged"):
+        read_weights(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(CheckpointError, match="holds no plain dictionary of tensors"):
         read_weights(str(tmp_path))
 
 
