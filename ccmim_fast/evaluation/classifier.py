@@ -45,7 +45,7 @@ class OpenedClassifier:
     step: int = 0  # optimizer steps of the evaluation
 
     @property
-    def whole_bytes(self) -> bool:
+    def rounds_to_uint8(self) -> bool:
         """Tell whether the images are shown as uint8, as fine-tuning does for timm's augmentation."""
         return self.kind == "fine-tuned"
 
