@@ -21,6 +21,7 @@ Tensors = dict[str, Tensor]
 _NETWORKS = ("model_ema", "ema", "teacher", "target_encoder", "base_encoder", "student", "momentum_encoder")
 _CONTAINERS = ("model", "state_dict", "module", "backbone", "encoder", "net", "network", "weights")
 _DEEPEST = 4  # containers in each other
+_PATCHES = "patch_embed.proj.weight"
 _RELATIVE = re.compile(r"\brel(ative)?_pos")  # BEiT, Swin, SAM, timm's vit_relpos_*: other names are alike
 
 
@@ -30,6 +31,7 @@ class Layout(NamedTuple):
     words: str
     anchor: str
     rename: Callable[[Tensors], Tensors]
+    patches: bool = False  # `_PATCHES` stands beside the anchor, which other networks have too
 
 
 def recognised(found: Mapping[str, Any], name: str) -> tuple[Tensors, str]:
@@ -45,6 +47,8 @@ def recognised(found: Mapping[str, Any], name: str) -> tuple[Tensors, str]:
         return tensors, _said("ccmim_fast's layout", path)
     for layout in LAYOUTS:
         prefixes = [key.removesuffix(layout.anchor) for key in tensors if f".{key}".endswith(f".{layout.anchor}")]
+        if layout.patches:
+            prefixes = [prefix for prefix in prefixes if f"{prefix}{_PATCHES}" in tensors]
         if prefixes:
             prefix = min(prefixes, key=_rank)
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -228,8 +232,11 @@ def _from_dinov3(own: Tensors) -> Tensors:
 
 LAYOUTS = (
     Layout("DINOv3's own names", "storage_tokens", _from_eva),
-    *(Layout("timm's names of its Eva family, as of EVA-02 and DINOv3", anchor, _from_eva) for anchor in eva.ANCHORS),
-    Layout("timm's names, as of MAE, DINO, DINOv2 and MoCo v3", "patch_embed.proj.weight", _from_timm),
+    *(
+        Layout("timm's names of its Eva family, as of EVA-02 and DINOv3", anchor, _from_eva, patches=True)
+        for anchor in eva.ANCHORS
+    ),
+    Layout("timm's names, as of MAE, DINO, DINOv2 and MoCo v3", _PATCHES, _from_timm),
     Layout("transformers' names", "embeddings.patch_embeddings.projection.weight", _from_transformers),
     Layout("transformers' names of DINOv3", "embeddings.patch_embeddings.weight", _from_dinov3),
 )

@@ -86,6 +86,10 @@ def build_encoder(
     Raises CheckpointError: names or shapes that do not fit the architecture; ConfigError: an architecture that takes no
     images of this size, or is none of `ENCODERS`.
     """
+    own = timms_own(weights.arch)
+    if (plain or weights.tensors) and not isinstance(own, ENCODERS):
+        known = " or ".join(of.__name__ for of in ENCODERS)
+        raise ConfigError(f"model.arch={weights.arch} is a {type(own).__name__}; it must be timm's {known} here")
     _check_pool(weights, pool)
     options = {"img_size": image_size, "num_classes": num_classes, "in_chans": len(weights.mean)}
     options |= _form_in(weights, num_heads) if weights.tensors else {}
@@ -95,15 +99,12 @@ def build_encoder(
         options |= {"global_pool": "token" if pool == "cls" else "avg", "fc_norm": pool == "avg" and fc_norm}
     try:
         name = weights.arch
-        if weights.positions == "rope" or isinstance(timms_own(name), Eva):
+        if weights.positions == "rope" or isinstance(own, Eva):
             name, options = eva_form(weights, weights.tensors, {"dynamic_img_size": False} | options)
         vit = timm.create_model(name, pretrained=False, **options)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         line = f"model.arch={weights.arch}: timm cannot build it for these images: {one_line(error)}"
         raise ConfigError(line) from None
-    if (plain or weights.tensors) and not isinstance(vit, ENCODERS):
-        known = " or ".join(of.__name__ for of in ENCODERS)
-        raise ConfigError(f"model.arch={weights.arch} is a {type(vit).__name__}; it must be timm's {known} here")
     if weights.tensors:
         _fill(vit, weights, resample)
     if any_size and resample == "plain" and isinstance(vit, ENCODERS) and vit.pos_embed is not None:

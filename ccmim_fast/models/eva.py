@@ -145,8 +145,9 @@ def _obstacle(own: nn.Module) -> str:
     block = own.blocks[0]
     if getattr(own, "dist_token", None) is not None:
         return "a token of distillation"
-    if type(block) is not Block or type(block.attn) is not Attention:
-        return f"blocks of another kind ({type(block).__name__})"
+    standard = (block, Block), (getattr(block, "attn", None), Attention)
+    if odd := [type(part).__name__ for part, kind in standard if type(part) is not kind]:
+        return f"blocks of another kind ({odd[0]})"
     # Behind the blocks, or behind the pooling, which becomes the former.
     last = own.fc_norm if isinstance(own.norm, nn.Identity) else own.norm
     norms = {(type(norm), getattr(norm, "eps", None)) for norm in (block.norm1, block.norm2, last)}
