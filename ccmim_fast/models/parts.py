@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from timm.layers import GluMlp, Mlp, SwiGLU, SwiGLUPacked
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -78,8 +79,11 @@ def check_parts(vit: nn.Module, arch: str, *, registers: int, layer_scale: float
 
 
 def parts_in(weights: Mapping[str, Tensor], own: nn.Module) -> dict[str, Any]:
-    """Return timm's arguments for parts that weights under timm's names have, and their architecture `own` has not."""
-    if not isinstance(own, VisionTransformer):
+    """Return timm's arguments for parts that weights under timm's names have, and their architecture `own` has not.
+
+    They are those of a VisionTransformer, which `eva.as_eva` turns into those of an Eva.
+    """
+    if not isinstance(own, (VisionTransformer, Eva)):
         return {}
     names, found = own.state_dict(), {}
     registers, mine = (of.get("reg_token") for of in (weights, names))
@@ -90,7 +94,7 @@ def parts_in(weights: Mapping[str, Tensor], own: nn.Module) -> dict[str, Any]:
     if has_qk_norm(weights) and not has_qk_norm(names):
         found["qk_norm"] = True
     first, last = (weights.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
-    if first is None or last is None or "blocks.0.mlp.fc1.weight" not in names:
+    if isinstance(own, Eva) or first is None or last is None or "blocks.0.mlp.fc1.weight" not in names:
         return found
     rows, width, gated = len(first), first.shape[1], len(first) == 2 * last.shape[1]
     if gated != isinstance(own.blocks[0].mlp, GluMlp):
