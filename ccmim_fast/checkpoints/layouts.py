@@ -26,6 +26,8 @@ _TRANSFORMERS = "transformers' names"  # of its ViTs but DINOv3
 _NETWORKS = ("model_ema", "ema", "teacher", "target_encoder", "base_encoder", "student", "momentum_encoder")
 _CONTAINERS = ("model", "state_dict", "module", "backbone", "encoder", "net", "network", "weights")
 _DEEPEST = 4  # containers in each other
+_PATCHES = "patch_embed.proj.weight"
+_RELATIVE = re.compile(r"\brel(ative)?_pos")  # BEiT, Swin, SAM, timm's vit_relpos_*: other names are alike
 
 
 class Layout(NamedTuple):
@@ -34,6 +36,7 @@ class Layout(NamedTuple):
     words: str
     anchor: str
     rename: Callable[[Tensors], Tensors]
+    patches: bool = False  # `_PATCHES` stands beside the anchor, which other networks have too
 
 
 def recognised(found: Mapping[str, Any], name: str) -> tuple[Tensors, str]:
@@ -49,10 +52,15 @@ def recognised(found: Mapping[str, Any], name: str) -> tuple[Tensors, str]:
         return tensors, _said("ccmim_fast's layout", path)
     for layout in LAYOUTS:
         prefixes = [key.removesuffix(layout.anchor) for key in tensors if f".{key}".endswith(f".{layout.anchor}")]
+        if layout.patches:
+            prefixes = [prefix for prefix in prefixes if f"{prefix}{_PATCHES}" in tensors]
         if prefixes:
             prefix = min(prefixes, key=_rank)
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             own |= _decoder_beside(tensors, prefix)
+            if relative := [key for key in own if _RELATIVE.search(key)]:
+                reason = "relative positions, as of BEiT, which no encoder here has"
+                raise CheckpointError(f"{name}: {relative[0]!r:.100} tells {reason}; take a ViT without them")
             try:
                 renamed = layout.rename(own)
             except (ValueError, RuntimeError) as error:  # torch's, of parts that do not fit each other
@@ -255,8 +263,11 @@ def _from_dinov3(own: Tensors) -> Tensors:
 
 LAYOUTS = (
     Layout("DINOv3's own names", "storage_tokens", _from_eva),
-    *(Layout("timm's names of its Eva family, as of EVA-02 and DINOv3", anchor, _from_eva) for anchor in eva.ANCHORS),
-    Layout("timm's names, as of MAE, DINO, DINOv2 and MoCo v3", "patch_embed.proj.weight", _from_timm),
+    *(
+        Layout("timm's names of its Eva family, as of EVA-02 and DINOv3", anchor, _from_eva, patches=True)
+        for anchor in eva.ANCHORS
+    ),
+    Layout("timm's names, as of MAE, DINO, DINOv2 and MoCo v3", _PATCHES, _from_timm),
     Layout(_TRANSFORMERS, "embeddings.patch_embeddings.projection.weight", _from_transformers),
     Layout(f"{_TRANSFORMERS} of DINOv3", "embeddings.patch_embeddings.weight", _from_dinov3),
 )

@@ -82,6 +82,7 @@ def read_folder(folder: Path) -> tuple[Mapping[str, Any], Told]:
         # Names of files in the folder, wherever the index says they are.
         names = sorted({Path(str(name)).name for name in _json(folder / _SHARDS, "weight_map").values()})
     weights: dict[str, Tensor] = {}
+    of_file = Told()
     for name in names:
         found, of_file = read_file(str(folder / name))
         weights |= found

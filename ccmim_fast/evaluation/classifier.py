@@ -51,7 +51,7 @@ class OpenedClassifier:
             raise CheckpointError(f"{self.path}: {self.vit.num_classes} logits for {len(self.classes)} classes")
 
     @property
-    def whole_bytes(self) -> bool:
+    def rounds_to_uint8(self) -> bool:
         """Tell whether the images are shown as uint8, as fine-tuning does for timm's augmentation."""
         return self.kind == "fine-tuned"
 

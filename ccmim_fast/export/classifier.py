@@ -9,7 +9,6 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from ccmim_fast.checkpoints.published import timms_own
 from ccmim_fast.evaluation.classifier import Logits, OpenedClassifier, heads_in
 from ccmim_fast.evaluation.encoders import eva_form
 from ccmim_fast.export.graphs import write_onnx, write_program
@@ -24,6 +23,7 @@ from ccmim_fast.export.hugging_face import (
 )
 from ccmim_fast.export.plain import facts_of, not_timms, timm_config, timm_preprocessing, write_timm, write_weights
 from ccmim_fast.export.timm_model import rebuilds, written_form
+from ccmim_fast.models.encoder import timms_own
 from ccmim_fast.models.parts import parts_in
 from ccmim_fast.models.tokens import patch_size_of
 
@@ -42,9 +42,10 @@ def _form(of: OpenedClassifier) -> tuple[str, dict[str, Any]]:
         "num_heads": vit.blocks[0].attn.num_heads,
         "fc_norm": "fc_norm.weight" in weights,
     }
+    sizes |= parts_in(weights, timms_own(arch))
     if isinstance(vit, Eva):
         return eva_form(of.encoder, weights, sizes)
-    return written_form(arch, arch, sizes | parts_in(weights, timms_own(arch)))
+    return written_form(arch, arch, sizes)
 
 
 def about(of: OpenedClassifier) -> dict[str, str]:

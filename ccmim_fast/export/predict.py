@@ -55,7 +55,7 @@ def predict_folder(
     of = open_classifier(run)
     data, encoder = of.config.data, of.encoder
     batches = ImageBatches(folder, len(encoder.mean), data.image_key, encoder.max_value)
-    if of.whole_bytes:
+    if of.rounds_to_uint8:
         batches.source.dtype = BYTE
     logits, autocast = Logits(of.vit, encoder.mean, encoder.std).to(at), choose_precision(precision, at).autocast(at)
     top, known, right = min(top, len(of.classes)), 0, 0
