@@ -137,6 +137,11 @@ def printable(text: str) -> str:
     )
 
 
+def as_text(name: str) -> str:
+    """Return the name of a file as a text that any file holds: bytes in it that are no text become question marks."""
+    return name.encode(errors="replace").decode()
+
+
 def _open_standard_streams() -> None:
     """Let streams that were closed (`>&-`) go nowhere: the next file that is opened would get what is printed."""
     for number in range(3):

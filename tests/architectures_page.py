@@ -32,8 +32,8 @@ one of all tokens here.
 
 Fixed sine-cosine positions stand in place of those that an architecture adds to its patches; rotary ones stay.
 
-Blocks other than timm's `Block` with its `Attention`, and `EvaBlock`, are slower: their last one computes all tokens,
-and a named `train.attention` and `train.recompute` are refused.
+Blocks that are neither timm's `Block` with its `Attention` nor its `EvaBlock` are slower: their last one computes all
+tokens, and a named `train.attention` and `train.recompute` are refused.
 
 ## Parts of one's own
 
@@ -43,7 +43,7 @@ them.
 | setting | in the encoder | has weight decay |
 |---|---|---|
 | `model.positions=learned` | positions are trained, from N(0, 0.02); the decoder's stay fixed | no |
-| `model.positions=rope` | rotary positions in place of added ones, for plain ViTs | no |
+| `model.positions=rope` | rotary positions alone, of a plain ViT or of the Eva family | no |
 | `model.registers=4` | so many register tokens (`reg_token`), from N(0, 0.02) | with `optim.decay_tokens` |
 | `model.layer_scale=1e-5` | factors of what attention and MLP add (`ls1.gamma`, `ls2.gamma`) | no |
 | `model.qk_norm=true` | a norm of each head's queries and keys; scores are read behind it | no |

@@ -4,23 +4,30 @@ An anchor, the weight of the patch embedding, tells the layout, and what stands 
 rest of a file: heads, a second network, a wrapper's prefix.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import timm
 import torch
 from torch import Tensor
 
 from ccmim_fast.checkpoints import eva
-from ccmim_fast.checkpoints.convert import from_flat
+from ccmim_fast.checkpoints.convert import from_flat, to_timm
 from ccmim_fast.errors import CheckpointError, one_line
+from ccmim_fast.models.encoder import own_encoder
+from ccmim_fast.models.parts import has_layer_scale
 
 Tensors = dict[str, Tensor]
+_TRANSFORMERS = "transformers' names"  # of its ViTs but DINOv3
 
 # What may hold a network, of several the first: an average of weights or a teacher is what its authors evaluate.
 _NETWORKS = ("model_ema", "ema", "teacher", "target_encoder", "base_encoder", "student", "momentum_encoder")
 _CONTAINERS = ("model", "state_dict", "module", "backbone", "encoder", "net", "network", "weights")
 _DEEPEST = 4  # containers in each other
+_PATCHES = "patch_embed.proj.weight"
+_RELATIVE = re.compile(r"\brel(ative)?_pos")  # BEiT, Swin, SAM, timm's vit_relpos_*: other names are alike
 
 
 class Layout(NamedTuple):
@@ -29,6 +36,7 @@ class Layout(NamedTuple):
     words: str
     anchor: str
     rename: Callable[[Tensors], Tensors]
+    patches: bool = False  # `_PATCHES` stands beside the anchor, which other networks have too
 
 
 def recognised(found: Mapping[str, Any], name: str) -> tuple[Tensors, str]:
@@ -44,10 +52,15 @@ def recognised(found: Mapping[str, Any], name: str) -> tuple[Tensors, str]:
         return tensors, _said("ccmim_fast's layout", path)
     for layout in LAYOUTS:
         prefixes = [key.removesuffix(layout.anchor) for key in tensors if f".{key}".endswith(f".{layout.anchor}")]
+        if layout.patches:
+            prefixes = [prefix for prefix in prefixes if f"{prefix}{_PATCHES}" in tensors]
         if prefixes:
             prefix = min(prefixes, key=_rank)
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             own |= _decoder_beside(tensors, prefix)
+            if relative := [key for key in own if _RELATIVE.search(key)]:
+                reason = "relative positions, as of BEiT, which no encoder here has"
+                raise CheckpointError(f"{name}: {relative[0]!r:.100} tells {reason}; take a ViT without them")
             try:
                 renamed = layout.rename(own)
             except (ValueError, RuntimeError) as error:  # torch's, of parts that do not fit each other
@@ -214,6 +227,32 @@ def _from_transformers(own: Tensors) -> Tensors:
     return from_flat(flat)
 
 
+_SCALES = {"attn.proj": "ls1", "mlp.fc2": "ls2"}  # of timm's block: what is scaled, and by what
+_SCALED = re.compile(r"^(blocks\.\d+\.)(attn\.proj|mlp\.fc2)\.bias$")
+
+
+def as_architecture(ours: Tensors, layout: str, arch: str, image_size: tuple[int, ...]) -> Tensors:
+    """Return a ViT of transformers' as the same encoder of timm's architecture `arch`; all other weights as they are.
+
+    Transformers' ViT has no layer scale, which is 1 then, and a position of [CLS], which is added to [CLS] where the
+    architecture has none. `layout` is of `recognised`; `image_size` tells how many positions are of patches.
+    """
+    if not (layout.startswith(_TRANSFORMERS) and timm.is_model(arch)):
+        return ours
+    own, tensors = own_encoder(arch), to_timm(ours)
+    if has_layer_scale(own.state_dict()) and not has_layer_scale(tensors):
+        for name in [*tensors]:
+            if scaled := _SCALED.match(name):
+                tensors[f"{scaled[1]}{_SCALES[scaled[2]]}.gamma"] = torch.ones_like(tensors[name])
+    cls_11D, positions_1TD = tensors.get("cls_token"), tensors.get("pos_embed")
+    if own.no_embed_class and image_size and cls_11D is not None and positions_1TD is not None:
+        patch = tensors["patch_embed.proj.weight"].shape[-1]
+        patches = math.prod(side // patch for side in image_size)
+        if positions_1TD.shape == (1, 1 + patches, cls_11D.shape[2]):
+            tensors = _without_position_of_cls(tensors)
+    return ours | {f"encoder.{name}": value for name, value in tensors.items()}
+
+
 def _from_eva(own: Tensors) -> Tensors:
     return from_flat(eva.from_files(own))
 
@@ -224,8 +263,11 @@ def _from_dinov3(own: Tensors) -> Tensors:
 
 LAYOUTS = (
     Layout("DINOv3's own names", "storage_tokens", _from_eva),
-    *(Layout("timm's names of its Eva family, as of EVA-02 and DINOv3", anchor, _from_eva) for anchor in eva.ANCHORS),
-    Layout("timm's names, as of MAE, DINO, DINOv2 and MoCo v3", "patch_embed.proj.weight", _from_timm),
-    Layout("transformers' names", "embeddings.patch_embeddings.projection.weight", _from_transformers),
-    Layout("transformers' names of DINOv3", "embeddings.patch_embeddings.weight", _from_dinov3),
+    *(
+        Layout("timm's names of its Eva family, as of EVA-02 and DINOv3", anchor, _from_eva, patches=True)
+        for anchor in eva.ANCHORS
+    ),
+    Layout("timm's names, as of MAE, DINO, DINOv2 and MoCo v3", _PATCHES, _from_timm),
+    Layout(_TRANSFORMERS, "embeddings.patch_embeddings.projection.weight", _from_transformers),
+    Layout(f"{_TRANSFORMERS} of DINOv3", "embeddings.patch_embeddings.weight", _from_dinov3),
 )

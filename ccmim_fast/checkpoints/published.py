@@ -3,24 +3,26 @@
 import contextlib
 import json
 import math
-from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
-from torch import Tensor, nn
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from ccmim_fast.checkpoints.claims import check_claims, check_size
 from ccmim_fast.checkpoints.convert import to_timm
 from ccmim_fast.checkpoints.eva import ANCHORS, likely_arch
-from ccmim_fast.checkpoints.layouts import recognised
+from ccmim_fast.checkpoints.layouts import as_architecture, recognised
 from ccmim_fast.checkpoints.positions import grid_of_file, of_grid
 from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.checkpoints.weight_files import OF_WIDTH, is_model_folder, read_file, read_folder
 from ccmim_fast.config.keys import nearest
 from ccmim_fast.errors import CheckpointError, ConfigError, one_line
 from ccmim_fast.models.ccmim import CCMIM
+from ccmim_fast.models.encoder import own_encoder, timms_own
 from ccmim_fast.models.parts import parts_in, settings_of
 
 TIMM = "timm:"  # in front of a name of timm's
@@ -79,6 +81,7 @@ def read_weights(place: str) -> Weights:
     if wrong := [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise CheckpointError(f"{place}: not finite: {_named(set(wrong))}")
     told = told._replace(arch=told.arch or likely_arch(tensors, told.num_heads))
+    tensors = as_architecture(tensors, layout, told.arch, told.image_size)
     return Weights(place, tensors, **told._asdict(), layout=layout + _without_positions(tensors))
 
 
@@ -102,13 +105,6 @@ def known_arch(arch: str, key: str = "model.arch") -> str:
 def is_run(place: str) -> bool:
     """Tell whether a place is taken for a run or a checkpoint of one: a folder that no other library wrote."""
     return Path(place).is_dir() and not is_model_folder(Path(place))
-
-
-@cache
-def timms_own(arch: str) -> nn.Module:
-    """Return an architecture as timm has it, without memory; not to be changed."""
-    with torch.device("meta"):
-        return timm.create_model(arch)
 
 
 def timm_size(arch: str) -> tuple[int, int]:
@@ -151,34 +147,10 @@ def derived(of: Weights, given: list[str]) -> list[str]:
     weights, found = of.tensors, {"model.arch": known_arch(of.arch, "--arch")}
     if not weights:
         return [f"--model.arch={of.arch}"]
-    try:
-        with torch.device("meta"):
-            own = timm.create_model(of.arch, num_classes=0, class_token=True, global_pool="token")
-    except Exception as error:  # whatever timm raises on a name or class that is none of these
-        raise ConfigError(f"--arch={of.arch!r:.80}: {one_line(error)}") from None
     found |= {"model.num_heads": of.num_heads} if of.num_heads else {}
     found |= {"data.mean": list(of.mean), "data.std": list(of.std)} if of.mean and of.std else {}
     found |= {"data.max_value": list(of.max_value)} if of.max_value else {}
-    kernel = weights.get("encoder.patch_embed.proj.weight")
-    if kernel is not None and kernel.ndim == 4:
-        dim, channels, patch, _ = kernel.shape
-        told = {"patch_size": patch, "embed_dim": dim, "depth": _blocks(weights, "encoder.blocks.")}
-        owned = {"patch_size": own.patch_embed.patch_size[0], "embed_dim": own.embed_dim, "depth": len(own.blocks)}
-        # Only what differs: a run that goes on from here is compared setting by setting.
-        found |= {f"model.{key}": value for key, value in told.items() if value != owned[key]}
-        found |= {"data.channels": channels} if channels != 3 else {}
-        parts = settings_of(parts_in(to_timm(weights), own), of.layer_scale)
-        found |= {f"model.{key}": value for key, value in parts.items()}
-        found |= {"model.positions": of.positions} if of.positions else {}
-        positions = weights.get("encoder.pos_embed")
-        if positions is not None and positions.ndim == 3:
-            patches = positions.shape[1]
-            if not own.no_embed_class:
-                patches -= _prefix_in(weights)
-            rows, columns = _grid(of, patches, patch, _image_size(given))
-            found["data.image_size"] = f"[{rows * patch},{columns * patch}]"
-        elif of.image_size and (own.pos_embed is None or of.positions == "rope"):
-            found["data.image_size"] = list(of.image_size)
+    found |= _of_encoder(of, own_encoder(of.arch), _image_size(given))
     if "decoder.embed.weight" in weights:
         found["decoder.dim"] = len(weights["decoder.embed.weight"])
         found["decoder.depth"] = _blocks(weights, "decoder.blocks.")
@@ -191,6 +163,41 @@ def derived(of: Weights, given: list[str]) -> list[str]:
         elif "decoder" in parts and "projector" not in parts:
             found |= {"contrast.loss": "none", "mask.strategy": "random"}  # MAE
     return [f"--{key}={value}" for key, value in found.items()]
+
+
+def _of_encoder(of: Weights, own: VisionTransformer | Eva, images: tuple[int, ...]) -> dict[str, Any]:
+    """Return the settings that the weights of an encoder tell, and its architecture `own` does not.
+
+    `images` are height and width in pixels, empty where the user does not say them. Only what differs is a setting: a
+    run that goes on from here is compared setting by setting.
+    """
+    weights = of.tensors
+    kernel = weights.get("encoder.patch_embed.proj.weight")
+    if kernel is None or kernel.ndim != 4:
+        return {}
+    dim, channels, patch, _ = kernel.shape
+    told = {"patch_size": patch, "embed_dim": dim, "depth": _blocks(weights, "encoder.blocks.")}
+    owned = {"patch_size": own.patch_embed.patch_size[0], "embed_dim": own.embed_dim, "depth": len(own.blocks)}
+    model = {key: value for key, value in told.items() if value != owned[key]}
+    model |= settings_of(parts_in(to_timm(weights), own), of.layer_scale)
+    model |= {"positions": of.positions} if of.positions else {}
+    found: dict[str, Any] = {f"model.{key}": value for key, value in model.items()}
+    found |= {"data.channels": channels} if channels != 3 else {}
+    size = _size_told(of, own, patch, images)
+    return found | ({"data.image_size": list(size)} if size else {})
+
+
+def _size_told(of: Weights, own: VisionTransformer | Eva, patch: int, images: tuple[int, ...]) -> tuple[int, ...]:
+    """Return height and width in pixels of the images that weights were trained on; empty where nothing tells them.
+
+    An encoder with rotary positions alone has no other trace of them than what its file says.
+    """
+    positions_1TD = of.tensors.get(_POSITIONS)
+    if positions_1TD is not None and positions_1TD.ndim == 3:
+        patches = positions_1TD.shape[1] - (0 if own.no_embed_class else _prefix_in(of.tensors))
+        rows, columns = _grid(of, patches, patch, images)
+        return rows * patch, columns * patch
+    return of.image_size if own.pos_embed is None or of.positions == "rope" else ()
 
 
 def fill_(model: CCMIM, of: Weights, antialias: bool = True) -> list[str]:

@@ -82,11 +82,12 @@ def read_folder(folder: Path) -> tuple[Mapping[str, Any], Told]:
         # Names of files in the folder, wherever the index says they are.
         names = sorted({Path(str(name)).name for name in _json(folder / _SHARDS, "weight_map").values()})
     weights: dict[str, Tensor] = {}
+    of_file = Told()
     for name in names:
         found, of_file = read_file(str(folder / name))
         weights |= found
     config, preparation = _json(folder / _CONFIG), {}
-    if of_file.arch and "architecture" in config:  # an export of ours, which tells more than its config.json
+    if of_file.arch:  # an export of ours, which tells more than its config.json
         return weights, of_file
     if (folder / _PREPROCESSOR).is_file():
         preparation = _json(folder / _PREPROCESSOR)

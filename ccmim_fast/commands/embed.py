@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ccmim_fast.config.parser import Parser, whole_number
+from ccmim_fast.config.parser import Parser
 from ccmim_fast.errors import ConfigError, say
 
 SUFFIXES = (".npy", ".arrow")
@@ -20,20 +20,12 @@ def embed(argv: list[str]) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="folder of images, of tars or of tables; see ccmim data")
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help=f"ends in {' or '.join(SUFFIXES)}")
     parser.add_argument("--pool", choices=["avg", "cls"], default="avg", help="mean over the patches, or [CLS]")
-    add_how(parser)
+    parser.add_how()
     given = parser.parse_args(argv)
     if given.out.suffix not in SUFFIXES:
         raise ConfigError(f"--out={str(given.out)!r:.200}: must end in {' or '.join(SUFFIXES)}")
     from ccmim_fast.export.embed import embed_folder
-    from ccmim_fast.export.shown import left_out_words
+    from ccmim_fast.export.image_batches import left_out_words
 
     made = embed_folder(**vars(given))
     say(f"{given.out}: {made.images} x {made.width}{left_out_words(made.left_out, made.reason)}")
-
-
-def add_how(parser: Parser) -> None:
-    """Add the options of a command that shows images to a model."""
-    parser.add_argument("--batch", type=whole_number(1), default=64, help="images at a time")
-    parser.add_argument("--workers", type=whole_number(0), default=0, help="decoding threads; 0: one per core")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16", "auto"], default="fp32", help="of the model")

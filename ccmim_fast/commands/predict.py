@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from ccmim_fast.commands.embed import add_how
 from ccmim_fast.config.parser import Parser, whole_number
 from ccmim_fast.errors import ConfigError, say
 
@@ -20,8 +19,8 @@ def predict(argv: list[str]) -> None:
     given = parser().parse_args(argv)
     if given.out.suffix not in SUFFIXES:
         raise ConfigError(f"--out={str(given.out)!r:.200}: must end in {', '.join(SUFFIXES)}")
+    from ccmim_fast.export.image_batches import left_out_words
     from ccmim_fast.export.predict import predict_folder
-    from ccmim_fast.export.shown import left_out_words
 
     made = predict_folder(**vars(given))
     right = f", {made.right} of {made.known} right ({made.right / made.known:.2%})" if made.known else ""
@@ -35,5 +34,5 @@ def parser() -> Parser:
     parser.add_argument("folder", metavar="FOLDER", help="folder of images, of tars or of tables; see ccmim data")
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help=f"ends in {', '.join(SUFFIXES)}")
     parser.add_argument("--top", type=whole_number(1), default=5, help="classes named for an image, of as many as are")
-    add_how(parser)
+    parser.add_how()
     return parser

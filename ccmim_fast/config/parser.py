@@ -65,6 +65,14 @@ class Parser(argparse.ArgumentParser):
             action = owner.add_argument(*names, dest=key, help=text, metavar=metavar, **bare, **hidden)
             action.completer = lambda choices=setting.choices, **_: choices
 
+    def add_how(self) -> None:
+        """Add the options of a command that shows images to a model."""
+        self.add_argument("--batch", type=whole_number(1), default=64, help="images at a time")
+        self.add_argument("--workers", type=whole_number(0), default=0, help="decoding threads; 0: one per core")
+        devices, precisions = ["auto", "cpu", "cuda"], ["fp32", "bf16", "fp16", "auto"]
+        self.add_argument("--device", choices=devices, default="auto", help="auto: a GPU if there is one")
+        self.add_argument("--precision", choices=precisions, default="fp32", help="of the model")
+
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
         """Read all options; while the shell completes a line, print the completions and end instead, as `--help` does.
 

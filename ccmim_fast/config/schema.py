@@ -64,7 +64,7 @@ class ModelConfig:
     num_heads: u.HeadsOr0 = setting(0, "heads of attention; 0: the architecture's own", "paper", "shape")
     drop_path: u.Decay = setting(0.0, "stochastic depth rate", "MAE")
     positions: Literal["sincos", "learned", "rope"] = setting(
-        "sincos", "fixed sines and cosines, or learned, added to patches; or rotary", "MAE", "shape"
+        "sincos", "fixed sines and cosines, or learned, added to patches; or rotary alone", "MAE", "shape"
     )
     registers: u.whole("tokens", 0, 64) = setting(0, "register tokens; 0: the architecture's own", "paper", "shape")
     layer_scale: u.Factor = setting(0.0, "initial layer scale; 0: the architecture's own", "paper", "shape")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -25,7 +26,8 @@ from ccmim_fast.evaluation.supervised import fingerprint
 from ccmim_fast.runs.state import METRICS
 
 _TIMMS = {"avg": "avg", "cls": "token"}  # `model.pool` -> timm's `global_pool`
-_HEADS = ("head", "classifier")  # timm's name and ours, and transformers'
+# Of the parts of a head: timm's names and ours, distilled DeiT's second one, and transformers'.
+_HEADS = {"head": "head", "head_dist": "head_dist", "classifier": "head"}
 _PLAIN = (str, int, float, bool, tuple, type(None))
 
 
@@ -44,8 +46,12 @@ class OpenedClassifier:
     averaged: bool = False  # the weights are their moving average (`optim.ema`)
     step: int = 0  # optimizer steps of the evaluation
 
+    def __post_init__(self):
+        if self.vit.num_classes != len(self.classes):
+            raise CheckpointError(f"{self.path}: {self.vit.num_classes} logits for {len(self.classes)} classes")
+
     @property
-    def whole_bytes(self) -> bool:
+    def rounds_to_uint8(self) -> bool:
         """Tell whether the images are shown as uint8, as fine-tuning does for timm's augmentation."""
         return self.kind == "fine-tuned"
 
@@ -65,10 +71,10 @@ def is_evaluation(state: dict[str, Any]) -> bool:
 def classifier_in(found: Found) -> OpenedClassifier:
     """Return the classifier that a checkpoint of fine-tuning or of a linear probe holds; averaged weights if it does.
 
-    Of the heads of a linear probe the most accurate one of result.json is taken.
+    Of the heads of a linear probe the most accurate one of the last test in metrics.jsonl is taken.
 
     Raises CheckpointError: another evaluation's, one of an older version, damaged, or without the encoder that a linear
-    probe reads; ConfigError: several heads, and no result that tells the best.
+    probe reads; ConfigError: several heads, and no test that tells the best.
     """
     state, place = found.state, str(found.path)
     if "classifier" not in state:
@@ -89,14 +95,12 @@ def classifier_in(found: Found) -> OpenedClassifier:
         vit, kind, named = _fine_tuned(tensors, encoder, config, place), "fine-tuned", "accuracy"
     elif "linears.0.weight" in tensors:
         best, named = _best_head(config.head.rates, figures, averages, place)
-        vit = _probe(tensors, best, encoder, config, state["encoder"], place)
+        vit, encoder = _probe(tensors, best, encoder, config, state["encoder"], place)
         kind = "linear probe"
     else:
         raise CheckpointError(
             f"{place}: an attentive probe is no module of timm's; fine-tune, or train ccmim eval linear"
         )
-    if vit.num_classes != len(classes):
-        raise CheckpointError(f"{place}: {vit.num_classes} logits for {len(classes)} classes")
     accuracy = figures.get(f"{named}{averages}")
     return OpenedClassifier(found.path, found.folder, vit, encoder, classes, config, kind, accuracy, averaged, step)
 
@@ -112,10 +116,16 @@ def _fine_tuned(
 ) -> VisionTransformer | Eva:
     """Build the module that was trained: its positions are those of the settings' images."""
     check_claims({f"encoder.{name}": value for name, value in tensors.items()}, place)
-    head = {kind: tensors[f"head.{kind}"] for kind in ("weight", "bias") if f"head.{kind}" in tensors}
-    own = {name: value for name, value in tensors.items() if not name.startswith("head.")}
+    heads = heads_in(tensors)
+    own = {name: value for name, value in tensors.items() if name not in heads}
     encoder = encoder._replace(name=place, tensors=own, image_size=config.data.image_size)
-    return with_head(encoder, config.data.image_size, config.model.num_heads, _TIMMS[config.model.pool], head)
+    return with_head(encoder, config.data.image_size, config.model.num_heads, _TIMMS[config.model.pool], heads)
+
+
+def heads_in(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of the heads among those of a classifier, under timm's names."""
+    parts = ((name.partition("."), value) for name, value in tensors.items())
+    return {f"{_HEADS[first]}.{kind}": value for (first, _, kind), value in parts if first in _HEADS}
 
 
 def _best_head(rates: tuple[float, ...], figures: dict[str, float], averages: str, place: str) -> tuple[int, str]:
@@ -132,23 +142,35 @@ def _best_head(rates: tuple[float, ...], figures: dict[str, float], averages: st
 
 def _probe(
     tensors: dict[str, Tensor], head: int, encoder: Weights, config: EvalConfig, expected: str, place: str
-) -> VisionTransformer | Eva:
-    """Build the frozen encoder with one of the heads, BatchNorm folded into it."""
+) -> tuple[VisionTransformer | Eva, Weights]:
+    """Build the frozen encoder with one of the heads, BatchNorm folded into it; return what is known of it, too."""
     try:
         found = read_encoder(encoder.name, encoder.arch, encoder.num_heads, config.model.pretrained_size)
     except CheckpointError as error:
         raise CheckpointError(f"{place}: a linear probe needs the encoder that it was trained on: {error}") from None
     if fingerprint(found) != expected:
         raise CheckpointError(f"{place}: {encoder.name} is not the encoder that this linear probe was trained on")
+    if not found.tensors:
+        raise CheckpointError(f"{place}: trained on initial weights of {found.arch}, which no file holds; fine-tune")
     classes, width = tensors["linears.0.weight"].shape
     heads = LinearHeads(width, classes, len(config.head.rates), init_std=0.01)
     try:
         heads.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{place}: the weights do not fit the settings: {one_line(error)}") from None
-    found, model = found._replace(mean=encoder.mean, std=encoder.std), config.model
+    found, model = _undistilled(found._replace(mean=encoder.mean, std=encoder.std)), config.model
     options = {"resample": model.resample, "pool": "avg" if model.pool == "avg" and model.fc_norm else ""}
-    return with_head(found, config.data.image_size, model.num_heads, _TIMMS[model.pool], heads.folded(head), **options)
+    folded = {f"head.{kind}": value for kind, value in heads.folded(head).items()}
+    vit = with_head(found, config.data.image_size, model.num_heads, _TIMMS[model.pool], folded, **options)
+    return vit, encoder._replace(arch=found.arch)
+
+
+def _undistilled(encoder: Weights) -> Weights:
+    """Return a distilled DeiT as the same encoder with a register: timm's class has two heads, a probe has one."""
+    if "dist_token" not in encoder.tensors:
+        return encoder
+    tensors = {"reg_token" if name == "dist_token" else name: value for name, value in encoder.tensors.items()}
+    return encoder._replace(tensors=tensors, arch=known_arch(encoder.arch.replace("_distilled", "")))
 
 
 def with_head(
@@ -156,20 +178,24 @@ def with_head(
     image_size: tuple[int, int],
     num_heads: int,
     global_pool: str,
-    head: dict[str, Tensor],
+    heads: dict[str, Tensor],
     **options: Any,
 ) -> VisionTransformer | Eva:
-    """Build timm's module of an encoder and a linear head behind `global_pool`; `options` are of `build_encoder`.
+    """Build timm's module of an encoder and linear heads behind `global_pool`; `options` are of `build_encoder`.
 
-    Raises CheckpointError: shapes that do not fit; ConfigError: see `build_encoder`.
+    `heads` are `head.weight` [K, D] and `head.bias` [K]; of a distilled DeiT those of `head_dist`, too. Raises
+    CheckpointError: names or shapes that do not fit; ConfigError: see `build_encoder`.
     """
     vit = build_encoder(encoder, image_size, num_heads, plain=True, **options)
-    if head.keys() != {"weight", "bias"} or head["weight"].ndim != 2:
-        raise CheckpointError(f"{encoder.name}: its head is no linear layer with a bias")
-    vit.reset_classifier(len(head["weight"]), global_pool)
+    parts = ("head", "head_dist") if isinstance(vit, VisionTransformerDistilled) else ("head",)
+    names = {f"{part}.{kind}" for part in parts for kind in ("weight", "bias")}
+    if heads.keys() != names or heads["head.weight"].ndim != 2:
+        said = f"; expected {', '.join(sorted(names))}, found {', '.join(sorted(heads)) or 'none'}"
+        raise CheckpointError(f"{encoder.name}: its head is no linear layer with a bias{said}")
     try:
-        vit.head.load_state_dict(head)
-    except RuntimeError as error:
+        vit.reset_classifier(len(heads["head.weight"]), global_pool)
+        vit.load_state_dict(vit.state_dict() | heads)
+    except (RuntimeError, AssertionError) as error:  # the latter of a pooling that the encoder has not
         raise CheckpointError(f"{encoder.name}: its head does not fit: {one_line(error)}") from None
     return vit.float().eval().requires_grad_(False)
 
@@ -207,11 +233,11 @@ def _exported(path: Path) -> OpenedClassifier:
     """Open a file or folder of ours with weights of a classifier."""
     file = str(path / WEIGHTS if path.is_dir() else path)
     tensors, about = read_safetensors(file)
-    head = {name.rpartition(".")[2]: tensors[name] for name in tensors if name.partition(".")[0] in _HEADS}
     if "classes" not in about:
         raise CheckpointError(f"{path}: tells no classes; expected a classifier as ccmim export writes it")
     try:
-        classes, pool = json.loads(about["classes"]), json.loads(about["timm_arguments"])["global_pool"]
+        classes = tuple(map(str, json.loads(about["classes"])))
+        pool = json.loads(about["timm_arguments"])["global_pool"]
         accuracy = json.loads(about["accuracy"])
         config = from_yaml(about["settings"], file, EvalConfig, validate_evaluation)
         kind, averaged, step = about["classifier"], about["averaged_weights"] == "true", int(about["step"])
@@ -220,7 +246,7 @@ def _exported(path: Path) -> OpenedClassifier:
             f"{path}: what it tells of itself is damaged; expected what ccmim export writes"
         ) from None
     encoder = read_encoder(file)
-    vit = with_head(encoder, config.data.image_size, 0, pool, head)
+    vit = with_head(encoder, config.data.image_size, 0, pool, heads_in(tensors))
     return OpenedClassifier(
-        path, path, vit, encoder._replace(tensors={}), tuple(map(str, classes)), config, kind, accuracy, averaged, step
+        path, path, vit, encoder._replace(tensors={}), classes, config, kind, accuracy, averaged, step
     )

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ccmim_fast.checkpoints.convert import to_timm
 from ccmim_fast.checkpoints.positions import grid_of_file, resampled
-from ccmim_fast.checkpoints.published import Weights, read_weights, timm_size, timms_own, with_arch
+from ccmim_fast.checkpoints.published import Weights, read_weights, timm_size, with_arch
 from ccmim_fast.errors import CheckpointError, ConfigError, one_line
-from ccmim_fast.models.encoder import ENCODERS
+from ccmim_fast.models.encoder import ENCODERS, own_encoder, timms_own
 from ccmim_fast.models.eva import as_eva, grouped_heads, rotary_form
 from ccmim_fast.models.parts import parts_in
 
@@ -86,30 +86,25 @@ def build_encoder(
     Raises CheckpointError: names or shapes that do not fit the architecture; ConfigError: an architecture that takes no
     images of this size, or is none of `ENCODERS`.
     """
-    options = {"img_size": image_size, "num_classes": num_classes, "in_chans": len(weights.mean)}
-    if weights.tensors:
-        heads = num_heads or weights.num_heads
-        options |= _sizes_in(weights.tensors) | ({"num_heads": heads} if heads else {})
-        options |= parts_in(weights.tensors, timms_own(weights.arch))
-        normed_once = f"{_POOLED_NORM}weight" in weights.tensors
-        pools = "avg" if normed_once else "token" if options["class_token"] else ""
-        options |= {"fc_norm": normed_once, "global_pool": pools}
+    own = timms_own(weights.arch)
+    if (plain or weights.tensors) and not isinstance(own, ENCODERS):
+        known = " or ".join(of.__name__ for of in ENCODERS)
+        raise ConfigError(f"model.arch={weights.arch} is a {type(own).__name__}; it must be timm's {known} here")
     _check_pool(weights, pool)
+    options = {"img_size": image_size, "num_classes": num_classes, "in_chans": len(weights.mean)}
+    options |= _form_in(weights, num_heads) if weights.tensors else {}
     options |= {"drop_path_rate": drop_path} if drop_path else {}
     options |= {"dynamic_img_size": True} if any_size else {}
     if pool:
         options |= {"global_pool": "token" if pool == "cls" else "avg", "fc_norm": pool == "avg" and fc_norm}
     try:
         name = weights.arch
-        if weights.positions == "rope" or isinstance(timms_own(name), Eva):
+        if weights.positions == "rope" or isinstance(own, Eva):
             name, options = eva_form(weights, weights.tensors, {"dynamic_img_size": False} | options)
         vit = timm.create_model(name, pretrained=False, **options)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         line = f"model.arch={weights.arch}: timm cannot build it for these images: {one_line(error)}"
         raise ConfigError(line) from None
-    if (plain or weights.tensors) and not isinstance(vit, ENCODERS):
-        known = " or ".join(of.__name__ for of in ENCODERS)
-        raise ConfigError(f"model.arch={weights.arch} is a {type(vit).__name__}; it must be timm's {known} here")
     if weights.tensors:
         _fill(vit, weights, resample)
     if any_size and resample == "plain" and isinstance(vit, ENCODERS) and vit.pos_embed is not None:
@@ -141,6 +136,15 @@ def _check_pool(weights: Weights, pool: str) -> None:
         raise ConfigError(f"model.pool=avg: {weights.name} has the heads of a distilled DeiT; nearest valid is cls")
 
 
+def _form_in(weights: Weights, num_heads: int) -> dict[str, Any]:
+    """Return timm's arguments of a VisionTransformer for the sizes, the parts and the pooling that tensors tell."""
+    tensors, heads = weights.tensors, num_heads or weights.num_heads
+    sizes, normed_once = _sizes_in(tensors), f"{_POOLED_NORM}weight" in tensors
+    pools = "avg" if normed_once else "token" if sizes["class_token"] else ""
+    pooling = {"fc_norm": normed_once, "global_pool": pools}
+    return sizes | ({"num_heads": heads} if heads else {}) | parts_in(tensors, timms_own(weights.arch)) | pooling
+
+
 def _sizes_in(tensors: dict[str, Tensor]) -> dict[str, int | bool]:
     width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
@@ -150,11 +154,12 @@ def _sizes_in(tensors: dict[str, Tensor]) -> dict[str, int | bool]:
 def eva_form(of: Weights, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the name and options by which timm's Eva is built; `options` are those of a VisionTransformer.
 
-    `tensors` are the module's; none for initial weights. Norms stand where they have them.
+    `tensors` are the module's; none for initial weights. Norms stand where they have them. Raises ConfigError: an
+    architecture that is no encoder.
     """
-    own = timms_own(of.arch)
+    own = own_encoder(of.arch)
     name, rotary = rotary_form(of.arch, own) if of.positions == "rope" else (of.arch, {})
-    options = rotary | as_eva(parts_in(tensors, own) | options)
+    options = rotary | as_eva(options)
     if "fc_norm" in options:
         options["use_fc_norm"] = options.pop("fc_norm")
         normed = not tensors or {"norm.weight", f"{_POOLED_NORM}weight"} & tensors.keys()
@@ -181,9 +186,8 @@ def _fill(vit: VisionTransformer, weights: Weights, resample: str) -> None:
 def _fitted(vit: VisionTransformer, weights: Weights, resample: str) -> dict[str, Tensor]:
     """Return the tensors, positions resampled to the module's grid from that of the file."""
     tensors, new = dict(weights.tensors), tuple(vit.patch_embed.grid_size)
-    if not isinstance(
-        vit.norm, nn.Identity
-    ):  # fine-tuned from [CLS], or maps of tokens: the one norm is of every token
+    # Fine-tuned from [CLS], or maps of tokens: the one norm is of every token.
+    if not isinstance(vit.norm, nn.Identity):
         tensors = {name.replace(_POOLED_NORM, "norm."): value for name, value in tensors.items()}
     positions_1TD = tensors.pop("pos_embed", None)
     if positions_1TD is None:

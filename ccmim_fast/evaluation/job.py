@@ -42,7 +42,7 @@ class Job(NamedTuple):
         pool, fc_norm = (model.pool, model.fc_norm) if pools else ("", False)
         vit = self.build_encoder(pool="avg" if pool == "avg" and fc_norm else "")
         encoder = Encoder(vit, self.weights.mean, self.weights.std).to(self.here.device)
-        if pool == "cls" and (not encoder.prefix or getattr(vit, "cls_token", vit) is None):
+        if pool == "cls" and (not encoder.prefix or (hasattr(vit, "cls_token") and vit.cls_token is None)):
             raise ConfigError(f"model.pool=cls: {self.weights.arch} has no [CLS] token; nearest valid is avg")
         return encoder.eval().requires_grad_(False)
 

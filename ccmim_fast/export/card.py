@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from timm.models.deit import VisionTransformerDistilled
+from torch import nn
 
 from ccmim_fast.checkpoints.run import OpenedRun
-from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.keys import show
 from ccmim_fast.config.load import difference
-from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.classifier import OpenedClassifier
 from ccmim_fast.export.graphs import OPSET
-from ccmim_fast.export.plain import commit_of, method, public
+from ccmim_fast.export.plain import Images, commit_of, method, public
 from ccmim_fast.export.targets import TARGETS
 from ccmim_fast.models.tokens import patch_size_of
 from ccmim_fast.report.curves import read_metrics
+from ccmim_fast.runs.state import METRICS
 
 _LOSSES = ("epoch", "loss", "recons", "contrast")
 
@@ -31,27 +32,21 @@ def write_card(
     config = run.config
     return _written(
         "card.md",
+        target,
+        run,
+        config.data,
         out,
-        target=target,
-        library=TARGETS[target].library,
+        name,
+        evaluation,
         method=method(config),
         arch=config.model.arch,
         ratio=f"{config.mask.ratio:.0%}",
         by_score=config.mask.strategy.startswith("importance"),
         contrast=config.contrast.loss != "none",
-        commit=commit_of(run.folder),
-        facts=_facts(target, run),
-        name=name,
-        folder=out.name,  # not its path: where it lies on this machine is nobody's business
+        facts=_facts(target, run, run.model.encoder, config.data.channels)
+        | {"optimizer steps": f"{run.step:,}", "images of an epoch": f"{run.samples:,}"},
         prefix=run.model.encoder.num_prefix_tokens,
-        size=_size(config.data.image_size),
-        mean=list(config.data.mean),
-        std=list(config.data.std),
-        white=_white(target, config.data.max_value),
-        backend=_backend(config.data.max_value),
-        changed=[(key, _cell(show(value))) for key, _, value in difference(Config(), public(config))],
         losses=_last_losses(run.folder),
-        evaluation=evaluation,
     )
 
 
@@ -63,48 +58,66 @@ def write_classifier_card(
     facts = {
         "classes": len(of.classes),
         "test images named right": "unknown" if of.accuracy is None else f"{of.accuracy:.2%}",
-        "image size": f"{_size(data.image_size)}, {len(encoder.mean)} channels",
-        "patch": patch_size_of(of.vit),
-        "pooling": "[CLS]" if of.vit.global_pool == "token" else "mean over the patches",
-        "width, blocks": f"{of.vit.embed_dim}, {len(of.vit.blocks)}",
-        "parameters": f"{sum(p.numel() for p in of.vit.parameters()) / 1e6:.1f} M",
+        "pooling": _pooling(of.vit),
         "optimizer steps of the classifier": f"{of.step:,}",
-        "weights": "moving average" if of.averaged else "of the last step",
     }
     return _written(
         "classifier_card.md",
+        target,
+        of,
+        encoder,
         out,
-        target=target,
-        library=TARGETS[target].library,
+        name,
+        evaluation,
         kind=of.kind,
         arch=encoder.arch,
-        commit=commit_of(of.folder),
-        facts=facts | ({"ONNX opset": OPSET} if target == "onnx" else {}),
-        name=name,
-        folder=out.name,
-        size=_size(data.image_size),
+        facts=facts | _facts(target, of, of.vit, len(encoder.mean)),
         crop=f"{data.test_crop:.4g}",
         exact=data.image_size[0] == data.image_size[1],
-        mean=list(encoder.mean),
-        std=list(encoder.std),
-        white=_white(target, encoder.max_value),
-        backend=_backend(encoder.max_value),
-        changed=[(key, _cell(show(value))) for key, _, value in difference(EvalConfig(), public(of.config))],
         classes=[_cell(one) for one in of.classes],
-        evaluation=evaluation,
     )
 
 
-def _written(template: str, out: Path, **words: Any) -> Path:
+def _written(
+    template: str,
+    target: str,
+    of: OpenedRun | OpenedClassifier,
+    images: Images,
+    out: Path,
+    name: str,
+    evaluation: Sequence[tuple[str, str]],
+    **words: Any,
+) -> Path:
+    """Fill a form with `words`, and with what the cards of a run and of a classifier say alike."""
+    words |= {
+        "target": target,
+        "library": TARGETS[target].library,
+        "commit": commit_of(of.folder),
+        "name": name,
+        "folder": out.name,  # not its path: where it lies on this machine is nobody's business
+        "size": _size(of.config.data.image_size),
+        "mean": list(images.mean),
+        "std": list(images.std),
+        "white": _white(target, images.max_value),
+        "backend": _backend(images.max_value),
+        "changed": [(key, _cell(show(value))) for key, _, value in difference(type(of.config)(), public(of.config))],
+        "evaluation": evaluation,
+    }
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined)
     path = out / "README.md"
-    path.write_text(templates.get_template(template).render(**words), errors="replace")
+    path.write_text(templates.get_template(template).render(**words), encoding="utf-8", errors="replace")
     return path
 
 
 def _size(image_size: tuple[int, int]) -> str:
     height, width = image_size
     return f"{height} x {width}"
+
+
+def _pooling(vit: nn.Module) -> str:
+    if isinstance(vit, VisionTransformerDistilled):
+        return "[CLS] and the distillation token"
+    return "[CLS]" if vit.global_pool == "token" else "mean over the patches"
 
 
 def _white(target: str, max_value: tuple[float, ...]) -> str:
@@ -125,16 +138,14 @@ def _backend(max_value: tuple[float, ...]) -> str:
     return "torchvision" if max_value else "pil"
 
 
-def _facts(target: str, run: OpenedRun) -> dict[str, Any]:
-    vit, config = run.model.encoder, run.config
+def _facts(target: str, of: OpenedRun | OpenedClassifier, vit: nn.Module, channels: int) -> dict[str, Any]:
+    """Return the rows of the table that a run and a classifier have alike."""
     facts = {
-        "image size": f"{_size(config.data.image_size)}, {config.data.channels} channels",
+        "image size": f"{_size(of.config.data.image_size)}, {channels} channels",
         "patch": patch_size_of(vit),
         "width, blocks": f"{vit.embed_dim}, {len(vit.blocks)}",
-        "parameters of the encoder": f"{sum(p.numel() for p in vit.parameters()) / 1e6:.1f} M",
-        "optimizer steps": f"{run.step:,}",
-        "images of an epoch": f"{run.samples:,}",
-        "weights": "moving average" if run.averaged else "of the last step",
+        "parameters of the ViT": f"{sum(p.numel() for p in vit.parameters()) / 1e6:.1f} M",
+        "weights": "moving average" if of.averaged else "of the last step",
     }
     return facts | {"ONNX opset": OPSET} if target == "onnx" else facts
 
@@ -151,7 +162,7 @@ def read_result(path: str) -> list[tuple[str, str]]:
 
 
 def _last_losses(run: Path) -> list[tuple[str, str]]:
-    found = (read_metrics(run / "metrics.jsonl") or [{}])[-1]
+    found = (read_metrics(run / METRICS) or [{}])[-1]
     figures = {key: found[key] for key in _LOSSES if type(found.get(key)) in (int, float)}
     return [(key, f"{value:.4g}") for key, value in figures.items() if math.isfinite(value)]
 

@@ -1,6 +1,7 @@
 """A classifier that an evaluation has trained is written for other libraries, as its encoder is by the other files."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,21 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from ccmim_fast.checkpoints.published import timms_own
-from ccmim_fast.errors import ConfigError
-from ccmim_fast.evaluation.classifier import Logits, OpenedClassifier
+from ccmim_fast.evaluation.classifier import Logits, OpenedClassifier, heads_in
 from ccmim_fast.evaluation.encoders import eva_form
 from ccmim_fast.export.graphs import write_onnx, write_program
-from ccmim_fast.export.hugging_face import config_of, expressed, obstacles, refuse, renamed, whole_images, write_folder
-from ccmim_fast.export.plain import commit_of, public, timm_config, timm_images, to_yaml, write_json, write_weights
+from ccmim_fast.export.hugging_face import (
+    config_of,
+    expressed,
+    obstacles,
+    refuse,
+    renamed,
+    whole_preprocessing,
+    write_folder,
+)
+from ccmim_fast.export.plain import facts_of, not_timms, timm_config, timm_preprocessing, write_timm, write_weights
 from ccmim_fast.export.timm_model import rebuilds, written_form
+from ccmim_fast.models.encoder import timms_own
 from ccmim_fast.models.parts import parts_in
 from ccmim_fast.models.tokens import patch_size_of
 
@@ -34,35 +42,20 @@ def _form(of: OpenedClassifier) -> tuple[str, dict[str, Any]]:
         "num_heads": vit.blocks[0].attn.num_heads,
         "fc_norm": "fc_norm.weight" in weights,
     }
+    sizes |= parts_in(weights, timms_own(arch))
     if isinstance(vit, Eva):
         return eva_form(of.encoder, weights, sizes)
-    return written_form(arch, arch, sizes | parts_in(weights, timms_own(arch)))
+    return written_form(arch, arch, sizes)
 
 
 def about(of: OpenedClassifier) -> dict[str, str]:
     """Return what every exported file carries, texts by name; what is no word or number is JSON."""
-    encoder, data = of.encoder, of.config.data
-    name, form = _form(of)
-    return {
-        "format": "pt",
+    encoder = of.encoder
+    return facts_of(of, of.vit, encoder.arch, encoder.positions or "sincos", encoder, _form(of)) | {
         "classifier": of.kind,
         "classes": json.dumps(of.classes),
         "accuracy": json.dumps(of.accuracy),
-        "arch": encoder.arch,
-        "timm_arch": name,
-        "timm_arguments": json.dumps(form),
-        "positions": encoder.positions or "sincos",
-        "image_size": json.dumps(list(data.image_size)),
-        "test_crop": str(data.test_crop),
-        "patch_size": str(patch_size_of(of.vit)),
-        "prefix_tokens": str(of.vit.num_prefix_tokens),
-        "mean": json.dumps(list(encoder.mean)),
-        "std": json.dumps(list(encoder.std)),
-        "max_value": json.dumps(list(encoder.max_value)),
-        "step": str(of.step),
-        "averaged_weights": str(of.averaged).lower(),
-        "ccmim_fast_commit": commit_of(of.folder),
-        "settings": to_yaml(public(of.config)),
+        "test_crop": str(of.config.data.test_crop),
     }
 
 
@@ -73,21 +66,19 @@ def export_timm(of: OpenedClassifier, out: Path) -> list[Path]:
     """
     name, form = _form(of)
     if not rebuilds(of.vit, name, form):
-        reason = f"timm has no arguments that build {of.encoder.arch} as it was trained"
-        raise ConfigError(f"ccmim export timm: {reason}; take safetensors, onnx or torch-export")
-    file = write_weights(of.vit.state_dict(), about(of), out)
-    if file == out:
-        return [file]
+        raise not_timms(of.encoder.arch)
     data = of.config.data
-    shown = timm_images(data.image_size, of.encoder.mean, of.encoder.std, crop_pct=data.test_crop, crop_mode="center")
-    config = timm_config(name, of.vit, form, shown)
-    return [file, write_json(out / "config.json", config | {"label_names": list(of.classes)})]
+    preprocessing = timm_preprocessing(data.image_size, of.encoder, crop_pct=data.test_crop, crop_mode="center")
+    config = timm_config(name, of.vit, form, preprocessing) | {"label_names": list(of.classes)}
+    return write_timm(of.vit.state_dict(), about(of), config, out)
 
 
 def export_safetensors(of: OpenedClassifier, out: Path) -> list[Path]:
     """Write it under our own names: encoder and head."""
-    weights = {name if name.startswith("head.") else f"encoder.{name}": w for name, w in of.vit.state_dict().items()}
-    return [write_weights(weights, about(of), out)]
+    weights = of.vit.state_dict()
+    heads = heads_in(weights)
+    ours = {name if name in heads else f"encoder.{name}": value for name, value in weights.items()}
+    return [write_weights(ours, about(of), out)]
 
 
 def export_onnx(of: OpenedClassifier, out: Path) -> list[Path]:
@@ -109,35 +100,33 @@ def export_vit(of: OpenedClassifier, out: Path) -> list[Path]:
 
     Raises ConfigError: transformers cannot express the architecture, or the pooling.
     """
-    vit = of.vit
-    kind = (vit.global_pool, "fc_norm.weight" in vit.state_dict())
-    if kind not in _FORMS:
+    vit, norm = of.vit, "fc_norm" if "fc_norm.weight" in of.vit.state_dict() else "norm"
+    refuse("hf-vit", obstacles(vit, norm))
+    if (vit.global_pool, norm) == ("avg", "norm"):
         refuse("hf-vit", ["a classifier of the mean of tokens that are normed one by one"])
-    model_type, class_name, more = _FORMS[kind]
-    weights = _WEIGHTS_OF[model_type](vit)
-    settings = config_of(vit) | more
+    weights, theirs = _as_vit(vit, norm) if vit.global_pool == "token" else _as_beit(vit)
+    settings = config_of(vit) | theirs
     settings |= {
-        "model_type": model_type,
-        "architectures": [class_name],
         "id2label": dict(enumerate(of.classes)),
         "label2id": {name: label for label, name in enumerate(of.classes)},
     }
-    return write_folder(out, settings, weights, about(of), shown_images(of), of.encoder)
+    return write_folder(out, settings, weights, about(of), test_preprocessing(of), of.encoder)
 
 
-def _vit_weights(vit: VisionTransformer) -> dict[str, Tensor]:
-    refuse("hf-vit", obstacles(vit))
-    weights = expressed(vit)
+def _as_vit(vit: VisionTransformer, norm: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return weights and settings; a norm behind the choice of [CLS] is one of every token before it."""
+    weights = {re.sub(f"^{norm}\\.", "norm.", name): value for name, value in expressed(vit).items()}
     head = {f"classifier.{part}": weights.pop(f"head.{part}") for part in ("weight", "bias")}
-    return renamed(weights, "vit.") | head
+    settings = {"model_type": "vit", "architectures": ["ViTForImageClassification"]}
+    return renamed(weights, "vit.") | head, settings
 
 
-def _beit_weights(vit: VisionTransformer) -> dict[str, Tensor]:
-    """Return weights of the same function as a BEiT, which has no bias of keys: it shifts all logits of a query alike.
+def _as_beit(vit: VisionTransformer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return weights and settings of the same function as a BEiT.
 
-    BEiT's positions are resampled wherever images are not square, as if their grid were.
+    A BEiT has no bias of keys: it shifts all logits of a query alike. BEiT's positions are resampled wherever images
+    are not square, as if their grid were.
     """
-    refuse("hf-vit", obstacles(vit, norm="fc_norm"))
     height, width = vit.patch_embed.img_size
     found = {
         f"a classifier of pooled tokens of images that are not square ([{height}, {width}])": height != width,
@@ -148,25 +137,19 @@ def _beit_weights(vit: VisionTransformer) -> dict[str, Tensor]:
     others = {f"classifier.{part}": weights.pop(f"head.{part}") for part in ("weight", "bias")}
     others |= {f"beit.pooler.layernorm.{part}": weights.pop(f"fc_norm.{part}") for part in ("weight", "bias")}
     named = renamed(weights, "beit.")
-    return {name: value for name, value in named.items() if not name.endswith(".key.bias")} | others
+    settings = {
+        "model_type": "beit",
+        "architectures": ["BeitForImageClassification"],
+        "use_absolute_position_embeddings": True,
+        "use_relative_position_bias": False,
+        "use_mean_pooling": True,
+        "layer_scale_init_value": 0.0,
+        "drop_path_rate": 0.0,
+    }
+    return {name: value for name, value in named.items() if not name.endswith(".key.bias")} | others, settings
 
 
-_BEIT = {
-    "use_absolute_position_embeddings": True,
-    "use_relative_position_bias": False,
-    "use_mean_pooling": True,
-    "layer_scale_init_value": 0.0,
-    "drop_path_rate": 0.0,
-}
-# timm's pooling, and whether a norm stands behind it -> `model_type`, class, and what its config.json has besides
-_FORMS: dict[tuple[str, bool], tuple[str, str, dict[str, Any]]] = {
-    ("token", False): ("vit", "ViTForImageClassification", {}),
-    ("avg", True): ("beit", "BeitForImageClassification", _BEIT),
-}
-_WEIGHTS_OF = {"vit": _vit_weights, "beit": _beit_weights}
-
-
-def shown_images(of: OpenedClassifier) -> dict[str, Any]:
+def test_preprocessing(of: OpenedClassifier) -> dict[str, Any]:
     """Return the preparation of images as the evaluation tests them: the central part, then resized.
 
     Perceiver's processor alone crops before it resizes: a square of size / crop_size of the shorter side.
@@ -174,7 +157,7 @@ def shown_images(of: OpenedClassifier) -> dict[str, Any]:
     height, width = of.config.data.image_size
     crop = of.config.data.test_crop
     if height != width:
-        return whole_images((height, width))  # the card tells of the crop
+        return whole_preprocessing((height, width))  # the card tells of the crop
     # It rounds size / crop_size * side down.
     larger = height / crop
     larger = round(larger) if larger.is_integer() else larger * (1 - 1e-9)

@@ -17,7 +17,7 @@ from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.data.index.own import marked
 from ccmim_fast.errors import MachineError
 from ccmim_fast.evaluation.frozen.features import extract
-from ccmim_fast.export.shown import Shown, chosen_device
+from ccmim_fast.export.image_batches import ImageBatches, chosen_device
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.models.tokens import tokens_of
 from ccmim_fast.runs.claim import folder_made
@@ -55,21 +55,21 @@ def embed_folder(
     at = chosen_device(device)
     opened = open_run(run)
     model, config = opened.model.to(at), opened.config.data
-    shown = Shown(folder, config.channels, config.image_key, config.max_value)
+    batches = ImageBatches(folder, config.channels, config.image_key, config.max_value)
     encode, autocast = tokens_of(model.encoder, model.mean_C, model.std_C), choose_precision(precision, at).autocast(at)
     width = model.encoder.embed_dim
 
     def rows() -> Rows:
-        for names, images in shown.batches("embedding", config.image_size, batch, at, workers):
+        for names, images in batches.iterate("embedding", config.image_size, batch, at, workers):
             features_BD, labels_B = extract(encode, [images], model.encoder.num_prefix_tokens, pool, autocast)
             yield {"name": names} | ({} if labels_B is None else {"label": labels_B.tolist()}), features_BD.numpy()
 
     with _written(out) as parts:
         if out.suffix == ".npy":
-            _write_npy(parts, shown.count, width, rows())
+            _write_npy(parts, batches.count, width, rows())
         else:
-            _write_arrow(parts, width, shown.source.labels_N is not None, rows())
-    return Embedded(shown.made, width, shown.left_out, shown.reason)
+            _write_arrow(parts, width, batches.source.labels_N is not None, rows())
+    return Embedded(batches.made, width, batches.left_out, batches.reason)
 
 
 def _check_place(out: Path) -> None:

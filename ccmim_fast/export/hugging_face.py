@@ -6,7 +6,7 @@ The names of the weights are those of the published checkpoints, which every ver
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from timm.layers import Attention, Mlp
@@ -16,19 +16,11 @@ from torch import Tensor, nn
 from ccmim_fast.checkpoints.convert import to_flat
 from ccmim_fast.checkpoints.run import OpenedRun
 from ccmim_fast.errors import ConfigError
-from ccmim_fast.export.plain import about, write_json, write_weights
+from ccmim_fast.export.plain import Images, about, write_json, write_weights
 from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.tokens import patch_size_of
 
 _BICUBIC = 3  # Pillow's number, which preprocessor_config.json holds
-
-
-class Images(Protocol):
-    """What the settings say of the images' numbers: `DataConfig`, or `Weights`."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    max_value: tuple[float, ...]
 
 
 # Of a block, timm's name -> theirs; the fused query, key and value are taken apart.
@@ -60,7 +52,7 @@ def export_vit(run: OpenedRun, out: Path) -> list[Path]:
     refuse("hf-vit", obstacles(vit))
     settings = {"model_type": "vit", "architectures": ["ViTModel"], **config_of(vit)}
     weights = renamed(expressed(vit), "")
-    return write_folder(out, settings, weights, about(run), whole_images(data.image_size), data)
+    return write_folder(out, settings, weights, about(run), whole_preprocessing(data.image_size), data)
 
 
 def export_vitmae(run: OpenedRun, out: Path) -> list[Path]:
@@ -90,7 +82,7 @@ def export_vitmae(run: OpenedRun, out: Path) -> list[Path]:
         "mask_ratio": config.mask.ratio,
         "norm_pix_loss": config.target.norm_pix,
     }
-    return write_folder(out, settings, weights, about(run), whole_images(config.data.image_size), config.data)
+    return write_folder(out, settings, weights, about(run), whole_preprocessing(config.data.image_size), config.data)
 
 
 def obstacles(vit: VisionTransformer, norm: str = "norm") -> list[str]:
@@ -103,7 +95,8 @@ def obstacles(vit: VisionTransformer, norm: str = "norm") -> list[str]:
     names = {f"{part}.{kind}" for part in (*_BLOCK, _QKV) for kind in ("weight", "bias")}
     embedding = {re.sub("^norm", norm, name) for name in _EMBEDDING}
     theirs = {*embedding, *(f"blocks.{number}.{name}" for number in range(len(vit.blocks)) for name in names)}
-    ours = {name for name in vit.state_dict() if not name.startswith("head.") and not name.endswith(_LAYER_SCALE)}
+    heads = ("head.", "head_dist.")
+    ours = {name for name in vit.state_dict() if not name.startswith(heads) and not name.endswith(_LAYER_SCALE)}
     surplus, missing = ours - theirs, {name for name in theirs - ours if not name.endswith(f"{_QKV}.bias")}
     eps = {part.eps for part in vit.modules() if isinstance(part, nn.LayerNorm)}
     activations = [getattr(block.mlp, "act", None) for block in vit.blocks]
@@ -111,8 +104,8 @@ def obstacles(vit: VisionTransformer, norm: str = "norm") -> list[str]:
     projection = vit.patch_embed.proj
     found = {
         f"a {type(vit).__name__}": type(vit) is not VisionTransformer,
-        f"the weights {_shown(surplus)}": surplus,
-        f"an encoder without {_shown(missing)}": missing,
+        f"the weights {_listed(surplus)}": surplus,
+        f"an encoder without {_listed(missing)}": missing,
         "norms other than LayerNorm of one eps": len(eps) != 1,
         "an MLP with gates": any(type(block.mlp) is not Mlp for block in vit.blocks),
         "an activation other than GELU": any(repr(act) != repr(nn.GELU()) for act in activations),
@@ -125,7 +118,7 @@ def obstacles(vit: VisionTransformer, norm: str = "norm") -> list[str]:
     return [words for words, there in found.items() if there]
 
 
-def _shown(names: set[str]) -> str:
+def _listed(names: set[str]) -> str:
     """Return the names, those of all blocks as one."""
     return ", ".join(sorted({re.sub(r"blocks\.\d+", "blocks.*", name) for name in names}))
 
@@ -170,7 +163,7 @@ def config_of(vit: VisionTransformer) -> dict[str, Any]:
     }
 
 
-def whole_images(image_size: tuple[int, int]) -> dict[str, Any]:
+def whole_preprocessing(image_size: tuple[int, int]) -> dict[str, Any]:
     """Return the preparation of images that are resized whole, without regard to their aspect."""
     height, width = image_size
     return {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
@@ -181,16 +174,16 @@ def write_folder(
     settings: dict[str, Any],
     weights: dict[str, Tensor],
     facts: dict[str, str],
-    shown: dict[str, Any],
+    preprocessing: dict[str, Any],
     data: Images,
 ) -> list[Path]:
-    """Write weights with `facts`, config.json, and the image processor: `shown`, and how numbers become values.
+    """Write weights with `facts`, config.json, and the image processor: `preprocessing`, and how numbers become values.
 
     (number * rescale_factor - mean) / std is (number / white - mean) / std with the white of `data.max_value`.
     """
     white_C = data.max_value or (255.0,)
     shares = [value / white_C[0] for value in (white_C if len(white_C) > 1 else white_C * len(data.mean))]
-    preparation = shown | {
+    preprocessing = preprocessing | {
         "do_resize": True,
         "resample": _BICUBIC,
         "do_rescale": True,
@@ -199,7 +192,7 @@ def write_folder(
         "image_mean": [mean * share for mean, share in zip(data.mean, shares)],
         "image_std": [std * share for std, share in zip(data.std, shares)],
     }
-    contents = {"config.json": settings, "preprocessor_config.json": preparation}
+    contents = {"config.json": settings, "preprocessor_config.json": preprocessing}
     written = [write_json(out / name, content) for name, content in contents.items()]
     return [write_weights(weights, facts, out), *written]
 

@@ -4,12 +4,11 @@ import contextlib
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from ccmim_fast.checkpoints.convert import to_timm
 from ccmim_fast.checkpoints.run import OpenedRun
@@ -18,8 +17,17 @@ from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.load import to_yaml
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import CheckpointError, ConfigError
+from ccmim_fast.evaluation.classifier import OpenedClassifier
 from ccmim_fast.export.timm_model import rebuilds, timm_model
 from ccmim_fast.models.tokens import patch_size_of
+
+
+class Images(Protocol):
+    """What the settings say of the images' numbers: `DataConfig`, or `Weights`."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    max_value: tuple[float, ...]
 
 
 def public(config: Config | EvalConfig) -> Config | EvalConfig:
@@ -42,25 +50,37 @@ def commit_of(folder: Path) -> str:
 
 def about(run: OpenedRun) -> dict[str, str]:
     """Return what every exported file carries, texts by name; what is no word or number is JSON."""
-    vit, data = run.model.encoder, run.config.data
-    name, arguments = timm_model(run.config)
+    config = run.config
+    facts = facts_of(run, run.model.encoder, config.model.arch, config.model.positions, config.data, timm_model(config))
+    return facts | {"method": method(config)}
+
+
+def facts_of(
+    of: OpenedRun | OpenedClassifier,
+    vit: nn.Module,
+    arch: str,
+    positions: str,
+    images: Images,
+    form: tuple[str, dict[str, Any]],
+) -> dict[str, str]:
+    """Return what the files of a run and of a classifier carry alike; `form` is timm's name and arguments of `vit`."""
+    name, arguments = form
     return {
         "format": "pt",
-        "method": method(run.config),
-        "arch": run.config.model.arch,
+        "arch": arch,
         "timm_arch": name,
         "timm_arguments": json.dumps(arguments),
-        "positions": run.config.model.positions,
-        "image_size": json.dumps(list(data.image_size)),
+        "positions": positions,
+        "image_size": json.dumps(list(of.config.data.image_size)),
         "patch_size": str(patch_size_of(vit)),
         "prefix_tokens": str(vit.num_prefix_tokens),
-        "mean": json.dumps(list(data.mean)),
-        "std": json.dumps(list(data.std)),
-        "max_value": json.dumps(list(data.max_value)),
-        "step": str(run.step),
-        "averaged_weights": str(run.averaged).lower(),
-        "ccmim_fast_commit": commit_of(run.folder),
-        "settings": to_yaml(public(run.config)),
+        "mean": json.dumps(list(images.mean)),
+        "std": json.dumps(list(images.std)),
+        "max_value": json.dumps(list(images.max_value)),
+        "step": str(of.step),
+        "averaged_weights": str(of.averaged).lower(),
+        "ccmim_fast_commit": commit_of(of.folder),
+        "settings": to_yaml(public(of.config)),
     }
 
 
@@ -68,46 +88,52 @@ def export_timm(run: OpenedRun, out: Path) -> list[Path]:
     """Write the encoder for `timm.create_model(timm_arch, num_classes=0, checkpoint_path=FILE, **timm_arguments)`.
 
     A folder gets a config.json, too: `timm.create_model("local-dir:FOLDER", pretrained=True)` then needs no more, nor
-    does `hf-hub:OWNER/NAME` once it is pushed. Raises ConfigError where timm has no name for the encoder's MLP.
+    does `hf-hub:OWNER/NAME` once it is pushed. Raises ConfigError where timm cannot build the encoder.
     """
+    vit, data, model = run.model.encoder, run.config.data, run.config.model
     name, arguments = timm_model(run.config)
-    dropping = {"drop_path_rate": run.config.model.drop_path}
-    if name != run.config.model.arch and not rebuilds(run.model.encoder, name, arguments | dropping):
-        reason = f"timm has no name that builds {run.config.model.arch} with model.mlp={run.config.model.mlp}"
-        raise ConfigError(f"ccmim export timm: {reason}; take safetensors, onnx or torch-export")
-    file = write_weights(to_timm(run.model.state_dict()), about(run), out)
-    if file == out:
-        return [file]
-    data, vit = run.config.data, run.model.encoder
-    shown = timm_images(data.image_size, data.mean, data.std, crop_pct=1.0, crop_mode="squash")
-    config = timm_config(name, vit, arguments, shown)
-    return [file, write_json(out / "config.json", config)]
+    if name != model.arch and not rebuilds(vit, name, arguments | {"drop_path_rate": model.drop_path}):
+        raise not_timms(model.arch)
+    preprocessing = timm_preprocessing(data.image_size, data, crop_pct=1.0, crop_mode="squash")
+    config = timm_config(name, vit, arguments, preprocessing)
+    return write_timm(to_timm(run.model.state_dict()), about(run), config, out)
 
 
-def timm_config(arch: str, vit: VisionTransformer, arguments: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
-    """Return what a folder's config.json tells timm: how to build the module, and how `images` are prepared."""
+def not_timms(arch: str) -> ConfigError:
+    """Return the error for a module that no arguments in JSON let timm build."""
+    reason = f"timm has no arguments that build {arch} with these settings"
+    return ConfigError(f"ccmim export timm: {reason}; take safetensors, onnx or torch-export")
+
+
+def write_timm(weights: dict[str, Tensor], facts: dict[str, str], config: dict[str, Any], out: Path) -> list[Path]:
+    """Write weights with `facts` as the file `out`, or into the folder `out`, with config.json beside them."""
+    file = write_weights(weights, facts, out)
+    return [file] if file == out else [file, write_json(out / "config.json", config)]
+
+
+def timm_config(arch: str, vit: nn.Module, arguments: dict[str, Any], preprocessing: dict[str, Any]) -> dict[str, Any]:
+    """Return what a folder's config.json tells timm: how to build the module, and how images are prepared."""
+    heads = ["head", "head_dist"] if hasattr(vit, "head_dist") else "head"  # that start anew for other classes
     return {
         "architecture": arch,
         "num_classes": vit.num_classes,
         "num_features": vit.num_features,
         "global_pool": arguments["global_pool"],
         "model_args": arguments,
-        "pretrained_cfg": images
-        | {"num_classes": vit.num_classes, "first_conv": "patch_embed.proj", "classifier": "head"},
+        "pretrained_cfg": preprocessing
+        | {"num_classes": vit.num_classes, "first_conv": "patch_embed.proj", "classifier": heads},
     }
 
 
-def timm_images(
-    image_size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...], **crop: Any
-) -> dict[str, Any]:
+def timm_preprocessing(image_size: tuple[int, int], images: Images, **crop: Any) -> dict[str, Any]:
     """Return the preparation of images under timm's names; `crop` is `crop_pct`, a share, and `crop_mode`."""
     return {
-        "input_size": [len(mean), *image_size],
+        "input_size": [len(images.mean), *image_size],
         "fixed_input_size": True,
         "interpolation": "bicubic",
         **crop,
-        "mean": list(mean),
-        "std": list(std),
+        "mean": list(images.mean),
+        "std": list(images.std),
     }
 
 

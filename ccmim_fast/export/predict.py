@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import torch
 
 from ccmim_fast.data.index.decode import BYTE
-from ccmim_fast.errors import MachineError, NumericsError
+from ccmim_fast.errors import MachineError, NumericsError, as_text
 from ccmim_fast.evaluation.classifier import Logits, open_classifier
-from ccmim_fast.export.shown import Shown, chosen_device
+from ccmim_fast.export.image_batches import ImageBatches, chosen_device
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.runs.output import check_new, new_file
 
@@ -54,15 +54,15 @@ def predict_folder(
     at = chosen_device(device)
     of = open_classifier(run)
     data, encoder = of.config.data, of.encoder
-    shown = Shown(folder, len(encoder.mean), data.image_key, encoder.max_value)
-    if of.whole_bytes:
-        shown.source.dtype = BYTE
+    batches = ImageBatches(folder, len(encoder.mean), data.image_key, encoder.max_value)
+    if of.rounds_to_uint8:
+        batches.source.dtype = BYTE
     logits, autocast = Logits(of.vit, encoder.mean, encoder.std).to(at), choose_precision(precision, at).autocast(at)
     top, known, right = min(top, len(of.classes)), 0, 0
 
     def rows() -> Iterator[Columns]:
         nonlocal known, right
-        for names, images in shown.batches("predicting", data.image_size, batch, at, workers, data.test_crop):
+        for names, images in batches.iterate("predicting", data.image_size, batch, at, workers, data.test_crop):
             with torch.inference_mode(), autocast:
                 logits_BK = logits(images.images_BHWC.permute(0, 3, 1, 2) / 255).float()
             if not logits_BK.isfinite().all():
@@ -70,12 +70,13 @@ def predict_folder(
             shares_BT, chosen_BT = (part.cpu().numpy() for part in logits_BK.softmax(-1).topk(top))
             columns: Columns = {"name": names}
             if images.labels_B is not None:
-                columns["label"] = _own_classes(images.labels_B.tolist(), shown.source.class_names)
-                known += sum(label in of.classes for label in columns["label"])
-                right += sum(label == of.classes[one] for label, one in zip(columns["label"], chosen_BT[:, 0]))
+                labels = _own_classes(images.labels_B.tolist(), batches.source.class_names)
+                known += sum(label in of.classes for label in labels)
+                right += sum(label == of.classes[one] for label, one in zip(labels, chosen_BT[:, 0]))
+                columns["label"] = [as_text(label) for label in labels]
             for place in range(top):
                 suffix = f"_{place + 1}" if place else ""
-                columns[f"class{suffix}"] = [of.classes[one] for one in chosen_BT[:, place]]
+                columns[f"class{suffix}"] = [as_text(of.classes[one]) for one in chosen_BT[:, place]]
                 columns[f"probability{suffix}"] = shares_BT[:, place].tolist()
             yield columns
 
@@ -85,7 +86,7 @@ def predict_folder(
                 write(columns)
     except OSError as error:
         raise MachineError(f"{error.filename or out}: not written: {error.strerror or error}") from None
-    return Predicted(shown.made, len(of.classes), known, right, shown.left_out, shown.reason)
+    return Predicted(batches.made, len(of.classes), known, right, batches.left_out, batches.reason)
 
 
 def _own_classes(labels_B: list[int], names: tuple[str, ...]) -> list[str]:
@@ -95,7 +96,7 @@ def _own_classes(labels_B: list[int], names: tuple[str, ...]) -> list[str]:
 @contextmanager
 def _text_table(file: Path) -> Iterator[Callable[[Columns], None]]:
     """Yield what writes rows of text, separated as the name of the file says, below a line of names."""
-    with open(file, "w", newline="") as stream:
+    with open(file, "w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, delimiter="\t" if file.suffix == ".tsv" else ",", lineterminator="\n")
 
         def write(columns: Columns) -> None:
@@ -109,7 +110,7 @@ def _text_table(file: Path) -> Iterator[Callable[[Columns], None]]:
 @contextmanager
 def _lines(file: Path) -> Iterator[Callable[[Columns], None]]:
     """Yield what writes a JSON object a row."""
-    with open(file, "w") as stream:
+    with open(file, "w", encoding="utf-8") as stream:
         yield lambda columns: stream.writelines(
             json.dumps(dict(zip(columns, row))) + "\n" for row in zip(*columns.values())
         )

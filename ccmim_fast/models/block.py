@@ -169,7 +169,8 @@ class ViTBlock(Block):
         Args:
             x_BTD: tokens, prefix first.
             attn_mask, is_causal: timm's; with either, timm's own arithmetic runs.
-            rope: angles that queries and keys of the patches are rotated by, see `tokens.places`; for `EvaViTBlock`.
+            rope: sines and cosines of the rotations of the patches' queries and keys, see `tokens.rotary_tables`; for
+                an `EvaViTBlock` alone.
             query_BQD: some of `x_BTD`, whose output alone is computed; keys and values are those of all tokens. With
                 `rope` they are of the prefix, which is not rotated.
             reads_cls: return [CLS]'s attention too; [CLS] must be the first query token.
@@ -215,15 +216,26 @@ class ViTBlock(Block):
         return (x_BQD, total_BL) if reads_cls else x_BQD
 
     def project(self, x_BTD: Tensor, parts: slice, rope: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return some of queries, keys and values, each [B, T, N, H], queries and keys normed and rotated by `rope`."""
-        attn = self.attn
+        """Return some of queries, keys and values, each [B, T, N, H], queries and keys normed.
+
+        There is no rotation here, and so no `rope`: see `EvaViTBlock`.
+        """
+        assert rope is None, "a ViTBlock does not rotate"
+        return self.normed(self.projected(x_BTD, parts), parts)
+
+    def projected(self, x_BTD: Tensor, parts: slice) -> tuple[Tensor, ...]:
+        """Return some of queries, keys and values as their layer gives them, each [B, T, N, H]."""
+        attn, weight, bias = self.attn, self.attn.qkv.weight, self.qkv_bias()
         width = attn.num_heads * attn.head_dim
-        weight, bias = attn.qkv.weight, attn.qkv.bias
         if parts != slice(0, 3):
             rows = slice(parts.start * width, parts.stop * width)
             weight, bias = weight[rows], None if bias is None else bias[rows]
         shape = (parts.stop - parts.start, attn.num_heads, attn.head_dim)
-        return self.normed(F.linear(x_BTD, weight, bias).unflatten(-1, shape).unbind(2), parts)
+        return F.linear(x_BTD, weight, bias).unflatten(-1, shape).unbind(2)
+
+    def qkv_bias(self) -> Tensor | None:
+        """Return the bias of queries, keys and values, [3 * N * H], if they have one."""
+        return self.attn.qkv.bias
 
     def normed(self, projected: tuple[Tensor, ...], parts: slice) -> tuple[Tensor, ...]:
         """Return those of queries, keys and values that there are, queries and keys behind their norms."""

@@ -49,7 +49,7 @@ def build_encoder(
     `patch_size`, `embed_dim`, `depth` and `num_heads` stand in place of the architecture's own where not 0, and so do
     `registers`, `layer_scale`, `qk_norm` and `mlp`, see `parts.chosen_parts`. Positions that the architecture adds to
     its patches are fixed sines and cosines, or `learned` from timm's initial ones; rotary ones are as it has them.
-    With `rope` a plain ViT has rotary ones in their place, see `eva.rotary_form`.
+    With `rope` there are rotary ones alone, see `eva.rotary_form`.
 
     Raises ConfigError for an unknown name, another class of model, or sizes that do not fit each other.
     """
@@ -124,10 +124,15 @@ def configure_blocks(blocks: Iterable[nn.Module], **attributes: object) -> None:
 
 
 @cache
-def own_encoder(arch: str) -> VisionTransformer | Eva:
-    """Build the architecture as timm has it, without memory, not to be changed. Raises ConfigError: no encoder."""
+def timms_own(arch: str) -> nn.Module:
+    """Build an architecture of any class as timm has it, without memory; not to be changed."""
     with torch.device("meta"):
-        own = timm.create_model(arch, pretrained=False)
+        return timm.create_model(arch, pretrained=False)
+
+
+def own_encoder(arch: str) -> VisionTransformer | Eva:
+    """Return `timms_own`. Raises ConfigError for one that is no encoder."""
+    own = timms_own(arch)
     if type(own) not in ENCODERS:
         raise ConfigError(f"model.arch={arch} is a {type(own).__name__}; expected timm's VisionTransformer or Eva")
     if isinstance(own.patch_embed, HybridEmbed):

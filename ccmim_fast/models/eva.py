@@ -6,20 +6,21 @@ their names stay timm's.
 
 # B batch, T tokens, P prefix tokens, N heads, H head dim, D width
 
-import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import Attention, LayerNorm, Mlp, SwiGLUPacked, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaBlock
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.block import ViTBlock
+from ccmim_fast.models.parts import ratio
 
 ROTARY = "eva_giant_patch14_224"  # timm's Eva without a part that cannot be left out: any plain ViT by its arguments
+# RoPE-ViT's axial rotations: angles of row and column, frequencies down to those of temperature 100.
+_ROTATIONS = {"use_rot_pos_emb": True, "rope_grid_indexing": "xy", "rope_temperature": 100.0}
 
 
 class EvaViTBlock(ViTBlock):
@@ -39,25 +40,33 @@ class EvaViTBlock(ViTBlock):
         return super().forward(x_BTD, rope=rope, **options)
 
     def project(self, x_BTD: Tensor, parts: slice, rope: Tensor | None = None) -> tuple[Tensor, ...]:
-        """See `ViTBlock.project`; keys and values of few heads are repeated for the queries' (grouped attention)."""
-        attn = self.attn
-        if attn.qkv is None:
-            layers = (attn.q_proj, attn.k_proj, attn.v_proj)[parts]
-            projected = tuple(layer(x_BTD).unflatten(-1, (-1, attn.head_dim)) for layer in layers)
-        else:
-            width, bias = attn.num_heads * attn.head_dim, _bias(attn)
-            rows = slice(parts.start * width, parts.stop * width)
-            shape = (parts.stop - parts.start, attn.num_heads, attn.head_dim)
-            x_BTA = F.linear(x_BTD, attn.qkv.weight[rows], None if bias is None else bias[rows])
-            projected = x_BTA.unflatten(-1, shape).unbind(2)
-        found = self.normed(projected, parts)
+        """See `ViTBlock.project`: queries and keys are rotated by `rope`, where there is one.
+
+        Keys and values of few heads are repeated for the queries' (grouped attention).
+        """
+        found = super().project(x_BTD, parts)
         if rope is not None:
             rotates = 2 - parts.start  # queries and keys
             found = *(self._rotated(x_BTNH, rope) for x_BTNH in found[:rotates]), *found[rotates:]
-        groups = getattr(attn, "num_kv_groups", 1)
+        groups = getattr(self.attn, "num_kv_groups", 1)
         if groups == 1:
             return found
         return *found[: 1 - parts.start], *(x.repeat_interleave(groups, dim=2) for x in found[1 - parts.start :])
+
+    def projected(self, x_BTD: Tensor, parts: slice) -> tuple[Tensor, ...]:
+        """See `ViTBlock.projected`; queries, keys and values may have layers of their own, of fewer heads for two."""
+        attn = self.attn
+        if attn.qkv is not None:
+            return super().projected(x_BTD, parts)
+        layers = (attn.q_proj, attn.k_proj, attn.v_proj)[parts]
+        return tuple(layer(x_BTD).unflatten(-1, (-1, attn.head_dim)) for layer in layers)
+
+    def qkv_bias(self) -> Tensor | None:
+        """See `ViTBlock.qkv_bias`; EVA's keys have none, for which timm keeps zeros."""
+        attn = self.attn
+        if getattr(attn, "q_bias", None) is None:
+            return super().qkv_bias()
+        return torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
 
     def _rotated(self, x_BTNH: Tensor, rope: Tensor) -> Tensor:
         """Rotate pairs of a head's channels of all tokens but the prefix."""
@@ -90,12 +99,12 @@ def prepare_(vit: Eva) -> None:
 def rotary_form(arch: str, own: nn.Module) -> tuple[str, dict[str, Any]]:
     """Return timm's name and arguments of an architecture with rotary positions in place of those that it adds.
 
-    They are RoPE-ViT's axial ones: angles of row and column, frequencies down to those of temperature 100. `own` is
-    the architecture `arch` as timm has it; one that is rotary stays as it is. Raises ConfigError for one that has what
-    timm's Eva cannot build.
+    `own` is the architecture `arch` as timm has it. One that is rotary keeps its rotations alone; others get RoPE-ViT's
+    axial ones. Raises ConfigError for one that has what timm's Eva cannot build.
     """
-    if getattr(own, "rope", None) is not None:
-        return arch, {}
+    if isinstance(own, Eva):
+        added = {} if own.pos_embed is None else {"use_abs_pos_emb": False}
+        return arch, added | (_ROTATIONS if own.rope is None else {})
     if reason := _obstacle(own):
         raise ConfigError(
             f"model.positions=rope: {arch} has {reason}, for which timm has no rotary form; take a plain ViT, as "
@@ -107,14 +116,12 @@ def rotary_form(arch: str, own: nn.Module) -> tuple[str, dict[str, Any]]:
         "embed_dim": own.embed_dim,
         "depth": len(own.blocks),
         "num_heads": block.attn.num_heads,
-        "mlp_ratio": block.mlp.fc1.out_features / own.embed_dim,
+        "mlp_ratio": ratio(block.mlp.fc1.out_features, own.embed_dim),
         "qkv_bias": block.attn.qkv.bias is not None,
         "num_reg_tokens": own.num_reg_tokens,
         "attn_type": "rope",
         "use_abs_pos_emb": False,
-        "use_rot_pos_emb": True,
-        "rope_grid_indexing": "xy",
-        "rope_temperature": 100.0,
+        **_ROTATIONS,
     }
     if not isinstance(block.attn.q_norm, nn.Identity):
         arguments["qk_norm"] = True
@@ -129,15 +136,18 @@ def as_eva(arguments: dict[str, Any]) -> dict[str, Any]:
     found.pop("act_layer", None)
     if found.pop("mlp_layer", None) is SwiGLUPacked:
         # Of a ViT the ratio counts the gates too.
-        found |= {"swiglu_mlp": True, "mlp_ratio": math.nextafter(found["mlp_ratio"] / 2, math.inf)}
+        found |= {"swiglu_mlp": True, "mlp_ratio": found["mlp_ratio"] / 2}
     return found
 
 
 def _obstacle(own: nn.Module) -> str:
     """Return in words what of an architecture timm's Eva has not; empty: nothing."""
     block = own.blocks[0]
-    if type(own) is not VisionTransformer or type(block) is not Block or type(block.attn) is not Attention:
-        return f"blocks of another kind ({type(block).__name__})"
+    if getattr(own, "dist_token", None) is not None:
+        return "a token of distillation"
+    standard = (block, Block), (getattr(block, "attn", None), Attention)
+    if odd := [type(part).__name__ for part, kind in standard if type(part) is not kind]:
+        return f"blocks of another kind ({odd[0]})"
     # Behind the blocks, or behind the pooling, which becomes the former.
     last = own.fc_norm if isinstance(own.norm, nn.Identity) else own.norm
     norms = {(type(norm), getattr(norm, "eps", None)) for norm in (block.norm1, block.norm2, last)}
@@ -166,10 +176,3 @@ def grouped_heads(own: nn.Module, depth: int = 0, num_heads: int = 0, **_: int) 
     outer = next(index for index, groups in enumerate(shared) if groups > 1)
     keys = [heads if min(index, blocks - 1 - index) < outer else heads // max(shared) for index in range(blocks)]
     return {"num_kv_heads": keys}
-
-
-def _bias(attn: nn.Module) -> Tensor | None:
-    """Return the bias of queries, keys and values; EVA's keys have none, for which timm keeps zeros."""
-    if getattr(attn, "q_bias", None) is None:
-        return attn.qkv.bias
-    return torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])

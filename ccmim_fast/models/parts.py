@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from timm.layers import GluMlp, Mlp, SwiGLU, SwiGLUPacked
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -44,20 +45,23 @@ def _mlp(own: nn.Module, arch: str, width: int, kind: str) -> dict[str, Any]:
     if kind == "gelu":
         if not gated:
             return {} if type(mlp.act) is nn.GELU else {"act_layer": nn.GELU}
-        return {"mlp_layer": Mlp, "act_layer": nn.GELU, "mlp_ratio": _ratio(_rounded(hidden * 3 / 2), width)}
+        return {"mlp_layer": Mlp, "act_layer": nn.GELU, "mlp_ratio": ratio(_rounded(hidden * 3 / 2), width)}
     if gated and isinstance(mlp.act, nn.SiLU):
         return {}
     # The first layer has the gates, and what they let through.
     rows = 2 * _rounded(hidden if gated else hidden * 2 / 3)
-    return {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": _ratio(rows, width)}
+    return {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": ratio(rows, width)}
 
 
 def _rounded(hidden: float) -> int:
     return math.ceil(round(hidden, 6) / _ALIGNED) * _ALIGNED
 
 
-def _ratio(hidden: int, width: int) -> float:
-    """Return a number whose product with `width` timm cuts off to `hidden`."""
+def ratio(hidden: int, width: int) -> float:
+    """Return `mlp_ratio`, whose product with `width` timm cuts off to `hidden` channels.
+
+    Half of it cuts off to half as many: it is the very number of `hidden / 2`.
+    """
     return math.nextafter(hidden / width, math.inf)
 
 
@@ -75,8 +79,11 @@ def check_parts(vit: nn.Module, arch: str, *, registers: int, layer_scale: float
 
 
 def parts_in(weights: Mapping[str, Tensor], own: nn.Module) -> dict[str, Any]:
-    """Return timm's arguments for parts that weights under timm's names have, and their architecture `own` has not."""
-    if not isinstance(own, VisionTransformer):
+    """Return timm's arguments for parts that weights under timm's names have, and their architecture `own` has not.
+
+    They are those of a VisionTransformer, which `eva.as_eva` turns into those of an Eva.
+    """
+    if not isinstance(own, (VisionTransformer, Eva)):
         return {}
     names, found = own.state_dict(), {}
     registers, mine = (of.get("reg_token") for of in (weights, names))
@@ -87,15 +94,15 @@ def parts_in(weights: Mapping[str, Tensor], own: nn.Module) -> dict[str, Any]:
     if has_qk_norm(weights) and not has_qk_norm(names):
         found["qk_norm"] = True
     first, last = (weights.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
-    if first is None or last is None or "blocks.0.mlp.fc1.weight" not in names:
+    if isinstance(own, Eva) or first is None or last is None or "blocks.0.mlp.fc1.weight" not in names:
         return found
     rows, width, gated = len(first), first.shape[1], len(first) == 2 * last.shape[1]
     if gated != isinstance(own.blocks[0].mlp, GluMlp):
         found |= (
             {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU} if gated else {"mlp_layer": Mlp, "act_layer": nn.GELU}
         )
-    if rows * own.embed_dim != len(names["blocks.0.mlp.fc1.weight"]) * width:
-        found["mlp_ratio"] = _ratio(rows, width)
+    if "mlp_layer" in found or rows * own.embed_dim != len(names["blocks.0.mlp.fc1.weight"]) * width:
+        found["mlp_ratio"] = ratio(rows, width)
     return found
 
 

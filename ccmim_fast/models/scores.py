@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.eva import EvaViTBlock
-from ccmim_fast.models.tokens import eps_of, places, prefix_tokens, with_prefix
+from ccmim_fast.models.tokens import eps_of, prefix_tokens, rotary_tables, with_prefix
 from ccmim_fast.models.watched import cls_attention, watched
 from ccmim_kernels import folded_logits
 
@@ -64,9 +64,9 @@ class OneBlock(ScoreSource):
         self.block = block
 
     def logits(self, vit: VisionTransformer, x_BLD: Tensor) -> Tensor:
-        x_BTD, at = vit.norm_pre(with_prefix(vit, x_BLD)), places(vit)
-        for earlier, place in zip(vit.blocks[: self.block], at):
-            x_BTD = earlier(x_BTD, **place)
+        x_BTD, at = vit.norm_pre(with_prefix(vit, x_BLD)), rotary_tables(vit)
+        for earlier, rotation in zip(vit.blocks[: self.block], at):
+            x_BTD = earlier(x_BTD, **rotation)
         return cls_attention(vit.blocks[self.block], x_BTD, vit.num_prefix_tokens, "logits", **at[self.block])
 
 
@@ -99,15 +99,15 @@ class AllBlocks(ScoreSource):
 
     def logits(self, vit: VisionTransformer, x_BLD: Tensor) -> Tensor:
         x_BTD, total_BL = vit.norm_pre(with_prefix(vit, x_BLD)), None
-        *others, last = zip(vit.blocks, places(vit))
-        for block, place in others:
+        *others, last = zip(vit.blocks, rotary_tables(vit))
+        for block, rotation in others:
             if isinstance(block, ViTBlock):
-                x_BTD, total_BL = block(x_BTD, reads_cls=True, total_BL=total_BL, **place)
+                x_BTD, total_BL = block(x_BTD, reads_cls=True, total_BL=total_BL, **rotation)
             else:
-                x_BTD, total_BL = watched(block, x_BTD, vit.num_prefix_tokens, "softmax", total_BL, **place)
+                x_BTD, total_BL = watched(block, x_BTD, vit.num_prefix_tokens, "softmax", total_BL, **rotation)
         # Nothing follows the last block's keys.
-        block, place = last
-        total_BL = cls_attention(block, x_BTD, vit.num_prefix_tokens, "softmax", total_BL, **place)
+        block, rotation = last
+        total_BL = cls_attention(block, x_BTD, vit.num_prefix_tokens, "softmax", total_BL, **rotation)
         # Up to a constant per row: renormalising subtracts log sum; a second softmax takes the sums as logits.
         return total_BL.log() if self.normalise == "renorm" else total_BL
 
@@ -158,7 +158,7 @@ def can_fold(vit: VisionTransformer) -> bool:
 def eq4_of_blocks(vit: VisionTransformer, x_BLD: Tensor) -> list[Tensor]:
     """Compute Eq. 4's logits [B, L] at every block in one pass, from embedded patches."""
     found, x_BTD = [], vit.norm_pre(with_prefix(vit, x_BLD))
-    for block, place in zip(vit.blocks, places(vit)):
-        found.append(cls_attention(block, x_BTD, vit.num_prefix_tokens, "logits", **place))
-        x_BTD = block(x_BTD, **place)
+    for block, rotation in zip(vit.blocks, rotary_tables(vit)):
+        found.append(cls_attention(block, x_BTD, vit.num_prefix_tokens, "logits", **rotation))
+        x_BTD = block(x_BTD, **rotation)
     return found

@@ -165,8 +165,8 @@ def with_prefix(vit: VisionTransformer, x_BLD: Tensor) -> Tensor:
     return torch.cat([prefix_tokens(vit).to(x_BLD.dtype).expand(len(x_BLD), -1, -1), x_BLD], dim=1)
 
 
-def places(vit: VisionTransformer, ids_BK: Tensor | None = None) -> list[dict[str, Tensor]]:
-    """Return what tells each block where its patches lie, as keyword arguments: `rope`, or nothing without one.
+def rotary_tables(vit: VisionTransformer, ids_BK: Tensor | None = None) -> list[dict[str, Tensor]]:
+    """Return each block's rotations of its patches, as keyword arguments: `rope`, or nothing without one.
 
     `rope` is timm's table of sines and cosines, [L, R] for all patches, or [N, L, R] where each block and head has
     frequencies of its own, which receive gradients. For some patches of each image, `ids_BK` int64, it has their rows:
@@ -207,15 +207,15 @@ def encode(
     """
     x_BTD, total_BL = vit.norm_pre(x_BTD), None
     depth = len(vit.blocks)
-    for index, (block, place) in enumerate(zip(vit.blocks, places(vit, ids_BK))):
-        options = dict(place)
+    for index, (block, rotation) in enumerate(zip(vit.blocks, rotary_tables(vit, ids_BK))):
+        options = dict(rotation)
         if cls_only and index == depth - 1 and isinstance(block, ViTBlock):
             options["query_BQD"] = x_BTD[:, :1]
         if index >= depth - read_blocks:
             if isinstance(block, ViTBlock):
                 x_BTD, total_BL = block(x_BTD, reads_cls=True, total_BL=total_BL, **options)
             else:
-                x_BTD, total_BL = watched(block, x_BTD, vit.num_prefix_tokens, "softmax", total_BL, **place)
+                x_BTD, total_BL = watched(block, x_BTD, vit.num_prefix_tokens, "softmax", total_BL, **rotation)
         else:
             x_BTD = block(x_BTD, **options)
     x_BTD = vit.norm(x_BTD[:, :1] if cls_only else x_BTD)

@@ -19,29 +19,29 @@ from ccmim_kernels import cls_row
 
 
 def cls_attention(
-    block: nn.Module, x_BTD: Tensor, prefix: int, kind: str, total_BL: Tensor | None = None, **place: Tensor
+    block: nn.Module, x_BTD: Tensor, prefix: int, kind: str, total_BL: Tensor | None = None, **rotation: Tensor
 ) -> Tensor:
     """Return [CLS]'s attention [B, L] as `ViTBlock.cls_attention` does, of a block of any class.
 
-    `place` is the block's, from `tokens.places`.
+    `rotation` is the block's, from `tokens.rotary_tables`.
     """
     if isinstance(block, ViTBlock):
-        return block.cls_attention(x_BTD, kind, total_BL, **place)
-    return watched(block, x_BTD, prefix, kind, total_BL, **place)[1]
+        return block.cls_attention(x_BTD, kind, total_BL, **rotation)
+    return watched(block, x_BTD, prefix, kind, total_BL, **rotation)[1]
 
 
 @torch.compiler.disable
 def watched(
-    block: nn.Module, x_BTD: Tensor, prefix: int, kind: str, total_BL: Tensor | None = None, **place: Tensor
+    block: nn.Module, x_BTD: Tensor, prefix: int, kind: str, total_BL: Tensor | None = None, **rotation: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return a block's output [B, T, D], and [CLS]'s attention to the patches [B, L] added to `total_BL`.
 
     The attention is as of `ViTBlock.cls_attention`: float32 without gradient, averaged over heads. `prefix` is the
-    number of tokens before the patches, `place` the block's from `tokens.places`. Raises ConfigError where the block
-    has no attention that can be watched.
+    number of tokens before the patches, `rotation` the block's from `tokens.rotary_tables`. Raises ConfigError where
+    the block has no attention that can be watched.
     """
     with _Watch(prefix, kind) as watch:
-        x_BTD = block(x_BTD, **place)
+        x_BTD = block(x_BTD, **rotation)
     if not watch.rows:
         name = type(block).__name__
         raise ConfigError(f"score.source: the encoder's {name} has no attention map; use mask.strategy=random")

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ccmim_fast.errors import ConfigError
+from ccmim_fast.errors import ConfigError, as_text
 from ccmim_fast.runs.listing import COLUMNS, CONFIG, METRICS, describe
 from ccmim_fast.runs.state import FILE
 
@@ -74,5 +74,4 @@ def names_of(folders: Sequence[Path]) -> list[str]:
         names = [os.path.relpath(path, top) for path in whole]
     else:
         names = [path.name for path in whole]
-    # Names of files may be bytes that are no text, which no page holds.
-    return [name.encode(errors="replace").decode() for name in names]
+    return [as_text(name) for name in names]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from ccmim_fast.checkpoints.manifest import CHECKPOINTS, checkpoints, read_manifest, step_of
-from ccmim_fast.errors import CheckpointError, one_line, printable
+from ccmim_fast.errors import CheckpointError, as_text, one_line, printable
 from ccmim_fast.runs.state import CONFIG, FILE, METRICS, RunState, is_alive, read_state
 
 COLUMNS = ("run", "state", "epoch", "loss", "recons", "contrast", "img/s", "saved", "silent")
@@ -112,8 +112,8 @@ def _newest_step(folder: Path) -> str:
 
 
 def _printable(text: str) -> str:
-    """Return the text on one line; bytes of a file name that are no text become question marks."""
-    return printable(one_line(text.encode(errors="replace").decode(), None))
+    """Return the text on one line, see `as_text`."""
+    return printable(one_line(as_text(text), None))
 
 
 def _figure(figures: Any, key: str, form: str) -> str:

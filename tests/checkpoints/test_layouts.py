@@ -6,9 +6,10 @@ import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
+from ccmim_fast.checkpoints.convert import to_timm
 from ccmim_fast.checkpoints.layouts import recognised
 from ccmim_fast.checkpoints.positions import resampled
-from ccmim_fast.checkpoints.published import read_weights
+from ccmim_fast.checkpoints.published import Weights, read_weights
 from ccmim_fast.cli import main
 from ccmim_fast.errors import CheckpointError, ConfigError
 from ccmim_fast.evaluation.encoders import Encoder, build_encoder, read_encoder
@@ -250,6 +251,29 @@ def test_other_files_are_refused_by_name(weights, words):
         recognised(weights, "w.pth")
 
 
+@pytest.mark.parametrize("arch", ["beit_base_patch16_224", "vit_relpos_small_patch16_224", "samvit_base_patch16"])
+def test_relative_positions_are_refused_by_name(tmp_path, arch):
+    """BEiT has the very names of a DINOv3 but for these."""
+    model = timm.create_model(arch, img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=0)
+    for wrapped in (model.state_dict(), {"model": {f"module.{k}": v for k, v in model.state_dict().items()}}):
+        torch.save(wrapped, tmp_path / "w.pth")
+        with pytest.raises(CheckpointError, match=r"w\.pth: '.*rel.*_pos.*' tells relative positions, as of BEiT"):
+            read_weights(str(tmp_path / "w.pth"))
+
+
+def test_networks_that_are_no_encoders_are_named():
+    """Each file has some name of an encoder's."""
+    tensors = {"layers.0.blocks.0.attn.q_bias": torch.zeros(8), "patch_embed.proj.weight": torch.zeros(8, 3, 4, 4)}
+    assert recognised(tensors, "swin")[1] == "timm's names, as of MAE, DINO, DINOv2 and MoCo v3"
+    with torch.device("meta"):
+        vit = timm.create_model("vit_tiny_patch16_224", depth=1)
+    weights = Weights("cait.pth", to_timm(recognised(vit.state_dict(), "")[0]), "cait_xxs24_224")
+    with pytest.raises(
+        ConfigError, match=r"model\.arch=cait_xxs24_224 is a Cait; it must be timm's VisionTransformer or"
+    ):
+        build_encoder(weights, (32, 32))
+
+
 def test_a_folder_that_is_damaged(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     save_file({"patch_embed.proj.weight": torch.zeros(8, 3, 2, 2)}, tmp_path / "model.safetensors")
@@ -257,6 +281,11 @@ def test_a_folder_that_is_damaged(tmp_path):
         read_weights(str(tmp_path))
     (tmp_path / "config.json").write_text('{"hidden_size": "wide"}')
     with pytest.raises(CheckpointError, match="what it tells of the model is damaged"):
+        read_weights(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(CheckpointError, match="holds no plain dictionary of tensors"):
         read_weights(str(tmp_path))
 
 

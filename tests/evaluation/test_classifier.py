@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,13 +12,16 @@ import timm
 import torch
 from made_run import make_run
 from PIL import Image
-from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ccmim_fast.checkpoints import io
+from ccmim_fast.checkpoints.weight_files import read_safetensors
 from ccmim_fast.cli import main
 from ccmim_fast.commands.eval import evaluate
+from ccmim_fast.commands.predict import SUFFIXES
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.evaluation.classifier import open_classifier
+from ccmim_fast.export.predict import _WRITERS
 
 SIDE, TEST, CLASSES = 32, 150, 3  # as the fixtures'
 NEAR = {"rtol": 0, "atol": 1e-5}
@@ -149,9 +154,7 @@ def test_timm_gives_the_logits(trained, encoder, tmp_path, name):
     file = tmp_path / "classifier.safetensors"
     assert main(["export", "timm", str(run), str(file)]) == 0
     assert main(["export", "timm", str(run), str(tmp_path / "folder")]) == 0
-    with safe_open(file, "pt") as opened:
-        about = opened.metadata()
-        weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    weights, about = read_safetensors(str(file))
     by_hand = timm.create_model(about["timm_arch"], num_classes=CLASSES, **json.loads(about["timm_arguments"])).eval()
     by_hand.load_state_dict(weights)
     folder = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
@@ -240,7 +243,9 @@ def test_places_that_hold_no_classifier(trained, encoder, tested, tmp_path, caps
     moved["classifier"] = told | {"encoder": told["encoder"] | {"name": str(tmp_path / "gone.safetensors")}}
     other["encoder"] = "0" * 64
     del old["classifier"]
-    for name, made in (("moved", moved), ("other", other), ("old", old)):
+    initial = {**state, "encoder": "timm:vit_tiny_patch16_224"}
+    initial["classifier"] = told | {"encoder": told["encoder"] | {"name": "timm:vit_tiny_patch16_224"}}
+    for name, made in (("moved", moved), ("other", other), ("old", old), ("initial", initial)):
         io.save(tmp_path / name / "checkpoints", 3, made, keep=1)
     for place, words in (
         (tmp_path / "run", "a run of pretraining, which knows no classes; name the folder of ccmim eval finetune"),
@@ -249,11 +254,49 @@ def test_places_that_hold_no_classifier(trained, encoder, tested, tmp_path, caps
         (tmp_path / "moved", "a linear probe needs the encoder that it was trained on: "),
         (tmp_path / "other", "is not the encoder that this linear probe was trained on"),
         (tmp_path / "old", "no classifier that can be taken out"),
+        (tmp_path / "initial", "trained on initial weights of vit_tiny_patch16_224, which no file holds"),
     ):
         assert main(["predict", str(place), str(tested), f"--out={tmp_path / 'x.csv'}", "--device=cpu"]) == 5, place
         (line,) = capsys.readouterr().err.splitlines()
         assert words in line, line
     assert not (tmp_path / "x.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"classes": "5"}, "what it tells of itself is damaged"),
+        ({"classes": '["disc"]'}, "3 logits for 1 classes"),
+        ({"timm_arguments": '{"img_size": [32, 32], "num_heads": 3}'}, "what it tells of itself is damaged"),
+        ({"timm_arguments": '{"img_size": [32, 32], "num_heads": 3, "global_pool": "map"}'}, "its head does not fit"),
+        ({"timm_arguments": '{"img_size": [32, 32], "num_heads": 3, "global_pool": {}}'}, "its head does not fit"),
+    ],
+)
+def test_an_export_that_tells_nonsense_of_itself_is_a_line(trained, tested, tmp_path, capsys, told, words):
+    file = tmp_path / "classifier.safetensors"
+    assert main(["export", "timm", str(trained("avg")), str(file)]) == 0
+    weights, about = read_safetensors(str(file))
+    save_file(weights, file, about | told)
+    assert main(["predict", str(file), str(tested), f"--out={tmp_path / 'x.csv'}", "--device=cpu"]) == 5
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+def test_a_head_of_another_kind_is_a_line(trained, tmp_path, capsys, tested):
+    """Without a bias, or two heads for an encoder that has one: what is there and what is expected are named."""
+    file = tmp_path / "classifier.safetensors"
+    assert main(["export", "timm", str(trained("avg")), str(file)]) == 0
+    weights, about = read_safetensors(str(file))
+    two = weights | {f"head_dist.{kind}": weights[f"head.{kind}"].clone() for kind in ("weight", "bias")}
+    for changed, found in (
+        ({name: value for name, value in weights.items() if name != "head.bias"}, "head.weight"),
+        ({name: value for name, value in weights.items() if not name.startswith("head.")}, "none"),
+        (two, "head.bias, head.weight, head_dist.bias, head_dist.weight"),
+    ):
+        save_file(changed, file, about)
+        assert main(["predict", str(file), str(tested), f"--out={tmp_path / 'x.csv'}", "--device=cpu"]) == 5
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith(f"expected head.bias, head.weight, found {found}"), line
 
 
 def test_a_table_takes_no_others_place(trained, tested, tmp_path, capsys):
@@ -266,31 +309,25 @@ def test_a_table_takes_no_others_place(trained, tested, tmp_path, capsys):
     assert "must end in .csv, .tsv, .parquet, .jsonl" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        {"arch": "eva02_tiny_patch14_224"},
-        {"arch": "vit_small_patch16_dinov3"},
-        {"arch": "deit3_small_patch16_224"},
-        {"arch": "vit_tiny_patch16_224", "positions": "rope"},
-        {"arch": "vit_tiny_patch16_224", "registers": 2, "mlp": "swiglu", "layer_scale": 0.1, "qk_norm": True},
-    ],
-)
-def test_classifiers_of_other_encoders(tmp_path, model):
-    """Rotary positions, registers, layer scale, gates: the same function by timm, and from what was exported."""
-    sizes = {"patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
-    make_run(tmp_path / "run", data={"image_size": (32, 32)}, model=sizes | model)
-    what = ["--data.source=shapes", f"--data.root={tmp_path / 'cache'}", "--data.samples=24", "--data.test_samples=12"]
-    what += ["--data.classes=3", "--data.image_size=[32,32]", "--data.test_crop=1", "--train.batch_size=12"]
-    what += ["--train.epochs=1", "--optim.warmup_epochs=0", "--train.device=cpu", "--train.precision=fp32"]
-    run = tmp_path / "run" / "eval" / "finetune"
-    assert main(["eval", "finetune", str(tmp_path / "run"), *what, "--data.workers=1"]) == 0
-    assert main(["export", "timm", str(run), str(tmp_path / "out")]) == 0
-    vit, images = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval(), pictures()
-    opened, again = open_classifier(str(run)), open_classifier(str(tmp_path / "out"))
-    trained = io.newest(run / "checkpoints").state["model"]
-    assert all(torch.equal(opened.vit.state_dict()[name], value) for name, value in trained.items())
-    with torch.no_grad():
-        expected = vit(normalised(images))
-        torch.testing.assert_close(opened.vit(normalised(images)), expected, **NEAR)
-        torch.testing.assert_close(again.vit(normalised(images)), expected, **NEAR)
+def test_class_names_that_are_no_text(trained, tested, tmp_path, capsys):
+    """Bytes of a folder's name: question marks in every table, and counted as the classes that they are."""
+    name = os.fsdecode(b"na\xefve")
+    shutil.copytree(tested, tmp_path / "photos")
+    (tmp_path / "photos" / "disc").rename(tmp_path / "photos" / name)
+    state = io.newest(trained("avg") / "checkpoints").state
+    state["classifier"] = state["classifier"] | {"classes": [name, "square", "triangle"]}
+    io.save(tmp_path / "run" / "checkpoints", 3, state, keep=1)
+    expected = None
+    for suffix in _WRITERS:
+        out = tmp_path / f"x{suffix}"
+        line = ["predict", str(tmp_path / "run"), str(tmp_path / "photos"), f"--out={out}", "--device=cpu", "--top=3"]
+        assert main(line) == 0, capsys.readouterr().err
+        rows = [(row["label"], {row["class"], row["class_2"], row["class_3"]}) for row in rows_of(out)]
+        expected = expected or [(label, {"na?ve", "square", "triangle"}) for label, _ in rows]
+        assert {label for label, _ in rows} == {"na?ve", "square", "triangle"}
+        assert rows == expected
+        assert "of 150 right" in capsys.readouterr().out
+
+
+def test_a_command_names_every_table_that_is_written():
+    assert {*SUFFIXES} == {*_WRITERS}

@@ -16,7 +16,7 @@ from PIL import Image
 from tiny import images
 
 from ccmim_fast.cli import main
-from ccmim_fast.export import shown
+from ccmim_fast.export import image_batches
 from ccmim_fast.models.tokens import tokens_of
 
 
@@ -117,7 +117,7 @@ def test_a_disk_without_room_is_told_before_the_first_image(made, capsys, monkey
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    monkeypatch.setattr(shown, "evaluation_batches", lambda *_, **__: pytest.fail("an image was shown"))
+    monkeypatch.setattr(image_batches, "evaluation_batches", lambda *_, **__: pytest.fail("an image was shown"))
     assert embedded(folder, out) == 6
     assert capsys.readouterr().err.endswith(f"ccmim: {out}: not written: No space left on device\n")
     assert not out.parent.exists()

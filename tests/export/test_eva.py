@@ -1,5 +1,6 @@
 """Runs of timm's Eva family go to timm and back: the same weights, the same tokens."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from tiny import images
 
 from ccmim_fast.checkpoints.published import read_weights
+from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.cli import main
 from ccmim_fast.evaluation.classifier import open_classifier
 from ccmim_fast.evaluation.encoders import build_encoder, read_encoder
@@ -23,6 +25,14 @@ MODELS = {
     "learned frequencies": {"arch": "vit_base_patch16_rope_mixed_224"},
     "few keys": {"arch": "vit_large_patch16_sapiens2", "depth": 17, "num_heads": 4, "embed_dim": 64},
     "a plain one with rotations": {"positions": "rope"},
+    "its rotations alone": {"arch": "eva02_small_patch14_224", "positions": "rope"},
+    "new rotations alone, parts of its own": {
+        "arch": "eva_giant_patch14_224",
+        "positions": "rope",
+        "registers": 2,
+        "layer_scale": 0.1,
+        "qk_norm": True,
+    },
     "with parts of its own": {
         "positions": "rope",
         "registers": 2,
@@ -63,10 +73,14 @@ def test_to_timm_and_back(tmp_path, kind):
     back = {k: v for k, v in read_weights(str(tmp_path / "back")).tensors.items() if k.startswith("encoder.")}
     own = {k: v for k, v in model.state_dict().items() if k.startswith("encoder.")}
     torch.testing.assert_close(back, own, rtol=0, atol=0)
+    assert (
+        dataclasses.replace(open_run(str(tmp_path / "back")).config.model, drop_path=config.model.drop_path)
+        == config.model
+    )
 
 
 @pytest.mark.parametrize("pool", ["avg", "cls"])
-@pytest.mark.parametrize("kind", ["dinov3", "learned frequencies", "a plain one with rotations"])
+@pytest.mark.parametrize("kind", ["dinov3", "learned frequencies", "a plain one with rotations", "its rotations alone"])
 def test_a_fine_tuned_classifier(tmp_path, capsys, kind, pool):
     """To timm, which needs nothing but the folder, and read again; in words for transformers."""
     make_run(tmp_path / "run", model=MODELS[kind] | {"layer_scale": 0.1})

@@ -101,6 +101,11 @@ def test_what_does_not_fit_is_named(tmp_path, capsys):
         ([f"{here}/text.pth", "--arch", ARCH, "--out", f"{here}/run"], 5, ["cannot be read as weights"]),
         ([f"{here}/whole.safetensors", "--out", f"{here}/run"], 2, ["add --arch NAME"]),
         ([f"{here}/whole.safetensors", "--arch", "vit_tin", "--out", f"{here}/run"], 2, ["--arch='vit_tin'"]),
+        (
+            [f"{here}/whole.safetensors", "--arch", "vit_relpos_small_patch16_224", "--out", f"{here}/run"],
+            2,
+            ["model.arch=vit_relpos_small_patch16_224 is a VisionTransformerRelPos; expected timm's VisionTransformer"],
+        ),
         ([f"{here}/whole.safetensors", "--arch", ARCH, "--out", f"{here}/full", *HEADS], 2, ["not empty"]),
         (["--out", f"{here}/run"], 2, ["required: FILE"]),
     ):

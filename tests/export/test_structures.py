@@ -123,6 +123,9 @@ def test_transformers_gives_the_tokens_and_they_come_back(made, tmp_path, capsys
         noise = {} if target == "hf-vit" else {"noise": torch.arange(16.0).expand(2, 16)}
         with torch.no_grad():
             torch.testing.assert_close(theirs(pixel_values=pixels, **noise).last_hidden_state, tokens, **NEAR)
+            for place in (out, out / "model.safetensors"):
+                read = build_encoder(read_encoder(str(place)), tuple(pixels.shape[2:])).eval()
+                torch.testing.assert_close(read.forward_features(pixels), tokens, **NEAR)
         if "layer scale" in name:  # which is in other weights now
             continue
         theirs.save_pretrained(tmp_path / f"{target}-theirs")
@@ -132,6 +135,17 @@ def test_transformers_gives_the_tokens_and_they_come_back(made, tmp_path, capsys
         )
         assert found.keys() == own.keys()
         assert all(torch.equal(found[key], value) for key, value in own.items())
+
+
+def test_a_file_for_transformers_is_imported_without_its_layer_scale(made, tmp_path):
+    """Which is in other weights there; and a position of [CLS] is in [CLS]."""
+    run, _, pixels, _, tokens = made("layer scale, no position of [CLS]")
+    assert main(["export", "hf-vitmae", run, str(tmp_path / "out")]) == 0
+    more = ["--decoder.num_heads=4", "--heads.dim=16"]
+    assert main(["import", str(tmp_path / "out"), f"--out={tmp_path / 'back'}", *more]) == 0
+    back = build_encoder(read_encoder(str(tmp_path / "back")), (32, 32)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(back.forward_features(pixels), tokens, **NEAR)
 
 
 def model_arch(name):

@@ -6,21 +6,23 @@ from functools import partial
 import pytest
 import timm
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, SwiGLUPacked
 from tiny import images, tiny_config, tiny_model, total_loss
 
 from ccmim_fast.engine.build import build_step
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.encoder import build_encoder, timm_form
-from ccmim_fast.models.eva import EvaViTBlock
+from ccmim_fast.models.eva import EvaViTBlock, as_eva, rotary_form
+from ccmim_fast.models.parts import ratio
 from ccmim_fast.models.scores import AllBlocks, FirstBlock, OneBlock, eq4_of_blocks
-from ccmim_fast.models.tokens import embed, encode, folded_projection, places, tokens_of, with_prefix
+from ccmim_fast.models.tokens import embed, encode, folded_projection, rotary_tables, tokens_of, with_prefix
 from ccmim_fast.models.watched import watched
 from ccmim_fast.optim.optimizer import build_optimizer
 from ccmim_fast.ranks.session import Session
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).double(), torch.tensor([0.2, 0.25, 0.3]).double()
+ROPE_VIT = "vit_small_patch16_rope_224"
 SIZE = {"image_size": (32, 48), "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 # One of each structure that the family has.
 ARCHS = {
@@ -141,21 +143,21 @@ def test_block_is_timms_where_timm_makes_it(arch):
     assert type(block) is EvaViTBlock
     for one in (block, their_block):
         one.drop_path1, one.drop_path2 = DropPath(0.5), DropPath(0.5)
-    x_BTD, place = torch.randn(4, prefix + 24, 48, dtype=torch.float64), places(ours)[1]
+    x_BTD, rotation = torch.randn(4, prefix + 24, 48, dtype=torch.float64), rotary_tables(ours)[1]
     results = []
     for one in (block, their_block):
         torch.manual_seed(1)
-        results.append(one(x_BTD, **place))
+        results.append(one(x_BTD, **rotation))
     torch.testing.assert_close(*results)
-    causal = their_block.eval()(x_BTD, is_causal=True, **place)
-    torch.testing.assert_close(block.eval()(x_BTD, is_causal=True, **place), causal)
-    found, row_BL = block(x_BTD, reads_cls=True, **place)
-    expected, expected_BL = watched(their_block, x_BTD, prefix, "softmax", **place)
+    causal = their_block.eval()(x_BTD, is_causal=True, **rotation)
+    torch.testing.assert_close(block.eval()(x_BTD, is_causal=True, **rotation), causal)
+    found, row_BL = block(x_BTD, reads_cls=True, **rotation)
+    expected, expected_BL = watched(their_block, x_BTD, prefix, "softmax", **rotation)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(row_BL, expected_BL)
     for kind in ("logits", "softmax"):
-        expected_BL = watched(their_block, x_BTD, prefix, kind, **place)[1]
-        torch.testing.assert_close(block.cls_attention(x_BTD, kind, **place), expected_BL)
+        expected_BL = watched(their_block, x_BTD, prefix, kind, **rotation)[1]
+        torch.testing.assert_close(block.cls_attention(x_BTD, kind, **rotation), expected_BL)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -165,9 +167,9 @@ def test_scores_are_those_that_timms_blocks_show(arch):
     ours.requires_grad_(False)
     x_BLD, prefix = embedded(ours, images(2)), ours.num_prefix_tokens
     x_BTD, total_BL, shown = theirs.norm_pre(with_prefix(ours, x_BLD)), None, []
-    for block, place in zip(theirs.blocks, places(ours)):
-        shown.append(watched(block, x_BTD, prefix, "logits", **place)[1])
-        x_BTD, total_BL = watched(block, x_BTD, prefix, "softmax", total_BL, **place)
+    for block, rotation in zip(theirs.blocks, rotary_tables(ours)):
+        shown.append(watched(block, x_BTD, prefix, "logits", **rotation)[1])
+        x_BTD, total_BL = watched(block, x_BTD, prefix, "softmax", total_BL, **rotation)
     close(eq4_of_blocks(ours, x_BLD), shown)
     close(FirstBlock(ours)(ours, x_BLD).softmax(1), shown[0].softmax(1))
     close(OneBlock(ours, block=1)(ours, x_BLD), shown[1])
@@ -254,9 +256,9 @@ def test_learned_frequencies_have_no_decay():
 def test_coordinates_stay_in_training():
     """Sapiens2 rescales them at random in its own training."""
     vit = build_encoder("vit_base_patch16_sapiens2", channels=3, **SIZE).train()
-    first, again = places(vit)[0]["rope"], places(vit)[0]["rope"]
+    first, again = rotary_tables(vit)[0]["rope"], rotary_tables(vit)[0]["rope"]
     assert torch.equal(first, again)
-    assert torch.equal(first, places(vit.eval())[0]["rope"])
+    assert torch.equal(first, rotary_tables(vit.eval())[0]["rope"])
 
 
 @OF_NEWER_TIMM
@@ -279,9 +281,9 @@ def test_other_classes_are_refused():
         build_encoder("vit_small_patch16_rope_224", channels=3, **sizes)
 
 
-@pytest.mark.parametrize("arch", ["vit_small_patch16_224", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224"])
-def test_rotary_positions_in_place_of_added_ones(arch):
-    """A plain ViT keeps its weights' names but for its positions; one that is rotary stays as it is."""
+@pytest.mark.parametrize("arch", ["vit_small_patch16_224", *ARCHS])
+def test_rotary_positions_alone(arch):
+    """An encoder keeps its weights' names but for its positions, and timm's rotations where it has them."""
     torch.manual_seed(0)
     ours = randomised(build_encoder(arch, channels=3, **SIZE, positions="rope")).double().eval()
     sizes = {key: value for key, value in SIZE.items() if key != "image_size"}
@@ -292,18 +294,42 @@ def test_rotary_positions_in_place_of_added_ones(arch):
     pictures = images(2)
     with torch.no_grad():
         close(tokens_of(ours, MEAN, STD)(pictures), theirs.double().eval().forward_features(normalised(pictures)))
-    own = build_encoder(arch, channels=3, **SIZE).state_dict()
-    if arch == "vit_small_patch16_224":
-        del own["pos_embed"]
-    assert {key: value.shape for key, value in own.items()} == {k: v.shape for k, v in ours.state_dict().items()}
+    own = build_encoder(arch, channels=3, **SIZE).double().eval()
+    shapes = {key: value.shape for key, value in own.state_dict().items() if key != "pos_embed"}
+    assert shapes == {key: value.shape for key, value in ours.state_dict().items()}
+    if getattr(own, "rope", None) is None:
+        assert torch.equal(
+            rotary_tables(ours)[0]["rope"], rotary_tables(build_encoder(ROPE_VIT, channels=3, **SIZE))[0]["rope"]
+        )
+        return
+    zeros = {} if own.pos_embed is None else {"pos_embed": torch.zeros_like(own.pos_embed)}
+    own.load_state_dict(ours.state_dict() | zeros)
+    with torch.no_grad():
+        close(tokens_of(own, MEAN, STD)(pictures), tokens_of(ours, MEAN, STD)(pictures))
 
 
-def test_rotations_of_a_plain_vit_are_rope_vits():
-    """timm's vit_small_patch16_rope_224 without its layer scale."""
-    plain = build_encoder("vit_small_patch16_224", channels=3, **SIZE, positions="rope")
-    assert torch.equal(
-        places(plain)[0]["rope"], places(build_encoder("vit_small_patch16_rope_224", channels=3, **SIZE))[0]["rope"]
-    )
+@pytest.mark.parametrize("arch", ["eva02_tiny_patch14_224", "eva_giant_patch14_224", "eva02_enormous_patch14_clip_224"])
+def test_trains_with_rotary_positions_alone(arch):
+    model, _, _ = step(arch, images(4), model={"arch": arch, "depth": 2, "positions": "rope"}, **METHODS["bank"])
+    assert model.encoder.pos_embed is None
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_rotary_form_has_the_very_mlp():
+    """480 channels of 176 are not those of 480 / 176, whose product with 176 timm cuts off to 479."""
+    own = timm.create_model("vit_tiny_patch16_224", embed_dim=176, num_heads=2, depth=1, mlp_ratio=ratio(480, 176))
+    assert own.blocks[0].mlp.fc1.out_features == 480
+    name, arguments = rotary_form("vit_tiny_patch16_224", own)
+    assert timm.create_model(name, **arguments).blocks[0].mlp.fc1.out_features == 480
+    for hidden in range(8, 800, 8):
+        half = as_eva({"mlp_layer": SwiGLUPacked, "mlp_ratio": ratio(2 * hidden, 176)})["mlp_ratio"]
+        assert (int(176 * half), int(176 * ratio(2 * hidden, 176))) == (hidden, 2 * hidden)
+
+
+def test_a_plain_block_takes_no_rotations():
+    block, x_BTD = build_encoder("vit_small_patch16_224", channels=3, **SIZE).blocks[0], torch.zeros(1, 25, 48)
+    with pytest.raises(AssertionError, match="a ViTBlock does not rotate"):
+        block(x_BTD, rope=torch.zeros(24, 32))
 
 
 @pytest.mark.parametrize(
@@ -314,8 +340,9 @@ def test_rotations_of_a_plain_vit_are_rope_vits():
         ("vit_medium_patch16_reg4_gap_256", None),
         ("vit_giant_patch14_dinov2", "an MLP other than GELU's"),
         ("beit3_base_patch16_224", "norms "),
-        ("vit_base_patch16_xp_224", "blocks of another kind"),
-        ("eva_giant_patch14_224", "blocks of another kind"),
+        ("vit_base_patch16_xp_224", r"blocks of another kind \(ParallelScalingBlock\)"),
+        ("vit_dwee_patch16_reg1_gap_256", r"blocks of another kind \(DiffAttention\)"),
+        ("deit_tiny_distilled_patch16_224", "a token of distillation"),
         ("vit_pwee_patch16_reg1_gap_256", "blocks of another kind"),
     ],
 )

@@ -14,7 +14,7 @@ from ccmim_fast.data.progress import progress_bar
 from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
-from ccmim_fast.errors import DataError, MachineError
+from ccmim_fast.errors import DataError, MachineError, as_text
 
 
 def chosen_device(name: str) -> torch.device:
@@ -24,7 +24,7 @@ def chosen_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-class Shown:
+class ImageBatches:
     """This class opens all that `data.root` may name; `source` has the images, `count` of which look usable.
 
     What the index leaves out is told on standard error. For `image_key`, `max_value` and the errors see `open_images`.
@@ -36,7 +36,7 @@ class Shown:
             print(line, file=sys.stderr)
         self.count, self._bad = usable_count(self.source), BadSamples(self.source, "skip", max_bad=1.0)
 
-    def batches(
+    def iterate(
         self,
         doing: str,
         image_size: tuple[int, int],
@@ -56,7 +56,7 @@ class Shown:
                 self.source, image_size, size, device, workers, central=central, bad_samples=self._bad
             ):
                 numbers = batch.host_ids_B.tolist()
-                yield [self.source.name(number).encode(errors="replace").decode() for number in numbers], batch
+                yield [as_text(self.source.name(number)) for number in numbers], batch
                 done += len(numbers)
                 report(done, self.count)
         if not done:
