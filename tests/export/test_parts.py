@@ -35,6 +35,8 @@ PARTS = {
         "mlp": "swiglu",
     },
     "no gates": {"arch": "vit_giant_patch14_dinov2", "mlp": "gelu"},
+    "layer scale beside gates": {"arch": "aimv2_large_patch14_224", "layer_scale": 0.1},
+    "an activation that no weight tells": {"arch": "vit_base_patch16_clip_quickgelu_224", "mlp": "gelu"},
 }
 HEADS = ["--decoder.num_heads=4"]  # what no weight tells
 
@@ -66,10 +68,11 @@ def test_round_trip(tmp_path, name):
             tokens = theirs.eval().forward_features(((pictures / 255 - mean) / std).permute(0, 3, 1, 2))
         torch.testing.assert_close(tokens, expected, **NEAR)
 
-    weights = read_encoder(str(folder))
-    with torch.no_grad():
-        evaluated = Encoder(build_encoder(weights, (32, 48)), weights.mean, weights.std).eval()(pictures)
-    torch.testing.assert_close(evaluated, expected, **NEAR)
+    for place in (folder, tmp_path / "run"):
+        weights = read_encoder(str(place))
+        with torch.no_grad():
+            evaluated = Encoder(build_encoder(weights, (32, 48)), weights.mean, weights.std).eval()(pictures)
+        torch.testing.assert_close(evaluated, expected, **NEAR)
 
     for place in (file, folder):
         back = tmp_path / f"back-{place.stem}"
@@ -153,8 +156,25 @@ def test_transformers_takes_them_or_a_line_says_why(tmp_path, capsys, name, word
     assert words in capsys.readouterr().err
 
 
-def test_timm_has_no_name_for_some(tmp_path, capsys):
-    make_run(tmp_path / "run", model={"arch": "beit3_base_patch16_224", "mlp": "swiglu"})
+@pytest.mark.parametrize(
+    ("arch", "mlp"),
+    [
+        ("beit3_base_patch16_224", "swiglu"),
+        ("vit_base_patch16_18x2_224", "swiglu"),
+        ("aimv2_large_patch14_224", "gelu"),
+    ],
+)
+def test_timm_has_no_name_for_some(tmp_path, capsys, arch, mlp):
+    """Norms within attention, two attentions side by side, RMSNorm: they are evaluated all the same."""
+    model, _ = make_run(tmp_path / "run", model={"arch": arch, "depth": 2, "mlp": mlp})
     assert main(["export", "timm", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
-    assert "timm has no name that builds beit3_base_patch16_224 with model.mlp=swiglu" in capsys.readouterr().err
+    assert "timm has no" in (line := capsys.readouterr().err)
+    assert arch in line
     assert main(["export", "safetensors", str(tmp_path / "run"), str(tmp_path / "own.safetensors")]) == 0
+    pictures = images(2)
+    for place in ("run", "own.safetensors"):
+        weights = read_encoder(str(tmp_path / place))
+        with torch.no_grad():
+            evaluated = Encoder(build_encoder(weights, (32, 48)), weights.mean, weights.std).eval()(pictures)
+            expected = tokens_of(model.encoder, model.mean_C, model.std_C)(pictures)
+        torch.testing.assert_close(evaluated, expected, **NEAR)
