@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from tiny import images
+from torch import nn
 
 from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.cli import main
@@ -17,6 +18,7 @@ from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.encoders import Encoder, build_encoder, read_encoder
 from ccmim_fast.evaluation.finetune import build_optimizer
+from ccmim_fast.export.timm_model import rebuilds
 from ccmim_fast.models.tokens import tokens_of
 
 NEAR = {"rtol": 0, "atol": 1e-5}
@@ -178,3 +180,12 @@ def test_timm_has_no_name_for_some(tmp_path, capsys, arch, mlp):
             evaluated = Encoder(build_encoder(weights, (32, 48)), weights.mean, weights.std).eval()(pictures)
             expected = tokens_of(model.encoder, model.mean_C, model.std_C)(pictures)
         torch.testing.assert_close(evaluated, expected, **NEAR)
+
+
+def test_timms_gelu_is_torchs():
+    """timm's class of the name "gelu" prints itself otherwise; tanh's form is another function."""
+    arch, sizes = "vit_base_patch16_clip_quickgelu_224", {"img_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 3}
+    vit = timm.create_model(arch, act_layer=nn.GELU, **sizes)
+    assert rebuilds(vit, arch, {"act_layer": "gelu", **sizes})
+    assert not rebuilds(vit, arch, {"act_layer": "gelu_tanh", **sizes})
+    assert not rebuilds(vit, arch, sizes)
