@@ -11,8 +11,7 @@ from torch import Tensor
 Tensors = dict[str, Tensor]
 
 # One of these each member of the family has, and no VisionTransformer of timm's; BEiT has the first two.
-ANCHORS = ("blocks.0.gamma_1", "blocks.0.attn.q_bias", "blocks.0.attn.q_proj.weight", "blocks.0.mlp.fc1_g.weight")
-ANCHORS += ("rope.freqs",)
+ANCHORS = ("blocks.0.gamma_1", "blocks.0.attn.q_bias", "blocks.0.attn.q_proj.weight", "rope.freqs")
 _DINOV3 = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge_plus", 4096: "7b"}
 # Heads, other networks, and tables that are computed
 _NOT_OURS = re.compile(

@@ -1,4 +1,4 @@
-"""This file tells the grid of a file's positions, and resamples them to another grid."""
+"""This file tells the grid of a file's positions and whether there are any, and resamples them to another grid."""
 
 # T tokens, L patches, D width, R rows, C columns of patches
 
@@ -68,3 +68,12 @@ def of_grid(positions_1TD: Tensor, old: Pair, new: Pair, prefix: int, antialias:
         if torch.allclose(positions_1TD[0].float(), fixed_TD, atol=0.01):
             return sincos_positions(width, new, prefix)[None]
     return resampled(positions_1TD, old, new, antialias)
+
+
+def without_positions(tensors: dict[str, Tensor]) -> str:
+    """Say which fixed positions are all zero, behind what was recognised; "": none."""
+    found = [name for name in ("encoder.pos_embed", "decoder.pos_embed") if name in tensors and not tensors[name].any()]
+    if not found:
+        return ""
+    cause = "as transformers 5 leaves those of a new ViTMAEForPreTraining: fill them before it is trained"
+    return f"; {' and '.join(found)} all zero, so that it knows no places, {cause}"

@@ -16,7 +16,7 @@ from ccmim_fast.checkpoints.claims import check_claims, check_size
 from ccmim_fast.checkpoints.convert import to_timm
 from ccmim_fast.checkpoints.eva import ANCHORS, likely_arch
 from ccmim_fast.checkpoints.layouts import as_architecture, recognised
-from ccmim_fast.checkpoints.positions import grid_of_file, of_grid
+from ccmim_fast.checkpoints.positions import grid_of_file, of_grid, without_positions
 from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.checkpoints.weight_files import OF_WIDTH, is_model_folder, read_file, read_folder
 from ccmim_fast.config.keys import nearest
@@ -47,6 +47,7 @@ class Weights(NamedTuple):
     layout: str = ""  # what was recognised in a file, in words
     layer_scale: float = 0.0  # the initial one, which no weight tells
     positions: str = ""  # as the setting `model.positions`, where it is not the default
+    mlp: str = ""  # as the setting `model.mlp`, where it is not the default: no weight tells an activation
 
 
 def read_weights(place: str) -> Weights:
@@ -67,8 +68,8 @@ def read_weights(place: str) -> Weights:
         run = open_run(place)
         model, data = run.config.model, run.config.data
         told = (model.arch, model.num_heads, data.mean, data.std, data.image_size, run.step, data.max_value)
-        positions = "" if model.positions == "sincos" else model.positions
-        return Weights(str(run.path), run.weights, *told, layer_scale=model.layer_scale, positions=positions)
+        positions, mlp = "" if model.positions == "sincos" else model.positions, "" if model.mlp == "own" else model.mlp
+        return Weights(str(run.path), run.weights, *told, layer_scale=model.layer_scale, positions=positions, mlp=mlp)
     if Path(place).is_dir():
         found, told = read_folder(Path(place))
     elif Path(place).exists() and not Path(place).is_file():
@@ -82,16 +83,7 @@ def read_weights(place: str) -> Weights:
         raise CheckpointError(f"{place}: not finite: {_named(set(wrong))}")
     told = told._replace(arch=told.arch or likely_arch(tensors, told.num_heads))
     tensors = as_architecture(tensors, layout, told.arch, told.image_size)
-    return Weights(place, tensors, **told._asdict(), layout=layout + _without_positions(tensors))
-
-
-def _without_positions(tensors: dict[str, Tensor]) -> str:
-    """Say which fixed positions are all zero, behind what was recognised; "": none."""
-    found = [name for name in (_POSITIONS, "decoder.pos_embed") if name in tensors and not tensors[name].any()]
-    if not found:
-        return ""
-    cause = "as transformers 5 leaves those of a new ViTMAEForPreTraining: fill them before it is trained"
-    return f"; {' and '.join(found)} all zero, so that it knows no places, {cause}"
+    return Weights(place, tensors, **told._asdict(), layout=layout + without_positions(tensors))
 
 
 def known_arch(arch: str, key: str = "model.arch") -> str:
@@ -179,7 +171,7 @@ def _of_encoder(of: Weights, own: VisionTransformer | Eva, images: tuple[int, ..
     told = {"patch_size": patch, "embed_dim": dim, "depth": _blocks(weights, "encoder.blocks.")}
     owned = {"patch_size": own.patch_embed.patch_size[0], "embed_dim": own.embed_dim, "depth": len(own.blocks)}
     model = {key: value for key, value in told.items() if value != owned[key]}
-    model |= settings_of(parts_in(to_timm(weights), own), of.layer_scale)
+    model |= settings_of(parts_in(to_timm(weights), own, of.mlp), of.layer_scale)
     model |= {"positions": of.positions} if of.positions else {}
     found: dict[str, Any] = {f"model.{key}": value for key, value in model.items()}
     found |= {"data.channels": channels} if channels != 3 else {}

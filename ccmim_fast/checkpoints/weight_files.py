@@ -44,6 +44,7 @@ class Told(NamedTuple):
     max_value: tuple[float, ...] = ()
     layer_scale: float = 0.0
     positions: str = ""
+    mlp: str = ""
 
 
 def read_file(name: str) -> tuple[Mapping[str, Any], Told]:
@@ -63,8 +64,8 @@ def read_file(name: str) -> tuple[Mapping[str, Any], Told]:
         raise CheckpointError(
             f"{name}: what it tells of itself is damaged; expected what ccmim export writes"
         ) from None
-    positions = "" if positions == "sincos" else positions
-    return weights, Told(about.get("arch", ""), heads, mean, std, size, white, scale, positions)
+    positions, mlp = "" if positions == "sincos" else positions, "gelu" if arguments.get("act_layer") == "gelu" else ""
+    return weights, Told(about.get("arch", ""), heads, mean, std, size, white, scale, positions, mlp)
 
 
 def is_model_folder(folder: Path) -> bool:

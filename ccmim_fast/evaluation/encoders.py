@@ -142,7 +142,12 @@ def _form_in(weights: Weights, num_heads: int) -> dict[str, Any]:
     sizes, normed_once = _sizes_in(tensors), f"{_POOLED_NORM}weight" in tensors
     pools = "avg" if normed_once else "token" if sizes["class_token"] else ""
     pooling = {"fc_norm": normed_once, "global_pool": pools}
-    return sizes | ({"num_heads": heads} if heads else {}) | parts_in(tensors, timms_own(weights.arch)) | pooling
+    return (
+        sizes
+        | ({"num_heads": heads} if heads else {})
+        | parts_in(tensors, timms_own(weights.arch), weights.mlp)
+        | pooling
+    )
 
 
 def _sizes_in(tensors: dict[str, Tensor]) -> dict[str, int | bool]:

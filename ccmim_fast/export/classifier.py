@@ -25,7 +25,7 @@ from ccmim_fast.export.plain import facts_of, not_timms, timm_config, timm_prepr
 from ccmim_fast.export.timm_model import rebuilds, written_form
 from ccmim_fast.models.encoder import timms_own
 from ccmim_fast.models.parts import parts_in
-from ccmim_fast.models.tokens import patch_size_of
+from ccmim_fast.models.tokens import heads_of, patch_size_of
 
 
 def _form(of: OpenedClassifier) -> tuple[str, dict[str, Any]]:
@@ -39,10 +39,10 @@ def _form(of: OpenedClassifier) -> tuple[str, dict[str, Any]]:
         "patch_size": patch_size_of(vit),
         "embed_dim": vit.embed_dim,
         "depth": len(vit.blocks),
-        "num_heads": vit.blocks[0].attn.num_heads,
+        "num_heads": heads_of(vit),
         "fc_norm": "fc_norm.weight" in weights,
     }
-    sizes |= parts_in(weights, timms_own(arch))
+    sizes |= parts_in(weights, timms_own(arch), of.encoder.mlp)
     if isinstance(vit, Eva):
         return eva_form(of.encoder, weights, sizes)
     return written_form(arch, arch, sizes)

@@ -11,6 +11,7 @@ from torch import nn
 from ccmim_fast.config.schema import Config
 from ccmim_fast.models.encoder import own_encoder, timm_form
 from ccmim_fast.models.parts import has_layer_scale
+from ccmim_fast.models.tokens import heads_of
 
 # A class is no JSON. For an MLP of another class these names of timm's stand in, which have it and every other part
 # that an argument cannot change as plain ViTs do.
@@ -49,7 +50,7 @@ def _of_plain(own: VisionTransformer) -> dict[str, Any]:
         "patch_size": own.patch_embed.patch_size[0],
         "embed_dim": own.embed_dim,
         "depth": len(own.blocks),
-        "num_heads": own.blocks[0].attn.num_heads,
+        "num_heads": heads_of(own),
         "no_embed_class": own.no_embed_class,
         "pre_norm": not isinstance(own.norm_pre, nn.Identity),
         "final_norm": not isinstance(own.norm, nn.Identity) or not isinstance(own.fc_norm, nn.Identity),
@@ -63,5 +64,11 @@ def rebuilds(vit: VisionTransformer, name: str, arguments: dict[str, Any]) -> bo
     with torch.device("meta"):
         theirs = timm.create_model(name, num_classes=vit.num_classes, **arguments)
     shapes = ({key: value.shape for key, value in one.state_dict().items()} for one in (vit, theirs))
-    same_words = repr(vit).replace("ViTBlock(", "Block(") == repr(theirs)
-    return same_words and vit.no_embed_class == theirs.no_embed_class and next(shapes) == next(shapes)
+    return (
+        _words(vit) == _words(theirs) and vit.no_embed_class == theirs.no_embed_class and next(shapes) == next(shapes)
+    )
+
+
+def _words(vit: VisionTransformer) -> str:
+    """Return what a module prints of itself, with one name for our block and timm's, torch's exact GELU and timm's."""
+    return repr(vit).replace("ViTBlock(", "Block(").replace("GELU(approximate='none')", "GELU()")

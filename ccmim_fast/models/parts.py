@@ -37,7 +37,7 @@ def _mlp(own: nn.Module, arch: str, width: int, kind: str) -> dict[str, Any]:
     """Return the arguments of an MLP: of h hidden channels it has 2 D h weights, or 3 D h with gates."""
     if kind == "own":
         return {}
-    mlp = next((part for part in own.blocks[0].modules() if isinstance(part, (Mlp, GluMlp, SwiGLU))), None)
+    mlp = _mlp_of(own)
     if mlp is None or not isinstance(own, VisionTransformer):
         block = type(own.blocks[0]).__name__
         raise ConfigError(f"model.mlp={kind}: {arch} has its own ({block}); leave it out, or take vit_base_patch16_224")
@@ -78,10 +78,11 @@ def check_parts(vit: nn.Module, arch: str, *, registers: int, layer_scale: float
             raise ConfigError(f"{setting}: {arch} ({type(vit).__name__} of {block}) has no place for it; leave it out")
 
 
-def parts_in(weights: Mapping[str, Tensor], own: nn.Module) -> dict[str, Any]:
+def parts_in(weights: Mapping[str, Tensor], own: nn.Module, mlp: str = "") -> dict[str, Any]:
     """Return timm's arguments for parts that weights under timm's names have, and their architecture `own` has not.
 
-    They are those of a VisionTransformer, which `eva.as_eva` turns into those of an Eva.
+    They are those of a VisionTransformer, which `eva.as_eva` turns into those of an Eva. `mlp` is the setting
+    `model.mlp` where somebody tells it: no weight tells an activation.
     """
     if not isinstance(own, (VisionTransformer, Eva)):
         return {}
@@ -93,17 +94,26 @@ def parts_in(weights: Mapping[str, Tensor], own: nn.Module) -> dict[str, Any]:
         found["init_values"] = 1.0  # the weights replace it
     if has_qk_norm(weights) and not has_qk_norm(names):
         found["qk_norm"] = True
-    first, last = (weights.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
-    if isinstance(own, Eva) or first is None or last is None or "blocks.0.mlp.fc1.weight" not in names:
-        return found
+    return found if isinstance(own, Eva) else found | _mlp_in(weights, own, mlp)
+
+
+def _mlp_in(weights: Mapping[str, Tensor], own: VisionTransformer, kind: str) -> dict[str, Any]:
+    """Return timm's arguments for the first block's MLP, where it is another than that of `own`."""
+    name = next((name for name in weights if re.fullmatch(r"blocks\.0\.(.*\.)?mlp\.fc1\.weight", name)), None)
+    mine, last = _mlp_of(own), None if name is None else weights.get(name.replace("fc1", "fc2"))
+    if last is None or mine is None:
+        return {}
+    first, theirs = weights[name], own.state_dict().get(name)
     rows, width, gated = len(first), first.shape[1], len(first) == 2 * last.shape[1]
-    if gated != isinstance(own.blocks[0].mlp, GluMlp):
-        found |= (
-            {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU} if gated else {"mlp_layer": Mlp, "act_layer": nn.GELU}
-        )
-    if "mlp_layer" in found or rows * own.embed_dim != len(names["blocks.0.mlp.fc1.weight"]) * width:
-        found["mlp_ratio"] = ratio(rows, width)
-    return found
+    if theirs is None or gated != isinstance(mine, GluMlp):
+        layer = {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU} if gated else {"mlp_layer": Mlp, "act_layer": nn.GELU}
+        return layer | {"mlp_ratio": ratio(rows, width)}
+    found = {"act_layer": nn.GELU} if kind == "gelu" and type(mine.act) is not nn.GELU else {}
+    return found | ({"mlp_ratio": ratio(rows, width)} if rows * own.embed_dim != len(theirs) * width else {})
+
+
+def _mlp_of(own: nn.Module) -> nn.Module | None:
+    return next((part for part in own.blocks[0].modules() if isinstance(part, (Mlp, GluMlp, SwiGLU))), None)
 
 
 def settings_of(parts: Mapping[str, Any], layer_scale: float) -> dict[str, Any]:
@@ -111,8 +121,8 @@ def settings_of(parts: Mapping[str, Any], layer_scale: float) -> dict[str, Any]:
     told = {"registers": parts.get("reg_tokens"), "qk_norm": parts.get("qk_norm")}
     if "init_values" in parts:
         told["layer_scale"] = layer_scale or 1e-5  # DINOv2's
-    if "mlp_layer" in parts:
-        told["mlp"] = "gelu" if parts["mlp_layer"] is Mlp else "swiglu"
+    if "act_layer" in parts:
+        told["mlp"] = "gelu" if parts["act_layer"] is nn.GELU else "swiglu"
     return {key: value for key, value in told.items() if value}
 
 

@@ -27,6 +27,11 @@ def patch_size_of(vit: VisionTransformer) -> int:
     return vit.patch_embed.patch_size[0]
 
 
+def heads_of(vit: VisionTransformer) -> int:
+    """Return the heads of the first block's attention, of the first one where several stand side by side."""
+    return next(part.num_heads for part in vit.blocks[0].modules() if hasattr(part, "num_heads"))
+
+
 def grid_of(vit: VisionTransformer) -> tuple[int, int]:
     """Return rows and columns of patches."""
     return tuple(vit.patch_embed.grid_size)

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from tiny import images
+from torch import nn
 
 from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.cli import main
@@ -17,6 +18,7 @@ from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.encoders import Encoder, build_encoder, read_encoder
 from ccmim_fast.evaluation.finetune import build_optimizer
+from ccmim_fast.export.timm_model import rebuilds
 from ccmim_fast.models.tokens import tokens_of
 
 NEAR = {"rtol": 0, "atol": 1e-5}
@@ -35,6 +37,8 @@ PARTS = {
         "mlp": "swiglu",
     },
     "no gates": {"arch": "vit_giant_patch14_dinov2", "mlp": "gelu"},
+    "layer scale beside gates": {"arch": "aimv2_large_patch14_224", "layer_scale": 0.1},
+    "an activation that no weight tells": {"arch": "vit_base_patch16_clip_quickgelu_224", "mlp": "gelu"},
 }
 HEADS = ["--decoder.num_heads=4"]  # what no weight tells
 
@@ -66,10 +70,11 @@ def test_round_trip(tmp_path, name):
             tokens = theirs.eval().forward_features(((pictures / 255 - mean) / std).permute(0, 3, 1, 2))
         torch.testing.assert_close(tokens, expected, **NEAR)
 
-    weights = read_encoder(str(folder))
-    with torch.no_grad():
-        evaluated = Encoder(build_encoder(weights, (32, 48)), weights.mean, weights.std).eval()(pictures)
-    torch.testing.assert_close(evaluated, expected, **NEAR)
+    for place in (folder, tmp_path / "run"):
+        weights = read_encoder(str(place))
+        with torch.no_grad():
+            evaluated = Encoder(build_encoder(weights, (32, 48)), weights.mean, weights.std).eval()(pictures)
+        torch.testing.assert_close(evaluated, expected, **NEAR)
 
     for place in (file, folder):
         back = tmp_path / f"back-{place.stem}"
@@ -153,8 +158,33 @@ def test_transformers_takes_them_or_a_line_says_why(tmp_path, capsys, name, word
     assert words in capsys.readouterr().err
 
 
-def test_timm_has_no_name_for_some(tmp_path, capsys):
-    make_run(tmp_path / "run", model={"arch": "beit3_base_patch16_224", "mlp": "swiglu"})
+@pytest.mark.parametrize(
+    ("arch", "mlp"),
+    [
+        ("beit3_base_patch16_224", "swiglu"),
+        ("vit_base_patch16_18x2_224", "swiglu"),
+        ("aimv2_large_patch14_224", "gelu"),
+    ],
+)
+def test_timm_has_no_name_for_some(tmp_path, capsys, arch, mlp):
+    """Norms within attention, two attentions side by side, RMSNorm: they are evaluated all the same."""
+    model, _ = make_run(tmp_path / "run", model={"arch": arch, "depth": 2, "mlp": mlp})
     assert main(["export", "timm", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
-    assert "timm has no arguments that build beit3_base_patch16_224 with these settings" in capsys.readouterr().err
+    assert f"timm has no arguments that build {arch} with these settings" in capsys.readouterr().err
     assert main(["export", "safetensors", str(tmp_path / "run"), str(tmp_path / "own.safetensors")]) == 0
+    pictures = images(2)
+    for place in ("run", "own.safetensors"):
+        weights = read_encoder(str(tmp_path / place))
+        with torch.no_grad():
+            evaluated = Encoder(build_encoder(weights, (32, 48)), weights.mean, weights.std).eval()(pictures)
+            expected = tokens_of(model.encoder, model.mean_C, model.std_C)(pictures)
+        torch.testing.assert_close(evaluated, expected, **NEAR)
+
+
+def test_timms_gelu_is_torchs():
+    """timm's class of the name "gelu" prints itself otherwise; tanh's form is another function."""
+    arch, sizes = "vit_base_patch16_clip_quickgelu_224", {"img_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 3}
+    vit = timm.create_model(arch, act_layer=nn.GELU, **sizes)
+    assert rebuilds(vit, arch, {"act_layer": "gelu", **sizes})
+    assert not rebuilds(vit, arch, {"act_layer": "gelu_tanh", **sizes})
+    assert not rebuilds(vit, arch, sizes)
