@@ -14,6 +14,7 @@ from nullgpu.take_steps import one_line
 
 from ccmim_fast import cli
 from ccmim_fast.engine import build, step_monitor
+from ccmim_fast.evaluation.masks import objects, scores
 
 
 def outcome(argv: list[str]) -> dict:
@@ -42,9 +43,14 @@ def outcome(argv: list[str]) -> dict:
 
 
 def with_what_no_kernel_computes() -> None:
-    """Let each step be a good one that nobody asked to stop, and torch find a rate on the device positive."""
+    """Let each step be a good one that nobody asked to stop, and torch find a rate on the device positive.
+
+    Masks and scores are what the memory held before: figures of where objects lie, which refuse some, are all 0.
+    """
     # A memset, which the device does carry out.
     step_monitor.max_over_ranks = torch.Tensor.zero_
+    for place in (objects, scores):
+        place.object_leakage = place.score_auroc = lambda *_: 0.0
     plain = build.build_optimizer
 
     def checked(*arguments, **named):
