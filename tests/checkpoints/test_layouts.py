@@ -8,12 +8,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 from ccmim_fast.checkpoints.convert import to_timm
 from ccmim_fast.checkpoints.layouts import recognised
-from ccmim_fast.checkpoints.positions import resampled
 from ccmim_fast.checkpoints.published import Weights, read_weights
 from ccmim_fast.cli import main
 from ccmim_fast.errors import CheckpointError, ConfigError
 from ccmim_fast.evaluation.encoders import Encoder, build_encoder, read_encoder
-from ccmim_fast.models.encoder import sincos_positions
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 
@@ -174,53 +172,6 @@ def test_a_norm_behind_the_pooling(tmp_path, class_token):
     imported = read_weights(str(out)).tensors
     assert torch.equal(imported["encoder.norm.bias"], vit.fc_norm.bias)
     assert torch.equal(imported["encoder.pos_embed"][:, -16:], vit.pos_embed[:, -16:])
-
-
-def test_a_grid_that_nobody_tells_is_asked_for(tmp_path, capsys):
-    for name, size in (("oblong", (32, 48)), ("square", (32, 72))):  # 4 x 6; 4 x 9 are as many as 6 x 6
-        torch.save(small_vit(img_size=size).state_dict(), tmp_path / f"{name}.pth")
-        weights = read_encoder(str(tmp_path / f"{name}.pth"), "vit_tiny_patch16_224", 2)
-        for wanted in (size, size[::-1], (64, 96)):
-            with pytest.raises(
-                ConfigError, match=r"has positions of \d\d patches.* add --model\.pretrained_size=\[H,W\]"
-            ):
-                build_encoder(weights, wanted, 2)
-        told = read_encoder(str(tmp_path / f"{name}.pth"), "vit_tiny_patch16_224", 2, pretrained_size=size)
-        assert torch.equal(build_encoder(told, size, 2).pos_embed, weights.tensors["pos_embed"])
-        wrong = read_encoder(str(tmp_path / f"{name}.pth"), "vit_tiny_patch16_224", 2, pretrained_size=(40, 40))
-        with pytest.raises(CheckpointError, match=r"images of 40 x 40 pixels give 5 x 5"):
-            build_encoder(wrong, size, 2)
-    command = ["import", str(tmp_path / "oblong.pth"), "--arch=vit_tiny_patch16_224", "--model.num_heads=2"]
-    assert main([*command, f"--out={tmp_path / 'a'}"]) == 2
-    error = capsys.readouterr().err
-    assert "positions of 24 patches, and does not tell the size of its images; 224 x 224, 32 x 32 pixels" in error
-    assert main([*command, f"--out={tmp_path / 'a'}", "--data.image_size=[32,48]"]) == 0
-
-
-def test_going_on_at_another_size_resamples(tmp_path):
-    vit = small_vit()
-    torch.save(vit.state_dict(), tmp_path / "w.pth")
-    command = ["import", str(tmp_path / "w.pth"), "--arch=vit_tiny_patch16_224", "--model.num_heads=2"]
-    assert main([*command, f"--out={tmp_path / 'run'}", "--data.image_size=[64,48]"]) == 0
-    from timm.layers import resample_abs_pos_embed
-
-    expected = resample_abs_pos_embed(vit.pos_embed, new_size=(8, 6), old_size=(4, 4))
-    torch.testing.assert_close(read_weights(str(tmp_path / "run")).tensors["encoder.pos_embed"], expected)
-    assert main([*command, f"--out={tmp_path / 'maes'}", "--data.image_size=[64,48]", "--resample=plain"]) == 0
-    expected = resampled(vit.pos_embed, (4, 4), (8, 6), antialias=False)
-    assert torch.equal(read_weights(str(tmp_path / "maes")).tensors["encoder.pos_embed"], expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_fixed_positions_are_computed_at_another_size(tmp_path, dtype):
-    """As MAE's: what is resampled would be no sine and cosine any more."""
-    vit = small_vit()
-    vit.pos_embed.data = sincos_positions(vit.embed_dim, (4, 4), 1)[None]
-    torch.save({name: value.to(dtype) for name, value in vit.state_dict().items()}, tmp_path / "w.pth")
-    command = ["import", str(tmp_path / "w.pth"), "--arch=vit_tiny_patch16_224", "--model.num_heads=2"]
-    assert main([*command, f"--out={tmp_path / 'run'}", "--data.image_size=[64,48]"]) == 0
-    found = read_weights(str(tmp_path / "run")).tensors["encoder.pos_embed"]
-    assert torch.equal(found[0], sincos_positions(vit.embed_dim, (8, 6), 1))
 
 
 @pytest.mark.parametrize(
