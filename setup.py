@@ -48,9 +48,9 @@ EXTRAS = {
     "slurm": ["submitit>=1.5.4"],  # has a teardown
     # What `ccmim bench throughput` compares with, but for lightly: its list has pytorch_lightning, which is not to be
     # installed. Its MAE needs torch, torchvision, timm and numpy only: pip install --no-deps lightly
-    "bench": ["transformers>=5"],
+    "bench": ["transformers>=5.4"],
     # `ccmim export onnx`; the other targets need nothing.
-    "export": ["onnx>=1.16", "onnxscript>=0.2.2"],  # which knows torch 2.7
+    "export": ["onnx>=1.17", "onnxscript>=0.7"],  # which writes what torch 2.7 exports with today's protobuf
     # `ccmim eval segmentation`: UPerNet's decoder.
     "segmentation": ["segmentation_models_pytorch>=0.5"],
     # `ccmim eval detection`: average precision, and COCO's masks.
@@ -58,8 +58,8 @@ EXTRAS = {
     "dev": [
         *("pytest>=8", "pytest-xdist>=3.6.1", "hypothesis>=6.100", "ruff>=0.11"),
         *("fsspec[http]>=2024.2", "submitit>=1.5.4"),
-        # What exports are loaded by in the tests.
-        *("transformers>=5", "onnx>=1.16", "onnxscript>=0.2.2", "onnxruntime>=1.18"),
+        # What exports are loaded by in the tests; AutoImageProcessor takes `backend` from transformers 5.4 on.
+        *("transformers>=5.4", "onnx>=1.17", "onnxscript>=0.7", "onnxruntime>=1.18"),
         "segmentation_models_pytorch>=0.5",
         *("torchmetrics>=1.9", "faster-coco-eval>=1.8"),
         *DOCS,

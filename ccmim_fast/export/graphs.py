@@ -20,7 +20,8 @@ from ccmim_fast.evaluation.registry import check_installed
 from ccmim_fast.export.plain import about
 
 OPSET = 20  # of ONNX; the first with Gelu as an operator
-_ANY_BATCH = {"images": {0: torch.export.Dim("batch")}}
+# With an end: without one torch 2.7 finds that a classifier takes any number of images but 2^63 - 1, and refuses it.
+_ANY_BATCH = {"images": {0: torch.export.Dim("batch", max=2**31 - 1)}}
 # Protocol buffers, of which an ONNX file is one, end at 2^31 bytes; what is larger has its weights in a file beside it.
 _ONE_FILE = 1.9e9
 
