@@ -28,7 +28,7 @@ def patch_size_of(vit: VisionTransformer) -> int:
 
 
 def attention_of(vit: VisionTransformer) -> nn.Module:
-    """Return the first block's attention, the first one where several stand side by side; it may be the block itself."""
+    """Return the first block's attention, of several the first; in a parallel block it is the block itself."""
     return next(part for part in vit.blocks[0].modules() if hasattr(part, "num_heads"))
 
 

@@ -1,4 +1,4 @@
-"""The width of an encoder is refused where its heads, its positions or its MLP do not fit it, with the nearest that fits."""
+"""A width is refused that an encoder's heads, positions or MLP do not fit, with the nearest that they do."""
 
 import itertools
 import math
