@@ -72,6 +72,8 @@ def by_hand(run, features_BD):
         {"arch": "eva02_tiny_patch14_224"},
         {"arch": "vit_small_patch16_dinov3"},
         {"arch": "deit3_small_patch16_224"},
+        {"arch": "deit_tiny_distilled_patch16_224"},
+        {"arch": "vit_base_patch16_xp_224"},
         {"arch": "vit_tiny_patch16_224", "positions": "rope"},
         {"arch": "vit_tiny_patch16_224", "registers": 2, "mlp": "swiglu", "layer_scale": 0.1, "qk_norm": True},
     ],
