@@ -132,7 +132,7 @@ class AugmentedLoader(SampleLoader):
 
 
 def _as_tensor(read_HWC: np.ndarray) -> Tensor:
-    return torch.from_numpy(read_HWC).permute(2, 0, 1)
+    return torch.tensor(read_HWC).permute(2, 0, 1)
 
 
 def _scaled(image_CHW: Tensor) -> Tensor:
