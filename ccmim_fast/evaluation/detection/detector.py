@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
-from timm.models.swin_transformer import window_partition, window_reverse
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.swin_transformer import window_partition, window_reverse
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
@@ -22,6 +22,7 @@ from torchvision.ops.poolers import LevelMapper
 
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.encoders import OUTPUTS, keep_blocks_, maps_of
+from ccmim_fast.models.tokens import attention_of
 
 LEVELS = ("0", "1", "2", "3", "pool")  # torchvision's names; the last is every second pixel of the fourth
 _RATIOS = (0.5, 1.0, 2.0)  # height to width of the anchors
