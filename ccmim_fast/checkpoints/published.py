@@ -20,6 +20,7 @@ from ccmim_fast.checkpoints.positions import grid_of_file, of_grid, without_posi
 from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.checkpoints.weight_files import OF_WIDTH, is_model_folder, read_file, read_folder
 from ccmim_fast.config.keys import nearest
+from ccmim_fast.config.validate import check_tag
 from ccmim_fast.errors import CheckpointError, ConfigError, one_line
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.encoder import own_encoder, timms_own
@@ -88,9 +89,10 @@ def read_weights(place: str) -> Weights:
 
 def known_arch(arch: str, key: str = "model.arch") -> str:
     """Return the name if timm knows such an architecture; raise ConfigError naming the nearest if not."""
-    if not timm.is_model(arch) or "." in arch:
+    if not timm.is_model(arch):
         names = timm.list_models("*vit*") + timm.list_models("*deit*")
         raise ConfigError(f"{key}={arch!r:.80}: no model of timm; nearest is {nearest(arch, names)}")
+    check_tag(key, arch)
     return arch
 
 

@@ -101,7 +101,11 @@ def to_yaml(config: Any) -> str:
 
 def from_yaml(text: str, name: str, schema: type = Config, check: Callable[[Any], None] = validate) -> Any:
     """Return the configuration that `text` holds, such as a checkpoint's; `name` says in messages where it stands."""
-    config = build(read_settings(text, f" in {name}", schema), schema)
+    values = read_settings(text, f" in {name}", schema)
+    if "model.arch" in values:
+        # Runs of earlier versions may have a tag of timm's there, which changed nothing.
+        values["model.arch"] = values["model.arch"].partition(".")[0]
+    config = build(values, schema)
     check(config)
     return config
 

@@ -19,8 +19,8 @@ def setting(default: Any, help: str, source: str, on_resume: str = "") -> Any:
         help: for people; the first word names a thing, and a value such as 0 that means something else is explained.
         source: where the default is from; "ours" for a choice of this project.
         on_resume: for a run that goes on with another value: `free` (no result depends on it, but for rounding),
-            `asked` (it is another run: `--allow-change`) or `shape` (the weights do not fit: refused). Empty: as the
-            section says (`section`), else `asked`.
+            `asked` (it is another run: `--allow-change`) or `shape` (it is another model or optimizer, whether or not
+            the weights of the checkpoint would fit: refused). Empty: as the section says (`section`), else `asked`.
     """
     return field(default=default, metadata={"help": help, "source": source, "on_resume": on_resume})
 

@@ -83,16 +83,24 @@ def _check_arch(config: Config) -> None:
             "of timm's class VisionTransformer or Eva",
             nearest(config.model.arch, names),
         )
+    check_tag("model.arch", config.model.arch)
+
+
+def check_tag(key: str, arch: str) -> None:
+    """Refuse a name of timm's with a tag, `ARCH.TAG`: it means weights, and an architecture has none."""
+    name, dot, _ = arch.partition(".")
+    if dot:
+        refuse(key, arch, f"a name without a tag, which means weights: take them by ccmim import timm:{name}.TAG", name)
 
 
 def _check_widths(config: Config) -> None:
-    values = flatten(config)
-    for part, key in (("model", "model.embed_dim"), ("decoder", "decoder.dim")):
-        dim, heads = values[key], values[f"{part}.num_heads"]
-        if dim % 4:
-            refuse(key, dim, "a multiple of 4 (sine and cosine on two axes)", nearest_multiple(dim, 4))
-        if dim and heads and dim % heads:
-            refuse(f"{part}.num_heads", heads, f"a divisor of {key}={dim}", nearest_divisor(heads, dim))
+    """Refuse a width of the decoder that its heads do not divide; that of the encoder is its architecture's matter."""
+    dim, heads = config.decoder.dim, config.decoder.num_heads
+    if dim % 4:
+        must = "a multiple of 4 (sine and cosine on two axes)"
+        refuse("decoder.dim", dim, must, nearest_multiple(dim, math.lcm(4, heads)))
+    if dim % heads:
+        refuse("decoder.num_heads", heads, f"a divisor of decoder.dim={dim}", nearest_divisor(heads, dim))
 
 
 def _check_patches(config: Config) -> None:

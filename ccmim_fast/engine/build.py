@@ -92,6 +92,12 @@ def keep_freed_memory() -> bool:
     return bool(mallopt and mallopt(_MALLOC_MMAP_MAX, 0) and mallopt(_MALLOC_TRIM_THRESHOLD, 2**31 - 1))
 
 
+def check_model(config: Config) -> None:
+    """Refuse sizes that do not fit each other before anything is read: the model is built without memory."""
+    with torch.device("meta"):
+        build_model(config)
+
+
 def build_step(config: Config, here: Session) -> TrainStep:
     """Build the eager step on this rank's device, its initial weights from `config.seed`.
 

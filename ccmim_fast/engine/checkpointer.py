@@ -131,23 +131,28 @@ class Checkpointer:
     def _check_settings(self, state: dict[str, Any]) -> None:
         """Tell which settings changed since, one a line (fault 14); raise for those that may not, or not unasked."""
         known = settings(type(self._config))
-        words = {"free": "", "shape": "another model", "asked": "needs --allow-change"}
+        words = {"free": "", "asked": "needs --allow-change"}
         try:
             before = from_yaml(state["config"], "the checkpoint", type(self._config), lambda _: None)
         except (ConfigError, KeyError):  # of another version, with other settings: shapes will tell
             return
         found = difference(before, self._config)
         rows = [("changed since the checkpoint", "then", "now", "")]
-        rows += [(k, show(a), show(b), words[known[k].on_resume]) for k, a, b in found if not k.startswith("run.")]
+        other = {key: f"another {'optimizer' if key.startswith('optim.') else 'model'}" for key in known}
+        rows += [
+            (k, show(a), show(b), words.get(known[k].on_resume, other[k]))
+            for k, a, b in found
+            if not k.startswith("run.")
+        ]
         if self._here.is_main and len(rows) > 1:
             widths = [max(map(len, column)) for column in zip(*rows)]
             for row in rows:
                 say("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
         for key, then, now in found:
             if known[key].on_resume == "shape":
-                raise CheckpointError(f"{key}={now}: the checkpoint is of another model; use {then}")
+                raise CheckpointError(f"{key}={show(now)}: the checkpoint is of {other[key]}; use {show(then)}")
             if known[key].on_resume == "asked" and not self._config.run.allow_change:
-                raise ConfigError(f"{key}={now}: the checkpoint has {then}; use that, or --allow-change")
+                raise ConfigError(f"{key}={show(now)}: the checkpoint has {show(then)}; use that, or --allow-change")
 
     def _restore(self, state: dict[str, Any], in_place: bool) -> Progress:
         task = self._task

@@ -20,7 +20,15 @@ from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stats import pixel_notes
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.engine import choices
-from ccmim_fast.engine.build import build_bank, build_step, check_device, check_images, choose_shards, prepare_step
+from ccmim_fast.engine.build import (
+    build_bank,
+    build_step,
+    check_device,
+    check_images,
+    check_model,
+    choose_shards,
+    prepare_step,
+)
 from ccmim_fast.engine.dry_run import count_flops
 from ccmim_fast.engine.health import health_of
 from ccmim_fast.engine.loop import Loop
@@ -47,9 +55,10 @@ def fit(config: Config, after_epoch: AfterEpoch | None = None, more: More | None
     with open_session(config.train.device, config.watch.timeout) as here:
         validate(config, here.world_size)
         check_device(config, here, looks=after_epoch is not None)
+        check_model(config)
         if config.train.find_batch:
             config = with_largest_batch(config, here)
-        # In the order in which a mistake is cheapest to find: folder, images, model, checkpoint.
+        # In the order in which a mistake is cheapest to find: sizes, folder, images, model, checkpoint.
         with run_folder(config.run, read_by(config.data), is_main=here.is_main) as folder:
             here.watchdog.start(folder.path)
             task = Pretraining(config, here, folder.path, after_epoch, more)

@@ -20,7 +20,7 @@ from ccmim_fast.checkpoints.weight_files import WEIGHTS, read_safetensors
 from ccmim_fast.config.evaluation import EvalConfig, validate_evaluation
 from ccmim_fast.config.load import from_yaml
 from ccmim_fast.errors import CheckpointError, ConfigError, one_line
-from ccmim_fast.evaluation.encoders import Tokens, build_encoder, read_encoder
+from ccmim_fast.evaluation.encoders import Tokens, build_encoder, read_encoder, undistilled
 from ccmim_fast.evaluation.probes import LinearHeads, head_names
 from ccmim_fast.evaluation.supervised import fingerprint
 from ccmim_fast.runs.state import METRICS
@@ -92,6 +92,7 @@ def classifier_in(found: Found) -> OpenedClassifier:
         raise CheckpointError(f"{place}: not a checkpoint of an evaluation") from None
     figures, averages = _figures(found.folder, step), ", averaged weights" if averaged else ""
     if "head.weight" in tensors:
+        encoder = undistilled(encoder) if config.model.pool == "avg" else encoder
         vit, kind, named = _fine_tuned(tensors, encoder, config, place), "fine-tuned", "accuracy"
     elif "linears.0.weight" in tensors:
         best, named = _best_head(config.head.rates, figures, averages, place)
@@ -158,19 +159,11 @@ def _probe(
         heads.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{place}: the weights do not fit the settings: {one_line(error)}") from None
-    found, model = _undistilled(found._replace(mean=encoder.mean, std=encoder.std)), config.model
+    found, model = undistilled(found._replace(mean=encoder.mean, std=encoder.std)), config.model
     options = {"resample": model.resample, "pool": "avg" if model.pool == "avg" and model.fc_norm else ""}
     folded = {f"head.{kind}": value for kind, value in heads.folded(head).items()}
     vit = with_head(found, config.data.image_size, model.num_heads, _TIMMS[model.pool], folded, **options)
     return vit, encoder._replace(arch=found.arch)
-
-
-def _undistilled(encoder: Weights) -> Weights:
-    """Return a distilled DeiT as the same encoder with a register: timm's class has two heads, a probe has one."""
-    if "dist_token" not in encoder.tensors:
-        return encoder
-    tensors = {"reg_token" if name == "dist_token" else name: value for name, value in encoder.tensors.items()}
-    return encoder._replace(tensors=tensors, arch=known_arch(encoder.arch.replace("_distilled", "")))
 
 
 def with_head(

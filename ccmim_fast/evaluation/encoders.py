@@ -9,6 +9,7 @@ from typing import Any, Literal
 import timm
 import torch
 from timm.layers import to_2tuple
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -76,8 +77,8 @@ def build_encoder(
         image_size: height and width in pixels.
         num_heads: in place of the checkpoint's or the architecture's own where not 0.
         num_classes: of a new head.
-        pool: for fine-tuning, `avg` (mean of the patches' tokens) or `cls`; empty: frozen, tokens are asked for by
-            `forward_features`.
+        pool: for fine-tuning, `avg` (mean of the patches' tokens, see `undistilled`) or `cls`; empty: frozen, tokens
+            are asked for by `forward_features`.
         fc_norm: with `avg`, a norm of the mean in place of that of every token, new unless the weights have one (MAE).
         resample: how positions are, see `positions.resampled`.
         any_size: images may have any multiple of the patch as sides; positions are resampled again for each batch.
@@ -86,6 +87,7 @@ def build_encoder(
     Raises CheckpointError: names or shapes that do not fit the architecture; ConfigError: an architecture that takes no
     images of this size, or is none of `ENCODERS`.
     """
+    weights = undistilled(weights) if pool == "avg" else weights
     own = timms_own(weights.arch)
     if (plain or weights.tensors) and not isinstance(own, ENCODERS):
         known = " or ".join(of.__name__ for of in ENCODERS)
@@ -132,8 +134,18 @@ def _check_pool(weights: Weights, pool: str) -> None:
     """Refuse a pooling that is not of the weights' tokens."""
     if pool == "cls" and weights.tensors and "cls_token" not in weights.tensors:
         raise ConfigError(f"model.pool=cls: {weights.name} has no [CLS] token; nearest valid is avg")
-    if pool == "avg" and "dist_token" in weights.tensors:
-        raise ConfigError(f"model.pool=avg: {weights.name} has the heads of a distilled DeiT; nearest valid is cls")
+
+
+def undistilled(weights: Weights) -> Weights:
+    """Return a distilled DeiT as the same encoder with a register; others as they are.
+
+    timm's class has two heads, of [CLS] and of its token of distillation, and pools in no other way. Of initial weights
+    that token, untrained, is left out.
+    """
+    if not isinstance(timms_own(weights.arch), VisionTransformerDistilled):
+        return weights
+    tensors = {"reg_token" if name == "dist_token" else name: value for name, value in weights.tensors.items()}
+    return weights._replace(tensors=tensors, arch=weights.arch.replace("_distilled", ""))
 
 
 def _form_in(weights: Weights, num_heads: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
+from torchvision.transforms import Compose
 
 from ccmim_fast.config.evaluation import EvalOptimConfig
 from ccmim_fast.errors import ConfigError
@@ -24,8 +25,11 @@ _ATTEMPTS = 10
 def prepare(job: Job) -> Work:
     """Prepare the training of all weights, to the accuracies of the end."""
     config, here, mixes = job.config, job.here, job.config.augment.mixup or job.config.augment.cutmix
-    if len(job.weights.mean) != 3:
-        raise ConfigError(f"data.mean: {len(job.weights.mean)} channels; timm's augmentation needs 3")
+    auto, channels = config.augment.auto, len(job.weights.mean)
+    if auto and channels != 3:
+        raise ConfigError(
+            f"augment.auto={auto}: timm's policies are of 3 channels, not {channels}; set augment.auto=''"
+        )
     if config.data.crop_rule != "torchvision":
         raise ConfigError(f"data.crop_rule={config.data.crop_rule}: timm's augmentation has torchvision's; use that")
     batch, parts = config.train.batch_size, config.train.accumulate * here.world_size
@@ -35,7 +39,8 @@ def prepare(job: Job) -> Work:
     model = config.model
     pooling = {"pool": model.pool, "fc_norm": model.fc_norm}
     vit = job.build_encoder(num_classes=job.test.classes, drop_path=model.drop_path, **pooling).to(here.device)
-    nn.init.trunc_normal_(vit.head.weight, std=config.head.init_std)
+    for head in (vit.head, getattr(vit, "head_dist", vit.head)):
+        nn.init.trunc_normal_(head.weight, std=config.head.init_std)
     round_pixels_((job.train, job.test), here)
     mean_C, std_C = (torch.tensor(values, device=here.device) for values in (job.weights.mean, job.weights.std))
 
@@ -78,9 +83,10 @@ class AugmentedLoader(SampleLoader):
     def __init__(self, job: Job):
         data, augment = job.train.data, job.config.augment
         super().__init__(job, augment.repeats)
-        self._transform = create_transform(
+        geometry, policy, last = create_transform(
             (len(data.mean), *data.image_size),
             is_training=True,
+            separate=True,
             scale=data.crop_scale,
             hflip=0.5 if data.flip else 0.0,
             color_jitter=None,
@@ -91,6 +97,11 @@ class AugmentedLoader(SampleLoader):
             re_prob=augment.erase,
             re_mode="pixel",
         )
+        # Of another number of channels Pillow has no images, nor a policy: timm's transforms work on tensors, too.
+        pillow = len(data.mean) == 3
+        self._as_image = Image.fromarray if pillow else _as_tensor
+        between = policy.transforms if pillow else [_scaled]
+        self._transform = Compose([*geometry.transforms, *between, *last.transforms])
         self._classes, self._smoothing, self._mix = job.test.classes, augment.smoothing, None
         if augment.mixup or augment.cutmix:
             self._mix = Mixup(
@@ -99,7 +110,7 @@ class AugmentedLoader(SampleLoader):
 
     def make(self, read: np.ndarray, index: int, epoch: int) -> tuple[Tensor, int]:
         """Return a normalised image [C, H, W] and its label; timm draws from the global generators, so they are set."""
-        image = Image.fromarray(read)
+        image = self._as_image(read)
         for attempt in itertools.count():
             seed_generators(self.config.seed, epoch, index, attempt)
             try:
@@ -118,3 +129,12 @@ class AugmentedLoader(SampleLoader):
             return images_BCHW, shares_BC * (1 - self._smoothing) + self._smoothing / self._classes
         seed_generators(self.config.seed, number, self.here.rank)
         return self._mix(images_BCHW, labels_B)
+
+
+def _as_tensor(read_HWC: np.ndarray) -> Tensor:
+    return torch.tensor(read_HWC).permute(2, 0, 1)
+
+
+def _scaled(image_CHW: Tensor) -> Tensor:
+    """Return what Pillow's images become, 0..1."""
+    return image_CHW / 255

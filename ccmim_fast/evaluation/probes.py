@@ -15,6 +15,7 @@ from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.frozen.features import pooled
 from ccmim_fast.evaluation.job import Job, Work
 from ccmim_fast.evaluation.supervised import Classifier
+from ccmim_fast.models.tokens import heads_of
 
 Groups = Sequence[tuple[Iterator[nn.Parameter], float]]
 
@@ -43,7 +44,7 @@ def head_names(rates: tuple[float, ...]) -> tuple[str, ...]:
 def attentive(job: Job) -> Work:
     """Prepare the attentive probe: a learned query attends to all tokens."""
     encoder = job.frozen_encoder(pools=False)
-    heads = job.config.head.num_heads or encoder.vit.blocks[0].attn.num_heads
+    heads = job.config.head.num_heads or heads_of(encoder.vit)
     if encoder.width % heads:
         raise ConfigError(f"head.num_heads={heads}: must be a divisor of the width {encoder.width}; nearest valid is 1")
     head = AttentiveHead(encoder.width, job.test.classes, heads, job.config.head.init_std)

@@ -12,6 +12,7 @@ from ccmim_fast.data.source import usable_count
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.encoders import width_and_patch
 from ccmim_fast.evaluation.job import Job
+from ccmim_fast.evaluation.length import OTHER_UNIT, in_force
 from ccmim_fast.evaluation.registry import EVALUATIONS
 from ccmim_fast.secrets import without_secrets
 
@@ -52,11 +53,13 @@ def deviations(of: Protocol, job: Job) -> list[str]:
     asked, given = flatten(of.config), flatten(job.config)
     for figures in (asked, given):
         figures["data.test_crop"] = figures["data.test_crop"] or protocol_crop(job.config.data.image_size)
-    found = [
-        f"{key}: {show(given[key])} ({show(value)})"
-        for key, value in asked.items()
-        if key.startswith(EVALUATIONS[of.evaluation].figures) and given[key] != value
-    ]
+    asked, given = in_force(asked), in_force(given)
+    kept, found = EVALUATIONS[of.evaluation].figures, []
+    for key, value in given.items():
+        # Of a length in another unit, that of the protocol's: `optim.warmup_epochs: 0.0 (optim.warmup_steps: 1500)`.
+        theirs = key if key in asked else OTHER_UNIT[key]
+        if key.startswith(kept) and (theirs != key or value != asked[key]):
+            found.append(f"{key}: {show(value)} ({'' if theirs == key else f'{theirs}: '}{show(asked[theirs])})")
     here = (usable_count(job.train.source), usable_count(job.test.source), job.train.classes)
     if of.images is not None and here != of.images:
         words = "{} images to train on, {} to test on, {} classes"

@@ -11,10 +11,12 @@ from ccmim_fast.config.evaluation import EvalConfig, images_of, protocol_crop, v
 from ccmim_fast.config.keys import flatten, nearest
 from ccmim_fast.config.load import make_config
 from ccmim_fast.data.index.left_out import left_out_lines
+from ccmim_fast.data.source import usable_count
 from ccmim_fast.errors import ConfigError, say
 from ccmim_fast.evaluation.encoders import read_encoder
 from ccmim_fast.evaluation.images import Images
 from ccmim_fast.evaluation.job import Job, Work
+from ccmim_fast.evaluation.length import in_units_asked, with_warm_up
 from ccmim_fast.evaluation.protocols import FOLDER, Protocol, deviations, protocol, write_result
 from ccmim_fast.evaluation.registry import EVALUATIONS, PACKAGE, check_installed
 from ccmim_fast.ranks.session import Session, main_first, open_session
@@ -30,7 +32,8 @@ def evaluate(name: str, checkpoint: str, settings: Mapping[str, str]) -> str:
     protocol, to be printed. Raises CcmimError: a user's error.
     """
     of, settings = protocol_of(name, settings)
-    config = _with_warm_up(make_config(settings, EvalConfig, validate_evaluation, FOLDER), of, settings)
+    config = in_units_asked(make_config(settings, EvalConfig, validate_evaluation, FOLDER), settings)
+    named = settings["config"] != of.name or settings.keys() & {"optim.warmup_epochs", "optim.warmup_steps"}
     row, source, optimizer = EVALUATIONS[name], config.data.source, config.optim.name
     for key, given, valid in (("data.source", source, row.sources), ("optim.name", optimizer, row.optimizers)):
         if given not in valid:
@@ -45,10 +48,10 @@ def evaluate(name: str, checkpoint: str, settings: Mapping[str, str]) -> str:
         open_session(config.train.device, config.watch.timeout) as here,
         run_folder(config.run, reads, is_main=here.is_main) as folder,
     ):
-        job, work = _prepared(name, checkpoint, config, here, folder)
+        job, work = _prepared(name, checkpoint, config, here, folder, None if named else of)
         known = _tell_left_out(job)
         figures = work()
-        folder.begin(config, here.device)  # of an evaluation without training, here only
+        folder.begin(job.config, here.device)  # of an evaluation without training, here only
         result = _result(name, of, job, figures) | {"left_out": _tell_left_out(job, known)}
         return write_result(folder.path, result, of) if here.is_main else ""
 
@@ -69,21 +72,14 @@ def _tell_left_out(job: Job, known: Mapping[str, Any] | None = None) -> dict[str
     return found
 
 
-def _with_warm_up(config: EvalConfig, of: Protocol, settings: Mapping[str, str]) -> EvalConfig:
-    """Return the settings; a preset's warm-up that a shorter run does not hold has the protocol's share of the run."""
-    fitted = {}
-    for warm_up, length in (("warmup_epochs", "epochs"), ("warmup_steps", "steps")):
-        asked, whole = getattr(of.config.optim, warm_up), getattr(of.config.train, length)
-        run = getattr(config.train, length)
-        named = f"optim.{warm_up}" in settings or settings["config"] != of.name
-        if not named and whole and 0 < run < getattr(config.optim, warm_up):
-            fitted[warm_up] = type(asked)(asked * run / whole)
-    return replace(config, optim=replace(config.optim, **fitted)) if fitted else config
+def _prepared(
+    name: str, checkpoint: str, config: EvalConfig, here: Session, folder: RunFolder, warms_up_as: Protocol | None
+) -> tuple[Job, Work]:
+    """Return the job and its work, with the warm-up of the protocol `warms_up_as` unless the user names one.
 
-
-def _prepared(name: str, checkpoint: str, config: EvalConfig, here: Session, folder: RunFolder) -> tuple[Job, Work]:
-    """Return the job and its work; whatever can be refused is, in the order in which a mistake is cheapest to find:
-    libraries, weights, images and their labels, what does not fit together, images to test on that cannot be read."""
+    Whatever can be refused is, in the order in which a mistake is cheapest to find: libraries, weights, images and
+    their labels, what does not fit together, images to test on that cannot be read.
+    """
     row = EVALUATIONS[name]
     check_installed(f"eval {name}", row.needs, name)
     with main_first(here):  # that downloads weights and indexes images, if nobody has
@@ -95,6 +91,10 @@ def _prepared(name: str, checkpoint: str, config: EvalConfig, here: Session, fol
         shown = replace(config.data, max_value=config.data.max_value or weights.max_value)
         data = [images_of(shown, mean, std, test) for test in (False, True)]
         train, test = map(Images, load(f"{PACKAGE}.{row.open_images}")(config, *data), data)
+    if warms_up_as is not None:
+        images = usable_count(train.source)
+        published = warms_up_as.images[0] if warms_up_as.images else images
+        config = with_warm_up(config, warms_up_as.config, images, published)
     job = Job(config, here, folder, weights._replace(mean=mean, std=std), train, test)
     torch.manual_seed(config.seed)  # of new heads
     work = load(f"{PACKAGE}.{row.prepare}")(job)

@@ -5,7 +5,6 @@ Nothing wraps the module, so its weights keep timm's names and load into timm as
 
 # S positions, D width
 
-import math
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -18,11 +17,12 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ccmim_fast.errors import ConfigError
+from ccmim_fast.errors import ConfigError, one_line
 from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.eva import as_eva, grouped_heads, prepare_, rotary_form
 from ccmim_fast.models.parts import check_parts, chosen_parts
 from ccmim_fast.models.tokens import TOKENS, grid_of, patch_size_of
+from ccmim_fast.models.widths import check_width
 
 ENCODERS = (VisionTransformer, VisionTransformerDistilled, Eva)  # timm's classes that an encoder may be of
 
@@ -55,7 +55,7 @@ def build_encoder(
     """
     sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     own, parts = own_encoder(arch), {"registers": registers, "layer_scale": layer_scale, "qk_norm": qk_norm}
-    _check_width(own, embed_dim, num_heads, rotary=positions == "rope")
+    check_width(own, arch, embed_dim=embed_dim, num_heads=num_heads, positions=positions, mlp=mlp)
     name, arguments = timm_form(arch, positions, **parts, mlp=mlp, **sizes)
     eva = isinstance(own, Eva) or positions == "rope"
     standard = not eva and type(own.blocks[0]) is Block and type(own.blocks[0].attn) is Attention
@@ -73,7 +73,7 @@ def build_encoder(
             **arguments,
         )
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-        raise ConfigError(f"model.arch={arch}: timm cannot build it with these sizes: {error}") from None
+        raise ConfigError(f"model.arch={arch}: timm cannot build it with these sizes: {one_line(error)}") from None
     _check_sizes(vit, arch, image_size)
     check_parts(vit, arch, **parts)
     _place(vit, arch, positions)
@@ -147,25 +147,11 @@ def _place(vit: VisionTransformer | Eva, arch: str, positions: str) -> None:
         if getattr(vit, "rope", None) is None:
             raise ConfigError(f"model.arch={arch}: a ViT without positions cannot reconstruct patches")
         if positions == "learned":
-            raise ConfigError(f"model.positions=learned: {arch} has rotary ones alone; nearest valid is sincos")
+            raise ConfigError(f"model.positions=learned: {arch} has rotary ones alone; nearest valid is rope")
     elif positions != "learned":
         prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches
         positions_SD = sincos_positions(vit.embed_dim, grid_of(vit), prefix)
         vit.pos_embed = nn.Parameter(positions_SD[None], requires_grad=False)
-
-
-def _check_width(own: VisionTransformer | Eva, embed_dim: int, num_heads: int, rotary: bool) -> None:
-    """Refuse a width that is no multiple of the heads, and of 4: sine and cosine of two axes, of a head if rotary."""
-    width = embed_dim or own.embed_dim
-    heads = num_heads or getattr(getattr(own.blocks[0], "attn", None), "num_heads", 1)
-    if width % heads and num_heads:
-        nearest = min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - heads))
-        raise ConfigError(f"model.num_heads={heads} must divide the width {width}; nearest: {nearest}")
-    rotary = rotary or getattr(own, "rope", None) is not None
-    unit = heads * 4 if rotary else math.lcm(heads, 4)
-    if width % unit:
-        nearest = max(unit, round(width / unit) * unit)
-        raise ConfigError(f"model.embed_dim={width} must be a multiple of {unit} ({heads} heads); nearest: {nearest}")
 
 
 def _check_sizes(vit: VisionTransformer, arch: str, image_size: tuple[int, int]) -> None:

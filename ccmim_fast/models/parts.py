@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from timm.layers import GluMlp, Mlp, SwiGLU, SwiGLUPacked
-from timm.models.eva import Eva
+from timm.models.eva import Eva, EvaBlockPostNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -26,8 +26,11 @@ def chosen_parts(
     """Return timm's arguments for settings of the section `model`; 0, False and `own` leave what `arch` has.
 
     `own` is the architecture as timm has it, `width` that of the encoder. An MLP of another kind has as many weights as
-    the architecture's, up to rounding. Raises ConfigError where the architecture has no MLP that could be another.
+    the architecture's, up to rounding. Raises ConfigError where the architecture has no MLP that could be another, or
+    no place for norms of queries and keys.
     """
+    if qk_norm and isinstance(own.blocks[0], EvaBlockPostNorm):  # timm refuses them in words of its own
+        raise _without_place("model.qk_norm=true", own, arch)
     registers_of = "reg_tokens" if isinstance(own, VisionTransformer) else "num_reg_tokens"
     parts = {registers_of: registers, "init_values": layer_scale, "qk_norm": qk_norm}
     return {name: value for name, value in parts.items() if value} | _mlp(own, arch, width, mlp)
@@ -37,7 +40,7 @@ def _mlp(own: nn.Module, arch: str, width: int, kind: str) -> dict[str, Any]:
     """Return the arguments of an MLP: of h hidden channels it has 2 D h weights, or 3 D h with gates."""
     if kind == "own":
         return {}
-    mlp = _mlp_of(own)
+    mlp = mlp_of(own)
     if mlp is None or not isinstance(own, VisionTransformer):
         block = type(own.blocks[0]).__name__
         raise ConfigError(f"model.mlp={kind}: {arch} has its own ({block}); leave it out, or take vit_base_patch16_224")
@@ -67,7 +70,6 @@ def ratio(hidden: int, width: int) -> float:
 
 def check_parts(vit: nn.Module, arch: str, *, registers: int, layer_scale: float, qk_norm: bool) -> None:
     """Refuse settings that timm's class took without building anything for them."""
-    block = type(vit.blocks[0]).__name__
     ignored = {
         f"model.registers={registers}": registers and vit.num_prefix_tokens != 1 + registers,
         f"model.layer_scale={layer_scale}": layer_scale and not has_layer_scale(vit.state_dict()),
@@ -75,7 +77,12 @@ def check_parts(vit: nn.Module, arch: str, *, registers: int, layer_scale: float
     }
     for setting, without in ignored.items():
         if without:
-            raise ConfigError(f"{setting}: {arch} ({type(vit).__name__} of {block}) has no place for it; leave it out")
+            raise _without_place(setting, vit, arch)
+
+
+def _without_place(setting: str, vit: nn.Module, arch: str) -> ConfigError:
+    kind = f"{type(vit).__name__} of {type(vit.blocks[0]).__name__}"
+    return ConfigError(f"{setting}: {arch} ({kind}) has no place for it; leave it out")
 
 
 def parts_in(weights: Mapping[str, Tensor], own: nn.Module, mlp: str = "") -> dict[str, Any]:
@@ -100,7 +107,7 @@ def parts_in(weights: Mapping[str, Tensor], own: nn.Module, mlp: str = "") -> di
 def _mlp_in(weights: Mapping[str, Tensor], own: VisionTransformer, kind: str) -> dict[str, Any]:
     """Return timm's arguments for the first block's MLP, where it is another than that of `own`."""
     name = next((name for name in weights if re.fullmatch(r"blocks\.0\.(.*\.)?mlp\.fc1\.weight", name)), None)
-    mine, last = _mlp_of(own), None if name is None else weights.get(name.replace("fc1", "fc2"))
+    mine, last = mlp_of(own), None if name is None else weights.get(name.replace("fc1", "fc2"))
     if last is None or mine is None:
         return {}
     first, theirs = weights[name], own.state_dict().get(name)
@@ -112,7 +119,8 @@ def _mlp_in(weights: Mapping[str, Tensor], own: VisionTransformer, kind: str) ->
     return found | ({"mlp_ratio": ratio(rows, width)} if rows * own.embed_dim != len(theirs) * width else {})
 
 
-def _mlp_of(own: nn.Module) -> nn.Module | None:
+def mlp_of(own: nn.Module) -> nn.Module | None:
+    """Return the first block's MLP, the first one where several stand side by side; None: the block is one itself."""
     return next((part for part in own.blocks[0].modules() if isinstance(part, (Mlp, GluMlp, SwiGLU))), None)
 
 

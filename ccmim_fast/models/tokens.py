@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.watched import watched
@@ -27,9 +27,14 @@ def patch_size_of(vit: VisionTransformer) -> int:
     return vit.patch_embed.patch_size[0]
 
 
+def attention_of(vit: VisionTransformer) -> nn.Module:
+    """Return the first block's attention, of several the first; in a parallel block it is the block itself."""
+    return next(part for part in vit.blocks[0].modules() if hasattr(part, "num_heads"))
+
+
 def heads_of(vit: VisionTransformer) -> int:
-    """Return the heads of the first block's attention, of the first one where several stand side by side."""
-    return next(part.num_heads for part in vit.blocks[0].modules() if hasattr(part, "num_heads"))
+    """Return the heads of `attention_of`."""
+    return attention_of(vit).num_heads
 
 
 def grid_of(vit: VisionTransformer) -> tuple[int, int]:

@@ -219,6 +219,10 @@ def test_settings_that_were_removed_load_from_files_and_count_for_nothing(load, 
     assert "fast.fold_inputs: unknown key" in error_of(load, "fast: {fold_inputs: false}")
 
 
+def test_a_tag_that_an_earlier_version_took_counts_for_nothing():
+    assert from_yaml("model: {arch: vit_tiny_patch16_224.augreg_in21k}", "x").model.arch == "vit_tiny_patch16_224"
+
+
 def test_written_settings_hold_no_password():
     """A URL that is folded over lines would keep one; a resumed run is given its URL again."""
     root = f"https://me:secret@host/{'photos-of-my-holidays/' * 9}/x.tar?token=secret"

@@ -99,9 +99,10 @@ REFUSED = [
     ("model.arch=vit_bass_patch16_224", "of timm's class VisionTransformer or Eva", "vit_base_patch16_224"),
     ("model.patch_size=1", "0 (the architecture's own) or in [2, 32]", "2"),
     ("model.patch_size=33", "in [0, 32]", "32"),
-    ("model.embed_dim=90", "a multiple of 4", "92"),
-    ("model.num_heads=5 model.embed_dim=96", "a divisor of model.embed_dim=96", "4"),
+    ("model.arch=vit_tiny_patch16_224.nonsense", "a name without a tag, which means weights", "vit_tiny_patch16_224"),
+    ("model.arch=vit_tiny_patch16_224.augreg_in21k", "a name without a tag", "vit_tiny_patch16_224"),
     ("decoder.dim=513", "a multiple of 4", "512"),
+    ("decoder.dim=50 decoder.num_heads=12", "a multiple of 4", "48"),
     ("decoder.num_heads=15", "a divisor of decoder.dim=512", "16"),
     ("optim.betas=[0.9,1]", "in [0, 1)", "[0.9, 0.95]"),
     ("optim.ema_decay=1", "in [0, 1)", "0.0"),
@@ -174,7 +175,7 @@ def test_patch_size_of_an_architecture(arch, patch):
 
 
 def test_architectures():
-    for arch in ("vit_tiny_patch16_224", "vit_huge_patch14_224", "deit_small_patch16_224", "vit_base_patch16_224.mae"):
+    for arch in ("vit_tiny_patch16_224", "vit_huge_patch14_224", "deit_small_patch16_224", "eva02_tiny_patch14_224"):
         validate(config_of(model__arch=arch))
     for arch in ("", "x" * 5000, "swin_base_patch4_window7_224", "\udcff"):
         assert "must be of timm's class VisionTransformer or Eva" in message_of(model__arch=arch)

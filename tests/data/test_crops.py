@@ -122,17 +122,19 @@ def test_maes_boxes_are_drawn_once_and_cut_to_the_image():
 @pytest.mark.parametrize(
     ("size", "rule", "mean"),
     [
-        ((375, 500), "mae", 0.518),
+        ((375, 500), "mae", 0.519),
         ((375, 500), "torchvision", 0.433),
-        ((500, 375), "mae", 0.518),
+        ((500, 375), "mae", 0.519),
         ((224, 224), "mae", 0.534),
         ((224, 224), "torchvision", 0.480),
     ],
 )
 def test_mean_areas_of_both_rules(size, rule, mean):
     """Of 0.08 to 1 of an image. Figures of 200,000 draws of MAE's and of torchvision's own classes."""
-    boxes = crop_boxes(0, 0, np.arange(40000), sizes_of(40000, *size), (0.08, 1.0), RATIO, rule)
-    assert boxes[:, 2:].prod(axis=1).mean() / math.prod(size) == pytest.approx(mean, abs=0.006)  # four deviations
+    count = 40000 if rule == "torchvision" else 400000  # of which the mean deviates by 0.0004
+    boxes = crop_boxes(0, 0, np.arange(count), sizes_of(count, *size), (0.08, 1.0), RATIO, rule)
+    near = 0.006 if rule == "torchvision" else 0.0009
+    assert boxes[:, 2:].prod(axis=1).mean() / math.prod(size) == pytest.approx(mean, abs=near)
 
 
 def test_flips_are_keyed_fair_and_independent_of_the_crop():

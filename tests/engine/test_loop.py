@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 import torch
@@ -356,6 +358,23 @@ def test_every_setting_is_free_refused_or_asked_for():
     assert set(kinds.values()) == {"free", "shape", "asked"}
     assert {kinds[key] for key in ("run.dir", "train.device")} == {"free"}
     assert {kinds[key] for key in ("seed", "train.batch_size", "score.momentum", "data.crop_scale")} == {"asked"}
+
+
+def test_the_page_names_every_setting_that_is_refused():
+    text = (Path(__file__).parents[2] / "docs" / "long-runs.md").read_text()
+    [row] = [line for line in text.splitlines() if line.startswith("| settings that say which model")]
+    known, named = settings(), set()
+    for pattern, but in re.findall(r"`([\w.*]+)`(?: but `([\w.]+)`)?", row.split("|")[1]):
+        named |= {key for key in known if fnmatch(key, pattern)} - {but}
+    assert named == {key for key, setting in known.items() if setting.on_resume == "shape"}
+
+
+def test_a_setting_of_the_optimizer_is_refused_as_such(tmp_path, photos):
+    config = with_fields(config_for(tmp_path / "run", photos), "train", max_steps=1)
+    fit(config)
+    other = with_fields(with_fields(config, "optim", decay_tokens=True), "run", resume="auto", allow_change=True)
+    with pytest.raises(CheckpointError, match="decay_tokens=true: the checkpoint is of another optimizer; use false"):
+        fit(other)
 
 
 def test_fault_14_resume_of_another_model_is_refused(tmp_path, photos, capsys):

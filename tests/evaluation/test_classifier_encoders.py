@@ -72,6 +72,8 @@ def by_hand(run, features_BD):
         {"arch": "eva02_tiny_patch14_224"},
         {"arch": "vit_small_patch16_dinov3"},
         {"arch": "deit3_small_patch16_224"},
+        {"arch": "deit_tiny_distilled_patch16_224"},
+        {"arch": "vit_base_patch16_xp_224"},
         {"arch": "vit_tiny_patch16_224", "positions": "rope"},
         {"arch": "vit_tiny_patch16_224", "registers": 2, "mlp": "swiglu", "layer_scale": 0.1, "qk_norm": True},
     ],
@@ -113,6 +115,18 @@ def test_transformers_files_predict_without_their_layer_scale(tmp_path, arch, po
     with torch.no_grad():
         expected = open_classifier(str(run)).vit(images)
         torch.testing.assert_close(open_classifier(str(tmp_path / "out")).vit(images), expected, **NEAR)
+
+
+@pytest.mark.parametrize(
+    "arch", ["vit_base_patch16_xp_224", "vit_base_patch16_18x2_224", "vit_dpwee_patch16_reg1_gap_256"]
+)
+def test_an_attentive_probe_has_the_heads_of_any_block(evaluated, tmp_path, arch):
+    sizes = {"img_size": SIDE, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": 0}
+    told = {"timm_arguments": json.dumps({"img_size": [SIDE, SIDE]})}
+    save_file(timm.create_model(arch, **sizes).state_dict(), tmp_path / "vit.safetensors", told)
+    short = ["--train.batch_size=100", "--train.epochs=1", "--optim.warmup_epochs=0"]
+    asked = [f"--model.arch={arch}", "--model.num_heads=3", *short]
+    assert evaluated("attentive", *asked, checkpoint=tmp_path / "vit.safetensors")["arch"] == arch
 
 
 @pytest.mark.parametrize("pool", ["cls", "avg"])

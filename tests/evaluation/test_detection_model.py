@@ -8,6 +8,7 @@ from torch import nn
 from torchvision.models.detection.image_list import ImageList
 
 from ccmim_fast.config.evaluation import EvalOptimConfig
+from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.detection.detector import (
     LEVELS,
     Backbone,
@@ -194,3 +195,15 @@ def test_windows_leave_prefix_tokens_out():
     assert torch.equal(vit.pos_embed, positions)
     assert isinstance(vit.pos_embed, nn.Parameter)
     assert Backbone(vit, "simple", 8)(torch.randn(1, 3, 64, 64))["2"].shape == (1, 8, 8, 8)
+
+
+def test_windows_are_of_every_attention_of_a_block_and_leave_no_token_before_the_patches():
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 2, "num_classes": 0}
+    for arch, count in (("deit_tiny_distilled_patch16_224", 1), ("vit_base_patch16_18x2_224", 2)):
+        vit = timm.create_model(arch, **sizes)
+        use_windows_(vit, 2, (1,))
+        found = [sum(isinstance(part, Windowed) for part in block.modules()) for block in vit.blocks]
+        assert found == [count, 0], arch
+        assert vit.forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 16, 24)
+    with pytest.raises(ConfigError, match=r"detect\.window=2: a ParallelScalingBlock is attention and MLP in one"):
+        use_windows_(timm.create_model("vit_base_patch16_xp_224", **sizes), 2, (1,))

@@ -1,8 +1,10 @@
 """MAE's published recipe of fine-tuning, held by figures: what `finetune` hands to the loop by its preset."""
 
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from timm.data.auto_augment import RandAugment
@@ -11,6 +13,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms
 
 from ccmim_fast.config.evaluation import images_of
+from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation import finetune
 from ccmim_fast.evaluation.encoders import read_encoder
 from ccmim_fast.evaluation.images import Images, open_both
@@ -28,9 +31,8 @@ def prepared(cache, tmp_path, monkeypatch):
     """`prepared(mixup=0, ...)` -> (vit, inputs, optimizer, loader) of the preset, with other settings of `augment`."""
     monkeypatch.setattr(finetune, "Classifier", lambda job, *parts: SimpleNamespace(run=parts))
     weights = read_encoder("timm:vit_tiny_patch16_224")
-    weights = weights._replace(mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3))
 
-    def prepare(**augment):
+    def prepare(mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3), **augment):
         config = protocol("finetune").config
         data = replace(config.data, source="shapes", root=str(cache), image_size=(32, 32), samples=60, test_samples=20)
         config = replace(
@@ -39,10 +41,16 @@ def prepared(cache, tmp_path, monkeypatch):
             augment=replace(config.augment, **augment),
             train=replace(config.train, batch_size=20, device="cpu"),
         )
-        both = [images_of(config.data, weights.mean, weights.std, test) for test in (False, True)]
+        if len(mean) != 3:
+            for part, label, number in product(("train", "val"), "ab", range(12)):
+                (folder := tmp_path / str(len(mean)) / part / label).mkdir(parents=True, exist_ok=True)
+                np.save(folder / f"{number}.npy", np.full((40, 48, len(mean)), number, dtype=np.uint8))
+            data = replace(config.data, source="images", root=str(tmp_path / str(len(mean))))
+            config = replace(config, data=data)
+        both = [images_of(config.data, mean, std, test) for test in (False, True)]
         with open_session("cpu", 1.0) as here:
             images = map(Images, open_both(config, *both), both)
-            return finetune.prepare(Job(config, here, tmp_path, weights, *images))
+            return finetune.prepare(Job(config, here, tmp_path, weights._replace(mean=mean, std=std), *images))
 
     return prepare
 
@@ -66,6 +74,26 @@ def test_augmentation_is_maes(prepared):
     torch.testing.assert_close(torch.as_tensor(normalise.mean), torch.tensor((0.4, 0.5, 0.6)))
     assert isinstance(erase, RandomErasing)
     assert (erase.probability, erase.mode, erase.min_count, erase.max_count) == (0.25, "pixel", 1, 1)
+
+
+def test_images_of_other_channels_are_cropped_flipped_erased_and_mixed(prepared):
+    """The crops of tensors are Pillow's to a level: here of the channels of a gray image, stacked five times."""
+    gray, tensors = np.random.default_rng(0).integers(0, 256, (40, 48, 1), dtype=np.uint8), []
+    for channels in (1, 3, 5):
+        mean, std = channels * (0.5,), channels * (0.25,)
+        *_, loader = prepared(mean, std, auto="", erase=0.0)
+        image_CHW, _ = loader.make(gray.repeat(channels, 2), 7, 0)
+        assert (image_CHW.shape, image_CHW.dtype) == ((channels, 32, 32), torch.float32)
+        tensors.append(image_CHW[-1] * 0.25 * 255)
+    for of_tensor in (tensors[0], tensors[2]):
+        assert (of_tensor - tensors[1]).abs().mean() < 0.5, (
+            "levels of 255, of noise, which overshoots between two passes"
+        )
+    vit, inputs, _, loader = prepared(5 * (0.5,), 5 * (0.25,), auto="", erase=1.0)
+    images_BCHW, shares_BC = next(loader.stream(0))
+    assert vit(inputs(images_BCHW)).shape == shares_BC.shape == (20, 2)
+    with pytest.raises(ConfigError, match=r"augment\.auto=rand-.* of 3 channels, not 1; set augment.auto=''"):
+        prepared((0.5,), (0.25,))
 
 
 def test_targets_are_smoothed_and_mixed(prepared):

@@ -66,6 +66,20 @@ def test_a_norm_that_was_trained_behind_the_pooling_stays():
             torch.testing.assert_close(features(weights, images_BHWC, fc_norm=fc_norm), expected)
 
 
+def test_patches_of_a_distilled_deit_are_averaged():
+    """timm's class pools its two tokens alone: neither of them is among the patches."""
+    vit, weights = made("deit_tiny_distilled_patch16_224")
+    images_BHWC = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
+    pixels_BCHW = ((images_BHWC / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        normed_BTD = vit.forward_features(pixels_BCHW)
+        vit.norm = nn.Identity()
+        expected_BD = vit.forward_features(pixels_BCHW)[:, 2:].mean(1)
+        found_BD = features(weights, images_BHWC, pool="avg")
+        torch.testing.assert_close(found_BD.double(), standardised(expected_BD), rtol=0, atol=1e-5)
+        torch.testing.assert_close(features(weights, images_BHWC, fc_norm=False), normed_BTD[:, 2:].mean(1))
+
+
 def test_registers_are_no_cls():
     _, weights = made("vit_wee_patch16_reg1_gap_256")
     with pytest.raises(ConfigError, match=r"model\.pool=cls: vit_wee.* has no \[CLS\] token; nearest valid is avg"):

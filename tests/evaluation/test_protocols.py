@@ -56,6 +56,17 @@ def test_a_larger_image_that_is_shown_whole_is_the_protocols(side):
         assert ("data.image_size" in words) == (side == 384)
 
 
+def test_figures_of_another_unit_are_not_the_protocols():
+    of = protocol("segmentation")
+    optim = replace(of.config.optim, warmup_steps=0, warmup_epochs=0.0)
+    without = replace(of.config, optim=optim, train=replace(of.config.train, epochs=7))
+    assert found("segmentation", of_size(768, 16), without) == ["optim.warmup_epochs: 0.0 (optim.warmup_steps: 1500)"]
+    shorter = replace(of.config, train=replace(of.config.train, steps=0, epochs=7))
+    assert found("segmentation", of_size(768, 16), shorter) == ["train.epochs: 7 (train.steps: 160000)"]
+    steps = replace(of.config, train=replace(of.config.train, steps=100))
+    assert found("segmentation", of_size(768, 16), steps) == ["train.steps: 100 (160000)"]
+
+
 def of_size(width, patch):
     tensors = {
         "patch_embed.proj.weight": torch.zeros(width, 3, patch, patch),

@@ -32,6 +32,13 @@ def test_every_op_has_its_row():
     assert [op for op, _ in rows] == registry.NAMES, "the rows are not in alphabetical order"
 
 
+def test_every_page_that_counts_the_ops_counts_all():
+    words = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+    for page in ("README.md", "CHANGELOG.md", "kernels/README.md", "docs/kernels.md"):
+        found = re.findall(r"(\w+) ops\b", (ROOT / page).read_text().lower())
+        assert {count for count in found if count in words} == {words[len(registry.NAMES) - 1]}, page
+
+
 def figures_of(op: str) -> str:
     """Return MB, and microseconds of each pass at the rates that the page names."""
     passes = registry.benchmark(op).floor(registry.Size(1024))

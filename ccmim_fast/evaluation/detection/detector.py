@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import window_partition, window_reverse
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torchvision.ops.poolers import LevelMapper
 
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.encoders import OUTPUTS, keep_blocks_, maps_of
+from ccmim_fast.models.tokens import attention_of
 
 LEVELS = ("0", "1", "2", "3", "pool")  # torchvision's names; the last is every second pixel of the fourth
 _RATIOS = (0.5, 1.0, 2.0)  # height to width of the anchors
@@ -108,16 +110,22 @@ class Windowed(nn.Module):
 def use_windows_(vit: VisionTransformer, side: int, whole: tuple[int, ...]) -> None:
     """Let all blocks but those in `whole` attend within windows; [CLS] and registers, which are in none, go.
 
-    Raises ConfigError for an encoder with rotary positions.
+    Raises ConfigError for an encoder with rotary positions, or whose blocks are attention and MLP in one.
     """
     if getattr(vit, "rope", None) is not None:
         raise ConfigError(f"detect.window={side}: rotary positions are of the whole grid; use detect.window=0")
+    if attention_of(vit) is vit.blocks[0]:
+        kind = type(vit.blocks[0]).__name__
+        raise ConfigError(f"detect.window={side}: a {kind} is attention and MLP in one; use detect.window=0")
     prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     vit.pos_embed = nn.Parameter(vit.pos_embed[:, prefix:].detach().clone())
     vit.cls_token, vit.reg_token, vit.num_prefix_tokens = None, None, 0
+    if isinstance(vit, VisionTransformerDistilled):  # its token of distillation goes, too
+        vit.__class__, vit.dist_token = VisionTransformer, None
     for number, block in enumerate(vit.blocks):
-        if number not in whole:
-            block.attn = Windowed(block.attn, tuple(vit.patch_embed.grid_size), side)
+        for name, part in [] if number in whole else list(block.named_modules()):
+            if hasattr(part, "num_heads"):
+                block.set_submodule(name, Windowed(part, tuple(vit.patch_embed.grid_size), side))
 
 
 class NormalisedAndPadded(GeneralizedRCNNTransform):
