@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ccmim_fast.checkpoints import eva
 from ccmim_fast.checkpoints.convert import from_flat, to_timm
+from ccmim_fast.checkpoints.networks import chosen, rank
 from ccmim_fast.errors import CheckpointError, one_line
 from ccmim_fast.models.encoder import own_encoder
 from ccmim_fast.models.parts import has_layer_scale
@@ -22,10 +23,6 @@ from ccmim_fast.models.parts import has_layer_scale
 Tensors = dict[str, Tensor]
 _TRANSFORMERS = "transformers' names"  # of its ViTs but DINOv3
 
-# What may hold a network, of several the first: an average of weights or a teacher is what its authors evaluate.
-_NETWORKS = ("model_ema", "ema", "teacher", "target_encoder", "base_encoder", "student", "momentum_encoder")
-_CONTAINERS = ("model", "state_dict", "module", "backbone", "encoder", "net", "network", "weights")
-_DEEPEST = 4  # containers in each other
 _PATCHES = "patch_embed.proj.weight"
 _RELATIVE = re.compile(r"\brel(ative)?_pos")  # BEiT, Swin, SAM, timm's vit_relpos_*: other names are alike
 
@@ -45,17 +42,18 @@ def recognised(found: Mapping[str, Any], name: str) -> tuple[Tensors, str]:
     `name` is the file's, for messages. Raises CheckpointError: no layout that is known here, or one without what an
     encoder of ours needs.
     """
-    tensors, path = _unwrapped(found)
+    tensors, path = chosen(found, _is_network)
     if not tensors:
         raise CheckpointError(f"{name}: holds no plain dictionary of tensors")
-    if any(key.startswith("encoder.patch_embed.") for key in tensors) and not _has(tensors, "encoder.head."):
-        return tensors, _said("ccmim_fast's layout", path)
+    if min(_prefixes(tensors, _PATCHES), key=rank, default="") == "encoder." and not _has(tensors, "encoder.head."):
+        own = {key: value for key, value in tensors.items() if not key.startswith(_HEADS)}
+        return own, _said("ccmim_fast's layout", path)
     for layout in LAYOUTS:
-        prefixes = [key.removesuffix(layout.anchor) for key in tensors if f".{key}".endswith(f".{layout.anchor}")]
+        prefixes = _prefixes(tensors, layout.anchor)
         if layout.patches:
             prefixes = [prefix for prefix in prefixes if f"{prefix}{_PATCHES}" in tensors]
         if prefixes:
-            prefix = min(prefixes, key=_rank)
+            prefix = min(prefixes, key=rank)
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             own |= _decoder_beside(tensors, prefix)
             if relative := [key for key in own if _RELATIVE.search(key)]:
@@ -79,30 +77,21 @@ def _has(tensors: Tensors, prefix: str) -> bool:
     return any(key.startswith(prefix) for key in tensors)
 
 
-def _unwrapped(found: Mapping[str, Any]) -> tuple[Tensors, tuple[str, ...]]:
-    """Return the dictionary of tensors in nested ones, without other values, and the keys that lead to it."""
-    path: tuple[str, ...] = ()
-    for _ in range(_DEEPEST):
-        tensors = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)}
-        inner = [key for key in (*_NETWORKS, *_CONTAINERS) if isinstance(found.get(key), Mapping)]
-        if not inner or any(f".{key}".endswith(f".{layout.anchor}") for key in tensors for layout in LAYOUTS):
-            return tensors, path
-        found, path = found[inner[0]], (*path, inner[0])
-    return {}, path
+def _is_network(tensors: Tensors) -> bool:
+    return any(_prefixes(tensors, layout.anchor) for layout in LAYOUTS)
 
 
-def _rank(prefix: str) -> tuple[int, int]:
-    """Order prefixes: that of the network that its authors evaluate, then the shortest."""
-    parts = prefix.split(".")
-    return min((_NETWORKS.index(part) for part in parts if part in _NETWORKS), default=len(_NETWORKS)), len(prefix)
+def _prefixes(tensors: Tensors, anchor: str) -> list[str]:
+    return [key.removesuffix(anchor) for key in tensors if f".{key}".endswith(f".{anchor}")]
 
 
 def _decoder_beside(tensors: Tensors, prefix: str) -> Tensors:
-    """Return ViTMAE's decoder, which stands beside its encoder `vit.`."""
+    """Return ViTMAE's decoder, which stands beside its encoder `vit.`; another decoder's names are others."""
     if not prefix.endswith("vit."):
         return {}
-    outer = prefix.removesuffix("vit.") + "decoder."
-    return {key.removeprefix(outer[:-8]): value for key, value in tensors.items() if key.startswith(outer)}
+    outer = prefix.removesuffix("vit.")
+    own = (f"{outer}decoder.decoder_", f"{outer}decoder.mask_token")
+    return {key.removeprefix(outer): value for key, value in tensors.items() if key.startswith(own)}
 
 
 # timm, MAE, the authors' ccMIM, DINO, DINOv2, MoCo v3
