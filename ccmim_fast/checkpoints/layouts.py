@@ -4,7 +4,6 @@ An anchor, the weight of the patch embedding, tells the layout, and what stands 
 rest of a file: heads, a second network, a wrapper's prefix.
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from ccmim_fast.checkpoints import eva
 from ccmim_fast.checkpoints.convert import from_flat, to_timm
 from ccmim_fast.checkpoints.networks import chosen, rank
 from ccmim_fast.errors import CheckpointError, one_line
-from ccmim_fast.models.encoder import own_encoder
+from ccmim_fast.models.encoder import timms_own
 from ccmim_fast.models.parts import has_layer_scale
 
 Tensors = dict[str, Tensor]
@@ -217,29 +216,29 @@ def _from_transformers(own: Tensors) -> Tensors:
 
 
 _SCALES = {"attn.proj": "ls1", "mlp.fc2": "ls2"}  # of timm's block: what is scaled, and by what
+_QKV = re.compile(r"^blocks\.\d+\.attn\.qkv\.weight$")
 _SCALED = re.compile(r"^(blocks\.\d+\.)(attn\.proj|mlp\.fc2)\.bias$")
 
 
-def as_architecture(ours: Tensors, layout: str, arch: str, image_size: tuple[int, ...]) -> Tensors:
-    """Return a ViT of transformers' as the same encoder of timm's architecture `arch`; all other weights as they are.
+def as_architecture(ours: Tensors, arch: str) -> tuple[Tensors, str]:
+    """Return weights with what timm's architecture `arch` has and they do without, and what that is in words.
 
-    Transformers' ViT has no layer scale, which is 1 then, and a position of [CLS], which is added to [CLS] where the
-    architecture has none. `layout` is of `recognised`; `image_size` tells how many positions are of patches.
+    A layer scale is 1 then, biases of queries, keys and values are 0: the encoder stays the same function.
     """
-    if not (layout.startswith(_TRANSFORMERS) and timm.is_model(arch)):
-        return ours
-    own, tensors = own_encoder(arch), to_timm(ours)
-    if has_layer_scale(own.state_dict()) and not has_layer_scale(tensors):
+    if not timm.is_model(arch):
+        return ours, ""
+    own, tensors, words = timms_own(arch).state_dict(), to_timm(ours), ""
+    biases = {key.replace(".weight", ".bias") for key in tensors if _QKV.match(key)}
+    if own.keys() & biases and not tensors.keys() & biases:
+        for name in biases:
+            weight = tensors[name.replace(".bias", ".weight")]
+            tensors[name] = weight.new_zeros(len(weight))
+        words = "; its queries, keys and values have no bias: 0 here"
+    if "blocks.0.ls1.gamma" in own and not has_layer_scale(tensors):
         for name in [*tensors]:
             if scaled := _SCALED.match(name):
                 tensors[f"{scaled[1]}{_SCALES[scaled[2]]}.gamma"] = torch.ones_like(tensors[name])
-    cls_11D, positions_1TD = tensors.get("cls_token"), tensors.get("pos_embed")
-    if own.no_embed_class and image_size and cls_11D is not None and positions_1TD is not None:
-        patch = tensors["patch_embed.proj.weight"].shape[-1]
-        patches = math.prod(side // patch for side in image_size)
-        if positions_1TD.shape == (1, 1 + patches, cls_11D.shape[2]):
-            tensors = _without_position_of_cls(tensors)
-    return ours | {f"encoder.{name}": value for name, value in tensors.items()}
+    return ours | {f"encoder.{name}": value for name, value in tensors.items()}, words
 
 
 def _from_eva(own: Tensors) -> Tensors:

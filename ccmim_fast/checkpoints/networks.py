@@ -43,9 +43,10 @@ def _containers(
     seen.add(id(found))
     yield {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)}, path
     for key, inner in found.items():
-        if isinstance(inner, Mapping) and isinstance(key, str) and len(path) < _DEEPEST and id(inner) not in seen:
-            if not _words(key) & _NO_NETWORK:
-                yield from _containers(inner, seen, (*path, key))
+        if not (isinstance(inner, Mapping) and isinstance(key, str)) or id(inner) in seen:
+            continue
+        if len(path) < _DEEPEST and not _words(key) & _NO_NETWORK:
+            yield from _containers(inner, seen, (*path, key))
 
 
 def _words(place: str) -> set[str]:
