@@ -8,15 +8,14 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import timm
 import torch
 from torch import Tensor
 
 from ccmim_fast.checkpoints import eva
 from ccmim_fast.checkpoints.convert import from_flat, to_timm
 from ccmim_fast.checkpoints.networks import chosen, rank
+from ccmim_fast.checkpoints.told import own_of
 from ccmim_fast.errors import CheckpointError, one_line
-from ccmim_fast.models.encoder import timms_own
 from ccmim_fast.models.parts import has_layer_scale
 
 Tensors = dict[str, Tensor]
@@ -225,9 +224,9 @@ def as_architecture(ours: Tensors, arch: str) -> tuple[Tensors, str]:
 
     A layer scale is 1 then, biases of queries, keys and values are 0: the encoder stays the same function.
     """
-    if not timm.is_model(arch):
+    if (module := own_of(arch)) is None:
         return ours, ""
-    own, tensors, words = timms_own(arch).state_dict(), to_timm(ours), ""
+    own, tensors, words = module.state_dict(), to_timm(ours), ""
     biases = {key.replace(".weight", ".bias") for key in tensors if _QKV.match(key)}
     if own.keys() & biases and not tensors.keys() & biases:
         for name in biases:

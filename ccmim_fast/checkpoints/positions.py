@@ -28,8 +28,8 @@ def grid_of_file(
     patch: int,
     told: tuple[int, ...],
     likely: Sequence[Pair],
+    squares: Sequence[Pair],
     setting: str,
-    square: bool = False,
 ) -> tuple[int, Pair]:
     """Return how many positions of a file are of its prefix, all or none; and rows and columns of the others.
 
@@ -42,17 +42,15 @@ def grid_of_file(
         patch: side of a patch in pixels.
         told: height and width of the images of training, from the file or the user; empty where nobody tells them.
         likely: heights and widths that are taken where their patches are as many.
+        squares: the same, but where the prefix has positions as `prefixed` says alone.
         setting: where a user tells them.
-        square: whether a square is taken without a word of anybody; not where the file tells a size.
 
     Raises CheckpointError: what the file tells does not fit its positions. ConfigError: nobody tells.
     """
     positions, prefix = tensors["pos_embed"].shape[1], prefix_in(tensors)
-    both = (prefix, 0) if prefixed else (0, prefix)
-    asked = [(among, size) for size in ([told] if told else likely) for among in both]
-    for among, (height, width) in asked + [
-        (among, _square(positions - among, patch)) for among in both if square and not told
-    ]:
+    first, second = (prefix, 0) if prefixed else (0, prefix)
+    asked = [(among, size) for size in ([told] if told else likely) for among in (first, second)]
+    for among, (height, width) in asked + [(first, size) for size in squares if not told]:
         rows, columns = height // patch, width // patch
         if rows * columns == positions - among > 0:
             return among, (rows, columns)
@@ -70,10 +68,6 @@ def grid_of_file(
     )
 
 
-def _square(patches: int, patch: int) -> Pair:
-    return (math.isqrt(max(patches, 0)) * patch,) * 2
-
-
 def with_prefix(tensors: dict[str, Tensor], among: int, wanted: int) -> dict[str, Tensor]:
     """Return weights under timm's names, as the same encoder, whose first `wanted` positions are of the prefix.
 
@@ -82,11 +76,9 @@ def with_prefix(tensors: dict[str, Tensor], among: int, wanted: int) -> dict[str
     positions_1TD, prefix = tensors["pos_embed"], prefix_in(tensors)
     if among == wanted or among not in (0, prefix) or (wanted and prefix > wanted):
         return tensors
-    if not among:
-        zeros_1PD = positions_1TD.new_zeros(1, wanted, positions_1TD.shape[2])
+    if wanted:  # a [CLS] that the file lacks stands in front
+        zeros_1PD = positions_1TD.new_zeros(1, wanted - among, positions_1TD.shape[2])
         return tensors | {"pos_embed": torch.cat([zeros_1PD, positions_1TD], dim=1)}
-    if wanted:
-        return tensors
     found, start = tensors | {"pos_embed": positions_1TD[:, among:]}, 0
     for name in _PREFIX:
         if name in tensors:

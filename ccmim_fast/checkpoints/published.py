@@ -15,6 +15,7 @@ from ccmim_fast.checkpoints.claims import check_claims, check_size
 from ccmim_fast.checkpoints.convert import to_timm
 from ccmim_fast.checkpoints.eva import ANCHORS, likely_arch
 from ccmim_fast.checkpoints.layouts import as_architecture, recognised
+from ccmim_fast.checkpoints.obstacles import obstacle
 from ccmim_fast.checkpoints.positions import grid_of_file, of_grid, prefix_in, with_prefix, without_positions
 from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.checkpoints.told import OF_WIDTH, check_form, notes
@@ -220,7 +221,8 @@ def fill_(model: CCMIM, of: Weights, antialias: bool = True) -> list[str]:
     }
     if any(wrong.values()):
         said = "; ".join(f"{words}: {_named(keys)}" for words, keys in wrong.items() if keys)
-        raise CheckpointError(f"{of.name}: not the weights of this model: {said}")
+        reason = obstacle(own, weights)
+        raise CheckpointError(f"{of.name}: not the weights of this model: {reason}{said}")
     try:
         model.load_state_dict(weights | kept)
     except (RuntimeError, TypeError, NotImplementedError) as error:  # a dtype or layout that does not become float32
@@ -256,7 +258,9 @@ def _grid(
 ) -> tuple[int, tuple[int, int]]:
     """Return the prefix and the grid of positions, see `grid_of_file`; `ccmim import` says the size."""
     likely = [timm_size(of.arch), *([images] if len(images) == 2 else [])]
-    return grid_of_file(of.name, tensors, prefixed, patch, of.image_size, likely, "--data.image_size", square=True)
+    patches = max(tensors["pos_embed"].shape[1] - prefix_in(tensors) * prefixed, 0)
+    squares = [(math.isqrt(patches) * patch,) * 2]
+    return grid_of_file(of.name, tensors, prefixed, patch, of.image_size, likely, squares, "--data.image_size")
 
 
 def _image_size(given: list[str]) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ _ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "ge
 _OF_TRANSFORMERS = {
     # Read here.
     *("hidden_size", "num_attention_heads", "image_size", "model_type", "hidden_act", "layer_norm_eps", "rope_theta"),
-    *("rope_parameters", "use_swiglu_ffn", "decoder_num_attention_heads", "norm_pix_loss", "mask_ratio"),
+    *("rope_parameters", "use_swiglu_ffn", "decoder_num_attention_heads", "norm_pix_loss"),
     # The weights have them.
     *("num_hidden_layers", "intermediate_size", "mlp_ratio", "patch_size", "num_channels", "num_register_tokens"),
     *("qkv_bias", "query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias", "use_gated_mlp", "use_mask_token"),
@@ -44,7 +44,7 @@ _OF_TRANSFORMERS = {
     *("use_absolute_position_embeddings", "use_relative_position_bias", "use_shared_relative_position_bias"),
     # They start a training, or are of its steps alone, which settings tell here.
     *("initializer_range", "layerscale_value", "layer_scale_init_value", "drop_path_rate", "pos_embed_shift"),
-    *("pos_embed_jitter", "pos_embed_rescale"),
+    *("pos_embed_jitter", "pos_embed_rescale", "mask_ratio"),
     # Heads, and what is made of the tokens; the class behind them.
     *("encoder_stride", "pooler_output_size", "pooler_act", "apply_layernorm", "reshape_hidden_states", "stage_names"),
     *("out_features", "out_indices", "use_mean_pooling", "pool_scales", "use_auxiliary_head", "add_fpn"),
@@ -108,10 +108,10 @@ def _settings_of(text: str) -> tuple[tuple[str, Any], ...]:
     """Return those settings of a run that make its decoder another function, and its target, of the same weights."""
     try:
         run = yaml.safe_load(text) or {}
-        parts = {section: dict(run.get(section) or {}) for section in ("decoder", "target", "mask")}
+        parts = {section: dict(run.get(section) or {}) for section in ("decoder", "target")}
     except (yaml.YAMLError, RecursionError):
         raise ValueError(text) from None
-    kept = {"decoder": ("num_heads",), "target": ("kind", "norm_pix", "hog_cell"), "mask": ("ratio",)}
+    kept = {"decoder": ("num_heads",), "target": ("kind", "norm_pix", "hog_cell")}
     return tuple(
         (f"{part}.{key}", parts[part][key]) for part, keys in kept.items() for key in keys if key in parts[part]
     )
@@ -123,8 +123,7 @@ def of_timm(config: dict[str, Any]) -> Told:
     mean, std = (tuple(map(float, of_images.get(key, ()))) for key in ("mean", "std"))
     heads, size = int(arguments.get("num_heads", 0)), arguments.get("img_size") or of_images.get("input_size", ())[1:]
     found = Told(str(config["architecture"]), heads, mean, std, _pair(size))
-    own = timms_own(found.arch) if timm.is_model(found.arch) else None
-    activation, eps, base = _form_of(own)
+    activation, eps, base = _form_of(own_of(found.arch))
     activation, base = arguments.get("act_layer") or activation, arguments.get("rope_temperature") or base
     return _with_form(found, activation, eps, base, _unread(arguments, _OF_TIMM))
 
@@ -140,7 +139,6 @@ def of_transformers(config: dict[str, Any], preparation: dict[str, Any]) -> Told
     names = {
         "decoder_num_attention_heads": "decoder.num_heads",
         "norm_pix_loss": "target.norm_pix",
-        "mask_ratio": "mask.ratio",
     }
     found = found._replace(settings=tuple((ours, config[theirs]) for theirs, ours in names.items() if theirs in config))
     # DINOv2's gated MLP has its own, whatever hidden_act says.
@@ -177,6 +175,11 @@ def _form_of(vit: nn.Module | None) -> tuple[str, float, float]:
     return activation, getattr(norm, "eps", 0.0), getattr(getattr(vit, "rope", None), "temperature", None) or 0.0
 
 
+def own_of(arch: str) -> nn.Module | None:
+    """Return the module of a name of timm's, without a tag; None for what a file may tell instead."""
+    return timms_own(arch) if timm.is_model(arch) and "." not in arch else None
+
+
 def check_form(vit: nn.Module, told: Any, arch: str, name: str) -> None:
     """Raise CheckpointError where an encoder that was built for weights is another function than their place tells.
 
@@ -195,7 +198,7 @@ def check_form(vit: nn.Module, told: Any, arch: str, name: str) -> None:
 
 def notes(told: Any, arch: str) -> str:
     """Say, behind what was recognised, what of an encoder is not as its place tells; see `check_form` for `told`."""
-    _, eps, _ = _form_of(timms_own(arch)) if timm.is_model(arch) else ("", 0.0, 0.0)
+    _, eps, _ = _form_of(own_of(arch))
     found = [f"config.json tells what is not read here: {told.unread}"] if told.unread else []
     if told.eps and eps and not math.isclose(told.eps, eps):
         found.insert(0, f"its norms have an eps of {told.eps:g}, and those of {arch} {eps:g}: tokens differ a little")

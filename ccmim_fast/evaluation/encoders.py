@@ -199,9 +199,9 @@ def _fitted(vit: VisionTransformer, weights: Weights, resample: str) -> dict[str
     if "pos_embed" not in tensors:
         return tensors
     patch, prefix = vit.patch_embed.patch_size[0], 0 if vit.no_embed_class else vit.num_prefix_tokens
-    likely = [timm_size(weights.arch)] + [vit.patch_embed.img_size] * (new[0] == new[1])
+    likely, squares = [timm_size(weights.arch)], [vit.patch_embed.img_size] * (new[0] == new[1])
     told, setting = weights.image_size, "--model.pretrained_size"
-    among, old = grid_of_file(weights.name, tensors, prefix > 0, patch, told, likely, setting)
+    among, old = grid_of_file(weights.name, tensors, prefix > 0, patch, told, likely, squares, setting)
     tensors = with_prefix(tensors, among, prefix)
     return tensors | {"pos_embed": resampled(tensors["pos_embed"], old, new, resample == "antialias")}
 
