@@ -136,8 +136,9 @@ def test_a_decoder_keeps_its_heads_and_its_target(transformers, tmp_path, norm_p
     assert imported(tmp_path / "m", tmp_path / "run", f"--arch={ARCH}") == 0
     for target, out in (("hf-vitmae", "mae"), ("safetensors", "ours"), ("safetensors", "ours.safetensors")):
         assert main(["export", target, str(tmp_path / "run"), str(tmp_path / out)]) == 0
-        assert imported(tmp_path / out, tmp_path / f"of {out}") == 0
-        config = open_run(str(tmp_path / f"of {out}")).config
+        back = tmp_path / f"{out}, back in"
+        assert imported(tmp_path / out, back) == 0
+        config = open_run(str(back)).config
         assert (config.decoder.num_heads, config.target.norm_pix) == (4, norm_pix)
 
 
@@ -147,7 +148,7 @@ def test_no_biases_of_queries_are_zeros(transformers, tmp_path):
     assert "its queries, keys and values have no bias: 0 here" in read_encoder(str(tmp_path), ARCH).layout
 
 
-def test_registers_without_positions(transformers, tmp_path, monkeypatch):
+def test_registers_without_positions(transformers, tmp_path):
     """To an architecture without registers, and whose registers have positions."""
     model = saved(transformers, tmp_path / "m", "Dinov2WithRegisters", num_register_tokens=3)
     same_tokens(tmp_path / "m", model, "vit_small_patch14_dinov2")
@@ -191,7 +192,7 @@ def test_another_methods_decoder_is_left_out(transformers, tmp_path):
     evaluated(tmp_path)
 
 
-def test_an_index_of_files_names_its_folder(transformers, tmp_path):
+def test_an_index_of_files_names_its_folder(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(CheckpointError, match="tells which files hold the weights; name its folder"):
         read_weights(str(tmp_path / "model.safetensors.index.json"))
