@@ -114,8 +114,8 @@ def test_images_of_unknown_classes_are_counted(trained, tmp_path, capsys):
 
 def test_one_image_is_no_folder(trained, tmp_path, capsys):
     Image.fromarray(pictures()[0].numpy()).save(tmp_path / "one.png")
-    (tmp_path / "list.json").write_text("[]")
-    for name in ("one.png", "list.json"):
+    (tmp_path / "list.csv").write_text("one.png,a\n")
+    for name in ("one.png", "list.csv"):
         assert main(["predict", str(trained("avg")), str(tmp_path / name), f"--out={tmp_path / 'x.csv'}"]) == 3
         said = capsys.readouterr().err
         assert f"{name}' is no tar, table or list" in said
