@@ -61,7 +61,7 @@ def grid_of_file(
             f"{name}: has positions of {patches} patches; images of {told[0]} x {told[1]} pixels give {rows} x "
             f"{columns}"
         )
-    tried = ", ".join(dict.fromkeys(f"{height} x {width}" for height, width in likely))
+    tried = ", ".join(dict.fromkeys(f"{height} x {width}" for height, width in (*likely, *squares)))
     raise ConfigError(
         f"{name}: has positions of {patches} patches, and does not tell the size of its images; {tried} pixels do not "
         f"give as many; add {setting}=[H,W]"
