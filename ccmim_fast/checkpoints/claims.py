@@ -30,6 +30,10 @@ def check_claims(tensors: dict[str, Tensor], place: str) -> None:
         if name in tensors and (tensors[name].ndim != dims or not _numbers(tensors[name])):
             shape = list(tensors[name].shape)
             raise CheckpointError(f"{place}: {name} is of shape {shape}; it must have {dims} dimensions, none of 0")
+    kernel = tensors.get("encoder.patch_embed.proj.weight")
+    if kernel is not None and kernel.shape[2] != kernel.shape[3]:
+        reason = f"patches of {kernel.shape[2]} x {kernel.shape[3]} pixels"
+        raise CheckpointError(f"{place}: {reason}; here they are square: take a ViT of square ones")
     held = Counter()
     for name, tensor in tensors.items():
         held[".".join(name.split(".")[: 3 if ".blocks." in name else 1])] += _numbers(tensor)

@@ -13,6 +13,8 @@ Tensors = dict[str, Tensor]
 # One of these each member of the family has, and no VisionTransformer of timm's; BEiT has the first two.
 ANCHORS = ("blocks.0.gamma_1", "blocks.0.attn.q_bias", "blocks.0.attn.q_proj.weight", "rope.freqs")
 _DINOV3 = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge_plus", 4096: "7b"}
+_BASE = 100.0  # of timm's rotations of each DINOv3
+_OF_BFLOAT16 = 0.01  # in which the files hold periods
 # Heads, other networks, and tables that are computed
 _NOT_OURS = re.compile(
     r"(head|lm_head|attn_pool|projectors|local_cls_norm|rope_embed)\.|mask_token$|(.*\.)?rope\.(?!freqs$)|.*\.bias_mask$"
@@ -65,8 +67,9 @@ def likely_arch(weights: Tensors, num_heads: int) -> str:
 
 
 def from_files(own: Tensors) -> Tensors:
-    """Rename weights of files of the family, timm's or its authors'."""
+    """Rename weights of files of the family, timm's or its authors'. Raises ValueError: rotations timm's have not."""
     apart = any(".attn.q_proj." in name for name in own)
+    _check_periods(own.get("rope_embed.periods"))
     found: Tensors = {}
     for name, value in own.items():
         if _NOT_OURS.match(name):
@@ -81,6 +84,16 @@ def from_files(own: Tensors) -> Tensors:
         else:
             found[name] = value
     return found
+
+
+def _check_periods(periods: Tensor | None) -> None:
+    """Raise ValueError where the file of a DINOv3 has other rotations than timm's, which computes them."""
+    if periods is None:
+        return
+    expected = _BASE ** (torch.arange(periods.numel()) / max(periods.numel(), 1))
+    if not torch.allclose(periods.float().flatten(), expected, rtol=_OF_BFLOAT16):
+        largest = float(periods.float().max()) if periods.numel() else 0
+        raise ValueError(f"rope_embed.periods, up to {largest:.3g}, are not those of base {_BASE:g}, as timm's DINOv3s")
 
 
 def from_transformers(own: Tensors) -> Tensors:

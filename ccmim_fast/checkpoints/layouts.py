@@ -4,28 +4,23 @@ An anchor, the weight of the patch embedding, tells the layout, and what stands 
 rest of a file: heads, a second network, a wrapper's prefix.
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import timm
 import torch
 from torch import Tensor
 
 from ccmim_fast.checkpoints import eva
 from ccmim_fast.checkpoints.convert import from_flat, to_timm
+from ccmim_fast.checkpoints.networks import chosen, rank
+from ccmim_fast.checkpoints.told import own_of
 from ccmim_fast.errors import CheckpointError, one_line
-from ccmim_fast.models.encoder import own_encoder
 from ccmim_fast.models.parts import has_layer_scale
 
 Tensors = dict[str, Tensor]
 _TRANSFORMERS = "transformers' names"  # of its ViTs but DINOv3
 
-# What may hold a network, of several the first: an average of weights or a teacher is what its authors evaluate.
-_NETWORKS = ("model_ema", "ema", "teacher", "target_encoder", "base_encoder", "student", "momentum_encoder")
-_CONTAINERS = ("model", "state_dict", "module", "backbone", "encoder", "net", "network", "weights")
-_DEEPEST = 4  # containers in each other
 _PATCHES = "patch_embed.proj.weight"
 _RELATIVE = re.compile(r"\brel(ative)?_pos")  # BEiT, Swin, SAM, timm's vit_relpos_*: other names are alike
 
@@ -45,17 +40,18 @@ def recognised(found: Mapping[str, Any], name: str) -> tuple[Tensors, str]:
     `name` is the file's, for messages. Raises CheckpointError: no layout that is known here, or one without what an
     encoder of ours needs.
     """
-    tensors, path = _unwrapped(found)
+    tensors, path = chosen(found, _is_network)
     if not tensors:
         raise CheckpointError(f"{name}: holds no plain dictionary of tensors")
-    if any(key.startswith("encoder.patch_embed.") for key in tensors) and not _has(tensors, "encoder.head."):
-        return tensors, _said("ccmim_fast's layout", path)
+    if min(_prefixes(tensors, _PATCHES), key=rank, default="") == "encoder." and not _has(tensors, "encoder.head."):
+        own = {key: value for key, value in tensors.items() if not key.startswith(_HEADS)}
+        return own, _said("ccmim_fast's layout", path)
     for layout in LAYOUTS:
-        prefixes = [key.removesuffix(layout.anchor) for key in tensors if f".{key}".endswith(f".{layout.anchor}")]
+        prefixes = _prefixes(tensors, layout.anchor)
         if layout.patches:
             prefixes = [prefix for prefix in prefixes if f"{prefix}{_PATCHES}" in tensors]
         if prefixes:
-            prefix = min(prefixes, key=_rank)
+            prefix = min(prefixes, key=rank)
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             own |= _decoder_beside(tensors, prefix)
             if relative := [key for key in own if _RELATIVE.search(key)]:
@@ -79,30 +75,21 @@ def _has(tensors: Tensors, prefix: str) -> bool:
     return any(key.startswith(prefix) for key in tensors)
 
 
-def _unwrapped(found: Mapping[str, Any]) -> tuple[Tensors, tuple[str, ...]]:
-    """Return the dictionary of tensors in nested ones, without other values, and the keys that lead to it."""
-    path: tuple[str, ...] = ()
-    for _ in range(_DEEPEST):
-        tensors = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)}
-        inner = [key for key in (*_NETWORKS, *_CONTAINERS) if isinstance(found.get(key), Mapping)]
-        if not inner or any(f".{key}".endswith(f".{layout.anchor}") for key in tensors for layout in LAYOUTS):
-            return tensors, path
-        found, path = found[inner[0]], (*path, inner[0])
-    return {}, path
+def _is_network(tensors: Tensors) -> bool:
+    return any(_prefixes(tensors, layout.anchor) for layout in LAYOUTS)
 
 
-def _rank(prefix: str) -> tuple[int, int]:
-    """Order prefixes: that of the network that its authors evaluate, then the shortest."""
-    parts = prefix.split(".")
-    return min((_NETWORKS.index(part) for part in parts if part in _NETWORKS), default=len(_NETWORKS)), len(prefix)
+def _prefixes(tensors: Tensors, anchor: str) -> list[str]:
+    return [key.removesuffix(anchor) for key in tensors if f".{key}".endswith(f".{anchor}")]
 
 
 def _decoder_beside(tensors: Tensors, prefix: str) -> Tensors:
-    """Return ViTMAE's decoder, which stands beside its encoder `vit.`."""
+    """Return ViTMAE's decoder, which stands beside its encoder `vit.`; another decoder's names are others."""
     if not prefix.endswith("vit."):
         return {}
-    outer = prefix.removesuffix("vit.") + "decoder."
-    return {key.removeprefix(outer[:-8]): value for key, value in tensors.items() if key.startswith(outer)}
+    outer = prefix.removesuffix("vit.")
+    own = (f"{outer}decoder.decoder_", f"{outer}decoder.mask_token")
+    return {key.removeprefix(outer): value for key, value in tensors.items() if key.startswith(own)}
 
 
 # timm, MAE, the authors' ccMIM, DINO, DINOv2, MoCo v3
@@ -228,29 +215,29 @@ def _from_transformers(own: Tensors) -> Tensors:
 
 
 _SCALES = {"attn.proj": "ls1", "mlp.fc2": "ls2"}  # of timm's block: what is scaled, and by what
+_QKV = re.compile(r"^blocks\.\d+\.attn\.qkv\.weight$")
 _SCALED = re.compile(r"^(blocks\.\d+\.)(attn\.proj|mlp\.fc2)\.bias$")
 
 
-def as_architecture(ours: Tensors, layout: str, arch: str, image_size: tuple[int, ...]) -> Tensors:
-    """Return a ViT of transformers' as the same encoder of timm's architecture `arch`; all other weights as they are.
+def as_architecture(ours: Tensors, arch: str) -> tuple[Tensors, str]:
+    """Return weights with what timm's architecture `arch` has and they do without, and what that is in words.
 
-    Transformers' ViT has no layer scale, which is 1 then, and a position of [CLS], which is added to [CLS] where the
-    architecture has none. `layout` is of `recognised`; `image_size` tells how many positions are of patches.
+    A layer scale is 1 then, biases of queries, keys and values are 0: the encoder stays the same function.
     """
-    if not (layout.startswith(_TRANSFORMERS) and timm.is_model(arch)):
-        return ours
-    own, tensors = own_encoder(arch), to_timm(ours)
-    if has_layer_scale(own.state_dict()) and not has_layer_scale(tensors):
+    if (module := own_of(arch)) is None:
+        return ours, ""
+    own, tensors, words = module.state_dict(), to_timm(ours), ""
+    biases = {key.replace(".weight", ".bias") for key in tensors if _QKV.match(key)}
+    if own.keys() & biases and not tensors.keys() & biases:
+        for name in biases:
+            weight = tensors[name.replace(".bias", ".weight")]
+            tensors[name] = weight.new_zeros(len(weight))
+        words = "; its queries, keys and values have no bias: 0 here"
+    if "blocks.0.ls1.gamma" in own and not has_layer_scale(tensors):
         for name in [*tensors]:
             if scaled := _SCALED.match(name):
                 tensors[f"{scaled[1]}{_SCALES[scaled[2]]}.gamma"] = torch.ones_like(tensors[name])
-    cls_11D, positions_1TD = tensors.get("cls_token"), tensors.get("pos_embed")
-    if own.no_embed_class and image_size and cls_11D is not None and positions_1TD is not None:
-        patch = tensors["patch_embed.proj.weight"].shape[-1]
-        patches = math.prod(side // patch for side in image_size)
-        if positions_1TD.shape == (1, 1 + patches, cls_11D.shape[2]):
-            tensors = _without_position_of_cls(tensors)
-    return ours | {f"encoder.{name}": value for name, value in tensors.items()}
+    return ours | {f"encoder.{name}": value for name, value in tensors.items()}, words
 
 
 def _from_eva(own: Tensors) -> Tensors:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
-import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -16,9 +15,11 @@ from ccmim_fast.checkpoints.claims import check_claims, check_size
 from ccmim_fast.checkpoints.convert import to_timm
 from ccmim_fast.checkpoints.eva import ANCHORS, likely_arch
 from ccmim_fast.checkpoints.layouts import as_architecture, recognised
-from ccmim_fast.checkpoints.positions import grid_of_file, of_grid, without_positions
+from ccmim_fast.checkpoints.obstacles import obstacle
+from ccmim_fast.checkpoints.positions import grid_of_file, of_grid, prefix_in, with_prefix, without_positions
 from ccmim_fast.checkpoints.run import open_run
-from ccmim_fast.checkpoints.weight_files import OF_WIDTH, is_model_folder, read_file, read_folder
+from ccmim_fast.checkpoints.told import OF_WIDTH, check_form, notes
+from ccmim_fast.checkpoints.weight_files import is_model_folder, read_file, read_folder
 from ccmim_fast.config.keys import nearest
 from ccmim_fast.config.validate import check_tag
 from ccmim_fast.errors import CheckpointError, ConfigError, one_line
@@ -49,15 +50,22 @@ class Weights(NamedTuple):
     layer_scale: float = 0.0  # the initial one, which no weight tells
     positions: str = ""  # as the setting `model.positions`, where it is not the default
     mlp: str = ""  # as the setting `model.mlp`, where it is not the default: no weight tells an activation
+    # Of config.json beside the weights: what `told.check_form` compares with the encoder that is built for them.
+    activation: str = ""
+    eps: float = 0.0  # of the norms
+    rope_base: float = 0.0  # of rotary positions
+    settings: tuple[tuple[str, Any], ...] = ()  # of a decoder and its target
+    unread: str = ""
 
 
-def read_weights(place: str) -> Weights:
+def read_weights(place: str, arch: str = "") -> Weights:
     """Read weights; no code in a file is run.
 
     Args:
         place: folder of a run or of one of its checkpoints (averaged weights where there are some), or one that
             transformers or timm wrote; a file `.safetensors`, or `.pth`, `.pt`, `.bin`, see `layouts`; `timm:ARCH.TAG`,
             from timm's cache or the Hugging Face hub; `timm:ARCH` for initial weights.
+        arch: timm's name in place of what a file or folder tells; a run and `timm:` have their own.
 
     Raises:
         CheckpointError: missing, damaged, of a layout that is not known, or not to be downloaded.
@@ -82,9 +90,10 @@ def read_weights(place: str) -> Weights:
     check_size(told.image_size, len(told.mean), tensors, place)
     if wrong := [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise CheckpointError(f"{place}: not finite: {_named(set(wrong))}")
-    told = told._replace(arch=told.arch or likely_arch(tensors, told.num_heads))
-    tensors = as_architecture(tensors, layout, told.arch, told.image_size)
-    return Weights(place, tensors, **told._asdict(), layout=layout + without_positions(tensors))
+    told = told._replace(arch=arch or told.arch or likely_arch(tensors, told.num_heads))
+    tensors, added = as_architecture(tensors, told.arch)
+    layout += added + without_positions(tensors) + notes(told, told.arch)
+    return Weights(place, tensors, **told._asdict(), layout=layout)
 
 
 def known_arch(arch: str, key: str = "model.arch") -> str:
@@ -148,6 +157,7 @@ def derived(of: Weights, given: list[str]) -> list[str]:
     if "decoder.embed.weight" in weights:
         found["decoder.dim"] = len(weights["decoder.embed.weight"])
         found["decoder.depth"] = _blocks(weights, "decoder.blocks.")
+        found |= dict(of.settings)
     if "projector.3.weight" in weights:
         found["heads.dim"] = len(weights["projector.3.weight"])
     if not any(option.startswith("--config") for option in given):
@@ -188,8 +198,7 @@ def _size_told(of: Weights, own: VisionTransformer | Eva, patch: int, images: tu
     """
     positions_1TD = of.tensors.get(_POSITIONS)
     if positions_1TD is not None and positions_1TD.ndim == 3:
-        patches = positions_1TD.shape[1] - (0 if own.no_embed_class else _prefix_in(of.tensors))
-        rows, columns = _grid(of, patches, patch, images)
+        _, (rows, columns) = _grid(of, to_timm(of.tensors), not own.no_embed_class, patch, images)
         return rows * patch, columns * patch
     return of.image_size if own.pos_embed is None or of.positions == "rope" else ()
 
@@ -200,6 +209,7 @@ def fill_(model: CCMIM, of: Weights, antialias: bool = True) -> list[str]:
     Positions become those of the model's grid (for `antialias` see `positions.resampled`), a norm behind pooling that
     of every token. Raises CheckpointError naming what is missing, unexpected, or of another shape.
     """
+    check_form(model.encoder, of, of.arch, of.name)
     own, weights = model.state_dict(), _fitted(model, of, antialias)
     owned, given = ({name.partition(".")[0] for name in of} for of in (own, weights))
     new = [part for part in _NEW if part in owned - given]
@@ -213,7 +223,8 @@ def fill_(model: CCMIM, of: Weights, antialias: bool = True) -> list[str]:
     }
     if any(wrong.values()):
         said = "; ".join(f"{words}: {_named(keys)}" for words, keys in wrong.items() if keys)
-        raise CheckpointError(f"{of.name}: not the weights of this model: {said}")
+        reason = obstacle(own, weights)
+        raise CheckpointError(f"{of.name}: not the weights of this model: {reason}{said}")
     try:
         model.load_state_dict(weights | kept)
     except (RuntimeError, TypeError, NotImplementedError) as error:  # a dtype or layout that does not become float32
@@ -231,31 +242,27 @@ def _fitted(model: CCMIM, of: Weights, antialias: bool) -> dict[str, Tensor]:
         return weights
     if positions_1TD.ndim != 3 or positions_1TD.shape[2] != mine_1TD.shape[2]:
         return weights  # of another shape, as is said
-    prefix = mine_1TD.shape[1] - math.prod(model.grid)
-    if prefix and prefix != (told := _prefix_in(weights)):
-        if _CLS in weights or told > prefix:
-            return weights  # with other tokens than the model, as is said
-        # Without [CLS], and so without its position.
-        positions_1TD = torch.cat([positions_1TD.new_zeros(1, prefix - told, mine_1TD.shape[2]), positions_1TD], dim=1)
-    height, width = (side * model.patch for side in model.grid)
-    old = _grid(of, positions_1TD.shape[1] - prefix, model.patch, (height, width))
-    weights[_POSITIONS] = of_grid(positions_1TD, old, model.grid, prefix, antialias)
+    prefix, tensors = mine_1TD.shape[1] - math.prod(model.grid), to_timm(weights)
+    if prefix and prefix != (told := prefix_in(tensors)) and (_CLS in weights or told > prefix):
+        return weights  # with other tokens than the model, as is said
+    images = tuple(side * model.patch for side in model.grid)
+    among, old = _grid(of, tensors, prefix > 0, model.patch, images)
+    tensors = with_prefix(tensors, among, prefix)
+    tensors["pos_embed"] = of_grid(tensors["pos_embed"], old, model.grid, prefix, antialias)
+    weights |= {f"encoder.{name}": value for name, value in tensors.items()}
     if "decoder.pos_embed" in weights:
         weights["decoder.pos_embed"] = own["decoder.pos_embed"]  # computed from the grid
     return weights
 
 
-def _prefix_in(weights: dict[str, Tensor]) -> int:
-    """Return how many tokens a file has before those of the patches: [CLS], registers, DeiT's of distillation."""
-    tokens = (_CLS, "encoder.reg_token", "encoder.dist_token")
-    return sum(weights[name].shape[1] for name in tokens if name in weights and weights[name].ndim == 3)
-
-
-def _grid(of: Weights, patches: int, patch: int, images: tuple[int, ...]) -> tuple[int, int]:
-    """Return the grid of positions that the file tells; else the architecture's, that of `images`, or a square."""
-    square = (math.isqrt(patches) * patch,) * 2  # `ccmim import` says the size
-    likely = [timm_size(of.arch), *([images] if len(images) == 2 else []), square]
-    return grid_of_file(of.name, patches, patch, of.image_size, likely, "--data.image_size")
+def _grid(
+    of: Weights, tensors: dict[str, Tensor], prefixed: bool, patch: int, images: tuple[int, ...]
+) -> tuple[int, tuple[int, int]]:
+    """Return the prefix and the grid of positions, see `grid_of_file`; `ccmim import` says the size."""
+    likely = [timm_size(of.arch), *([images] if len(images) == 2 else [])]
+    patches = max(tensors["pos_embed"].shape[1] - prefix_in(tensors) * prefixed, 0)
+    squares = [(math.isqrt(patches) * patch,) * 2]
+    return grid_of_file(of.name, tensors, prefixed, patch, of.image_size, likely, squares, "--data.image_size")
 
 
 def _image_size(given: list[str]) -> tuple[int, ...]:

@@ -2,80 +2,49 @@
 
 import argparse
 import json
-import math
 import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ccmim_fast.checkpoints.manifest import CHECKPOINTS
+from ccmim_fast.checkpoints.told import Told, of_export, of_timm, of_transformers
 from ccmim_fast.errors import CheckpointError, one_line
 
-OF_WIDTH = {  # timm's plain ViTs, by width: patch and blocks are read off the weights
-    192: "vit_tiny_patch16_224",
-    384: "vit_small_patch16_224",
-    768: "vit_base_patch16_224",
-    1024: "vit_large_patch16_224",
-    1280: "vit_huge_patch14_224",
-    1408: "vit_giant_patch14_224",
-    1664: "vit_gigantic_patch14_224",
-}
-_SIZES = {384: "small", 768: "base", 1024: "large", 1536: "giant"}
-_DINOV2 = {"dinov2": "vit_{}_patch14_dinov2", "dinov2_with_registers": "vit_{}_patch14_reg4_dinov2"}
-_DINOV3 = "dinov3_vit"  # whose weights tell the architecture
 WEIGHTS = "model.safetensors"  # in a folder of transformers, of timm, or of ours
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
 _PICKLED = "pytorch_model.bin"  # of older versions
 _SHARDS = f"{WEIGHTS}.index.json"
 
 
-class Told(NamedTuple):
-    """What a file tells of its weights, as the fields of `published.Weights` of these names."""
-
-    arch: str = ""
-    num_heads: int = 0
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-    image_size: tuple[int, ...] = ()
-    max_value: tuple[float, ...] = ()
-    layer_scale: float = 0.0
-    positions: str = ""
-    mlp: str = ""
-
-
 def read_file(name: str) -> tuple[Mapping[str, Any], Told]:
     """Read a `.safetensors` file, or a pickled one, of which no code is run. Raises CheckpointError."""
+    if name.endswith(".index.json"):
+        raise CheckpointError(f"{name}: tells which files hold the weights; name its folder {str(Path(name).parent)!r}")
     if not name.endswith(".safetensors"):
         return _pickled(name), Told()
     weights, about = read_safetensors(name)
     try:
-        arguments = json.loads(about.get("timm_arguments", "{}"))
-        heads, size = int(arguments.get("num_heads", 0)), tuple(map(int, arguments.get("img_size", ())))
-        keys = ("mean", "std", "max_value")
-        mean, std, white = (tuple(map(float, json.loads(about.get(key, "[]")))) for key in keys)
-        scale, positions = float(arguments.get("init_values", 0)), about.get("positions", "sincos")
-        if len(size) not in (0, 2) or min(white, default=1) <= 0 or not 0 <= scale < math.inf:
-            raise ValueError(size, white, scale)
+        return weights, of_export(about)
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise CheckpointError(
             f"{name}: what it tells of itself is damaged; expected what ccmim export writes"
         ) from None
-    positions, mlp = "" if positions == "sincos" else positions, "gelu" if arguments.get("act_layer") == "gelu" else ""
-    return weights, Told(about.get("arch", ""), heads, mean, std, size, white, scale, positions, mlp)
 
 
 def is_model_folder(folder: Path) -> bool:
-    """Tell whether transformers or timm wrote a folder."""
-    names = (WEIGHTS, _SHARDS, _PICKLED)
-    return (folder / _CONFIG).is_file() and any((folder / name).is_file() for name in names)
+    """Tell whether transformers, timm or `ccmim export` wrote a folder, which without config.json is the last."""
+    names = (WEIGHTS, _SHARDS, _PICKLED) if (folder / _CONFIG).is_file() else (WEIGHTS,)
+    return not (folder / CHECKPOINTS).is_dir() and any((folder / name).is_file() for name in names)
 
 
 def read_folder(folder: Path) -> tuple[Mapping[str, Any], Told]:
-    """Read a folder that transformers or timm wrote. Raises CheckpointError."""
+    """Read a folder that transformers, timm or `ccmim export` wrote. Raises CheckpointError."""
     names = [WEIGHTS]
     if not any((folder / name).is_file() for name in (WEIGHTS, _SHARDS)):
         names = [_PICKLED]
@@ -87,36 +56,16 @@ def read_folder(folder: Path) -> tuple[Mapping[str, Any], Told]:
     for name in names:
         found, of_file = read_file(str(folder / name))
         weights |= found
-    config, preparation = _json(folder / _CONFIG), {}
-    if of_file.arch:  # an export of ours, which tells more than its config.json
+    if of_file.arch or not (folder / _CONFIG).is_file():  # an export of ours, which tells more than a config.json
         return weights, of_file
+    config, preparation = _json(folder / _CONFIG), {}
     if (folder / _PREPROCESSOR).is_file():
         preparation = _json(folder / _PREPROCESSOR)
     try:
-        told = _of_timm(config) if "architecture" in config else _of_transformers(config, preparation)
+        told = of_timm(config) if "architecture" in config else of_transformers(config, preparation)
     except (ValueError, TypeError, AttributeError, OverflowError):
         raise CheckpointError(f"{folder / _CONFIG}: what it tells of the model is damaged") from None
     return weights, told
-
-
-def _of_timm(config: dict[str, Any]) -> Told:
-    of_images, arguments = config.get("pretrained_cfg", {}), config.get("model_args", {})
-    mean, std = (tuple(map(float, of_images.get(key, ()))) for key in ("mean", "std"))
-    heads, size = int(arguments.get("num_heads", 0)), arguments.get("img_size") or of_images.get("input_size", ())[1:]
-    return Told(str(config["architecture"]), heads, mean, std, _pair(size))
-
-
-def _of_transformers(config: dict[str, Any], preparation: dict[str, Any]) -> Told:
-    width, kind = int(config.get("hidden_size", 0)), config.get("model_type", "")
-    arch = "" if kind == _DINOV3 else OF_WIDTH.get(width, "")
-    if kind in _DINOV2:
-        arch = _DINOV2[kind].format(_SIZES[width]) if width in _SIZES else ""
-    mean, std = (tuple(map(float, preparation.get(f"image_{key}") or ())) for key in ("mean", "std"))
-    return Told(arch, int(config.get("num_attention_heads", 0)), mean, std, _pair(config.get("image_size") or ()))
-
-
-def _pair(size: Any) -> tuple[int, ...]:
-    return (size, size) if isinstance(size, int) else tuple(map(int, size))
 
 
 def _json(path: Path, key: str = "") -> dict[str, Any]:

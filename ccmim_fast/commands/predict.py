@@ -24,6 +24,8 @@ def predict(argv: list[str]) -> None:
 
     made = predict_folder(**vars(given))
     right = f", {made.right} of {made.known} right ({made.right / made.known:.2%})" if made.known else ""
+    if unknown := made.labelled - made.known:
+        right += f", {unknown} of classes that the classifier has not"
     say(f"{given.out}: {made.images} images, {made.classes} classes{right}{left_out_words(made.left_out, made.reason)}")
 
 

@@ -15,8 +15,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ccmim_fast.checkpoints.convert import to_timm
-from ccmim_fast.checkpoints.positions import grid_of_file, resampled
+from ccmim_fast.checkpoints.positions import grid_of_file, resampled, with_prefix
 from ccmim_fast.checkpoints.published import Weights, read_weights, timm_size, with_arch
+from ccmim_fast.checkpoints.told import check_form
 from ccmim_fast.errors import CheckpointError, ConfigError, one_line
 from ccmim_fast.models.encoder import ENCODERS, own_encoder, timms_own
 from ccmim_fast.models.eva import as_eva, grouped_heads, rotary_form
@@ -37,7 +38,7 @@ def read_encoder(checkpoint: str, arch: str = "", num_heads: int = 0, pretrained
     of the size of images, height and width in pixels, that the checkpoint tells. Raises CheckpointError: missing,
     damaged, or without an encoder; ConfigError: a name that timm does not know, or one that must be told.
     """
-    found = read_weights(checkpoint)
+    found = read_weights(checkpoint, arch)
     if found.step is None:  # no run
         found = with_arch(found, arch, num_heads)
     tensors = {k: value for k, value in to_timm(found.tensors).items() if not k.startswith(_HEADS)}
@@ -108,6 +109,7 @@ def build_encoder(
         line = f"model.arch={weights.arch}: timm cannot build it for these images: {one_line(error)}"
         raise ConfigError(line) from None
     if weights.tensors:
+        check_form(vit, weights, weights.arch, weights.name)
         _fill(vit, weights, resample)
     if any_size and resample == "plain" and isinstance(vit, ENCODERS) and vit.pos_embed is not None:
         vit._pos_embed = MethodType(_add_positions, vit)
@@ -206,14 +208,14 @@ def _fitted(vit: VisionTransformer, weights: Weights, resample: str) -> dict[str
     # Fine-tuned from [CLS], or maps of tokens: the one norm is of every token.
     if not isinstance(vit.norm, nn.Identity):
         tensors = {name.replace(_POOLED_NORM, "norm."): value for name, value in tensors.items()}
-    positions_1TD = tensors.pop("pos_embed", None)
-    if positions_1TD is None:
+    if "pos_embed" not in tensors:
         return tensors
     patch, prefix = vit.patch_embed.patch_size[0], 0 if vit.no_embed_class else vit.num_prefix_tokens
-    likely = [timm_size(weights.arch)] + [vit.patch_embed.img_size] * (new[0] == new[1])
-    patches = positions_1TD.shape[1] - prefix
-    old = grid_of_file(weights.name, patches, patch, weights.image_size, likely, "--model.pretrained_size")
-    return tensors | {"pos_embed": resampled(positions_1TD, old, new, resample == "antialias")}
+    likely, squares = [timm_size(weights.arch)], [vit.patch_embed.img_size] * (new[0] == new[1])
+    told, setting = weights.image_size, "--model.pretrained_size"
+    among, old = grid_of_file(weights.name, tensors, prefix > 0, patch, told, likely, squares, setting)
+    tensors = with_prefix(tensors, among, prefix)
+    return tensors | {"pos_embed": resampled(tensors["pos_embed"], old, new, resample == "antialias")}
 
 
 def out_indices(depth: int, shares: Shares) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import torch
 from ccmim_fast.build.model import build_model
 from ccmim_fast.checkpoints import io
 from ccmim_fast.checkpoints.manifest import CHECKPOINTS
-from ccmim_fast.checkpoints.published import TIMM, derived, fill_, read_weights
+from ccmim_fast.checkpoints.published import derived, fill_, read_weights
 from ccmim_fast.checkpoints.run import OpenedRun
 from ccmim_fast.checkpoints.state import Progress, capture
 from ccmim_fast.config.load import load_config
@@ -27,11 +27,9 @@ def import_weights(
     The arguments are those of `ccmim import --help`; `settings` are options of `ccmim pretrain`. Raises ConfigError: no
     architecture is known, or a setting is wrong; CheckpointError: a weight is missing, unexpected or of another shape.
     """
-    found = read_weights(file)
+    found = read_weights(file, arch)
     if found.layout:
         say(f"{file}: {found.layout}")
-    if arch and not file.startswith(TIMM):
-        found = found._replace(arch=arch)
     if not found.arch:
         raise ConfigError(f"ccmim import: {file!r:.200} does not tell its architecture; add --arch NAME")
     if not found.tensors:

@@ -28,7 +28,8 @@ class Predicted(NamedTuple):
 
     images: int
     classes: int
-    known: int  # images that lie with a class of the classifier's
+    labelled: int  # images whose own class is known
+    known: int  # of these with a class of the classifier's
     right: int
     left_out: int
     reason: str  # of the first that does not decode; empty if all that the index has do
@@ -58,10 +59,10 @@ def predict_folder(
     if of.rounds_to_uint8:
         batches.source.dtype = BYTE
     logits, autocast = Logits(of.vit, encoder.mean, encoder.std).to(at), choose_precision(precision, at).autocast(at)
-    top, known, right = min(top, len(of.classes)), 0, 0
+    top, labelled, known, right = min(top, len(of.classes)), 0, 0, 0
 
     def rows() -> Iterator[Columns]:
-        nonlocal known, right
+        nonlocal labelled, known, right
         for names, images in batches.iterate("predicting", data.image_size, batch, at, workers, data.test_crop):
             with torch.inference_mode(), autocast:
                 logits_BK = logits(images.images_BHWC.permute(0, 3, 1, 2) / 255).float()
@@ -71,6 +72,7 @@ def predict_folder(
             columns: Columns = {"name": names}
             if images.labels_B is not None:
                 labels = _own_classes(images.labels_B.tolist(), batches.source.class_names)
+                labelled += sum(map(bool, labels))
                 known += sum(label in of.classes for label in labels)
                 right += sum(label == of.classes[one] for label, one in zip(labels, chosen_BT[:, 0]))
                 columns["label"] = [as_text(label) for label in labels]
@@ -86,7 +88,7 @@ def predict_folder(
                 write(columns)
     except OSError as error:
         raise MachineError(f"{error.filename or out}: not written: {error.strerror or error}") from None
-    return Predicted(batches.made, len(of.classes), known, right, batches.left_out, batches.reason)
+    return Predicted(batches.made, len(of.classes), labelled, known, right, batches.left_out, batches.reason)
 
 
 def _own_classes(labels_B: list[int], names: tuple[str, ...]) -> list[str]:

@@ -73,7 +73,8 @@ def test_transformers_dinov3(transformers, tmp_path, more, arch, saved):
 
 def dinov3s_own(weights):
     """Rename timm's weights to those of DINOv3's repository, with what its files have beside."""
-    own = {"mask_token": torch.zeros(1, 32), "rope_embed.periods": torch.ones(4), "local_cls_norm.bias": torch.zeros(1)}
+    own = {"mask_token": torch.zeros(1, 32), "local_cls_norm.bias": torch.zeros(1)}
+    own["rope_embed.periods"] = 100.0 ** (torch.arange(4) / 4)
     for name, value in weights.items():
         if name.endswith("attn.q_bias"):
             bias = torch.cat([value, torch.randn(32), weights[name.replace("q_bias", "v_bias")]])

@@ -105,8 +105,8 @@ def test_a_grid_that_nobody_tells_is_asked_for(tmp_path, capsys):
                 build_encoder(weights, wanted, 2)
         told = read_encoder(str(tmp_path / f"{name}.pth"), "vit_tiny_patch16_224", 2, pretrained_size=size)
         assert torch.equal(build_encoder(told, size, 2).pos_embed, weights.tensors["pos_embed"])
-        wrong = read_encoder(str(tmp_path / f"{name}.pth"), "vit_tiny_patch16_224", 2, pretrained_size=(40, 40))
-        with pytest.raises(CheckpointError, match=r"images of 40 x 40 pixels give 5 x 5"):
+        wrong = read_encoder(str(tmp_path / f"{name}.pth"), "vit_tiny_patch16_224", 2, pretrained_size=(48, 40))
+        with pytest.raises(CheckpointError, match=r"images of 48 x 40 pixels give 6 x 5"):
             build_encoder(wrong, size, 2)
     command = ["import", str(tmp_path / "oblong.pth"), "--arch=vit_tiny_patch16_224", "--model.num_heads=2"]
     assert main([*command, f"--out={tmp_path / 'a'}"]) == 2

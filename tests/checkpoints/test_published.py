@@ -123,6 +123,7 @@ def test_import_reads_them_too(hub, published, tmp_path):
 
 def test_an_export_tells_its_heads_and_images(tmp_path):
     tensors = {"patch_embed.proj.weight": torch.zeros(8, 3, 2, 2), "blocks.0.attn.qkv.weight": torch.zeros(32, 8)}
+    tensors["blocks.0.attn.qkv.bias"] = torch.zeros(32)
     arguments = '{"num_heads": 4, "img_size": [4, 6]}'
     about = {"arch": "test_vit", "timm_arguments": arguments, "mean": "[0.1]", "std": "[0.2]"}
     about |= {"max_value": "[4095]"}

@@ -41,6 +41,11 @@ def find_origin(origin: str, channels: int, image_key: str = "") -> Listing:
         raise DataError(
             f"{origin!r} is not a regular file; set data.root to a folder of images, tars, tables or a list"
         )
+    if read is None and os.path.isfile(origin):
+        lists = ", ".join(LISTS)
+        raise DataError(
+            f"{origin!r} is no tar, table or list ({lists}); name a folder of images, even for a single one"
+        )
     if read is None:
         raise DataError(f"no folder {origin!r}; set data.root to a folder of images, to tars, tables or a list")
     listing = read(origin)
