@@ -8,8 +8,9 @@ import torch
 
 from ccmim_fast.build.model import build_model
 from ccmim_fast.checkpoints import io
+from ccmim_fast.checkpoints.fitted import derived, fill_
 from ccmim_fast.checkpoints.manifest import CHECKPOINTS
-from ccmim_fast.checkpoints.published import derived, fill_, read_weights
+from ccmim_fast.checkpoints.published import read_weights
 from ccmim_fast.checkpoints.run import OpenedRun
 from ccmim_fast.checkpoints.state import Progress, capture
 from ccmim_fast.config.load import load_config

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 
 from ccmim_fast.build.model import build_model, build_score_source
-from ccmim_fast.checkpoints.published import derived, fill_, is_run, read_weights, with_arch
+from ccmim_fast.checkpoints.fitted import derived, fill_
+from ccmim_fast.checkpoints.published import is_run, read_weights, with_arch
 from ccmim_fast.checkpoints.run import OpenedRun, open_run, portable
 from ccmim_fast.config.keys import show
 from ccmim_fast.config.load import difference, load_config
