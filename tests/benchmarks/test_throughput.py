@@ -14,8 +14,13 @@ from ccmim_fast.profile.meter import flop_counter
 ROW = {
     "name",
     "ours",
+    "commit",
     "precision",
     "settings",
+    "without",
+    "differs",
+    "form",
+    "measured_against",
     "images_per_second",
     "peak_bytes",
     "gflop_per_image",
@@ -28,8 +33,10 @@ ROW = {
     "last_loss",
     "steps",
     "ratios",
+    "memory_ratios",
 }
 ENVIRONMENT = {"command", "time", "device", "commit", "torch", "timm", "transformers", "lightly", "threads", "python"}
+ENVIRONMENT |= {"stable-pretraining"}
 
 
 @pytest.fixture
@@ -43,7 +50,7 @@ def contenders(module):
 
 
 @pytest.mark.slow
-def test_results(throughput, small, peer, tmp_path, capsys):
+def test_results(throughput, module, small, peer, tmp_path, capsys):
     out = tmp_path / "made" / "throughput"
     arguments = [*small, "--only", "ccmim-first", "naive", "--peer", f"{peer}:build", "--seconds=0.01", f"--out={out}"]
     assert throughput.main(arguments) == 0
@@ -64,6 +71,10 @@ def test_results(throughput, small, peer, tmp_path, capsys):
     assert ours["ratios"].keys() == {"naive", "others.py:build"}
     rates = [row["images_per_second"]["median"] for row in result["rows"]]
     assert ours["ratios"]["naive"]["median"] == pytest.approx(rates[0] / rates[1])
+    assert ours["memory_ratios"]["naive"] == pytest.approx(ours["peak_bytes"] / naive["peak_bytes"])
+    assert other["form"]["form"] == {}  # its file offers none
+    assert "--train.attention=sdpa" not in ours["settings"]
+    assert set(naive["without"]) == set(module("naive").SAVINGS)
     assert naive["gflop_per_image"] > ours["gflop_per_image"]
     # One matmul of 8 x 8 x 8 forward, and one backward, for two images.
     assert other["gflop_per_image"] == pytest.approx(2 * 2 * 8**3 / 2 / 1e9)
@@ -84,7 +95,9 @@ def test_who_fails_is_said_and_the_others_go_on(throughput, small, peer, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["mae-8", "mae-2", "ccmim-first", "ccmim-bank", "ccmim-all", "naive"])
+@pytest.mark.parametrize(
+    "preset", ["mae-8", "mae-2", "ccmim-first", "ccmim-bank", "ccmim-all", "naive", "naive-mae", "naive-ccmim"]
+)
 def test_arithmetic_of_vit_base_is_the_designs(contenders, module, preset):
     """The design's table knows no saving, so there is none; the optimizer's step is real, the batch is 2."""
     contender = contenders.CONTENDERS[preset]
@@ -93,8 +106,8 @@ def test_arithmetic_of_vit_base_is_the_designs(contenders, module, preset):
     step = build("vit_base_patch16_224", images_BHWC, "fp32")
     with flop_counter() as counter:
         step()
-    expected = contenders.EXPECTED[preset]["vit_base_patch16_224"]
-    if preset == "ccmim-all":
+    expected = contender.design["vit_base_patch16_224"]
+    if preset in ("ccmim-all", "naive-ccmim"):
         expected += 2.6  # the design has the score's last block for [CLS] alone
     assert counter.get_total_flops() / 2 / 1e9 == pytest.approx(expected, rel=contenders.TOLERANCE)
 
@@ -114,7 +127,8 @@ def test_a_ratio_is_taken_round_by_round(throughput, contenders, module):
     options = argparse.Namespace(arch="other", image_size=224, settings=[], precision="fp32")
     ours, peer = throughput.rows_of(taking_part, found, options)
     assert ours["ratios"] == {"transformers": {"median": 3.0, "min": 2.0, "max": 4.0, "rounds": [2.0, 4.0]}}
-    assert peer["ratios"] == {}
+    assert peer["ratios"]["mae-8"]["rounds"] == [0.5, 0.25]
+    assert ours["memory_ratios"] == {"transformers": 1.0}
     assert ours["mfu"] == pytest.approx(5.0 * 1e9 / 1e12)
     assert ours["deviation"] is None
 
@@ -122,7 +136,7 @@ def test_a_ratio_is_taken_round_by_round(throughput, contenders, module):
 def test_rounds_are_interleaved(module, monkeypatch):
     """And the arithmetic is counted once; who failed once is not asked again."""
     rounds, asked = module("rounds"), []
-    job = module("measure").Job([], [], "", "arch", 2, 32, "cpu", "fp32", 2, 0.1)
+    job = module("measure").Job([], "", "arch", 2, 32, "cpu", "fp32", 2, 0.1)
 
     def measure(given):
         asked.append((given.arch, given.count))
@@ -140,8 +154,11 @@ def test_a_missing_peer_is_a_line(throughput, contenders, small, monkeypatch, ca
     named = [c.name for c in throughput.chosen(throughput.parse(small))]
     assert "transformers" not in named
     # fp32 is what all run in: no second naive line.
-    assert named == ["mae-8", "mae-2", "ccmim-first", "ccmim-bank", "ccmim-all", "ccmim-official", "naive"]
-    assert "lightly: not installed; pip install --no-deps lightly" in capsys.readouterr().out
+    ours = ["mae-8", "mae-2", "ccmim-first", "ccmim-bank", "ccmim-all", "ccmim-official"]
+    assert named == [*ours, "naive", "naive-mae", "naive-ccmim"]
+    printed = capsys.readouterr().out
+    assert "lightly: not installed; pip install --no-deps lightly" in printed
+    assert "stable-pretraining: not installed; pip install --no-deps -r requirements/bench.txt" in printed
     with pytest.raises(throughput.MachineError, match="pip install transformers"):
         throughput.chosen(throughput.parse([*small, "--only", "transformers"]))
 
@@ -150,6 +167,15 @@ def test_a_missing_peer_is_a_line(throughput, contenders, small, monkeypatch, ca
     ("arguments", "code", "words"),
     [
         (["--only", "mae8"], 2, ["mae8", "nearest: mae-8"]),
+        (["--only", "mae8-fp32"], 2, ["mae8-fp32", "nearest: mae-8"]),
+        (["--only", "mae-8-fp32", "mae-8-fp16"], 2, ["fp16", "not on a CPU"]),
+        (["--only", "mae-8", "mae-8"], 2, ["mae-8", "twice"]),
+        (["--only", "mae-8@"], 2, ["mae-8@", "a commit comes after one of mae-8, "]),
+        (["--only", "transformers@HEAD"], 2, ["transformers@HEAD", "a commit comes after one of"]),
+        (["--only", "naive-mae@HEAD"], 2, ["naive-mae@HEAD", "a commit comes after one of"]),
+        (["--only", "mae-8@nowhere"], 2, ["@nowhere", "no such commit", "git fetch"]),
+        (["--only", "mae-8@--all"], 2, ["@--all", "no such commit"]),
+        (["--forms=slowest"], 2, ["--forms", "slowest"]),
         (["--peer", "/nowhere.py:build"], 2, ["/nowhere.py:build", "path.py:function"]),
         (["--peer", "PEER"], 2, ["path.py:function"]),
         (["--peer", "PEER:nothing"], 2, ["'nothing'"]),
