@@ -40,29 +40,31 @@ class Contender(NamedTuple):
         settings: for `load_config`; of ours alone.
         without: savings that the step lacks, see `naive.SAVINGS`; of ours alone.
         peer: path.py:function.
-        package: what a peer needs, as it is imported.
+        packages: what a peer needs, as it is imported.
         install: the command that installs it.
         precision: its own, whatever the others run in.
         commit: of this repository, whose step it is; empty: the present one's.
         design: GFLOP per image at 224 pixels by the architecture, from the design's table of arithmetic, which knows
             none of the savings.
         differs: how a peer's work differs from that of mae-8.
+        off: the contender that is the same method with everything of ours off; of ours alone.
     """
 
     name: str
     settings: list[str] = []  # noqa: RUF012 (never changed)
     peer: str = ""
-    package: str = ""
+    packages: tuple[str, ...] = ()
     install: str = ""
     precision: str = ""
     without: tuple[str, ...] = ()
     commit: str = ""
     design: dict[str, float] = {}  # noqa: RUF012
     differs: str = ""
+    off: str = ""
 
     @property
     def installed(self) -> bool:
-        return not self.package or importlib.util.find_spec(self.package) is not None
+        return all(importlib.util.find_spec(package) is not None for package in self.packages)
 
     @property
     def measured_against(self) -> bool:
@@ -80,16 +82,16 @@ _EAGER = "--train.compile=off"
 CONTENDERS = {
     c.name: c
     for c in (
-        Contender("mae-8", ["--config=mae_vit_base"], design=_MAE_8),
+        Contender("mae-8", ["--config=mae_vit_base"], design=_MAE_8, off="naive-mae"),
         Contender("mae-2", ["--config=mae_vit_base", "--decoder.depth=2"], design=_design(34.7, 100.5)),
         Contender("ccmim-first", ["--config=ccmim_vit_base_eq4"], design=_CCMIM),
-        Contender("ccmim-bank", ["--config=ccmim_vit_base"], design=_CCMIM),
-        Contender("ccmim-all", ["--config=ccmim_vit_base", "--score.source=all"], design=_ALL),
-        Contender("ccmim-official", ["--config=ccmim_vit_base_official"], design=_AUTHORS),
+        Contender("ccmim-bank", ["--config=ccmim_vit_base"], design=_CCMIM, off="naive-ccmim"),
+        Contender("ccmim-all", ["--config=ccmim_vit_base", "--score.source=all"], design=_ALL, off="naive-ccmim"),
+        Contender("ccmim-official", ["--config=ccmim_vit_base_official"], design=_AUTHORS, off="naive"),
         Contender(
             "transformers",
             peer=f"{PEERS / 'transformers_mae.py'}:build",
-            package="transformers",
+            packages=("transformers",),
             install="pip install transformers",
             design=_MAE_8,
             differs="its decoder ends in all patches, of which the loss takes the masked ones",
@@ -97,7 +99,7 @@ CONTENDERS = {
         Contender(
             "stable-pretraining",
             peer=f"{PEERS / 'stable_mae.py'}:build",
-            package="stable_pretraining",
+            packages=("stable_pretraining", "lightning", "datasets", "hydra", "kornia", "loguru", "requests_cache"),
             # Its own list allows the two releases of lightning that were compromised (2.6.2, 2.6.3).
             install="pip install --no-deps -r requirements/bench.txt",
             design=_MAE_8,
@@ -107,7 +109,7 @@ CONTENDERS = {
         Contender(
             "lightly",
             peer=f"{PEERS / 'lightly_mae.py'}:build",
-            package="lightly",
+            packages=("lightly",),
             # With its dependencies it would bring pytorch_lightning, which its MAE does not need.
             install="pip install --no-deps lightly",
             design=_MAE_8,
@@ -141,7 +143,8 @@ def contender_of(name: str) -> Contender:
     if at and (not commit or contender.peer or contender.without):
         of_ours = ", ".join(c.name for c in CONTENDERS.values() if not c.peer and not c.without)
         raise ConfigError(f"--only {name}: a commit comes after one of {of_ours}, as in mae-8@HEAD~1")
-    return contender._replace(name=name, precision=precision, commit=commit)
+    off = f"{contender.off}-{precision}" if contender.off and precision else contender.off
+    return contender._replace(name=name, precision=precision, commit=commit, off=off)
 
 
 TOLERANCE = 0.01

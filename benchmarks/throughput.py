@@ -112,6 +112,7 @@ def row_of(contender: Contender, rounds: list[Figures], options: Namespace, peak
         "settings": contender.settings + ([] if as_it_is else options.settings),
         "without": list(contender.without),
         "differs": contender.differs,
+        "off": contender.off,
         "images_per_second": rate,
         "peak_bytes": max(figures.peak_bytes for figures in rounds),
         "gflop_per_image": flops / 1e9,

@@ -40,10 +40,11 @@ def _line(row: dict) -> list[str]:
 
 
 def form_of(row: dict) -> str:
-    """What a peer got, or which commit of ours it is."""
-    if row["commit"]:
+    """What a peer got, or which commit of ours it is; empty for the others, and in results of earlier versions."""
+    if row.get("commit"):
         return f"commit {row['commit'][:12]}"
-    return ", ".join(f"{name} {value}" for name, value in row["form"]["form"].items()) if row["form"] else ""
+    form = (row.get("form") or {}).get("form", {})
+    return ", ".join(f"{name} {value}" for name, value in form.items())
 
 
 def _ratio(row: dict, name: str) -> str:

@@ -19,6 +19,7 @@ ROW = {
     "settings",
     "without",
     "differs",
+    "off",
     "form",
     "measured_against",
     "images_per_second",
@@ -221,3 +222,37 @@ def test_a_result_is_never_written_over(module, tmp_path, monkeypatch):
     assert first.name == "throughput-2026-11-23-nvidia-h100-80gb-hbm3-bf16"
     first.with_name(first.name + ".json").write_text("{}")
     assert pages.prefix_of("throughput", options, where).name == first.name + "-2"
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "off"),
+    [("mae-8", "", "naive-mae"), ("ccmim-bank-fp32", "fp32", "naive-ccmim-fp32"), ("transformers-bf16", "bf16", "")],
+)
+def test_a_name_may_end_in_a_precision(contenders, name, precision, off):
+    found = contenders.contender_of(name)
+    assert (found.name, found.precision, found.off) == (name, precision, off)
+    assert found.settings == contenders.CONTENDERS[name.removesuffix(f"-{precision}")].settings
+
+
+def test_what_a_result_tells_of_peers_and_losses(module, throughput, contenders):
+    """The page has the form of each peer and what was tried, what differs, and whose loss has not fallen."""
+    figures = functools.partial(module("measure").Figures, 1.0, 5_000_000, 1e9, 1e12)
+    taking_part = [contenders.CONTENDERS["mae-8"], contenders.CONTENDERS["transformers"]]
+    found = {"mae-8": [figures([1.0, 1.5])], "transformers": [figures([2.0, 1.0])]}
+    form = module("forms").Best(
+        {"compile": "off"}, {"compile": {"off": 1.0, "model": 2.0}}, {"layout=x": "an error"}, 3.0
+    )
+    options = argparse.Namespace(arch="other", image_size=224, settings=[], precision="fp32", forms="best")
+    rows = throughput.rows_of(taking_part, found, options, {"transformers": form})
+    body = module("throughput_page").body({"rows": [*rows, {"name": "lightly", "error": "killed"}]})
+    lines = [line for line in body.splitlines() if line]
+    assert lines[2].endswith("| 1.000 -> 1.500 (2) |  |")
+    assert lines[3].endswith("| 2.000 -> 1.000 (2) | compile off |")
+    assert "mae-8: its loss has not fallen" in lines
+    assert "transformers: its loss has not fallen" not in lines
+    assert "lightly: killed" in lines
+    assert any(line.startswith("transformers differs from mae-8: its decoder") for line in lines)
+    assert "transformers was tried in these forms: compile: off 1 ms, model 2 ms; not layout=x: an error" in lines
+    memory = lines[lines.index("Peak memory, as a share of that of:") + 1 :]
+    assert memory[2] == "| mae-8 |  | 1.00 |"
+    json.dumps(rows)
