@@ -67,6 +67,11 @@ class Contender(NamedTuple):
         return all(importlib.util.find_spec(package) is not None for package in self.packages)
 
     @property
+    def absent(self) -> str:
+        """What is said where it is not installed."""
+        return f"not installed; {self.install}"
+
+    @property
     def measured_against(self) -> bool:
         """Whether the others are given as a ratio to it."""
         return bool(self.peer or self.commit) or self.name.startswith("naive") or self.name == "mae-8"

@@ -53,7 +53,7 @@ def parse(arguments: list[str]) -> Namespace:
 
 
 def chosen(options: Namespace) -> list[Contender]:
-    """Who takes part, in the order asked for; who is not installed is left out with a line, unless asked for by name.
+    """Who takes part, in the order asked for; who is not installed has a line for a row, unless asked for by name.
 
     Raises:
         ConfigError: no such contender, no such file, or no such commit.
@@ -62,14 +62,11 @@ def chosen(options: Namespace) -> list[Contender]:
     wanted = [contender_of(name) for name in (options.only or (() if options.peer else DEFAULT))]
     # Its own precision is why it is there: where all have it, it is another's double.
     wanted = [c for c in wanted if options.only or c.precision != options.precision]
-    for contender in wanted:
+    for contender in wanted if options.only else ():
         if not contender.installed:
-            line = f"{contender.name}: not installed; {contender.install}"
-            if options.only:
-                raise MachineError(line)
-            print(line)
+            raise MachineError(f"{contender.name}: {contender.absent}")
     wanted = [c._replace(commit=commits.full_name(c.commit)) if c.commit else c for c in wanted]
-    found = [c for c in wanted if c.installed] + [outside(where) for where in options.peer]
+    found = wanted + [outside(where) for where in options.peer]
     twice = [c.name for index, c in enumerate(found) if c.name in [other.name for other in found[:index]]]
     if twice:
         raise ConfigError(f"{twice[0]}: is there twice; one line for each name is the limit")
@@ -165,13 +162,16 @@ def rows_of(
 def measured(taking_part: list[Contender], options: Namespace) -> list[dict]:
     """The rows of the result: forms of the peers first, then the rounds."""
     seconds = options.seconds / options.rounds
+    absent = {c.name: c.absent for c in taking_part if not c.installed}
+    for name, why in absent.items():
+        print(f"{name}: {why}")
     with tempfile.TemporaryDirectory() as folder:
         jobs = {}
-        for contender in taking_part:
+        for contender in (c for c in taking_part if c.installed):
             root = str(commits.unpack(contender.commit, Path(folder))) if contender.commit else ""
             jobs[contender.name] = command_line.job_of(contender, options, seconds=seconds, root=root)
         forms = in_best_forms(jobs, options)
-        found = {name: form for name, form in forms.items() if isinstance(form, str)}
+        found = absent | {name: form for name, form in forms.items() if isinstance(form, str)}
         able = {
             name: job._replace(form=forms[name].form if name in forms else {})
             for name, job in jobs.items()
@@ -196,7 +196,7 @@ def main(arguments: list[str]) -> int:
     page = pages.page("Throughput", result, throughput_page.notes(result), body)
     pages.write(result, prefix, page, lambda path: pages.bars(path, result, finished))
     print(f"{prefix}.md, .json, .png")
-    return 0 if len(finished) == len(result["rows"]) else 1
+    return 0 if len(finished) == sum(contender.installed for contender in taking_part) else 1
 
 
 if __name__ == "__main__":

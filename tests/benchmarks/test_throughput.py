@@ -150,16 +150,24 @@ def test_rounds_are_interleaved(module, monkeypatch):
     assert [len(found[name]) for name in "ac"] == [2, 2]
 
 
-def test_a_missing_peer_is_a_line(throughput, contenders, small, monkeypatch, capsys):
+def test_a_missing_peer_is_a_line(throughput, contenders, module, small, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: None)
-    named = [c.name for c in throughput.chosen(throughput.parse(small))]
-    assert "transformers" not in named
     # fp32 is what all run in: no second naive line.
+    assert [c.name for c in throughput.chosen(throughput.parse(small))] == list(contenders.CONTENDERS)
+    asked = []
+
+    def run_rounds(jobs, rounds):
+        asked.extend(jobs)
+        return {name: [module("measure").Figures(1.0, 5, 1e9, 1e12, [1.0, 0.5])] for name in jobs}
+
+    monkeypatch.setattr(throughput, "run_rounds", run_rounds)
+    assert throughput.main([*small, f"--out={tmp_path / 'made'}"]) == 0
     ours = ["mae-8", "mae-2", "ccmim-first", "ccmim-bank", "ccmim-all", "ccmim-official"]
-    assert named == [*ours, "naive", "naive-mae", "naive-ccmim"]
-    printed = capsys.readouterr().out
-    assert "lightly: not installed; pip install --no-deps lightly" in printed
-    assert "stable-pretraining: not installed; pip install --no-deps -r requirements/bench.txt" in printed
+    assert asked == [*ours, "naive", "naive-mae", "naive-ccmim"]
+    page = (tmp_path / "made.md").read_text()
+    for printed in (capsys.readouterr().out, page):
+        assert "lightly: not installed; pip install --no-deps lightly\n" in printed
+        assert "stable-pretraining: not installed; pip install --no-deps -r requirements/bench.txt\n" in printed
     with pytest.raises(throughput.MachineError, match="pip install transformers"):
         throughput.chosen(throughput.parse([*small, "--only", "transformers"]))
 
