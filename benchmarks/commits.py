@@ -1,12 +1,10 @@
 """Another commit of this repository beside the present one: its step, by its own benchmarks/measure.py."""
 
-import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-from measure import ROOT, environment_of
+from measure import ROOT, fields_of
 
 from ccmim_fast.errors import ConfigError, MachineError
 
@@ -22,8 +20,7 @@ def full_name(commit: str) -> str:
         raise MachineError(f"@{commit}: needs git, which is not installed")
     if _git("rev-parse", "--git-dir").returncode:
         raise MachineError(f"@{commit}: {ROOT} is no clone; git clone the repository and run it there")
-    # A name that begins with a dash would be an option.
-    found = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}^{{commit}}")
+    found = _git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}")
     if found.returncode:
         raise ConfigError(f"@{commit}: no such commit in {ROOT}; git fetch it (a shallow clone: git fetch --unshallow)")
     name = found.stdout.strip()
@@ -36,7 +33,7 @@ def unpack(commit: str, folder: Path) -> Path:
     """The files of a commit, by its full name, below `folder`; returns where they lie.
 
     Raises:
-        MachineError: they cannot be read, or the commit needs a package that is not there.
+        MachineError: they cannot be read, or the commit cannot be imported.
     """
     where = folder / commit
     if where.exists():
@@ -47,13 +44,7 @@ def unpack(commit: str, folder: Path) -> Path:
         raise MachineError(f"@{commit}: git archive: {' '.join(done.stderr.split())}")
     shutil.unpack_archive(archive, where)
     archive.unlink()
-    tried = [sys.executable, where / "benchmarks" / "measure.py"]  # it imports everything before it reads its job
-    said = subprocess.run(tried, env=environment_of(where), input="", capture_output=True, text=True).stderr
-    if missing := re.search(r"No module named '([\w.]+)'", said):
-        package = missing[1].partition(".")[0]
-        raise MachineError(
-            f"@{commit[:12]}: that commit needs {package}, which is not installed; pip install {package}"
-        )
+    fields_of(where)  # before anything is measured
     return where
 
 

@@ -1,7 +1,7 @@
 """Measures one contender in a process of its own: speed, peak memory, arithmetic and losses.
 
 `measure(job)` starts the process, which is this file as a script: JSON in and JSON out. Where the job is another
-commit's, the script is that commit's: so what the two tell each other only grows.
+commit's, the script is that commit's.
 """
 
 # B batch, H height, W width, C channels
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import contenders
 import torch
 
-from ccmim_fast.errors import CcmimError
+from ccmim_fast.errors import CcmimError, MachineError
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.profile.meter import flop_counter, measure_matmul_rate, synchronise
 
@@ -89,7 +89,7 @@ def measure(job: Job) -> Figures | str:
     said = in_own_process(Path(__file__).name, job)
     if isinstance(said, str):
         return said
-    figures = Figures(**said)
+    figures = Figures(**{name: said[name] for name in Figures._fields})
     return figures if all(map(math.isfinite, figures.losses)) else f"its loss is {figures.losses[-1]}"
 
 
@@ -100,11 +100,10 @@ def in_own_process(script: str, job: Job) -> dict | str:
         CcmimError: the job itself is a mistake; another commit's may not know a setting, which is a line.
     """
     root = Path(job.root or ROOT)
-    # An older commit knows no newer field: an empty one is not sent.
-    told = {name: value for name, value in job._asdict().items() if value or name not in ("without", "form", "root")}
+    told = {name: value for name, value in job._asdict().items() if name in fields_of(root) and name != "root"}
     done = subprocess.run(
         [sys.executable, root / "benchmarks" / script],
-        input=json.dumps({name: value for name, value in told.items() if name != "root"}),
+        input=json.dumps(told),
         env={**environment_of(root), "OMP_NUM_THREADS": str(job.threads)},
         capture_output=True,
         text=True,
@@ -116,6 +115,31 @@ def in_own_process(script: str, job: Job) -> dict | str:
         if done.returncode == mistake.exit_code and not job.root:
             raise mistake(said)
     return said if done.returncode > 0 else f"killed by signal {-done.returncode}; 9 is what too little memory ends in"
+
+
+@functools.cache
+def fields_of(root: Path) -> tuple[str, ...]:
+    """What the jobs of the checkout `root` know.
+
+    Raises:
+        MachineError: the checkout needs a package that is not installed, or cannot be imported for another reason.
+    """
+    if root == ROOT:
+        return Job._fields
+    code = "import measure; print(*measure.Job._fields)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root / "benchmarks",
+        env=environment_of(root),
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == 0:
+        return tuple(done.stdout.splitlines()[-1].split())
+    said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    missing = re.search(r"No module named '(\w+)", said)
+    what = f"needs {missing[1]}, which is not installed; pip install {missing[1]}" if missing else f"fails: {said}"
+    raise MachineError(f"@{root.name[:12]}: that commit {what}")
 
 
 def environment_of(root: Path) -> dict[str, str]:

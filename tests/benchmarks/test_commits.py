@@ -10,9 +10,13 @@ from ccmim_fast.errors import ConfigError, MachineError
 # As an old benchmark may be: it knows none of the newer fields, and prints other things before its answer.
 MEASURE = """
 import json, os, sys
-asked = sys.stdin.read()
-if asked:
-    job = json.loads(asked)
+from typing import NamedTuple
+class Job(NamedTuple):
+    settings: list
+    batch: int
+    WITHOUT
+if __name__ == "__main__":
+    job = Job(**json.load(sys.stdin))._asdict()
     print("a line of a library")
     seen = [os.environ["PYTHONPATH"].split(os.pathsep)[0], os.environ["XDG_CACHE_HOME"], job]
     open(os.path.join(os.environ["SEEN"]), "w").write(json.dumps(seen))
@@ -46,8 +50,10 @@ def clone(commits, tmp_path, monkeypatch):
     return commit
 
 
-def test_another_commit_is_measured_by_its_own_script(commits, module, clone, tmp_path, monkeypatch):
-    name = clone("measure.py", MEASURE)
+@pytest.mark.parametrize("field", ["without", "peer"])
+def test_another_commit_is_measured_by_its_own_script(commits, module, clone, tmp_path, monkeypatch, field):
+    """It is told what it knows, be it required there or not, and nothing else."""
+    name = clone("measure.py", MEASURE.replace("WITHOUT", f"{field}: object"))
     clone("measure.py", "raise SystemExit('a later one')")
     monkeypatch.setenv("SEEN", str(tmp_path / "seen.json"))
     assert commits.full_name(name[:7]) == name
@@ -59,7 +65,7 @@ def test_another_commit_is_measured_by_its_own_script(commits, module, clone, tm
     path, cache, told = json.loads((tmp_path / "seen.json").read_text())
     assert path == str(root)
     assert cache == str(root / ".cache")
-    assert told.keys() == set(measure.Job._fields) - {"without", "form", "root"}
+    assert told == {"settings": ["--config=mae_vit_base"], "batch": 2, field: getattr(job, field)}
     # What the commit does not know is its row's line; what this one does not know ends the command.
     assert measure.measure(job._replace(settings=["--config=unknown"])) == "ccmim: no such preset"
 
@@ -89,6 +95,9 @@ def test_what_cannot_be_measured_is_said_before_anything_is(commits, clone, tmp_
         MachineError, match=r"needs no_such_package, which is not installed; pip install no_such_package"
     ):
         commits.unpack(lacking, tmp_path)
+    failing = clone("measure.py", "raise RuntimeError('of old\\nand new')")
+    with pytest.raises(MachineError, match="^@" + failing[:12] + ": that commit fails: and new$"):
+        commits.unpack(failing, tmp_path)
     with pytest.raises(ConfigError, match="no such commit"):
         commits.full_name("0" * 40)
     monkeypatch.setattr(commits, "ROOT", tmp_path / "nowhere")

@@ -202,9 +202,11 @@ def test_mistakes_end_in_one_line(module, throughput, small, peer, arguments, co
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     arguments = [*small, *(word.replace("PEER", str(peer)) for word in arguments)]
     assert module("command_line").run_main(throughput.main, arguments) == code
-    printed = capsys.readouterr().err.splitlines()
+    out, err = capsys.readouterr()
+    printed = err.splitlines()
     assert len(printed) == 1, printed
     assert all(word in printed[0] for word in words), printed
+    assert "img/s" not in out  # it is said before anything is measured
 
 
 def test_the_command_finds_the_script(capfd, tmp_path, monkeypatch):
