@@ -33,6 +33,8 @@ SAVINGS = {
     "kept_memory": "on a CPU: what a step frees is kept for the next one",
     "fused_adamw": "AdamW as one kernel over all weights, not as one for each operation",
 }
+# These save something on one kind of device alone.
+ON = {"kernels": "cuda", "onednn_linear": "cpu", "kept_memory": "cpu"}
 # Of these a setting decides.
 _SETTINGS = {"kernels": "--train.kernels=reference", "attention": "--train.attention=sdpa"}
 

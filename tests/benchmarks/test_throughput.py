@@ -90,15 +90,13 @@ def test_results(throughput, module, small, peer, tmp_path, capsys):
 def test_who_fails_is_said_and_the_others_go_on(throughput, small, peer, tmp_path):
     out = tmp_path / "throughput"
     peers = [word for name in ("failing", "broken", "build") for word in ("--peer", f"{peer}:{name}")]
-    assert throughput.main([*small, *peers, "--seconds=0.01", f"--out={out}"]) == 1
+    assert throughput.main([*small, *peers, "--seconds=0.01", "--forms=default", f"--out={out}"]) == 1
     rows = json.loads(out.with_suffix(".json").read_text())["rows"]
     assert [row.get("error", "") for row in rows] == ["of this size", "its loss is nan", ""]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "preset", ["mae-8", "mae-2", "ccmim-first", "ccmim-bank", "ccmim-all", "naive", "naive-mae", "naive-ccmim"]
-)
+@pytest.mark.parametrize("preset", ["mae-8", "mae-2", "ccmim-first", "ccmim-bank", "naive-ccmim", "naive"])
 def test_arithmetic_of_vit_base_is_the_designs(contenders, module, preset):
     """The design's table knows no saving, so there is none; the optimizer's step is real, the batch is 2."""
     contender = contenders.CONTENDERS[preset]
@@ -108,8 +106,6 @@ def test_arithmetic_of_vit_base_is_the_designs(contenders, module, preset):
     with flop_counter() as counter:
         step()
     expected = contender.design["vit_base_patch16_224"]
-    if preset in ("ccmim-all", "naive-ccmim"):
-        expected += 2.6  # the design has the score's last block for [CLS] alone
     assert counter.get_total_flops() / 2 / 1e9 == pytest.approx(expected, rel=contenders.TOLERANCE)
 
 
