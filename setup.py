@@ -46,8 +46,8 @@ EXTRAS = {
     "tiff": ["imagecodecs>=2024.6.1"],
     # `ccmim submit`; its --print needs nothing.
     "slurm": ["submitit>=1.5.4"],  # has a teardown
-    # What `ccmim bench throughput` compares with, but for lightly: its list has pytorch_lightning, which is not to be
-    # installed. Its MAE needs torch, torchvision, timm and numpy only: pip install --no-deps lightly
+    # What `ccmim bench throughput` compares with, but for lightly and stable-pretraining: their lists allow releases of
+    # lightning that were compromised. pip install --no-deps -r requirements/bench.txt
     "bench": ["transformers>=5.4"],
     # `ccmim export onnx`; the other targets need nothing.
     "export": ["onnx>=1.17", "onnxscript>=0.7"],  # which writes what torch 2.7 exports with today's protobuf

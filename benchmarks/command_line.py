@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from contenders import Contender, ours_config
 from measure import SMALL, Job
 
@@ -70,11 +71,13 @@ def job_of(contender: Contender, options: argparse.Namespace, **more) -> Job:
     """What the process of `contender` is told; a wrong setting is found here, before any process.
 
     Raises:
-        ConfigError: a setting.
+        ConfigError: a setting, or the contender's precision.
     """
-    settings = [] if contender.peer else [*contender.settings, *options.settings]
+    # The settings given may be newer than another commit.
+    settings = [*contender.settings, *([] if contender.peer or contender.commit else options.settings)]
     precision = contender.precision or options.precision
-    if not contender.peer:
+    choose_precision(precision, torch.device(options.device))
+    if not contender.peer and not contender.commit:
         ours_config(settings, options.arch, (options.batch, options.image_size, options.image_size, 3), precision)
     return Job(
         settings=settings,

@@ -17,7 +17,7 @@ import command_line
 import pages
 from contenders import Contender
 from measure import Figures
-from naive import SAVINGS
+from naive import ON, SAVINGS
 from rounds import over_rounds, run_rounds
 
 from ccmim_fast.config.keys import nearest
@@ -43,10 +43,10 @@ class Rung(NamedTuple):
     saving: str = ""
 
 
-def rungs(precision: str) -> list[Rung]:
-    """List the rungs: from no saving to all; then what changes the rounding, from fp32 to the precision asked for."""
+def rungs(precision: str, device: str) -> list[Rung]:
+    """List the rungs: from no saving to all of this kind of device; then what changes the rounding, from fp32 on."""
     found = [Rung("naive", ["--train.compile=off"], "fp32")]
-    found += [Rung(f"+ {name}", [], "fp32", saving=name) for name in SAVINGS]
+    found += [Rung(f"+ {name}", [], "fp32", saving=name) for name in SAVINGS if ON.get(name, device) == device]
     if precision != "fp32":
         found.append(Rung(f"+ {precision}", [], precision, rounding=True))
     found.append(Rung("+ compile", ["--train.compile=step"], precision, rounding=True))
@@ -69,7 +69,7 @@ def parse(arguments: list[str]) -> Namespace:
 
 def contenders_of(climbed: list[Rung], preset: str) -> list[Contender]:
     """Each rung with its own settings and those of all rungs below it."""
-    found, given, lacking = [], [f"--config={preset}"], list(SAVINGS)
+    found, given, lacking = [], [f"--config={preset}"], [rung.saving for rung in climbed if rung.saving]
     for rung in climbed:
         given = [*given, *rung.settings]
         lacking = [name for name in lacking if name != rung.saving]
@@ -151,7 +151,7 @@ def notes(result: dict) -> str:
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    climbed = rungs(options.precision)
+    climbed = rungs(options.precision, options.device)
     result = {
         "environment": pages.environment("ladder", arguments, options),
         **{name: getattr(options, name) for name in ("arch", "image_size", "batch", "precision", "rounds")},

@@ -1,6 +1,7 @@
 """Measures one contender in a process of its own: speed, peak memory, arithmetic and losses.
 
-`measure(job)` starts the process, which is this file as a script: JSON in and JSON out.
+`measure(job)` starts the process, which is this file as a script: JSON in and JSON out. Where the job is another
+commit's, the script is that commit's.
 """
 
 # B batch, H height, W width, C channels
@@ -13,13 +14,14 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import contenders
 import torch
 
-from ccmim_fast.errors import CcmimError
+from ccmim_fast.errors import CcmimError, MachineError
 from ccmim_fast.models.precision import choose_precision
 from ccmim_fast.profile.meter import flop_counter, measure_matmul_rate, synchronise
 
@@ -40,10 +42,11 @@ class Job(NamedTuple):
         seconds: how long to measure, in whole steps, at least one; where `steps` is 0.
         steps: how many steps to measure.
         count: count the arithmetic too.
+        form: keyword arguments of the peer, see `forms.best`.
+        root: of the checkout whose step it is; empty: this one.
     """
 
     settings: list[str]
-    without: list[str]
     peer: str
     arch: str
     batch: int
@@ -54,6 +57,9 @@ class Job(NamedTuple):
     seconds: float
     steps: int = 0
     count: bool = True
+    without: list[str] = []  # noqa: RUF012 (never changed)
+    form: dict[str, str] = {}  # noqa: RUF012
+    root: str = ""
 
 
 class Figures(NamedTuple):
@@ -80,22 +86,68 @@ def measure(job: Job) -> Figures | str:
     Raises:
         CcmimError: the job itself is a mistake.
     """
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    said = in_own_process(Path(__file__).name, job)
+    if isinstance(said, str):
+        return said
+    figures = Figures(**{name: said[name] for name in Figures._fields})
+    return figures if all(map(math.isfinite, figures.losses)) else f"its loss is {figures.losses[-1]}"
+
+
+def in_own_process(script: str, job: Job) -> dict | str:
+    """What `script` of the job's benchmarks/ answers, or one line that says why there is no answer.
+
+    Raises:
+        CcmimError: the job itself is a mistake; another commit's may not know a setting, which is a line.
+    """
+    root = Path(job.root or ROOT)
+    told = {name: value for name, value in job._asdict().items() if name in fields_of(root) and name != "root"}
     done = subprocess.run(
-        [sys.executable, __file__],
-        input=json.dumps(job._asdict()),
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(job.threads)},
+        [sys.executable, root / "benchmarks" / script],
+        input=json.dumps(told),
+        env={**environment_of(root), "OMP_NUM_THREADS": str(job.threads)},
         capture_output=True,
         text=True,
     )
     if done.returncode == 0:
-        figures = Figures(**json.loads(done.stdout.splitlines()[-1]))
-        return figures if all(map(math.isfinite, figures.losses)) else f"its loss is {figures.losses[-1]}"
+        return json.loads(done.stdout.splitlines()[-1])
     said = (done.stderr.strip().splitlines() or ["no message"])[-1]
     for mistake in CcmimError.__subclasses__():
-        if done.returncode == mistake.exit_code:
+        if done.returncode == mistake.exit_code and not job.root:
             raise mistake(said)
     return said if done.returncode > 0 else f"killed by signal {-done.returncode}; 9 is what too little memory ends in"
+
+
+@functools.cache
+def fields_of(root: Path) -> tuple[str, ...]:
+    """What the jobs of the checkout `root` know.
+
+    Raises:
+        MachineError: the checkout needs a package that is not installed, or cannot be imported for another reason.
+    """
+    if root == ROOT:
+        return Job._fields
+    code = "import measure; print(*measure.Job._fields)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root / "benchmarks",
+        env=environment_of(root),
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == 0:
+        return tuple(done.stdout.splitlines()[-1].split())
+    said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    missing = re.search(r"No module named '(\w+)", said)
+    what = f"needs {missing[1]}, which is not installed; pip install {missing[1]}" if missing else f"fails: {said}"
+    raise MachineError(f"@{root.name[:12]}: that commit {what}")
+
+
+def environment_of(root: Path) -> dict[str, str]:
+    """The variables of a process that imports what lies in the checkout `root`."""
+    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+    # Choices that were measured are kept by device and shape: those of another commit are others.
+    kept = {} if root == ROOT else {"XDG_CACHE_HOME": str(root / ".cache")}
+    return {**os.environ, **kept, "PYTHONPATH": path}
 
 
 def run(job: Job) -> Figures:
@@ -106,7 +158,7 @@ def run(job: Job) -> Figures:
     rate = measure_matmul_rate(device, dtype)
     # Loaded here: what a peer's libraries take is no part of its model.
     build = (
-        contenders.load_peer(job.peer)
+        functools.partial(contenders.load_peer(job.peer), **job.form)
         if job.peer
         else functools.partial(contenders.ours, job.settings, savings_off=job.without)
     )
@@ -177,18 +229,19 @@ def _kernel_says(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
 
 
-def main() -> int:
+def answer(compute: Callable[[Job], NamedTuple]) -> int:
+    """Print what `compute` makes of the job on standard input, as JSON; a failure is the last line on stderr."""
     try:
-        figures = run(Job(**json.load(sys.stdin)))
+        result = compute(Job(**json.load(sys.stdin)))
     except CcmimError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except torch.OutOfMemoryError:
         print("out of memory", file=sys.stderr)
         return 1
-    print(json.dumps(figures._asdict()))
+    print(json.dumps(result._asdict()))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer(run))

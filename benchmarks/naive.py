@@ -6,11 +6,13 @@ for rounding, which tests/models/test_savings.py holds; what changes is the arit
 
 # B batch, H height, W width, C channels, L patches, K kept, M masked, P prefix tokens, D width
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from ccmim_fast.engine import build
 from ccmim_fast.engine.step import TrainStep
 from ccmim_fast.models.ccmim import CCMIM, Decoder
 from ccmim_fast.models.scores import AllBlocks, Bank, FirstBlock, OneBlock
@@ -25,13 +27,42 @@ SAVINGS = {
     "cls_only": "last block of the masked branch and of the scores of all blocks for [CLS] only",
     "masked_only": "decoder's last block (queries, MLP) and the prediction for masked positions only",
     "row_ops": "rows moved by the ops of ccmim_kernels, not by index tensors as large as the tokens",
+    "kernels": "on CUDA: the ops by their Triton kernels, not by plain PyTorch",
     "onednn_linear": "on a CPU in float32, uncompiled: large linear layers by oneDNN, not MKL",
+    "attention": "attention by the backend that is fastest for its number of tokens, not by torch's own choice",
+    "kept_memory": "on a CPU: what a step frees is kept for the next one",
+    "fused_adamw": "AdamW as one kernel over all weights, not as one for each operation",
 }
+# These save something on one kind of device alone.
+ON = {"kernels": "cuda", "onednn_linear": "cpu", "kept_memory": "cpu"}
+# Of these a setting decides.
+_SETTINGS = {"kernels": "--train.kernels=reference", "attention": "--train.attention=sdpa"}
+
+
+def settings_without(savings: Collection[str]) -> list[str]:
+    """Return the settings of a run that lacks these savings, as far as settings decide."""
+    return [setting for name, setting in _SETTINGS.items() if name in savings]
+
+
+@contextmanager
+def freed_memory(savings: Collection[str]) -> Iterator[None]:
+    """Let a step that is built within free its memory, if it lacks `kept_memory`: a process cannot take that back."""
+    keep = build.keep_freed_memory
+    if "kept_memory" in savings:
+        build.keep_freed_memory = lambda: False
+    try:
+        yield
+    finally:
+        build.keep_freed_memory = keep
 
 
 def without(step: TrainStep, savings: Collection[str]) -> TrainStep:
-    """Take these savings from `step`, in place, before it is compiled."""
+    """Take these savings from `step`, in place, before it is compiled; `settings_without` has those of settings."""
     step.linear = None if "onednn_linear" in savings else step.linear
+    if "fused_adamw" in savings and isinstance(step.optimizer, torch.optim.AdamW):
+        groups = [{key: group[key] for key in ("params", "weight_decay")} for group in step.optimizer.param_groups]
+        first = step.optimizer.param_groups[0]
+        step.optimizer = torch.optim.AdamW(groups, lr=first["lr"], betas=first["betas"])
     without_in_model(step.model, savings)
     return step
 

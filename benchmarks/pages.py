@@ -14,7 +14,7 @@ import torch
 from ccmim_fast.runs.folder import environment as run_environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PEERS = ("transformers", "lightly")
+PEERS = ("transformers", "lightly", "stable-pretraining")
 
 
 def environment(name: str, arguments: list[str], options: Namespace) -> dict[str, str]:

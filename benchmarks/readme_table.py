@@ -11,11 +11,13 @@ import subprocess
 from pathlib import Path
 
 import pages
+import throughput_page
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 BEGIN, END = "<!-- performance: begin -->\n", "<!-- performance: end -->\n"
-HEADER = ["step", "img/s", "x transformers", "x lightly", "x naive", "peak GB", "GFLOP/img", "MFU"]
+AGAINST = ("transformers", "stable-pretraining", "lightly", "mae-8", "naive")  # a column each, of those in the result
+OFF = "all off"  # the same method with everything of ours off
 
 
 def newest() -> list[Path]:
@@ -44,12 +46,22 @@ def section(path: Path) -> str:
     threads = f", {environment['threads']} threads" if "threads" in environment else ""
     facts = f"torch {environment['torch']}, commit {environment['commit']}, {environment['time'][:10]}"
     page = path.with_suffix(".md").relative_to(ROOT)
+    rows = [row for row in result["rows"] if "error" not in row]
+    against = [name for name in AGAINST if any(_over(row, name) is not None for row in rows)]
+    against += [OFF] * any(_over(row, OFF) is not None for row in rows)
+    told = any(throughput_page.form_of(row) for row in rows)
+    header = ["step", "img/s", *(f"x {name}" for name in against), "peak GB", "GFLOP/img", "MFU", *["form"] * told]
     title = f"{pages.size_of(result)}; {environment['device']}{threads}; {facts} ([all figures]({page})):"
-    return f"{title}\n\n{pages.table([_line(r) for r in result['rows'] if 'error' not in r], HEADER)}"
+    return f"{title}\n\n{pages.table([_line(row, against, told) for row in rows], header)}"
 
 
-def _line(row: dict) -> list[str]:
-    ratios = [row["ratios"].get(name.removeprefix("x ")) for name in HEADER[2:5]]
+def _over(row: dict, name: str) -> dict | None:
+    """A row's ratio to a contender; to the row's own one for `OFF`."""
+    return row["ratios"].get(row.get("off") if name == OFF else name)
+
+
+def _line(row: dict, against: list[str], told: bool) -> list[str]:
+    ratios = [_over(row, name) for name in against]
     return [
         row["name"],
         pages.spread(row["images_per_second"], 2),
@@ -57,6 +69,7 @@ def _line(row: dict) -> list[str]:
         f"{row['peak_bytes'] / 1e9:.2f}",
         f"{row['gflop_per_image']:.1f}",
         f"{row['mfu']:.0%}",
+        *[throughput_page.form_of(row)] * told,
     ]
 
 

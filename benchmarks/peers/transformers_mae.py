@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 import timm
 import torch
-from plain_step import normalised, plain_step
+from plain_step import forms, plain_step
 from torch import Tensor
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
+__all__ = ["build", "forms"]
 
-def build(arch: str, images_BHWC: Tensor, precision: str) -> Callable[[], Tensor]:
+
+def build(arch: str, images_BHWC: Tensor, precision: str, attention: str = "sdpa", **form: str) -> Callable[[], Tensor]:
     """The contract of throughput.py."""
     side = images_BHWC.shape[1]
     with torch.device("meta"):
@@ -24,12 +26,11 @@ def build(arch: str, images_BHWC: Tensor, precision: str) -> Callable[[], Tensor
         num_attention_heads=vit.blocks[0].attn.num_heads,
         intermediate_size=vit.blocks[0].mlp.fc1.out_features,
         norm_pix_loss=True,
+        attn_implementation=attention,
     )
     model = ViTMAEForPreTraining(config)
     fill_positions_(model)
-    model = model.to(images_BHWC.device).train()
-    images_BCHW = normalised(images_BHWC)
-    return plain_step(model, lambda: model(images_BCHW).loss, precision)
+    return plain_step(model, lambda model, images: model(images).loss, images_BHWC, precision, **form)
 
 
 def fill_positions_(model: ViTMAEForPreTraining) -> None:

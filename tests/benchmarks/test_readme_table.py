@@ -56,5 +56,16 @@ def test_a_section(readme_table, tmp_path, monkeypatch):
         json.dumps({"environment": environment, **size, "rows": [row, {"name": "x", "error": "out of memory"}]})
     )
     section = readme_table.section(path)
-    assert section.splitlines()[-1] == "| mae-8 | 2.00 (1.50..2.50) |  | 2.00 |  | 3.00 | 57.8 | 70% |"
+    assert section.splitlines()[-3] == "| step | img/s | x lightly | peak GB | GFLOP/img | MFU |"
+    assert section.splitlines()[-1] == "| mae-8 | 2.00 (1.50..2.50) | 2.00 | 3.00 | 57.8 | 70% |"
     assert "[all figures](throughput-x.md)" in section
+    peer = row | {"name": "lightly", "ratios": {"mae-8": over}, "form": {"form": {"weights": "bf16", "compile": "off"}}}
+    old = row | {"name": "mae-8@abc", "ratios": {}, "commit": "abc" * 10}
+    half = over | {"median": 0.5}
+    ours = row | {"off": "naive-mae", "ratios": {"naive-mae": over, "lightly": half}}
+    path.write_text(json.dumps({"environment": environment, **size, "rows": [ours, peer, old]}))
+    lines = readme_table.section(path).splitlines()
+    assert lines[-5] == "| step | img/s | x lightly | x mae-8 | x all off | peak GB | GFLOP/img | MFU | form |"
+    assert lines[-3].endswith("| 0.50 |  | 2.00 | 3.00 | 57.8 | 70% |  |")
+    assert lines[-2].endswith("|  | 2.00 |  | 3.00 | 57.8 | 70% | weights bf16, compile off |")
+    assert lines[-1].endswith("| 70% | commit abcabcabcabc |")

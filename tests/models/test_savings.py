@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ccmim_fast.build.model import build_model
 from ccmim_fast.config.schema import Config
 
-# `onednn_linear` is no part of the model: tests/models/test_onednn.py.
-OF_MODEL = [name for name in SAVINGS if name != "onednn_linear"]
+# No part of the model: tests/models/test_onednn.py, tests/benchmarks/test_naive.py.
+OF_STEP = ("onednn_linear", "kernels", "attention", "kept_memory", "fused_adamw")
+OF_MODEL = [name for name in SAVINGS if name not in OF_STEP]
 IDS = torch.arange(3)
 
 
