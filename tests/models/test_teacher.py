@@ -37,7 +37,8 @@ ENCODERS = {
     "learned positions": {"positions": "learned"},
     "blocks side by side": {"arch": "vit_small_patch16_18x2_224"},
     "rotary positions": {"positions": "rope"},
-    "rotary and others": {"arch": "vit_small_patch16_rope_ape_reg1_gap_256"},
+    "rotary positions and registers": {"positions": "rope", "registers": 2},
+    "rotary and added positions": {"arch": "vit_small_patch16_rope_ape_224"},
     "learned frequencies": {"arch": "vit_small_patch16_rope_mixed_ape_224"},
 }
 
