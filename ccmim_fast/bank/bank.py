@@ -24,6 +24,7 @@ from ccmim_fast.data.stream.batch import Batch, to_device
 from ccmim_fast.data.stream.plan import Plan
 
 _CHUNK = 65536  # maps in one message to the first rank
+_LEAST_SHARE = 1e-3  # of a cell's weights on patches with a score: less may be but the rounding of their places
 
 
 def own_maps(plan: Plan) -> int:
@@ -209,7 +210,7 @@ def update_maps(
 
     Where only some of the four patches have a score, u is their share of the weights. The cell becomes
     (1 - (1 - momentum) * u) * cell + (1 - momentum) * u * score, with the mean of theirs as its score, or that score
-    alone where it had none. With u = 0 it stays.
+    alone where it had none and u is no rounding. With u = 0 it stays.
 
     `maps_BGG`, `boxes_B4` and `grid` are as in `read_maps`, scores float32 (float64 for float64 maps); `scored_BL` is
     bool, the patches that have a score, None for all.
@@ -233,7 +234,7 @@ def update_maps(
         share_BGG = at_cells(scored_BL)
         part_BGG = at_cells(torch.where(scored_BL, scores_BL, 0))
         kept_BGG, added_BGG = (1 - (1 - momentum) * share_BGG) * before_BGG, (1 - momentum) * part_BGG
-        seen_BGG = torch.where(share_BGG > 0, part_BGG / share_BGG, 0)  # 0: still none
+        seen_BGG = torch.where(share_BGG > _LEAST_SHARE, part_BGG / share_BGG, 0)  # 0: still none
     mixed_BGG = torch.where(before_BGG == 0, seen_BGG, kept_BGG + added_BGG)
     after_BGG = torch.where(mixed_BGG.isfinite(), mixed_BGG, before_BGG)
     return torch.where(inside[0][:, :, None] & inside[1][:, None, :], after_BGG.to(maps_BGG.dtype), maps_BGG)
