@@ -6,7 +6,8 @@
 Nothing here is a measurement of speed.
 """
 
-# T tokens, Q of them that ask, D width, L patches, K visible, M masked, A values per patch, E contrastive width
+# T tokens, Q of them that ask, D width, L patches, K visible, M masked, S of them for the teacher, A values per patch,
+# E contrastive width
 
 import argparse
 from dataclasses import dataclass
@@ -42,12 +43,14 @@ VITS = {
     "ViT-H/14": Vit("vit_huge_patch14_224", 1280, 32, patch=14),
 }
 
-# Score source and decoder blocks; MAE scores nothing and has no masked branch.
+# Score source, decoder blocks, and the share of the masked set that the teacher sees, if it is not all; MAE scores
+# nothing and has no masked branch.
 METHODS = {
     "MAE-8": ("none", 8),
     "MAE-2": ("none", 2),
     "ccMIM `first`": ("first", 2),
     "ccMIM `bank`": ("bank", 2),
+    "ccMIM `bank`, tokens 1/3": ("bank", 2, 1 / 3),
     "ccMIM `all`": ("all", 2),
     "ccMIM `all`, 8 blocks": ("all", 8),
 }
@@ -60,7 +63,7 @@ def block(T: int, D: int, Q: int | None = None, backward: bool = True) -> float:
     return 3 * products + (1 + FLASH) * attention if backward else products + attention
 
 
-def parts(vit: Vit, source: str, decoder_blocks: int) -> dict[str, float]:
+def parts(vit: Vit, source: str, decoder_blocks: int, tokens: float = 1.0) -> dict[str, float]:
     """FLOPs of one image and step by part: products and attention; without the loss of the contrastive half."""
     L, D, n, d = vit.patches, vit.width, vit.depth, DECODER_WIDTH
     K = L // 4
@@ -77,18 +80,20 @@ def parts(vit: Vit, source: str, decoder_blocks: int) -> dict[str, float]:
     if source == "none":
         return found
     head = 2 * D * D + 2 * D * E
-    found["masked"] = (n - 1) * block(M + 1, D, backward=False) + block(M + 1, D, Q=1, backward=False)
+    S = round(M * tokens)
+    found["masked"] = (n - 1) * block(S + 1, D, backward=False) + block(S + 1, D, Q=1, backward=False)
     found["heads"] = 3 * head + head
     found["score"] = SCORE_SOURCES[source].flops(L, D, n, 0)
     return found
 
 
-def config_of(vit: Vit, source: str, decoder_blocks: int, precision: str = "fp32") -> Config:
+def config_of(vit: Vit, source: str, decoder_blocks: int, tokens: float = 1.0, *, precision: str = "fp32") -> Config:
     """The run that `parts` describes."""
     settings = {
         "model.arch": vit.arch,
         "data.image_size": (vit.image, vit.image),
         "decoder.depth": decoder_blocks,
+        "teacher.tokens": tokens,
         "train.precision": precision,
         # Whose backward pass the formula counts.
         "train.attention": "sdpa",
@@ -97,14 +102,14 @@ def config_of(vit: Vit, source: str, decoder_blocks: int, precision: str = "fp32
     return build(flatten(Config()) | settings)
 
 
-def counted(vit: Vit, source: str, decoder_blocks: int) -> float:
+def counted(vit: Vit, *method) -> float:
     """FLOPs of one image by torch's counter, over a forward and backward pass of two images on the CPU."""
     import torch
 
     from ccmim_fast.build.model import build_model, build_objective
     from ccmim_fast.profile.meter import flop_counter
 
-    config = config_of(vit, source, decoder_blocks)
+    config = config_of(vit, *method)
     model = build_model(config).train()
     objective = build_objective(config, model)
     images_BHWC = torch.randint(0, 256, (2, vit.image, vit.image, 3), dtype=torch.uint8)
@@ -139,16 +144,16 @@ def lines(header: list[str], rows: list[list[str]]) -> str:
 
 def arithmetic_table() -> str:
     rows = []
-    for name, (source, blocks) in METHODS.items():
-        rows.append([name, *(f"{sum(parts(vit, source, blocks).values()) / 1e9:.1f}" for vit in VITS.values())])
+    for name, method in METHODS.items():
+        rows.append([name, *(f"{sum(parts(vit, *method).values()) / 1e9:.1f}" for vit in VITS.values())])
     return lines(["GFLOP per image", *VITS], rows)
 
 
 def parts_table(name: str = "ViT-B/16") -> str:
     names = ("embedding", "score", "visible", "masked", "heads", "decoder")
     rows = []
-    for method, (source, blocks) in METHODS.items():
-        found = parts(VITS[name], source, blocks)
+    for method, choice in METHODS.items():
+        found = parts(VITS[name], *choice)
         rows.append([method, *(f"{found[part] / 1e9:.1f}" if part in found else "-" for part in names)])
     return lines([name, *names], rows)
 
@@ -156,8 +161,8 @@ def parts_table(name: str = "ViT-B/16") -> str:
 def count_table() -> str:
     rows = []
     for name, vit in VITS.items():
-        for method, (source, blocks) in METHODS.items():
-            formula, torch_s = sum(parts(vit, source, blocks).values()), counted(vit, source, blocks)
+        for method, choice in METHODS.items():
+            formula, torch_s = sum(parts(vit, *choice).values()), counted(vit, *choice)
             difference = f"{torch_s / formula - 1:+.2%}"
             rows.append([f"{name}, {method}", f"{formula / 1e9:.2f}", f"{torch_s / 1e9:.2f}", difference])
             print(rows[-1], flush=True)

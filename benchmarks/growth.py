@@ -58,7 +58,7 @@ SERIES = {
 
 def step_of(point: Point, precision: str, device: torch.device) -> Variant:
     """A whole optimizer step of this size."""
-    run = build_step(config_of(point.vit, "all", 2, precision), Session(0, 1, device))
+    run = build_step(config_of(point.vit, "all", 2, precision=precision), Session(0, 1, device))
     shape = (point.images, point.pixels, point.pixels, 3)
     images_BHWC = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     ids_B = torch.arange(point.images, device=device)

@@ -4,7 +4,8 @@
 for rounding, which tests/models/test_savings.py holds; what changes is the arithmetic, the memory and the time.
 """
 
-# B batch, H height, W width, C channels, L patches, K kept, M masked, P prefix tokens, D width
+# B batch, H height, W width, C channels, L patches, K kept, M masked, S of them for the teacher, T tokens, P prefix
+# tokens, D width
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -110,16 +111,16 @@ class NaiveCCMIM(CCMIM):
         visible_BTD = _gather_with_prefix(x_BLD, partition.ids_visible_BK, prefix_PD)
         masked_BTD = None
         if self.projector is not None:
-            masked_BTD = _gather_with_prefix(x_BLD.detach(), partition.ids_masked_BM, prefix_PD.detach())
+            masked_BTD = _gather_with_prefix(x_BLD.detach(), partition.ids_teacher_BT, prefix_PD.detach())
         return Divided(visible_BTD, masked_BTD, partition, logits_BL)
 
-    def encode_masked(self, masked_BTD: Tensor, ids_BM: Tensor) -> tuple[Tensor, Tensor | None]:
+    def encode_masked(self, masked_BTD: Tensor, ids_BS: Tensor) -> tuple[Tensor, Tensor | None]:
         with torch.set_grad_enabled("masked_no_grad" in self.savings_off and torch.is_grad_enabled()):
             cls_only = "cls_only" not in self.savings_off
-            encoded_BTD, attention_BM = encode(
-                self.encoder, masked_BTD, ids_BM, cls_only=cls_only, read_blocks=self.read_blocks
+            encoded_BTD, attention_BS = encode(
+                self.encoder, masked_BTD, ids_BS, cls_only=cls_only, read_blocks=self.read_blocks
             )
-            return self.projector(encoded_BTD[:, 0]).detach(), attention_BM
+            return self.projector(encoded_BTD[:, 0]).detach(), attention_BS
 
 
 class NaiveAllBlocks(AllBlocks):

@@ -34,7 +34,7 @@ CASES = {
     "first": {"score": {"source": "first"}, "contrast": {"loss": "align"}},
     "all": {"contrast": {"loss": "moco"}, "optim": {"clip_grad": 0.5, "ema_decay": 0.9}},
     "block": {"score": {"source": "block", "block": 1}},
-    "accumulate": {"score": {"source": "bank"}, "train": {"accumulate": 2}},
+    "accumulate": {"score": {"source": "bank"}, "train": {"accumulate": 2}, "teacher": {"tokens": 0.4}},
     "recompute": {"score": {"source": "bank"}, "train": {"recompute": True}},
     "compiled": {"score": {"source": "bank"}},
     "mae": {"mask": {"strategy": "random"}, "contrast": {"loss": "none"}},
@@ -42,7 +42,11 @@ CASES = {
         "score": {"source": "bank"},
         "model": {"positions": "learned", "registers": 2, "layer_scale": 0.1, "qk_norm": True, "mlp": "swiglu"},
     },
-    "rotary": {"score": {"source": "bank"}, "model": {"arch": "vit_small_patch16_rope_mixed_ape_224", "depth": 2}},
+    "rotary": {
+        "score": {"source": "bank"},
+        "teacher": {"tokens": 0.4},
+        "model": {"arch": "vit_small_patch16_rope_mixed_ape_224", "depth": 2},
+    },
     "watched": {"score": {"source": "bank"}, "model": {"arch": "eva02_enormous_patch14_clip_224", "depth": 2}},
 }
 

@@ -60,14 +60,17 @@ def test_where_info_nce_differs_from_the_design():
     assert forward.flops / 2 / 800e12 * 1e6 == pytest.approx(5, rel=0.1)
 
 
+@pytest.mark.parametrize("tokens", [1.0, 1 / 3])
 @pytest.mark.parametrize("op", registry.NAMES)
-def test_forward_counts_every_input_and_output_once(op):
-    size = Size(3, 128)
+def test_forward_counts_every_input_and_output_once(op, tokens):
+    size = Size(3, 128, tokens=tokens)
     case = registry.benchmark(op).case(size, torch.device("cpu"))
     tensors = [*case.inputs, *case.call(*case.inputs, kernels="reference")]
     count = sum(x.numel() * x.element_size() for x in tensors)
     if op == "masked_patch_loss":
         count -= 3 * size.keep * size.pixels  # pixels of visible patches are not read
+    if op == "divide_tokens":
+        count -= 3 * (size.masked - size.teacher) * 128 * 2  # nor tokens that neither set has
     assert floor(op, size)["forward"].bytes == count
 
 

@@ -58,6 +58,7 @@ class Size:
         decoder_width: D of `restore_tokens`.
         patch: pixels per side.
         cell, bins: of `hog_target` (MaskFeat).
+        tokens: share of the masked set that the teacher sees (`teacher.tokens`).
     """
 
     batch: int
@@ -72,6 +73,7 @@ class Size:
     channels: int = 3
     cell: int = 8
     bins: int = 9
+    tokens: float = 1.0
 
     @property
     def patches(self) -> int:
@@ -84,6 +86,10 @@ class Size:
     @property
     def masked(self) -> int:
         return self.patches - self.keep
+
+    @property
+    def teacher(self) -> int:
+        return max(1, round(self.masked * self.tokens))
 
     @property
     def pixels(self) -> int:

@@ -11,8 +11,17 @@ from ccmim_kernels.triton_impl.launch import ROW_SIZES
 
 
 def partition_bytes(s: Size) -> int:
-    """Count three index tensors, of K, M and L = K + M columns, a mask, and a flag per image."""
-    return s.batch * (2 * s.patches * ID + s.patches * BYTE + BYTE)
+    """Count three index tensors, of K, M and L = K + M columns, a mask, and a flag per image.
+
+    And the indices of the teacher's patches, unless it sees all that are masked.
+    """
+    teacher = s.teacher if s.teacher < s.masked else 0
+    return s.batch * ((2 * s.patches + teacher) * ID + s.patches * BYTE + BYTE)
+
+
+def tensors_of(partition: ccmim_kernels.Partition) -> tuple[torch.Tensor, ...]:
+    """Return each tensor of a partition once: the teacher's patches may be the masked ones."""
+    return tuple({id(tensor): tensor for tensor in partition}.values())
 
 
 def floor(s: Size) -> Passes:
@@ -21,8 +30,8 @@ def floor(s: Size) -> Passes:
 
 def case(s: Size, device: torch.device) -> Case:
     def call(logits_BL, ids_B, *, kernels, **options):
-        options = {"keep": s.keep, "grid": s.grid, "seed": 0, "epoch": 0, "kernels": kernels, **options}
-        return tuple(ccmim_kernels.sample_partition(logits_BL, ids_B, **options))
+        options = {"keep": s.keep, "teacher": s.teacher, "grid": s.grid, "kernels": kernels, **options}
+        return tensors_of(ccmim_kernels.sample_partition(logits_BL, ids_B, seed=0, epoch=0, **options))
 
     inputs = (made(s.batch, s.patches, device=device), torch.arange(s.batch, device=device))
     return Case(call, inputs, variants=({"strategy": "block"},))
@@ -32,4 +41,5 @@ def launches() -> None:
     for size in ROW_SIZES:
         for logits, strategy in ((empty(2, size), "importance_sampling"), (None, "block")):
             sampling = (size // 4, 0, ids(2), strategy, "gumbel", 1.0)
-            launchers.sample_partition(logits, ids(2), 1, size, *sampling, block_min=16)
+            # Whether the teacher sees all is an argument like the others: no kernel of its own.
+            launchers.sample_partition(logits, ids(2), 1, size, *sampling, block_min=16, teacher=size // 4)

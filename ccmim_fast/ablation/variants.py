@@ -80,6 +80,15 @@ def heads_variants(base: Config) -> Variants:
     return {init: [f"--heads.init={init}"] for init in ("torch", "xavier")}
 
 
+def teacher_variants(base: Config) -> Variants:
+    """Vary the share of the masked patches that the teacher sees, with scores from the bank and with random masks."""
+    ways = {"bank": ["--score.source=bank"], "random": ["--mask.strategy=random"]}
+    shares = {"all": "1", "half": "0.5", "a third": "0.3333", "a tenth": "0.1"}
+    return {
+        f"{way}, {words}": [*how, f"--teacher.tokens={t}"] for way, how in ways.items() for words, t in shares.items()
+    }
+
+
 ABLATIONS = {
     "score": Ablation(
         "Where scores come from", score_variants, ("random", "first", "all", "bank"), (("bank", "all"),), "bank"
@@ -101,4 +110,11 @@ ABLATIONS = {
         "How deep the decoder is", decoder_variants, ("1 block", "2 blocks", "8 blocks"), (("2 blocks", "8 blocks"),)
     ),
     "heads": Ablation("How the contrastive heads begin", heads_variants, ("torch", "xavier"), (("xavier", "torch"),)),
+    "teacher": Ablation(
+        "How much the teacher sees",
+        teacher_variants,
+        ("bank, all", "bank, a third", "random, all", "random, a third"),
+        (("bank, a third", "bank, all"), ("random, a third", "random, all")),
+        "bank, a third",
+    ),
 }

@@ -24,6 +24,7 @@ from ccmim_fast.data.stream.batch import Batch, to_device
 from ccmim_fast.data.stream.plan import Plan
 
 _CHUNK = 65536  # maps in one message to the first rank
+_LEAST_SHARE = 1e-3  # of a cell's weights on patches with a score: less may be but the rounding of their places
 
 
 def own_maps(plan: Plan) -> int:
@@ -194,7 +195,12 @@ def read_maps(maps_BGG: Tensor, boxes_B4: Tensor, grid: tuple[int, int]) -> tupl
 
 
 def update_maps(
-    maps_BGG: Tensor, boxes_B4: Tensor, scores_BL: Tensor, grid: tuple[int, int], momentum: float
+    maps_BGG: Tensor,
+    boxes_B4: Tensor,
+    scores_BL: Tensor,
+    grid: tuple[int, int],
+    momentum: float,
+    scored_BL: Tensor | None = None,
 ) -> Tensor:
     """Return the maps after a crop's patches got these scores; a new tensor like `maps_BGG`.
 
@@ -202,7 +208,12 @@ def update_maps(
     had none. The score is interpolated between the centres of four patches; beyond the outermost ones the nearest
     counts. Other cells stay, and all cells stay where some score of the crop is not finite.
 
-    `maps_BGG`, `boxes_B4` and `grid` are as in `read_maps`, scores float32 (float64 for float64 maps).
+    Where only some of the four patches have a score, u is their share of the weights. The cell becomes
+    (1 - (1 - momentum) * u) * cell + (1 - momentum) * u * score, with the mean of theirs as its score, or that score
+    alone where it had none and u is no rounding. With u = 0 it stays.
+
+    `maps_BGG`, `boxes_B4` and `grid` are as in `read_maps`, scores float32 (float64 for float64 maps); `scored_BL` is
+    bool, the patches that have a score, None for all.
     """
     cells, before_BGG = maps_BGG.shape[1], maps_BGG.to(torch.promote_types(maps_BGG.dtype, torch.float32))
     weights, inside = [], []
@@ -211,8 +222,20 @@ def update_maps(
         in_crop_BG = (_centres(cells, boxes_B4) - start_B1) / extent_B1  # 0 .. 1 is inside
         weights.append(_hats(in_crop_BG * patches - 0.5, patches).to(before_BGG.dtype))
         inside.append((in_crop_BG >= 0) & (in_crop_BG <= 1))
-    seen_BGG = _interpolate(scores_BL.to(before_BGG.dtype).unflatten(1, grid), *weights).unflatten(1, (cells, cells))
-    mixed_BGG = torch.where(before_BGG == 0, seen_BGG, momentum * before_BGG + (1 - momentum) * seen_BGG)
+
+    def at_cells(values_BL: Tensor) -> Tensor:
+        values_BRC = values_BL.to(before_BGG.dtype).unflatten(1, grid)
+        return _interpolate(values_BRC, *weights).unflatten(1, (cells, cells))
+
+    if scored_BL is None:
+        seen_BGG = at_cells(scores_BL)
+        kept_BGG, added_BGG = momentum * before_BGG, (1 - momentum) * seen_BGG
+    else:
+        share_BGG = at_cells(scored_BL)
+        part_BGG = at_cells(torch.where(scored_BL, scores_BL, 0))
+        kept_BGG, added_BGG = (1 - (1 - momentum) * share_BGG) * before_BGG, (1 - momentum) * part_BGG
+        seen_BGG = torch.where(share_BGG > _LEAST_SHARE, part_BGG / share_BGG, 0)  # 0: still none
+    mixed_BGG = torch.where(before_BGG == 0, seen_BGG, kept_BGG + added_BGG)
     after_BGG = torch.where(mixed_BGG.isfinite(), mixed_BGG, before_BGG)
     return torch.where(inside[0][:, :, None] & inside[1][:, None, :], after_BGG.to(maps_BGG.dtype), maps_BGG)
 

@@ -70,6 +70,7 @@ def _sampling(config: Config, grid: tuple[int, int]) -> dict[str, Any]:
             f"mask.ratio={mask.ratio} leaves {keep} of {patches} patches visible; "
             f"nearest valid: {1 - nearest / patches:.4g}"
         )
+    masked, has_teacher = patches - keep, bool(registry.CONTRASTS[config.contrast.loss].path)
     return {
         "grid": grid,
         "keep": keep,
@@ -78,6 +79,7 @@ def _sampling(config: Config, grid: tuple[int, int]) -> dict[str, Any]:
         "noise": mask.noise,
         "temperature": config.score.temperature,
         "block_min": mask.block_min,
+        "teacher": max(1, round(masked * config.teacher.tokens)) if has_teacher else masked,
     }
 
 

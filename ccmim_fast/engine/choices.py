@@ -49,8 +49,8 @@ _FORM_ERROR = 0.02  # of the losses: products of 16 bits in another order, and n
 _CHECKED = 2  # images that implementations are compared on; the heads' BatchNorm needs two rows
 _FORWARD = 0.5  # seconds, about, of the forward pass that is measured on a CPU: as many images as it takes
 # Beside the settings that decide the shape of a weight: what decides the shapes of calls, or which calls there are.
-_SIZES = ("mask.ratio", "mask.strategy", "score.source", "score.block", "score.blocks", "target.norm_pix")
-_SIZES += ("train.kernels", "train.attention", "train.compile", "train.recompute", "train.parallel")
+_SIZES = ("mask.ratio", "mask.strategy", "score.source", "score.block", "score.blocks", "teacher.tokens")
+_SIZES += ("target.norm_pix", "train.kernels", "train.attention", "train.compile", "train.recompute", "train.parallel")
 # On CUDA `plain` is no candidate: it keeps the weights of attention, so a batch that fits would not fit with it.
 _ATTENTION = {"cuda": ("xformers", "flash", "efficient", "cudnn", "sdpa"), "cpu": ("sdpa", "plain")}
 _KERNELS = {"cuda": ("triton", "reference"), "cpu": ("reference",)}

@@ -1,6 +1,6 @@
 """This file explains a step that was not finite: which samples, which masks, where in the model it began."""
 
-# B batch, L patches
+# B batch, L patches, T masked ones that the teacher sees
 
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from ccmim_fast.engine.compile import uncompiled
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.precision import Precision
 from ccmim_fast.optim.update import own_part
-from ccmim_kernels import partition_from_mask
+from ccmim_kernels import partition_from_mask, teacher_ids
 
 
 class Evidence(NamedTuple):
@@ -45,7 +45,9 @@ def write_capture(
         shown = plan.micro_batch(ids_B, epochs_B.cpu().numpy())
         images_BHWC = torch.from_numpy(np.stack([load_crop(plan.source, one, image_size) for one in shown.samples()]))
         batch = make_batch(images_BHWC.to(mask_BL.device), shown, plan.source, mask_BL.device)
-        partition = partition_from_mask(mask_BL, model.keep)
+        drawn = {name: model.sampling[name] for name in ("seed", "teacher")}
+        seen_BT = teacher_ids(mask_BL, batch.ids_B, epoch=batch.epochs_B, **drawn)
+        partition = partition_from_mask(mask_BL, model.keep, seen_BT)
         with torch.no_grad(), uncompiled(model), _watched(model) as outputs, precision.autocast(mask_BL.device):
             model(batch.images_BHWC, batch.ids_B, batch.epochs_B, partition=partition)
         told = {"ids": batch.ids_B.cpu(), "epochs": epochs_B.cpu(), "masks": mask_BL.cpu(), "outputs": outputs}

@@ -125,7 +125,8 @@ class TrainStep:
         with self.precision.autocast(images_BHWC.device, cache), linear_layers(self.linear):
             output = self.wrapped(images_BHWC, ids_B, epochs_B, prior=prior)
         if maps_BGG is not None:
-            maps_BGG = update_maps(maps_BGG, boxes_B4, output.cls_attention_BL, model.grid, momentum)
+            scores_BL, scored_BL = output.cls_attention_BL, output.attended_BL
+            maps_BGG = update_maps(maps_BGG, boxes_B4, scores_BL, model.grid, momentum, scored_BL)
         # Outside autocast: losses are float32 whatever the forward pass ran in.
         losses, partition = self.objective(output, images_BHWC), output.partition
         h_BE = None if output.visible_BE is None else output.visible_BE.detach()

@@ -3,8 +3,8 @@
 Without a score source and without heads this is MAE.
 """
 
-# B batch, N global batch, H height, W width, C channels, L patches, K visible, M masked, P values per patch,
-# E embedding dim, D width (in the decoder its own, and E the encoder's)
+# B batch, N global batch, H height, W width, C channels, L patches, K visible, M masked, S of them for the teacher,
+# T tokens of a pass, P values per patch, E embedding dim, D width (in the decoder its own, and E the encoder's)
 
 from collections.abc import Mapping
 from functools import partial
@@ -41,9 +41,10 @@ class Output(NamedTuple):
     visible_BE: Tensor | None  # hV (for `align`: p(hV)); None without a contrastive loss
     masked_BE: Tensor | None  # hM, no gradient; None likewise
     logits_BL: Tensor | None  # log-scores up to a constant per row; None where nothing was scored
-    # Log of [CLS]'s attention to each patch in the pass it was in, over an equal share of it; float32 without gradient;
-    # None unless scores come from a bank of them.
+    # Log of [CLS]'s attention to each patch in the pass it was in, over an equal share of it; 0 for a patch that was in
+    # none; float32 without gradient; None unless scores come from a bank of them.
     cls_attention_BL: Tensor | None = None
+    attended_BL: Tensor | None = None  # bool, the patches that were in a pass; None: all
     # The rows of all ranks, in rank order, that a contrastive loss compares with: hV for `nce`, hM for `moco`, else
     # None; and None for one rank, and in eval mode, where each is alone.
     gathered_NE: Tensor | None = None
@@ -55,8 +56,8 @@ class CCMIM(nn.Module):
     Args:
         encoder: from `build_encoder`; its parameters keep timm's names under `encoder.`.
         mean, std: per channel on a 0..1 scale.
-        sampling: of the division, the keyword arguments `keep`, `grid`, `seed`, `strategy`, `noise`, `temperature` and
-            `block_min` of `ccmim_kernels.sample_partition`.
+        sampling: of the division, the keyword arguments `keep`, `grid`, `seed`, `strategy`, `noise`, `temperature`,
+            `block_min` and `teacher` of `ccmim_kernels.sample_partition`.
         score_source: how patches are scored; None where `strategy` needs no scores.
         heads: of the contrastive half; None: no masked branch is computed.
         kernels: which implementation of the ops runs, see `ccmim_kernels.dispatch`.
@@ -117,22 +118,22 @@ class CCMIM(nn.Module):
         """
         divided = self.embed_and_divide(images_BHWC, ids_B, epoch, partition, prior)
         encoded_BTD, visible_BK = self._encode(divided.visible, divided.partition.ids_visible_BK)
-        visible_BE, masked_BE, attention_BL, gathering = None, None, None, None
+        visible_BE, masked_BE, attention, gathering = None, None, (None, None), None
         if self.projector is not None:
             visible_BE = self.projector(encoded_BTD[:, 0])
             # What the other ranks need is sent as soon as it is known, and travels while the rest is computed.
             if self.negatives == "visible" and self.training:
                 gathering = start_all_gather(visible_BE, self.alone)
-            masked_BE, masked_BM = self.encode_masked(divided.masked, divided.partition.ids_masked_BM)
+            masked_BE, masked_BS = self.encode_masked(divided.masked, divided.partition.ids_teacher_BT)
             if self.negatives == "masked" and self.training:
                 gathering = start_all_gather(masked_BE, self.alone)
             if self.banked:
-                attention_BL = torch.cat([visible_BK, masked_BM], dim=1).gather(1, divided.partition.ids_restore_BL)
+                attention = _in_patch_order(visible_BK, masked_BS, divided.partition)
         if self.predictor is not None:
             visible_BE = self.predictor(visible_BE)
         pred_BMP = self._decode(encoded_BTD, divided.partition)
         gathered_NE = None if gathering is None else finish_all_gather(gathering)
-        return Output(pred_BMP, divided.partition, visible_BE, masked_BE, divided.logits, attention_BL, gathered_NE)
+        return Output(pred_BMP, divided.partition, visible_BE, masked_BE, divided.logits, *attention, gathered_NE)
 
     def predict(self, images_BHWC: Tensor, partition: Partition) -> Tensor:
         """Return [B, M, P] as `Output.pred_BMP` of a given division: `forward` without the masked branch."""
@@ -194,7 +195,7 @@ class CCMIM(nn.Module):
             masked = None
             if with_masked:
                 masked = gather_tokens(
-                    x_BLD.detach(), partition.ids_masked_BM, prefix_PD.detach(), kernels=self.kernels
+                    x_BLD.detach(), partition.ids_teacher_BT, prefix_PD.detach(), kernels=self.kernels
                 )
             return Divided(visible, masked, partition, None)
         return divide_tokens(
@@ -209,13 +210,14 @@ class CCMIM(nn.Module):
         )
 
     @torch.no_grad()
-    def encode_masked(self, masked_BTD: Tensor, ids_BM: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return SG(hM) [B, E] of Eq. 7 and 8, and [CLS]'s attention [B, M], which a bank keeps, or None.
+    def encode_masked(self, masked_BTD: Tensor, ids_BS: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return SG(hM) [B, E] of Eq. 7 and 8, and [CLS]'s attention [B, S], which a bank keeps, or None.
 
-        The teacher runs without gradient, saves no activation, and computes its last block for [CLS] alone.
+        The teacher runs without gradient, saves no activation, and computes its last block for [CLS] alone. It sees
+        `masked_BTD`, the prefix and the tokens of the patches `ids_BS`.
         """
-        encoded_B1D, attention_BM = self._encode(masked_BTD, ids_BM, cls_only=True)
-        return self.projector(encoded_B1D[:, 0]), attention_BM
+        encoded_B1D, attention_BS = self._encode(masked_BTD, ids_BS, cls_only=True)
+        return self.projector(encoded_B1D[:, 0]), attention_BS
 
     def _encode(self, x_BTD: Tensor, ids_BK: Tensor, cls_only: bool = False) -> tuple[Tensor, Tensor | None]:
         return encode(self.encoder, x_BTD, ids_BK, cls_only=cls_only, read_blocks=self.read_blocks)
@@ -226,6 +228,16 @@ class CCMIM(nn.Module):
         if registers:
             encoded_BTD = torch.cat([encoded_BTD[:, :1], encoded_BTD[:, 1 + registers :]], 1)
         return self.decoder(encoded_BTD, partition)
+
+
+def _in_patch_order(visible_BK: Tensor, masked_BS: Tensor, partition: Partition) -> tuple[Tensor, Tensor | None]:
+    """Return `Output.cls_attention_BL` and `attended_BL` of what both passes read."""
+    both = torch.cat([visible_BK, masked_BS], dim=1)  # [B, K + S]
+    if both.shape[1] == partition.mask_BL.shape[1]:
+        return both.gather(1, partition.ids_restore_BL), None
+    places = torch.cat([partition.ids_visible_BK, partition.ids_teacher_BT], dim=1)
+    nothing_BL = torch.zeros_like(partition.mask_BL)
+    return nothing_BL.to(both.dtype).scatter(1, places, both), nothing_BL.scatter(1, places, True)
 
 
 class Decoder(nn.Module):

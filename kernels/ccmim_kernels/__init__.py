@@ -14,7 +14,7 @@ from ccmim_kernels.hog_target import hog_target
 from ccmim_kernels.info_nce import info_nce, moco_nce
 from ccmim_kernels.masked_patch_loss import NORM_PIX_EPS, masked_patch_loss, masked_target, patchify, unpatchify
 from ccmim_kernels.restore_tokens import restore_tokens
-from ccmim_kernels.sample_partition import STRATEGIES, Partition, partition_from_mask, sample_partition
+from ccmim_kernels.sample_partition import STRATEGIES, Partition, partition_from_mask, sample_partition, teacher_ids
 
 __all__ = [
     "NORM_PIX_EPS",
@@ -37,5 +37,6 @@ __all__ = [
     "patchify",
     "restore_tokens",
     "sample_partition",
+    "teacher_ids",
     "unpatchify",
 ]

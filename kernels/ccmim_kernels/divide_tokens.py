@@ -1,6 +1,6 @@
 """The op `divide_tokens` divides the patches by their scores, and gathers both sets in one pass over the tokens."""
 
-# B batch, L patches, K visible, M masked, P prefix tokens, D width
+# B batch, L patches, K visible, T masked ones that the teacher sees, P prefix tokens, D width
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ class Divided(NamedTuple):
     """This class is the result of `divide_tokens`."""
 
     visible: Tensor  # [B, P + K, D] prefix and visible tokens, in the dtype of the tokens
-    masked: Tensor | None  # [B, P + M, D] prefix and masked tokens without gradient, or None
+    masked: Tensor | None  # [B, P + T, D] prefix and the teacher's masked tokens without gradient, or None
     partition: Partition  # which patches are where
     logits: Tensor | None  # [B, L] the logits that were given, or None
 
@@ -27,7 +27,7 @@ def divide_tokens_reference(
     visible_BTD = gather_tokens_reference(tokens_BLD, partition.ids_visible_BK, prefix_PD)
     if not with_masked:
         return visible_BTD, None
-    return visible_BTD, gather_tokens_reference(tokens_BLD.detach(), partition.ids_masked_BM, prefix_PD.detach())
+    return visible_BTD, gather_tokens_reference(tokens_BLD.detach(), partition.ids_teacher_BT, prefix_PD.detach())
 
 
 @choosable("divide_tokens")
@@ -44,6 +44,9 @@ def divide_tokens(
 ) -> Divided:
     """Divide the patches and gather both sets with the prefix tokens in front (section 3.2).
 
+    Of the masked set those tokens are gathered that the teacher sees: all, unless `teacher` says otherwise. Others are
+    not read.
+
     Args:
         tokens_BLD: [B, L, D] float, embedded patches with positions; receives the gradient of the visible set only.
         prefix_PD: [P, D] float, [CLS] first; receives the gradient of the visible set only.
@@ -52,7 +55,7 @@ def divide_tokens(
         logits_BL: [B, L] float, log-scores up to a constant per row, no gradient; for the importance strategies.
         with_masked: gather the masked set too.
         kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`.
-        sampling: `keep`, `seed`, `epoch` and the other arguments of `sample_partition`.
+        sampling: `keep`, `seed`, `epoch`, `teacher` and the other arguments of `sample_partition`.
     """
     _, patches, D = tokens_BLD.shape
     if prefix_PD.ndim != 2 or prefix_PD.shape[1] != D:
@@ -63,8 +66,8 @@ def divide_tokens(
         raise ValueError(f"ids are {list(ids_B.shape)}, expected [{len(tokens_BLD)}]")
     partition = sample_partition(logits_BL, ids_B, grid=grid, kernels=kernels, **sampling)
     if uses_triton(kernels, "divide_tokens", tokens_BLD.device, tokens_BLD, prefix_PD):
-        index = partition.ids_visible_BK, partition.ids_restore_BL
-        visible, masked = _divide_tokens(tokens_BLD, prefix_PD, *index, with_masked)
+        index = partition.ids_visible_BK, partition.ids_teacher_BT if with_masked else None
+        visible, masked = _divide_tokens(tokens_BLD, prefix_PD, *index)
         masked = masked.detach() if with_masked else None
     else:
         visible, masked = divide_tokens_reference(tokens_BLD, prefix_PD, partition, with_masked)
@@ -72,7 +75,7 @@ def divide_tokens(
 
 
 def _save(ctx, inputs, output):
-    tokens, prefix, ids_visible, _, _ = inputs
+    tokens, prefix, ids_visible, _ = inputs
     ctx.save_for_backward(ids_visible)
     ctx.patches, ctx.prefix, ctx.dtype = tokens.shape[1], len(prefix), prefix.dtype
     ctx.set_materialize_grads(False)
@@ -81,14 +84,14 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad, _masked):
     """Take the gradient of the visible set alone: the masked set is the teacher's."""
     if grad is None:
-        return (None,) * 5
-    return *gather_gradients(ctx, grad, ctx.needs_input_grad[:2]), None, None, None
+        return (None,) * 4
+    return *gather_gradients(ctx, grad, ctx.needs_input_grad[:2]), None, None
 
 
 @operator("divide_tokens", _save, _backward)
 def _divide_tokens(
-    tokens: Tensor, prefix: Tensor, ids_visible: Tensor, ids_restore: Tensor, with_masked: bool
+    tokens: Tensor, prefix: Tensor, ids_visible: Tensor, ids_teacher: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    B, L, D = tokens.shape
-    P, K = prefix.shape[0], ids_visible.shape[1]
-    return tokens.new_empty((B, P + K, D)), tokens.new_empty((B, P + L - K, D) if with_masked else (0,))
+    (B, _, D), P = tokens.shape, prefix.shape[0]
+    masked = (0,) if ids_teacher is None else (B, P + ids_teacher.shape[1], D)
+    return tokens.new_empty((B, P + ids_visible.shape[1], D)), tokens.new_empty(masked)

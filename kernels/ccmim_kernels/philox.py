@@ -13,8 +13,8 @@ _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57  # the generator's multipliers
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85  # the key's increments (Weyl sequence)
 _MASK32 = 0xFFFFFFFF
 
-# The high word of the key separates the uses of one seed; the kernels draw from streams 0 and 1.
-STREAM_MASK, STREAM_BLOCK, STREAM_CROP, STREAM_ORDER, STREAM_SHAPES, STREAM_FALLBACK = range(6)
+# The high word of the key separates the uses of one seed; the kernels draw from streams 0, 1 and 6.
+STREAM_MASK, STREAM_BLOCK, STREAM_CROP, STREAM_ORDER, STREAM_SHAPES, STREAM_FALLBACK, STREAM_TEACHER = range(7)
 
 
 def _multiply_32x32(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:

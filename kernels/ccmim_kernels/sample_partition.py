@@ -1,6 +1,6 @@
 """The op `sample_partition` divides each image's patches into a visible and a masked set, a `Partition`."""
 
-# B batch, L patches, K visible, M masked (K + M = L), R candidate blocks
+# B batch, L patches, K visible, M masked (K + M = L), T of them for the teacher, R candidate blocks
 
 import math
 from typing import NamedTuple
@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from ccmim_kernels.dispatch import choosable, operator, uses_triton, widened
-from ccmim_kernels.philox import STREAM_BLOCK, keyed_bits, keyed_gumbel, keyed_uniform, per_sample, to_unit
+from ccmim_kernels.philox import (
+    STREAM_BLOCK,
+    STREAM_TEACHER,
+    keyed_bits,
+    keyed_gumbel,
+    keyed_uniform,
+    per_sample,
+    to_unit,
+)
 
 STRATEGIES = ("random", "block", "importance", "importance_sampling")
 NOISES = ("gumbel", "uniform")
@@ -21,20 +29,26 @@ LOG_ASPECT = math.log(1 / 0.3)  # BEiT: aspect ratio log-uniform in 0.3 .. 1 / 0
 
 
 class Partition(NamedTuple):
-    """This class is one split per image, both sets in patch order."""
+    """This class is one split per image, all sets in patch order."""
 
     ids_visible_BK: Tensor  # int64 patch indices, ascending
     ids_masked_BM: Tensor  # int64 patch indices, ascending
     ids_restore_BL: Tensor  # int64; row of patch i in the concatenation of both sets
     mask_BL: Tensor  # bool, True where masked
     nan_B: Tensor  # bool, True where a score of the image was NaN: NaN then counted as the largest score
+    ids_teacher_BT: Tensor  # int64 indices, ascending, of what the teacher sees of them; all: `ids_masked_BM`
 
 
-def partition_from_mask(mask_BL: Tensor, keep: int) -> Partition:
-    """Return the partition of a mask (bool, True = masked) in which each row leaves exactly `keep` patches visible."""
+def partition_from_mask(mask_BL: Tensor, keep: int, ids_teacher_BT: Tensor | None = None) -> Partition:
+    """Return the partition of a mask (bool, True = masked) in which each row leaves exactly `keep` patches visible.
+
+    The teacher sees `ids_teacher_BT`, as `teacher_ids` returns them; None: all masked patches.
+    """
     shuffle_BL = mask_BL.to(torch.uint8).argsort(dim=1, stable=True)
+    visible_BK, masked_BM = shuffle_BL[:, :keep], shuffle_BL[:, keep:]
     nan_B = torch.zeros(len(mask_BL), dtype=torch.bool, device=mask_BL.device)
-    return Partition(shuffle_BL[:, :keep], shuffle_BL[:, keep:], shuffle_BL.argsort(dim=1), mask_BL, nan_B)
+    teacher_BT = masked_BM if ids_teacher_BT is None else ids_teacher_BT
+    return Partition(visible_BK, masked_BM, shuffle_BL.argsort(dim=1), mask_BL, nan_B, teacher_BT)
 
 
 def partition_by_keys(keys_BL: Tensor, keep: int) -> Partition:
@@ -42,8 +56,19 @@ def partition_by_keys(keys_BL: Tensor, keep: int) -> Partition:
     order_BL = keys_BL.argsort(dim=1, descending=True, stable=True)
     masked = keys_BL.shape[1] - keep
     mask_BL = torch.zeros_like(keys_BL, dtype=torch.bool).scatter_(1, order_BL[:, :masked], True)
-    *parts, _ = partition_from_mask(mask_BL, keep)
-    return Partition(*parts, keys_BL.isnan().any(1))
+    *parts, _, ids_teacher_BT = partition_from_mask(mask_BL, keep)
+    return Partition(*parts, keys_BL.isnan().any(1), ids_teacher_BT)
+
+
+def teacher_ids(mask_BL: Tensor, ids_B: Tensor, seed: int, epoch: int | Tensor, teacher: int) -> Tensor:
+    """Draw `teacher` masked patches (True in the mask) of each image uniformly: [B, T] int64, ascending.
+
+    The draw is a function of (seed, epoch, sample id, patch), from a stream of its own; arguments as of
+    `sample_partition`.
+    """
+    noise_BL = keyed_uniform(seed, epoch, ids_B, mask_BL.shape[1], STREAM_TEACHER).float()
+    order_BL = noise_BL.masked_fill(~mask_BL, -1).argsort(dim=1, descending=True, stable=True)
+    return order_BL[:, :teacher].sort(dim=1).values
 
 
 def importance_keys(
@@ -97,7 +122,7 @@ def block_keys(
 
 
 def sample_partition_reference(
-    logits_BL, ids_B, *, keep, grid, seed, epoch, strategy, noise, temperature, block_min
+    logits_BL, ids_B, *, keep, grid, seed, epoch, strategy, noise, temperature, block_min, teacher
 ) -> Partition:
     """Specify `sample_partition`, whose arguments these are, in plain PyTorch."""
     patches = grid[0] * grid[1]
@@ -108,7 +133,11 @@ def sample_partition_reference(
     else:
         drawn = noise if strategy == "importance_sampling" else None
         keys_BL = importance_keys(logits_BL, ids_B, seed, epoch, drawn, temperature)
-    return partition_by_keys(keys_BL, keep)
+    partition = partition_by_keys(keys_BL, keep)
+    if teacher == patches - keep:
+        return partition
+    *parts, _ = partition
+    return Partition(*parts, teacher_ids(partition.mask_BL, ids_B, seed, epoch, teacher))
 
 
 @choosable("sample_partition")
@@ -124,13 +153,13 @@ def sample_partition(
     noise: str = "gumbel",
     temperature: float = 1.0,
     block_min: int = 16,
+    teacher: int | None = None,
     kernels: str = "auto",
 ) -> Partition:
     """Divide each image's patches into `keep` visible and L - keep masked ones (paper, section 3.2 and Table 5).
 
-    Nothing of the result has a gradient.
-
-    Every strategy is one key per patch; the largest keys are masked, equal keys by patch index:
+    Nothing of the result has a gradient. Every strategy is one key per patch; the largest keys are masked, equal
+    keys by patch index:
 
     - `random`: keys ~ U(0, 1) (MAE).
     - `block`: block-wise masking (BEiT), blocks of at least `block_min` patches.
@@ -138,7 +167,8 @@ def sample_partition(
     - `importance_sampling`: keys = log s / T + Gumbel noise, that is, sampling without replacement in proportion to
       s^(1/T) (Gumbel top-k). With `noise="uniform"` keys = log s / T - U(0, 1), as in the authors' code.
 
-    The noise is a function of (seed, epoch, sample id, patch): a mask does not depend on the batch it comes in.
+    The noise is a function of (seed, epoch, sample id, patch): no mask depends on the batch it comes in, nor does the
+    draw of what the teacher sees of it, which is uniform.
 
     Args:
         logits_BL: [B, L] float, log s up to a constant per row (Eq. 4 before its softmax); None for `random`, `block`.
@@ -146,10 +176,11 @@ def sample_partition(
         keep: number of visible patches, 1 .. L - 1.
         grid: rows and columns of patches, rows * columns = L.
         seed, epoch: 0 .. 2**32 - 1; the epoch as a number, or as int64 on the device of `ids_B`, one for all or [B].
+        teacher: number of masked patches that the teacher sees, 1 .. L - keep; None: all.
         kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`; the partition is the same, bit for bit.
     """
     patches = grid[0] * grid[1]
-    _check_sampling(patches, keep, strategy, noise, temperature, seed=seed, epoch=epoch)
+    _check_sampling(patches, keep, teacher, strategy, noise, temperature, seed=seed, epoch=epoch)
     if ids_B.ndim != 1:
         raise ValueError(f"ids are {list(ids_B.shape)}, expected [{len(ids_B)}]")
     if isinstance(epoch, Tensor) and epoch.shape not in ((), ids_B.shape):
@@ -164,14 +195,22 @@ def sample_partition(
         logits_BL = widened(logits_BL.detach())
     ids_B, epochs_B = ids_B.to(torch.int64), per_sample(epoch, ids_B)
     how = {"keep": keep, "seed": seed, "epoch": epochs_B, "strategy": strategy, "noise": noise}
-    how = {**how, "temperature": temperature, "block_min": block_min}  # torch.compile 2.7 traces no |= of dictionaries
-    if uses_triton(kernels, "sample_partition", ids_B.device, logits_BL):
-        return Partition(*_sample_partition(logits_BL, ids_B, rows=grid[0], columns=grid[1], **how))
-    return sample_partition_reference(logits_BL, ids_B, grid=grid, **how)
+    # torch.compile 2.7 traces no |= of dictionaries
+    how = {**how, "temperature": temperature, "block_min": block_min, "teacher": teacher or patches - keep}
+    if not uses_triton(kernels, "sample_partition", ids_B.device, logits_BL):
+        return sample_partition_reference(logits_BL, ids_B, grid=grid, **how)
+    *parts, drawn = _sample_partition(logits_BL, ids_B, rows=grid[0], columns=grid[1], **how)
+    return Partition(*parts, parts[1] if teacher in (None, patches - keep) else drawn)
 
 
 def _check_sampling(
-    patches: int, keep: int, strategy: str, noise: str, temperature: float, **words: int | Tensor
+    patches: int,
+    keep: int,
+    teacher: int | None,
+    strategy: str,
+    noise: str,
+    temperature: float,
+    **words: int | Tensor,
 ) -> None:
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} must be one of {', '.join(STRATEGIES)}")
@@ -179,6 +218,8 @@ def _check_sampling(
         raise ValueError(f"noise={noise!r} must be one of {', '.join(NOISES)}")
     if not 1 <= keep < patches:
         raise ValueError(f"keep={keep} must be in 1..{patches - 1}")
+    if teacher is not None and not 1 <= teacher <= patches - keep:
+        raise ValueError(f"teacher={teacher} must be in 1..{patches - keep}, the masked patches, or None")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be greater than 0")
     for name, word in words.items():
@@ -200,13 +241,19 @@ def _sample_partition(
     noise: str,
     temperature: float,
     block_min: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return empty_partition(ids, rows * columns, keep, torch.bool)
+    teacher: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return empty_partition(ids, rows * columns, keep, teacher, torch.bool)
 
 
-def empty_partition(ids_B: Tensor, patches: int, keep: int, flags: torch.dtype) -> tuple[Tensor, ...]:
-    """Return the five tensors of a `Partition`, unwritten; mask and NaN flag in the dtype `flags`."""
+def empty_partition(ids_B: Tensor, patches: int, keep: int, teacher: int, flags: torch.dtype) -> tuple[Tensor, ...]:
+    """Return the tensors of a `Partition`, unwritten; mask and NaN flag in the dtype `flags`.
+
+    The teacher's indices have no elements where they are those of all masked patches.
+    """
     batch = ids_B.shape[0]
-    shapes = ((batch, keep), (batch, patches - keep), (batch, patches))
-    indices = (ids_B.new_empty(shape, dtype=torch.int64) for shape in shapes)
-    return *indices, ids_B.new_empty((batch, patches), dtype=flags), ids_B.new_empty((batch,), dtype=flags)
+    own = (0,) if teacher == patches - keep else (batch, teacher)
+    shapes = ((batch, keep), (batch, patches - keep), (batch, patches), own)
+    *indices, ids_teacher_BT = (ids_B.new_empty(shape, dtype=torch.int64) for shape in shapes)
+    mask_BL, nan_B = (ids_B.new_empty(shape, dtype=flags) for shape in ((batch, patches), (batch,)))
+    return *indices, mask_BL, nan_B, ids_teacher_BT

@@ -37,8 +37,13 @@ def slow_read(map_GG, box, grid):
     return found
 
 
-def slow_update(map_GG, box, scores, grid, momentum):
-    """Cells whose centre is nearly on the crop's edge are None: rounding decides there."""
+def slow_update(map_GG, box, scores, grid, momentum, scored=None):
+    """Cells whose centre is nearly on the crop's edge are None: rounding decides there.
+
+    So it does for cells of which a patch with a score has next to no share.
+    """
+    scored = scored or [[1.0] * grid[1]] * grid[0]
+    known = [[score * one for score, one in zip(*rows)] for rows in zip(scores, scored)]
     y, x, height, width = box
     cells = len(map_GG)
     after = [list(row) for row in map_GG]
@@ -48,8 +53,10 @@ def slow_update(map_GG, box, scores, grid, momentum):
             if min(abs(v), abs(1 - v), abs(u), abs(1 - u)) < 1e-9:
                 after[row][column] = None
             elif 0 <= v <= 1 and 0 <= u <= 1:
-                seen, before = interpolated(scores, v * grid[0], u * grid[1]), map_GG[row][column]
-                after[row][column] = seen if before == 0 else momentum * before + (1 - momentum) * seen
+                share, before = interpolated(scored, v * grid[0], u * grid[1]), map_GG[row][column]
+                mean = interpolated(known, v * grid[0], u * grid[1]) / share if share else 0
+                kept = 1 - (1 - momentum) * share if before else 0.0
+                after[row][column] = None if 0 < share < 2e-3 else kept * before + (1 - kept) * mean
     return after
 
 
@@ -99,6 +106,54 @@ def test_update_equals_loops(box, grid, cells, seed, momentum):
         for column in range(cells):
             if slow[row][column] is not None:
                 assert abs(float(after[0, row, column]) - slow[row][column]) < 1e-9
+
+
+@given(crops(), GRIDS, st.integers(1, 12), st.integers(0, 2**31), st.sampled_from([0.0, 0.5, 0.9]))
+@settings(max_examples=150, deadline=None)
+def test_update_with_some_of_the_patches_equals_loops(box, grid, cells, seed, momentum):
+    """What stands in the place of a missing score is not looked at, NaN or not."""
+    generator = torch.Generator().manual_seed(seed)
+    maps = torch.randn(1, cells, cells, dtype=torch.float64, generator=generator)
+    maps[torch.rand(1, cells, cells, generator=generator) < 0.3] = 0
+    scores = torch.randn(1, grid[0] * grid[1], dtype=torch.float64, generator=generator)
+    scored = torch.rand(1, grid[0] * grid[1], generator=generator) < 0.5
+    as_rows = (x[0].double().unflatten(0, grid).tolist() for x in (scores, scored))
+    slow = slow_update(maps[0].tolist(), box, next(as_rows), grid, momentum, next(as_rows))
+    given = scores.where(scored, math.nan)
+    after = update_maps(maps, torch.tensor([box], dtype=torch.float64), given, grid, momentum, scored)
+    for row in range(cells):
+        for column in range(cells):
+            if slow[row][column] is not None:
+                assert abs(float(after[0, row, column]) - slow[row][column]) < 1e-9
+
+
+def test_a_cell_keeps_what_it_holds_by_the_share_that_nobody_saw():
+    """By hand: two patches, of which the left one alone has a score, over four cells, one of them empty."""
+    maps = torch.tensor([[[8.0, 8.0, 0.0, 8.0]]]).expand(1, 4, 4).clone()
+    after = update_maps(maps, WHOLE, torch.tensor([[4.0, 100.0]]), (1, 2), 0.5, torch.tensor([[True, False]]))
+    # Shares 1, 3 / 4, 1 / 4 and 0 of the left patch: the empty cell has its score alone.
+    assert after[0, 0].tolist() == [0.5 * 8 + 0.5 * 4, 0.625 * 8 + 0.375 * 4, 4.0, 8.0]
+
+
+def test_an_empty_cell_takes_no_score_by_rounding():
+    """A crop of a third of the image, whose patches have their centres on those of cells but for the last bits."""
+    box = torch.tensor([[1 / 3, 1 / 3, 1 / 3, 1 / 3]], dtype=torch.float64)
+    scored = torch.arange(25) % 2 == 0
+    after = update_maps(torch.zeros(1, 15, 15), box, torch.ones(1, 25), (5, 5), 0.5, scored[None])
+    assert torch.equal(after[0, 5:10, 5:10].flatten() != 0, scored)
+    assert int((after != 0).sum()) == 13
+
+
+def test_with_a_score_of_every_patch_the_maps_are_the_same():
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(5, 16, 16, generator=generator).half()
+    boxes = torch.tensor([[0.1, 0.2, 0.7, 0.6]], dtype=torch.float64).expand(5, 4)
+    scores = torch.randn(5, 196, generator=generator)
+    expected = update_maps(maps, boxes, scores, (14, 14), 0.5)
+    found = update_maps(maps, boxes, scores, (14, 14), 0.5, torch.ones(5, 196, dtype=torch.bool))
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=0)  # the last bit of float16
+    nothing = update_maps(maps, boxes, scores, (14, 14), 0.5, torch.zeros(5, 196, dtype=torch.bool))
+    assert torch.equal(nothing, maps)
 
 
 @pytest.mark.parametrize("side", [1, 3, 7, 14, 16])
@@ -155,8 +210,9 @@ def test_a_crop_between_centres_leaves_nothing():
 def test_scores_that_are_not_finite_leave_the_map_as_it_was(bad):
     maps, scores = torch.full((1, 2, 2), 3.0), torch.ones(1, 4)
     scores[0, 3] = bad
-    after = update_maps(maps, WHOLE, scores, (2, 2), 0.5)
-    assert torch.equal(after, maps)
+    for scored in (None, torch.ones(1, 4, dtype=torch.bool), torch.tensor([[False, False, True, True]])):
+        after = update_maps(maps, WHOLE, scores, (2, 2), 0.5, scored)
+        assert torch.equal(after, maps)
 
 
 def test_the_given_map_is_left_as_it_is():

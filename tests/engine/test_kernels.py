@@ -34,7 +34,11 @@ def losses_of(kernels: str, device: torch.device, steps: int, **sections) -> tor
 
 CASES = {
     "scores of all blocks": {"score": {"source": "all"}},
-    "scores of the first block, MoCo's loss": {"score": {"source": "first"}, "contrast": {"loss": "moco"}},
+    "scores of the first block, MoCo's loss": {
+        "score": {"source": "first"},
+        "contrast": {"loss": "moco"},
+        "teacher": {"tokens": 0.4},
+    },
     "MAE": {"mask": {"strategy": "random"}, "contrast": {"loss": "none"}},
     "HOG": {"score": {"source": "first"}, "target": {"kind": "hog"}},
 }

@@ -97,8 +97,10 @@ def banked(photos):
     """banked(folder): the settings of a run of ten steps with a bank."""
 
     def config(folder):
-        score = {"source": "bank", "grid": 5, "momentum": 0.5}
-        found = config_for(folder, photos, score=score, data={"root": str(photos), "loader": "torch", "flip": True})
+        score, teacher = {"source": "bank", "grid": 5, "momentum": 0.5}, {"tokens": 0.5}
+        found = config_for(
+            folder, photos, score=score, teacher=teacher, data={"root": str(photos), "loader": "torch", "flip": True}
+        )
         return with_fields(found, "train", max_steps=10, accumulate=1)
 
     return config
@@ -357,7 +359,9 @@ def test_every_setting_is_free_refused_or_asked_for():
     kinds = {key: setting.on_resume for key, setting in settings().items()}
     assert set(kinds.values()) == {"free", "shape", "asked"}
     assert {kinds[key] for key in ("run.dir", "train.device")} == {"free"}
-    assert {kinds[key] for key in ("seed", "train.batch_size", "score.momentum", "data.crop_scale")} == {"asked"}
+    assert {
+        kinds[key] for key in ("seed", "train.batch_size", "score.momentum", "teacher.tokens", "data.crop_scale")
+    } == {"asked"}
 
 
 def test_the_page_names_every_setting_that_is_refused():

@@ -124,13 +124,14 @@ def test_masks_of_the_capture_are_those_of_the_step(tmp_path):
 
     def kept(self, *args, **kwargs):
         output = forward(self, *args, **kwargs)
-        masks.append((kwargs.get("partition"), output.partition.mask_BL))
+        masks.append((kwargs.get("partition"), output.partition))
         return output
 
     with not_finite({3, 4, 5}), patch.object(CCMIM, "forward", kept):
-        fit(config_for(tmp_path))
+        fit(config_for(tmp_path, teacher={"tokens": 0.4}))
     again = next(i for i, (partition, _) in enumerate(masks) if partition is not None)
-    assert torch.equal(masks[again][1], masks[again - 1][1])
+    assert torch.equal(masks[again][1].mask_BL, masks[again - 1][1].mask_BL)
+    assert torch.equal(masks[again][1].ids_teacher_BT, masks[again - 1][1].ids_teacher_BT)
 
 
 def test_without_another_checkpoint_the_run_ends_with_a_capture(tmp_path):

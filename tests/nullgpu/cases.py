@@ -18,6 +18,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "uniform noise": ("--mask.noise=uniform",),
     "scores at a temperature": ("--score.source=first", "--score.temperature=0.5"),
     "unseen patches at random": ("--score.unseen=random",),
+    "a teacher of a third of the patches": ("--teacher.tokens=0.34",),
     "recompute": ("--train.recompute=true",),
     "recompute, scores of all blocks": ("--train.recompute=true", "--score.source=all"),
     "clip": ("--optim.clip_grad=1",),

@@ -10,7 +10,8 @@ CASES = {
     "all": {"score": {"source": "all"}},
     "first, moco, hog": {"score": {"source": "first"}, "contrast": {"loss": "moco"}, "target": {"kind": "hog"}},
     "MAE": {"mask": {"strategy": "random"}, "contrast": {"loss": "none"}},
-    "block": {"mask": {"strategy": "block", "block_min": 2}},
+    "block": {"mask": {"strategy": "block", "block_min": 2}, "teacher": {"tokens": 0.4}},
+    "bank": {"score": {"source": "bank"}, "teacher": {"tokens": 0.4}},
 }
 
 

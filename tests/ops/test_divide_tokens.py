@@ -22,11 +22,14 @@ def made(dtype=torch.float64):
 def test_equals_its_parts(strategy):
     tokens, prefix, ids = made()
     logits = torch.randn(3, 20) if strategy.startswith("importance") else None
-    out = divide_tokens(tokens, prefix, ids, logits_BL=logits, strategy=strategy, **WHERE)
-    part = sample_partition(logits, ids, strategy=strategy, **WHERE)
-    assert all(torch.equal(a, b) for a, b in zip(out.partition, part))
-    assert torch.equal(out.visible, gather_tokens(tokens, part.ids_visible_BK, prefix))
-    assert torch.equal(out.masked, gather_tokens(tokens, part.ids_masked_BM, prefix))
+    for teacher in (None, 5):
+        options = {"strategy": strategy, "teacher": teacher, **WHERE}
+        out = divide_tokens(tokens, prefix, ids, logits_BL=logits, **options)
+        part = sample_partition(logits, ids, **options)
+        assert all(torch.equal(a, b) for a, b in zip(out.partition, part, strict=True))
+        assert torch.equal(out.visible, gather_tokens(tokens, part.ids_visible_BK, prefix))
+        assert out.masked.shape == (3, 2 + (teacher or 14), 8)
+        assert torch.equal(out.masked, gather_tokens(tokens, part.ids_teacher_BT, prefix))
 
 
 def test_gradient_comes_from_the_visible_set_alone():
@@ -84,23 +87,27 @@ def given(shape, dtype, device):
     return tokens.to(dtype), prefix, ids, {"grid": grid, "keep": K, "seed": 2, "epoch": 1}
 
 
+@pytest.mark.fault("dropped [CLS] row of the masked set", "tl.where(T > 0, P, 0), D", "tl.where(T > 0, 0, 0), D")
+@pytest.mark.fault("the first masked patch left out", "(row >= K) & (row < K + T)", "(row > K) & (row < K + T)")
+@pytest.mark.fault("more rows than the teacher's", "(row >= K) & (row < K + T)", "(row >= K)")
 @pytest.mark.fault(
-    "dropped [CLS] row of the masked set",
-    "copy_prefix(prefix_ptr, masked_ptr, P * with_masked, D",
-    "copy_prefix(prefix_ptr, masked_ptr, 0 * with_masked, D",
+    "the teacher's rows taken as the visible ones", "ids_teacher_ptr + image * T", "ids_visible_ptr + image * K"
 )
-@pytest.mark.fault("the first masked patch left out", "& (place >= K))[:, None]", "& (place > K))[:, None]")
 @pytest.mark.parametrize("with_masked", [True, False])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_kernel_equals_reference(strategy, with_masked, device):
+    """Of the teacher's sets all sizes are here: one patch, some, all."""
     whole = strategy == "importance_sampling" and with_masked
-    for shape in SHAPES if whole else SHAPES[1:4]:
+    for place, shape in enumerate(SHAPES if whole else SHAPES[1:4]):
         tokens, prefix, ids, where = given(shape, torch.float32, device)
         logits = torch.randn(tokens.shape[:2], device=device) if strategy.startswith("importance") else None
-        options = {"logits_BL": logits, "strategy": strategy, "with_masked": with_masked, "block_min": 1, **where}
+        masked = tokens.shape[1] - where["keep"]
+        teacher = (None, 1, max(1, masked // 3))[place % 3] if with_masked else None
+        options = {"strategy": strategy, "with_masked": with_masked, "block_min": 1, "teacher": teacher, **where}
+        options["logits_BL"] = logits
         ours = divide_tokens(tokens, prefix, ids, kernels="triton", **options)
         expected = divide_tokens(tokens, prefix, ids, kernels="reference", **options)
-        assert all(torch.equal(a, b) for a, b in zip(ours.partition, expected.partition))
+        assert all(torch.equal(a, b) for a, b in zip(ours.partition, expected.partition, strict=True))
         assert torch.equal(ours.visible, expected.visible)
         assert ours.masked is None if expected.masked is None else torch.equal(ours.masked, expected.masked)
         assert (ours.logits is None) == (expected.logits is None)
@@ -135,7 +142,7 @@ def test_kernel_flags_rows_with_nan(device):
         assert 5 in out.partition.ids_masked_BM[1].tolist()
 
 
-@pytest.mark.fault("wrong stride between tokens", "row.to(tl.int64) * stride_l", "row.to(tl.int64) * D")
+@pytest.mark.fault("wrong stride between tokens", "index * stride_l)", "index * D)")
 def test_kernel_takes_strided_tokens(device):
     tokens, prefix, ids, where = given((4, (3, 5), 7, 1, 32), torch.float32, device)
     where |= {"strategy": "random", "kernels": "triton"}
@@ -148,12 +155,14 @@ def test_kernel_takes_strided_tokens(device):
         assert torch.equal(out.masked, expected.masked)
 
 
+@pytest.mark.parametrize("teacher", [None, 3])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_kernel_is_two_launches(strategy, device):
+def test_kernel_is_two_launches(strategy, teacher, device):
     tokens, prefix, ids, where = given(SHAPES[1], torch.float32, device)
     logits = torch.randn(tokens.shape[:2], device=device)
+    options = {"strategy": strategy, "teacher": teacher, "kernels": "triton", **where}
     with recorded(run=True) as launches:
-        divide_tokens(tokens, prefix, ids, logits_BL=logits, strategy=strategy, kernels="triton", **where)
+        divide_tokens(tokens, prefix, ids, logits_BL=logits, **options)
     names = [launch.kernel.__name__ for launch in launches]
     assert names == ["ccmim_sample_partition_kernel", "ccmim_divide_tokens_kernel"]
 
@@ -182,9 +191,9 @@ def test_each_image_has_its_epoch(device):
 @pytest.mark.parametrize("with_masked", [True, False])
 def test_opcheck(with_masked, device):
     tokens, prefix, ids, where = given((2, (2, 4), 3, 1, 6), torch.float32, device)
-    part = sample_partition(None, ids, strategy="random", **where)
+    part = sample_partition(None, ids, strategy="random", teacher=2, **where)
     leaves = tokens.requires_grad_(), prefix.requires_grad_()
-    torch.library.opcheck(_divide_tokens, (*leaves, part.ids_visible_BK, part.ids_restore_BL, with_masked))
+    torch.library.opcheck(_divide_tokens, (*leaves, part.ids_visible_BK, part.ids_teacher_BT if with_masked else None))
 
 
 def test_a_new_batch_size_is_not_a_new_graph(device):

@@ -32,6 +32,45 @@ def test_is_a_partition(strategy, grid, keep):
         assert sorted(visible + masked) == list(range(patches))
         assert [(visible + masked)[r] for r in part.ids_restore_BL[b]] == list(range(patches))
         assert part.mask_BL[b].nonzero()[:, 0].tolist() == masked
+    assert part.ids_teacher_BT is part.ids_masked_BM
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_teacher_sees_the_masked_patches_with_the_largest_noise_of_its_stream(strategy):
+    """The rest of the partition is as without a teacher; the draw by loops over samples and patches."""
+    logits, ids = torch.randn(4, 30), torch.tensor([0, 7, 2**33 + 5, 2**32 - 1])
+    epochs = torch.tensor([0, 1, 2**32 - 1, 3])
+    options = {"strategy": strategy, "seed": 2**31 + 3, "epoch": epochs}
+    whole = divide(logits, ids, 9, (5, 6), **options)
+    for teacher in (1, 7, 20, 21):
+        part = divide(logits, ids, 9, (5, 6), teacher=teacher, **options)
+        assert all(torch.equal(a, b) for a, b in zip(part[:5], whole[:5], strict=True))
+        assert part.ids_teacher_BT.dtype == torch.int64
+        for b in range(4):
+            noise = {}
+            for patch in part.ids_masked_BM[b].tolist():
+                counters = (patch, int(ids[b]) & 0xFFFFFFFF, int(ids[b]) >> 32, int(epochs[b]))
+                noise[patch] = philox_4x32(stream_key(2**31 + 3, 6), *map(torch.tensor, counters))[0].item()
+            assert part.ids_teacher_BT[b].tolist() == sorted(sorted(noise, key=lambda i: -noise[i])[:teacher])
+
+
+@pytest.mark.parametrize("strategy", ["random", "importance"])
+def test_every_masked_patch_is_as_likely_to_be_seen_by_the_teacher(strategy):
+    """Chi-square over all 10 sets of 2 of 5 masked patches: the 99.9 % quantile for 9 degrees of freedom is 27.88.
+
+    With random masks too: the noise that masked a patch says nothing of whether the teacher sees it.
+    """
+    draws = 10_000
+    logits = torch.arange(8.0).expand(draws, 8)
+    part = divide(logits, torch.arange(draws), 3, (2, 4), strategy=strategy, teacher=2)
+    places = (part.ids_masked_BM[:, :, None] == part.ids_teacher_BT[:, None]).any(2)
+    if strategy == "random":  # the masked patches from the smallest noise to the largest
+        noise = keyed_uniform(0, 0, torch.arange(draws), 8).gather(1, part.ids_masked_BM)
+        places = places.gather(1, noise.argsort(1))
+    seen = dict.fromkeys(itertools.combinations(range(5), 2), 0)
+    for row in places:
+        seen[tuple(row.nonzero()[:, 0].tolist())] += 1
+    assert sum((count - draws / 10) ** 2 / (draws / 10) for count in seen.values()) < 27.88
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -155,6 +194,8 @@ def test_partition_from_mask_round_trip():
     [
         ({"keep": 0}, r"keep=0 must be in 1\.\.15"),
         ({"keep": 16}, r"keep=16 must be in 1\.\.15"),
+        ({"teacher": 0}, r"teacher=0 must be in 1\.\.12, the masked patches, or None"),
+        ({"teacher": 13}, r"teacher=13 must be in 1\.\.12, the masked patches, or None"),
         ({"strategy": "best"}, "strategy='best' must be one of random, block"),
         ({"noise": "normal"}, "noise='normal' must be one of gumbel, uniform"),
         ({"temperature": 0.0}, "temperature=0.0 must be greater than 0"),
@@ -194,15 +235,21 @@ SIZES = [((14, 14), 49), ((3, 5), 1), ((3, 5), 14), ((1, 2), 1), ((16, 16), 64),
     "mask=patch < L * has_logits, other=0.0).to",
     "mask=patch < BLOCK_L * has_logits, other=0.0).to",
 )
+@pytest.mark.fault("the teacher's patches by the masks' noise", "seed * 0 + _STREAM_TEACHER", "seed * 0")
+@pytest.mark.fault(
+    "visible patches for the teacher", "tl.float32), masked, count)", "tl.float32), patch < 1 << 20, count)"
+)
 @pytest.mark.parametrize("noise", ["gumbel", "uniform"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(("grid", "keep"), SIZES)
 def test_kernel_gives_the_same_partition(grid, keep, strategy, noise, device):
     """They agree bit for bit, over the whole range of seeds, epochs and sample ids."""
     patches = grid[0] * grid[1]
+    teacher = max(1, (patches - keep) // 3)
     ids = torch.tensor([0, 5, 2**33 + 7, 2**31, 2**32 - 1, 2**62], device=device)
     logits = 3 * torch.randn(len(ids), patches, device=device)
     options = {"seed": 3_000_000_000, "epoch": 2**31 + 4, "strategy": strategy, "noise": noise, "temperature": 0.7}
+    options["teacher"] = teacher
     assert_same(
         divide(logits, ids, keep, grid, kernels="triton", **options),
         divide(logits, ids, keep, grid, kernels="reference", **options),
@@ -277,9 +324,11 @@ def test_kernel_takes_strided_scores_and_ids(device):
     assert_same(divide(logits, ids, 16, (8, 8), kernels="triton"), divide(logits, ids, 16, (8, 8)))
 
 
-def test_kernel_is_one_launch(device):
+@pytest.mark.parametrize("teacher", [None, 5])
+def test_kernel_is_one_launch(teacher, device):
+    options = {"teacher": teacher, "kernels": "triton"}
     with recorded(run=True) as launches:
-        divide(torch.randn(4, 64, device=device), torch.arange(4, device=device), 16, (8, 8), kernels="triton")
+        divide(torch.randn(4, 64, device=device), torch.arange(4, device=device), 16, (8, 8), **options)
     assert [launch.kernel.__name__ for launch in launches] == ["ccmim_sample_partition_kernel"]
 
 
@@ -304,7 +353,7 @@ def test_opcheck(strategy, device):
         1.0,
         16,
     )
-    torch.library.opcheck(_sample_partition, arguments)
+    torch.library.opcheck(_sample_partition, (*arguments, 4 if strategy.startswith("importance") else 11))
 
 
 def test_ids_of_one_strided_row_and_of_32_bits(device):

@@ -3,19 +3,19 @@
 The K-th largest key is found by bisection of its bits (32 counts over the row, no sort), ranks by a prefix sum.
 """
 
-# B batch, L patches, K visible, M masked, R candidate blocks
+# B batch, L patches, K visible, M masked, T of them for the teacher, R candidate blocks
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ccmim_kernels.philox import STREAM_BLOCK, STREAM_MASK
+from ccmim_kernels.philox import STREAM_BLOCK, STREAM_MASK, STREAM_TEACHER
 from ccmim_kernels.sample_partition import BLOCKS, LOG_ASPECT, empty_partition
 from ccmim_kernels.triton_impl.launch import ROW_SIZES, fitting, launch
 
-_INTEGERS = ["L", "keep", "has_logits", "seed", "stream", "rows", "columns", "block_min"]
-_BLOCKS, _LOG_ASPECT = tl.constexpr(BLOCKS), tl.constexpr(LOG_ASPECT)
+_INTEGERS = ["L", "keep", "has_logits", "seed", "stream", "rows", "columns", "block_min", "teacher"]
+_BLOCKS, _LOG_ASPECT, _STREAM_TEACHER = tl.constexpr(BLOCKS), tl.constexpr(LOG_ASPECT), tl.constexpr(STREAM_TEACHER)
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def select_largest(keys, valid, count):
 
 @triton.jit
 def store_partition(keys, patch, valid, image, L, keep, visible_ptr, masked_ptr, restore_ptr, mask_ptr, nan_ptr):
-    """Mask the L - keep largest keys of one image, and write its row of a `Partition`."""
+    """Mask the L - keep largest keys of one image, and write its row of a `Partition`; return what is masked."""
     masked = select_largest(keys, valid, L - keep)
     count = masked.to(tl.int32)
     before = tl.cumsum(count, 0) - count
@@ -75,6 +75,16 @@ def store_partition(keys, patch, valid, image, L, keep, visible_ptr, masked_ptr,
     tl.store(restore_ptr + image * L + patch, tl.where(masked, keep + before, seen).to(tl.int64), mask=valid)
     tl.store(mask_ptr + image * L + patch, count.to(tl.uint8), mask=valid)
     tl.store(nan_ptr + image, tl.max((valid & (keys != keys)).to(tl.int32)).to(tl.uint8))
+    return masked
+
+
+@triton.jit
+def store_teacher(masked, patch, sample, seed, epoch, image, count, teacher_ptr):
+    """Write `count` masked patches of one image, drawn uniformly, in patch order."""
+    bits, _, _, _ = draw_bits(seed, seed * 0 + _STREAM_TEACHER, epoch, sample, patch)
+    taken = select_largest(unit(bits).to(tl.float32), masked, count)
+    before = tl.cumsum(taken.to(tl.int32), 0) - taken.to(tl.int32)
+    tl.store(teacher_ptr + image * count + before, patch.to(tl.int64), mask=taken)
 
 
 @triton.jit
@@ -110,6 +120,7 @@ def ccmim_sample_partition_kernel(
     restore_ptr,  # [B, L] int64, out
     mask_ptr,  # [B, L] uint8, out
     nan_ptr,  # [B] uint8, out: 1 where a key is NaN
+    teacher_ptr,  # [B, T] int64, out where teacher
     L,
     keep,
     has_logits,
@@ -121,11 +132,16 @@ def ccmim_sample_partition_kernel(
     rows,
     columns,
     block_min,
+    teacher,
     BLOCK_L: tl.constexpr,
     BLOCKWISE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Divide one image. Replaces: noise, argsort, scatter, two argsorts, gathers. Moves L * (4 + 17) bytes."""
+    """Divide one image; `teacher` is T, or 0 where the teacher sees all that is masked.
+
+    Replaces: noise, argsort, scatter, two argsorts, gathers; and for the teacher noise, argsort, sort. Moves
+    L * (4 + 17) + T * 8 bytes.
+    """
     image = tl.program_id(0).to(tl.int64)
     patch = tl.arange(0, BLOCK_L)
     valid = patch < L
@@ -138,16 +154,20 @@ def ccmim_sample_partition_kernel(
         keys = importance_keys(
             logits, patch, sample, seed, stream, epoch, inverse_temperature, gumbel_weight, uniform_weight
         )
-    store_partition(keys, patch, valid, image, L, keep, visible_ptr, masked_ptr, restore_ptr, mask_ptr, nan_ptr)
+    masked = store_partition(
+        keys, patch, valid, image, L, keep, visible_ptr, masked_ptr, restore_ptr, mask_ptr, nan_ptr
+    )
+    if teacher > 0:
+        store_teacher(masked, patch, sample, seed, epoch, image, teacher, teacher_ptr)
 
 
 def sample_partition(
-    logits_BL, ids_B, rows, columns, keep, seed, epochs_B, strategy, noise, temperature, block_min
+    logits_BL, ids_B, rows, columns, keep, seed, epochs_B, strategy, noise, temperature, block_min, teacher
 ) -> tuple[Tensor, ...]:
-    """Launch the kernel for the operator's arguments; return the five tensors of a `Partition`."""
+    """Launch the kernel for the operator's arguments; return the tensors of a `Partition` as `empty_partition`."""
     patches, blockwise, scored = rows * columns, strategy == "block", logits_BL is not None
     size = fitting(ROW_SIZES, patches, "patches")
-    out = empty_partition(ids_B, patches, keep, torch.uint8)
+    out = empty_partition(ids_B, patches, keep, teacher, torch.uint8)
     logits = logits_BL.contiguous() if scored else torch.empty(0, dtype=torch.float32, device=ids_B.device)
     tensors = (logits, ids_B.contiguous(), epochs_B, *out)
     # As int32, by its bits: an argument's type must not depend on its value.
@@ -159,6 +179,8 @@ def sample_partition(
     block = {"BLOCK_L": size, "BLOCKWISE": blockwise, "CHUNK": max(2, min(16, 4096 // size))}
     # Keys are 4 a thread; blocks want more threads.
     warps = 8 if blockwise else min(16, max(1, size // 128))
-    numbers = (patches, keep, int(scored), seed, stream, *terms, rows, columns, block_min)
+    drawn = 0 if teacher == patches - keep else teacher
+    numbers = (patches, keep, int(scored), seed, stream, *terms, rows, columns, block_min, drawn)
     launch(ccmim_sample_partition_kernel, len(ids_B), *tensors, *numbers, **block, warps=warps)
-    return *out[:3], *(flag.view(torch.bool) for flag in out[3:])
+    *indices, mask_BL, nan_B, ids_teacher_BT = out
+    return *indices, mask_BL.view(torch.bool), nan_B.view(torch.bool), ids_teacher_BT
