@@ -45,7 +45,7 @@ class Rung(NamedTuple):
 
 def rungs(precision: str) -> list[Rung]:
     """List the rungs: from no saving to all; then what changes the rounding, from fp32 to the precision asked for."""
-    found = [Rung("naive", ["--train.compile=off"], "fp32")]
+    found = [Rung("naive", ["--train.compile=off", "--teacher.precision=same"], "fp32")]
     found += [Rung(f"+ {name}", [], "fp32", saving=name) for name in SAVINGS]
     if precision != "fp32":
         found.append(Rung(f"+ {precision}", [], precision, rounding=True))

@@ -135,6 +135,13 @@ class ContrastConfig:
 
 
 @dataclass(frozen=True)
+class TeacherConfig:
+    precision: Literal["auto", "same", "int8"] = setting(
+        "auto", "passes without gradient: same as train.precision, or 8 bits on a CPU; auto: the faster", "ours"
+    )
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     name: Literal["adamw", "apex_adamw", "apex_lamb"] = setting(
         "adamw", "torch's fused AdamW, or NVIDIA apex's, built from source: docs/performance.md", "MAE", "shape"
@@ -199,6 +206,7 @@ class Config:
     target: TargetConfig = section(TargetConfig)
     heads: HeadsConfig = section(HeadsConfig)
     contrast: ContrastConfig = section(ContrastConfig)
+    teacher: TeacherConfig = section(TeacherConfig)
     optim: OptimConfig = section(OptimConfig)
     train: TrainConfig = section(TrainConfig)
     watch: WatchConfig = section(WatchConfig, on_resume="free")
