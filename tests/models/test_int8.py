@@ -239,9 +239,10 @@ def test_gradients_are_those_of_a_teacher_that_is_a_constant(every_layer, source
 
 @needs_int8
 @pytest.mark.parametrize(("score", "precision"), [("bank", "bf16"), ("all", "fp32")])
-def test_a_step_trains(every_layer, score, precision):
+def test_a_step_trains(every_layer, monkeypatch, score, precision):
     """The loss falls as it does without; the micro-batches of a step share weights, and each step has its own."""
-    losses = {}
+    losses, made, quantised = {}, [], int8.quantised
+    monkeypatch.setattr(int8, "quantised", lambda weight, *rest: made.append(weight.shape) or quantised(weight, *rest))
     for form in ("same", "int8"):
         config = tiny_config(
             score={"source": score},
@@ -252,6 +253,10 @@ def test_a_step_trains(every_layer, score, precision):
         pictures = smooth_images(8, 48, torch.Generator().manual_seed(0))[:, :32]
         found = [step([batch(step, pictures[:4]), batch(step, pictures[4:])], 2e-3).total.item() for _ in range(10)]
         losses[form] = found
+        counted = len(made)
+        step([batch(step, pictures[:4])], 2e-3)  # of one micro-batch, as many as of two
+        assert len(made) - counted == counted / 10
+        assert bool(counted) == (form == "int8")
         assert step.model.without_gradient is None
         assert found[-1] < 0.9 * found[0]
     assert losses["int8"] != losses["same"]
