@@ -139,6 +139,9 @@ class TeacherConfig:
     tokens: u.Part = setting(
         1.0, "share of the masked patches that the masked branch sees, drawn at random", "paper, Eq. 7"
     )
+    precision: Literal["auto", "same", "int8"] = setting(
+        "same", "passes without gradient: same as train.precision, or 8 bits on a CPU; auto: the faster", "ours"
+    )
 
 
 @dataclass(frozen=True)

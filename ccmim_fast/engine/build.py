@@ -17,6 +17,7 @@ from ccmim_fast.data.source import Source
 from ccmim_fast.data.stream.plan import Plan
 from ccmim_fast.engine.compile import GraphedStep, choose_compile, compile_step, warm_up
 from ccmim_fast.engine.step import TrainStep
+from ccmim_fast.engine.teacher import check_int8
 from ccmim_fast.errors import ConfigError, DataError
 from ccmim_fast.models import memory_efficient
 from ccmim_fast.models.block import ViTBlock, check_attention, check_heads
@@ -39,6 +40,7 @@ def check_device(config: Config, here: Session, looks: bool = False) -> None:
     Raises ConfigError or MachineError: one line that names the setting and what to use instead.
     """
     check_attention(config.train.attention, here.device)
+    check_int8(config, here.device, is_divided(config, here))
     if config.train.kernels == "triton":
         try:
             check_triton(here.device)

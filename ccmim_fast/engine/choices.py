@@ -1,8 +1,8 @@
 """What the settings `auto` come to in a run: measured on its own step, or as the run, or this machine, decided before.
 
 A question is asked for each op (its kernels), each shape of attention (its backend), each shape of a CPU's linear
-layers (whose products), for the loader, and for torch.compile. The candidates on CUDA begin with ours: Triton's
-kernels, xformers.
+layers (whose products), for a CPU's teacher (8 bits or not), for the loader, and for torch.compile. The candidates on
+CUDA begin with ours: Triton's kernels, xformers.
 """
 
 import time
@@ -35,6 +35,7 @@ from ccmim_fast.data.threads import thread_count
 from ccmim_fast.engine.compile import choose_compile, compiled_as, eager, make_eager
 from ccmim_fast.engine.dry_run import dry_run, synthetic_batch
 from ccmim_fast.engine.step import TrainStep
+from ccmim_fast.engine.teacher import choose_teacher
 from ccmim_fast.models.block import attending_by
 from ccmim_fast.models.encoder import configure_blocks
 from ccmim_fast.models.precision import LINEAR
@@ -50,7 +51,8 @@ _CHECKED = 2  # images that implementations are compared on; the heads' BatchNor
 _FORWARD = 0.5  # seconds, about, of the forward pass that is measured on a CPU: as many images as it takes
 # Beside the settings that decide the shape of a weight: what decides the shapes of calls, or which calls there are.
 _SIZES = ("mask.ratio", "mask.strategy", "score.source", "score.block", "score.blocks", "teacher.tokens")
-_SIZES += ("target.norm_pix", "train.kernels", "train.attention", "train.compile", "train.recompute", "train.parallel")
+_SIZES += ("teacher.precision", "target.norm_pix", "train.kernels", "train.attention", "train.compile")
+_SIZES += ("train.recompute", "train.parallel")
 # On CUDA `plain` is no candidate: it keeps the weights of attention, so a batch that fits would not fit with it.
 _ATTENTION = {"cuda": ("xformers", "flash", "efficient", "cudnn", "sdpa"), "cpu": ("sdpa", "plain")}
 _KERNELS = {"cuda": ("triton", "reference"), "cpu": ("reference",)}
@@ -121,6 +123,7 @@ def apply(table: Table, step: TrainStep) -> None:
             kernels[name] = candidate
     for other in ("loader", "compile"):
         kernels.pop(other, None)
+    step.teacher = kernels.pop("teacher", step.teacher)
     if kernels:
         _set_kernels(step, kernels)
     if by_shape["attention"]:
@@ -203,6 +206,8 @@ def _measured(step: TrainStep, micro_batch: int, here: Session, until: float) ->
     if not here.is_main:
         return {}
     decisions = fastest_that_agree(_questions(step, calls), few, calls, here.device, until)
+    if (teacher := choose_teacher(step, micro_batch)) is not None:
+        decisions["teacher"] = teacher
     if here.device.type == "cuda":
         torch.cuda.empty_cache()
     return decisions

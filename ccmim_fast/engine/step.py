@@ -4,7 +4,7 @@
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from ccmim_fast.config.schema import Config
 from ccmim_fast.data.stream.batch import Batch
 from ccmim_fast.losses.criteria import Losses, Objective
 from ccmim_fast.models.ccmim import CCMIM, Output
+from ccmim_fast.models.int8 import Int8Layers
 from ccmim_fast.models.precision import Layers, Precision, cast_once, linear_layers
 from ccmim_fast.models.scores import PriorScores
 from ccmim_fast.optim.ema import update_ema_
@@ -70,6 +71,8 @@ class TrainStep:
         self._statistics = [buffer for name, buffer in self.model.named_buffers() if ".running_" in name]
         # Whose products a CPU's linear layers are, see `models.precision`; None: torch's, as compiling needs.
         self.linear: Layers | None = None if self.device.type != "cpu" or self.config.train.recompute else {}
+        # What passes without gradient are computed in: `same`, or `int8`; `auto` is the same unless it was measured.
+        self.teacher = "int8" if self.config.teacher.precision == "int8" else "same"
         # Blocks whose weights are cast once a step; compiled one by one, each call would cast them again.
         self.cast_blocks: list[nn.Module] = []
         self.forward = self.losses  # or its compiled self (`engine.compile`)
@@ -86,7 +89,7 @@ class TrainStep:
     def run(self, batches: Sequence[Batch]) -> StepResult:
         """Take the step at the optimizer's present rate; all that it reads and writes is on the device."""
         before = [buffer.clone() for buffer in self._statistics]
-        with cast_once(self.cast_blocks, self.precision.dtype):
+        with cast_once(self.cast_blocks, self.precision.dtype), teacher_in(self.model, self.teacher):
             sums, nan_id, seen = self._passes(batches)
         gradients = self._update(before)
         return StepResult(*(sums / len(batches)), gradients, nan_id, tuple(seen))
@@ -152,6 +155,16 @@ class TrainStep:
         if self.ema is not None:
             update_ema_(self.ema, self.model, self.config.optim.ema_decay)
         return gradients
+
+
+@contextlib.contextmanager
+def teacher_in(model: CCMIM, name: str) -> Iterator[None]:
+    """Compute the model's passes without gradient in `same` or `int8` within, where the weights must not change."""
+    model.without_gradient = Int8Layers() if name == "int8" else None
+    try:
+        yield
+    finally:
+        model.without_gradient = None
 
 
 def parts_of(model: CCMIM) -> dict[str, list[nn.Parameter]]:

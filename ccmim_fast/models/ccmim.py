@@ -7,6 +7,7 @@ Without a score source and without heads this is MAE.
 # T tokens of a pass, P values per patch, E embedding dim, D width (in the decoder its own, and E the encoder's)
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -62,6 +63,9 @@ class CCMIM(nn.Module):
         heads: of the contrastive half; None: no masked branch is computed.
         kernels: which implementation of the ops runs, see `ccmim_kernels.dispatch`.
     """
+
+    # Within it the encoder's passes without gradient are computed, see `int8.Int8Layers`; None: as all others.
+    without_gradient: AbstractContextManager | None = None
 
     def __init__(
         self,
@@ -177,7 +181,10 @@ class CCMIM(nn.Module):
 
     def score(self, x_BLD: Tensor, prior: PriorScores | None = None, folded_BL: Tensor | None = None) -> Tensor | None:
         """Return the logits [B, L] of embedded patches (Eq. 4), without gradient; None where nothing is scored."""
-        return None if self.score_source is None else self.score_source(self.encoder, x_BLD, prior, folded_BL)
+        if self.score_source is None:
+            return None
+        with self.without_gradient or nullcontext():
+            return self.score_source(self.encoder, x_BLD, prior, folded_BL)
 
     def divide(
         self,
@@ -216,7 +223,8 @@ class CCMIM(nn.Module):
         The teacher runs without gradient, saves no activation, and computes its last block for [CLS] alone. It sees
         `masked_BTD`, the prefix and the tokens of the patches `ids_BS`.
         """
-        encoded_B1D, attention_BS = self._encode(masked_BTD, ids_BS, cls_only=True)
+        with self.without_gradient or nullcontext():
+            encoded_B1D, attention_BS = self._encode(masked_BTD, ids_BS, cls_only=True)
         return self.projector(encoded_B1D[:, 0]), attention_BS
 
     def _encode(self, x_BTD: Tensor, ids_BK: Tensor, cls_only: bool = False) -> tuple[Tensor, Tensor | None]:

@@ -13,13 +13,15 @@ from tiny import tiny_config
 
 from ccmim_fast.autotune.decide import Decision
 from ccmim_fast.autotune.table import FILE, Table, read_table
-from ccmim_fast.engine import choices
+from ccmim_fast.config.schema import TeacherConfig
+from ccmim_fast.engine import choices, teacher
 from ccmim_fast.engine.build import build_step, prepare_step
 from ccmim_fast.engine.choices import apply, choose, choose_form, run_of
 from ccmim_fast.engine.compile import compile_step, compiled_as, warm_up
 from ccmim_fast.engine.dry_run import synthetic_batch
 from ccmim_fast.engine.pretraining import fit
-from ccmim_fast.models import block, precision
+from ccmim_fast.models import block, int8, precision
+from ccmim_fast.models.int8 import has_int8
 from ccmim_fast.models.precision import product
 from ccmim_fast.ranks.session import Session
 from ccmim_kernels import dispatch
@@ -41,8 +43,9 @@ def never(monkeypatch):
     return lambda: monkeypatch.setattr(choices, "_measured", measured)
 
 
-def step_for(**train):
-    return build_step(tiny_config(train={"batch_size": 4, "precision": "fp32", **train}), HERE)
+def step_for(teacher="same", **train):
+    settings = {"batch_size": 4, "precision": "fp32", **train}
+    return build_step(tiny_config(train=settings, teacher={"precision": teacher}), HERE)
 
 
 def test_attention_of_every_length_and_every_linear_layer():
@@ -127,6 +130,42 @@ def test_off_and_short_runs_measure_nothing(never):
     never()
     assert choose(step_for(autotune="off"), 4, HERE, LONG).decisions == {}
     assert choose(step_for(), 4, HERE, 1000).decisions == {}
+
+
+needs_int8 = pytest.mark.skipif(not has_int8(), reason="this CPU has no AVX-512 VNNI, or this torch no oneDNN")
+
+
+@needs_int8
+@pytest.mark.parametrize("chosen", ["same", "int8"])
+def test_the_teacher_is_what_is_faster(monkeypatch, never, chosen):
+    """It is asked once, of a teacher of enough rows; the step runs as decided, and weights and numbers stay."""
+    monkeypatch.setattr(teacher, "LEAST_ROWS", 1)
+    monkeypatch.setattr(teacher, "winner", lambda times: chosen)
+    step = step_for("auto", attention="sdpa", recompute=True)
+    state, mode = torch.get_rng_state(), step.model.training
+    table = choose(step, 4, HERE, LONG)
+    assert table.chosen() == {"teacher": chosen}
+    assert table.decisions["teacher"].milliseconds.keys() == {"same", "int8"}
+    assert torch.equal(torch.get_rng_state(), state)
+    assert step.model.training == mode
+    never()
+    again = step_for("auto", attention="sdpa", recompute=True)
+    assert again.teacher == "same"
+    apply(choose(again, 4, HERE, LONG), again)
+    assert again.teacher == chosen
+    with pytest.raises(AssertionError, match="measured again"):
+        choose(
+            build_step(dataclasses.replace(again.config, teacher=TeacherConfig(precision="same")), HERE), 4, HERE, LONG
+        )
+
+
+@needs_int8
+def test_a_teacher_that_sees_something_else_is_dropped_after_one_line(monkeypatch):
+    monkeypatch.setattr(teacher, "LEAST_ROWS", 1)
+    monkeypatch.setattr(int8, "_LEVELS", 3)
+    table = choose(step_for("auto", attention="sdpa", recompute=True), 4, HERE, LONG)
+    assert table.chosen() == {"teacher": "same"}
+    assert table.notes()[1].startswith("teacher: not int8: [CLS] has cosine 0.")
 
 
 def test_what_the_settings_decide_is_not_asked():
