@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
 
+from ccmim_fast.errors import MachineError
 from ccmim_fast.models.block import ViTBlock
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.ranks.session import Session
@@ -28,8 +30,9 @@ def shard(model: CCMIM, here: Session, dtype: torch.dtype | None) -> None:
     A parameter that is not trained, such as fixed positions, stays whole on each rank and is sent by none. Blocks are
     gathered in `dtype`, that of the step's products, half the bytes of float32. Weights, their gradients' sums over
     ranks and the optimizer's moments are float32 all the same. The first block, which Eq. 4 is read at, and what stands
-    outside blocks are gathered in float32: scores and statistics are.
+    outside blocks are gathered in float32: scores and statistics are. Raises MachineError, see `check_mean`.
     """
+    check_mean(here)
     mesh = init_device_mesh(here.device.type, (here.world_size,))
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -49,6 +52,23 @@ def shard(model: CCMIM, here: Session, dtype: torch.dtype | None) -> None:
     # Before the first block of the last pass torch sees the last block of the pass before, which is done with by then,
     # and would gather it once more. The whole model is not divided yet.
     model.encoder.blocks[0].set_modules_to_backward_prefetch([model])
+
+
+def check_mean(here: Session) -> None:
+    """Return if ranks that gloo connects average what they scatter; else raise MachineError. Every rank calls it.
+
+    gloo of torch 2.7 adds where FSDP2 asks it to average (findings/torch_gloo_average_sums.sh): gradients would be too
+    large by the number of ranks, which AdamW does not show, but clipping does.
+    """
+    if dist.get_backend() != "gloo":
+        return
+    mean = torch.zeros(1)
+    dist.reduce_scatter_tensor(mean, torch.ones(here.world_size), op=dist.ReduceOp.AVG)
+    if mean.item() != 1:
+        raise MachineError(
+            f"train.parallel=fsdp: gloo of torch {torch.__version__} adds the gradients of ranks and does "
+            "not average them; use ddp, or a newer torch"
+        )
 
 
 def divided_axis(shape: Sequence[int], ranks: int) -> int:

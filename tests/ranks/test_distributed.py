@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from ranks_launcher import run_ranks
+from ranks_launcher import needs_mean, run_ranks
 from small_run import SETTINGS
 
 
@@ -48,8 +48,10 @@ DIVIDED = ("--train.parallel=fsdp", "--optim.ema_decay=0.9")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "whole_by", "legs"),
-    [(BANK, 1, [(1, 4), (2, 8), (1, 12)]), (DIVIDED, 2, [(2, 4), (1, 8), (2, 12)])],
-    ids=["score bank", "divided weights"],
+    [
+        pytest.param(BANK, 1, [(1, 4), (2, 8), (1, 12)], id="score bank"),
+        pytest.param(DIVIDED, 2, [(2, 4), (1, 8), (2, 12)], id="divided weights", marks=needs_mean),
+    ],
 )
 def test_a_run_goes_on_at_another_world_size(tmp_path, settings, whole_by, legs):
     """Stopped within epochs, at another world size each time; maps, averages and divided weights are in checkpoints."""

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from ranks_launcher import run_in_ranks
+from ranks_launcher import needs_mean, run_in_ranks
 from sharded_ranks import CASES, FEW, STEPS, config_of, rank_main
 from tiny import tiny_config
 
@@ -20,7 +20,7 @@ from ccmim_fast.export.plain import export_timm
 from ccmim_fast.ranks.fsdp import is_sharded
 from ccmim_fast.ranks.session import Session
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_mean]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ccmim_fast.build.model import build_model
 from ccmim_fast.engine.build import build_step
-from ccmim_fast.ranks.fsdp import divided_axis
+from ccmim_fast.errors import MachineError
+from ccmim_fast.ranks.fsdp import check_mean, divided_axis
 from ccmim_fast.ranks.session import Session
 
 # `align` sends no rows.
@@ -76,3 +77,18 @@ def test_what_is_not_trained_is_whole(here):
 )
 def test_the_axis_that_is_divided(shape, ranks, axis):
     assert divided_axis(shape, ranks) == axis
+
+
+@pytest.mark.parametrize("mean", [1.0, 2.0])
+def test_ranks_that_add_gradients_are_refused(monkeypatch, mean):
+    """Of two ranks: torch 2.7's gloo returns the sum for the average that it is asked for."""
+    asked = []
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(dist, "reduce_scatter_tensor", lambda out, *_, op: (asked.append(op), out.fill_(mean)))
+    here = Session(0, 2, torch.device("cpu"))
+    if mean == 1:
+        check_mean(here)
+    else:
+        with pytest.raises(MachineError, match=r"^train\.parallel=fsdp: gloo of torch .* use ddp, or a newer torch"):
+            check_mean(here)
+    assert asked == [dist.ReduceOp.AVG]
