@@ -1,4 +1,4 @@
-"""`ccmim data index | verify | shard | stats | bench`: look after a set of images."""
+"""`ccmim data index | verify | shard | stats | bench | idx`: look after a set of images."""
 
 import argparse
 import sys
@@ -33,6 +33,7 @@ NAMES = {
     "shard": "gather the images in tars, with their index",
     "stats": "measure mean and standard deviation of the pixels, printed as settings",
     "bench": "measure what reading, decoding, cropping and copying cost, and what bounds a run",
+    "idx": "write the images of IDX files, as MNIST's, as a table that a run reads",
 }
 _SHOWN = 20  # bad samples listed by name, kinds of reasons
 _INTERRUPTED = 130  # the exit code that a shell has for Ctrl-C
@@ -41,7 +42,9 @@ _INTERRUPTED = 130  # the exit code that a shell has for Ctrl-C
 def data(argv: list[str]) -> None:
     """Run one of `NAMES` on a set of images."""
     name, rest = take_name("ccmim data", "command", NAMES, argv, "ROOT [options]")
-    parser = Parser(f"ccmim data {name}", NAMES[name].capitalize() + ".")
+    parser = Parser(f"ccmim data {name}", NAMES[name][0].upper() + NAMES[name][1:] + ".")
+    if name == "idx":
+        return _idx(parser, rest)
     parser.add_argument("root", help="folder of images, of tars or of tables; one of these, a pattern, a list, a URL")
     _number(parser, "--channels", 3, "1: gray, 3: RGB, else of .npy or TIFF files")
     parser.add_argument("--index", default="", help="index file; if not given: beside the tars or in the cache folder")
@@ -86,6 +89,19 @@ def _shard(parser: Parser, argv: list[str]) -> None:
     tars = _count(len(index.containers), "tar")
     print(f"{_count(len(index), 'image')} in {tars}; train on them with --data.root={given.out!r}")
     _print_list(_named(source, left_out), "left out", shown=None)
+
+
+def _idx(parser: Parser, argv: list[str]) -> None:
+    parser.add_argument("images", help="IDX file of images, or one compressed by gzip: train-images-idx3-ubyte.gz")
+    parser.add_argument("out", help="a new file NAME.parquet")
+    parser.add_argument("--labels", default="", help="IDX file of their classes: train-labels-idx1-ubyte.gz")
+    given = parser.parse_args(argv)
+    from ccmim_fast.data.idx import write_table
+
+    if not given.out.lower().endswith(".parquet"):
+        parser.error(f"OUT={given.out!r} must end in .parquet")
+    count = write_table(given.images, given.labels, given.out)
+    print(f"{_count(count, 'image')}; train on them with --data.root={given.out!r}")
 
 
 def _stats(parser: Parser, argv: list[str]) -> None:
