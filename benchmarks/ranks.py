@@ -2,6 +2,7 @@
 
 # B batch, H height, W width, C channels
 
+import contextlib
 import multiprocessing
 import tempfile
 import time
@@ -164,12 +165,10 @@ def _serve(pipe: Connection, rank: int, world_size: int, rendezvous: str, option
     if rendezvous:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     work = _Work(Session(rank, world_size, torch.device("cpu")), Namespace(**options))
-    try:
+    with contextlib.suppress(EOFError):  # the pipe is closed when nothing more is asked
         while True:
             what, *arguments = pipe.recv()
             pipe.send(getattr(work, what)(*arguments))
-    except EOFError:
-        pass
     if rendezvous:
         dist.destroy_process_group()
 
