@@ -15,6 +15,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ccmim_fast.checkpoints import io
+from ccmim_fast.checkpoints.published import read_weights
+from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.checkpoints.weight_files import read_safetensors
 from ccmim_fast.cli import main
 from ccmim_fast.commands.eval import evaluate
@@ -196,6 +198,22 @@ def test_safetensors_under_our_names(trained, tmp_path):
     with torch.no_grad():
         found = open_classifier(str(tmp_path / "out")).vit(normalised(images))
     torch.testing.assert_close(found, reference(run, images), **NEAR)
+
+
+@pytest.mark.parametrize("out", ["classifier.safetensors", "folder"])
+def test_our_own_export_is_imported_without_its_head(trained, tmp_path, out):
+    """A file, or the folder that `ccmim export safetensors` makes; evaluations read both."""
+    place = tmp_path / out
+    assert main(["export", "safetensors", str(trained("cls")), str(place)]) == 0
+    classifier = open_classifier(str(place)).vit.state_dict()
+    assert main(["import", str(place), "--out", str(tmp_path / "run")]) == 0
+    imported = open_run(str(tmp_path / "run")).model.encoder.state_dict()
+    shared = imported.keys() & classifier.keys()
+    assert {"cls_token", "blocks.0.attn.qkv.weight", "norm.weight"} <= shared
+    assert all(torch.equal(imported[name], classifier[name]) for name in shared - {"pos_embed"})
+    read = read_weights(str(place)).tensors
+    assert not any("head" in name for name in read)
+    assert torch.equal(read["encoder.cls_token"], classifier["cls_token"])
 
 
 @pytest.mark.parametrize(("name", "kind"), [("cls", "ViT"), ("avg", "Beit")])
