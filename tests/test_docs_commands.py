@@ -14,10 +14,12 @@ What is only parsed, by the parser of the command itself, and why:
 docs/export.md is carried out, its Python too, by tests/export/test_page.py.
 """
 
+import gzip
 import importlib.util
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 
@@ -123,9 +125,17 @@ def made_small(words, images):
             np.save(
                 f"wells/{number}.npy", np.random.default_rng(number).integers(0, 3978, (40, 40, 5), dtype=np.uint16)
             )
+    if command == "data" and rest[0] == "idx":  # twelve pictures, as the real ones are compressed
+        write_idx(rest[1], 0x0803, np.zeros((12, 28, 28), np.uint8))
+        write_idx(rest[rest.index("--labels") + 1], 0x0801, np.arange(12, dtype=np.uint8) % 10)
     if command == "data" and rest[0] == "bench":
         return [command, *rest, "--batch", "8", "--image-size", "32", "--workers", "1"]
     return words
+
+
+def write_idx(path, magic, array):
+    with gzip.open(path, "wb") as file:
+        file.write(struct.pack(f">I{array.ndim}I", magic, *array.shape) + array.tobytes())
 
 
 def parse_torchrun(words):

@@ -116,7 +116,8 @@ def test_a_few_seconds_of_faults(module, tmp_path):
     code = module("soak").main(["--minutes=0.05", "--kinds=nan,disk", f"--out={out}", *TINY])
     result = json.loads(out.with_suffix(".json").read_text())
     assert code == 0, result["verdict"]
-    assert (result["end"]["records_missing"], result["end"]["failed"], result["launches"]) == ([], "", 2)
+    assert (result["end"]["records_missing"], result["end"]["failed"]) == ([], "")
+    assert result["launches"] >= 2  # and one more where numbers stayed not finite or a busy machine lost a rank
     assert {fault["kind"] for fault in result["faults"]} & {"nan", "disk"}
     assert all(fault["led_to"] for fault in result["faults"])
     assert len({sample.split()[1] for sample in result["samples"]}) >= 3
