@@ -83,7 +83,7 @@ def heads_variants(base: Config) -> Variants:
 def teacher_variants(base: Config) -> Variants:
     """Vary the share of the masked patches that the teacher sees, with scores from the bank and with random masks."""
     ways = {"bank": ["--score.source=bank"], "random": ["--mask.strategy=random"]}
-    shares = {"all": "1", "half": "0.5", "a third": "0.3333", "a tenth": "0.1"}
+    shares = {"all": "1", "half": "0.5", "a third": "0.3333", "a fifth": "0.2", "a tenth": "0.1"}
     return {
         f"{way}, {words}": [*how, f"--teacher.tokens={t}"] for way, how in ways.items() for words, t in shares.items()
     }
