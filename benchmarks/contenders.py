@@ -82,7 +82,8 @@ def _design(base: float, large: float) -> dict[str, float]:
 
 
 _MAE_8, _CCMIM, _ALL, _AUTHORS = _design(58.5, 124.2), _design(60.9, 192.5), _design(93.1, 310.6), _design(119.3, 338.6)
-_THIRD = _design(43.5, 131.5)
+_THIRD, _FIFTH = _design(43.5, 131.5), _design(40.0, 119.3)
+_LIGHT = ["--config=ccmim_vit_base"]
 # The design ends the pass for the scores with [CLS] alone, a saving.
 _ALL_WHOLE = _design(95.7, 315.2)
 _OFF = tuple(SAVINGS)
@@ -94,7 +95,9 @@ CONTENDERS = {
         Contender("mae-2", ["--config=mae_vit_base", "--decoder.depth=2"], design=_design(34.7, 100.5)),
         Contender("ccmim-first", ["--config=ccmim_vit_base_eq4"], design=_CCMIM),
         Contender("ccmim-bank", ["--config=ccmim_vit_base"], design=_CCMIM, off="naive-ccmim"),
-        Contender("ccmim-third", ["--config=ccmim_vit_base", "--teacher.tokens=0.3333"], design=_THIRD, off="naive-ccmim"),
+        Contender(
+            "ccmim-third", ["--config=ccmim_vit_base", "--teacher.tokens=0.3333"], design=_THIRD, off="naive-ccmim"
+        ),
         Contender(
             "ccmim-third-int8",
             ["--config=ccmim_vit_base", "--teacher.tokens=0.3333", "--teacher.precision=int8"],
@@ -203,9 +206,10 @@ def ours(given: list[str], arch: str, images_BHWC: Tensor, precision: str, savin
     if savings_off:
         without(train_step, savings_off)
     plan = Plan(MadeSizes(), seed=0, global_batch=count)
-    chosen = choices.choose(train_step, count, here, samples=config.train.epochs * plan.samples)
+    samples = config.train.epochs * plan.samples
+    chosen = choices.choose(train_step, count, here, samples=samples)
     choices.apply(chosen, train_step)
-    prepared = prepare_step(train_step, count, chosen.chosen().get("compile", ""))
+    prepared = prepare_step(train_step, count, choices.to_compile(chosen, train_step, here, samples))
     choices.choose_form(chosen, train_step, count, here)
     # In memory, so that nothing is written on a disk.
     bank = build_bank(config, plan, here, Path())

@@ -1,16 +1,15 @@
 """An ablation: runs of equal epochs and of equal time, several seeds, one table."""
 
 import json
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ccmim_fast.ablation.runs import Run, labelled_images, run_all
+from ccmim_fast.ablation.runs import Run, flops_per_image, labelled_images, run_all
 from ccmim_fast.ablation.table import difference, known, markdown, over_seeds, plot
-from ccmim_fast.ablation.variants import ABLATIONS, Ablation
+from ccmim_fast.ablation.variants import ABLATIONS, Ablation, Variants
 from ccmim_fast.config.load import load_config
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError, say
@@ -59,7 +58,7 @@ def run_ablation(
     figures = figures_of({variant: variants[variant] for variant in only or variants})
     again = {
         f"{variant}, in {ablation.time_of}'s time": [*variants[variant], *_epochs_of(base, epochs)]
-        for variant, epochs in equal_time(figures, base.train.epochs, ablation.time_of).items()
+        for variant, epochs in _equal_time(variants, only, base, settings, ablation.time_of).items()
     }
     return write(ablation, figures + figures_of(again), out, command)
 
@@ -85,14 +84,23 @@ def _epochs_of(base: Config, epochs: int) -> list[str]:
     return [f"--train.epochs={epochs}", *([f"--optim.warmup_epochs={epochs}"] if warm_up > epochs else [])]
 
 
-def equal_time(figures: Sequence[dict[str, Any]], epochs: int, time_of: str) -> dict[str, int]:
-    """Return the epochs that fit into the time of `time_of`, for each variant that is slower by 5 % or more."""
-    rates = {
-        name: statistics.median(run["images_per_second"] for run in runs) for name, runs in over_seeds(figures).items()
-    }
-    if time_of not in rates:
+def _equal_time(
+    variants: Variants, only: Sequence[str], base: Config, settings: Sequence[str], time_of: str
+) -> dict[str, int]:
+    """Return `equal_time` of the variants that are trained; nothing where `time_of` is none of them."""
+    trained = only or list(variants)
+    if time_of not in trained:
         return {}
-    fitting = {name: round(epochs * rate / rates[time_of]) for name, rate in rates.items() if "," not in name}
+    flops = {name: flops_per_image([*settings, *variants[name]]) for name in trained}
+    return equal_time(flops, base.train.epochs, time_of)
+
+
+def equal_time(flops: Mapping[str, float], epochs: int, time_of: str) -> dict[str, int]:
+    """Return the epochs that fit into the time of `time_of`, for each variant that is slower by 5 % or more.
+
+    Times are as `flops` of an image's training step: counted, they are the same wherever and beside whatever it runs.
+    """
+    fitting = {name: round(epochs * flops[time_of] / count) for name, count in flops.items()}
     return {name: count for name, count in fitting.items() if 0 < count <= 0.95 * epochs}
 
 

@@ -25,6 +25,8 @@ from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.source import Source
 from ccmim_fast.data.stream.batch import make_batch
 from ccmim_fast.data.stream.torch_loader import evaluation_batches, load_crop
+from ccmim_fast.engine.build import build_step
+from ccmim_fast.engine.dry_run import count_flops
 from ccmim_fast.engine.pretraining import Pretraining, fit
 from ccmim_fast.errors import ConfigError, one_line
 from ccmim_fast.evaluation.frozen.features import extract
@@ -35,6 +37,7 @@ from ccmim_fast.evaluation.masks.objects import object_leakage, objects_of, scor
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.scores import AllBlocks, PriorScores
 from ccmim_fast.models.tokens import tokens_of
+from ccmim_fast.ranks.session import Session
 from ccmim_fast.report.curves import read_metrics
 from ccmim_fast.runs.state import CONFIG
 
@@ -77,6 +80,12 @@ def run_all(runs: Sequence[Run], folder: Path, jobs: int, test: str = "") -> lis
             parts = [f"{key} {figures[key]:.3f}" for key in told]
             print(f"{len(found)}/{len(runs)} {run.variant}, seed {run.seed}: {', '.join(parts)}", flush=True)
     return [found[run] for run in runs]
+
+
+def flops_per_image(options: Sequence[str]) -> float:
+    """Count the FLOPs of a training step, forward and backward, for each of its images."""
+    step = build_step(load_config(list(options), "ccmim ablate"), Session(0, 1, torch.device("cpu")))
+    return sum(count_flops(step).values())
 
 
 def measure_run(run: Run, folder: Path, threads: int, test: str) -> dict[str, Any]:

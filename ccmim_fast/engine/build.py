@@ -169,13 +169,13 @@ def build_bank(config: Config, plan: Plan, here: Session, folder: Path) -> Score
     return ScoreBank(plan, opened, here.device, backend_timeout(config.watch.timeout))
 
 
-def prepare_step(step: TrainStep, micro_batch: int, known: str = "") -> TrainStep | GraphedStep:
-    """Compile and warm up as `train.compile` and `train.cuda_graph` say; a checkpoint is loaded afterwards.
+def prepare_step(step: TrainStep, micro_batch: int, what: str = "") -> TrainStep | GraphedStep:
+    """Compile `what`, and warm up, and capture as `train.cuda_graph` says; a checkpoint is loaded afterwards.
 
-    `known` is what `train.compile=auto` comes to, where that was measured before.
+    `what` is `off`, `blocks` or `step`; empty: what `train.compile` comes to without a measurement.
     """
     train = step.config.train
-    what = known or choose_compile(train.compile, step.device, divided=is_sharded(step.model))
+    what = what or choose_compile(train.compile, step.device, divided=is_sharded(step.model))
     compile_step(step, what, train.compile_mode)
     if train.cuda_graph:
         # A graph is captured with warm caches and the optimizer's state in its place; three steps, on a stream of their

@@ -40,12 +40,13 @@ from ccmim_fast.models.block import attending_by
 from ccmim_fast.models.encoder import configure_blocks
 from ccmim_fast.models.precision import LINEAR
 from ccmim_fast.profile.meter import seconds_of
-from ccmim_fast.ranks.fsdp import let_go
+from ccmim_fast.ranks.fsdp import is_sharded, let_go
 from ccmim_fast.ranks.session import Session, broadcast
 
 LEAST_FLOPS = 1e13  # of a whole run; the demo's 2.4e13 take two cores eight minutes, of which measuring takes seconds
 SECONDS = 14.0  # after which no round of a measurement begins
-_FORM_SECONDS = 4.0  # the same for whole steps, which are timed after that
+_FORM_SECONDS = {"cuda": 4.0, "cpu": 60.0}  # the same for whole steps, which are timed after that
+_LONG = 3e15  # FLOPs of a run on a CPU, two hours of two cores: compiling takes 1 to 2 minutes, and saves 4 to 5 %
 _FORM_ERROR = 0.02  # of the losses: products of 16 bits in another order, and now and then another patch is masked
 _CHECKED = 2  # images that implementations are compared on; the heads' BatchNorm needs two rows
 _FORWARD = 0.5  # seconds, about, of the forward pass that is measured on a CPU: as many images as it takes
@@ -78,10 +79,8 @@ def choose(
     where = machine(here.device) | _sizes(step, micro_batch, here)
     if loaders:
         where |= {"data": source.fingerprint[:16], "threads": str(thread_count(step.config.data.workers))}
-    rows, columns = step.model.grid
-    # About how much arithmetic the run is: six for each weight, patch and image.
-    flops = 6.0 * sum(p.numel() for p in step.model.parameters()) * rows * columns * samples
-    measures = how != "off" and (how == "fresh" or flops >= LEAST_FLOPS) and _computes(here.device)
+    long = _arithmetic(step, samples) >= LEAST_FLOPS
+    measures = how != "off" and (how == "fresh" or long) and _computes(here.device)
     kept = [folder / FILE] if folder is not None else []
     if measures and how == "cached":
         kept.append(path_of(where))
@@ -101,6 +100,12 @@ def choose(
     if here.is_main and how == "cached" and table.complete:
         write_table(path_of(where), table)
     return table
+
+
+def _arithmetic(step: TrainStep, samples: int) -> float:
+    """Return about how many FLOPs a run of so many images has: six for each weight, patch and image."""
+    rows, columns = step.model.grid
+    return 6.0 * sum(p.numel() for p in step.model.parameters()) * rows * columns * samples
 
 
 def run_of(run: RunConfig) -> Path | None:
@@ -132,6 +137,18 @@ def apply(table: Table, step: TrainStep) -> None:
         step.linear = by_shape["linear"] if "onednn" in by_shape["linear"].values() else None
 
 
+def to_compile(table: Table, step: TrainStep, here: Session, samples: int) -> str:
+    """Return what of the step is compiled: `train.compile`, or what its `auto` comes to, as far as that is known.
+
+    On a CPU that is the step of a long run of one process, whose form is then measured; its teacher has no 8 bits.
+    """
+    asked, known = step.config.train.compile, table.chosen().get("compile", "")
+    if asked == "auto" and step.device.type == "cpu":
+        long = _arithmetic(step, samples) >= _LONG and here.world_size == 1
+        return (known or "step") if long and table.seconds and step.teacher == "same" else "off"
+    return known or choose_compile(asked, step.device, divided=is_sharded(step.model))
+
+
 def choose_form(table: Table, step: TrainStep, micro_batch: int, here: Session) -> Table:
     """Hold a step that `auto` compiled against the eager one, on made images, and let the faster one run.
 
@@ -144,7 +161,7 @@ def choose_form(table: Table, step: TrainStep, micro_batch: int, here: Session) 
         return table
     start = time.perf_counter()
     with dry_run(step):
-        decision = _form(step, compiled, [synthetic_batch(step, micro_batch)], start + _FORM_SECONDS)
+        decision = _form(step, compiled, [synthetic_batch(step, micro_batch)], start + _FORM_SECONDS[step.device.type])
     if decision.chosen == "off":
         make_eager(step)
     seconds = round(table.seconds + time.perf_counter() - start, 3)
@@ -190,7 +207,8 @@ def _questions(step: TrainStep, names: Iterable[str]) -> dict[str, Question]:
         elif name.startswith("attention "):
             if train.attention == "auto":
                 # Of the ops torch.compile knows nothing but shapes; through attention it traces.
-                found[name] = Question(_ATTENTION[kind], "plain", compiled=compiles)
+                factor = 4.0 if kind == "cpu" else 2.0  # its fused kernel adds in blocks, which errs twice as much
+                found[name] = Question(_ATTENTION[kind], "plain", factor, compiles)
         elif train.kernels == "auto":
             found[name] = Question(_KERNELS[kind], "reference")
     return {name: question for name, question in found.items() if len(question.candidates) > 1}

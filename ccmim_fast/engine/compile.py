@@ -22,8 +22,8 @@ def choose_compile(name: str, device: torch.device, divided: bool = False) -> st
     """Return `off`, `blocks` or `step`; `auto` is `step` on CUDA from compute capability 7.0 on, which inductor needs.
 
     Blocks whose weights are `divided` among ranks are gathered between them: there it is `blocks`. A run of one process
-    then holds the compiled step against the eager one (`choices.choose_form`). On a CPU compiling gains nothing for
-    these shapes: ViT-B's encoder 20.6 img/s against 19.0, after 37 s.
+    then holds the compiled step against the eager one (`choices.choose_form`). On a CPU only a long run can win back
+    the time that compiling takes, see `choices.to_compile`.
     """
     if name != "auto":
         return name

@@ -113,7 +113,7 @@ class Pretraining(Task):
         choices.apply(self.chosen, step)
         if loader := self.chosen.chosen().get("loader"):
             self.loader = self._build_loader(loader)
-        self._step_fn = prepare_step(step, images, self.chosen.chosen().get("compile", ""))
+        self._step_fn = prepare_step(step, images, choices.to_compile(self.chosen, step, here, asked))
         self.chosen = choices.choose_form(self.chosen, step, images, here)
         self._nan_id = torch.full((), -1, device=here.device)
 

@@ -10,7 +10,15 @@ from PIL import Image
 from ccmim_fast.ablation import run as run_module
 from ccmim_fast.ablation import runs as runs_module
 from ccmim_fast.ablation.run import equal_time
-from ccmim_fast.ablation.runs import Run, finished, labelled_images, measure_features, measure_run, run_all
+from ccmim_fast.ablation.runs import (
+    Run,
+    finished,
+    flops_per_image,
+    labelled_images,
+    measure_features,
+    measure_run,
+    run_all,
+)
 from ccmim_fast.ablation.table import difference, markdown, plot
 from ccmim_fast.ablation.variants import ABLATIONS, lambda_of, score_variants
 from ccmim_fast.build.model import build_model
@@ -198,11 +206,21 @@ def test_a_failed_run_ends_the_others(few_images, tmp_path):
 
 
 def test_slower_variants_get_the_banks_time():
-    found = [figures("bank", 0, 0.9, rate) for rate in (90.0, 100.0, 130.0)]
-    found += [figures("all", 0, 0.9, 60.0), figures("first", 0, 0.9, 99.0), figures("random", 0, 0.5, 120.0)]
-    found += [figures("all, temperature 2", 0, 0.9, 60.0)]
-    assert equal_time(found, 20, "bank") == {"all": 12}
-    assert equal_time([figures("all", 0, 0.9, 60.0)], 20, "bank") == {}
+    flops = {"bank": 1e9, "all": 1.6e9, "first": 1.02e9, "random": 0.9e9, "all, temperature 2": 1.6e9}
+    assert equal_time(flops, 20, "bank") == {"all": 12, "all, temperature 2": 12}
+
+
+def test_a_step_is_counted_as_its_losses_and_tokens_say():
+    """Of the demo: without the teacher, with a third of its tokens, with all."""
+    bank = ["--config=demo", "--score.source=bank"]
+    none, third, whole = (
+        flops_per_image([*bank, *more])
+        for more in (["--mask.strategy=random", "--contrast.loss=none"], ["--teacher.tokens=0.3333"], [])
+    )
+    # The teacher's three whole blocks of 48 tokens, and their embedding; 16 tokens have a third of the products.
+    products = 2 * 12 * 128**2 * 3
+    assert whole - third == pytest.approx(products * 32, rel=0.2)
+    assert none < third
 
 
 def test_figures_over_seeds(tmp_path):

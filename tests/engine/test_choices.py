@@ -16,7 +16,7 @@ from ccmim_fast.autotune.table import FILE, Table, read_table
 from ccmim_fast.config.schema import TeacherConfig
 from ccmim_fast.engine import choices, teacher
 from ccmim_fast.engine.build import build_step, prepare_step
-from ccmim_fast.engine.choices import apply, choose, choose_form, run_of
+from ccmim_fast.engine.choices import apply, choose, choose_form, run_of, to_compile
 from ccmim_fast.engine.compile import compile_step, compiled_as, warm_up
 from ccmim_fast.engine.dry_run import synthetic_batch
 from ccmim_fast.engine.pretraining import fit
@@ -300,11 +300,35 @@ def test_an_eager_step_without_room_leaves_the_compiled_one(monkeypatch):
 
 def test_without_time_the_compiled_step_stays_and_nothing_is_kept(monkeypatch):
     step, table = compiled("blocks")
-    monkeypatch.setattr(choices, "_FORM_SECONDS", 0.0)
+    monkeypatch.setitem(choices._FORM_SECONDS, "cpu", 0.0)
     chosen = choose_form(table, step, 4, HERE)
     assert compiled_as(step) == "blocks"
     assert chosen.decisions["compile"] == Decision("blocks", {}, {})
     assert not choices.path_of(table.where).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({}, "step"),
+        ({"samples": 10**4}, "off"),  # over before compiling pays
+        ({"ranks": 2}, "off"),
+        ({"seconds": 0.0}, "off"),
+        ({"teacher": "int8"}, "off"),
+        ({"known": "off"}, "off"),
+        ({"known": "step", "samples": 10**4}, "off"),
+        ({"asked": "blocks", "samples": 10**4, "ranks": 2}, "blocks"),
+        ({"asked": "off"}, "off"),
+    ],
+    ids=str,
+)
+def test_a_long_run_on_a_cpu_tries_a_compiled_step(change, what):
+    step = step_for(compile=change.get("asked", "auto"))
+    step.teacher = change.get("teacher", "same")
+    decisions = {"compile": Decision(change["known"], {}, {})} if "known" in change else {}
+    table = Table({}, decisions, change.get("seconds", 1.0))
+    here = Session(0, change.get("ranks", 1), HERE.device)
+    assert to_compile(table, step, here, change.get("samples", 10**12)) == what
 
 
 @pytest.mark.parametrize("why", ["said", "ranks", "graph", "not measured", "not compiled"])
