@@ -24,7 +24,7 @@ from ccmim_fast.models.views import Views, take_views
 from ccmim_fast.ranks.fsdp import let_go
 from ccmim_fast.ranks.session import Session, gather_ranks
 
-VIEWS = 4  # random sets of patches: of a quarter of the patches each they cost as much as the whole image
+SETS = 4  # of random patches: of a quarter of the patches each they cost as much as the whole image
 # A look costs up to two forward passes of each of its images, less than two steps of them. Where that is 1 % of an
 # epoch or less there is a look after each.
 _STEPS, _SHARE = 2, 0.01
@@ -53,7 +53,7 @@ class Look:
         step, device = self._step, self._here.device
         step.model.eval()
         with step.precision.autocast(device), uncompiled(step.model):
-            found = [take_views(step.model, images, ids, VIEWS) for images, ids in self._batches(device)]
+            found = [take_views(step.model, images, ids, SETS, with_pair=True) for images, ids in self._batches(device)]
         step.model.train()
         let_go(step.model)
         parts = (None if part[0] is None else gather_ranks(torch.cat(part)).flatten(0, 1) for part in zip(*found))
@@ -85,10 +85,10 @@ def measures(views: Views) -> dict[str, float]:
     found: dict[str, Tensor] = {}
     finite = all(part.isfinite().all() for part in views if part is not None)
     for index, suffix in ((1, ""), (0, "_cls")):
-        whole_ND, visible_NVD = views.whole_B2D[:, index], views.visible_BV2D[:, :, index]
+        whole_ND, *sets = views.pooled_BV2D[:, :, index].unbind(1)
         for measure in (rankme, alpha_req, uniformity):
             found[f"{measure.__name__}{suffix}"] = measure(whole_ND) if finite else torch.nan
-        found[f"lidar{suffix}"] = lidar(visible_NVD) if finite else torch.nan
+        found[f"lidar{suffix}"] = lidar(torch.stack(sets, dim=1)) if finite else torch.nan
     if views.pair_B2E is not None:
         found["alignment"] = alignment(*views.pair_B2E.unbind(1)) if finite else torch.nan
     return {name: float(value) for name, value in found.items()}

@@ -1,6 +1,6 @@
 """Views of images are what features are measured on: whole images, and random sets of patches, as many as are trained.
 
-The sets are drawn uniformly, by sample id and number of the view alone: the same for every run, whatever its masks.
+The sets are drawn uniformly, by sample id and number of the set alone: the same for every run, whatever its masks.
 """
 
 # B batch, L patches, K visible, S for the teacher, T tokens (prefix first), D width, E embedding dim, V views
@@ -19,43 +19,42 @@ _SEED = 0
 
 
 class Views(NamedTuple):
-    """The features of some images: [CLS] and the mean over the patches' tokens; float32, without gradient."""
+    """The features of some images; float32, without gradient."""
 
-    whole_B2D: Tensor  # of whole images
-    visible_BV2D: Tensor  # of V sets of K patches
+    # [CLS] and the mean over the patches' tokens, of the whole image and of V - 1 sets of K patches.
+    pooled_BV2D: Tensor
     # hV and hM of Eq. 7 and 8 (p(hV) where the loss has a predictor), of the first set and of what the teacher sees of
-    # its complement; None without a contrastive loss.
+    # its complement; None where nobody asked, or without a contrastive loss.
     pair_B2E: Tensor | None
 
 
 @torch.no_grad()
-def take_views(model: CCMIM, images_BHWC: Tensor, ids_B: Tensor, count: int) -> Views:
-    """Pass images through a model in eval mode: whole, and `count` random sets of the patches of each, one at least.
+def take_views(model: CCMIM, images_BHWC: Tensor, ids_B: Tensor, sets: int = 1, with_pair: bool = False) -> Views:
+    """Pass images through a model in eval mode: whole, and `sets` random sets of the patches of each, one at least.
 
     Images are as `CCMIM.forward` takes them, `ids_B` int64 on their device.
     """
     x_BLD, vit, kernels = model.embed(images_BHWC), model.encoder, model.kernels
     teacher = model.sampling["teacher"]
-    drawn = [random_partition(ids_B, model.keep, model.grid, view, teacher, kernels) for view in range(count)]
-    whole_B2D, *visible = (
-        both_pooled(encode_patches(vit, x_BLD, ids_BK, kernels), vit.num_prefix_tokens)
-        for ids_BK in (None, *(partition.ids_visible_BK for partition in drawn))
-    )
-    pair_B2E = None
-    if model.projector is not None:
-        ids_BS = drawn[0].ids_teacher_BT
-        teacher_BTD = gather_tokens(x_BLD, ids_BS, prefix_tokens(vit), kernels=kernels)
-        visible_BE = model.projector(visible[0][:, 0])
-        visible_BE = visible_BE if model.predictor is None else model.predictor(visible_BE)
-        pair_B2E = torch.stack([visible_BE, model.encode_masked(teacher_BTD, ids_BS)[0]], dim=1).float()
-    return Views(whole_B2D, torch.stack(visible, dim=1), pair_B2E)
+    drawn = [random_partition(ids_B, model.keep, model.grid, number, teacher, kernels) for number in range(sets)]
+    seen = [None, *(partition.ids_visible_BK for partition in drawn)]
+    tokens = (encode_patches(vit, x_BLD, ids_BK, kernels) for ids_BK in seen)
+    pooled_BV2D = torch.stack([both_pooled(tokens_BTD, vit.num_prefix_tokens) for tokens_BTD in tokens], dim=1)
+    if not with_pair or model.projector is None:
+        return Views(pooled_BV2D, None)
+    ids_BS = drawn[0].ids_teacher_BT
+    teacher_BTD = gather_tokens(x_BLD, ids_BS, prefix_tokens(vit), kernels=kernels)
+    visible_BE = model.projector(pooled_BV2D[:, 1, 0])
+    visible_BE = visible_BE if model.predictor is None else model.predictor(visible_BE)
+    pair_B2E = torch.stack([visible_BE, model.encode_masked(teacher_BTD, ids_BS)[0]], dim=1).float()
+    return Views(pooled_BV2D, pair_B2E)
 
 
 def random_partition(
-    ids_B: Tensor, keep: int, grid: tuple[int, int], view: int = 0, teacher: int | None = None, kernels: str = "auto"
+    ids_B: Tensor, keep: int, grid: tuple[int, int], number: int = 0, teacher: int | None = None, kernels: str = "auto"
 ) -> Partition:
-    """Divide the patches of samples at random, `keep` of them visible; a function of (sample id, patch, view) alone."""
-    drawn = {"seed": _SEED, "epoch": view, "strategy": "random", "teacher": teacher, "kernels": kernels}
+    """Divide patches at random, `keep` of each sample visible: a function of (sample id, patch, number) alone."""
+    drawn = {"seed": _SEED, "epoch": number, "strategy": "random", "teacher": teacher, "kernels": kernels}
     return sample_partition(None, ids_B, keep=keep, grid=grid, **drawn)
 
 
