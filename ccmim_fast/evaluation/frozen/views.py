@@ -64,10 +64,11 @@ def probes(
     looks for neighbours among its share, and the first fits. Raises as `knn_accuracies` and `logreg_accuracy`.
     """
     test, found = by_view(test_NV2D), {}
-    rank, ranks = (0, 1) if here is None else (here.rank, here.world_size)
+    rank, ranks, device = (0, 1, train_NV2D.device) if here is None else (here.rank, here.world_size, here.device)
     for view, train_ND in by_view(train_NV2D).items():
         tested = test[view], test_labels_N
-        near = knn_accuracies(train_ND[rank::ranks], train_labels_N[rank::ranks], *tested, ks, temperature)
+        shares = (train_ND[rank::ranks], train_labels_N[rank::ranks], *tested)
+        near = knn_accuracies(*(share.to(device) for share in shares), ks, temperature)
         fitted = logreg_accuracy(train_ND, train_labels_N, *tested, cs)[0] if rank == 0 else None
         found[view] = {**{f"k={k}": accuracy for k, accuracy in near.items()}, "logreg": broadcast(fitted)}
     return found
