@@ -13,13 +13,12 @@ import torch
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from ccmim_fast.data.source import usable_count
 from ccmim_fast.data.stream.batch import Batch
-from ccmim_fast.errors import ConfigError, DataError
+from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.encoders import Encoder
 from ccmim_fast.evaluation.frozen.features import of_all_ranks, own_features
-from ccmim_fast.evaluation.frozen.knn import knn_accuracies
-from ccmim_fast.evaluation.frozen.logreg import GRID, logreg_accuracy
+from ccmim_fast.evaluation.frozen.knn import check_k, knn_accuracies
+from ccmim_fast.evaluation.frozen.logreg import GRID, check_classes, logreg_accuracy
 from ccmim_fast.evaluation.job import Job, Work
 from ccmim_fast.models.encoder import ENCODERS
 from ccmim_fast.models.views import both_pooled, random_partition
@@ -77,8 +76,7 @@ def probes(
 def views(job: Job) -> Work:
     """Prepare the accuracies of all views."""
     encoder, config = job.frozen_encoder(pools=False), job.config
-    has_cls = bool(encoder.prefix) and getattr(encoder.vit, "cls_token", True) is not None
-    if not has_cls:
+    if not encoder.prefix or getattr(encoder.vit, "cls_token", True) is None:
         raise ConfigError(
             f"{job.weights.arch} has no [CLS] token, which the views are of; use ccmim eval knn or logreg"
         )
@@ -87,15 +85,13 @@ def views(job: Job) -> Work:
         raise ConfigError(
             f"{job.weights.arch} is a {type(encoder.vit).__name__}, and takes no few patches; needs {known}"
         )
-    if max(config.knn.k) > (images := usable_count(job.train.source)):
-        raise ConfigError(f"knn.k={max(config.knn.k)}: must be at most the {images} training images")
+    check_k(job)
     few = FewPatches(encoder, config.model.mask_ratio or job.weights.mask_ratio or _MASK_RATIO)
 
     def work() -> dict[str, float]:
         own = (own_features(job, images, 4 * encoder.width, few) for images in (job.train, job.test))
         train, test = (of_all_ranks(part, images) for part, images in zip(own, (job.train, job.test)))
-        if len(train.labels_S.unique()) < 2:
-            raise DataError("the training images that can be read are of one class alone")
+        check_classes(train.labels_S)
         parts = (part for of in (train, test) for part in (of.features_SD.view(-1, 2, 2, encoder.width), of.labels_S))
         ks = sorted({min(k, len(train.ids_S)) for k in config.knn.k})
         found = probes(*parts, ks, config.knn.temperature, config.logreg.c, job.here)
