@@ -25,6 +25,7 @@ from ccmim_fast.ranks.fsdp import let_go
 from ccmim_fast.ranks.session import Session, gather_ranks
 
 SETS = 4  # of random patches: of a quarter of the patches each they cost as much as the whole image
+_AT_ONCE = 64  # images of a pass, or a micro-batch: beside the weights a pass without gradient takes less than a step
 # A look costs up to two forward passes of each of its images, less than two steps of them. Where that is 1 % of an
 # epoch or less there is a look after each.
 _STEPS, _SHARE = 2, 0.01
@@ -62,7 +63,7 @@ class Look:
 
     def _batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield whole images [B, H, W, C] and their ids; in place of one that fails the sample that training shows."""
-        source, size = self._plan.source, self._plan.micro_batch_size
+        source, size = self._plan.source, min(_AT_ONCE, self._plan.micro_batch_size)
         sizes_S2 = source.sizes_N2[self._ids_S].astype(np.int64)
         boxes_S4 = np.concatenate([np.zeros_like(sizes_S2), sizes_S2], axis=1)
         none_S = np.zeros_like(self._ids_S)

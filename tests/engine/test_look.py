@@ -14,12 +14,13 @@ from ccmim_fast.data.build import build_source
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.data.stream.torch_loader import evaluation_batches
 from ccmim_fast.engine import look as module
-from ccmim_fast.engine.look import SETS, Look
+from ccmim_fast.engine.look import SETS, Look, measures
 from ccmim_fast.engine.loop import Loop
 from ccmim_fast.engine.pretraining import fit
 from ccmim_fast.engine.representation import alignment, alpha_req, lidar, rankme, uniformity
 from ccmim_fast.errors import DataError, StoppedError
 from ccmim_fast.models.tokens import encode, prefix_tokens, tokens_of
+from ccmim_fast.models.views import Views
 from ccmim_kernels import gather_tokens
 from ccmim_kernels.sample_partition import sample_partition_reference
 
@@ -120,6 +121,18 @@ def _same(a, b):
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(_same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_features_that_are_not_finite_have_no_figures():
+    """Each is null in the record; so are those of a single image that have no meaning."""
+    pooled, pair = torch.randn(20, 3, 2, 8), torch.randn(20, 2, 4)
+    pooled[3, 1, 0, 2] = torch.inf
+    found = measures(Views(pooled, pair))
+    assert found.keys() == OF_BOTH | {"alignment"}
+    assert all(value != value for value in found.values())
+    alone = measures(Views(pooled[:1], None))
+    assert alone["rankme"] == pytest.approx(1)
+    assert {name for name, value in alone.items() if value != value} == OF_BOTH - {"rankme", "rankme_cls"}
 
 
 def test_mae_has_no_alignment(tmp_path, config_for):
