@@ -29,6 +29,7 @@ from ccmim_fast.engine.build import (
     choose_shards,
     prepare_step,
 )
+from ccmim_fast.engine.compile import eager
 from ccmim_fast.engine.dry_run import count_flops
 from ccmim_fast.engine.health import health_of
 from ccmim_fast.engine.look import Look
@@ -134,7 +135,9 @@ class Pretraining(Task):
         )
 
     def count_flops(self) -> dict[Any, float]:
-        return count_flops(self.train_step)
+        # torch compiles nothing under a counter.
+        with eager(self.train_step):
+            return count_flops(self.train_step)
 
     @property
     def headline(self) -> str:
