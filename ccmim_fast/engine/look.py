@@ -26,9 +26,9 @@ from ccmim_fast.ranks.session import Session, gather_ranks
 
 SETS = 4  # of random patches: of a quarter of the patches each they cost as much as the whole image
 _AT_ONCE = 64  # images of a pass, or a micro-batch: beside the weights a pass without gradient takes less than a step
-# A look costs up to two forward passes of each of its images, less than two steps of them. Where that is 1 % of an
-# epoch or less there is a look after each.
-_STEPS, _SHARE = 2, 0.01
+# FLOPs of a look as training steps of its images: counted, 0.7 (demo), 1.6 (ccMIM, ViT-B) to 2.3 (MAE, ViT-H). Where
+# that is surely 1 % of an epoch or less there is a look after each.
+_STEPS, _SHARE = 3, 0.01
 
 
 class Look:

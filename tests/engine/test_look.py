@@ -177,13 +177,13 @@ def test_a_stop_at_the_end_of_an_epoch_leaves_its_record(tmp_path, config_for, m
 
 
 def test_looks_cost_a_hundredth_of_an_epoch_or_come_with_checkpoints(tmp_path, config_for):
-    """Two steps of each image."""
+    """Three steps of each image, at most."""
     fit(changed(config_for(tmp_path), "run", save_every=3))
     assert [record["step"] for record in records(tmp_path)] == [0, 6, 8]
     look = object.__new__(Look)
-    look._plan, look.images = type("Plan", (), {"samples": 2400})(), 12
+    look._plan, look.images = type("Plan", (), {"samples": 3600})(), 12
     assert [look.is_due(epoch, saved) for epoch, saved in ((0, False), (1, False), (2, True))] == [True, True, True]
-    look._plan.samples = 2399
+    look._plan.samples = 3599
     assert [look.is_due(epoch, saved) for epoch, saved in ((0, False), (1, False), (2, True))] == [True, False, True]
 
 
