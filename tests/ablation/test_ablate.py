@@ -94,7 +94,7 @@ def test_the_command_writes_a_table(tmp_path, capsys):
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert [row.split(" | ")[0].strip("| ") for row in rows[2:5]] == ["random", "all", "bank"]
     assert "bank - all, auroc:" in text
-    assert "| kNN | average | [CLS] | both | average, visible |" in text
+    assert "| kNN | average | [CLS] | both | average (visible) |" in text
     assert "--seeds 1" in text
     assert len(json.loads((tmp_path / "out" / "table.json").read_text())["runs"]) >= 3
     assert (tmp_path / "out" / "table.png").stat().st_size > 10_000
@@ -241,11 +241,11 @@ def test_all_views_stand_in_tables_of_their_own():
     """Also beside runs of an older version, whose figures are of the average alone."""
     whole = [{**figures("all", seed, 0.8), **dict.fromkeys(VIEW_KEYS, 0.25 + seed / 10)} for seed in (0, 1)]
     tables = views_markdown(whole).split("\n\n")
-    head = "average | [CLS] | both | average, visible | [CLS], visible | both, visible |"
+    head = "average | [CLS] | both | average (visible) | [CLS] (visible) | both (visible) |"
     assert [table.splitlines()[0] for table in tables] == [f"| logistic regression | {head}", f"| kNN | {head}"]
     assert tables[0].splitlines()[2] == f"| all | 0.500 ± 0.000 |{' 0.300 ± 0.071 |' * 5}"
     assert views_markdown([*whole, figures("bank", 0, 0.9)]) == ""
-    assert "[CLS], visible" not in markdown(whole)
+    assert "[CLS] (visible)" not in markdown(whole)
 
 
 def test_lambdas_are_points_of_two_curves(tmp_path):

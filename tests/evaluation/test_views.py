@@ -108,15 +108,15 @@ def test_the_evaluation_has_all_views(evaluated):
     """One pass over each set of images; the patches' average of whole images as `knn` and `logreg` have it."""
     result = evaluated("views", "--knn.k=[10]")
     figures = result["figures"]
-    assert list(figures) == [f"{name}, {view}" for view in VIEWS.values() for name in ("k=10", "logreg")]
-    assert figures["k=10, average"] == evaluated("knn", "--knn.k=[10]", folder="knn")["figures"]["k=10"]
-    assert figures["logreg, average"] == evaluated("logreg", folder="logreg")["figures"]["accuracy"]
-    assert figures["k=10, average"] > 0.6
-    assert figures["k=10, average, visible"] < figures["k=10, average"]
+    assert list(figures) == [f"{name} {view}" for view in VIEWS.values() for name in ("k=10", "logreg")]
+    assert figures["k=10 average"] == evaluated("knn", "--knn.k=[10]", folder="knn")["figures"]["k=10"]
+    assert figures["logreg average"] == evaluated("logreg", folder="logreg")["figures"]["accuracy"]
+    assert figures["k=10 average"] > 0.6
+    assert figures["k=10 average (visible)"] < figures["k=10 average"]
     cls = evaluated("knn", "--knn.k=[10]", "--model.pool=cls", folder="cls")["figures"]["k=10"]
-    assert figures["k=10, [CLS]"] == cls
+    assert figures["k=10 [CLS]"] == cls
     almost = evaluated("views", "--knn.k=[10]", "--model.mask_ratio=0.01", folder="almost")["figures"]
-    assert abs(almost["k=10, average, visible"] - almost["k=10, average"]) < 0.05
+    assert abs(almost["k=10 average (visible)"] - almost["k=10 average"]) < 0.05
 
 
 @pytest.mark.parametrize(

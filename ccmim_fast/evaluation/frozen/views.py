@@ -30,9 +30,9 @@ VIEWS = {
     "": "average",
     "_cls": "[CLS]",
     "_both": "both",
-    "_visible": "average, visible",
-    "_cls_visible": "[CLS], visible",
-    "_both_visible": "both, visible",
+    "_visible": "average (visible)",
+    "_cls_visible": "[CLS] (visible)",
+    "_both_visible": "both (visible)",
 }
 
 
@@ -95,7 +95,7 @@ def views(job: Job) -> Work:
         parts = (part for of in (train, test) for part in (of.features_SD.view(-1, 2, 2, encoder.width), of.labels_S))
         ks = sorted({min(k, len(train.ids_S)) for k in config.knn.k})
         found = probes(*parts, ks, config.knn.temperature, config.logreg.c, job.here)
-        return {f"{name}, {VIEWS[view]}": share for view, by_name in found.items() for name, share in by_name.items()}
+        return {f"{name} {VIEWS[view]}": share for view, by_name in found.items() for name, share in by_name.items()}
 
     return work
 
