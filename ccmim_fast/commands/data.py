@@ -20,7 +20,6 @@ from ccmim_fast.data.index.left_out import (
     left_out_lines,
     merged,
     note_lines,
-    told,
     without_name,
 )
 from ccmim_fast.data.progress import progress_bar
@@ -134,19 +133,17 @@ def _composite(parser: Parser, argv: list[str]) -> None:
     with new_folder(Path(given.out), "ccmim data composite") as partial, progress_bar("writing") as report:
         sources = [open_images(root, 3, quiet=True) for root in (given.cutouts, given.backgrounds)]
         composer = Composer(*sources, style, given.classes, given.without, given.workers)
-        pictures = composer.pictures(given.held_out if given.test else 0)
-        notes = [*composer.notes, *(note for source in sources for note in told(source))]
-        for line in note_lines(merged(notes)):
-            print(line, file=sys.stderr)
-        for part, samples in zip(PARTS, (given.samples, given.test)):
-            if samples:
-                composer.write(partial, part, pictures[part], samples, report)
-    for part, samples in zip(PARTS, (given.samples, given.test)):
-        if samples:
-            cutouts = sum(map(len, pictures[part].cutouts))
-            made = f"{_count(cutouts, 'cut-out')} and {_count(len(pictures[part].backgrounds), 'background')}"
-            classes = f" of {_count(len(composer.class_names), 'class', 'es')}" if composer.class_names else ""
-            print(f"{part}: {_count(samples, 'image')}{classes}, made of {made}")
+        parts = composer.parts(given.held_out if given.test else 0)
+        for note in composer.left_out():
+            print(*note_lines([note]), file=sys.stderr)
+        samples = {part: count for part, count in zip(PARTS, (given.samples, given.test)) if count}
+        for part, count in samples.items():
+            composer.write(partial, part, parts[part], count, report)
+    for part, count in samples.items():
+        cutouts, backgrounds = sum(map(len, parts[part].cutouts)), len(parts[part].backgrounds)
+        classes = f" of {_count(len(composer.class_names), 'class', 'es')}" if composer.class_names else ""
+        made = f"{_count(cutouts, 'cut-out')} and {_count(backgrounds, 'background')}"
+        print(f"{part}: {_count(count, 'image')}{classes}, made of {made}")
     print(f"train on them with --data.root={str(Path(given.out, PARTS[0]))!r}")
 
 

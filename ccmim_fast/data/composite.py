@@ -15,10 +15,10 @@ from PIL import Image
 
 from ccmim_fast.config.keys import nearest
 from ccmim_fast.data.index.indexed import IndexedSource
-from ccmim_fast.data.index.left_out import Notes, without_name
+from ccmim_fast.data.index.left_out import Note, Notes, kind_of, merged, note_lines, told
 from ccmim_fast.data.made.base import balanced_labels
 from ccmim_fast.data.made.cutout import crop_background, open_background, open_cutout, paste, resized
-from ccmim_fast.data.source import usable_ids
+from ccmim_fast.data.source import usable_count, usable_ids
 from ccmim_fast.data.threads import map_ahead, thread_count
 from ccmim_fast.errors import ConfigError, DataError
 from ccmim_kernels.philox import STREAM_SHAPES, keyed_uniform
@@ -47,18 +47,57 @@ class Style(NamedTuple):
         return least, most
 
 
-class Pictures(NamedTuple):
+class Part(NamedTuple):
     """This tuple has the cut-outs, of each class, and the backgrounds that one part is made of, by their ids."""
 
     cutouts: list[list[int]]
     backgrounds: list[int]
 
 
+class _Pictures:
+    """This class decodes the pictures of a source, by `open_one` from their bytes, and notes what is of no use."""
+
+    def __init__(self, source: IndexedSource, open_one: Callable[[bytes], Image.Image], threads: int):
+        self.source, self.notes, self._threads = source, Notes(), threads
+        self._open_now = lambda index: open_one(source.encoded(index))
+        self.open = lru_cache(_KEPT)(self._open_now)
+
+    def ids(self) -> list[int]:
+        return usable_ids(self.source, np.arange(usable_count(self.source))).tolist()
+
+    def keys(self, ids: list[int]) -> dict[int, int]:
+        """Decode pictures; return the ids of those that are of use, each with a key of its pixels."""
+        found: dict[tuple, int] = {}
+        for index, key in zip(ids, map_ahead(self._look, ids, self._threads, 8 * self._threads)):
+            if isinstance(key, str) or key in found:
+                self.notes.add(self.source.name(index), key if isinstance(key, str) else "the same pixels as another")
+            else:
+                found[key] = index
+        return {index: int.from_bytes(digest[:7]) for (_, digest), index in found.items()}
+
+    def left_out(self) -> list[Note]:
+        return merged([*self.notes, *told(self.source)])
+
+    def too_few(self, what: str) -> DataError:
+        """Return the error for a source without `what`, with the first reason why pictures are left out."""
+        return DataError(
+            "; ".join([f"{self.source.origin!r}: no {what} can be used", *note_lines(self.left_out())[:1]])
+        )
+
+    def _look(self, index: int) -> tuple[tuple[int, int], bytes] | str:
+        """Return the size of a picture and a digest of its pixels, or the reason why it is of no use."""
+        try:
+            image = self._open_now(index)
+        except DataError as error:
+            return kind_of(str(error))
+        return image.size, hashlib.sha256(image.tobytes()).digest()
+
+
 class Composer:
-    """This class makes composites of the images of two sources; what is left out, and why, is in `notes`.
+    """This class makes composites of the images of two sources.
 
     `classes` are those that are used, all if empty, and `without` those that are not. Raises ConfigError for a class
-    that is not there, DataError if no cut-out or no background is left.
+    that is not there, and if none is left.
     """
 
     def __init__(
@@ -70,48 +109,49 @@ class Composer:
         without: Iterable[str] = (),
         workers: int = 0,
     ):
-        self._cutouts, self._backgrounds, self._style, self.notes = cutouts, backgrounds, style, Notes()
-        self._threads = thread_count(workers)
+        self._style, self._threads = style, thread_count(workers)
         self.class_names = _chosen(cutouts.class_names, classes, without)
-        self._open_cutout = lru_cache(_KEPT)(lambda index: open_cutout(cutouts.encoded(index), *style.sides()))
-        self._open_background = lru_cache(_KEPT)(
-            lambda index: open_background(backgrounds.encoded(index), style.image_size)
-        )
+        least, most = style.sides()
+        self._cutouts = _Pictures(cutouts, partial(open_cutout, least=least, most=most), self._threads)
+        open_one = partial(open_background, image_size=style.image_size)
+        self._backgrounds = _Pictures(backgrounds, open_one, self._threads)
 
-    def pictures(self, held_out: float) -> dict[str, Pictures]:
-        """Look at all pictures, and tell which are of which part; `held_out` is the share of the part `test`, or 0."""
-        ids = usable_ids(self._cutouts, np.arange(len(self._cutouts) - len(self._cutouts.excluded_X))).tolist()
-        names, labels_N = self._cutouts.class_names, self._cutouts.labels_N
-        label_of = {index: names[labels_N[index]] if labels_N[index] >= 0 else "" for index in ids} if names else {}
-        for index in ids:
-            if names and not label_of[index]:
-                self.notes.add(self._cutouts.name(index), "a cut-out in no folder of a class")
-        chosen = [index for index in ids if not names or label_of[index] in self.class_names]
-        keys = self._usable(self._cutouts, self._open_cutout, chosen)
-        groups = [[index for index in keys if not names or label_of[index] == name] for name in self._categories()]
-        ids = usable_ids(self._backgrounds, np.arange(len(self._backgrounds) - len(self._backgrounds.excluded_X)))
-        background_keys = self._usable(self._backgrounds, self._open_background, ids.tolist())
-        return self._divided(groups, keys, background_keys, held_out)
+    def parts(self, held_out: float) -> dict[str, Part]:
+        """Look at all pictures, and tell which are of which part; `held_out` is the share of `test`, 0 for no such.
 
-    def _divided(self, groups: list[list[int]], keys: dict, background_keys: dict, held_out: float) -> dict:
-        needed = 2 if held_out else 1
-        kept = []
-        for name, group in zip(self._categories(), groups):
-            if len(group) < needed:
-                self.notes.add(name, f"a class of {len(group)} cut-outs: {needed} are needed, none in both sets")
-            else:
-                kept.append((name, group))
-        if not kept:
-            raise DataError(f"{self._cutouts.origin!r}: no class has {needed} cut-outs that can be used")
-        if len(background_keys) < needed:
-            raise DataError(f"{self._backgrounds.origin!r}: {needed} backgrounds are needed, none in both sets")
-        if self.class_names:
-            self.class_names = tuple(name for name, _ in kept)
-        sides = [self._split({index: keys[index] for index in group}, held_out) for _, group in kept]
-        backgrounds = self._split(background_keys, held_out)
-        return {part: Pictures([side[n] for side in sides], backgrounds[n]) for n, part in enumerate(PARTS)}
+        Classes that have too few cut-outs are left out. Raises DataError if no class or no background is left.
+        """
+        names, labels_N = self._cutouts.source.class_names, self._cutouts.source.labels_N
+        of_class: dict[str, list[int]] = {name: [] for name in self._categories()}
+        for index in self._cutouts.ids():
+            name = _ONE_CLASS if labels_N is None else names[labels_N[index]] if labels_N[index] >= 0 else ""
+            of_class.get(name, []).append(index)
+            if not name:
+                self._cutouts.notes.add(self._cutouts.source.name(index), "a cut-out in no folder of a class")
+        keys = self._cutouts.keys([index for ids in of_class.values() for index in ids])
+        groups = {name: {index: keys[index] for index in ids if index in keys} for name, ids in of_class.items()}
+        least = 2 if held_out else 1
+        for name in [name for name, group in groups.items() if len(group) < least]:
+            reason = (
+                "a class of one cut-out, where each part needs one" if groups.pop(name) else "a class without cut-outs"
+            )
+            self._cutouts.notes.add(name, reason)
+        each = ", one for each part," if held_out else ""
+        if not groups:
+            raise self._cutouts.too_few(f"{'two cut-outs of a class' if held_out else 'cut-out'}{each}")
+        background_keys = self._backgrounds.keys(self._backgrounds.ids())
+        if len(background_keys) < least:
+            raise self._backgrounds.too_few(f"{'two backgrounds' if held_out else 'background'}{each}")
+        self.class_names = self.class_names and tuple(groups)
+        divided = [self._divided(group, held_out) for group in groups.values()]
+        backgrounds = self._divided(background_keys, held_out)
+        return {part: Part([sides[n] for sides in divided], backgrounds[n]) for n, part in enumerate(PARTS)}
 
-    def write(self, folder: Path, part: str, pictures: Pictures, samples: int, report: Callable) -> None:
+    def left_out(self) -> list[Note]:
+        """Return what is left out of both sources, and why."""
+        return merged([*self._cutouts.left_out(), *self._backgrounds.left_out()])
+
+    def write(self, folder: Path, part: str, pictures: Part, samples: int, report: Callable) -> None:
         """Write one part's images, masks and annotations. `report` is called with what is done and the total."""
         labels_N = balanced_labels(self._style.seed, samples, len(pictures.cutouts))
         ids_N = torch.arange(samples)
@@ -131,7 +171,7 @@ class Composer:
         content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
         (folder / ANNOTATIONS / f"instances_{part}.json").write_text(json.dumps(content))
 
-    def _write_one(self, folder: Path, part: str, pictures: Pictures, sample: tuple) -> tuple[dict, dict]:
+    def _write_one(self, folder: Path, part: str, pictures: Part, sample: tuple) -> tuple[dict, dict]:
         """Write one image and its mask; return its rows of the annotations."""
         index, label, u_D = sample
         cutout, background = (_pick(ids, u) for ids, u in zip((pictures.cutouts[label], pictures.backgrounds), u_D))
@@ -141,13 +181,14 @@ class Composer:
         Image.fromarray(mask_HW.astype(np.uint8) * 255).save(folder / MASKS / part / name)
         height, width = mask_HW.shape
         image = {"id": index + 1, "file_name": name, "height": height, "width": width}
-        image["cutout"], image["background"] = self._cutouts.name(cutout), self._backgrounds.name(background)
+        image["cutout"] = self._cutouts.source.name(cutout)
+        image["background"] = self._backgrounds.source.name(background)
         return image, {"id": index + 1, "image_id": index + 1, "category_id": label + 1, **described(mask_HW)}
 
     def _draw(self, cutout: int, background: int, u_7: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         (height, width), (least, most) = self._style.image_size, self._style.sides()
-        background_HW3 = crop_background(self._open_background(background), self._style.image_size, u_7[4:])
-        object_hw4 = resized(self._open_cutout(cutout), least + int(u_7[0] * (most - least + 1)))
+        background_HW3 = crop_background(self._backgrounds.open(background), self._style.image_size, u_7[4:])
+        object_hw4 = resized(self._cutouts.open(cutout), least + int(u_7[0] * (most - least + 1)))
         if self._style.flip and u_7[1] < 0.5:
             object_hw4 = object_hw4[:, ::-1]
         y, x = (int(u * (all_ - own + 1)) for u, all_, own in zip(u_7[2:], (height, width), object_hw4.shape))
@@ -156,24 +197,7 @@ class Composer:
     def _categories(self) -> tuple[str, ...]:
         return self.class_names or (_ONE_CLASS,)
 
-    def _usable(self, source: IndexedSource, open_one: Callable, ids: list[int]) -> dict[int, int]:
-        """Decode pictures; return those that are of use, each with a key of its content. The others are noted."""
-
-        def look(index: int) -> bytes | str:
-            try:
-                return hashlib.sha256(open_one.__wrapped__(index).tobytes()).digest()
-            except DataError as error:
-                return without_name(str(error))
-
-        found: dict[bytes, int] = {}
-        for index, key in zip(ids, map_ahead(look, ids, self._threads, 8 * self._threads)):
-            if isinstance(key, str) or key in found:
-                self.notes.add(source.name(index), key if isinstance(key, str) else "the same pixels as another one")
-            else:
-                found[key] = index
-        return {index: int.from_bytes(key[:7]) for key, index in found.items()}
-
-    def _split(self, keys: dict[int, int], held_out: float) -> tuple[list[int], list[int]]:
+    def _divided(self, keys: dict[int, int], held_out: float) -> tuple[list[int], list[int]]:
         """Divide pictures in two by what is drawn for their content: one at least on each side, unless none is asked.
 
         A picture that is renamed stays on its side.
@@ -209,7 +233,10 @@ def _chosen(names: tuple[str, ...], classes: Iterable[str], without: Iterable[st
                     f"; did you mean {nearest(name, names)!r}?" if names else ": cut-outs lie in no folders of classes"
                 )
                 raise ConfigError(f"{option} {name!r:.80}: no such class{near}")
-    return tuple(name for name in names if (not classes or name in classes) and name not in without)
+    left = tuple(name for name in names if (not classes or name in classes) and name not in without)
+    if names and not left:
+        raise ConfigError("--without: no class is left")
+    return left
 
 
 def _pick(ids: list[int], u: float) -> int:

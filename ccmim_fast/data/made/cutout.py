@@ -44,7 +44,7 @@ def open_cutout(data: bytes, least: int, most: int) -> Image.Image:
         raise DataError("smaller than the smallest object that is drawn")
     image = _reduced(image, max(image.size), most)
     if (resized(image, least)[..., 3] >= 127.5).sum() < _LEAST_PIXELS:
-        raise DataError(f"too thin: less than {_LEAST_PIXELS} pixels are left of it at the smallest size")
+        raise DataError("too thin: next to nothing is left of it at the smallest size")
     return image
 
 
