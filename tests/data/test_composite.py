@@ -1,5 +1,6 @@
 """Composites: what `ccmim data composite` writes is exact, held apart, and the same whatever made it."""
 
+import io
 import json
 import warnings
 from pathlib import Path
@@ -231,6 +232,30 @@ def test_a_crop_shows_the_background_alone(size, image_size):
         assert abs(np.diff(crop_HW3[..., 1], axis=0)).max() <= 1
         rows, columns = np.ptp(crop_HW3[:, 0, 0]) * size[0], np.ptp(crop_HW3[0, :, 1]) * size[1]
         assert rows / columns == pytest.approx(image_size[0] / image_size[1], rel=0.2)
+
+
+def test_large_pictures_are_averaged_first_and_look_the_same():
+    """Of a picture of many pixels a part is kept; what is drawn of it differs by little, also at the rim."""
+    image = picture(5, 1800, 1440)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    opened = cutout.open_cutout(file.getvalue(), 20, 40)
+    assert max(opened.size) <= 2 * 4 * 40
+    whole_hw4, kept_hw4 = (cutout.resized(one, 40) for one in (image.crop(image.getbbox()), opened))
+    assert whole_hw4.shape == kept_hw4.shape
+    assert abs(whole_hw4 - kept_hw4).max() <= 16
+    assert abs(whole_hw4 - kept_hw4).mean() <= 0.5
+
+
+def test_backgrounds_of_16_bits_are_scaled_and_orientation_counts(tmp_path):
+    Image.fromarray(np.linspace(0, 65535, 64 * 80).astype(np.uint16).reshape(64, 80)).save(tmp_path / "1.png")
+    opened = cutout.open_background((tmp_path / "1.png").read_bytes(), (32, 32))
+    assert (opened.mode, opened.getpixel((0, 0)), opened.getpixel((79, 63))) == ("RGB", (0,) * 3, (255,) * 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    picture(1, 60, 40).save(tmp_path / "2.png", exif=exif)
+    opened = cutout.open_cutout((tmp_path / "2.png").read_bytes(), 10, 50)
+    assert opened.width > opened.height
 
 
 @pytest.mark.parametrize("mode", ["LA", "P", "PA", "tRNS"])

@@ -7,6 +7,7 @@ from fractions import Fraction
 import numpy as np
 from PIL import Image, ImageOps
 
+from ccmim_fast.data.index.decode import decode
 from ccmim_fast.data.index.formats import open_picture
 from ccmim_fast.errors import DataError, one_line
 
@@ -29,7 +30,11 @@ def open_cutout(data: bytes, least: int, most: int) -> Image.Image:
     Raises:
         DataError: the reason why it is of no use.
     """
-    image = _opened(data)
+    try:
+        with open_picture(data) as opened:
+            image = ImageOps.exif_transpose(opened)
+    except Exception as error:  # Pillow's plugins raise errors of any type on damaged pixels
+        raise DataError(one_line(error)) from error
     if not image.has_transparency_data:
         raise DataError("no alpha channel: no cut-out")
     image = image.convert("RGBA")
@@ -50,11 +55,8 @@ def open_cutout(data: bytes, least: int, most: int) -> Image.Image:
 
 def open_background(data: bytes, image_size: tuple[int, int]) -> Image.Image:
     """Decode a background, RGB; alpha is dropped. Raises DataError with the reason why it is of no use."""
-    image = _opened(data)
-    if image.mode.startswith("I") or image.mode == "F":
-        raise DataError(f"pixels of mode {image.mode}: scale them to 8 bits")
-    image.info.pop("transparency", None)  # otherwise Pillow warns about palettes with partly transparent entries
-    return _reduced(image.convert("RGB"), min(image.size), int(max(image_size) / _CROPS[0]))
+    image = Image.fromarray(decode(data, channels=3))
+    return _reduced(image, min(image.size), int(max(image_size) / _CROPS[0]))
 
 
 def crop_background(image: Image.Image, image_size: tuple[int, int], u_3: np.ndarray) -> np.ndarray:
@@ -97,16 +99,6 @@ def paste(background_HW3: np.ndarray, object_hw4: np.ndarray, y: int, x: int) ->
     image_HW3[window] = np.rint(mixed_hw3).clip(0, 255).astype(np.uint8)
     mask_HW[window] = object_hw4[..., 3] >= 127.5
     return image_HW3, mask_HW
-
-
-def _opened(data: bytes) -> Image.Image:
-    """Decode an image, turned upright. Raises DataError with the reason."""
-    try:
-        with open_picture(data) as image:
-            return ImageOps.exif_transpose(image)
-    # Pillow's plugins raise errors of any type on damaged pixels.
-    except Exception as error:
-        raise DataError(one_line(error)) from error
 
 
 def _reduced(image: Image.Image, side: int, asked: int) -> Image.Image:
