@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -125,6 +126,24 @@ def test_classes_are_locked_away(folders):
     ]
     out = make(folders, "--samples", 4, "--without", "a", "c", out="2")
     assert [path.name for path in (out / "train").iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize(("options", "least", "most"), [([], 12, 28), (["--no-flip"], 0, 0)])
+def test_half_of_the_objects_are_mirrored(folders, options, least, most):
+    """Of a disc with a flag to its right, the flag is then at the left."""
+    pixels = np.array(picture(0))
+    pixels[10:20, 24:] = (255, 255, 255, 255)
+    for name in "abc":
+        shutil.rmtree(folders / "cutouts" / name)
+    Image.fromarray(pixels).save(folders / "cutouts/flag.png")
+    mirrored = 0
+    for mask in (make(folders, "--samples", 40, *options) / "masks/train").iterdir():
+        mask_HW = np.asarray(Image.open(mask)) > 0
+        rows, columns = np.nonzero(mask_HW)
+        middle = (columns.min() + columns.max()) / 2
+        upper = rows < rows.min() + np.ptp(rows) // 3
+        mirrored += columns[upper].mean() < middle
+    assert least <= mirrored <= most
 
 
 def test_flat_cutouts_have_no_labels(folders):
