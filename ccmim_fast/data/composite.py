@@ -80,9 +80,8 @@ class _Pictures:
 
     def too_few(self, what: str) -> DataError:
         """Return the error for a source without `what`, with the first reason why pictures are left out."""
-        return DataError(
-            "; ".join([f"{self.source.origin!r}: no {what} can be used", *note_lines(self.left_out())[:1]])
-        )
+        line = f"{self.source.origin!r}: no {what} can be used"
+        return DataError("; ".join([line, *note_lines(self.left_out())[:1]]))
 
     def _look(self, index: int) -> tuple[tuple[int, int], bytes] | str:
         """Return the size of a picture and a digest of its pixels, or the reason why it is of no use."""
@@ -121,27 +120,21 @@ class Composer:
 
         Classes that have too few cut-outs are left out. Raises DataError if no class or no background is left.
         """
-        names, labels_N = self._cutouts.source.class_names, self._cutouts.source.labels_N
-        of_class: dict[str, list[int]] = {name: [] for name in self._categories()}
-        for index in self._cutouts.ids():
-            name = _ONE_CLASS if labels_N is None else names[labels_N[index]] if labels_N[index] >= 0 else ""
-            of_class.get(name, []).append(index)
-            if not name:
-                self._cutouts.notes.add(self._cutouts.source.name(index), "a cut-out in no folder of a class")
+        of_class = self._by_class()
         keys = self._cutouts.keys([index for ids in of_class.values() for index in ids])
         groups = {name: {index: keys[index] for index in ids if index in keys} for name, ids in of_class.items()}
         least = 2 if held_out else 1
-        for name in [name for name, group in groups.items() if len(group) < least]:
-            reason = (
-                "a class of one cut-out, where each part needs one" if groups.pop(name) else "a class without cut-outs"
-            )
-            self._cutouts.notes.add(name, reason)
+        for name, group in [*groups.items()]:
+            if len(group) < least:
+                why = "a class of one cut-out, where each part needs one" if group else "a class without a cut-out"
+                self._cutouts.notes.add(name, why)
+                del groups[name]
         each = ", one for each part," if held_out else ""
         if not groups:
-            raise self._cutouts.too_few(f"{'two cut-outs of a class' if held_out else 'cut-out'}{each}")
+            raise self._cutouts.too_few(("two cut-outs of a class" if held_out else "cut-out") + each)
         background_keys = self._backgrounds.keys(self._backgrounds.ids())
         if len(background_keys) < least:
-            raise self._backgrounds.too_few(f"{'two backgrounds' if held_out else 'background'}{each}")
+            raise self._backgrounds.too_few(("two backgrounds" if held_out else "background") + each)
         self.class_names = self.class_names and tuple(groups)
         divided = [self._divided(group, held_out) for group in groups.values()]
         backgrounds = self._divided(background_keys, held_out)
@@ -181,8 +174,8 @@ class Composer:
         Image.fromarray(mask_HW.astype(np.uint8) * 255).save(folder / MASKS / part / name)
         height, width = mask_HW.shape
         image = {"id": index + 1, "file_name": name, "height": height, "width": width}
-        image["cutout"] = self._cutouts.source.name(cutout)
-        image["background"] = self._backgrounds.source.name(background)
+        image["cutout"] = self._cutouts.source.index.location(cutout)
+        image["background"] = self._backgrounds.source.index.location(background)
         return image, {"id": index + 1, "image_id": index + 1, "category_id": label + 1, **described(mask_HW)}
 
     def _draw(self, cutout: int, background: int, u_7: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -193,6 +186,18 @@ class Composer:
             object_hw4 = object_hw4[:, ::-1]
         y, x = (int(u * (all_ - own + 1)) for u, all_, own in zip(u_7[2:], (height, width), object_hw4.shape))
         return paste(background_HW3, object_hw4, y, x)
+
+    def _by_class(self) -> dict[str, list[int]]:
+        """Return the ids of the cut-outs of each class; those that have none, where others have one, are noted."""
+        source, found = self._cutouts.source, {name: [] for name in self._categories()}
+        for index in self._cutouts.ids():
+            if not source.class_names:
+                found[_ONE_CLASS].append(index)
+            elif source.labels_N[index] < 0:
+                self._cutouts.notes.add(source.name(index), "a cut-out in no folder of a class")
+            elif (name := source.class_names[source.labels_N[index]]) in found:
+                found[name].append(index)
+        return found
 
     def _categories(self) -> tuple[str, ...]:
         return self.class_names or (_ONE_CLASS,)

@@ -4,7 +4,6 @@ import io
 import json
 import shutil
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,9 +105,9 @@ def test_no_cutout_and_no_background_is_in_both_parts(folders):
         name = image["file_name"]
         mask_HW = np.asarray(Image.open(out / "masks/test" / name)) > 0
         colours = np.asarray(Image.open(out / "test" / name))[mask_HW]
-        colour = np.asarray(Image.open(image["cutout"]))[30, 24, :3]
+        colour = np.asarray(Image.open(folders / "cutouts" / image["cutout"]))[30, 24, :3]
         assert (colours == colour).all(axis=1).mean() > 0.7
-        assert Path(image["cutout"]).relative_to(folders / "cutouts").parts[0] == name[0]
+        assert image["cutout"][0] == name[0]
 
 
 def test_a_sample_depends_on_the_seed_and_its_number_alone(folders):
