@@ -113,8 +113,8 @@ ABLATIONS = {
     "teacher": Ablation(
         "How much the teacher sees",
         teacher_variants,
-        ("bank, all", "bank, a third", "random, all", "random, a third"),
-        (("bank, a third", "bank, all"), ("random, a third", "random, all")),
-        "bank, a third",
+        ("bank, all", "bank, a third", "bank, a fifth", "random, all", "random, a fifth"),
+        (("bank, a third", "bank, all"), ("bank, a fifth", "bank, all"), ("random, a fifth", "random, all")),
+        "bank, a fifth",
     ),
 }
