@@ -111,8 +111,9 @@ def _composite(parser: Parser, argv: list[str]) -> None:
     parser.add_argument("backgrounds", help="images of any kind")
     parser.add_argument("--out", required=True, help="a new folder")
     _number(parser, "--samples", 1000, "images to train on", most=_MOST)
-    _number(parser, "--test", 0, "images to test on, of cut-outs and backgrounds held out for them", 0, _MOST)
-    parser.add_argument("--held-out", type=_share, default=0.25, help="share of the pictures that --test takes")
+    _number(parser, "--test", 0, "images to test on, of pictures held out for them", 0, _MOST)
+    held = "share of the pictures that --test takes; 0: it shows those of training, otherwise composed"
+    parser.add_argument("--held-out", type=_share_or_none, default=0.25, help=held)
     size = {"type": whole_number(8, 4096), "nargs": "+", "metavar": "PIXELS"}
     parser.add_argument("--image-size", **size, default=[64], help="height and width, or one number for both")
     scale = {"type": _share, "nargs": 2, "metavar": ("MIN", "MAX"), "default": [0.4, 0.8]}
@@ -155,6 +156,10 @@ def _share(text: str) -> float:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"{text!r:.40} must be a number above 0, up to 1")
+
+
+def _share_or_none(text: str) -> float:
+    return 0.0 if text.strip() in ("0", "0.0") else _share(text)
 
 
 def _stats(parser: Parser, argv: list[str]) -> None:

@@ -116,7 +116,7 @@ class Composer:
         self._backgrounds = _Pictures(backgrounds, open_one, self._threads)
 
     def parts(self, held_out: float) -> dict[str, Part]:
-        """Look at all pictures, and tell which are of which part; `held_out` is the share of `test`, 0 for no such.
+        """Look at all pictures, and tell which are of which part; `held_out` is the share of `test`, 0: both have all.
 
         Classes that have too few cut-outs are left out. Raises DataError if no class or no background is left.
         """
@@ -203,12 +203,12 @@ class Composer:
         return self.class_names or (_ONE_CLASS,)
 
     def _divided(self, keys: dict[int, int], held_out: float) -> tuple[list[int], list[int]]:
-        """Divide pictures in two by what is drawn for their content: one at least on each side, unless none is asked.
+        """Divide pictures in two by what is drawn for their content, one at least on each side; 0: each side has all.
 
         A picture that is renamed stays on its side.
         """
         if not held_out:
-            return [*keys], []
+            return [*keys], [*keys]
         u_N = keyed_uniform(self._style.seed, _PURPOSE_SIDES, torch.tensor([*keys.values()]), 1, STREAM_SHAPES)[:, 0]
         count = min(len(keys) - 1, max(1, round(held_out * len(keys))))
         test = {[*keys][n] for n in u_N.argsort()[:count].tolist()}

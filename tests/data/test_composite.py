@@ -110,6 +110,16 @@ def test_no_cutout_and_no_background_is_in_both_parts(folders):
         assert image["cutout"][0] == name[0]
 
 
+def test_where_nothing_is_held_out_the_test_shows_the_same_pictures_elsewhere(folders):
+    out = make(folders, "--samples", 60, "--test", 60, "--held-out", 0)
+    shown = [{image["cutout"] for image in rows_of(out, part)["images"]} for part in ("train", "test")]
+    assert shown[0] == shown[1]
+    images = [{path.read_bytes() for path in (out / part).rglob("*.png")} for part in ("train", "test")]
+    assert not images[0] & images[1]
+    alone = make(folders, "--samples", 60, out="alone")
+    assert {path.read_bytes() for path in (alone / "train").rglob("*.png")} == images[0]
+
+
 def test_a_sample_depends_on_the_seed_and_its_number_alone(folders):
     whole = files_of(make(folders, "--samples", 9, "--workers", 1, out="whole"))
     first = files_of(make(folders, "--samples", 5, "--workers", 3, out="first"))
