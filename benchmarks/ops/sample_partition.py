@@ -40,6 +40,7 @@ def case(s: Size, device: torch.device) -> Case:
 def launches() -> None:
     for size in ROW_SIZES:
         for logits, strategy in ((empty(2, size), "importance_sampling"), (None, "block")):
-            sampling = (size // 4, 0, ids(2), strategy, "gumbel", 1.0)
-            # Whether the teacher sees all is an argument like the others: no kernel of its own.
-            launchers.sample_partition(logits, ids(2), 1, size, *sampling, block_min=16, teacher=size // 4)
+            # Whether the teacher sees all, and all is masked by importance, are arguments: no kernels of their own.
+            sampling = {"keep": size // 4, "seed": 0, "epochs_B": ids(2), "strategy": strategy, "noise": "gumbel"}
+            sampling |= {"block_min": 16, "teacher": size // 4, "temperature": (1.0, 1.0), "epochs": 1}
+            launchers.sample_partition(logits, ids(2), 1, size, **sampling, important=(1, 1), hints=(1, 1))
