@@ -81,7 +81,7 @@ class ScoreConfig:
     normalise: Literal["renorm", "softmax"] = setting(
         "renorm", "source=all: sum to 1, or softmax again (authors' code)", "ours"
     )
-    temperature: u.Positive = setting(1.0, "T of s^(1/T)", "paper")
+    temperature: u.ScheduledPositive = setting(1.0, "T of s^(1/T): docs/method.md", "paper")
     grid: u.whole("cells", 1, 256) = setting(16, "bank: side of a sample's map, 2 bytes a cell", "ours", "shape")
     momentum: u.Decay = setting(0.5, "bank: share of its score that a cell keeps when a crop covers it again", "ours")
     blocks: u.BlocksOr0 = setting(0, "bank: last blocks, over which attention is averaged; 0: all", "ours")
@@ -104,6 +104,12 @@ class MaskConfig:
         "gumbel", "uniform: divide by softmax(U(0, 1)), as the authors' code", "ours"
     )
     block_min: u.Patches = setting(16, "strategy=block: smallest block", "BEiT")
+    hints: u.Decay = setting(
+        0.0, "share of those that importance would mask that stays visible, drawn at random", "paper; AttMask"
+    )
+    importance: u.ScheduledShare = setting(
+        1.0, "share of the masked patches chosen by importance, the others at random", "paper; HPM"
+    )
 
 
 @dataclass(frozen=True)

@@ -72,10 +72,11 @@ def scheduled(first: int, last: int, done: int | Tensor, span: int) -> int | Ten
     return (first * (span - done) + last * done + span // 2) // span
 
 
-def inverse_temperature(first: float, last: float, done_B: Tensor, span: int) -> float | Tensor:
+def inverse_temperature(first: float, last: float, epochs_B: Tensor, span: int) -> float | Tensor:
     """Return 1 / T of T on the straight way from `first` to `last`, as `scheduled`: one number, or [B, 1] float32."""
     if first == last:
         return 1 / first
+    done_B = epochs_B.clamp(max=span)
     # In float64 from numbers of float32, as kernels get them.
     inverse_B = torch.full_like(done_B, 1 / first, dtype=torch.float32).double()
     growth_B = torch.full_like(done_B, last / first - 1, dtype=torch.float32).double()
@@ -126,18 +127,18 @@ def sample_partition_reference(
 ) -> Partition:
     """Specify `sample_partition`, whose arguments these are, in plain PyTorch; `ways` are the pairs by their names."""
     patches, span = grid[0] * grid[1], max(1, epochs - 1)
-    done_B = epoch.clamp(max=span)
     if strategy == "random":
         keys_BL = keyed_uniform(seed, epoch, ids_B, patches).float()
     elif strategy == "block":
         keys_BL = block_keys(ids_B, seed, epoch, patches - keep, grid, block_min)
     else:
         drawn = noise if strategy == "importance_sampling" else None
-        inverse = inverse_temperature(*ways["temperature"], done_B, span)
+        inverse = inverse_temperature(*ways["temperature"], epoch, span)
         keys_BL = importance_keys(logits_BL, ids_B, seed, epoch, drawn, inverse)
     nan_B = keys_BL.isnan().any(1)
     if is_mixed(strategy, patches - keep, ways["important"], ways["hints"]):
-        counts = (scheduled(*ways[name], done_B[:, None], span) for name in ("important", "hints"))
+        done_B1 = epoch.clamp(max=span)[:, None]
+        counts = (scheduled(*ways[name], done_B1, span) for name in ("important", "hints"))
         keys_BL = mixed_keys(keys_BL, ids_B, seed, epoch, *counts)
     partition = partition_by_keys(keys_BL, keep, nan_B)
     if teacher == patches - keep:
@@ -181,12 +182,9 @@ def sample_partition(
     - `importance_sampling`: keys = log s / T + Gumbel noise, that is, sampling without replacement in proportion to
       s^(1/T) (Gumbel top-k). With `noise="uniform"` keys = log s / T - U(0, 1), as in the authors' code.
 
-    Both kinds of importance may draw a part of the masked set alone, the A patches with the largest keys. H of these,
-    drawn uniformly, stay visible as hints; the next largest take their places. The remaining M - A are drawn uniformly
-    from all that is neither.
-
-    T, A and H may be pairs: from epoch 0 to the last of `epochs` they go straight from the one to the other, A and H
-    rounded, and stay there.
+    By importance A patches are masked, the other M - A uniformly. Of the A largest keys H, drawn uniformly, are hints:
+    they stay visible, and the next largest take their places. T, A and H may be pairs, which they go from and to in
+    equal steps, A and H rounded, from epoch 0 to the last of `epochs`; later epochs are as that.
 
     The noise is a function of (seed, epoch, sample id, patch): no mask depends on the batch it comes in, nor does the
     draw of what the teacher sees of it, which is uniform.
@@ -197,29 +195,15 @@ def sample_partition(
         keep: number of visible patches, 1 .. L - 1.
         grid: rows and columns of patches, rows * columns = L.
         seed, epoch: 0 .. 2**32 - 1; the epoch as a number, or as int64 on the device of `ids_B`, one for all or [B].
-        temperature: T.
+        temperature, important, hints: T; A, 0 .. L - keep, None: all; H, 0 .. min(A, keep). For importance alone.
         teacher: number of masked patches that the teacher sees, 1 .. L - keep; None: all.
-        important: A, 0 .. L - keep; None: all. `random` and `block` take no notice of T, A and H.
-        hints: H, 0 .. A and at most `keep`.
         kernels: `auto`, `triton` or `reference`, see `ccmim_kernels.dispatch`; the partition is the same, bit for bit.
     """
     patches = grid[0] * grid[1]
-    important = patches - keep if important is None else important
-    ways = {"temperature": temperature, "important": important, "hints": hints}
+    ways = {"temperature": temperature, "important": patches - keep if important is None else important, "hints": hints}
     ways = {name: way if isinstance(way, tuple) else (way, way) for name, way in ways.items()}
     _check_sampling(patches, keep, teacher, strategy, noise, epochs, **ways, seed=seed, epoch=epoch)
-    if ids_B.ndim != 1:
-        raise ValueError(f"ids are {list(ids_B.shape)}, expected [{len(ids_B)}]")
-    if isinstance(epoch, Tensor) and epoch.shape not in ((), ids_B.shape):
-        raise ValueError(f"epoch is {list(epoch.shape)}, expected [] or {list(ids_B.shape)}")
-    if not strategy.startswith("importance"):
-        logits_BL = None
-    elif logits_BL is None:
-        raise ValueError(f"strategy={strategy} needs logits")
-    elif tuple(logits_BL.shape) != (len(ids_B), patches):
-        raise ValueError(f"logits are {list(logits_BL.shape)}, expected [{len(ids_B)}, {patches}]")
-    else:
-        logits_BL = widened(logits_BL.detach())
+    logits_BL = _checked_logits(logits_BL, ids_B, epoch, strategy, patches)
     ids_B, epochs_B = ids_B.to(torch.int64), per_sample(epoch, ids_B)
     how = {"keep": keep, "seed": seed, "epoch": epochs_B, "strategy": strategy, "noise": noise}
     # torch.compile 2.7 traces no |= of dictionaries
@@ -228,6 +212,22 @@ def sample_partition(
         return sample_partition_reference(logits_BL, ids_B, grid=grid, **how)
     *parts, drawn = _sample_partition(logits_BL, ids_B, rows=grid[0], columns=grid[1], **how)
     return Partition(*parts, parts[1] if teacher in (None, patches - keep) else drawn)
+
+
+def _checked_logits(
+    logits_BL: Tensor | None, ids_B: Tensor, epoch: int | Tensor, strategy: str, patches: int
+) -> Tensor | None:
+    if ids_B.ndim != 1:
+        raise ValueError(f"ids are {list(ids_B.shape)}, expected [{len(ids_B)}]")
+    if isinstance(epoch, Tensor) and epoch.shape not in ((), ids_B.shape):
+        raise ValueError(f"epoch is {list(epoch.shape)}, expected [] or {list(ids_B.shape)}")
+    if not strategy.startswith("importance"):
+        return None
+    if logits_BL is None:
+        raise ValueError(f"strategy={strategy} needs logits")
+    if tuple(logits_BL.shape) != (len(ids_B), patches):
+        raise ValueError(f"logits are {list(logits_BL.shape)}, expected [{len(ids_B)}, {patches}]")
+    return widened(logits_BL.detach())
 
 
 def _check_sampling(

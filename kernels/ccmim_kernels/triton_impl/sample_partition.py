@@ -16,7 +16,7 @@ from ccmim_kernels.sample_partition import empty_partition, is_mixed
 from ccmim_kernels.triton_impl.launch import ROW_SIZES, fitting, launch
 
 _INTEGERS = ["L", "keep", "has_logits", "seed", "stream", "rows", "columns", "block_min", "teacher"]
-_INTEGERS += ["span", "mixed", "important", "last_important", "hints", "last_hints"]
+_INTEGERS += ["span", "important", "last_important", "hints", "last_hints"]
 _BLOCKS, _LOG_ASPECT, _STREAM_TEACHER = tl.constexpr(BLOCKS), tl.constexpr(LOG_ASPECT), tl.constexpr(STREAM_TEACHER)
 
 
@@ -160,22 +160,20 @@ def ccmim_sample_partition_kernel(
     block_min,
     teacher,
     span,
-    mixed,
     important,
     last_important,
     hints,
     last_hints,
     BLOCK_L: tl.constexpr,
     BLOCKWISE: tl.constexpr,
+    MIXED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Divide one image; `teacher` is T, or 0 where the teacher sees all that is masked.
 
-    The temperature grows by the share `growth` in `span` epochs; of the masked patches `important` are drawn by
-    importance and `hints` stay visible, in the last epoch `last_*`; not read where `mixed` = 0.
-
-    Replaces: noise, argsort, scatter, two argsorts, gathers; and for the teacher noise, argsort, sort. Moves
-    L * (4 + 17) + T * 8 bytes.
+    T of the scores grows by the share `growth` in `span` epochs; MIXED: of the masked patches `important` are drawn by
+    importance and `hints` stay visible, after `span` epochs `last_*`. Replaces: noise, argsort, scatter, two argsorts,
+    gathers; for the teacher noise, argsort, sort; MIXED: six argsorts more. Moves L * (4 + 17) + T * 8 bytes.
     """
     image = tl.program_id(0).to(tl.int64)
     patch = tl.arange(0, BLOCK_L)
@@ -191,7 +189,7 @@ def ccmim_sample_partition_kernel(
         inverse = warmed(inverse_temperature, growth, done, span)
         keys = importance_keys(logits, patch, sample, seed, stream, epoch, inverse, gumbel_weight, uniform_weight)
     tl.store(nan_ptr + image, tl.max((valid & (keys != keys)).to(tl.int32)).to(tl.uint8))
-    if mixed > 0:
+    if MIXED:
         drawn = scheduled(important, last_important, done, span)
         revealed = scheduled(hints, last_hints, done, span)
         keys = mixed_keys(keys, patch, valid, sample, seed, stream, epoch, drawn, revealed)
@@ -229,26 +227,14 @@ def sample_partition(
     # Inverse temperature and growth, weights of Gumbel and of uniform noise: `random` has U(0, 1) alone.
     scale = (1.0 / temperature[0], temperature[1] / temperature[0] - 1.0)
     terms = (1.0, 0.0, 0.0, -1.0) if strategy == "random" else (*scale, *weights)
-    mixing = (int(is_mixed(strategy, patches - keep, important, hints)), *important, *hints)
     stream = STREAM_BLOCK if blockwise else STREAM_MASK
-    block = {"BLOCK_L": size, "BLOCKWISE": blockwise, "CHUNK": max(2, min(16, 4096 // size))}
-    # Keys are 4 a thread; blocks want more threads.
-    warps = 8 if blockwise else min(16, max(1, size // 128))
+    mixed = is_mixed(strategy, patches - keep, important, hints)
+    block = {"BLOCK_L": size, "BLOCKWISE": blockwise, "MIXED": mixed, "CHUNK": max(2, min(16, 4096 // size))}
+    # Keys are 4 a thread; blocks want more threads, the rounds of a mixture more registers.
+    warps = 8 if blockwise else min(8 if mixed else 16, max(1, size // 128))
     drawn = 0 if teacher == patches - keep else teacher
-    numbers = (
-        patches,
-        keep,
-        int(scored),
-        seed,
-        stream,
-        *terms,
-        rows,
-        columns,
-        block_min,
-        drawn,
-        max(1, epochs - 1),
-        *mixing,
-    )
-    launch(ccmim_sample_partition_kernel, len(ids_B), *tensors, *numbers, **block, warps=warps)
+    numbers = (patches, keep, int(scored), seed, stream, *terms, rows, columns, block_min, drawn)
+    ways = (max(1, epochs - 1), *important, *hints)
+    launch(ccmim_sample_partition_kernel, len(ids_B), *tensors, *numbers, *ways, **block, warps=warps)
     *indices, mask_BL, nan_B, ids_teacher_BT = out
     return *indices, mask_BL.view(torch.bool), nan_B.view(torch.bool), ids_teacher_BT
