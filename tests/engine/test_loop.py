@@ -94,13 +94,16 @@ def test_ten_steps_equal_five_and_five(tmp_path, photos, loader):
 
 @pytest.fixture(scope="module")
 def banked(photos):
-    """banked(folder): the settings of a run of ten steps with a bank."""
+    """banked(folder): the settings of a run of ten steps with a bank, whose division changes from epoch to epoch."""
 
     def config(folder):
-        score, teacher = {"source": "bank", "grid": 5, "momentum": 0.5}, {"tokens": 0.5}
-        found = config_for(
-            folder, photos, score=score, teacher=teacher, data={"root": str(photos), "loader": "torch", "flip": True}
-        )
+        sections = {
+            "score": {"source": "bank", "grid": 5, "momentum": 0.5, "temperature": (2.0, 1.0)},
+            "mask": {"hints": 0.2, "importance": (0.5, 1.0)},
+            "teacher": {"tokens": 0.5},
+            "data": {"root": str(photos), "loader": "torch", "flip": True},
+        }
+        found = config_for(folder, photos, **sections)
         return with_fields(found, "train", max_steps=10, accumulate=1)
 
     return config

@@ -76,16 +76,16 @@ def test_every_masked_patch_is_as_likely_to_be_seen_by_the_teacher(strategy):
     assert sum((count - draws / 10) ** 2 / (draws / 10) for count in seen.values()) < 27.88
 
 
+@pytest.mark.parametrize("more", [{}, {"important": (0, 30), "hints": (0, 9), "temperature": (4.0, 1.0), "epochs": 8}])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_mask_does_not_depend_on_the_batch(strategy):
+def test_mask_does_not_depend_on_the_batch(strategy, more):
     logits, ids = torch.randn(12, 49), torch.arange(12) * 1000
-    whole = divide(logits, ids, 12, (7, 7), strategy=strategy, epoch=3, seed=5).mask_BL
+    options = {"strategy": strategy, "epoch": 3, "seed": 5, **more}
+    whole = divide(logits, ids, 12, (7, 7), **options).mask_BL
     order = torch.randperm(12)
-    again = divide(logits[order], ids[order], 12, (7, 7), strategy=strategy, epoch=3, seed=5).mask_BL
+    again = divide(logits[order], ids[order], 12, (7, 7), **options).mask_BL
     assert torch.equal(again, whole[order])
-    single = [
-        divide(logits[i : i + 1], ids[i : i + 1], 12, (7, 7), strategy=strategy, epoch=3, seed=5) for i in range(12)
-    ]
+    single = [divide(logits[i : i + 1], ids[i : i + 1], 12, (7, 7), **options) for i in range(12)]
     assert torch.equal(torch.cat([s.mask_BL for s in single]), whole)
 
 
