@@ -15,6 +15,7 @@ from PIL import Image
 from tiny import TINY
 
 from ccmim_fast.checkpoints import io
+from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.config.keys import settings
 from ccmim_fast.config.load import from_yaml
 from ccmim_fast.engine.pretraining import fit
@@ -129,6 +130,9 @@ def test_a_bank_is_in_the_checkpoint(tmp_path, banked, whole, store):
     assert bool(whole["maps"].any())
     for part in ("maps", "model", "optimizer"):
         assert same(whole[part], again[part]), part
+    # Opened after 2.5 of 4 epochs it divides as in epoch 2, on two thirds of the way: 9 to 18 patches, 2 to 4 hints.
+    sampling = open_run(tmp_path).model.sampling
+    assert (sampling["important"], sampling["hints"], sampling["temperature"]) == (15, 3, pytest.approx(4 / 3))
 
 
 def test_without_its_maps_a_run_ends_elsewhere(tmp_path, banked, whole):
