@@ -11,6 +11,7 @@ from mkdocs.structure.files import File
 from ccmim_fast.config.evaluation import EvalConfig
 from ccmim_fast.config.keys import REMOVED, RENAMED, Setting, sections, settings, show
 from ccmim_fast.config.schema import Config
+from ccmim_fast.config.units import Scheduled
 
 HEAD = """# Settings
 
@@ -65,6 +66,8 @@ def takes(one: Setting) -> str:
     """Return in words which values a setting takes."""
     if one.choices:
         return ", ".join(f"`{choice}`" for choice in one.choices)
+    if one.kind == Scheduled:
+        return f"{one.unit.name} in {one.unit.within}, or a list of 2: of the first and the last epoch"
     item, *others = get_args(one.kind) if get_origin(one.kind) is tuple else (one.kind,)
     count = "list: " if others == [...] else f"list of {1 + len(others)}: " if others else ""
     unit = one.unit.name if one.unit.name not in ("", "number") else KINDS[item]

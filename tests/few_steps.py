@@ -8,12 +8,13 @@ from ccmim_fast.data.stream.batch import on_device
 from ccmim_fast.ranks.session import Session
 
 
-def config_for(score=(), contrast=(), model=(), decoder=(), **train):
+def config_for(score=(), contrast=(), model=(), decoder=(), mask=(), **train):
     return tiny_config(
         score=dict(score),
         contrast=dict(contrast),
         model=dict(model),
         decoder=dict(decoder),
+        mask=dict(mask),
         optim={"clip_grad": 1.0, "ema_decay": 0.9},
         train={"batch_size": 4, "precision": "fp32", **train},
     )

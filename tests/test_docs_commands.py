@@ -128,6 +128,9 @@ def made_small(words, images):
     if command == "data" and rest[0] == "idx":  # twelve pictures, as the real ones are compressed
         write_idx(rest[1], 0x0803, np.zeros((12, 28, 28), np.uint8))
         write_idx(rest[rest.index("--labels") + 1], 0x0801, np.arange(12, dtype=np.uint8) % 10)
+    if command == "data" and rest[0] == "composite":
+        write_pictures(*rest[1:3])
+        return [command, *rest, "--samples", "4", "--test", "2"]
     if command == "data" and rest[0] == "bench":
         return [command, *rest, "--batch", "8", "--image-size", "32", "--workers", "1"]
     return words
@@ -136,6 +139,16 @@ def made_small(words, images):
 def write_idx(path, magic, array):
     with gzip.open(path, "wb") as file:
         file.write(struct.pack(f">I{array.ndim}I", magic, *array.shape) + array.tobytes())
+
+
+def write_pictures(cutouts, backgrounds):
+    """Two squares without a rim, of one class, and two backgrounds."""
+    for number in range(2):
+        picture = np.zeros((40, 40, 4), np.uint8)
+        picture[5:35, 5:35] = (number, 9, 9, 255)
+        for folder, pixels_HWC in ((Path(cutouts, "squares"), picture), (Path(backgrounds), picture[..., :3])):
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels_HWC).save(folder / f"{number}.png")
 
 
 def parse_torchrun(words):

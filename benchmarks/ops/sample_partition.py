@@ -34,12 +34,16 @@ def case(s: Size, device: torch.device) -> Case:
         return tensors_of(ccmim_kernels.sample_partition(logits_BL, ids_B, seed=0, epoch=0, **options))
 
     inputs = (made(s.batch, s.patches, device=device), torch.arange(s.batch, device=device))
-    return Case(call, inputs, variants=({"strategy": "block"},))
+    return Case(call, inputs, variants=({"strategy": "block"}, {"important": s.masked // 2}))
 
 
 def launches() -> None:
     for size in ROW_SIZES:
         for logits, strategy in ((empty(2, size), "importance_sampling"), (None, "block")):
-            sampling = (size // 4, 0, ids(2), strategy, "gumbel", 1.0)
             # Whether the teacher sees all is an argument like the others: no kernel of its own.
-            launchers.sample_partition(logits, ids(2), 1, size, *sampling, block_min=16, teacher=size // 4)
+            sampling = {"keep": size // 4, "seed": 0, "epochs_B": ids(2), "strategy": strategy, "noise": "gumbel"}
+            sampling |= {"block_min": 16, "teacher": size // 4, "temperature": (1.0, 1.0), "epochs": 1}
+            for important in (size - size // 4, 1) if logits is not None else (1,):
+                launchers.sample_partition(
+                    logits, ids(2), 1, size, **sampling, important=(important,) * 2, hints=(0, 0)
+                )

@@ -46,8 +46,10 @@ def _run_both(config: Config, folder: Path, held_out: ShapesSource) -> tuple[dic
             build_model(config).eval(), config, build_source(config.data, config.seed), held_out
         )
     }
-    # MAE: random masks, no contrastive half.
-    mae = replace(config, mask=replace(config.mask, strategy="random"), contrast=replace(config.contrast, loss="none"))
+    # MAE: random masks, no contrastive half, and no option of scores.
+    mask = replace(config.mask, strategy="random", hints=0.0, importance=1.0)
+    score, contrast = replace(config.score, temperature=1.0), replace(config.contrast, loss="none")
+    mae = replace(config, mask=mask, score=score, contrast=contrast)
     for name, method in (("mae", mae), ("ccmim", config)):
         print(f"\n{name}: {method.train.epochs} epochs of {method.data.samples} images", flush=True)
         method = replace(method, run=replace(method.run, dir=str(folder / name)))

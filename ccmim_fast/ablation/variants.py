@@ -6,7 +6,10 @@ from typing import NamedTuple
 from ccmim_fast.config.schema import Config
 
 Variants = dict[str, list[str]]
-MAE = {"MAE": ["--mask.strategy=random", "--contrast.loss=none"]}
+# What a base may have, and strategies without scores refuse.
+ALL_BY_SCORES = ["--mask.hints=0", "--mask.importance=1", "--score.temperature=1"]
+RANDOM = ["--mask.strategy=random", *ALL_BY_SCORES]
+MAE = {"MAE": [*RANDOM, "--contrast.loss=none"]}
 
 
 class Ablation(NamedTuple):
@@ -23,7 +26,7 @@ class Ablation(NamedTuple):
 
 def score_variants(base: Config) -> Variants:
     """Vary the source of the scores, of which the paper says Eq. 4 alone, and the bank's settings, one at a time."""
-    found = {**MAE, "random": ["--mask.strategy=random"], "first": ["--score.source=first"]}
+    found = {**MAE, "random": RANDOM, "first": ["--score.source=first"]}
     if not (depth := base.model.depth):
         # Seconds to import, which `ccmim ablate --help` need not wait for.
         import timm
@@ -51,7 +54,7 @@ def score_variants(base: Config) -> Variants:
 def strategy_variants(base: Config) -> Variants:
     """Table 5: how patches are divided, with the base's own losses and scores; and the authors' code's noise."""
     names = ("random", "block", "importance", "importance_sampling")
-    found = MAE | {name.replace("_", " "): [f"--mask.strategy={name}"] for name in names}
+    found = MAE | {name.replace("_", " "): [f"--mask.strategy={name}", *ALL_BY_SCORES] for name in names}
     return found | {"importance, uniform noise": [*found["importance sampling"], "--mask.noise=uniform"]}
 
 
@@ -82,11 +85,26 @@ def heads_variants(base: Config) -> Variants:
 
 def teacher_variants(base: Config) -> Variants:
     """Vary the share of the masked patches that the teacher sees, with scores from the bank and with random masks."""
-    ways = {"bank": ["--score.source=bank"], "random": ["--mask.strategy=random"]}
+    ways = {"bank": ["--score.source=bank"], "random": RANDOM}
     shares = {"all": "1", "half": "0.5", "a third": "0.3333", "a fifth": "0.2", "a tenth": "0.1"}
     return {
         f"{way}, {words}": [*how, f"--teacher.tokens={t}"] for way, how in ways.items() for words, t in shares.items()
     }
+
+
+def division_variants(base: Config) -> Variants:
+    """Vary how strictly the masks follow the bank's scores: hints, a share at random, temperature, over epochs too."""
+    found = {**MAE, "random": RANDOM, "bank": ["--score.source=bank", *ALL_BY_SCORES]}
+    changes = {
+        "mask.hints": ("0.1", "0.3"),
+        "mask.importance": ("0.25", "0.5", "0.75", "[0,0.5]"),
+        "score.temperature": ("2", "4", "[4,1]"),
+    }
+    for key, values in changes.items():
+        for value in values:
+            words = value.strip("[]").replace(",", " to ")
+            found[f"{key.rpartition('.')[2]} {words}"] = [*found["bank"], f"--{key}={value}"]
+    return found
 
 
 ABLATIONS = {
@@ -113,8 +131,14 @@ ABLATIONS = {
     "teacher": Ablation(
         "How much the teacher sees",
         teacher_variants,
-        ("bank, all", "bank, a third", "random, all", "random, a third"),
-        (("bank, a third", "bank, all"), ("random, a third", "random, all")),
-        "bank, a third",
+        ("bank, all", "bank, a third", "bank, a fifth", "random, all", "random, a fifth"),
+        (("bank, a third", "bank, all"), ("bank, a fifth", "bank, all"), ("random, a fifth", "random, all")),
+        "bank, a fifth",
+    ),
+    "division": Ablation(
+        "How strictly masks follow the scores",
+        division_variants,
+        ("random", "bank", "importance 0.5", "temperature 4"),
+        tuple((name, other) for name in ("importance 0.5", "temperature 4") for other in ("bank", "random", "MAE")),
     ),
 }

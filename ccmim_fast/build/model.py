@@ -11,6 +11,7 @@ from torch import nn
 
 from ccmim_fast import registry
 from ccmim_fast.config.schema import Config
+from ccmim_fast.config.validate import check_hints, over_epochs
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.losses.criteria import Objective
 from ccmim_fast.models.ccmim import CCMIM, Decoder
@@ -18,14 +19,18 @@ from ccmim_fast.models.encoder import build_encoder, configure_blocks, initialis
 from ccmim_fast.models.heads import Heads, build_predictor, build_projector
 from ccmim_fast.models.scores import ScoreSource
 from ccmim_fast.models.tokens import grid_of, patch_size_of
+from ccmim_kernels.sample_partition import scheduled
 
 
-def build_model(config: Config) -> CCMIM:
-    """Build the model of a run, its initial weights from torch's global generator; ConfigError: sizes do not fit."""
+def build_model(config: Config, epoch: float | None = None) -> CCMIM:
+    """Build the model of a run, its initial weights from torch's global generator; ConfigError: sizes do not fit.
+
+    With an `epoch` the model divides as the run does at that epoch, whatever epoch it is called with.
+    """
     data, kernels = config.data, config.train.kernels
     encoder = build_encoder(image_size=tuple(data.image_size), channels=data.channels, **vars(config.model))
     grid = grid_of(encoder)
-    sampling, outputs = _sampling(config, grid), _reconstruction(config, patch_size_of(encoder)).width
+    sampling, outputs = _sampling(config, grid, epoch), _reconstruction(config, patch_size_of(encoder)).width
     decoder = Decoder(
         encoder_dim=encoder.embed_dim, grid=grid, outputs=outputs, kernels=kernels, **vars(config.decoder)
     )
@@ -60,7 +65,7 @@ def build_score_source(config: Config, encoder: nn.Module) -> ScoreSource:
     return _configured(registry.SCORE_SOURCES[config.score.source].path, config, config.score, encoder)
 
 
-def _sampling(config: Config, grid: tuple[int, int]) -> dict[str, Any]:
+def _sampling(config: Config, grid: tuple[int, int], epoch: float | None) -> dict[str, Any]:
     """Return the arguments of `sample_partition`; the number visible is int(L * (1 - ratio)), as in MAE."""
     patches, mask = grid[0] * grid[1], config.mask
     keep = int(patches * (1 - mask.ratio))
@@ -70,16 +75,27 @@ def _sampling(config: Config, grid: tuple[int, int]) -> dict[str, Any]:
             f"mask.ratio={mask.ratio} leaves {keep} of {patches} patches visible; "
             f"nearest valid: {1 - nearest / patches:.4g}"
         )
+    check_hints(config, patches)
     masked, has_teacher = patches - keep, bool(registry.CONTRASTS[config.contrast.loss].path)
+    temperature, span = over_epochs(config.score.temperature), max(1, config.train.epochs - 1)
+    important = tuple(round(masked * share) for share in over_epochs(mask.importance))
+    hints = tuple(round(mask.hints * count) for count in important)
+    if epoch is not None:
+        done = min(int(epoch), span)
+        temperature = temperature[0] + (temperature[1] - temperature[0]) * done / span
+        important, hints = (scheduled(*counts, done, span) for counts in (important, hints))
     return {
         "grid": grid,
         "keep": keep,
         "seed": config.seed,
         "strategy": mask.strategy,
         "noise": mask.noise,
-        "temperature": config.score.temperature,
+        "temperature": temperature,
         "block_min": mask.block_min,
         "teacher": max(1, round(masked * config.teacher.tokens)) if has_teacher else masked,
+        "important": important,
+        "hints": hints,
+        "epochs": config.train.epochs,
     }
 
 

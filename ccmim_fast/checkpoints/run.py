@@ -41,8 +41,11 @@ class OpenedRun:
 
     @cached_property
     def model(self) -> CCMIM:
-        """Build the model in evaluation mode, float32 on the CPU; raises CheckpointError if the weights do not fit."""
-        model = build_model(portable(self.config))
+        """Build the model in evaluation mode, float32 on the CPU, which divides as the run does at its epoch.
+
+        Raises CheckpointError if the weights do not fit.
+        """
+        model = build_model(portable(self.config), self.epoch)
         try:
             model.load_state_dict(self.weights)
         except (RuntimeError, TypeError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""`ccmim data index | verify | shard | stats | bench | idx`: look after a set of images."""
+"""`ccmim data index | verify | shard | stats | bench | idx | composite`: look after a set of images."""
 
 import argparse
 import sys
@@ -34,8 +34,10 @@ NAMES = {
     "stats": "measure mean and standard deviation of the pixels, printed as settings",
     "bench": "measure what reading, decoding, cropping and copying cost, and what bounds a run",
     "idx": "write the images of IDX files, as MNIST's, as a table that a run reads",
+    "composite": "paste cut-outs on backgrounds: images whose objects are known to the pixel",
 }
 _SHOWN = 20  # bad samples listed by name, kinds of reasons
+_MOST = 1_000_000  # composites
 _INTERRUPTED = 130  # the exit code that a shell has for Ctrl-C
 
 
@@ -43,8 +45,8 @@ def data(argv: list[str]) -> None:
     """Run one of `NAMES` on a set of images."""
     name, rest = take_name("ccmim data", "command", NAMES, argv, "ROOT [options]")
     parser = Parser(f"ccmim data {name}", NAMES[name][0].upper() + NAMES[name][1:] + ".")
-    if name == "idx":
-        return _idx(parser, rest)
+    if name in ("idx", "composite"):
+        return {"idx": _idx, "composite": _composite}[name](parser, rest)
     parser.add_argument("root", help="folder of images, of tars or of tables; one of these, a pattern, a list, a URL")
     _number(parser, "--channels", 3, "1: gray, 3: RGB, else of .npy or TIFF files")
     parser.add_argument("--index", default="", help="index file; if not given: beside the tars or in the cache folder")
@@ -102,6 +104,62 @@ def _idx(parser: Parser, argv: list[str]) -> None:
         parser.error(f"OUT={given.out!r} must end in .parquet")
     count = write_table(given.images, given.labels, given.out)
     print(f"{_count(count, 'image')}; train on them with --data.root={given.out!r}")
+
+
+def _composite(parser: Parser, argv: list[str]) -> None:
+    parser.add_argument("cutouts", help="images with an alpha channel, a folder for each class, or without classes")
+    parser.add_argument("backgrounds", help="images of any kind")
+    parser.add_argument("--out", required=True, help="a new folder")
+    _number(parser, "--samples", 1000, "images to train on", most=_MOST)
+    _number(parser, "--test", 0, "images to test on, of pictures held out for them", 0, _MOST)
+    held = "share of the pictures that --test takes; 0: it shows those of training, otherwise composed"
+    parser.add_argument("--held-out", type=_share_or_none, default=0.25, help=held)
+    size = {"type": whole_number(8, 4096), "nargs": "+", "metavar": "PIXELS"}
+    parser.add_argument("--image-size", **size, default=[64], help="height and width, or one number for both")
+    scale = {"type": _share, "nargs": 2, "metavar": ("MIN", "MAX"), "default": [0.4, 0.8]}
+    parser.add_argument("--scale", **scale, help="longer side of an object, as a share of the image's shorter side")
+    parser.add_argument("--no-flip", action="store_true", help="do not mirror half of the objects")
+    parser.add_argument("--classes", nargs="+", metavar="NAME", default=[], help="the only classes that are used")
+    parser.add_argument("--without", nargs="+", metavar="NAME", default=[], help="classes that are not used")
+    _number(parser, "--seed", 0, "seed of all that is drawn", least=0, most=2**32 - 1)
+    _number(parser, "--workers", 0, "threads; 0: one per core", least=0)
+    given = parser.parse_args(argv)
+    from ccmim_fast.data.composite import PARTS, Composer, Style
+
+    if len(given.image_size) > 2:
+        parser.error(f"--image-size: {len(given.image_size)} numbers; write HEIGHT WIDTH, or one number for both")
+    if given.scale[0] > given.scale[1]:
+        parser.error(f"--scale: {given.scale[0]} is more than {given.scale[1]}; write the smaller one first")
+    style = Style(given.seed, (given.image_size * 2)[:2], given.scale, not given.no_flip)
+    with new_folder(Path(given.out), "ccmim data composite") as partial, progress_bar("writing") as report:
+        sources = [open_images(root, 3, quiet=True) for root in (given.cutouts, given.backgrounds)]
+        composer = Composer(*sources, style, given.classes, given.without, given.workers)
+        parts = composer.parts(given.held_out if given.test else 0)
+        for note in composer.left_out():
+            print(*note_lines([note]), file=sys.stderr)
+        samples = {part: count for part, count in zip(PARTS, (given.samples, given.test)) if count}
+        for part, count in samples.items():
+            composer.write(partial, part, parts[part], count, report)
+    for part, count in samples.items():
+        cutouts, backgrounds = sum(map(len, parts[part].cutouts)), len(parts[part].backgrounds)
+        classes = f" of {_count(len(composer.class_names), 'class', 'es')}" if composer.class_names else ""
+        made = f"{_count(cutouts, 'cut-out')} and {_count(backgrounds, 'background')}"
+        print(f"{part}: {_count(count, 'image')}{classes}, made of {made}")
+    print(f"train on them with --data.root={str(Path(given.out, PARTS[0]))!r}")
+
+
+def _share(text: str) -> float:
+    """Read a number above 0, up to 1."""
+    try:
+        if 0 < float(text) <= 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r:.40} must be a number above 0, up to 1")
+
+
+def _share_or_none(text: str) -> float:
+    return 0.0 if text.strip() in ("0", "0.0") else _share(text)
 
 
 def _stats(parser: Parser, argv: list[str]) -> None:

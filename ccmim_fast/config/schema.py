@@ -2,7 +2,8 @@
 
 The defaults are ViT-B/16 as the paper trains it; the YAML files under `configs/` hold differences from them only.
 Sources: "paper" is ccMIM (ICLR 2023), "MAE" He et al. (2021) and their repository, "MaskFeat" Wei et al. (2021), "BEiT"
-Bao et al. (2021), "ours" a choice of this project.
+Bao et al. (2021), "AttMask" Kakogeorgiou et al. (2022) and "HPM" Wang et al. (2023) of options that are off by default,
+"ours" a choice of this project.
 """
 
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ class ScoreConfig:
     normalise: Literal["renorm", "softmax"] = setting(
         "renorm", "source=all: sum to 1, or softmax again (authors' code)", "ours"
     )
-    temperature: u.Positive = setting(1.0, "T of s^(1/T)", "paper")
+    temperature: u.ScheduledPositive = setting(1.0, "T of s^(1/T); [4, 1]: of the first and last epoch", "paper")
     grid: u.whole("cells", 1, 256) = setting(16, "bank: side of a sample's map, 2 bytes a cell", "ours", "shape")
     momentum: u.Decay = setting(0.5, "bank: share of its score that a cell keeps when a crop covers it again", "ours")
     blocks: u.BlocksOr0 = setting(0, "bank: last blocks, over which attention is averaged; 0: all", "ours")
@@ -104,6 +105,14 @@ class MaskConfig:
         "gumbel", "uniform: divide by softmax(U(0, 1)), as the authors' code", "ours"
     )
     block_min: u.Patches = setting(16, "strategy=block: smallest block", "BEiT")
+    hints: u.Decay = setting(
+        0.0, "share of the patches that importance would mask that stays visible: docs/method.md", "AttMask"
+    )
+    importance: u.ScheduledShare = setting(
+        1.0,
+        "share of the masked patches chosen by importance, not at random; [0, 0.5]: of the first and last epoch",
+        "HPM",
+    )
 
 
 @dataclass(frozen=True)

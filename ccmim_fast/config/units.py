@@ -22,6 +22,14 @@ def real(unit: str, within: str) -> object:
     return Annotated[float, Unit(unit, within)]
 
 
+Scheduled = float | tuple[float, float]  # one number, or from the first epoch to the last, in equal steps
+
+
+def scheduled(unit: str, within: str) -> object:
+    """Return the type of numbers in an interval that may change over a run."""
+    return Annotated[Scheduled, Unit(unit, within)]
+
+
 _WIDEST = 65536  # ten times the widest published ViT (ViT-22B: 6144)
 
 Seed = whole("number", 0, 2**32 - 1)
@@ -42,6 +50,7 @@ Classes = whole("classes", 2, 6)
 Share, Part, Decay = real("share", "[0, 1]"), real("share", "(0, 1]"), real("share", "[0, 1)")
 Mean = real("share of white", "[-1, 1]")  # below 0 in bands of signed numbers
 Factor, Positive = real("factor", "[0, inf)"), real("factor", "(0, inf)")
+ScheduledShare, ScheduledPositive = scheduled("share", "[0, 1]"), scheduled("factor", "(0, inf)")
 Zoom, Scale = real("factor", "(0, 100]"), real("factor", "[0.1, 10]")
 Milestone = real("share", "(0, 1)")
 Rate = real("learning rate", "[0, inf)")

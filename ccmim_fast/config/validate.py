@@ -10,6 +10,7 @@ from typing import Any
 
 from ccmim_fast.config.keys import flatten, nearest, settings
 from ccmim_fast.config.schema import Config, RunConfig
+from ccmim_fast.config.units import Scheduled
 from ccmim_fast.config.values import check_values, refuse
 from ccmim_fast.registry import CONTRASTS, SCORE_SOURCES
 
@@ -27,7 +28,7 @@ def validate(config: Config, world_size: int = 1, trains: bool = True) -> None:
         refuse("run.dir", config.run.dir, "a folder", RunConfig.dir)
     check_resume(config.run)
     check_order(config, "data.crop_scale", "data.crop_ratio")
-    for rule in (_check_channels, _check_arch, _check_widths, _check_patches, _check_mask):
+    for rule in (_check_channels, _check_arch, _check_widths, _check_patches, _check_mask, _check_importance):
         rule(config)
     if config.train.device == "cpu" and config.train.precision == "fp16":
         refuse("train.precision", "fp16", "fp32, bf16 or auto on a CPU", "bf16")
@@ -140,6 +141,37 @@ def _check_mask(config: Config) -> None:
     masked = patches - int(patches * (1 - ratio))
     if config.mask.strategy == "block" and config.mask.block_min > masked:
         refuse("mask.block_min", config.mask.block_min, f"at most the {masked} patches that are masked", masked)
+
+
+def _check_importance(config: Config) -> None:
+    """Refuse options of the division where they choose no patch, and more hints than patches stay visible."""
+    mask, by = config.mask, ("importance", "importance_sampling")
+    shares, temperatures = over_epochs(mask.importance), over_epochs(config.score.temperature)
+    if mask.strategy not in by:
+        for key, value, near in (("hints", mask.hints, 0.0), ("importance", shares, 1.0)):
+            if value not in (near, (near, near)):
+                must = f"{near} with mask.strategy={mask.strategy}, which asks for no scores"
+                refuse(f"mask.{key}", getattr(mask, key), must, near)
+    if mask.strategy != by[1] and temperatures[0] != temperatures[1]:
+        must = f"one number with mask.strategy={mask.strategy}, whose masks it does not change"
+        refuse("score.temperature", config.score.temperature, must, temperatures[0])
+    height, width = config.data.image_size
+    if patch := patch_size(config):
+        check_hints(config, (height // patch) * (width // patch))
+
+
+def check_hints(config: Config, patches: int) -> None:
+    """Refuse more hints than `mask.ratio` leaves visible of so many patches."""
+    keep = int(patches * (1 - config.mask.ratio))
+    drawn = max(round(share * (patches - keep)) for share in over_epochs(config.mask.importance))
+    if round(config.mask.hints * drawn) > keep:
+        must = f"at most {keep} of the {drawn} patches by importance, as many as stay visible"
+        refuse("mask.hints", config.mask.hints, must, math.floor(1e4 * keep / drawn) / 1e4)
+
+
+def over_epochs(value: Scheduled) -> tuple[float, float]:
+    """Return a scheduled setting's values in the first and the last epoch."""
+    return value if isinstance(value, tuple) else (value, value)
 
 
 def check_batch(config: Config, world_size: int) -> None:

@@ -5,6 +5,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from ccmim_fast.config.keys import Setting, flatten, nearest, settings, show
 from ccmim_fast.config.schema import Config
+from ccmim_fast.config.units import Scheduled
 from ccmim_fast.errors import ConfigError
 
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # YAML 1.1's words
@@ -28,6 +29,8 @@ def read(key: str, raw: str | list[str], source: str = "", schema: type = Config
 
 def _parse(kind: Any, raw: str | list[str]) -> Any:
     """Return the value of the type `kind` that `raw` writes; raises ValueError or KeyError where it writes none."""
+    if kind == Scheduled:
+        kind = tuple[float, float] if isinstance(raw, list) or raw.strip().startswith("[") else float
     if get_origin(kind) is tuple:
         item, *others = get_args(kind)
         if isinstance(raw, str):
@@ -50,6 +53,8 @@ def _expected(setting: Setting, raw: str | list[str]) -> tuple[str, Any]:
     kind = setting.kind
     if get_origin(kind) is Literal:
         return f"one of {', '.join(setting.choices)}", nearest(str(raw), setting.choices)
+    if kind == Scheduled:
+        return "a number, or a list of 2 numbers", setting.default
     if get_origin(kind) is tuple:
         item, *others = get_args(kind)
         count = "" if others == [...] else f"{len(others) + 1} "

@@ -57,8 +57,8 @@ class CCMIM(nn.Module):
     Args:
         encoder: from `build_encoder`; its parameters keep timm's names under `encoder.`.
         mean, std: per channel on a 0..1 scale.
-        sampling: of the division, the keyword arguments `keep`, `grid`, `seed`, `strategy`, `noise`, `temperature`,
-            `block_min` and `teacher` of `ccmim_kernels.sample_partition`.
+        sampling: of the division, the keyword arguments of `ccmim_kernels.sample_partition` from `keep` on, but for
+            `epoch` and `kernels`.
         score_source: how patches are scored; None where `strategy` needs no scores.
         heads: of the contrastive half; None: no masked branch is computed.
         kernels: which implementation of the ops runs, see `ccmim_kernels.dispatch`.

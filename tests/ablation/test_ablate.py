@@ -200,6 +200,28 @@ def test_the_papers_ablations():
     assert [config.decoder.depth for config in depths] == [1, 2, 4, 8]
 
 
+def test_an_ablation_of_the_division_is_of_the_named_settings():
+    """Whatever the base has: a variant changes one setting, and MAE is MAE."""
+    base = ["--config=demo", "--mask.hints=0.2", "--mask.importance=[0.1,0.9]", "--score.temperature=[3,2]"]
+    variants = ABLATIONS["division"].variants(load_config(base, "test"))
+    found = {}
+    for name, options in variants.items():
+        config = load_config([*base, *options], "test")
+        found[name] = (config.mask.hints, config.mask.importance, config.score.temperature)
+    plain = (0.0, 1.0, 1.0)
+    assert found == {
+        **dict.fromkeys(("MAE", "random", "bank"), plain),
+        **{f"hints {share}": (share, 1.0, 1.0) for share in (0.1, 0.3)},
+        **{f"importance {share}": (0.0, share, 1.0) for share in (0.25, 0.5, 0.75)},
+        **{f"temperature {number}": (0.0, 1.0, float(number)) for number in (2, 4)},
+        "importance 0 to 0.5": (0.0, (0.0, 0.5), 1.0),
+        "temperature 4 to 1": (0.0, 1.0, (4.0, 1.0)),
+    }
+    for name in ("score", "strategy", "teacher"):  # theirs are valid on that base, too
+        for options in ABLATIONS[name].variants(load_config(base, "test")).values():
+            load_config([*base, *options], "test")
+
+
 @pytest.mark.slow
 def test_a_failed_run_ends_the_others(few_images, tmp_path):
     """Not after all that are waiting; one or two of them may have begun."""

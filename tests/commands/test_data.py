@@ -247,7 +247,7 @@ def test_bench(folder, run):
 @pytest.mark.parametrize(
     ("argv", "code", "words"),
     [
-        ([], 2, ["ccmim data: the command is missing", "index, verify, shard, stats, bench, idx"]),
+        ([], 2, ["ccmim data: the command is missing", "index, verify, shard, stats, bench, idx, composite"]),
         (["indx"], 2, ["'indx': no such command"]),
         (["index"], 2, ["ccmim data index", "root"]),
         (["verify", "ROOT", "--worker=3"], 2, ["--worker: unknown key; did you mean --workers?"]),

@@ -11,6 +11,7 @@ from ccmim_fast.config import load as load_module
 from ccmim_fast.config.keys import build, flatten, settings
 from ccmim_fast.config.load import difference, from_yaml, load_config, presets, to_yaml
 from ccmim_fast.config.schema import Config, DataConfig, MaskConfig, OptimConfig, RunConfig
+from ccmim_fast.errors import ConfigError
 
 PROG = "ccmim pretrain"
 
@@ -59,6 +60,22 @@ def test_a_list_that_may_be_empty_is_null_or_one_number(load, text, value):
     assert load(f"data: {{max_value: {text}}}") == ({"data.max_value": value} if value else {})
     assert load_config([f"--data.max_value={text}"], PROG).data.max_value == value
     assert from_yaml(to_yaml(Config(data=DataConfig(max_value=value))), "x").data.max_value == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("4", 4.0), ("1e-1", 0.1), ("[4, 1]", (4.0, 1.0)), ("[.5,0.5]", (0.5, 0.5))]
+)
+def test_a_number_may_be_a_schedule_of_two(load, text, value):
+    assert load(f"score: {{temperature: {text}}}") == {"score.temperature": value}
+    config = load_config([f"--score.temperature={text}"], PROG)
+    assert config.score.temperature == value
+    assert from_yaml(to_yaml(config), "x") == config
+
+
+@pytest.mark.parametrize("text", ["[4]", "[4,1,2]", "[]", "four", "[4,x]", ""])
+def test_what_is_no_schedule_is_said_in_one_line(text):
+    with pytest.raises(ConfigError, match=r"expected a number, or a list of 2 numbers; nearest valid is 1\.0$"):
+        load_config([f"--score.temperature={text}"], PROG)
 
 
 def test_every_type_on_the_command_line():

@@ -38,6 +38,7 @@ CASES = {
         "score": {"source": "first"},
         "contrast": {"loss": "moco"},
         "teacher": {"tokens": 0.4},
+        "mask": {"hints": 0.2, "importance": 0.5},
     },
     "MAE": {"mask": {"strategy": "random"}, "contrast": {"loss": "none"}},
     "HOG": {"score": {"source": "first"}, "target": {"kind": "hog"}},

@@ -15,6 +15,7 @@ from PIL import Image
 from tiny import TINY
 
 from ccmim_fast.checkpoints import io
+from ccmim_fast.checkpoints.run import open_run
 from ccmim_fast.config.keys import settings
 from ccmim_fast.config.load import from_yaml
 from ccmim_fast.engine.pretraining import fit
@@ -94,13 +95,16 @@ def test_ten_steps_equal_five_and_five(tmp_path, photos, loader):
 
 @pytest.fixture(scope="module")
 def banked(photos):
-    """banked(folder): the settings of a run of ten steps with a bank."""
+    """banked(folder): the settings of a run of ten steps with a bank, whose division changes from epoch to epoch."""
 
     def config(folder):
-        score, teacher = {"source": "bank", "grid": 5, "momentum": 0.5}, {"tokens": 0.5}
-        found = config_for(
-            folder, photos, score=score, teacher=teacher, data={"root": str(photos), "loader": "torch", "flip": True}
-        )
+        sections = {
+            "score": {"source": "bank", "grid": 5, "momentum": 0.5, "temperature": (2.0, 1.0)},
+            "mask": {"hints": 0.2, "importance": (0.5, 1.0)},
+            "teacher": {"tokens": 0.5},
+            "data": {"root": str(photos), "loader": "torch", "flip": True},
+        }
+        found = config_for(folder, photos, **sections)
         return with_fields(found, "train", max_steps=10, accumulate=1)
 
     return config
@@ -126,6 +130,9 @@ def test_a_bank_is_in_the_checkpoint(tmp_path, banked, whole, store):
     assert bool(whole["maps"].any())
     for part in ("maps", "model", "optimizer"):
         assert same(whole[part], again[part]), part
+    # Opened after 2.5 of 4 epochs it divides as in epoch 2, on two thirds of the way: 9 to 18 patches, 2 to 4 hints.
+    sampling = open_run(tmp_path).model.sampling
+    assert (sampling["important"], sampling["hints"], sampling["temperature"]) == (15, 3, pytest.approx(4 / 3))
 
 
 def test_without_its_maps_a_run_ends_elsewhere(tmp_path, banked, whole):

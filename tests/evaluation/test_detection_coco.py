@@ -11,7 +11,7 @@ from PIL import Image
 
 from ccmim_fast.errors import DataError
 from ccmim_fast.evaluation.detection import instances
-from ccmim_fast.evaluation.detection.instances import CocoSource, mask_of, runs_in
+from ccmim_fast.evaluation.detection.instances import CocoSource, mask_of, parts_of, runs_in
 
 pytest.importorskip("faster_coco_eval")
 
@@ -232,3 +232,24 @@ def test_the_fingerprint_is_that_of_the_annotations(root):
     file = root / FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | {"info": {}}))
     assert CocoSource(str(root), "train2017", train=True).fingerprint != before
+
+
+def test_images_lie_in_folders_of_their_part_and_nowhere_else(tmp_path):
+    """A part without a year is read where COCO's own is not there."""
+    assert parts_of(str(write_coco(tmp_path))) == ("train2017", "val2017")
+    (tmp_path / "annotations/instances_train2017.json").rename(tmp_path / "annotations/instances_train.json")
+    (tmp_path / "train2017").rename(tmp_path / "train")
+    assert parts_of(str(tmp_path)) == ("train", "test")
+    file, train = tmp_path / "annotations/instances_train.json", tmp_path / "train"
+    said = json.loads(file.read_text())
+    (train / "a").mkdir()
+    (train / "0.png").rename(train / "a/0.png")
+    names = ("a/0.png", "b/0.png", "../val2017/0.png", str(train / "1.png"))
+    for name, is_there in zip(names, (True, False, False, False)):
+        next(image for image in said["images"] if image["id"] == 11)["file_name"] = name
+        file.write_text(json.dumps(said))
+        if is_there:
+            assert CocoSource(str(tmp_path), "train", train=True).sample(0)[0].shape == (40, 60, 3)
+        else:
+            with pytest.raises(DataError, match="lacks 1 of the images"):
+                CocoSource(str(tmp_path), "train", train=True)

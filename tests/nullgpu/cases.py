@@ -17,6 +17,11 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "masks by importance": ("--mask.strategy=importance",),
     "uniform noise": ("--mask.noise=uniform",),
     "scores at a temperature": ("--score.source=first", "--score.temperature=0.5"),
+    "hints, a part by importance, schedules": (
+        "--mask.hints=0.1",
+        "--mask.importance=[0,0.5]",
+        "--score.temperature=[4,1]",
+    ),
     "unseen patches at random": ("--score.unseen=random",),
     "a teacher of a third of the patches": ("--teacher.tokens=0.34",),
     "recompute": ("--train.recompute=true",),

@@ -2,13 +2,16 @@
 
 import itertools
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
 from ccmim_kernels import partition_from_mask, sample_partition
+from ccmim_kernels.block_keys import BLOCKS, block_keys
 from ccmim_kernels.philox import STREAM_BLOCK, keyed_uniform, philox_4x32, stream_key, to_unit
-from ccmim_kernels.sample_partition import BLOCKS, _sample_partition, block_keys
+from ccmim_kernels.sample_partition import _sample_partition
 from ccmim_kernels.triton_impl.launch import recorded
 
 STRATEGIES = ["random", "block", "importance", "importance_sampling"]
@@ -73,16 +76,16 @@ def test_every_masked_patch_is_as_likely_to_be_seen_by_the_teacher(strategy):
     assert sum((count - draws / 10) ** 2 / (draws / 10) for count in seen.values()) < 27.88
 
 
+@pytest.mark.parametrize("more", [{}, {"important": (0, 30), "hints": (0, 9), "temperature": (4.0, 1.0), "epochs": 8}])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_mask_does_not_depend_on_the_batch(strategy):
+def test_mask_does_not_depend_on_the_batch(strategy, more):
     logits, ids = torch.randn(12, 49), torch.arange(12) * 1000
-    whole = divide(logits, ids, 12, (7, 7), strategy=strategy, epoch=3, seed=5).mask_BL
+    options = {"strategy": strategy, "epoch": 3, "seed": 5, **more}
+    whole = divide(logits, ids, 12, (7, 7), **options).mask_BL
     order = torch.randperm(12)
-    again = divide(logits[order], ids[order], 12, (7, 7), strategy=strategy, epoch=3, seed=5).mask_BL
+    again = divide(logits[order], ids[order], 12, (7, 7), **options).mask_BL
     assert torch.equal(again, whole[order])
-    single = [
-        divide(logits[i : i + 1], ids[i : i + 1], 12, (7, 7), strategy=strategy, epoch=3, seed=5) for i in range(12)
-    ]
+    single = [divide(logits[i : i + 1], ids[i : i + 1], 12, (7, 7), **options) for i in range(12)]
     assert torch.equal(torch.cat([s.mask_BL for s in single]), whole)
 
 
@@ -196,9 +199,15 @@ def test_partition_from_mask_round_trip():
         ({"keep": 16}, r"keep=16 must be in 1\.\.15"),
         ({"teacher": 0}, r"teacher=0 must be in 1\.\.12, the masked patches, or None"),
         ({"teacher": 13}, r"teacher=13 must be in 1\.\.12, the masked patches, or None"),
+        ({"important": 13}, r"important=13 must be in 0\.\.12, the masked patches"),
+        ({"important": (5, -1)}, r"important=-1 must be in 0\.\.12, the masked patches"),
+        ({"hints": 5}, r"hints=5 must be in 0\.\.4, of 12 patches by importance"),
+        ({"important": (5, 2), "hints": 3}, r"hints=3 must be in 0\.\.2, of 2 patches by importance"),
+        ({"epochs": 0}, "epochs=0 must be at least 1"),
         ({"strategy": "best"}, "strategy='best' must be one of random, block"),
         ({"noise": "normal"}, "noise='normal' must be one of gumbel, uniform"),
         ({"temperature": 0.0}, "temperature=0.0 must be greater than 0"),
+        ({"temperature": (1.0, -2.0)}, "temperature=-2.0 must be greater than 0"),
         ({"logits": None}, "strategy=importance_sampling needs logits"),
         ({"logits": torch.zeros(2, 9)}, r"logits are \[2, 9\], expected \[2, 16\]"),
     ],
@@ -324,9 +333,9 @@ def test_kernel_takes_strided_scores_and_ids(device):
     assert_same(divide(logits, ids, 16, (8, 8), kernels="triton"), divide(logits, ids, 16, (8, 8)))
 
 
-@pytest.mark.parametrize("teacher", [None, 5])
-def test_kernel_is_one_launch(teacher, device):
-    options = {"teacher": teacher, "kernels": "triton"}
+@pytest.mark.parametrize("options", [{}, {"teacher": 5}, {"important": (0, 48), "hints": (0, 7)}])
+def test_kernel_is_one_launch(options, device):
+    options = {**options, "kernels": "triton"}
     with recorded(run=True) as launches:
         divide(torch.randn(4, 64, device=device), torch.arange(4, device=device), 16, (8, 8), **options)
     assert [launch.kernel.__name__ for launch in launches] == ["ccmim_sample_partition_kernel"]
@@ -350,10 +359,11 @@ def test_opcheck(strategy, device):
         torch.ones(3, dtype=torch.int64, device=device),
         strategy,
         "gumbel",
-        1.0,
         16,
     )
-    torch.library.opcheck(_sample_partition, (*arguments, 4 if strategy.startswith("importance") else 11))
+    scored = strategy.startswith("importance")
+    division = [1.0, 2.0], [3, 11], [1, 2], 5
+    torch.library.opcheck(_sample_partition, (*arguments, 4 if scored else 11, *division))
 
 
 def test_ids_of_one_strided_row_and_of_32_bits(device):
@@ -385,3 +395,162 @@ def test_epoch_may_be_a_tensor(strategy, kernels, device):
     assert_same(found, type(found)(*(torch.cat(parts) for parts in zip(*each, strict=True))))
     with pytest.raises(ValueError, match=r"epoch is \[2\], expected \[\] or \[3\]"):
         divide(logits, ids, 16, (8, 8), epoch=given[:2], **options)
+
+
+def philox_words(seed, epoch, sample, patch):
+    """Philox-4x32-10 as Salmon et al. write it, in Python's whole numbers."""
+    a, b, c, d = patch, sample & 0xFFFFFFFF, sample >> 32, epoch
+    key, other = seed, 0
+    for _ in range(10):
+        left, right = 0xD2511F53 * a, 0xCD9E8D57 * c
+        a, b, c, d = (right >> 32) ^ b ^ key, right & 0xFFFFFFFF, (left >> 32) ^ d ^ other, left & 0xFFFFFFFF
+        key, other = (key + 0x9E3779B9) & 0xFFFFFFFF, (other + 0xBB67AE85) & 0xFFFFFFFF
+    return [(word + 0.5) / 2**32 for word in (a, b, c, d)]
+
+
+def at_epoch(pair, epoch, epochs):
+    """The exact value on the straight way from the first epoch to the last, and on it afterwards."""
+    first, last = map(Fraction, pair)
+    return first + (last - first) * Fraction(min(epoch, epochs - 1), epochs - 1)
+
+
+def masked_by_loops(scores, sample, epoch, *, seed, masked, strategy, temperature, important, hints, epochs):
+    """The masked set of one image by the rule's words, one patch after the other; scores in float32."""
+    count, revealed = (math.floor(at_epoch(pair, epoch, epochs) + Fraction(1, 2)) for pair in (important, hints))
+    inverse = np.float32(float(1 / at_epoch(temperature, epoch, epochs)))
+    words = [philox_words(seed, epoch, sample, patch) for patch in range(len(scores))]
+    keys = [score * inverse for score in scores]
+    if strategy == "importance_sampling":
+        keys = [key + np.float32(-np.log(-np.log(word[0]))) for key, word in zip(keys, words)]
+    order = sorted(range(len(keys)), key=lambda i: -keys[i])
+    shown = sorted(order[:count], key=lambda i: -words[i][2])[:revealed]
+    found = [i for i in order if i not in shown][:count]
+    others = [i for i in order if i not in shown and i not in found]
+    return sorted(found + sorted(others, key=lambda i: -words[i][1])[: masked - count])
+
+
+MIXED = {
+    "a part by importance": {"important": (10, 10)},
+    "none by importance, then half": {"important": (0, 11)},
+    "half by importance, then none": {"important": (11, 0)},
+    "hints": {"hints": (4, 4)},
+    "as many hints as are visible": {"hints": (9, 9)},
+    "a part with hints, both growing": {"important": (3, 20), "hints": (0, 8)},
+    "the temperature too": {"temperature": (4.0, 0.5), "important": (21, 7), "hints": (6, 2)},
+}
+
+
+@pytest.mark.fault("the masks' noise for the others", "_, noise, reveal, _ = draw", "noise, _, reveal, _ = draw")
+@pytest.mark.fault("one noise for hints and others", "unit(reveal)", "unit(noise)")
+@pytest.mark.fault("no others in the hints' places", "valid, important + hints)", "valid, important)")
+@pytest.mark.fault("schedules that are rounded down", "done + span // 2) // span)", "done) // span)")
+@pytest.mark.fault("schedules that go on", "tl.minimum(epoch, span)", "epoch")
+@pytest.mark.parametrize("case", MIXED)
+@pytest.mark.parametrize("strategy", ["importance", "importance_sampling"])
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_hints_and_shares_against_loops(case, strategy, kernels, device):
+    """Exact sets, over the range of seeds, samples and epochs: before, in and after the schedule."""
+    some = slice(0 if kernels == "reference" else 1, None, 1 if kernels == "reference" else 2)
+    ids, epochs = [0, 7, 2**33 + 5, 2**31, 9, 1][some], [0, 1, 2, 4, 6, 2**32 - 1][some]
+    logits = torch.randn(len(ids), 30, generator=torch.Generator().manual_seed(0))
+    how = {"temperature": (1.0, 1.0), "important": (21, 21), "hints": (0, 0), "epochs": 7, **MIXED[case]}
+    how |= {"seed": 3_000_000_000, "strategy": strategy}
+    keyed, epoch = (torch.tensor(numbers, device=device) for numbers in (ids, epochs))
+    part = divide(logits.to(device), keyed, 9, (5, 6), epoch=epoch, kernels=kernels, **how)
+    for b in range(len(ids)):
+        expected = masked_by_loops(logits[b].numpy(), ids[b], epochs[b], masked=21, **how)
+        assert part.ids_masked_BM[b].tolist() == expected
+
+
+@pytest.mark.parametrize("strategy", ["importance", "importance_sampling"])
+def test_defaults_are_all_by_importance_without_hints(strategy, device):
+    logits, ids = torch.randn(5, 64, device=device), torch.arange(5, device=device)
+    options = {"strategy": strategy, "temperature": 0.7, "seed": 3, "epoch": 2, "kernels": "reference"}
+    expected = divide(logits, ids, 16, (8, 8), **options)
+    for kernels in ("reference", "triton"):
+        more = {"important": 48, "hints": 0, "epochs": 9, "kernels": kernels}
+        assert_same(divide(logits, ids, 16, (8, 8), **{**options, **more}), expected)
+        more |= {"temperature": (0.7, 0.7), "important": (48, 48), "hints": (0, 0)}
+        assert_same(divide(logits, ids, 16, (8, 8), **{**options, **more}), expected)
+
+
+@pytest.mark.fault("no growth", "grown = 1 + (zero + growth)", "grown = 1 + (zero * growth)")
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_a_scheduled_temperature_is_the_constant_of_each_epoch(kernels, device):
+    """From 4 to 1 in five epochs; T = 3.25 and so on between, and 1 afterwards. Noise of one epoch is held by ids."""
+    logits, ids = 3 * torch.randn(6, 64, device=device), torch.arange(6, device=device)
+    for epoch, temperature in enumerate([4.0, 3.25, 2.5, 1.75, 1.0, 1.0]):
+        options = {"epoch": epoch, "kernels": kernels}
+        found = divide(logits, ids, 16, (8, 8), temperature=(4.0, 1.0), epochs=5, **options)
+        assert_same(found, divide(logits, ids, 16, (8, 8), temperature=temperature, **options))
+
+
+@pytest.mark.parametrize("strategy", ["random", "block"])
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_strategies_without_scores_take_no_notice(strategy, kernels, device):
+    ids, options = torch.arange(4, device=device), {"strategy": strategy, "kernels": kernels}
+    more = {"important": (0, 30), "hints": (0, 9), "temperature": (1e-40, 3.0), "epochs": 3}
+    assert_same(divide(None, ids, 16, (8, 8), **options, **more), divide(None, ids, 16, (8, 8), **options))
+
+
+def test_hints_and_others_are_uniform():
+    """Chi-square over one hint of two and two others of four: 12 outcomes; the 99.9 % quantile for 11 is 31.26."""
+    draws, seen = 6000, {}
+    logits = torch.arange(7.0).flip(0).expand(draws, 7)
+    part = divide(logits, torch.arange(draws), 3, (1, 7), strategy="importance", important=2, hints=1)
+    for row in part.ids_masked_BM.tolist():
+        assert len({0, 1} & set(row)) == 1  # the other one is the hint
+        assert 2 in row  # in its place
+        seen[tuple(row)] = seen.get(tuple(row), 0) + 1
+    assert len(seen) == 12
+    assert sum((count - draws / 12) ** 2 / (draws / 12) for count in seen.values()) < 31.26
+
+
+def test_sampling_with_hints_and_others_has_exact_probabilities():
+    """Chi-square over all 20 masked sets of 3 of 6; the 99.9 % quantile for 19 degrees of freedom is 43.82.
+
+    Two are drawn one after the other, one of these is shown and a third drawn in its place; the last is any other.
+    """
+    scores, draws, expected = [0.30, 0.05, 0.20, 0.10, 0.25, 0.10], 20_000, {}
+    for order in itertools.permutations(range(6), 3):
+        left, probability = 1.0, 1.0
+        for item in order:
+            probability *= scores[item] / left
+            left -= scores[item]
+        for shown in order[:2]:
+            for other in set(range(6)) - set(order):
+                masked = frozenset({*order, other} - {shown})
+                expected[masked] = expected.get(masked, 0.0) + probability / 2 / 3
+    logits = torch.tensor(scores).log().expand(draws, 6)
+    part = divide(logits, torch.arange(draws), 3, (2, 3), important=2, hints=1, seed=1)
+    seen = dict.fromkeys(expected, 0)
+    for row in part.ids_masked_BM.tolist():
+        seen[frozenset(row)] += 1
+    assert math.isclose(sum(expected.values()), 1)
+    assert len(expected) == 20
+    assert sum((seen[k] - draws * p) ** 2 / (draws * p) for k, p in expected.items()) < 43.82
+
+
+@pytest.mark.parametrize(
+    ("grid", "keep", "strategy"),
+    [
+        ((3, 5), 1, "importance"),
+        ((3, 5), 14, "importance_sampling"),
+        ((1, 2), 1, "importance_sampling"),
+        ((14, 14), 49, "importance_sampling"),
+        ((37, 37), 300, "importance_sampling"),
+    ],
+)
+def test_kernel_mixes_alike(grid, keep, strategy, device):
+    """Bit for bit, of scores that are equal, infinite or NaN too; every count from the least to the most."""
+    patches = grid[0] * grid[1]
+    logits = 3 * torch.randn(4, patches, device=device)
+    logits[0, ::2], logits[2, 1::2], logits[3, ::3] = -torch.inf, torch.inf, torch.nan
+    most, ids = patches - keep, torch.arange(4, device=device)
+    options = {"strategy": strategy, "epoch": ids, "epochs": 4, "temperature": (3.0, 0.7), "teacher": max(1, most // 2)}
+    for important, hints in (((0, most), (0, min(most, keep))), (most // 2, min(most // 2, keep) // 2)):
+        more = {"important": important, "hints": hints, **options}
+        reference = divide(logits, ids, keep, grid, kernels="reference", **more)
+        assert_same(divide(logits, ids, keep, grid, kernels="triton", **more), reference)
+        assert reference.mask_BL.sum(1).eq(most).all()
+        assert reference.nan_B.tolist() == [False, False, False, True]

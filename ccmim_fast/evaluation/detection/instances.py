@@ -6,6 +6,7 @@ To a `Source` they add `sample(index)`: the pixels and the objects of one image,
 
 # N objects, S samples, X excluded samples, H height, W width, C channels
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,8 +23,10 @@ from ccmim_fast.data.source import NOTHING_EXCLUDED
 from ccmim_fast.errors import DataError, one_line
 
 LAYOUT = (
-    "data.root holds annotations/instances_train2017.json and instances_val2017.json beside train2017/ and val2017/"
+    "data.root holds annotations/instances_train2017.json and instances_val2017.json beside train2017/ and val2017/, "
+    "or these without years: train and test"
 )
+_PARTS = ("train2017", "val2017"), ("train", "test")
 # What is read of the file: the lists, and what each row of them must have.
 _ROWS = {
     "images": {"id": int, "file_name": str, "height": int, "width": int},
@@ -61,10 +64,16 @@ class ShapesInstances(ShapesSource):
         return Instances(box_14, self.labels_N[index : index + 1], mask_HW[None], np.zeros(1, dtype=bool))
 
 
+def parts_of(root: str) -> tuple[str, str]:
+    """Return the names of the parts to train on and to test on: COCO's, or without years if only such are there."""
+    found = [parts for parts in _PARTS if Path(root, "annotations", f"instances_{parts[0]}.json").exists()]
+    return [*found, *_PARTS][0]
+
+
 class CocoSource:
     """One of COCO's two parts; as much of a `Source` as evaluations ask for.
 
-    `root` is a folder of the layout above, `part` is `train2017` or `val2017`. With `train`, images without an object
+    `root` is a folder of the layout above, `part` is one of `parts_of(root)`. With `train`, images without an object
     to train on are excluded. Classes are the categories by their ids, or `class_names`, which has the same names.
     Raises DataError: a file that is missing, damaged, or speaks of what is not there.
     """
@@ -80,7 +89,7 @@ class CocoSource:
         categories = sorted(content["categories"], key=lambda category: category["id"])
         if not self._folder.is_dir():
             raise DataError(f"{self._folder}: no such folder; {LAYOUT}")
-        if missing := {image["file_name"] for image in images} - set(os.listdir(self._folder)):
+        if missing := _missing(self._folder, {image["file_name"] for image in images}):
             raise DataError(f"{self._folder}: lacks {len(missing)} of the images in {file}, such as {min(missing)}")
         names = tuple(category["name"] for category in categories)
         self.class_names = class_names or names
@@ -191,6 +200,16 @@ def runs_in(text: str | bytes) -> list[int]:
 def _is_place(number: Any) -> bool:
     """Tell whether this is a number of pixels that may be meant."""
     return isinstance(number, int | float) and abs(number) <= _FAR  # not so of nan
+
+
+def _missing(folder: Path, names: set[str]) -> set[str]:
+    """Return which of the files are not in a folder, or in one of its own folders; none that leads out of it is."""
+    there = set()
+    for inner in {os.path.dirname(name) for name in names}:
+        if not os.path.isabs(inner) and ".." not in inner.split("/"):
+            with contextlib.suppress(OSError, ValueError):  # ValueError: a zero byte in the name
+                there |= {os.path.join(inner, name) for name in os.listdir(folder / inner)}
+    return names - there
 
 
 def _read(file: Path, advice: str = "") -> bytes:

@@ -14,7 +14,7 @@ from ccmim_fast.data.source import Source
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.evaluation.detection.batches import ObjectLoader, Targets, resized_to_test
 from ccmim_fast.evaluation.detection.detector import build_detector, detect, use_windows_
-from ccmim_fast.evaluation.detection.instances import CocoSource, Instances, ShapesInstances
+from ccmim_fast.evaluation.detection.instances import CocoSource, Instances, ShapesInstances, parts_of
 from ccmim_fast.evaluation.detection.precision import average_precision
 from ccmim_fast.evaluation.encoders import QUARTERS, out_indices
 from ccmim_fast.evaluation.finetune import build_optimizer
@@ -37,8 +37,9 @@ def open_images(config: EvalConfig, *data: DataConfig) -> list[Source]:
         return [
             build(of_these, (config.seed + number) % 2**32, ShapesInstances) for number, of_these in enumerate(data)
         ]
-    train = CocoSource(root, "train2017", train=True)
-    return [train, CocoSource(root, "val2017", train=False, class_names=train.class_names)]
+    first, second = parts_of(root)
+    train = CocoSource(root, first, train=True)
+    return [train, CocoSource(root, second, train=False, class_names=train.class_names)]
 
 
 class Detection(Supervised):

@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ccmim_kernels.block_keys import BLOCKS, LOG_ASPECT
 from ccmim_kernels.philox import STREAM_BLOCK, STREAM_MASK, STREAM_TEACHER
-from ccmim_kernels.sample_partition import BLOCKS, LOG_ASPECT, empty_partition
+from ccmim_kernels.sample_partition import empty_partition, is_mixed
 from ccmim_kernels.triton_impl.launch import ROW_SIZES, fitting, launch
 
 _INTEGERS = ["L", "keep", "has_logits", "seed", "stream", "rows", "columns", "block_min", "teacher"]
+_INTEGERS += ["span", "important", "last_important", "hints", "last_hints"]
 _BLOCKS, _LOG_ASPECT, _STREAM_TEACHER = tl.constexpr(BLOCKS), tl.constexpr(LOG_ASPECT), tl.constexpr(STREAM_TEACHER)
 
 
@@ -64,7 +66,31 @@ def select_largest(keys, valid, count):
 
 
 @triton.jit
-def store_partition(keys, patch, valid, image, L, keep, visible_ptr, masked_ptr, restore_ptr, mask_ptr, nan_ptr):
+def warmed(inverse_temperature, growth, done, span):
+    """Return 1 / T after `done` (int64) of the `span` epochs in which T grows by the share `growth`, float32."""
+    zero = (done * 0).to(tl.float32)  # in the interpreter a float is of 64 bits
+    grown = 1 + (zero + growth).to(tl.float64) * (done.to(tl.float64) / span)
+    return ((zero + inverse_temperature).to(tl.float64) / grown).to(tl.float32)
+
+
+@triton.jit
+def scheduled(first, last, done, span):
+    """Return the whole number that is `done` (int64) of `span` epochs on the way from `first` to `last`, rounded."""
+    return ((first * (span - done) + last * done + span // 2) // span).to(tl.int32)
+
+
+@triton.jit
+def mixed_keys(keys, patch, valid, sample, seed, stream, epoch, important, hints):
+    """Return keys that mask `important` patches by importance, no hint, and others at random, as the reference."""
+    _, noise, reveal, _ = draw_bits(seed, stream, epoch, sample, patch)
+    drawn = select_largest(keys, valid, important)
+    hint = select_largest(unit(reveal).to(tl.float32), drawn, hints)
+    first = select_largest(keys, valid, important + hints)
+    return tl.where(hint, -1.0, tl.where(first, 2.0, unit(noise).to(tl.float32)))
+
+
+@triton.jit
+def store_partition(keys, patch, valid, image, L, keep, visible_ptr, masked_ptr, restore_ptr, mask_ptr):
     """Mask the L - keep largest keys of one image, and write its row of a `Partition`; return what is masked."""
     masked = select_largest(keys, valid, L - keep)
     count = masked.to(tl.int32)
@@ -74,7 +100,6 @@ def store_partition(keys, patch, valid, image, L, keep, visible_ptr, masked_ptr,
     tl.store(masked_ptr + image * (L - keep) + before, patch.to(tl.int64), mask=valid & (count == 1))
     tl.store(restore_ptr + image * L + patch, tl.where(masked, keep + before, seen).to(tl.int64), mask=valid)
     tl.store(mask_ptr + image * L + patch, count.to(tl.uint8), mask=valid)
-    tl.store(nan_ptr + image, tl.max((valid & (keys != keys)).to(tl.int32)).to(tl.uint8))
     return masked
 
 
@@ -127,42 +152,68 @@ def ccmim_sample_partition_kernel(
     seed,
     stream,
     inverse_temperature,
+    growth,
     gumbel_weight,
     uniform_weight,
     rows,
     columns,
     block_min,
     teacher,
+    span,
+    important,
+    last_important,
+    hints,
+    last_hints,
     BLOCK_L: tl.constexpr,
     BLOCKWISE: tl.constexpr,
+    MIXED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Divide one image; `teacher` is T, or 0 where the teacher sees all that is masked.
 
-    Replaces: noise, argsort, scatter, two argsorts, gathers; and for the teacher noise, argsort, sort. Moves
-    L * (4 + 17) + T * 8 bytes.
+    T of the scores grows by the share `growth` in `span` epochs; MIXED: of the masked patches `important` are drawn by
+    importance and `hints` stay visible, after `span` epochs `last_*`. Replaces: noise, argsort, scatter, two argsorts,
+    gathers; for the teacher noise, argsort, sort; MIXED: six argsorts more. Moves L * (4 + 17) + T * 8 bytes.
     """
     image = tl.program_id(0).to(tl.int64)
     patch = tl.arange(0, BLOCK_L)
     valid = patch < L
     sample = tl.load(ids_ptr + image)
-    epoch = tl.load(epochs_ptr + image).to(tl.int32)
+    epoch = tl.load(epochs_ptr + image)
+    done = tl.minimum(epoch, span)
+    epoch = epoch.to(tl.int32)
     if BLOCKWISE:
         keys = block_keys(patch, sample, seed, stream, epoch, L - keep, rows, columns, block_min, CHUNK)
     else:
         logits = tl.load(logits_ptr + image * L + patch, mask=patch < L * has_logits, other=0.0).to(tl.float32)
-        keys = importance_keys(
-            logits, patch, sample, seed, stream, epoch, inverse_temperature, gumbel_weight, uniform_weight
-        )
-    masked = store_partition(
-        keys, patch, valid, image, L, keep, visible_ptr, masked_ptr, restore_ptr, mask_ptr, nan_ptr
-    )
+        inverse = warmed(inverse_temperature, growth, done, span)
+        keys = importance_keys(logits, patch, sample, seed, stream, epoch, inverse, gumbel_weight, uniform_weight)
+    tl.store(nan_ptr + image, tl.max((valid & (keys != keys)).to(tl.int32)).to(tl.uint8))
+    if MIXED:
+        drawn = scheduled(important, last_important, done, span)
+        revealed = scheduled(hints, last_hints, done, span)
+        keys = mixed_keys(keys, patch, valid, sample, seed, stream, epoch, drawn, revealed)
+    masked = store_partition(keys, patch, valid, image, L, keep, visible_ptr, masked_ptr, restore_ptr, mask_ptr)
     if teacher > 0:
         store_teacher(masked, patch, sample, seed, epoch, image, teacher, teacher_ptr)
 
 
 def sample_partition(
-    logits_BL, ids_B, rows, columns, keep, seed, epochs_B, strategy, noise, temperature, block_min, teacher
+    logits_BL,
+    ids_B,
+    rows,
+    columns,
+    keep,
+    seed,
+    epochs_B,
+    strategy,
+    noise,
+    block_min,
+    teacher,
+    temperature,
+    important,
+    hints,
+    epochs,
 ) -> tuple[Tensor, ...]:
     """Launch the kernel for the operator's arguments; return the tensors of a `Partition` as `empty_partition`."""
     patches, blockwise, scored = rows * columns, strategy == "block", logits_BL is not None
@@ -173,14 +224,17 @@ def sample_partition(
     # As int32, by its bits: an argument's type must not depend on its value.
     seed = seed - 2**32 if seed >= 2**31 else seed
     weights = {"gumbel": (1.0, 0.0), "uniform": (0.0, 1.0)}[noise] if strategy == "importance_sampling" else (0.0, 0.0)
-    # Inverse temperature, weights of Gumbel and of uniform noise: `random` has U(0, 1) alone.
-    terms = (1.0, 0.0, -1.0) if strategy == "random" else (1.0 / temperature, *weights)
+    # Inverse temperature and growth, weights of Gumbel and of uniform noise: `random` has U(0, 1) alone.
+    scale = (1.0 / temperature[0], temperature[1] / temperature[0] - 1.0)
+    terms = (1.0, 0.0, 0.0, -1.0) if strategy == "random" else (*scale, *weights)
     stream = STREAM_BLOCK if blockwise else STREAM_MASK
-    block = {"BLOCK_L": size, "BLOCKWISE": blockwise, "CHUNK": max(2, min(16, 4096 // size))}
-    # Keys are 4 a thread; blocks want more threads.
-    warps = 8 if blockwise else min(16, max(1, size // 128))
+    mixed = is_mixed(strategy, patches - keep, important, hints)
+    block = {"BLOCK_L": size, "BLOCKWISE": blockwise, "MIXED": mixed, "CHUNK": max(2, min(16, 4096 // size))}
+    # Keys are 4 a thread; blocks want more threads, the rounds of a mixture more registers.
+    warps = 8 if blockwise else min(8 if mixed else 16, max(1, size // 128))
     drawn = 0 if teacher == patches - keep else teacher
     numbers = (patches, keep, int(scored), seed, stream, *terms, rows, columns, block_min, drawn)
-    launch(ccmim_sample_partition_kernel, len(ids_B), *tensors, *numbers, **block, warps=warps)
+    ways = (max(1, epochs - 1), *important, *hints)
+    launch(ccmim_sample_partition_kernel, len(ids_B), *tensors, *numbers, *ways, **block, warps=warps)
     *indices, mask_BL, nan_B, ids_teacher_BT = out
     return *indices, mask_BL.view(torch.bool), nan_B.view(torch.bool), ids_teacher_BT
