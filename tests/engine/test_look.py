@@ -22,7 +22,8 @@ from ccmim_fast.errors import DataError, StoppedError
 from ccmim_fast.models.tokens import encode, prefix_tokens, tokens_of
 from ccmim_fast.models.views import Views
 from ccmim_kernels import gather_tokens
-from ccmim_kernels.sample_partition import sample_partition_reference
+from ccmim_kernels.philox import keyed_uniform
+from ccmim_kernels.sample_partition import partition_from_mask
 
 MEASURES = {"rankme", "alpha_req", "uniformity", "lidar"}
 OF_BOTH = MEASURES | {f"{name}_cls" for name in MEASURES}
@@ -64,6 +65,13 @@ def records(folder, kind="features"):
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
+def random_division(ids_B, number, keep):
+    """Of 24 patches those with the largest keys are masked; the keys are of seed 0, of the number as an epoch."""
+    keys_BL = keyed_uniform(0, torch.full_like(ids_B, number), ids_B, 24).float()
+    masked_BM = keys_BL.argsort(dim=1, descending=True, stable=True)[:, : 24 - keep]
+    return partition_from_mask(torch.zeros_like(keys_BL, dtype=torch.bool).scatter_(1, masked_BM, True), keep)
+
+
 def test_the_record_is_of_the_checkpoint_s_features(tmp_path, config_for):
     """Of whole images as features are exported, of sets as the specification draws them, of hV and hM as in a step."""
     config = config_for(tmp_path)
@@ -77,11 +85,9 @@ def test_the_record_is_of_the_checkpoint_s_features(tmp_path, config_for):
     [all_of_them] = evaluation_batches(source, config.data.image_size, 16, torch.device("cpu"))
     chosen = torch.arange(12) * 16 // 12
     images_BHWC = all_of_them.images_BHWC[chosen]
-    how = {"keep": model.keep, "grid": model.grid, "seed": 0, "strategy": "random", "teacher": 24 - model.keep}
-    how |= {"noise": "gumbel", "temperature": 1.0, "block_min": 1}
+    drawn = [random_division(chosen, number, model.keep) for number in range(SETS)]
     with torch.no_grad():
         whole_BTD = tokens_of(model.encoder, model.mean_C, model.std_C)(images_BHWC)
-        drawn = [sample_partition_reference(None, chosen, epoch=torch.full_like(chosen, i), **how) for i in range(SETS)]
         embedded_BLD = model.embed(images_BHWC)
         sets = [
             encode(model.encoder, gather_tokens(embedded_BLD, one.ids_visible_BK, prefix_tokens(model.encoder)))[0]
