@@ -112,6 +112,7 @@ def ending(job: Job, log_every: int) -> dict[str, Any]:
     every, broken = read_records(job.folder / "metrics.jsonl")
     records = [record for record in every if record["kind"] == "train"]
     steps, last = [record["step"] for record in records], records[-1]["step"]
+    looks = [record["step"] for record in every if record["kind"] == "features"]
     expected = sorted({*range(log_every, last + 1, log_every), last})
     few = max(1, len(records) // 10)
     newest, state = io.newest(job.folder / "checkpoints"), read_state(job.folder)
@@ -123,7 +124,7 @@ def ending(job: Job, log_every: int) -> dict[str, Any]:
         "newest_checkpoint": newest.path.name if newest.path else None,
         "records": len(steps),
         "records_missing": sorted(set(expected) - set(steps)),
-        "records_twice": len(steps) - len(set(steps)),
+        "records_twice": sum(len(of) - len(set(of)) for of in (steps, looks)),
         "records_broken": broken,
         "left_over_files": [str(p.relative_to(job.folder)) for p in job.folder.rglob(".*") if p.name != ".lock"],
         "left_over_processes": len(job.left_over()),

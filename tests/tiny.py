@@ -1,4 +1,4 @@
-"""The smallest model that still has every part: what most tests run. No score bank, unless a test asks for one."""
+"""The smallest model that still has every part: what most tests run. No score bank and no look, unless a test asks."""
 
 import dataclasses
 
@@ -13,6 +13,7 @@ from ccmim_fast.config.schema import (
     ModelConfig,
     OptimConfig,
     ScoreConfig,
+    TrainConfig,
 )
 from ccmim_fast.losses.criteria import Losses
 from ccmim_fast.models.ccmim import CCMIM, Output
@@ -24,6 +25,7 @@ TINY = Config(
     decoder=DecoderConfig(depth=2, dim=32, num_heads=4),
     heads=HeadsConfig(dim=16),
     optim=OptimConfig(warmup_epochs=0.0),  # runs of few epochs
+    train=TrainConfig(feature_images=0),  # records of training steps alone
 )
 
 

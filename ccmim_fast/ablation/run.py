@@ -8,13 +8,16 @@ from typing import Any
 import torch
 
 from ccmim_fast.ablation.runs import Run, flops_per_image, labelled_images, run_all
-from ccmim_fast.ablation.table import difference, known, markdown, over_seeds, plot
+from ccmim_fast.ablation.table import difference, known, markdown, over_seeds, plot, views_markdown
 from ccmim_fast.ablation.variants import ABLATIONS, Ablation, Variants
 from ccmim_fast.config.load import load_config
 from ccmim_fast.config.schema import Config
 from ccmim_fast.errors import ConfigError, say
 from ccmim_fast.runs.folder import environment
 from ccmim_fast.secrets import without_secrets
+
+_OF_VIEWS = """Accuracies by how tokens become features: the average of the patches' tokens, [CLS], and both beside each
+other; of whole images, and of a random set of as many patches as training shows (visible)."""
 
 
 def run_ablation(
@@ -116,6 +119,8 @@ def write(ablation: Ablation, figures: Sequence[dict[str, Any]], prefix: Path, c
             for key in known(figures, ("auroc", "leakage", "knn", "logreg")):
                 mean, deviation = difference(figures, one, other, key)
                 text.append(f"- {one} - {other}, {key}: {mean:+.3f} ± {deviation:.3f} (same seed)")
+    if views := views_markdown(figures):
+        text.append(f"\n{_OF_VIEWS}\n\n{views}")
     seeds = len({run["seed"] for run in figures})
     machine = f"{where['device']}, torch {where['torch']}, commit {where['commit']}."
     text.append(f"\nMean ± standard deviation over {seeds} seeds. {machine}\n\n![scores]({prefix.name}.png)\n")

@@ -29,14 +29,13 @@ from ccmim_fast.engine.build import build_step
 from ccmim_fast.engine.dry_run import count_flops
 from ccmim_fast.engine.pretraining import Pretraining, fit
 from ccmim_fast.errors import ConfigError, one_line
-from ccmim_fast.evaluation.frozen.features import extract
-from ccmim_fast.evaluation.frozen.knn import knn_accuracies
-from ccmim_fast.evaluation.frozen.logreg import logreg_accuracy
+from ccmim_fast.evaluation.frozen.features import collect
+from ccmim_fast.evaluation.frozen.views import probes
 from ccmim_fast.evaluation.images import with_classes
 from ccmim_fast.evaluation.masks.objects import object_leakage, objects_of, score_auroc
 from ccmim_fast.models.ccmim import CCMIM
 from ccmim_fast.models.scores import AllBlocks, PriorScores
-from ccmim_fast.models.tokens import tokens_of
+from ccmim_fast.models.views import take_views
 from ccmim_fast.ranks.session import Session
 from ccmim_fast.report.curves import read_metrics
 from ccmim_fast.runs.state import CONFIG
@@ -192,17 +191,21 @@ def make_held_out(config: Config) -> ShapesSource:
 
 
 def measure_features(model: CCMIM, config: Config, train: Source, held_out: Source) -> dict[str, float]:
-    """Measure kNN and logistic regression of frozen, average-pooled features, fitted on the training images.
+    """Measure kNN and logistic regression of frozen features, fitted on the training images: `knn`, `logreg`.
 
+    Those are of averaged tokens of whole images; `knn_cls`, `logreg_both_visible` and so on are of the other `VIEWS`.
     Both sets must have labels, of the same classes. Images that cannot be read are left out.
     """
-    encode, parts = tokens_of(model.encoder, model.mean_C, model.std_C), []
+    parts = []
     for source in (train, held_out):
         shown = config.data.image_size, config.train.batch_size, model.mean_C.device
         batches = evaluation_batches(source, *shown, bad_samples=BadSamples(source, "skip", max_bad=1.0))
-        parts += extract(encode, batches, model.encoder.num_prefix_tokens)
+        parts += collect(lambda batch: take_views(model, batch.images_BHWC, batch.ids_B).pooled_BV2D, batches)
     k = min(NEIGHBOURS, len(parts[0]))
-    return {"knn": knn_accuracies(*parts, [k])[k], "logreg": logreg_accuracy(*parts)[0]}
+    figures = {}
+    for view, accuracies in probes(*parts, [k]).items():
+        figures |= {f"knn{view}": accuracies[f"k={k}"], f"logreg{view}": accuracies["logreg"]}
+    return figures
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ccmim_fast.ablation.variants import Ablation
+from ccmim_fast.evaluation.frozen.views import VIEWS
 from ccmim_fast.report.curves import COLOURS
 
 COLUMNS = {
@@ -45,14 +46,33 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
 def markdown(figures: Sequence[dict[str, Any]]) -> str:
     """Make a table, a row a variant: mean ± standard deviation over its seeds."""
     columns = known(figures, COLUMNS)
-    rows = [f"| | epochs | {' | '.join(map(COLUMNS.get, columns))} |", f"|---|{'--:|' * (1 + len(columns))}"]
-    for variant, runs in over_seeds(figures).items():
-        cells = []
-        for key in columns:
-            mean, deviation = mean_and_sd([run[key] for run in runs])
-            cells.append(f"{mean:.0f}" if key == "images_per_second" else f"{mean:.3f} ± {deviation:.3f}")
-        rows.append(f"| {variant} | {runs[0]['epochs']} | {' | '.join(cells)} |")
-    return "\n".join(rows) + "\n"
+    rows = {variant: [str(runs[0]["epochs"]), *_cells(runs, columns)] for variant, runs in over_seeds(figures).items()}
+    return _table("", ["epochs", *map(COLUMNS.get, columns)], rows)
+
+
+def views_markdown(figures: Sequence[dict[str, Any]]) -> str:
+    """Make a table of all views of the features, see `VIEWS`, for each of `FEATURES`; empty where no run has others."""
+    tables = []
+    for key, label in FEATURES.items():
+        columns = known(figures, (f"{key}{view}" for view in VIEWS))
+        if len(columns) > 1:
+            names = [VIEWS[column.removeprefix(key)] for column in columns]
+            rows = {variant: _cells(runs, columns) for variant, runs in over_seeds(figures).items()}
+            tables.append(_table(label, names, rows))
+    return "\n".join(tables)
+
+
+def _table(corner: str, columns: Sequence[str], rows: dict[str, list[str]]) -> str:
+    lines = [f"|{f' {corner}' if corner else ''} | {' | '.join(columns)} |", f"|---|{'--:|' * len(columns)}"]
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())]) + "\n"
+
+
+def _cells(runs: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[str]:
+    cells = []
+    for key in columns:
+        mean, deviation = mean_and_sd([run[key] for run in runs])
+        cells.append(f"{mean:.0f}" if key == "images_per_second" else f"{mean:.3f} ± {deviation:.3f}")
+    return cells
 
 
 def difference(figures: Sequence[dict[str, Any]], one: str, other: str, key: str) -> tuple[float, float]:

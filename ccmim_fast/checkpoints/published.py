@@ -39,6 +39,7 @@ class Weights(NamedTuple):
     layer_scale: float = 0.0  # the initial one, which no weight tells
     positions: str = ""  # as the setting `model.positions`, where it is not the default
     mlp: str = ""  # as the setting `model.mlp`, where it is not the default: no weight tells an activation
+    mask_ratio: float = 0.0  # of pretraining
     # Of config.json beside the weights: what `told.check_form` compares with the encoder that is built for them.
     activation: str = ""
     eps: float = 0.0  # of the norms
@@ -67,7 +68,8 @@ def read_weights(place: str, arch: str = "") -> Weights:
         model, data = run.config.model, run.config.data
         told = (model.arch, model.num_heads, data.mean, data.std, data.image_size, run.step, data.max_value)
         positions, mlp = "" if model.positions == "sincos" else model.positions, "" if model.mlp == "own" else model.mlp
-        return Weights(str(run.path), run.weights, *told, layer_scale=model.layer_scale, positions=positions, mlp=mlp)
+        form = {"layer_scale": model.layer_scale, "positions": positions, "mlp": mlp}
+        return Weights(str(run.path), run.weights, *told, **form, mask_ratio=run.config.mask.ratio)
     if Path(place).is_dir():
         found, told = read_folder(Path(place))
     elif Path(place).exists() and not Path(place).is_file():

@@ -73,6 +73,9 @@ class EvalModelConfig:
         "plain", "bicubic positions of another grid: antialias as timm, or plain as the protocols' code", "MAE"
     )
     drop_path: u.Decay = like(ModelConfig, "drop_path")
+    mask_ratio: u.Decay = setting(
+        0.0, "views: share of the patches left out of the images with few; 0: the run's, else 0.75", "MAE"
+    )
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,12 @@ class TrainConfig:
     cuda_graph: bool = setting(False, "capture the whole step, optimizer included, and replay it", "ours", "free")
     find_batch: bool = setting(False, "first find the largest micro-batch that fits the GPU", "ours", "free")
     max_steps: u.StepsOr0 = setting(0, "stop after so many optimizer steps; 0: all epochs", "ours", "free")
+    feature_images: u.ImagesOr0 = setting(
+        512,
+        "images whose features are measured without labels at ends of epochs: docs/long-runs.md; 0: none",
+        "ours",
+        "free",
+    )
     # A step of ViT-B is about 10,000 events of the trace.
     profile: u.whole("optimizer steps", 0, 100) = setting(0, "profile so many once; 0: none", "ours", "free")
 

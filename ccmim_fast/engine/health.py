@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ccmim_fast.data.build import Loader
 from ccmim_fast.data.throughput import measure_stage_times
+from ccmim_fast.engine.representation import effective_rank, singular_values
 from ccmim_fast.engine.task import Report
 from ccmim_fast.runs.metrics import Metrics
 
@@ -38,13 +39,8 @@ def spread(h_BE: Tensor) -> tuple[Tensor, Tensor]:
     unit_BE = F.normalize(h_BE.float(), dim=1)
     std = unit_BE.std(0).mean() * unit_BE.shape[1] ** 0.5
     # In float64: a Gram matrix squares, so float32 would leave singular values of 3e-4 where there are none.
-    centred_BE = (unit_BE - unit_BE.mean(0)).double()
-    # Eigenvalues of the smaller Gram matrix are the squares of the singular values: much cheaper than these.
-    gram = centred_BE.T @ centred_BE if len(h_BE) > h_BE.shape[1] else centred_BE @ centred_BE.T
-    # What is not finite, of which std tells, has no eigenvalues.
-    singular = torch.linalg.eigvalsh(gram.nan_to_num()).clamp_min(0).sqrt()
-    share = singular / singular.sum()
-    rank = torch.exp(torch.special.entr(share).sum())
+    singular = singular_values((unit_BE - unit_BE.mean(0)).double())
+    rank = effective_rank(singular)
     return std, torch.where(singular.sum() > 1e-6 * len(h_BE) ** 0.5, rank, 0).float()
 
 

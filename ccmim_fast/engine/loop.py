@@ -58,14 +58,17 @@ class Loop:
             NumericsError: gradients stay not finite, and there is no checkpoint to go back to.
         """
         if self.step == 0:
+            self._look(0)
             self._evaluate(0)
         saver = self.checkpointer.saver
         with self.signals, self.here.watchdog, saver, closing(self.task.loader.stream(self.seen)) as stream:
             for batches in observe(self._steps(stream)):
                 result = self._train(batches)
                 self._log(result, batches)
-                self._check(result, batches)
                 if epoch := self._finished_epoch():
+                    self._look(epoch)
+                self._check(result, batches)
+                if epoch:
                     self._save(epoch)
                     self._evaluate(epoch)
         self.data_report.close()
@@ -155,18 +158,25 @@ class Loop:
         self.report("went_back", words, to=weights_of)
 
     def _save(self, epoch: int) -> None:
-        for_good, last = self._for_good(epoch), self.step == self.total_steps
-        if not (for_good or last or epoch % self.config.run.save_every == 0):
+        if not self._is_saved(epoch):
             return
         self._check_completed(wait=True)
         # What makes gradients bad may be in the weights: the checkpoint before is the one to go back to.
-        if last or not self.monitor.bad_in_a_row:
-            self.checkpointer.save(self.step, self.seen, for_good)
+        if self.step == self.total_steps or not self.monitor.bad_in_a_row:
+            self.checkpointer.save(self.step, self.seen, self._for_good(epoch))
+
+    def _is_saved(self, epoch: int) -> bool:
+        """Return if this epoch ends in a checkpoint, unless gradients are bad then."""
+        return self._for_good(epoch) or self.step == self.total_steps or epoch % self.config.run.save_every == 0
 
     def _for_good(self, epoch: int) -> bool:
         """Return if the checkpoint of this epoch stays; that of an epoch within which the run ends does not."""
         every = self.config.run.keep_every
         return bool(every and epoch) and epoch % every == 0 and self.seen >= epoch * self.samples
+
+    def _look(self, epoch: int) -> None:
+        self.here.watchdog.enter_phase("measuring features")
+        self.task.look(epoch, self._is_saved(epoch), self)
 
     def _evaluate(self, epoch: int) -> None:
         self.here.watchdog.enter_phase("evaluating the model")

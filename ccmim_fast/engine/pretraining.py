@@ -29,8 +29,10 @@ from ccmim_fast.engine.build import (
     choose_shards,
     prepare_step,
 )
+from ccmim_fast.engine.compile import eager
 from ccmim_fast.engine.dry_run import count_flops
 from ccmim_fast.engine.health import health_of
+from ccmim_fast.engine.look import Look
 from ccmim_fast.engine.loop import Loop
 from ccmim_fast.engine.memory import explains_out_of_memory, with_largest_batch
 from ccmim_fast.engine.post_mortem import Evidence, write_capture
@@ -115,6 +117,7 @@ class Pretraining(Task):
             self.loader = self._build_loader(loader)
         self._step_fn = prepare_step(step, images, choices.to_compile(self.chosen, step, here, asked))
         self.chosen = choices.choose_form(self.chosen, step, images, here)
+        self._look = Look(step, self.loader, here, config.train.feature_images)
         self._nan_id = torch.full((), -1, device=here.device)
 
     def _build_loader(self, name: str) -> Loader:
@@ -132,7 +135,9 @@ class Pretraining(Task):
         )
 
     def count_flops(self) -> dict[Any, float]:
-        return count_flops(self.train_step)
+        # torch compiles nothing under a counter.
+        with eager(self.train_step):
+            return count_flops(self.train_step)
 
     @property
     def headline(self) -> str:
@@ -186,6 +191,13 @@ class Pretraining(Task):
             **(self._more(self, batches, result) if self._more else {}),
             "lr": float(self.optimizer.param_groups[0]["lr"]),
         }
+
+    def look(self, epoch: int, saved: bool, loop: Loop) -> None:
+        if self._look.is_due(epoch, saved):
+            figures = self._look()
+            words = ", ".join(f"{name} {value:.3g}" for name, value in figures.items())
+            message = f"features of {self._look.images} images: {words}"
+            loop.report("features", message, epoch=loop.seen / loop.samples, images=self._look.images, **figures)
 
     def after_epoch(self, epoch: int, loop: Loop) -> None:
         if self._after_epoch is not None:

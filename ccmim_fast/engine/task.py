@@ -57,6 +57,12 @@ class Task:
         """Return the FLOPs per image by operator, for MFU; empty where nobody counts them."""
         return {}
 
+    def look(self, epoch: int, saved: bool, loop: "Loop") -> None:
+        """Measure the model after an epoch and report it, before a checkpoint of its step exists; every rank calls it.
+
+        `saved` says whether one will; a run that resumes at it has the record. Epoch 0 is the start.
+        """
+
     def after_epoch(self, epoch: int, loop: "Loop") -> None:
         """Evaluate the model after an epoch, and before the first one as epoch 0; every rank calls it."""
 

@@ -39,6 +39,12 @@ EVALUATIONS = {
     "logreg": Evaluation(
         "logistic regression on frozen features", "frozen.logreg:logreg", (*_SHOWN, "logreg."), trains=False
     ),
+    "views": Evaluation(
+        "both of [CLS], average and both, of whole images and of few patches",
+        "frozen.views:views",
+        ("data.image_size", "data.test_crop", "model.resample", "model.mask_ratio", "knn.", "logreg."),
+        trains=False,
+    ),
     "linear": Evaluation(
         "a linear classifier of frozen features",
         "probes:linear",

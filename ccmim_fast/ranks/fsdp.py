@@ -49,6 +49,8 @@ def shard(model: CCMIM, here: Session, dtype: torch.dtype | None) -> None:
         for method in ("cls_attention", "folded_direction") if isinstance(block, ViTBlock) else ():
             register_fsdp_forward_method(block, method)
     divide(model, mp_policy=exact)
+    # A look (`engine.look`) begins with it, and passes the tokens through parts of the model.
+    register_fsdp_forward_method(model, "embed")
     # Before the first block of the last pass torch sees the last block of the pass before, which is done with by then,
     # and would gather it once more. The whole model is not divided yet.
     model.encoder.blocks[0].set_modules_to_backward_prefetch([model])

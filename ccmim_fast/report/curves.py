@@ -34,8 +34,8 @@ STYLE = {
 }
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """Read the training lines of a metrics.jsonl; their steps rise.
+def read_metrics(path: Path, kind: str = "train") -> list[dict]:
+    """Read the lines of one kind of a metrics.jsonl, of training steps or `features`; their steps rise.
 
     A line that is not JSON is left out: a killed run leaves half a line, and a resumed one may write on behind it. A
     step that comes again (training went back to a checkpoint) replaces all lines from it on. Returns [] where the file
@@ -47,7 +47,7 @@ def read_metrics(path: Path) -> list[dict]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if not isinstance(row, dict) or row.get("kind") != "train" or not isinstance(row.get("step"), int):
+        if not isinstance(row, dict) or row.get("kind") != kind or not isinstance(row.get("step"), int):
             continue
         while rows and rows[-1]["step"] >= row["step"]:
             rows.pop()
@@ -64,7 +64,7 @@ def curve_svg(runs: Sequence[tuple[str, list[dict]]], key: str, label: str, uid:
     """Plot one quantity of several runs against the epoch.
 
     A run without the quantity is left out, and so is one where it is zero throughout: a term that is switched off.
-    `runs` are names and training lines of which `key` is a field; a run's place decides its colour, see `line_style`.
+    `runs` are names and lines of which `key` is a field; a run's place decides its colour, see `line_style`.
     `label` says what the plot shows, for readers who cannot see it. `uid`, unique in its page, begins every id in the
     drawing.
 

@@ -43,6 +43,17 @@ CURVES = {
     "h_std": "Spread of the [CLS] projections",
     "h_rank": "Effective rank of the [CLS] projections",
 }
+FEATURES = {
+    "rankme": "RankMe, average",
+    "rankme_cls": "RankMe, [CLS]",
+    "alpha_req": "alpha-ReQ, average",
+    "alpha_req_cls": "alpha-ReQ, [CLS]",
+    "uniformity": "Uniformity, average",
+    "uniformity_cls": "Uniformity, [CLS]",
+    "lidar": "LiDAR, average",
+    "lidar_cls": "LiDAR, [CLS]",
+    "alignment": "Alignment of both sets' projections",
+}  # of the records of kind `features`: docs/long-runs.md
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=True,
@@ -117,7 +128,7 @@ def write_report(
     evaluated = [read_evaluations(run, remarks) for run in runs]
     figures = [{f"{one.name}: {key}": value for one in of for key, value in one.figures.items()} for of in evaluated]
     lines = [(name, run.metrics()) for name, run in zip(names, runs)]
-    drawn = [(label, curve_svg(lines, key, label, uid=f"curve-{key}")) for key, label in CURVES.items()]
+    looks = [(name, run.metrics("features")) for name, run in zip(names, runs)]
     page = TEMPLATES.get_template("page.html").render(
         title=title,
         abstract=_abstract(methods, summary.get("chance")),
@@ -128,8 +139,9 @@ def write_report(
         standing=standing
         and standing._replace(rows=[(name, list(map(shareable, row[1]))) for name, row in zip(names, standing.rows)]),
         legend=[(name, *line_style(i)) for i, name in enumerate(names)],
-        # Markup: matplotlib escapes its text, and `curve_svg` the names.
-        curves=[(label, Markup(svg)) for label, svg in drawn if svg is not None],
+        curves=_curves(lines, CURVES),
+        feature_curves=_curves(looks, FEATURES),
+        features=compare(names, [_last_look(rows) for _, rows in looks]),
         galleries=[(name, of_run) for name, of_run in zip(names, shown) if of_run],
         figures=compare(names, figures),
         evaluations=list(zip(names, evaluated)),
@@ -141,6 +153,20 @@ def write_report(
     path.parent.mkdir(parents=True, exist_ok=True)
     # Names of files may be bytes that are no text.
     path.write_text(page, encoding="utf-8", errors="replace")
+
+
+def _curves(lines: Sequence[tuple[str, list[dict]]], labels: dict[str, str]) -> list[tuple[str, Markup]]:
+    """Return label and drawing of each quantity that some run has."""
+    drawn = [(label, curve_svg(lines, key, label, uid=f"curve-{key}")) for key, label in labels.items()]
+    # Markup: matplotlib escapes its text, and `curve_svg` the names.
+    return [(label, Markup(svg)) for label, svg in drawn if svg is not None]
+
+
+def _last_look(rows: list[dict]) -> dict[str, str]:
+    """Return the figures of a run's last look at its features, as text by their labels; {} without one."""
+    last = {"epoch": "epoch", "images": "images", **FEATURES}
+    known = {label: rows[-1].get(key) for key, label in last.items()} if rows else {}
+    return {label: f"{value:.4g}" for label, value in known.items() if isinstance(value, int | float)}
 
 
 def _abstract(methods: dict[str, dict[str, float | None]], chance: float | None) -> list[str]:

@@ -32,9 +32,9 @@ class RunView(NamedTuple):
         """Read versions, device, commit and so on, as `config`."""
         return _read(self.folder / "environment.json", json.loads)
 
-    def metrics(self) -> list[dict]:
-        """Read the training lines, see `read_metrics`."""
-        return read_metrics(self.folder / "metrics.jsonl")
+    def metrics(self, kind: str = "train") -> list[dict]:
+        """Read the lines of one kind, see `read_metrics`."""
+        return read_metrics(self.folder / "metrics.jsonl", kind)
 
     def snapshots(self) -> list[Snapshot]:
         """Read all snapshots by epoch. Raises DataError for a damaged one."""

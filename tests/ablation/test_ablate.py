@@ -19,7 +19,7 @@ from ccmim_fast.ablation.runs import (
     measure_run,
     run_all,
 )
-from ccmim_fast.ablation.table import difference, markdown, plot
+from ccmim_fast.ablation.table import difference, markdown, plot, views_markdown
 from ccmim_fast.ablation.variants import ABLATIONS, lambda_of, score_variants
 from ccmim_fast.build.model import build_model
 from ccmim_fast.cli import main
@@ -27,6 +27,7 @@ from ccmim_fast.commands.ablate import ablate
 from ccmim_fast.config.load import load_config, to_yaml
 from ccmim_fast.data.made.shapes import ShapesSource
 from ccmim_fast.errors import ConfigError, DataError
+from ccmim_fast.evaluation.frozen.views import VIEWS
 
 TINY = [
     "--config=demo",
@@ -41,6 +42,9 @@ TINY = [
     "--train.epochs=4",
     "--optim.warmup_epochs=1",
 ]
+
+
+VIEW_KEYS = [f"{name}{view}" for name in ("knn", "logreg") for view in VIEWS if view]
 
 
 def figures(variant, seed, auroc, rate=100.0, epochs=8):
@@ -67,7 +71,7 @@ def test_a_run_is_measured_on_its_way_and_kept(few_images, tmp_path):
     assert [look["epoch"] for look in found["looks"]] == [1, 2, 3, 4]
     assert all(math.isfinite(value) for value in found["looks"][-1].values())
     assert found["auroc"] == found["looks"][-1]["auroc"]
-    assert {"knn", "logreg", "images_per_second"} <= found.keys()
+    assert {"knn", "logreg", *VIEW_KEYS, "images_per_second"} <= found.keys()
     seconds = [look["seconds"] for look in found["looks"]]
     assert seconds == sorted(seconds)
     kept = load_config(["--config", str(folder / "config.yaml")], "test")
@@ -90,6 +94,7 @@ def test_the_command_writes_a_table(tmp_path, capsys):
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert [row.split(" | ")[0].strip("| ") for row in rows[2:5]] == ["random", "all", "bank"]
     assert "bank - all, auroc:" in text
+    assert "| kNN | average | [CLS] | both | average (visible) |" in text
     assert "--seeds 1" in text
     assert len(json.loads((tmp_path / "out" / "table.json").read_text())["runs"]) >= 3
     assert (tmp_path / "out" / "table.png").stat().st_size > 10_000
@@ -252,6 +257,17 @@ def test_figures_over_seeds(tmp_path):
     assert (mean, deviation) == (pytest.approx(0.035), pytest.approx(0.0212, abs=1e-4))
     plot(found, ABLATIONS["score"], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_all_views_stand_in_tables_of_their_own():
+    """Also beside runs of an older version, whose figures are of the average alone."""
+    whole = [{**figures("all", seed, 0.8), **dict.fromkeys(VIEW_KEYS, 0.25 + seed / 10)} for seed in (0, 1)]
+    tables = views_markdown(whole).split("\n\n")
+    head = "average | [CLS] | both | average (visible) | [CLS] (visible) | both (visible) |"
+    assert [table.splitlines()[0] for table in tables] == [f"| logistic regression | {head}", f"| kNN | {head}"]
+    assert tables[0].splitlines()[2] == f"| all | 0.500 ± 0.000 |{' 0.300 ± 0.071 |' * 5}"
+    assert views_markdown([*whole, figures("bank", 0, 0.9)]) == ""
+    assert "[CLS] (visible)" not in markdown(whole)
 
 
 def test_lambdas_are_points_of_two_curves(tmp_path):

@@ -1,5 +1,7 @@
 """Compiled, warmed up, captured: the same step."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from few_steps import batches, config_for, here, trained
@@ -7,7 +9,9 @@ from torch._dynamo.utils import counters
 
 from ccmim_fast.engine import compile as compiled
 from ccmim_fast.engine.build import build_step, check_device, prepare_step
-from ccmim_fast.engine.compile import choose_compile, compile_step, warm_up
+from ccmim_fast.engine.compile import choose_compile, compile_step, vit_blocks, warm_up
+from ccmim_fast.engine.dry_run import count_flops
+from ccmim_fast.engine.pretraining import Pretraining
 from ccmim_fast.errors import ConfigError
 from ccmim_fast.models.block import CUDA_ONLY
 
@@ -103,6 +107,16 @@ def test_blocks_of_one_shape_share_a_graph(device):
     assert count <= 8
     trained(step)
     assert len(graphs) == count
+
+
+def test_flops_of_compiled_blocks_are_counted_eagerly(device):
+    """torch compiles nothing under a counter, and a block that asks for it fails there."""
+    step = build_step(config_for(), here(device))
+    expected = count_flops(step)
+    for block in vit_blocks(step.model):
+        block.compute = None
+    assert Pretraining.count_flops(SimpleNamespace(train_step=step)) == expected
+    assert all(vars(block)["compute"] is None for block in vit_blocks(step.model))
 
 
 @pytest.mark.parametrize("taken_before", [0, 2])

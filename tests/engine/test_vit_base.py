@@ -51,9 +51,11 @@ def test_paper_preset_takes_steps(tmp_path, loader, source):
         "train.max_steps": 2,
         "train.device": "cpu",
         "train.attention": "sdpa",
+        "train.feature_images": 2,
     }
     assert main(["pretrain", *(f"--{key}={value}" for key, value in settings.items())]) == 0
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    records = [record for record in lines if record["kind"] == "train"]
     assert [r["step"] for r in records] == [1, 2]
     assert all(r["recons"] is not None and r["contrast"] is not None for r in records)
     assert records[0]["gflop_per_image"] == pytest.approx(gflop_by_hand(source), rel=1e-3)

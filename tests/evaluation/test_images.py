@@ -22,7 +22,8 @@ from ccmim_fast.evaluation.images import with_classes
 COLOURS = {"blue": (20, 30, 200), "green": (30, 180, 40), "red": (200, 30, 20)}
 LINE = ["--data.image_size=[32,32]", "--data.workers=1", "--train.device=cpu", "--train.precision=fp32"]
 TRAINS = ["--train.batch_size=6", "--train.epochs=1", "--optim.warmup_epochs=0", "--run.log_every=1"]
-BY_NAME = {"knn": ["--knn.k=[1]"], "logreg": [], "linear": TRAINS, "finetune": [*TRAINS, "--augment.auto="]}
+BY_NAME = {"knn": ["--knn.k=[1]"], "logreg": [], "views": ["--knn.k=[1]"]}
+BY_NAME |= {"linear": TRAINS, "finetune": [*TRAINS, "--augment.auto="]}
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,8 @@ def no_counting(monkeypatch):
 
 
 def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == "train"]
 
 
 def config_for(tmp_path, **sections):

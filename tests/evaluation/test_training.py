@@ -131,7 +131,7 @@ def test_rates_of_blocks_are_maes(pool):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["knn", "finetune"])
+@pytest.mark.parametrize("name", ["knn", "views", "finetune"])
 def test_two_processes_equal_one(evaluated, encoder, cache, shared_settings, tmp_path, name):
     """151 test images: one rank has one more. Without mixup and drop path, which ranks draw each for themselves."""
     more = ["--knn.k=[1,10]", "--data.test_samples=151"]

@@ -54,15 +54,15 @@ def more_runs(folder: Path) -> dict[str, list[str]]:
 def evaluation(folder: Path, kind: str) -> list[str]:
     """Return an evaluation of the run: one step where it trains."""
     # Logistic regression wants five images of a class.
-    count = 48 if kind == "logreg" else 16
+    count = 48 if kind in ("logreg", "views") else 16
     images = ("--data.source=shapes", f"--data.root={folder / 'shapes'}")
     images += (f"--data.samples={count}", "--data.test_samples=8")
-    trains = kind not in ("knn", "logreg")
+    trains = kind not in ("knn", "logreg", "views")
     steps = ("--train.max_steps=1", "--train.batch_size=4") if trains else ()
     dense = ("--data.image_size=[64,64]",) if kind in ("detection", "segmentation") else ()
     dense += ("--optim.warmup_steps=1",) if kind == "detection" else ()
     windows = ("--segment.stride=64",) if kind == "segmentation" else ()
-    few = ("--knn.k=[10]",) if kind == "knn" else ()
+    few = ("--knn.k=[10]",) if kind in ("knn", "views") else ()
     return ["eval", kind, f"{folder / TRAINED}", "--train.device=cuda", *images, *steps, *dense, *windows, *few]
 
 

@@ -15,6 +15,7 @@ RUNS, MORE_RUNS = (list(of(HERE)) for of in (commands.runs, commands.more_runs))
 # Of tables that a host reads, no kernel has computed the rows.
 ENDS = {
     "knn": (None, "k=10 must be in 1..0, the number of training images"),
+    "views": (None, "k=10 must be in 1..0, the number of training images"),
     "segmentation": (3, "no image to test on that has a class can be read any more"),
 }
 

@@ -10,8 +10,12 @@ from small_run import SETTINGS
 def losses(folder, processes, *extra):
     settings = [f"--run.dir={folder}", f"--data.root={folder.parent / 'cache'}", *SETTINGS, *extra]
     run_ranks(processes, "-m", "ccmim_fast.cli", "pretrain", *settings)
+    return [(r["recons"], r["contrast"]) for r in records(folder, "train")]
+
+
+def records(folder, kind):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [(r["recons"], r["contrast"]) for r in map(json.loads, lines)]
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
 @pytest.mark.slow
@@ -27,6 +31,21 @@ def test_two_processes_equal_one(tmp_path, contrast, accumulate):
     if contrast == "nce":
         apart = losses(tmp_path / "apart", 2, *extra, "--heads.sync_bn=false")
         assert max(abs(a[1] - b[1]) for a, b in zip(one, apart)) > 1e-3
+
+
+@pytest.mark.slow
+@needs_mean
+def test_ranks_look_at_the_features_together(tmp_path):
+    """Of whole weights and of divided ones, each rank at its share: the figures of one process."""
+    found = {}
+    for name, processes, parallel in (("one", 1, "ddp"), ("two", 2, "ddp"), ("divided", 2, "fsdp")):
+        losses(tmp_path / name, processes, f"--train.parallel={parallel}", "--run.save_every=1", "--train.max_steps=3")
+        found[name] = records(tmp_path / name, "features")
+    for name in ("two", "divided"):
+        for one, two in zip(found["one"], found[name], strict=True):
+            assert one.keys() == two.keys()
+            for key in one.keys() - {"kind"}:
+                assert two[key] == pytest.approx(one[key], rel=2e-3), key
 
 
 @pytest.mark.slow

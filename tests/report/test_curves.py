@@ -33,6 +33,7 @@ def test_reads_training_lines_and_tolerates_a_cut_one(tmp_path):
     rows = [line(0), {"kind": "eval", "step": 0, "knn": 0.5}, line(20)]
     path = write(tmp_path / "metrics.jsonl", rows, tail='{"kind": "train", "step": 40, "ep')
     assert read_metrics(path) == [line(0), line(20)]
+    assert read_metrics(path, "eval") == [rows[1]]
 
 
 def test_a_run_that_goes_on_behind_a_cut_line(tmp_path):

@@ -166,6 +166,26 @@ def test_missing_parts_are_left_out(tmp_path):
     assert ["open" in a for a in page.all("details")] == [True]
 
 
+def test_features_have_curves_and_their_last_values(tmp_path, runs):
+    """Of a run that has some; MAE's have no alignment, and another run may be older than all looks."""
+    looks = [{"kind": "features", "step": s, "epoch": s / 10, "images": 512, "rankme": 10.0 + s} for s in (0, 20, 40)]
+    looks[1] |= {"uniformity": None, "lidar_cls": 3.14159}
+    with (runs[0].folder / "metrics.jsonl").open("a") as file:
+        file.write("\n" + "\n".join(map(json.dumps, looks)) + "\n")
+    page = Page(report(tmp_path, runs))
+    drawn = [a["aria-label"] for a in page.all("svg")]
+    assert [label for label in drawn if "RankMe" in label or "LiDAR" in label] == [
+        "RankMe, average: MAE",
+        "LiDAR, [CLS]: MAE",
+    ]
+    assert "Reconstruction loss: MAE, ccMIM" in drawn
+    assert not [label for label in drawn if "Alignment" in label or "Uniformity" in label]
+    assert [row for row in page.rows if row[0] in ("images", "RankMe, average", "LiDAR, [CLS]")] == [
+        ["images", "512"],
+        ["RankMe, average", "50"],
+    ]
+
+
 def test_differences_and_environment(tmp_path, runs):
     rows = Page(report(tmp_path, runs)).rows
     assert ["contrast.loss", "none", "nce"] in rows

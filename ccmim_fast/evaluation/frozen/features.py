@@ -50,20 +50,29 @@ def extract(
     """
     if pool not in ("avg", "cls") or (pool == "cls" and prefix < 1):
         raise ValueError(f"pool={pool!r} with prefix={prefix}: pool must be 'avg', or 'cls' with prefix >= 1")
+    return collect(lambda batch: norm(pooled(encode(batch.images_BHWC).float(), prefix, pool)), batches, autocast)
+
+
+def collect(
+    encode: Callable[[Batch], Tensor], batches: Iterable[Batch], autocast: AbstractContextManager = _EXACT
+) -> tuple[Tensor, Tensor | None]:
+    """Return features [N, ...] of all images, float32 [B, ...] of each batch, and their labels, as `extract` does.
+
+    `encode` is called under `inference_mode` and `autocast`. Raises DataError and NumericsError as `extract`.
+    """
     features, labels = [], []
     for batch in batches:
         with torch.inference_mode(), autocast:
-            tokens_BTD = encode(batch.images_BHWC).float()
-            features.append(norm(pooled(tokens_BTD, prefix, pool)).cpu())
+            features.append(encode(batch).cpu())
         labels.append(batch.labels_B)
     if not features:
         raise DataError("no images to encode: the source gave no batch")
     # Concatenated outside inference_mode: an inference tensor could not be saved for a backward pass later.
-    features_ND = torch.cat(features)
-    if not features_ND.isfinite().all():
-        bad = int((~features_ND.isfinite().all(dim=1)).sum())
-        raise NumericsError(f"features of {bad} of {len(features_ND)} images are not finite")
-    return features_ND, None if None in labels else torch.cat(labels).cpu()
+    features = torch.cat(features)
+    finite_N = features.isfinite().flatten(1).all(dim=1)
+    if not finite_N.all():
+        raise NumericsError(f"features of {int((~finite_N).sum())} of {len(features)} images are not finite")
+    return features, None if None in labels else torch.cat(labels).cpu()
 
 
 class Features(NamedTuple):
@@ -76,25 +85,41 @@ class Features(NamedTuple):
 
 def features(job: Job, encoder: Encoder, images: Images) -> Features:
     """Return those of this rank's share, every `world_size`-th image; images that fail are left out."""
-    pool, device, ids = job.config.model.pool, job.here.device, []
+    pool = job.config.model.pool
+    return own_features(
+        job,
+        images,
+        encoder.width,
+        lambda batch: encoder.norm(pooled(encoder(batch.images_BHWC).float(), encoder.prefix, pool)),
+    )
+
+
+def own_features(job: Job, images: Images, width: int, encode: Callable[[Batch], Tensor]) -> Features:
+    """Return what `encode` makes of the batches of this rank's share, [B, `width`] each; see `collect`."""
+    ids = []
 
     def noted(batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
             ids.append(torch.from_numpy(batch.host_ids_B))
             yield batch
 
-    batches, precision = noted(job.batches(images, _BATCH)), choose_precision(job.config.train.precision, device)
+    precision = choose_precision(job.config.train.precision, job.here.device)
+    batches = noted(job.batches(images, _BATCH))
     first = next(batches, None)
     if first is None:  # fewer images than ranks, or none that can be read
         none = torch.zeros(0, dtype=torch.int64)
-        return Features(torch.zeros(0, encoder.width), none, none)
-    found = extract(encoder, chain([first], batches), encoder.prefix, pool, precision.autocast(device), encoder.norm)
+        return Features(torch.zeros(0, width), none, none)
+    found = collect(encode, chain([first], batches), precision.autocast(job.here.device))
     return Features(*found, torch.cat(ids))
 
 
 def features_of_all_ranks(job: Job, encoder: Encoder, images: Images) -> Features:
-    """Return those of all images, on every rank. Raises DataError: none of them can be read."""
-    own = features(job, encoder, images)
+    """Return `features` of all images, on every rank. Raises DataError: none of them can be read."""
+    return of_all_ranks(features(job, encoder, images), images)
+
+
+def of_all_ranks(own: Features, images: Images) -> Features:
+    """Join the ranks' features of their shares, on every rank. Raises DataError: none of the images can be read."""
     most = int(gather_ranks(torch.tensor([len(own.ids_S)])).max())
     if not most:
         raise DataError(f"none of the {usable_count(images.source)} images of {images.data.root!r} can be read")

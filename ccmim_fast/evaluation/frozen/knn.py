@@ -20,10 +20,8 @@ CHUNK_BYTES = 2**28  # of one chunk's similarity matrix, so that memory does not
 
 def knn(job: Job) -> Work:
     """Prepare accuracies by the number of neighbours."""
+    check_k(job)
     config, images, encoder = job.config.knn, usable_count(job.train.source), job.frozen_encoder()
-    if max(config.k) > images:
-        most = f"at most the {images} training images; nearest valid is {images}"
-        raise ConfigError(f"knn.k={max(config.k)}: must be {most}")
 
     def work() -> dict[str, float]:
         test = features_of_all_ranks(job, encoder, job.test)
@@ -38,6 +36,13 @@ def knn(job: Job) -> Work:
         return {f"k={k}": accuracy for k, accuracy in found.items()}
 
     return work
+
+
+def check_k(job: Job) -> None:
+    """Raise ConfigError if a job has fewer training images than `knn.k` neighbours."""
+    most, images = max(job.config.knn.k), usable_count(job.train.source)
+    if most > images:
+        raise ConfigError(f"knn.k={most}: must be at most the {images} training images; nearest valid is {images}")
 
 
 def knn_accuracies(

@@ -25,13 +25,18 @@ def logreg(job: Job) -> Work:
 
     def work() -> dict[str, float]:
         test, train = (features_of_all_ranks(job, encoder, images) for images in (job.test, job.train))
-        if len(train.labels_S.unique()) < 2:
-            raise DataError("the training images that can be read are of one class alone")
+        check_classes(train.labels_S)
         parts = (train.features_SD, train.labels_S, test.features_SD, test.labels_S)
         accuracy = logreg_accuracy(*parts, job.config.logreg.c)[0] if job.here.is_main else None
         return {"accuracy": broadcast(accuracy)}
 
     return work
+
+
+def check_classes(labels_N: Tensor) -> None:
+    """Raise DataError if training images are of one class."""
+    if len(labels_N.unique()) < 2:
+        raise DataError("the training images that can be read are of one class alone")
 
 
 def logreg_accuracy(
