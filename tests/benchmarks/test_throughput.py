@@ -158,8 +158,7 @@ def test_a_missing_peer_is_a_line(throughput, contenders, module, small, monkeyp
 
     monkeypatch.setattr(throughput, "run_rounds", run_rounds)
     assert throughput.main([*small, f"--out={tmp_path / 'made'}"]) == 0
-    ours = ["mae-8", "mae-2", "ccmim-first", "ccmim-bank", "ccmim-all", "ccmim-official"]
-    assert asked == [*ours, "naive", "naive-mae", "naive-ccmim"]
+    assert asked == [c.name for c in contenders.CONTENDERS.values() if not c.peer]
     page = (tmp_path / "made.md").read_text()
     for printed in (capsys.readouterr().out, page):
         assert "lightly: not installed; pip install --no-deps lightly\n" in printed
