@@ -99,7 +99,8 @@ def described():
 def sampled():
     space(2**20 + 1, 2048, dtype=torch.int64)
     ids, zeros = torch.arange(2**20 + 1), torch.zeros(2**20 + 1, dtype=torch.int64)
-    sample_partition.sample_partition(None, ids, 32, 64, 2047, 0, zeros, "random", "gumbel", 1.0, 1, 1)
+    ways = ([1.0, 1.0], [1, 1], [0, 0])
+    sample_partition.sample_partition(None, ids, 32, 64, 2047, 0, zeros, "random", "gumbel", 1, 1, *ways, 1)
 
 
 def contrasted():
