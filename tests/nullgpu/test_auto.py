@@ -103,7 +103,7 @@ from ccmim_fast.engine.compile import compile_step, compiled_as, warm_up
 from ccmim_fast.ranks.session import Session
 from tiny import tiny_config
 choices._computes = lambda device: True
-choices.SECONDS, choices._FORM_SECONDS = 120.0, 60.0
+choices.SECONDS, choices._FORM_SECONDS["cuda"] = 120.0, 60.0
 here = Session(0, 1, torch.device("cuda"))
 config = tiny_config(train={"batch_size": 4, "precision": "bf16", "autotune": "fresh"})
 with bools_are(True):

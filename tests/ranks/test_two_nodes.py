@@ -16,6 +16,7 @@ from ccmim_fast.checkpoints import io
 
 # Each node has its own maps, as is the default of several machines.
 MORE = ["--train.epochs=4", "--run.save_every=1", "--run.keep=9", "--run.resume=auto", "--score.shards=2"]
+MORE.append("--train.feature_images=0")  # a fault comes after so many images of steps
 HELD_STEP = "8"  # of 12: checkpoints of steps 3 and 6 are there
 PATIENCE = 180  # seconds, for a machine with much to do
 

@@ -27,6 +27,7 @@ BROKEN = RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by pee
 def command(folder, fault, at, rank, timeout):
     """Three steps and a checkpoint an epoch, four epochs; 8 images of each step on each rank."""
     more = ["--score.source=first", "--train.epochs=4", "--run.save_every=1", f"--watch.timeout={timeout}"]
+    more.append("--train.feature_images=0")  # faults come after so many images of steps
     return [FAULTY, fault, at, str(rank), *run_settings(folder), *more]
 
 
