@@ -19,6 +19,7 @@ SMALL = [
     "--rounds=1",
 ]
 NARROW = ["--model.patch_size=8", "--model.embed_dim=48", "--model.num_heads=3", "--model.depth=2", "--decoder.dim=32"]
+NARROW.append("--train.compile=off")  # which a run of ImageNet's length would try, also of a small model
 
 PEER = '''
 """A step that learns one number; it finds a module beside it."""
