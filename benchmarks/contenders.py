@@ -83,7 +83,7 @@ def _design(base: float, large: float) -> dict[str, float]:
 
 _MAE_8, _CCMIM, _ALL, _AUTHORS = _design(58.5, 124.2), _design(60.9, 192.5), _design(93.1, 310.6), _design(119.3, 338.6)
 _THIRD, _FIFTH = _design(43.5, 131.5), _design(40.0, 119.3)
-_LIGHT = ["--config=ccmim_vit_base"]
+_BANK = ["--config=ccmim_vit_base"]
 # The design ends the pass for the scores with [CLS] alone, a saving.
 _ALL_WHOLE = _design(95.7, 315.2)
 _OFF = tuple(SAVINGS)

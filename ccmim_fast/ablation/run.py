@@ -58,11 +58,11 @@ def run_ablation(
         pairs = [(name, seed) for seed in range(seeds) for name in options_of]
         return run_all([Run(name, seed, (*settings, *options_of[name])) for name, seed in pairs], runs, jobs, test)
 
-    figures = figures_of({variant: variants[variant] for variant in only or variants})
     again = {
         f"{variant}, in {ablation.time_of}'s time": [*variants[variant], *_epochs_of(base, epochs)]
         for variant, epochs in _equal_time(variants, only, base, settings, ablation.time_of).items()
     }
+    figures = figures_of({variant: variants[variant] for variant in only or variants})
     return write(ablation, figures + figures_of(again), out, command)
 
 

@@ -43,6 +43,8 @@ from ccmim_fast.runs.state import CONFIG
 PROBED = 1000  # training images whose scores and masks are looked at
 HELD_OUT = 1000  # images that no run trains on
 NEIGHBOURS = 20  # of kNN, or all images where they are fewer
+_COUNTED = ("--train.device=cpu", "--train.precision=fp32", "--train.kernels=reference", "--train.attention=sdpa")
+_COUNTED += ("--train.cuda_graph=false", "--train.find_batch=false", "--teacher.precision=same", "--data.loader=torch")
 QUARTERS = 4  # of the epochs, after each of which a run is measured
 SUMMARY = "summary.json"  # in the folder of a run that is done
 
@@ -82,9 +84,12 @@ def run_all(runs: Sequence[Run], folder: Path, jobs: int, test: str = "") -> lis
 
 
 def flops_per_image(options: Sequence[str]) -> float:
-    """Count the FLOPs of a training step, forward and backward, for each of its images."""
-    step = build_step(load_config(list(options), "ccmim ablate"), Session(0, 1, torch.device("cpu")))
-    return sum(count_flops(step).values())
+    """Count the FLOPs of a training step, forward and backward, for each of its images.
+
+    It is counted on the CPU, whatever device, precision and backends the runs have: the products are the same.
+    """
+    config = load_config([*options, *_COUNTED], "ccmim ablate")
+    return sum(count_flops(build_step(config, Session(0, 1, torch.device("cpu")))).values())
 
 
 def measure_run(run: Run, folder: Path, threads: int, test: str) -> dict[str, Any]:

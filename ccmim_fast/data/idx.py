@@ -5,6 +5,7 @@
 import gzip
 import io
 import math
+import os
 import struct
 import zlib
 
@@ -40,7 +41,11 @@ def write_table(images: str, labels: str, out: str) -> int:
         columns["label"] = pa.array(labels_N.astype(np.int64))
     try:
         with open(out, "xb") as file:
-            pq.write_table(pa.table(columns), file, row_group_size=_ROWS, compression="none")  # PNG is compressed
+            try:
+                pq.write_table(pa.table(columns), file, row_group_size=_ROWS, compression="none")  # PNG is compressed
+            except BaseException:
+                os.unlink(out)  # a half one
+                raise
     except OSError as error:
         raise DataError(f"cannot write {out!r}: {error.strerror or error}") from error
     return len(images_NHW)

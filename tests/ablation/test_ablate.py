@@ -248,6 +248,9 @@ def test_a_step_is_counted_as_its_losses_and_tokens_say():
     products = 2 * 12 * 128**2 * 3
     assert whole - third == pytest.approx(products * 32, rel=0.2)
     assert none < third
+    # Of runs that a CPU cannot carry out, too.
+    on_cuda = ["--train.device=cuda", "--train.precision=fp16", "--train.attention=xformers", "--train.kernels=triton"]
+    assert flops_per_image([*bank, *on_cuda, "--train.cuda_graph=true", "--data.loader=dali"]) == whole
 
 
 def test_figures_over_seeds(tmp_path):

@@ -1,5 +1,6 @@
 """IDX files, as MNIST's: the table that `ccmim data idx` writes has their pixels and their labels."""
 
+import errno
 import gzip
 import struct
 
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 
 from ccmim_fast.cli import main
+from ccmim_fast.data.idx import write_table
 from ccmim_fast.data.index.indexed import open_images
+from ccmim_fast.errors import DataError
 
 IMAGES_NHW = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
 LABELS = bytes([3, 0, 9, 3, 3, 1, 0])
@@ -80,3 +83,15 @@ def test_nothing_is_written_over(tmp_path, capsys):
     assert (tmp_path / "set.parquet").read_text() == "mine"
     assert main(["data", "idx", str(tmp_path / "images"), str(tmp_path / "set.tar")]) == 2
     assert "must end in .parquet" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
+    def full(table, file, **options):
+        file.write(b"PAR1")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ccmim_fast.data.idx.pq.write_table", full)
+    (tmp_path / "images").write_bytes(IMAGES)
+    with pytest.raises(DataError, match="No space left on device"):
+        write_table(str(tmp_path / "images"), "", str(tmp_path / "set.parquet"))
+    assert not (tmp_path / "set.parquet").exists()
