@@ -34,7 +34,12 @@ CASES = {
     "first": {"score": {"source": "first"}, "contrast": {"loss": "align"}},
     "all": {"contrast": {"loss": "moco"}, "optim": {"clip_grad": 0.5, "ema_decay": 0.9}},
     "block": {"score": {"source": "block", "block": 1}},
-    "accumulate": {"score": {"source": "bank"}, "train": {"accumulate": 2}, "teacher": {"tokens": 0.4}},
+    "accumulate": {
+        "score": {"source": "bank", "temperature": (4.0, 1.0)},
+        "mask": {"hints": 0.2, "importance": (0.5, 1.0)},
+        "train": {"accumulate": 2},
+        "teacher": {"tokens": 0.4},
+    },
     "recompute": {"score": {"source": "bank"}, "train": {"recompute": True}},
     "compiled": {"score": {"source": "bank"}},
     "mae": {"mask": {"strategy": "random"}, "contrast": {"loss": "none"}},

@@ -22,6 +22,7 @@ def records(folder, kind):
 @pytest.mark.parametrize(("contrast", "accumulate"), [("nce", 1), ("moco", 2)])
 def test_two_processes_equal_one(tmp_path, contrast, accumulate):
     extra = (f"--contrast.loss={contrast}", f"--train.accumulate={accumulate}")
+    extra += ("--mask.hints=0.2", "--mask.importance=[0.5,1]", "--score.temperature=[4,1]")
     one = losses(tmp_path / "one", 1, *extra)
     two = losses(tmp_path / "two", 2, *extra)
     assert len(one) == len(two) == 6
