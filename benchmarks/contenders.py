@@ -98,6 +98,7 @@ CONTENDERS = {
         Contender(
             "ccmim-third", ["--config=ccmim_vit_base", "--teacher.tokens=0.3333"], design=_THIRD, off="naive-ccmim"
         ),
+        Contender("ccmim-fifth", ["--config=ccmim_vit_base", "--teacher.tokens=0.2"], design=_FIFTH, off="naive-ccmim"),
         Contender(
             "ccmim-third-int8",
             ["--config=ccmim_vit_base", "--teacher.tokens=0.3333", "--teacher.precision=int8"],
